@@ -17,8 +17,7 @@ def find_method(spec: str) -> type[Method]:
     """The class of the method ``spec``: a name of `METHODS`, or ``path/to/file.py:Class``.
 
     Raises:
-        ProblemError: an unknown name; a file that cannot be imported, or without that class; or a
-            class that is no `Method`.
+        ProblemError: an unknown name, a file that cannot be imported, or no `Method` in the file.
 
     Example:
         >>> find_method("bidora")(gamma=1e-5)
@@ -41,25 +40,19 @@ def find_method(spec: str) -> type[Method]:
 
 
 def import_file(path: str, option: str) -> ModuleType:
-    """The module in the file ``path``, imported once; ``option`` is named in errors.
-
-    Raises:
-        ProblemError: there is no such file, or its import fails.
-    """
+    """The module in the file ``path``, imported once; errors name ``option``."""
     file = Path(path).resolve()
     if file.suffix != ".py" or not file.is_file():
         raise ProblemError(f"{option}: {path} is no file of Python; give path/to/file.py")
-    for module in list(sys.modules.values()):
-        if getattr(module, "__file__", None) == str(file):
-            return module
-    name = file.stem if file.stem not in sys.modules else str(file)
-    spec = spec_from_file_location(name, file)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = module_from_spec(spec)  # where a dataclass looks its types up
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        kind = type(error).__name__
-        raise ProblemError(f"{option}: {path} cannot be imported: {kind}: {error}") from error
-    return module
+    name = str(file)
+    if name not in sys.modules:
+        spec = spec_from_file_location(name, file)
+        assert spec is not None and spec.loader is not None
+        module = sys.modules[name] = module_from_spec(spec)  # where a dataclass looks its types up
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            reason = f"{type(error).__name__}: {error}"
+            raise ProblemError(f"{option}: {path} cannot be imported: {reason}") from error
+    return sys.modules[name]

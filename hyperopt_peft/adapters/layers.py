@@ -114,8 +114,8 @@ class ParameterSplit(NamedTuple):
     other trainable parameter, such as a task head. Names are those of ``named_parameters()``.
 
     Example:
-        >>> ParameterSplit({}, {}, {})._fields
-        ('magnitudes', 'directions', 'rest')
+        >>> ParameterSplit({}, {}, {}).magnitudes
+        {}
     """
 
     magnitudes: dict[str, nn.Parameter]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +20,15 @@ from hyperopt_peft.cli.options import OutputArguments
 from hyperopt_peft.cli.plan import Work, plan, whole
 from hyperopt_peft.cli.report import Report
 from hyperopt_peft.cli.text import SFT
-from hyperopt_peft.cli.text.data import EVALUATION, ExampleData, hold_out, require_columns
+from hyperopt_peft.cli.text.data import (
+    EVALUATION,
+    ExampleData,
+    hold_out,
+    read_files,
+    require_columns,
+)
 from hyperopt_peft.cli.text.setup import SHARED, Setup, choose, prepare
-from hyperopt_peft.cli.train import evaluated, save_adapter
+from hyperopt_peft.cli.train import save_adapter
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import shared
 from hyperopt_peft.utils import distributed
@@ -39,30 +45,24 @@ class AttributeArguments(OutputArguments):
     """How rows are scored, and what is done with the scores."""
 
     score_model: Literal["adapter", "head"] = HfArg(
-        default="adapter",
-        help="what is trained and scored: the adapter, or a linear head on the base model's "
-        "features, exactly and in seconds",
+        default="adapter", help="what is trained, or a linear head on the base model's features"
     )
     estimator: str | None = HfArg(
         default=None,
-        help="with options: unrolled (the whole run), minres, cg, nystrom or another implicit "
-        "solver (the end of the run), or gradient; by default unrolled, and cg of a head",
+        help="unrolled (the whole run), an implicit solver such as minres (the end of the run), or "
+        "gradient; by default unrolled, and cg of a head",
     )
     check: int = HfArg(default=0, help="retrainings without random rows that check the scores")
     slices: str | None = HfArg(default=None, help="an evaluation column, whose values get scores")
     suspects: int = HfArg(default=0, help="folds of the search for wrong labels, a training each")
     retrain_without: float | None = HfArg(
-        default=None,
-        help="the share of the rows to train without, those that hurt most, judged on test_file",
+        default=None, help="the share of the rows to train without, those that hurt most"
     )
     test_file: list[str] | None = HfArg(
         default=None,
-        help="the examples that judge retrain_without; if not given eval_fraction of the training "
-        "examples, which are then neither trained nor evaluated on",
+        help="judges retrain_without; if not given eval_fraction of the training examples",
     )
-    method: str = HfArg(
-        default="lora", help="as the option of train; of two levels the rows of both are scored"
-    )
+    method: str = HfArg(default="lora", help="as the option of train; rows of both levels count")
     memory_limit: float = HfArg(default=1.0, help="GiB that the run's checkpoints may take")
 
     def __post_init__(self) -> None:
@@ -111,13 +111,12 @@ def run(argv: Sequence[str]) -> None:
     result.columns = {name: rows[name][:] for name in setup.encoder.columns}
     output, first = Path(args.output_dir), not distributed.rank()
     if command.score_model == "adapter":
-        metrics = evaluated(trainer)
         save_adapter(trainer)
-        trainer.save_metrics("eval", metrics)
+        trainer.save_metrics("eval", trainer.evaluate())
     page = Report("attribute", "", chosen.options, curves={"Losses": trainer.state.log_history})
-    for text in Scored(result, command, page, output if first else None).paragraphs(
-        test, args.seed
-    ):
+    page.pictures = {"Scores of the training rows": "attribution.png"}
+    scored = Scored(result, command, page, output if first else None)
+    for text in scored.paragraphs(test, args.seed):
         if first:
             print(f"{text}\n", flush=True)
     if first:
@@ -146,7 +145,8 @@ def split(
     if judged:
         train, test = hold_out(train, data.eval_fraction)
     elif command.retrain_without is not None:
-        test = setup.read(command.test_file or [], "test_file")
+        read = read_files(command.test_file or [], "test_file")
+        test = setup.encoder.encode(read, "the test examples")
         for other, name in ((setup.train, "training"), (evaluation, "evaluation")):
             if common := shared(test, other):
                 raise ProblemError(
@@ -161,42 +161,36 @@ def planned(command: AttributeArguments, setup: Setup, trainer: Any) -> str:
     rows, evaluation = len(setup.train), len(setup.evaluation or ())
     line = f"examples: {rows} training, {evaluation} evaluation"
     batches = rows / trainer.args.per_device_train_batch_size
-    training = whole(trainer, "training")
     if command.score_model == "head":
-        line += "; heads are trained in seconds"
         # A pass forward alone is a third of one with the way back.
         works = [Work("features", 1, 0, (1 + evaluation / rows) * batches / 3)]
-    else:
-        # Scores by a whole run cost two trainings (docs/attribution.md), else passes over rows.
-        unrolled = (command.estimator or UNROLLED).startswith(UNROLLED)
-        scores = Work("scores", 1, 0, 2 * (training.passes if unrolled else batches))
-        works = [training, scores, *[replace(scores, name="scores again")] * bool(command.check)]
-        for name, trainings in (
-            ("check", command.check and command.check + 1),
-            ("suspects", command.suspects),
-            ("retrain_without", (4 + DRAWS) * (command.retrain_without is not None)),
-        ):
-            works += [replace(training, name=name, trainings=trainings)] * bool(trainings)
+        return f"{line}; heads are trained in seconds\n{plan(works, trainer)}"
+    training = whole(trainer, "training")
+    # Scores by a whole run cost two trainings (docs/attribution.md), else passes over rows.
+    unrolled = (command.estimator or UNROLLED).startswith(UNROLLED)
+    scores = Work("scores", 1, 0, 2 * (training.passes if unrolled else batches))
+    works = [training, scores, *[replace(scores, name="scores again")] * bool(command.check)]
+    counts = {
+        "check": command.check and command.check + 1,
+        "suspects": command.suspects,
+        "retrain_without": 4 + DRAWS if command.retrain_without else 0,
+    }
+    works += [replace(training, name=name, trainings=n) for name, n in counts.items() if n]
     return f"{line}\n{plan(works, trainer)}"
 
 
+@dataclass
 class Scored:
-    """What is printed of a result, and the files, which have each part as soon as it is known.
+    """What is printed of a result, and the files in ``folder``, as soon as a part is known."""
 
-    Args:
-        result: the scores.
-        command: what is done with them.
-        page: the page of the run, without the scores.
-        folder: where ``attribution.csv``, ``.png``, ``.json`` and the page are; None for nowhere.
-    """
-
-    def __init__(
-        self, result: Attribution, command: AttributeArguments, page: Report, folder: Path | None
-    ) -> None:
-        self.result, self.command, self.page, self.folder = result, command, page, folder
-        self.columns: dict[str, list[Any]] = {}
-        self.record = {"settings": result.settings, "evaluation_loss": result.values}
-        self.verdicts, self.texts = [self._counts()], list[str]()
+    result: Attribution
+    command: AttributeArguments
+    page: Report
+    folder: Path | None
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+    verdicts: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
 
     def write(self, text: str, verdict: str = "", **parts: Any) -> str:
         """Write the files again, with ``parts`` in the record and ``text`` in the page."""
@@ -211,7 +205,6 @@ class Scored:
             (self.folder / "attribution.json").write_text(f"{record}\n")
             unchecked = [] if self.result.checked else ["the scores are unchecked: give check"]
             self.page.verdict = "; ".join([*self.verdicts, *unchecked])
-            self.page.pictures = {"Scores of the training rows": "attribution.png"}
             self.page.texts = {"Checks": "\n\n".join(self.texts)}
             self.page.write(self.folder)
         return text
@@ -219,7 +212,8 @@ class Scored:
     def paragraphs(self, test: Dataset | None, seed: int) -> Iterator[str]:
         """The paragraphs that are printed; all but the first two train again."""
         result, command = self.result, self.command
-        yield self.write(self._summary())
+        of_run: dict[str, Any] = {"settings": result.settings, "evaluation_loss": result.values}
+        yield self.write(*self._summary(), **of_run)
         if command.check:
             yield self._cost("check", command.check, "and another attribution")
             check = result.check(command.check, seed=seed)
@@ -248,13 +242,12 @@ class Scored:
         minutes = trainings * self.result.settings["seconds"] / 60
         return f"{name}: {trainings} trainings, about {minutes:.1f} minutes {more}".rstrip()
 
-    def _counts(self) -> str:
-        hurt, unseen = int((self.result.scores > 0).sum()), self.result.settings["unseen"]
-        text = f"{hurt} of {len(self.result.scores) - unseen} training rows hurt (score > 0)"
-        return text + f"; {unseen} were never trained on: train for longer" * bool(unseen)
-
-    def _summary(self) -> str:
-        settings, residuals = self.result.settings, self.result.settings["residuals"].values()
+    def _summary(self) -> tuple[str, str]:
+        """The paragraph on the run, and its line on the rows that hurt."""
+        settings, scores = self.result.settings, self.result.scores
+        hurt, unseen = int((scores > 0).sum()), settings["unseen"]
+        counts = f"{hurt} of {len(scores) - unseen} training rows hurt (score > 0)"
+        counts += f"; {unseen} were never trained on: train for longer" * bool(unseen)
         phi = ", ".join(f"{name} {value:.4f}" for name, value in self.result.values.items())
         trained = f"{settings['steps']} steps"
         if self.command.score_model == "head":
@@ -263,8 +256,8 @@ class Scored:
             f"{settings['rows']} training rows, {trained}, {settings['variables']:,} parameters; "
             f"scores by {settings['estimator']}",
             f"evaluation loss: {phi}",
-            self._counts(),
-            *(f"largest relative residual of the solver: {x:.2g}" for x in sorted(residuals)[-1:]),
-            *(f"note: {note}" for note in settings["notes"]),
+            counts,
         ]
-        return "\n".join(lines)
+        if residuals := settings["residuals"].values():
+            lines.append(f"largest relative residual of the solver: {max(residuals):.2g}")
+        return "\n".join([*lines, *(f"note: {note}" for note in settings["notes"])]), counts

@@ -14,14 +14,16 @@ from hyperopt_peft.cli.options import RunArguments
 from hyperopt_peft.cli.plan import Work, plan, whole
 from hyperopt_peft.cli.report import Report
 from hyperopt_peft.cli.text.data import cache_folder
-from hyperopt_peft.cli.text.setup import SHARED, changed, choose, prepare
+from hyperopt_peft.cli.text.setup import SHARED, choose, prepare
 from hyperopt_peft.diagnostics import Retraining
 from hyperopt_peft.diagnostics.compare import get_reference
 from hyperopt_peft.diagnostics.curvature import Spectrum, spectrum
 from hyperopt_peft.diagnostics.recommend import recommend
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.hypergradients import Estimator, get_estimator
+from hyperopt_peft.hypergradients import get_estimator
 from hyperopt_peft.hypergradients.implicit.minres import MINRES
+from hyperopt_peft.trainer.data import batches_of
+from hyperopt_peft.trainer.quiet import quiet
 from hyperopt_peft.utils.signal_to_noise import MIN_SAMPLES
 from hyperopt_peft.utils.validation import require_count
 
@@ -37,14 +39,11 @@ class CheckArguments(RunArguments):
     solver_steps: int = HfArg(default=10, help="steps of the solvers that measure the curvature")
     estimators: list[str] | None = HfArg(
         default=None,
-        help="estimators with options, or none; if not given direct, darts (ξ of 1 and of the "
-        "learning rate), neumann, cg and minres, the last two with the smallest damping that "
-        "leaves a condition number of 10, by the measured spectrum",
+        help="estimators with options, or none; if not given direct, darts, neumann, and cg and "
+        "minres with a damping that leaves a condition number of 10, by the measured spectrum",
     )
     reference: str = HfArg(
-        default="retraining:steps=20,directions=4",
-        help="the reference: an estimator, or retraining with options, whose lr is by default the "
-        "largest stable learning rate of the lower variables",
+        default="retraining:steps=20,directions=4", help="an estimator, or retraining with options"
     )
 
     def __post_init__(self) -> None:
@@ -86,11 +85,9 @@ def run(argv: Sequence[str]) -> None:
     """Parse ``argv``, train for ``search_steps``, examine both levels; write ``check.md``."""
     chosen = choose("check", CheckArguments, argv)
     command, args = chosen.command, chosen.args
-    if str(args.resume_from_checkpoint).lower() not in ("none", "false"):
-        raise ProblemError("resume_from_checkpoint: this command does not resume; leave it out")
     output = args.output_dir
-    args = changed(args, retrain="none", max_steps=command.search_steps)
-    args.save_strategy, args.output_dir = type(args.save_strategy)("no"), cache_folder()
+    steps = command.search_steps or args.max_steps
+    args = quiet(args, cache_folder(), retrain="none", max_steps=steps)
     setup = prepare(chosen.model, chosen.data, args, chosen.method)
     trainer = setup.trainer(args, chosen.method)
     if trainer.upper is None:
@@ -113,39 +110,39 @@ def run(argv: Sequence[str]) -> None:
 def planned(command: CheckArguments, learning_rate: float) -> list[Work]:
     """The work of the check and of the comparison, in passes."""
     solves = 5 + MIN_SAMPLES  # of the curvature at two points, and of the noise
-    works = [Work("both levels", solves, 0, _passes(MINRES(steps=command.solver_steps)))]
-    estimators = [*map(get_estimator, command.chosen(Spectrum(1.0, 1.0), learning_rate))]
+    works = [Work("both levels", solves, 0, MINRES(steps=command.solver_steps).cost() or 2)]
+    estimators = command.chosen(Spectrum(1.0, 1.0), learning_rate)
     if count := len(estimators):
+        costs = [get_estimator(estimator).cost() or 2 for estimator in estimators]
         reference: Any = get_reference(command.reference)
         known = isinstance(reference, Retraining)
-        each = reference.passes(count + 1 + reference.directions) if known else _passes(reference)
-        works.append(Work("estimators", count, 0, sum(map(_passes, estimators)) / count))
-        works.append(Work("reference", 1, 0, each))
+        each = reference.passes(count + 1 + reference.directions) if known else reference.cost()
+        works.append(Work("estimators", count, 0, sum(costs) / count))
+        works.append(Work("reference", 1, 0, each or 2))
     return works
-
-
-def _passes(estimator: Estimator) -> int:
-    return estimator.cost() or 2
 
 
 def _examine(trainer: Any, command: CheckArguments) -> Report:
     """Print the check of the levels on their first batches, then the estimators side by side."""
     upper, lower, args = trainer.upper, trainer.lower, trainer.args
     shown: dict[str, Any] = {"seed": args.seed, "progress": sys.stderr.isatty()}
-    pairs = [_batches(trainer, number) for number in range(MIN_SAMPLES)]
-    several: dict[str, Any] = {f"{name}es": [pair[name] for pair in pairs] for name in pairs[0]}
+    size = args.per_device_train_batch_size
+    uppers = _batches(trainer, trainer.upper_dataset, args.per_device_upper_batch_size or size)
+    lowers = _batches(trainer, trainer.train_dataset, size)
+    point = {"upper_batch": uppers[0], "lower_batch": lowers[0]}
+    several: dict[str, Any] = {"upper_batches": uppers, "lower_batches": lowers}
     steps = command.solver_steps
-    check = check_problem(upper, lower, **pairs[0], **several, solver_steps=steps, **shown)
+    check = check_problem(upper, lower, **point, **several, solver_steps=steps, **shown)
     print(check, flush=True)
     found = len(check.findings)
     verdict = f"{found} finding{'s' * (found != 1)} at this point" if found else "nothing is amiss"
     page = Report("check", verdict, {}, texts={"Both levels": str(check)})
     if command.estimators == NONE:
         return page
-    measured = check.curvature or spectrum(upper, lower, **pairs[0], seed=args.seed)
+    measured = check.curvature or spectrum(upper, lower, **point, seed=args.seed)
     estimators, reference = command.chosen(measured, args.learning_rate), command.truth(measured)
     comparison = compare_hypergradients(
-        upper, lower, estimators, reference, repeats=1, **pairs[0], **shown
+        upper, lower, estimators, reference, repeats=1, **point, **shown
     )
     advice = recommend(comparison)
     print(f"\n{comparison}\n\n{advice}")
@@ -154,15 +151,8 @@ def _examine(trainer: Any, command: CheckArguments) -> Report:
     return page
 
 
-def _batches(trainer: Any, number: int) -> dict[str, Any]:
-    """Batch ``number`` of each level's examples in order, ``upper_batch`` and ``lower_batch``."""
-    size = trainer.args.per_device_train_batch_size
-    parts = {
-        "upper_batch": (trainer.upper_dataset, trainer.args.per_device_upper_batch_size or size),
-        "lower_batch": (trainer.train_dataset, size),
-    }
-    batches = {}
-    for name, (data, size) in parts.items():
-        rows = range(number * size, number * size + min(size, len(data)))
-        batches[name] = trainer.data_collator([data[row % len(data)] for row in rows])
-    return batches
+def _batches(trainer: Any, rows: Any, size: int) -> list[Any]:
+    """The first batches of ``rows``, from the beginning again where they are few."""
+    size = min(size, len(rows))
+    chosen = [number % len(rows) for number in range(MIN_SAMPLES * size)]
+    return batches_of(rows, trainer.data_collator, size, trainer.args.device, chosen=chosen)

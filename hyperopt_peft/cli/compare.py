@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from tempfile import mkdtemp
 from typing import Any
 
 from transformers.hf_argparser import HfArg
@@ -18,16 +16,15 @@ from hyperopt_peft.cli.options import OutputArguments, divided, names_of
 from hyperopt_peft.cli.plan import plan, whole
 from hyperopt_peft.cli.report import Report
 from hyperopt_peft.cli.text.data import cache_folder
-from hyperopt_peft.cli.text.setup import SHARED, Chosen, Setup, changed, choose, prepare
+from hyperopt_peft.cli.text.setup import SHARED, choose, prepare
+from hyperopt_peft.cli.train import metrics_of
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.find import find_method
-from hyperopt_peft.trainer.logs import TIMINGS
+from hyperopt_peft.trainer.quiet import quiet
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.tables import aligned
 
 METHODS = ["lora", "dora", "bidora"]
-#: A run: method, seed, metrics, passes and seconds.
-Run = dict[str, Any]
 
 
 @dataclass
@@ -38,13 +35,8 @@ class CompareArguments(OutputArguments):
         default_factory=lambda: list(METHODS), help="each as the option method of train"
     )
     seeds: list[int] = HfArg(
-        default_factory=lambda: [0, 1, 2],
-        help="of the start, the split and the order of examples; each method runs once a seed",
+        default_factory=lambda: [0, 1, 2], help="each method runs once a seed of start and data"
     )
-
-    def __post_init__(self) -> None:
-        if wrong := [seed for seed in self.seeds if not 0 <= seed < 2**32]:
-            raise ProblemError(f"seeds must be in [0, 2³²), got {wrong[0]}")
 
 
 TYPES = (CompareArguments, *SHARED)
@@ -56,37 +48,42 @@ def run(argv: Sequence[str]) -> None:
     names = {**of_file, **flags}.get("methods") or METHODS
     besides = names_of(map(find_method, names))
     chosen = [choose("compare", CompareArguments, argv, name, besides) for name in names]
-    command, args = chosen[0].command, chosen[0].args
+    command, args, output = chosen[0].command, chosen[0].args, Path(chosen[0].args.output_dir)
     command.require_output(args)
-    output, seeds = Path(args.output_dir), list(dict.fromkeys(command.seeds))
     setup = prepare(chosen[0].model, chosen[0].data, args, *(each.method for each in chosen))
     if setup.evaluation is None:
         raise ProblemError("eval_fraction: compare needs evaluation examples; give eval_file")
     budget = args.steps_of(len(setup.train) + len(setup.upper or ()))
-    for each in chosen:
-        again = {**(each.args.retrain_arguments or {}), "max_steps": budget}
-        each.args = changed(each.args, max_steps=budget, retrain_arguments=again)
-        each.args.output_dir = mkdtemp(dir=cache_folder())  # of runs that leave no files
-    if not distributed.rank():
+    first, seeds = not distributed.rank(), list(dict.fromkeys(command.seeds))
+    if first:
         print(f"{budget} steps each; a method with two phases has as many in each", flush=True)
-    if command.dry_run:
-        trainers = [setup.trainer(each.args, each.method) for each in chosen]
-        works = [whole(t, name, len(seeds)) for t, name in zip(trainers, names)]
-        print(f"examples: {len(setup.train)} training, {len(setup.evaluation)} evaluation")
-        print(plan(works, trainers[0]))
-        return
-    output.mkdir(parents=True, exist_ok=True)
-    metric, runs = setup.task.metric, list[Run]()
-    for seed in seeds:
+    metric, works, runs = setup.task.metric, [], list[dict[str, Any]]()
+    for seed in seeds[: 1 if command.dry_run else None]:
         for each in chosen:
-            runs.append(train(each, seed, setup))
-            if not distributed.rank():
-                value = runs[-1]["metrics"][metric]
-                print(f"{each.name}, seed {seed}: {metric} {value:.4f}", flush=True)
+            again = {**(each.args.retrain_arguments or {}), "max_steps": budget}
+            steps = {"max_steps": budget, "retrain_arguments": again}
+            args = quiet(each.args, cache_folder(), seed=seed, data_seed=seed, **steps)
+            trainer = setup.trainer(args, each.method)
+            work = whole(trainer, each.name, len(seeds))
+            if command.dry_run:
+                works.append(work)
+                continue
+            begin = time.perf_counter()
+            trainer.train()
+            seconds = time.perf_counter() - begin
+            tested = metrics_of(trainer.evaluate())
+            record = {"method": each.name, "seed": seed, "metrics": tested}
+            runs.append({**record, "passes": int(work.passes), "seconds": seconds})
+            if first:
+                print(f"{each.name}, seed {seed}: {metric} {tested[metric]:.4f}", flush=True)
+                output.mkdir(parents=True, exist_ok=True)
                 # Written after each run, so that an interruption loses one run only.
-                record = {"metric": metric, "test_rows": len(setup.evaluation), "runs": runs}
-                (output / "comparison.json").write_text(json.dumps(record, indent=1))
-    if not distributed.rank():
+                every = {"metric": metric, "test_rows": len(setup.evaluation), "runs": runs}
+                (output / "comparison.json").write_text(json.dumps(every, indent=1))
+    if command.dry_run:
+        print(f"examples: {len(setup.train)} training, {len(setup.evaluation)} evaluation")
+        print(plan(works, trainer))
+    elif first:
         rows = table(runs, metric)
         note = f"Means of {len(seeds)} seeds on {len(setup.evaluation)} rows; ± is one standard "
         note += "error over the seeds, by which differences are paired."
@@ -94,43 +91,29 @@ def run(argv: Sequence[str]) -> None:
         print(f"\n{aligned(rows)}\n\n{note}\n{page.write(output)} has all of it")
 
 
-def train(chosen: Chosen, seed: int, setup: Setup) -> Run:
-    """One run; all methods have the same start for one ``seed``."""
-    args = changed(chosen.args, seed=seed, data_seed=seed)
-    if not args.load_best_model_at_end:
-        args.save_strategy = type(args.save_strategy)("no")
-    trainer = setup.trainer(args, chosen.method)
-    begin = time.perf_counter()
-    trainer.train()
-    seconds, passes = time.perf_counter() - begin, int(whole(trainer, chosen.name).passes)
-    tested = {k: x for k, x in trainer.evaluate().items() if not k.endswith(TIMINGS)}
-    metrics = {k.removeprefix("eval_"): x for k, x in tested.items() if k.startswith("eval_")}
-    run = {"method": chosen.name, "seed": seed, "metrics": metrics}
-    return {**run, "passes": passes, "seconds": seconds}
+def table(runs: Sequence[dict[str, Any]], metric: str) -> list[list[str]]:
+    """Heads, and a row for each method: its ``metric`` ± standard error, passes and seconds.
 
-
-def mean(values: Sequence[float], sign: str = "") -> str:
-    """The mean over seeds ± its standard error, which one seed does not show.
-
-    Example:
-        >>> mean([1.0, 3.0]), mean([1.0], "+")
-        ('2.0000 ± 1.0000', '+1.0000 ± nan')
+    Args:
+        runs: one for each seed and method, with the seeds in the same order.
+        metric: the name of one of their metrics.
     """
-    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{fmean(values):{sign}.4f} ± {error:.4f}"
-
-
-def table(runs: Sequence[Run], metric: str) -> list[list[str]]:
-    """Heads, and a row for each method: the ``metric``, the task's others, passes and seconds."""
     first = runs[0]["method"]
-    base = {run["seed"]: run["metrics"][metric] for run in runs if run["method"] == first}
-    others = [name for name in runs[0]["metrics"] if name != metric]
-    rows = [["method", metric, f"difference to {first}", *others, "passes", "seconds"]]
+    rows = [["method", metric, f"difference to {first}", "passes", "seconds"]]
     for method in dict.fromkeys(run["method"] for run in runs):
+        values, base = (
+            [run["metrics"][metric] for run in runs if run["method"] == name]
+            for name in (method, first)
+        )
         own = [run for run in runs if run["method"] == method]
-        gaps = [run["metrics"][metric] - base[run["seed"]] for run in own]
-        rows.append([method, mean([run["metrics"][metric] for run in own])])
-        rows[-1] += [mean(gaps, "+") if rows[2:] else "–"]
-        rows[-1] += [f"{fmean(run['metrics'][name] for run in own):.4f}" for name in others]
-        rows[-1] += [str(own[0]["passes"]), f"{fmean(run['seconds'] for run in own):.1f}"]
+        gap = "–"
+        if method != first:
+            gap = _mean([value - other for value, other in zip(values, base)], "+")
+        seconds = fmean(run["seconds"] for run in own)
+        rows.append([method, _mean(values), gap, str(own[0]["passes"]), f"{seconds:.1f}"])
     return rows
+
+
+def _mean(values: Sequence[float], sign: str = "") -> str:
+    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return f"{fmean(values):{sign}.4f} ± {error:.4f}"

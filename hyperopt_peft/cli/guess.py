@@ -31,18 +31,7 @@ class Guess(NamedTuple):
 
 
 def guess(rows: Dataset, task: str | None, texts: list[str] | None, label: str | None) -> Guess:
-    """The task and the columns of ``rows``; what is given is not guessed.
-
-    Raises:
-        ProblemError: nothing fits, several columns fit, a cell is empty, or a class is too rare.
-
-    Example:
-        >>> from datasets import Dataset
-        >>> tweets = [f"{k} is {'fine' * (k % 2) or 'bad'}" for k in range(10)]
-        >>> rows = Dataset.from_dict({"tweet": tweets, "mood": ["sad", "glad"] * 5})
-        >>> tuple(guess(rows, None, None, None))
-        ('text-classification', ['tweet'], 'mood', '2 classes: sad 5, glad 5')
-    """
+    """The task and the columns of ``rows``; what is given is not guessed."""
     require_columns(rows, [label] if label else [], TRAIN)
     names = rows.column_names
     lists = [name for name in names if not isinstance(rows.features[name], Value | ClassLabel)]
@@ -77,9 +66,7 @@ def guess(rows: Dataset, task: str | None, texts: list[str] | None, label: str |
             f"label_column: {label} has fewer than 5 rows of {', '.join(rare[:5])}, of which "
             "none can be held out; remove these rows, join classes, or name another column"
         )
-    most = ", ".join(
-        [*(f"{name} {count}" for name, count in counts[:4]), *["…"] * (len(counts) > 4)]
-    )
+    most = ", ".join(f"{name} {count}" for name, count in counts[:4]) + ", …" * (len(counts) > 4)
     return Guess(task, texts, label, f"{len(counts)} classes: {most}")
 
 

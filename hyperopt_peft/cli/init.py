@@ -61,12 +61,7 @@ TYPES = (InitArguments,)
 
 
 def run(argv: Sequence[str]) -> None:
-    """Read the files that ``argv`` begins with, guess, and write the options; says what is guessed.
-
-    Raises:
-        ProblemError: no file, one that cannot be read, columns that cannot be guessed or used, or
-            a file of options that is already there.
-    """
+    """Read the files that ``argv`` begins with, guess, and write and print the options."""
     first = next((k for k, word in enumerate(argv) if word.startswith("-")), len(argv))
     files = list(argv[:first])
     (command,), _ = parse("init", TYPES, argv[first:])
@@ -86,9 +81,8 @@ def run(argv: Sequence[str]) -> None:
         raise ProblemError(f"{target}: cannot be written ({error.strerror})") from error
     names = ", ".join(map(str, rows.column_names))
     print(f"{', '.join(files)}: {len(rows)} rows; columns {names}\n")
-    print(
-        "\n".join([*entries, "\nif this is wrong, give --task, --text_columns or --label_column"])
-    )
+    print("\n".join(entries))
+    print("\nif this is wrong, give --task, --text_columns or --label_column")
     print(f"{target} is written; next:\n  {run_it} --dry_run\n  {run_it}")
 
 

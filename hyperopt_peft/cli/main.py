@@ -23,13 +23,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that ``argv`` (by default the process's own) names; the exit status.
 
     It is 0; 2 after an error of the user's, 130 after Ctrl-C, both with one line on stderr.
-
-    Example:
-        >>> from hyperopt_peft.cli.main import main
-        >>> main(["--help"])
-        usage: hyperopt-peft COMMAND [config.yaml] [options]
-        ...
-        0
     """
     name, *options = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help", "--version"):
@@ -89,11 +82,6 @@ class Printable:
 
 def usage() -> str:
     """The commands and their summaries."""
-    lines = [f"  {name:11}{summary}" for name, summary in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: hyperopt-peft COMMAND [config.yaml] [options]\n",
-            *lines,
-            "\nhyperopt-peft COMMAND --help lists the options of one; --version.",
-        ]
-    )
+    commands = "\n".join(f"  {name:11}{summary}" for name, summary in COMMANDS.items())
+    last = "hyperopt-peft COMMAND --help lists the options of one; --version."
+    return f"usage: hyperopt-peft COMMAND [config.yaml] [options]\n\n{commands}\n\n{last}"

@@ -39,12 +39,7 @@ TYPES = (MergeArguments,)
 
 
 def run(argv: Sequence[str]) -> None:
-    """Parse ``argv``, merge in float32, compare the logits before and after, cast and save.
-
-    Raises:
-        ProblemError: a folder that is not empty, an adapter that does not fit the base model, or
-            logits that differ by more than rounding; nothing is saved then.
-    """
+    """Parse ``argv``, merge in float32, compare the logits before and after, cast and save."""
     (args,), _ = parse("merge", TYPES, argv)
     output = Path(args.output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -94,11 +89,7 @@ def _load(args: MergeArguments) -> Any:
 
 @torch.no_grad()
 def merge(model: Any) -> tuple[Any, float, float]:
-    """The merged model, the largest difference of its logits to ``model``'s, the largest logit.
-
-    Raises:
-        ProblemError: the difference is more than rounding.
-    """
+    """The merged model, the largest difference of its logits to ``model``'s, the largest logit."""
     length = min(16, getattr(model.config, "max_position_embeddings", None) or 16)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (2, length), generator=generator)

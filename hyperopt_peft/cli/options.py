@@ -53,12 +53,8 @@ class RunArguments:
 
     _argument_group_name = "command"
 
-    dry_run: bool = HfArg(
-        default=False, help="print rows, steps, trainings and minutes; train and write nothing"
-    )
-    plugin: list[str] | None = HfArg(
-        default=None, help="files of Python to import first, which register estimators"
-    )
+    dry_run: bool = HfArg(default=False, help="print the plan and minutes; train nothing")
+    plugin: list[str] | None = HfArg(default=None, help="files to import, which add estimators")
 
 
 @dataclass
@@ -67,27 +63,15 @@ class OutputArguments(RunArguments):
 
     overwrite_output_dir: bool = HfArg(default=False, help="replace the results of an earlier run")
 
-    def require_output(
-        self, args: TrainingArguments, *, resumes: bool = False
-    ) -> str | bool | None:
+    def require_output(self, args: TrainingArguments) -> str | bool | None:
         """The checkpoint to resume, True for the last complete one, or None; nothing is created.
 
-        So a script that is started again and again may always give ``true``. A dry run gets an
-        ``output_dir`` of its own, since a Trainer makes the folder.
-
-        Raises:
-            ProblemError: results cannot be written to ``output_dir``, or would replace others; or
-                a checkpoint is given to a command that cannot resume.
+        A dry run gets an ``output_dir`` of its own, since a Trainer makes the folder.
         """
-        asked = str(args.resume_from_checkpoint)
-        if asked.lower() in ("none", "false"):
-            asked = ""
-        elif not resumes:
-            raise ProblemError("resume_from_checkpoint: this command does not resume; leave it out")
         if self.dry_run:
             args.output_dir = cache_folder()
             return None
-        folder = Path(args.output_dir or "")
+        folder, asked = Path(args.output_dir or ""), checkpoint_of(args)
         require_writable(folder)
         last = asked.lower() == "true"
         if last and next(valid_checkpoints(folder, folder / "retrain"), None) is not None:
@@ -106,16 +90,14 @@ class OutputArguments(RunArguments):
         return None if last else asked or None
 
 
+def checkpoint_of(args: TrainingArguments) -> str:
+    """The checkpoint to resume, "" for none."""
+    asked = str(args.resume_from_checkpoint)
+    return "" if asked.lower() in ("none", "false") else asked
+
+
 def divided(command: str, argv: Sequence[str]) -> tuple[Options, Options]:
-    """The options of the YAML file, if ``argv`` begins with one, and those of the flags.
-
-    Raises:
-        ProblemError: the file cannot be read, or is no mapping; or a word is before all flags.
-
-    Example:
-        >>> divided("train", ["--rank=8", "--text-columns", "a", "b"])
-        ({}, {'rank': ['8'], 'text_columns': ['a', 'b']})
-    """
+    """The options of the YAML file, if ``argv`` begins with one, and those of the flags."""
     of_file, flags, values = Options(), Options(), list[str]()
     if argv and not argv[0].startswith("-"):
         of_file, argv = _options_in(Path(argv[0]), command), argv[1:]
@@ -157,12 +139,7 @@ def _words(value: Any) -> list[str]:
 
 
 def flags_of(options: Mapping[str, Sequence[str]]) -> list[str]:
-    """``options`` as flags.
-
-    Example:
-        >>> flags_of({"rank": ["8"], "text_columns": ["a", "b"], "decay": ["-1"], "bf16": []})
-        ['--rank=8', '--text_columns', 'a', 'b', '--decay=-1', '--bf16']
-    """
+    """``options`` as flags."""
     flags: list[str] = []
     for name, values in options.items():
         flags += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *values]
@@ -188,31 +165,27 @@ def parse(
         command: the subcommand, a key of `COMMANDS`.
         types: dataclasses whose fields are the options, each with its help.
         argv: a YAML file (optional), then flags. Options of the file that are of other commands,
-            tasks or methods are not read.
+            tasks or methods are not read; such a flag is an error.
         method: a class whose fields are options too, and whose defaults are those of the run.
         besides: further names, which are not read.
-
-    Raises:
-        ProblemError: an unknown option (the message has the nearest one) or a flag of another
-            command, a bad value, or a file that is no mapping of options.
-        SystemExit: help was asked for, and is printed.
     """
     of_file, flags = divided(command, argv)
     parser = _parser(types, method)
     if {"help", "help_all"} & {*flags}:
         print(_page(command, parser, everything="help_all" in flags))
         raise SystemExit(0)
-    names = names_of(parser.dataclass_types)
-    for name in flags:
-        if owners := _others(command, name, {*names, *besides}):
+    names, given = names_of(parser.dataclass_types), {**of_file, **flags}
+    read = {k: v for k, v in given.items() if {k, k.removeprefix("no_")} & names}
+    foreign = [name for name in given if name not in read and name not in besides]
+    for name in foreign:
+        owners = _owners(command, name, names)
+        if name in flags:
             raise ProblemError(
                 f"--{name}: an option of {owners}, which this run does not read; leave it out"
             )
-    if foreign := [name for name in of_file if _others(command, name, {*names, *besides})]:
+    if foreign:
         text = f"{', '.join(foreign)}: of other commands, tasks or methods, and not read"
         print(f"hyperopt-peft {command}: {text}", file=sys.stderr)
-    given = {**{k: v for k, v in of_file.items() if k not in flags}, **flags}
-    read = {k: v for k, v in given.items() if {k, k.removeprefix("no_")} & names}
     try:
         *parsed, rest = parser.parse_args_into_dataclasses(
             flags_of(read), return_remaining_strings=True, look_for_args_file=False
@@ -280,15 +253,9 @@ def _names(owner: str) -> set[str]:
     return names_of(import_module(f"hyperopt_peft.cli.{owner}").TYPES)
 
 
-def _others(command: str, name: str, names: Collection[str]) -> str:
-    """The commands, tasks or methods with the option ``name``; "" where it is one of ``names``.
-
-    Raises:
-        ProblemError: nothing has it.
-    """
+def _owners(command: str, name: str, names: Collection[str]) -> str:
+    """The commands, tasks or methods with the option ``name``, which is none of ``names``."""
     plain = name.removeprefix("no_")
-    if {name, plain} & {*names}:
-        return ""
     if plain in _names(command):
         return "other tasks"
     owners = [owner for owner in (*COMMANDS, *METHODS) if owner != "init"]

@@ -19,14 +19,7 @@ TIMED = 2
 
 @dataclass(frozen=True)
 class Work:
-    """Trainings of one kind.
-
-    Attributes:
-        name: of the method or the phase.
-        trainings: their number.
-        steps: the optimizer steps of one.
-        passes: the micro-batches that one sends forward and backward.
-    """
+    """Trainings of one kind; each has ``passes``, micro-batches sent forward and backward."""
 
     name: str
     trainings: int

@@ -17,13 +17,10 @@ PACKAGES = ("hyperopt-peft", "torch", "transformers", "peft", "datasets")
 
 @dataclass
 class Report:
-    """What a page shows, in this order.
+    """What a page shows.
 
     Attributes:
-        command: the command of ``hyperopt-peft``.
         verdict: the result in a sentence.
-        options: the values of each option, of the file and of the command line.
-        subtitle: the data and the model in a few words.
         tables: rows of cells by title, the heads first.
         pictures: files in the page's folder by caption.
         curves: the logs of the phases by title, of which both levels' losses are drawn.
@@ -52,18 +49,7 @@ class Report:
         return folder / name
 
     def text(self, pictures: Mapping[str, str]) -> str:
-        """The page.
-
-        Example:
-            >>> tables = {"Results": [["method", "loss"], ["lora", 0.5]]}
-            >>> print(Report("train", "loss 0.5", {"rank": ["8"]}, tables=tables).text({}))
-            # hyperopt-peft train
-            ...
-            | method | loss |
-            | --- | --- |
-            | lora | 0.5 |
-            ...
-        """
+        """The page."""
         again = [f"hyperopt-peft {self.command}"]
         again += [shlex.join([f"--{name}", *words]) for name, words in self.options.items()]
         versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)

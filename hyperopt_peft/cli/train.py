@@ -38,7 +38,7 @@ def run(argv: Sequence[str]) -> None:
     """Parse ``argv``, train, evaluate; write adapter, results and report to ``output_dir``."""
     chosen = choose("train", TrainArguments, argv)
     command, args = chosen.command, chosen.args
-    checkpoint = command.require_output(args, resumes=True)
+    checkpoint = command.require_output(args)
     setup = prepare(chosen.model, chosen.data, args, chosen.method)
     trainer = setup.trainer(args, chosen.method)
     works = phases(trainer)
@@ -49,7 +49,7 @@ def run(argv: Sequence[str]) -> None:
     if trainer.is_world_process_zero():  # the lines of two phases look alike
         print(", then ".join(f"{work.name}: {work.steps} steps" for work in works), flush=True)
     trainer.train(checkpoint)
-    evaluation = {} if setup.evaluation is None else evaluated(trainer)
+    evaluation = {} if setup.evaluation is None else trainer.evaluate()
     save(trainer, evaluation)
     if trainer.is_world_process_zero():
         page = report(trainer, setup, evaluation, chosen)
@@ -59,12 +59,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def save(trainer: BilevelTrainer, evaluation: dict[str, Any]) -> None:
-    """Write the adapter, the base model's configuration, results and states.
-
-    ``all_results.json`` has the numbers of the search (or of a baseline) under the names of
-    `transformers`, the numbers of the retraining as ``retrain_…``, and the evaluation of the
-    final model as ``eval_…``.
-    """
+    """Write the adapter, the base model's configuration, results and states."""
     save_adapter(trainer)
     results = {"train": _last_metrics(trainer), "eval": evaluation}
     if trainer.retrainer is not None:
@@ -77,10 +72,10 @@ def save(trainer: BilevelTrainer, evaluation: dict[str, Any]) -> None:
     trainer.save_state()
 
 
-def evaluated(trainer: BilevelTrainer) -> dict[str, Any]:
-    """The numbers of an evaluation, without the time of preparing a model that is prepared."""
-    metrics = trainer.evaluate()
-    return {name: x for name, x in metrics.items() if not name.endswith("preparation_time")}
+def metrics_of(evaluation: dict[str, Any]) -> dict[str, float]:
+    """The metrics of an evaluation by their own names, without its times."""
+    metrics = {k: x for k, x in evaluation.items() if not k.endswith(TIMINGS)}
+    return {k.removeprefix("eval_"): x for k, x in metrics.items() if k.startswith("eval_")}
 
 
 def report(
@@ -93,13 +88,11 @@ def report(
         search = trainer.state.log_history[: -1 if evaluation else None]
         histories = {"Search": search, "Retraining": trainer.retrainer.state.log_history}
     works = phases(trainer)
-    tables: dict[str, list[list[Any]]] = {}
-    rows = [[work.name, work.steps, f"{work.passes:.0f}"] for work in works]
-    tables["Trainings"] = [["phase", "steps", "passes"], *rows]
+    rows: list[list[Any]] = [[work.name, work.steps, f"{work.passes:.0f}"] for work in works]
+    tables = {"Trainings": [["phase", "steps", "passes"], *rows]}
     verdict = f"{chosen.name.rpartition(':')[2]}, {sum(work.steps for work in works)} steps"
     if evaluation and setup.evaluation is not None:
-        shown = {k: x for k, x in evaluation.items() if not k.endswith(TIMINGS)}
-        numbers = {k.removeprefix("eval_"): x for k, x in shown.items() if k.startswith("eval_")}
+        numbers = metrics_of(evaluation)
         tables["Evaluation"] = [[*numbers], [f"{value:.4f}" for value in numbers.values()]]
         metric, size = setup.task.metric, len(setup.evaluation)
         verdict = f"{metric} {numbers[metric]:.4g} on {size} evaluation rows, by {verdict}"

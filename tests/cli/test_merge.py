@@ -96,14 +96,6 @@ def test_bad_adapters_are_named_and_nothing_is_written(
 
 def test_a_merge_that_changes_the_function_is_refused(folder: Path) -> None:
     model, _ = stock(folder)
-    merge_and_unload = model.merge_and_unload
-
-    def wrong() -> Any:
-        merged = merge_and_unload()
-        with torch.no_grad():
-            merged.classifier.bias += 1
-        return merged
-
-    model.merge_and_unload = wrong
-    with pytest.raises(ProblemError, match=r"logits.* 1,"):
+    model.merge_and_unload = model.unload  # which leaves the adapter out
+    with pytest.raises(ProblemError, match=r"logits of the merged model differ"):
         merge(model)

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
-from tests.support.cli import refused, run, small_run, state
+from tests.support.cli import run, small_run, state
 from tests.support.files import save_model
 
 
-def plan(capsys: pytest.CaptureFixture[str], options: dict[str, Any]) -> str:
-    run("train", "--dry-run", **options)
+def plan(
+    capsys: pytest.CaptureFixture[str], options: dict[str, Any], command: str = "train"
+) -> str:
+    run(command, "--dry-run", **options)
     return capsys.readouterr().out
 
 
@@ -55,14 +57,6 @@ def test_steps_are_those_that_are_trained(
     assert len(steps(text)) == 1 and numbers(text, "examples")[2] == 0
 
 
-def test_too_few_steps_are_refused_as_in_training(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = small_run(tmp_path, lower_steps=5)
-    for dry in (False, True):
-        refused(capsys, "train", {**options, "dry_run": dry}, "lower_steps: 5 leaves no upper step")
-
-
 def test_new_weights_that_stay_random_are_warned_of(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -73,13 +67,11 @@ def test_new_weights_that_stay_random_are_warned_of(
     assert "bert.pooler" not in caplog.text
     plan(capsys, options)
     assert "bert.pooler.dense.bias, bert.pooler.dense.weight" in caplog.text
-    assert "modules_to_save" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("command", "changes", "trainings"),
     [
-        ("train", {}, {"search": 1, "retraining": 1}),
         ("check", {"search_steps": 2}, {"search": 1, "both levels": 9, "estimators": 8}),
         ("check", {"estimators": "none"}, {"both levels": 9}),
         ("compare", {"seeds": [0, 1], "methods": ["lora", "bidora"]}, {"lora": 2, "bidora": 2}),
@@ -94,11 +86,7 @@ def test_every_command_says_its_trainings_and_minutes(
     changes: dict[str, Any],
     trainings: dict[str, int],
 ) -> None:
-    options = small_run(tmp_path, target_modules=["query"], **changes)
-    run(command, "--dry_run", **options)
-    text = capsys.readouterr().out
+    text = plan(capsys, small_run(tmp_path, target_modules=["query"], **changes), command)
     for name, count in trainings.items():
         assert re.search(rf"^{name} +{count} ", text, re.MULTILINE), text
-    (minutes,) = re.findall(r"together about ([\d.]+) minutes", text)
-    assert float(minutes) >= 0
-    assert not (tmp_path / "out").exists()
+    assert re.search(r"together about [\d.]+ minutes", text) and not (tmp_path / "out").exists()

@@ -58,27 +58,15 @@ def test_rows_have_scores(tmp_path: Path, model: Path, layout: str) -> None:
     rows = language.rows(layout, 8).to_list()
     if layout == "completion":
         rows[2]["prompt"] = "say a " * 12
-    evaluation = [
-        {**row, "origin": "xy"[k % 2]} for k, row in enumerate(language.rows(layout, 4, 9))
-    ]
-    chosen = options(tmp_path, model)
+    chosen = options(tmp_path, model, layout, assistant_only_loss=layout == "messages")
     write(tmp_path / "train.jsonl", rows)
-    write(tmp_path / "eval.jsonl", evaluation)
-    run(
-        "attribute",
-        **chosen,
-        slices="origin",
-        assistant_only_loss=layout == "messages",
-        estimator="gradient",
-    )
+    run("attribute", **chosen, estimator="gradient")
     with (tmp_path / "out/attribution.csv").open(newline="", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     numbers = [k for k in range(8) if layout != "completion" or k != 2]
     assert [int(line["row"]) for line in table] == numbers
     for line, number in zip(table, numbers, strict=True):
         assert all(line[column] == str(value) for column, value in rows[number].items())
-        halves = float(line["score_x"]) + float(line["score_y"])
-        assert float(line["score"]) == pytest.approx(halves / 2)
     assert PeftConfig.from_pretrained(tmp_path / "out").task_type == "CAUSAL_LM"
 
 
@@ -104,12 +92,9 @@ ROWS: list[tuple[str, list[Any], str]] = [
     ("train", [{"messages": [USER, {"content": "a"}]}], "without a role"),
     ("train", [{"messages": [{"role": "assistant", "content": " "}]}], "an empty message of the"),
     ("train", [{"messages": "say a"}], "'say a', not a list of messages"),
-    ("train", [{"messages": []}], "not a list of messages"),
-    ("eval", [], "eval_file: .* (has no rows|cannot be read)"),
 ]
 OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"max_length": 100}, "max_length: the model reads 2 to 64 tokens, got 100"),
-    ({"train_file": None}, "train_file: give"),
     ({"packing_strategy": "bdf", "packing": True}, "packing_strategy|strategy"),
     ({"text_columns": ["text"]}, "--text_columns: an option of other tasks"),
     ({"retrain_without": 0.1}, "retrain_without: is not of task sft"),

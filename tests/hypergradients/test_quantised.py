@@ -72,7 +72,9 @@ def test_differences_over_layers_that_round_activations_are_refused(
 
 def test_every_estimator_has_been_tried() -> None:
     tried = {name.partition(":")[0] for name in (*DIFFERENCES, *OTHERS)}
-    assert {*registered()} <= tried | {"fastmix"}
+    own = "hyperopt_peft."  # other tests register estimators
+    known = {n for n, x in registered().items() if x.estimator.__module__.startswith(own)}
+    assert known <= tried | {"fastmix"}
 
 
 def test_exact_products_are_right_there_and_differences_would_not_be(

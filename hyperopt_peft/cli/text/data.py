@@ -34,22 +34,18 @@ class ExampleData:
 
     _argument_group_name = "data"
 
-    train_file: list[str] | None = HfArg(
-        default=None, help="CSV, TSV, JSON, JSONL or Parquet files"
-    )
+    train_file: list[str] | None = HfArg(default=None, help="CSV, TSV, JSON, JSONL or Parquet")
     dataset: str | None = HfArg(default=None, help="of the hub or a folder, in place of train_file")
     dataset_config: str | None = HfArg(default=None, help="the data set's configuration")
     train_split: str = HfArg(default="train", help="the data set's part to train on")
     upper_file: list[str] | None = HfArg(
         default=None,
-        help="files of the upper level alone; if not given upper_fraction of the training examples",
+        help="of the upper level; if not given upper_fraction of the training examples",
     )
     eval_file: list[str] | None = HfArg(default=None, help="files that are never trained on")
     eval_split: str | None = HfArg(default=None, help="the data set's part to evaluate on")
     eval_fraction: float = HfArg(
-        default=0.1,
-        help="share of the training examples that is held out for evaluation if there are no "
-        "others, the same for every seed; 0 for no evaluation",
+        default=0.1, help="share of the training examples to hold out if no others are given; or 0"
     )
 
     def __post_init__(self) -> None:
@@ -61,22 +57,19 @@ class ExampleData:
     def read(self, columns: Collection[str] = ()) -> tuple[Dataset, Dataset | None, Dataset | None]:
         """The examples for training, the upper level and evaluation; None where not given.
 
-        Those for training have the column `SOURCE` if it is one of ``columns`` and the
-        files are several.
+        Those of several training files have the column `SOURCE` if it is one of ``columns``.
         """
-        upper = read_files(self.upper_file, "upper_file") if self.upper_file else None
-        if not self.train_file:
-            train = self._read_split("train_split")
-        else:
-            train = read_files(self.train_file, "train_file", by_source=SOURCE in columns)
-        if self.eval_file:
-            return train, upper, read_files(self.eval_file, "eval_file")
-        return train, upper, self._read_split("eval_split") if self.eval_split else None
+        by_source = {"by_source": SOURCE in columns}
+        train = self._part("train_file", "train_split", **by_source)
+        return train, self._part("upper_file"), self._part("eval_file", "eval_split")
 
-    def _read_split(self, option: str) -> Dataset:
-        split = getattr(self, option)
-        name = f"{split} of {self.dataset}"
-        return _load(option, name, self.dataset, self.dataset_config, split=split)
+    def _part(self, files: str, split: str = "", **options: bool) -> Any:
+        if paths := getattr(self, files):
+            return read_files(paths, files, **options)
+        if part := getattr(self, split, None):
+            name = f"{part} of {self.dataset}"
+            return _load(split, name, self.dataset, self.dataset_config, split=part)
+        return None
 
 
 @dataclass
@@ -85,18 +78,13 @@ class DataArguments(ExampleData):
 
     text_columns: list[str] = HfArg(
         default_factory=lambda: ["text"],
-        help="the column with the text; two for pairs of texts; the source for seq2seq; the "
-        "prompt, or all of the text, for causal-lm",
+        help="the text; two for pairs of texts; the source for seq2seq; the prompt, or all of the "
+        "text, for causal-lm",
     )
-    label_column: str = HfArg(
-        default="label",
-        help="classes, numbers (regression) or lists of tags (token-classification)",
-    )
+    label_column: str = HfArg(default="label", help="classes, numbers, or lists of tags")
     tokens_column: str = HfArg(default="tokens", help="lists of words, for token-classification")
     target_column: str | None = HfArg(
-        default=None,
-        help="the column with the text to produce, for seq2seq; for causal-lm the answer, and the "
-        "prompt is then left out of the loss",
+        default=None, help="the text to produce, for seq2seq and, after a prompt, for causal-lm"
     )
     max_length: int = HfArg(default=128, help="tokens an example; longer ones are cut")
 
@@ -121,14 +109,7 @@ class DataArguments(ExampleData):
 def read_files(paths: Sequence[str], option: str, *, by_source: bool = False) -> Dataset:
     """The rows of all ``paths``, in order; ``option`` has the paths, and is named in errors.
 
-    Args:
-        paths: the files.
-        option: their option.
-        by_source: whether several files without a column `SOURCE` get one, of the files' names.
-
-    Raises:
-        ProblemError: a file that is missing, empty, damaged or of an unknown format, or columns
-            that differ.
+    With ``by_source`` several files without a column `SOURCE` get one, of the files' names.
     """
     tables = [_read_file(Path(path), option) for path in paths]
     if by_source and len(paths) > 1 and SOURCE not in tables[0].column_names:

@@ -20,14 +20,7 @@ Batch = Mapping[str, list[Any]]
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes the rows of one task.
-
-    Attributes:
-        task: the name of the task.
-        args: the columns and the maximum length.
-        tokenizer: the tokenizer of the model.
-        names: the classes in the order of their numbers; empty if labels are no classes.
-    """
+    """Encodes the rows of one task, whose classes are ``names``, in the order of their numbers."""
 
     task: str
     args: DataArguments
@@ -40,12 +33,7 @@ class Encoder:
         return self.args.columns(self.task)
 
     def encode(self, data: Dataset, where: str) -> Dataset:
-        """The arguments of the model's forward, with ``labels``.
-
-        Raises:
-            ProblemError: a missing column or an empty cell, or a value that the task cannot learn;
-                the message has ``where``, the name of the data, and the row, from 0.
-        """
+        """The arguments of the model's forward, with ``labels``; errors have the name ``where``."""
         require_columns(data, self.columns, where)
         if self.names:
             data = _named(data, self.args.label_column)

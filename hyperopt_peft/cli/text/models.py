@@ -35,19 +35,14 @@ class ModelArguments:
     task: TaskName = HfArg(help="the task to learn; sft trains with TRL")
     tokenizer: str | None = HfArg(default=None, help="the tokenizer; the model's if not given")
     dtype: Dtype = HfArg(default="float32", help="of the base model; auto: as it was saved")
-    load_in_4bit: bool = HfArg(
-        default=False, help="the base model's linear layers in 4 bits (NF4, with bitsandbytes)"
-    )
+    load_in_4bit: bool = HfArg(default=False, help="the base model in NF4, with bitsandbytes")
     rank: int = HfArg(default=8, help="rank r of B·A")
     alpha: int = HfArg(default=16, help="LoRA's alpha; the scale of B·A is alpha / rank")
     dropout: float = HfArg(default=0.0, help="dropout on the adapter's input")
     target_modules: list[str] = HfArg(
-        default_factory=lambda: [ALL_LINEAR],
-        help="names (or ends of names) of the modules to adapt, or all-linear",
+        default_factory=lambda: [ALL_LINEAR], help="names, or their ends, of modules to adapt"
     )
-    modules_to_save: list[str] | None = HfArg(
-        default=None, help="trained in full, as a new head is"
-    )
+    modules_to_save: list[str] | None = HfArg(default=None, help="trained in full, as a new head")
 
     def __post_init__(self) -> None:
         if self.load_in_4bit and self.task not in ("causal-lm", "sft"):
@@ -157,9 +152,6 @@ def add_adapter(model: Any, args: ModelArguments, task: Task, method: Method) ->
     if targets == [ALL_LINEAR]:  # by which PEFT means modules that are trained in full too
         targets = ALL_LINEAR
         exclude = rf".*({'|'.join(map(re.escape, trained))})(\..*)?" if trained else None
-    width = getattr(model.config.get_text_config(), "hidden_size", args.rank)
-    if args.rank > width:
-        raise ProblemError(f"rank: must be at most the hidden_size {width}, got {args.rank}")
     try:
         config = LoraConfig(
             task_type=task.peft,

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, set_seed
 from transformers.utils import logging
 
-from hyperopt_peft.cli.options import Options, divided, parse
+from hyperopt_peft.cli.options import Options, checkpoint_of, divided, parse
 from hyperopt_peft.cli.text import SFT, models
 from hyperopt_peft.cli.text.data import (
     EVALUATION,
@@ -20,7 +20,6 @@ from hyperopt_peft.cli.text.data import (
     DataArguments,
     ExampleData,
     hold_out,
-    read_files,
     require_columns,
 )
 from hyperopt_peft.cli.text.encode import Encoder, class_names
@@ -42,15 +41,7 @@ SHARED = (ModelArguments, DataArguments, BilevelTrainingArguments)
 
 @dataclass
 class Chosen:
-    """The options of a run.
-
-    Attributes:
-        name: that of the method, as it was given.
-        command: those of the command itself.
-        model, data, args: those of the model, the data and the training.
-        method: the method, with its own.
-        options: all of them, as they were given.
-    """
+    """The options of a run; ``options`` and the method's ``name`` are as they were given."""
 
     name: str
     command: Any
@@ -68,17 +59,9 @@ def choose(
     method: str | None = None,
     besides: Collection[str] = (),
 ) -> Chosen:
-    """The options of the command ``name`` in ``argv``.
+    """The options in ``argv`` of the command ``name``, whose own are the fields of ``kind``.
 
-    Args:
-        name: the command.
-        kind: the dataclass of its own options.
-        argv: a YAML file (optional), then flags.
-        method: the method, instead of the option ``method``.
-        besides: names of options that are not read.
-
-    Raises:
-        ProblemError: as `parse`, `find_method` and `import_file`.
+    ``method`` is in place of the option ``method``; ``besides`` are names that are not read.
     """
     of_file, flags = divided(name, argv)
     given = {**of_file, **flags}
@@ -91,6 +74,8 @@ def choose(
     found = find_method(method)
     parsed, options = parse(name, (kind, *types), argv, method=found, besides=besides)
     command, model, data, args, made = parsed
+    if name != "train" and checkpoint_of(args):
+        raise ProblemError("resume_from_checkpoint: this command does not resume; leave it out")
     return Chosen(method, command, model, data, args, made, options)
 
 
@@ -99,11 +84,8 @@ class Setup:
     """The encoded data, and the construction of models and trainers for the data.
 
     Attributes:
-        args: the options of the model.
-        task: the task.
         config: the base model's configuration, with the head of the task.
         encoder: encodes further examples; has the tokenizer.
-        train, upper, evaluation: the encoded examples; None where there are none.
         rows, evaluation_rows: as they were read, before a part of ``rows`` is held out.
     """
 
@@ -116,11 +98,6 @@ class Setup:
     evaluation: Dataset | None
     rows: Dataset
     evaluation_rows: Dataset | None
-
-    def read(self, paths: Sequence[str], option: str) -> Dataset:
-        """The encoded examples of further files, those of ``option``."""
-        rows, where = read_files(paths, option), f"the {option.removesuffix('_file')} examples"
-        return self.encoder.encode(rows, where)
 
     def model(self, seed: int, method: Method) -> Any:
         """A new PeftModel, a function of ``seed``; a warning names random frozen weights."""
@@ -154,25 +131,16 @@ class Setup:
                 options["data_collator"] = DataCollatorForSeq2Seq(self.encoder.tokenizer, model)
         try:
             return kind(model, args, method=copy.deepcopy(method), **data, **options)
-        except ProblemError:
-            raise
         except (ValueError, RuntimeError, OSError) as error:  # a logger is not installed, say
             raise ProblemError(str(error)) from error
 
 
 def prepare(args: ModelArguments, data: Any, training: Any, *methods: Method) -> Setup:
-    """Read and encode the data for the model, without loading weights.
-
-    Args:
-        args: the options of the model.
-        data: those of the examples.
-        training: those of the training.
-        methods: what is trained on the data.
-
-    Raises:
-        ProblemError: invalid data, or a model that cannot be loaded.
-    """
-    read = sorted({name for method in methods for name in columns_read(method)})
+    """Read and encode the data for the model and for ``methods``, without loading weights."""
+    read = list[str]()  # columns of the training rows, beside those of the task
+    for method in methods:
+        own = getattr(method, "column", None)  # of which the method makes its tags
+        read += [name for name in ([own] if own else method.tags) if name not in (INDEX, *read)]
     task, name, of_trl = TASKS[args.task], args.tokenizer or args.model, args.task == SFT
     columns = [] if of_trl else data.columns(args.task)
     rows, upper, evaluation_rows = data.read(read)
@@ -204,22 +172,3 @@ def prepare(args: ModelArguments, data: Any, training: Any, *methods: Method) ->
         train, evaluation = hold_out(train, data.eval_fraction)
         evaluation = evaluation.remove_columns(read)
     return Setup(args, task, config, encoder, train, upper, evaluation, rows, evaluation_rows)
-
-
-def columns_read(method: Method) -> list[str]:
-    """The columns of the training rows that ``method`` reads, beside those of the task.
-
-    Example:
-        >>> columns_read(Method())
-        []
-    """
-    own: str | None = getattr(method, "column", None)  # of which the method makes its tags
-    return [tag for tag in method.tags if tag != INDEX] if own is None else [own]
-
-
-def changed(args: Any, **values: Any) -> Any:
-    """A copy of ``args`` with other values."""
-    args = copy.copy(args)
-    for name, value in values.items():
-        setattr(args, name, value)
-    return args

@@ -31,14 +31,7 @@ def sft_trainer() -> type[BilevelTrainer]:
 
 @dataclass
 class Conversations:
-    """Checks rows, of which all have the layout of the first; TRL encodes them.
-
-    Attributes:
-        tokenizer: of the model.
-        text_field: the column of plain texts.
-        chat_template: whether there is one, which messages need.
-        columns: those with text, once rows are read.
-    """
+    """Checks rows, which all have the layout of the first; TRL encodes them."""
 
     tokenizer: Any
     text_field: str = "text"
@@ -46,12 +39,7 @@ class Conversations:
     columns: tuple[str, ...] = field(default=(), init=False)
 
     def encode(self, rows: Dataset, where: str) -> Dataset:
-        """The columns of ``rows`` that are trained on; ``where`` names the rows in errors.
-
-        Raises:
-            ProblemError: no layout or another one than before; an empty cell or text; a message
-                without a role; or messages without a chat template.
-        """
+        """The columns of ``rows`` that are trained on; ``where`` names the rows in errors."""
         names, layouts = rows.column_names, [("messages",), ("prompt", "completion")]
         layouts = [self.columns] if self.columns else [*layouts, (self.text_field,)]
         layout = next((columns for columns in layouts if {*columns} <= {*names}), None)

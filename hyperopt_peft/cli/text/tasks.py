@@ -25,14 +25,12 @@ from hyperopt_peft.core.logits import IGNORED
 
 @dataclass(frozen=True)
 class Task:
-    """One task.
+    """One task: the Auto class of the models, PEFT's name for it, and the metrics.
 
     Attributes:
-        model, peft: the Auto class of the models, and the name of the task in PEFT.
         metric: the number by which methods are compared.
         reduce: maps the logits and labels of a batch to the predictions for ``metrics``.
         metrics: maps all predictions and labels to named numbers; None for those of TRL.
-        classes: whether labels are classes, of examples or of tokens.
     """
 
     model: Any
