@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from datasets import Dataset
 from packaging.version import Version
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from hyperopt_peft.adapters.layers import require_plain
@@ -44,6 +46,16 @@ logger = logging.get_logger(__name__)
 #: weight with linear decay. The held-out score of DoRA on five tasks was .46 at .03, .60 at .1 and
 #: .68 to .70 from .3 on, whether by more steps or by a higher rate.
 LEARNS = 0.1
+
+
+def warn_of_short_phase(phase: str, args: Any, rows: Any) -> None:
+    """Log a warning where ``phase`` has too few steps for an adapter to learn by Adam."""
+    steps = args.steps_of(len(rows)) if has_length(rows) else args.max_steps
+    if 0 < args.learning_rate * steps < LEARNS and "adam" in args.optim:
+        logger.warning_once(
+            f"{phase}: {steps} steps at a learning rate of {args.learning_rate:g} hardly train an "
+            f"adapter; give it {math.ceil(LEARNS / args.learning_rate)} steps or a higher rate"
+        )
 
 
 def check_class(args: Any, kind: Any) -> None:
