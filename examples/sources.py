@@ -29,7 +29,7 @@ from hyperopt_peft.core.labels import row_losses
 from hyperopt_peft.engine.fit import lbfgs
 from hyperopt_peft.problems import TaskLevel
 from hyperopt_peft.problems.features import features_of
-from hyperopt_peft.problems.head import L2, Head, L2Penalty
+from hyperopt_peft.problems.head import L2, Head, l2_penalty
 
 Batch = dict[str, Tensor]
 #: What each source makes of a right label; the trusted rows are one source more, the last.
@@ -105,7 +105,7 @@ def trained(parts: list[Batch], mass: Tensor, near: Head | None = None) -> Head:
 def learned(parts: list[Batch]) -> Tensor:
     """The shares that logits learned on the trusted rows give to each source."""
     head, logits = head_of(parts), torch.zeros(len(parts), requires_grad=True)
-    options = {"data": [joined(parts)], "prior": L2Penalty(head)}
+    options = {"data": [joined(parts)], "prior": l2_penalty()}
     lower = level_of(parts, head, lambda: logits.softmax(0), **options)
     prior = len(parts) / (8 * len(parts[-1]["labels"]))  # as that of `Sources`
     options = {"optimizer": torch.optim.Adam([logits], 0.6), "prior": prior}

@@ -4,37 +4,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hyperopt_peft.problems.autolora import AutoLoRA
-    from hyperopt_peft.problems.baselines import DoRA, GivenWeights, LoRA
-    from hyperopt_peft.problems.bidora import BiDoRA
-    from hyperopt_peft.problems.bilora import BiLoRA
-    from hyperopt_peft.problems.class_offsets import ClassOffsets
-    from hyperopt_peft.problems.common import TaskLevel
-    from hyperopt_peft.problems.data_plans import Agreement, EqualSources, TrustedRepeated
-    from hyperopt_peft.problems.find import find_method
-    from hyperopt_peft.problems.head import Head
-    from hyperopt_peft.problems.layer_scales import LayerScales
-    from hyperopt_peft.problems.row_weights import RowWeights, WeightNet
-    from hyperopt_peft.problems.sources import Sources
+    from hyperopt_peft.core.task_level import TaskLevel as TaskLevel
+    from hyperopt_peft.problems.autolora import AutoLoRA as AutoLoRA
+    from hyperopt_peft.problems.baselines import DoRA as DoRA
+    from hyperopt_peft.problems.baselines import GivenWeights as GivenWeights
+    from hyperopt_peft.problems.baselines import LoRA as LoRA
+    from hyperopt_peft.problems.baselines import TrustedRepeated as TrustedRepeated
+    from hyperopt_peft.problems.bidora import BiDoRA as BiDoRA
+    from hyperopt_peft.problems.bilora import BiLoRA as BiLoRA
+    from hyperopt_peft.problems.class_offsets import ClassOffsets as ClassOffsets
+    from hyperopt_peft.problems.data_plans import Agreement as Agreement
+    from hyperopt_peft.problems.data_plans import EqualSources as EqualSources
+    from hyperopt_peft.problems.find import find_method as find_method
+    from hyperopt_peft.problems.head import Head as Head
+    from hyperopt_peft.problems.layer_scales import LayerScales as LayerScales
+    from hyperopt_peft.problems.row_weights import RowWeights as RowWeights
+    from hyperopt_peft.problems.row_weights import WeightNet as WeightNet
+    from hyperopt_peft.problems.sources import Sources as Sources
 
 _MODULES = {
-    "Agreement": "data_plans",
-    "AutoLoRA": "autolora",
-    "BiDoRA": "bidora",
-    "BiLoRA": "bilora",
-    "ClassOffsets": "class_offsets",
-    "DoRA": "baselines",
-    "EqualSources": "data_plans",
-    "GivenWeights": "baselines",
-    "Head": "head",
-    "LayerScales": "layer_scales",
-    "LoRA": "baselines",
-    "RowWeights": "row_weights",
-    "Sources": "sources",
-    "TaskLevel": "common",
-    "TrustedRepeated": "data_plans",
-    "WeightNet": "row_weights",
-    "find_method": "find",
+    "Agreement": "problems.data_plans",
+    "AutoLoRA": "problems.autolora",
+    "BiDoRA": "problems.bidora",
+    "BiLoRA": "problems.bilora",
+    "ClassOffsets": "problems.class_offsets",
+    "DoRA": "problems.baselines",
+    "EqualSources": "problems.data_plans",
+    "GivenWeights": "problems.baselines",
+    "Head": "problems.head",
+    "LayerScales": "problems.layer_scales",
+    "LoRA": "problems.baselines",
+    "RowWeights": "problems.row_weights",
+    "Sources": "problems.sources",
+    "TaskLevel": "core.task_level",
+    "TrustedRepeated": "problems.baselines",
+    "WeightNet": "problems.row_weights",
+    "find_method": "problems.find",
 }
 #: The methods by the name that `find_method` and ``hyperopt-peft train --method`` take.
 METHODS = {
@@ -53,29 +58,10 @@ METHODS = {
     "agreement": "Agreement",
     "trusted_repeated": "TrustedRepeated",
 }
-__all__ = [
-    "METHODS",
-    "Agreement",
-    "AutoLoRA",
-    "BiDoRA",
-    "BiLoRA",
-    "ClassOffsets",
-    "DoRA",
-    "EqualSources",
-    "GivenWeights",
-    "Head",
-    "LayerScales",
-    "LoRA",
-    "RowWeights",
-    "Sources",
-    "TaskLevel",
-    "TrustedRepeated",
-    "WeightNet",
-    "find_method",
-]
+__all__ = ["METHODS", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:  # the import of transformers' Trainer takes seconds
-        return getattr(import_module(f"hyperopt_peft.problems.{_MODULES[name]}"), name)
+        return getattr(import_module(f"hyperopt_peft.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,10 +11,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from datasets import concatenate_datasets
+
 from hyperopt_peft.adapters import set_norm_grad, use_fast_dora
 from hyperopt_peft.core.examples import WeightedRows
 from hyperopt_peft.core.problem import TaskLoss
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.trainer.data import joined
 from hyperopt_peft.trainer.method import Method
 
 
@@ -26,17 +29,9 @@ class LoRA(Method):
     comparison compares methods. An adapter that the model has already is trained as it is.
 
     Example:
-        >>> from datasets import Dataset
-        >>> from peft import LoraConfig, get_peft_model
-        >>> from transformers import BertConfig, BertForSequenceClassification
-        >>> from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
-        >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
-        >>> model = get_peft_model(BertForSequenceClassification(tiny), LoraConfig())
-        >>> rows = Dataset.from_dict({"input_ids": [[1, 2], [3, 4]], "labels": [0, 1]})
-        >>> args = BilevelTrainingArguments("outputs", report_to="none", use_cpu=True)
-        >>> trainer = BilevelTrainer(model, args, method=LoRA(), train_dataset=rows)
-        >>> [level.name for level in trainer.levels]
-        ['LoRA.lower_loss']
+        >>> from peft import LoraConfig
+        >>> LoRA().adapter(LoraConfig(use_dora=True)).use_dora
+        False
     """
 
     def adapter(self, config: Any) -> Any:
@@ -72,6 +67,25 @@ class DoRA(Method):
     def prepare(self, model: Any) -> None:
         """Let the layers of ``model`` run the fast forward pass, or PEFT's."""
         (use_fast_dora if self.fast_dora else set_norm_grad)(model, "detach")
+
+
+@dataclass
+class TrustedRepeated(Method):
+    """All rows alike, with the rows of ``upper_dataset`` repeated ``times`` times.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> train, trusted = Dataset.from_dict({"x": [1, 2]}), Dataset.from_dict({"x": [7]})
+        >>> TrustedRepeated(times=3).all_rows(train, trusted)["x"][:]
+        [1, 2, 7, 7, 7]
+    """
+
+    times: int = 10
+
+    def all_rows(self, train: Any, upper: Any) -> Any:
+        """The training rows, and the trusted ones ``times`` times."""
+        more = concatenate_datasets([upper] * self.times)
+        return joined(train_dataset=train, upper_dataset=more)
 
 
 @dataclass

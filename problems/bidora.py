@@ -18,7 +18,8 @@ from torch import Tensor
 
 from hyperopt_peft.adapters import gram_penalty, set_norm_grad, split_parameters, use_fast_dora
 from hyperopt_peft.core.problem import TaskLoss
-from hyperopt_peft.problems.common import TaskLevel, regularised, require_weight
+from hyperopt_peft.core.task_level import TaskLevel
+from hyperopt_peft.problems.common import regularised, require_weight
 from hyperopt_peft.trainer.method import Method
 
 
@@ -35,18 +36,13 @@ class BiDoRA(Method):
         ProblemError: γ is negative or ``norm_grad`` unknown; later, a layer has no magnitude.
 
     Example:
-        >>> from datasets import Dataset
         >>> from peft import LoraConfig, get_peft_model
-        >>> from transformers import BertConfig, BertForSequenceClassification
-        >>> from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
-        >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
-        >>> model = BertForSequenceClassification(tiny)
-        >>> model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", use_dora=True))
-        >>> rows = Dataset.from_dict({"input_ids": [[1, 2], [3, 4]] * 8, "labels": [0, 1] * 8})
-        >>> args = BilevelTrainingArguments("outputs", report_to="none", use_cpu=True)
-        >>> trainer = BilevelTrainer(model, args, method=BiDoRA(), train_dataset=rows)
-        >>> trainer.levels[1].name, trainer.args.hypergradient
-        ('Magnitude', 'direct')
+        >>> from torch import nn
+        >>> config = LoraConfig(r=2, target_modules=["0"], use_dora=True)
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
+        >>> levels = Direction(model, gamma=0.1), Magnitude(model)
+        >>> [tuple(x.shape) for level in levels for x in level.variables]
+        [(2, 4), (3, 2), (3,)]
     """
 
     gamma: float = 0.0
@@ -99,21 +95,7 @@ class BiDoRA(Method):
 class Direction(TaskLevel):
     """Lower level: min over A, B, head of L(A, B, m; D_train) + γ·R.
 
-    Args:
-        model: a PeftModel with ``use_dora=True``.
-        gamma: γ, the weight of the Gram regulariser R.
-        level: arguments of `TaskLevel`.
-
-    Raises:
-        ProblemError: the model has no DoRA layer; or as `Problem`.
-
-    Example:
-        >>> from peft import LoraConfig, get_peft_model
-        >>> from torch import nn
-        >>> config = LoraConfig(r=2, target_modules=["0"], use_dora=True)
-        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
-        >>> [tuple(x.shape) for level in (Direction, Magnitude) for x in level(model).variables]
-        [(2, 4), (3, 2), (3,)]
+    ``model`` is a PeftModel with ``use_dora=True``; further arguments are those of `TaskLevel`.
     """
 
     def __init__(self, model: Any, *, gamma: float = 0.0, **level: Any) -> None:

@@ -41,19 +41,12 @@ class BiLoRA(Method):
         ProblemError: γ is negative; later, as `add_gains`, or a rank is above the size of a weight.
 
     Example:
-        >>> from functools import partial
         >>> from peft import LoraConfig, get_peft_model
-        >>> from hyperopt_peft import Engine
-        >>> config, x = LoraConfig(r=2, target_modules=["0"]), torch.randn(8, 4)
-        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
-        >>> method, adam = BiLoRA(), partial(torch.optim.Adam, lr=0.1)
-        >>> task = lambda shift: (model(x) - shift).square().mean()
-        >>> levels = method.levels(model, task, data=([1.0], [1.1]), optimizers=[adam] * 2)
-        >>> history = Engine(*levels, "darts", progress=False).run(20)
-        >>> rank = torch.linalg.matrix_rank(method.finish(model).get_submodule(
-        ...     "base_model.model.0").get_delta_weight("default"))
-        >>> int(rank)
-        2
+        >>> config = LoraConfig(r=2, target_modules=["0"])
+        >>> model, method = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config), BiLoRA()
+        >>> method.prepare(model)
+        >>> [tuple(x.shape) for x in method.upper_variables(model).values()]
+        [(1, 2)]
     """
 
     gamma: float = 0.1

@@ -1,4 +1,4 @@
-"""A penalty beside a loss, and a level with the loss of a task."""
+"""A penalty beside a loss."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from hyperopt_peft.core.problem import Problem, TaskLoss
-from hyperopt_peft.core.validation import Variables
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.distributed import is_sharded
 
@@ -20,17 +18,7 @@ def require_weight(name: str, value: float) -> None:
 
 
 def regularised(task: Any, weight: float, penalty: Callable[[Any], Tensor], model: Any) -> Any:
-    """L + weight·penalty(model), with both terms as metrics; L alone where ``weight`` is 0.
-
-    Raises:
-        ProblemError: FSDP2 has shards only of what the penalty reads.
-
-    Example:
-        >>> from torch import nn, ones
-        >>> regularised(ones(()), 0.5, lambda model: model.weight.sum() * 0 + 4, nn.Linear(1, 1))
-        ... # doctest: +ELLIPSIS
-        {'loss': tensor(3., ...), 'task_loss': tensor(1.), 'penalty': tensor(4., ...)}
-    """
+    """L + weight·penalty(model), with both terms as metrics; L alone where ``weight`` is 0."""
     if weight == 0:
         return task
     if is_sharded(*model.parameters()):
@@ -40,32 +28,3 @@ def regularised(task: Any, weight: float, penalty: Callable[[Any], Tensor], mode
         )
     value = penalty(model)
     return {"loss": task + weight * value, "task_loss": task, "penalty": value}
-
-
-class TaskLevel(Problem):
-    """A level with the loss L of a task; subclasses define the variables and may add terms.
-
-    Args:
-        model: a model whose forward returns ``.loss``, such as one of Transformers.
-        variables: the tensors that the level owns.
-        task_loss: L as a function of the batch; by default ``model(**batch).loss``.
-        level: arguments of `Problem`: data, optimizer, scheduler, max_grad_norm, name.
-
-    Example:
-        >>> from torch import nn, ones
-        >>> model = nn.Linear(2, 1)
-        >>> level = TaskLevel(model, [model.bias], task_loss=lambda x: model(x).square().mean())
-        >>> level.loss(ones(3, 2)).shape
-        torch.Size([])
-    """
-
-    def __init__(
-        self, model: Any, variables: Variables, *, task_loss: TaskLoss | None = None, **level: Any
-    ) -> None:
-        self.model = model
-        self.task_loss = task_loss or (lambda batch: model(**batch).loss)
-        super().__init__(variables, **level)
-
-    def loss(self, batch: Any) -> Any:
-        """L."""
-        return self.task_loss(batch)

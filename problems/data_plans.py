@@ -1,8 +1,6 @@
 """Simple ways to train on sources and a few trusted rows: methods without an upper level.
 
-    min over the adapter w   Σ_k p_k L_k(w),   L_k the mean loss of source k
-
-`LoRA` trains on all rows alike.
+min over the adapter w   Σ_k p_k L_k(w),   L_k the mean loss of source k
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset, Value, concatenate_datasets
+from datasets import Dataset, Value
 from torch import Tensor
 
 from hyperopt_peft.core.examples import WeightedRows
@@ -20,7 +18,7 @@ from hyperopt_peft.core.problem import TaskLoss
 from hyperopt_peft.engine.fit import lbfgs
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.features import features_of
-from hyperopt_peft.problems.head import Head, L2Penalty
+from hyperopt_peft.problems.head import Head, l2_penalty
 from hyperopt_peft.trainer.data import joined
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.tags import label_counts, without
@@ -105,12 +103,11 @@ class Agreement(EqualSources):
     trusted row has the weight 1.
 
     Args:
-        column: as for `EqualSources`.
         log_odds: whether the weight is log(q_k/(1 − q_k)·(C − 1)), as in naive Bayes, by the
             largest; a source below 0 is left out.
 
     Raises:
-        ProblemError: a row has no class, or there are no trusted rows; as `EqualSources`.
+        ProblemError: a row has no class, or there are no trusted rows.
 
     Example:
         >>> Agreement(log_odds=True)
@@ -129,7 +126,7 @@ class Agreement(EqualSources):
         made, classes = made.standardized(), max(2, 1 + int(made.labels.max()))
         head, size = Head(made.x.shape[1], classes), len(self.names)
         level = WeightedRows(head, lambda batch: torch.ones(len(batch["labels"])))
-        level.prior = L2Penalty(head)
+        level.prior = l2_penalty()
         lbfgs(level, made.select((source == size - 1).nonzero()[:, 0]).batch())
         right = head(made.x).logits.argmax(1) == made.labels
         numbers = source.bincount(minlength=size) + classes
@@ -143,24 +140,3 @@ class Agreement(EqualSources):
         """The share of each source, ``(K,)``: its weight times its labels, by their sum."""
         mass = self.agreement * self.counts
         return mass / mass.sum()
-
-
-@dataclass
-class TrustedRepeated(Method):
-    """All rows alike, with the rows of ``upper_dataset`` repeated.
-
-    Args:
-        times: how often; the published tables have 10, 30 and 100.
-
-    Example:
-        >>> train, trusted = Dataset.from_dict({"x": [1, 2]}), Dataset.from_dict({"x": [7]})
-        >>> TrustedRepeated(times=3).all_rows(train, trusted)["x"][:]
-        [1, 2, 7, 7, 7]
-    """
-
-    times: int = 10
-
-    def all_rows(self, train: Any, upper: Any) -> Any:
-        """The training rows, and the trusted ones ``times`` times."""
-        more = concatenate_datasets([upper] * self.times)
-        return joined(train_dataset=train, upper_dataset=more)

@@ -21,22 +21,13 @@ from hyperopt_peft.utils.models import base_model, evaluating
 
 @dataclass(frozen=True)
 class Features:
-    """The rows of a head: x, their labels, and where each comes from.
+    """The rows of a head: x, their labels, and where each comes from."""
 
-    Attributes:
-        x: the features, ``(m, d)`` in float32 on the CPU; m is the number of rows, or of tokens
-            with a label.
-        labels: a class ``(m,)``, or numbers ``(m,)`` or ``(m, C)``.
-        row: the number of the data's row that each is of, ``(m,)``.
-
-    Example:
-        >>> features = Features(torch.ones(3, 2), torch.tensor([0, 1, 0]), torch.arange(3))
-        >>> len(features.select(torch.tensor([0, 2])).x)
-        2
-    """
-
+    #: ``(m, d)`` in float32 on the CPU; m is the number of rows, or of tokens with a label.
     x: Tensor
+    #: A class ``(m,)``, or numbers ``(m,)`` or ``(m, C)``.
     labels: Tensor
+    #: The number of the data's row that each is of, ``(m,)``.
     row: Tensor
 
     @classmethod
@@ -90,15 +81,6 @@ def features_of(
     Raises:
         ProblemError: the model returns no states of tokens; a batch has no labels, or one that is
             neither of a row nor of a token.
-
-    Example:
-        >>> from transformers import BertConfig, BertForSequenceClassification
-        >>> from transformers import default_data_collator
-        >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
-        >>> model = BertForSequenceClassification(tiny)
-        >>> rows = Dataset.from_dict({"input_ids": [[1, 2], [3, 4]], "labels": [0, 1]})
-        >>> features_of(model, rows, default_data_collator).x.shape
-        torch.Size([2, 8])
     """
     batches = batches_of(rows, collate, batch_size, next(model.parameters()).device)
     parts, numbers = [], torch.arange(len(rows)).split(batch_size)
@@ -111,13 +93,20 @@ def features_of(
                 raise ProblemError("labels: a head needs a label of each row, or of each token")
             labels = labels.cpu()
             if labels.dim() != 2 or labels.is_floating_point():
-                x = _means(model, batch, len(number))
+                states = _states(model, batch, len(number), encoder=True).float()
+                mask = batch.get("attention_mask", states.new_ones(states.shape[:2]))[..., None]
+                x = (states * mask).sum(1) / mask.sum(1).clamp(min=1)
             else:
                 if not (read := labels.ne(IGNORED).any(1)).any():
                     continue
                 batch = {name: rows_of(value, len(read), read) for name, value in batch.items()}
                 labels, number = labels[read], number[read]
-                states = _states(model, batch, labels)
+                states = _states(model, batch, len(labels))
+                if labels.shape != states.shape[:2]:
+                    raise ProblemError(
+                        f"labels: have the shape {tuple(labels.shape)}, and the model's states "
+                        f"{tuple(states.shape[:2])}; a head needs a label for each token"
+                    )
                 row, token = (labels != IGNORED).nonzero(as_tuple=True)
                 x, labels = states[row, token], labels[row, token]
                 number = number[row]
@@ -127,49 +116,18 @@ def features_of(
     return Features.joined(parts)
 
 
-def _means(model: Any, batch: dict[str, Any], count: int) -> Tensor:
-    """The mean state of each row, ``(n, d)``, over the non-padding tokens."""
-    output = _output(model, batch)
-    states = getattr(output, "encoder_last_hidden_state", None)
-    states = _last(model, output) if states is None else states
-    if states.dim() != 3 or len(states) != count:
-        raise _no_states(model)
-    mask = batch.get("attention_mask", states.new_ones(states.shape[:2]))
-    states, mask = states[:, -mask.shape[1] :], mask[..., None].float()  # without a tuned prompt's
-    means: Tensor = (states.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
-    return means
-
-
-def _states(model: Any, batch: dict[str, Any], labels: Tensor) -> Tensor:
-    """The state of each token, of the shape of ``labels``."""
-    states = _last(model, _output(model, batch))
-    read = batch.get("attention_mask", batch.get("input_ids"))
-    if read is not None:
-        states = states[:, -read.shape[1] :]  # without a tuned prompt's
-    if labels.shape != states.shape[:2]:
-        raise ProblemError(
-            f"labels: have the shape {tuple(labels.shape)}, and the model's states "
-            f"{tuple(states.shape[:2])}; a head needs a label for each token"
-        )
-    return states
-
-
 @torch.no_grad()
-def _output(model: Any, batch: dict[str, Any]) -> Any:
+def _states(model: Any, batch: dict[str, Any], count: int, *, encoder: bool = False) -> Tensor:
+    """The last layer's states of ``count`` rows, or the encoder's, ``(n, T, d)``."""
     with model_reads(batch):
-        return model(**batch, output_hidden_states=True)
-
-
-def _last(model: Any, output: Any) -> Tensor:
-    """The last layer's states in ``output``."""
-    states = (getattr(output, "hidden_states", None) or (None,))[-1]
-    if not isinstance(states, Tensor):
-        raise _no_states(model)
-    return states
-
-
-def _no_states(model: Any) -> ProblemError:
-    return ProblemError(
-        f"{type(base_model(model)).__name__}: returns no states of a row's tokens, so that a head "
-        "has no features to read; train the adapter in its place"
-    )
+        output = model(**batch, output_hidden_states=True)
+    states = getattr(output, "encoder_last_hidden_state", None) if encoder else None
+    if states is None:
+        states = (getattr(output, "hidden_states", None) or (None,))[-1]
+    if not isinstance(states, Tensor) or states.dim() != 3 or len(states) != count:
+        raise ProblemError(
+            f"{type(base_model(model)).__name__}: returns no states of a row's tokens, so that a "
+            "head has no features to read; train the adapter in its place"
+        )
+    read = batch.get("attention_mask", batch.get("input_ids"))
+    return states if read is None else states[:, -read.shape[1] :]  # without a tuned prompt's

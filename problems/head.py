@@ -9,7 +9,7 @@ with exact products gives the hypergradient to its tolerance.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,11 +34,7 @@ class Head(nn.Module):
         dtype: of W and b, that of the features.
 
     Example:
-        >>> head = Head(3, 2)
-        >>> head(torch.ones(4, 3), torch.tensor([0, 1, 0, 1])).loss
-        tensor(0.6931, grad_fn=...)
-
-        As the model of an Engine's lower level, here on two sources of which one is wrong:
+        The model of an Engine's lower level, here on two sources of which one is wrong:
 
         >>> from hyperopt_peft import Engine
         >>> from hyperopt_peft.core.examples import WeightedRows
@@ -48,7 +44,7 @@ class Head(nn.Module):
         >>> above = {"features": x[:2], "labels": labels[:2]}
         >>> head, u = Head(1, 2), torch.zeros(2, requires_grad=True)
         >>> sgd, adam = torch.optim.SGD(head.parameters(), 1.0), torch.optim.Adam([u], 0.5)
-        >>> options = {"tags": ["source"], "prior": L2Penalty(head), "optimizer": sgd}
+        >>> options = {"tags": ["source"], "prior": l2_penalty(), "optimizer": sgd}
         >>> v = lambda batch: 2 * u.softmax(0)[batch["source"]]
         >>> lower = WeightedRows(head, v, data=[below], **options)
         >>> upper = TaskLevel(head, [u], data=[above], optimizer=adam)
@@ -80,34 +76,18 @@ class Head(nn.Module):
 
 
 def problem_type_of(config: Any, labels: Tensor) -> str | None:
-    """The ``problem_type`` of a model's ``config``; unset, what Transformers takes for ``labels``.
-
-    Example:
-        >>> from transformers import BertConfig
-        >>> problem_type_of(BertConfig(num_labels=3), torch.tensor([[0.2, 0.8, 0.0]]))
-        'multi_label_classification'
-    """
+    """The ``problem_type`` of ``config``; unset, what Transformers takes ``labels`` for."""
     kind: str | None = getattr(config, "problem_type", None)
     several = labels.is_floating_point() and labels.dim() > 1 and labels.shape[1] > 1
     return MULTI_LABEL if kind is None and several else kind
 
 
-class L2Penalty:
-    """½·λ·‖W‖², the prior of a level over ``head``; the bias is free.
-
-    Args:
-        head: the head.
-        l2: λ.
+def l2_penalty(l2: float = L2) -> Callable[[Sequence[Tensor]], Tensor]:
+    """½·λ·‖W‖², the prior of a level over a `Head`; the bias is free.
 
     Example:
         >>> head = Head(2, 1)
-        >>> L2Penalty(head, l2=3.0)([head.weight + 1, head.bias])
+        >>> l2_penalty(3.0)([head.weight + 1, head.bias])
         tensor(3., grad_fn=...)
     """
-
-    def __init__(self, head: Head, l2: float = L2) -> None:
-        self.l2 = l2
-
-    def __call__(self, variables: Sequence[Tensor]) -> Tensor:
-        """The penalty at ``variables``, W first."""
-        return self.l2 / 2 * variables[0].square().sum()
+    return lambda variables: l2 / 2 * variables[0].square().sum()

@@ -3,11 +3,10 @@
     upper: min over u   L(w*(u); trusted rows)
     lower: w*(u) = argmin over adapter and head w   1/N Σ_i v_i(u) ℓ_i(w)
 
-ℓ_i is the summed loss of row i, or of a label of the row where texts are packed, N the number of
-labels. `RowWeights`: v_i = 2σ(u_i), with a logit for each row, initially 0. Franceschi et al.
-2017, arXiv:1703.01785 §5.1; Shen et al. 2025 (SEAL), arXiv:2410.07471, train the rows of largest
-weight again. `WeightNet`: v_i = 2σ(V(ℓ_i; u)), with a small net V. Shu et al. 2019
-(Meta-Weight-Net), arXiv:1902.07379, who leave ∂v_i/∂w out.
+ℓ_i is the summed loss of row i, or of a label of it where texts are packed, N the number of labels.
+`RowWeights`: v_i = 2σ(u_i), a logit a row, initially 0. Franceschi et al. 2017, arXiv:1703.01785
+§5.1; Shen et al. 2025 (SEAL), arXiv:2410.07471. `WeightNet`: v_i = 2σ(V(ℓ_i; u)), with a small net
+V. Shu et al. 2019 (Meta-Weight-Net), arXiv:1902.07379, who leave ∂v_i/∂w out.
 """
 
 from __future__ import annotations
@@ -107,9 +106,6 @@ class WeightNet(Method):
 
     Args:
         hidden: the number of hidden units.
-
-    Raises:
-        ProblemError: the trainer's loss is no mean over labels.
 
     Example:
         >>> method = WeightNet(hidden=4)

@@ -43,18 +43,11 @@ class Sources(EqualSources):
 
     Example:
         >>> from datasets import Dataset
-        >>> from peft import LoraConfig, get_peft_model
-        >>> from transformers import BertConfig, BertForSequenceClassification
-        >>> from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
-        >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
-        >>> model = get_peft_model(BertForSequenceClassification(tiny), LoraConfig())
-        >>> rows = {"input_ids": [[1, 2], [3, 4]], "labels": [0, 1], "source": ["web", "books"]}
-        >>> trusted = {"input_ids": [[5, 6]], "labels": [0]}
-        >>> args = BilevelTrainingArguments("outputs", report_to="none", use_cpu=True)
-        >>> data = {"train_dataset": Dataset.from_dict(rows)}
-        >>> data["upper_dataset"] = Dataset.from_dict(trusted)
-        >>> trainer = BilevelTrainer(model, args, method=Sources(), **data)
-        >>> trainer.method.shares()
+        >>> method, trusted = Sources(), Dataset.from_dict({"x": [3]})
+        >>> rows = Dataset.from_dict({"x": [1, 2], "source": ["web", "books"]})
+        >>> lower, upper = method.rows(rows, trusted)
+        >>> method.prepare(torch.nn.Linear(1, 1))
+        >>> method.shares()
         {'web': 0.33..., 'books': 0.33..., 'trusted': 0.33...}
     """
 

@@ -76,7 +76,7 @@ def head(setting: RetrainingSetup) -> Tensor:
     train, above = first.standardized(), above.standardized(first)
     model = Head(x.shape[1], rows.classes, dtype=torch.float64)
     training = HeadTraining(model, train, count, chosen_l2(model, train, count))
-    phi = Evaluation(training.weights, training.level.rows.mean([batch_of(above)]))
+    phi = Evaluation(training.weights, training.on_rows.mean([batch_of(above)]))
     setup = RetrainingSetup(training, phi, {"all": 1.0}, training.level, lambda: batch_of(train))
     return scores(setup, parse_estimator(HEAD_ESTIMATOR))[0]["all"]
 

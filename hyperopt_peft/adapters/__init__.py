@@ -2,12 +2,7 @@
 
 from hyperopt_peft.adapters.dora.fast import use_fast_dora
 from hyperopt_peft.adapters.dora.variants import set_norm_grad
-from hyperopt_peft.adapters.layers import (
-    ParameterSplit,
-    dora_layers,
-    lora_layers,
-    split_parameters,
-)
+from hyperopt_peft.adapters.layers import ParameterSplit, dora_layers, lora_layers, split_parameters
 from hyperopt_peft.adapters.regularizers import gram_penalty
 
 __all__ = [

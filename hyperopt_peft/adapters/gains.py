@@ -63,13 +63,6 @@ def add_gains(
     Raises:
         ProblemError: as `lora_layers`; or a layer is no plain LoRA on a linear layer or a
             convolution, or has a gain already. Nothing has changed.
-
-    Example:
-        >>> from peft import LoraConfig, get_peft_model
-        >>> config = LoraConfig(r=2, target_modules=["0"])
-        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
-        >>> [layer.gain.values() for layer in add_gains(model, torch.exp, columns=True)]
-        [tensor([1., 1.])]
     """
     adapter, layers = active_adapter(peft_model), lora_layers(peft_model)
     for name, layer in layers:
@@ -130,14 +123,6 @@ def set_layers(config: Any, layers: Mapping[str, tuple[int, float]]) -> dict[str
 
     Returns:
         Each s as PEFT computes it of the config.
-
-    Example:
-        >>> from peft import LoraConfig
-        >>> config = LoraConfig(r=8)
-        >>> set_layers(config, {"encoder.query": (2, 0.5)})
-        {'encoder.query': 0.5}
-        >>> config.rank_pattern, config.alpha_pattern
-        ({'^encoder\\\\.query': 2}, {'^encoder\\\\.query': 1.0})
     """
     # PEFT matches a key, a regular expression, with the end of a name.
     keys = {name: f"^{re.escape(name)}" for name in layers}

@@ -209,13 +209,6 @@ def direction(layer: lora.LoraLayer, adapter_name: str) -> Tensor:
     """V = W0 + s·B·A, (out, in), differentiable in A and B (arXiv:2402.09353, Eq. 5).
 
     The dtype is float32 or wider, also under autocast. `require_plain` says whether V is defined.
-
-    Example:
-        >>> from peft import LoraConfig, get_peft_model
-        >>> config = LoraConfig(r=2, target_modules=["0"])
-        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
-        >>> direction(lora_layers(model)[0][1], "default").shape
-        torch.Size([3, 4])
     """
     w0, (a, b) = base_weight(layer), factors(layer, adapter_name)
     dtype = reduce(torch.promote_types, (w0.dtype, a.dtype, b.dtype, torch.float32))

@@ -40,10 +40,6 @@ def gram(v: Tensor) -> Tensor:
         ‖DᵀD − I‖² = ‖DDᵀ‖² − 2·tr(DᵀD) + in ≥ in − out.
 
     A zero column of V is zero in D and has zero gradient.
-
-    Example:
-        >>> gram(torch.eye(3))
-        tensor(0.)
     """
     out_features, in_features = v.shape
     # Squares and a guarded root, because a norm has no second derivative at a zero column.

@@ -143,10 +143,6 @@ def rank_interval(rho: float, count: int) -> tuple[float, float]:
     Fisher's transformation with the variance (1 + ρ²/2)/(n − 3) of Bonett & Wright 2000
     (doi:10.1007/BF02294183). A perfect order counts as half an exchange of neighbours away from
     it, ρ = 1 − 6/(n³ − n), so that five pairs in perfect order only say that ρ is above .16.
-
-    Example:
-        >>> [round(end, 2) for end in rank_interval(0.8, 20)]
-        [0.5, 0.93]
     """
     limit = 1 - 6 / (count**3 - count)
     middle = math.atanh(min(max(rho, -limit), limit)) if math.isfinite(rho) else math.nan
@@ -164,10 +160,7 @@ def check_scores(
     perturbation: float | None,
     seed: int,
 ) -> ScoreCheck:
-    """Retrain without random rows, in the same order, and compare the changes of Φ.
-
-    See `Attribution.check`; ``before`` is Φ at the end of the run.
-    """
+    """See `Attribution.check`; ``before`` is Φ at the end of the run."""
     run, rows = setup.run, setup.run.visits.nonzero().flatten()
     count = round(share * len(rows))
     if not isinstance(retrainings, int) or retrainings < 5:
@@ -176,15 +169,14 @@ def check_scores(
         raise ProblemError(f"share: {share:g} of {len(rows)} rows leaves out {count}; change it")
     generator = torch.Generator().manual_seed(seed)
     seen = {name: torch.nan_to_num(values) for name, values in by_slice.items()}
-    predicted = {name: torch.zeros(retrainings, dtype=torch.float64) for name in seen}
-    actual = {name: torch.zeros(retrainings, dtype=torch.float64) for name in seen}
+    changes = {name: torch.zeros(2, retrainings, dtype=torch.float64) for name in seen}
     for number in trange(retrainings, desc="check", disable=not setup.progress):
         rows_out = rows[torch.randperm(len(rows), generator=generator)[:count]]
         with run.without(rows_out):
             after = setup.evaluation.values()
         for name, values in seen.items():
-            predicted[name][number] = -(values * run.row_weights.cpu())[rows_out].sum()
-            actual[name][number] = after[name] - before[name]
+            changes[name][0, number] = -(values * run.row_weights.cpu())[rows_out].sum()
+            changes[name][1, number] = after[name] - before[name]
     smoothness = None
     if perturbation is not None and estimator.differentiates_run:
         smoothness = metasmoothness(setup, estimator, setup.total(seen), perturbation, generator)
@@ -193,9 +185,9 @@ def check_scores(
         "share": share,
         "of_head": not isinstance(run, Run),
     }
-    checks = {name: ScoreCheck(predicted[name], actual[name], **rest) for name in by_slice}
+    checks = {name: ScoreCheck(*both, **rest) for name, both in changes.items()}
     rest["by_slice"] = checks if len(checks) > 1 else {}
-    return ScoreCheck(setup.total(predicted), setup.total(actual), **rest)
+    return ScoreCheck(*setup.total(changes), **rest)
 
 
 def metasmoothness(
@@ -205,11 +197,7 @@ def metasmoothness(
     perturbation: float,
     generator: torch.Generator,
 ) -> float:
-    """The cosine between ``run_scores`` and the scores at v = 1 ± ``perturbation``.
-
-    Raises:
-        NonFiniteError: the run diverges with these weights.
-    """
+    """The cosine between ``run_scores`` and the scores at v = 1 ± ``perturbation``."""
     run = setup.run
     assert isinstance(run, Run)
     signs = torch.randint(0, 2, (len(run.row_weights),), generator=generator) * 2 - 1

@@ -30,15 +30,7 @@ class ScoreEstimator:
 
 
 def parse_estimator(estimator: str | Estimator) -> ScoreEstimator:
-    """The estimator that ``estimator`` names.
-
-    Raises:
-        ProblemError: an unknown name or option, or an estimator that gives no score a row.
-
-    Example:
-        >>> parse_estimator("unrolled").last_steps, parse_estimator("unrolled:steps=1").last_steps
-        (None, 1)
-    """
+    """The estimator that ``estimator`` names."""
     name = estimator if isinstance(estimator, str) else repr(estimator)
     kind, _, options = name.partition(":")
     if kind == "gradient":  # the identity in place of the inverse Hessian, as in one step

@@ -28,12 +28,12 @@ from hyperopt_peft.attribution.run import Training
 from hyperopt_peft.attribution.scores import Evaluation, RetrainingSetup
 from hyperopt_peft.attribution.trainer import require_trainer
 from hyperopt_peft.attribution.trainer_data import TrainerData, shown_columns
+from hyperopt_peft.core.examples import WeightedRows
 from hyperopt_peft.core.labels import labels_are_shifted
-from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine.fit import lbfgs
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.features import Features, features_of
-from hyperopt_peft.problems.head import Head, L2Penalty, problem_type_of
+from hyperopt_peft.problems.head import Head, l2_penalty, problem_type_of
 from hyperopt_peft.trainer.tags import without
 from hyperopt_peft.utils.models import base_model
 from hyperopt_peft.utils.restore import perturbed
@@ -46,16 +46,10 @@ TOLERANCE, STEPS = 1e-7, 2000
 ROUGHLY = 1e-3
 
 
-class HeadLevel(Problem):
-    """The loss of `ModelOnRows.weighted` of a head, and its prior ½·λ·‖W‖²."""
-
-    def __init__(self, head: Head, weights: Tensor, l2: float) -> None:
-        self.rows, self.weights = ModelOnRows(head), weights
-        super().__init__(head.named_parameters(), prior=L2Penalty(head, l2), name="head")
-
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """The weighted mean over the labels of ``batch``."""
-        return self.rows.weighted(self.weights, batch)
+def level_of(head: Head, weights: Tensor, l2: float) -> WeightedRows:
+    """The weighted loss of ``head`` with the prior ½·λ·‖W‖²."""
+    options: Any = {"tags": [ROW], "prior": l2_penalty(l2), "name": "head"}
+    return WeightedRows(head, lambda batch: weights[batch[ROW]], **options)
 
 
 def batch_of(features: Features) -> dict[str, Tensor]:
@@ -70,11 +64,11 @@ def chosen_l2(head: Head, features: Features, count: int, progress: bool = False
     of_penalties = []
     with perturbed((head.weight, head.bias)):
         for l2 in tqdm(PENALTIES, "head", disable=not progress):
-            level, held_out = HeadLevel(head, head.weight.new_ones(count), l2), []
+            level, held_out = level_of(head, head.weight.new_ones(count), l2), []
             for train, others in parts:  # each from the last minimum
                 lbfgs(level, batch_of(train), tolerance=ROUGHLY)
                 with torch.no_grad():
-                    held_out.append(level.rows.losses(batch_of(others))[0])
+                    held_out.append(ModelOnRows(head).losses(batch_of(others))[0])
             of_penalties.append(torch.cat(held_out))
     losses = torch.stack(of_penalties)
     mean, best = losses.mean(1), losses[int(losses.mean(1).argmin())]
@@ -83,28 +77,19 @@ def chosen_l2(head: Head, features: Features, count: int, progress: bool = False
 
 
 class HeadTraining(Training):
-    """The minimum over a head of the weighted loss of ``features``.
-
-    Args:
-        head: the head, which is trained.
-        features: of all training rows.
-        count: n, the number of rows.
-        l2: λ.
-
-    Raises:
-        NonFiniteError: the loss or a gradient is NaN or infinite.
-    """
+    """The minimum over ``head`` of the weighted loss of ``features``, which ``count`` rows have."""
 
     def __init__(self, head: Head, features: Features, count: int, l2: float) -> None:
         weights = torch.ones(count, dtype=head.weight.dtype, requires_grad=True)
-        self.level, self.features = HeadLevel(head, weights, l2), features
+        self.level, self.features = level_of(head, weights, l2), features
+        self.on_rows = ModelOnRows(head)
         super().__init__(weights, self.level.variables)
         begin = time.perf_counter()
         self._solve(features)
         self.settings |= {"seconds": time.perf_counter() - begin, "l2": l2}
         self.visits += 1
         with torch.no_grad():
-            sums, counts = self.level.rows.losses(batch_of(features))
+            sums, counts = self.on_rows.losses(batch_of(features))
         labels = torch.zeros_like(self.losses).index_add(0, features.row, counts.double())
         self.losses.index_add_(0, features.row, sums.double()).div_(labels.clamp(min=1))
 
@@ -133,11 +118,7 @@ class HeadTraining(Training):
 def setup_from_head(
     trainer: Any, evaluation: Any, slices: str | None, *, progress: bool
 ) -> RetrainingSetup:
-    """Train a head on the features of ``trainer``'s rows; return its training and Φ.
-
-    The trainer, which may have two levels, gives model, rows and collator. Its model stays as it
-    is. All else is as in `attribute`.
-    """
+    """Train a head on the features of ``trainer``'s rows; its model stays. See `attribute`."""
     require_trainer(trainer)
     data = TrainerData.read(trainer, evaluation, slices)
     model, count = trainer.model, len(data.train_rows)
@@ -160,7 +141,7 @@ def setup_from_head(
     train, above = raw.standardized(), features(data.evaluation_rows).standardized(raw)
     head = _head(model, train)
     training = HeadTraining(head, train, count, chosen_l2(head, train, count, progress))
-    on_rows = training.level.rows
+    on_rows = training.on_rows
     of_slices = {
         name: on_rows.mean([batch_of(above.select(torch.tensor(rows)))])
         for name, rows in data.groups.items()

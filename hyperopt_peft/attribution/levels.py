@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hyperopt_peft.attribution.run import Run
 from hyperopt_peft.attribution.scores import Evaluation, Loss, RetrainingSetup
-from hyperopt_peft.core.problem import LossGradient, Problem
+from hyperopt_peft.core.problem import LossGradient, Problem, devices_of
 from hyperopt_peft.engine.engine import Engine
 from hyperopt_peft.engine.fit import fit
 from hyperopt_peft.errors import ProblemError
@@ -28,10 +28,7 @@ def setup_from_levels(
     training_steps: int | None,
     **options: Any,
 ) -> RetrainingSetup:
-    """Train ``training``, and return its run and Φ; ``options`` are those of `train_levels`.
-
-    Arguments and errors are those of `attribute`.
-    """
+    """Train ``training``, and return its run and Φ; see `attribute` and `train_levels`."""
     leaf = isinstance(weights, Tensor) and weights.is_leaf and weights.requires_grad
     if weights is None or not leaf or weights.dim() != 1 or len(weights) == 0:
         raise ProblemError(
@@ -57,15 +54,7 @@ def train_levels(
     progress: bool = False,
     **options: Any,
 ) -> Run:
-    """Do ``steps`` steps of a level, or upper steps of an Engine, and return the `Run`.
-
-    ``options`` are those of `Run`.
-
-    Raises:
-        ProblemError: see `Run`; a loss does not read the weights; or the Engine has trained, or
-            takes no steps of its lower level.
-        NonFiniteError: a loss or a gradient is NaN or infinite; the message names the step.
-    """
+    """``steps`` steps of a level, or upper steps of an Engine; ``options`` are those of `Run`."""
     if isinstance(training, Problem):
         run = Run([training], weights, steps, **options)
         train = partial(fit, training, steps, progress=progress)
@@ -99,7 +88,7 @@ def _recorded(run: Run, number: int) -> Iterator[None]:
     last: list[Any] = []
 
     def recorded_gradient(batch: Any, variables: Sequence[Tensor]) -> LossGradient:
-        random_state = RandomState.capture(run.devices)
+        random_state = RandomState.capture(devices_of(*run.levels))
         result = gradient(batch, (*variables, run.weights))
         *of_variables, of_weights = result.gradient
         last[:] = batch, random_state, (*of_variables[:count], of_weights)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Never
 
 import torch
 from torch import Tensor, nn
 
-from hyperopt_peft.attribution.rows import ROW, ModelOnRows
+from hyperopt_peft.attribution.rows import ROW
 from hyperopt_peft.attribution.run import ParameterUpdate, Run
 from hyperopt_peft.attribution.trainer_data import TrainerData
+from hyperopt_peft.core.examples import WeightedRows
 from hyperopt_peft.errors import NonFiniteError
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.phases import lower_of, options_of_retraining, upper_of
@@ -24,14 +26,8 @@ class RecordedTrainer(BilevelTrainer):
     """The training of another trainer, in one phase or two, whose steps are recorded in ``run``.
 
     The model is the other's, which its method has prepared. In what a method takes for the
-    Trainer's loss each row has a weight. Nothing is logged.
-
-    Args:
-        trainer: the other trainer.
-        args: the arguments.
-        data: its rows.
-        options: arguments of `Run`.
-        twice: whether losses are differentiated twice.
+    Trainer's loss each row has a weight. Nothing is logged. ``options`` are arguments of `Run`, and
+    ``twice`` says whether losses are differentiated twice.
     """
 
     run: Run | None = None
@@ -65,14 +61,17 @@ class RecordedTrainer(BilevelTrainer):
         self.model_accepts_loss_kwargs = False  # the loss here reads no count of labels
         super()._set_loss_rule()
 
-    @property
-    def on_rows(self) -> ModelOnRows:
-        """The model's losses in the precision of training."""
-        return ModelOnRows(self.model, self.compute_loss_context_manager, self.tags)
+    @cached_property
+    def weighted(self) -> WeightedRows:
+        """The loss of the model, in which each row has a weight."""
+        weights, how = self.weights, dict[str, Any](tags=self.tags, twice=self.twice)
+        return WeightedRows(self.model, lambda batch: weights[batch[ROW]], [weights], **how)
 
     def task_loss(self, batch: Any, *, training: bool = True) -> Tensor:
-        """See `ModelOnRows.weighted`; ``training`` with dropout."""
-        return self.on_rows.weighted(self.weights, batch, training=training, twice=self.twice)
+        """`weighted`, in the precision of training; ``training`` with dropout."""
+        self.model.train(training)
+        with self.compute_loss_context_manager():
+            return self.weighted.weighted(self.weighted.losses(batch), batch)["loss"]
 
     def adopt_prepared_parameters(self) -> None:
         """As `BilevelTrainer.adopt_prepared_parameters`; begins the run, or its second phase."""

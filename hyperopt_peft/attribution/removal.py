@@ -86,10 +86,7 @@ def remove(
     draws: int,
     seed: int,
 ) -> Removal:
-    """Train without the rows ``worst``, and otherwise; see `Attribution.removal`.
-
-    ``scores`` and ``losses`` are those of the rows, ``(n,)``, NaN for a row that was never seen.
-    """
+    """Train without the rows ``worst``, and otherwise; see `Attribution.removal`."""
     measure, count = setup.test(test), len(worst)
 
     @torch.no_grad()

@@ -170,9 +170,6 @@ class Attribution:
 
         A column of the data with one of these names is written as ``data_…``; ``extra`` has more
         columns, by name.
-
-        Raises:
-            ProblemError: the file cannot be written.
         """
         slices = {f"score_{name}": values.tolist() for name, values in self.by_slice.items()}
         results: dict[str, Sequence[Any]] = {
@@ -200,9 +197,6 @@ class Attribution:
         """A matplotlib figure: the distribution of the scores, and ``count`` rows at both ends.
 
         It is also written to the file ``path``, whose suffix gives the format.
-
-        Raises:
-            ProblemError: the file cannot be written.
         """
         hurting, helping = self.ends(count)
         lines = {row: self.line(row, width=44) for row in (*hurting, *reversed(helping))}

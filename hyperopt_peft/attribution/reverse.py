@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hyperopt_peft.attribution.run import Checkpoints, Point, Run
-from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.core.problem import Problem, devices_of
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import Passes, ProductKind
 from hyperopt_peft.utils.random_state import RandomState
@@ -58,19 +58,16 @@ class Sweep:
         run = self.run
         others = [run.variables[index] for index in self.others[number]]
         named = [(str(k), v) for k, v in enumerate((run.weights, *others))]
-        fixed = RandomState.seeded(run.devices, "attribution")
+        fixed = RandomState.seeded(devices_of(*run.levels), "attribution")
         upper = Problem(named, name="row weights")
         return Oracle(upper, run.levels[number], None, None, fixed, fixed, passes=self.passes)
 
     def back(
         self, checkpoints: Checkpoints, *, last_steps: int | None = None, progress: bool = False
     ) -> list[Tensor]:
-        """(dz_T/dv)ᵀλ for each λ, ``(n,)``.
+        """(dz_T/dv)ᵀλ for each λ, ``(n,)``, through the ``last_steps`` steps, None for all.
 
-        Args:
-            checkpoints: those of the run that is differentiated.
-            last_steps: how many steps, from the end; None for all.
-            progress: whether to show a progress bar.
+        ``checkpoints`` are those of the run that is differentiated.
         """
         run, total, every = self.run, len(self.run.steps), checkpoints.every
         first = 0 if last_steps is None else max(0, total - last_steps)
@@ -78,9 +75,8 @@ class Sweep:
             for oracle in self.oracles:
                 stack.enter_context(oracle.open())
             stack.enter_context(perturbed(run.variables))
-            bar = stack.enter_context(
-                tqdm(total=total - first, disable=not progress, desc="backward")
-            )
+            bar = tqdm(total=total - first, disable=not progress, desc="backward")
+            stack.enter_context(bar)
             for begin in reversed(range(first // every * every, total, every)):
                 end = min(begin + every, total)
                 points = [checkpoints.get(begin)]

@@ -1,4 +1,4 @@
-"""Rows with their numbers, and a model's losses on batches of them, each with a weight."""
+"""Rows with their numbers, and a model's losses on batches of them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hyperopt_peft.core.labels import (
-    WEIGHT,
-    label_weights,
-    labels_are_shifted,
-    row_losses,
-    weighted_mean,
-)
+from hyperopt_peft.core.labels import label_weights, labels_are_shifted, row_losses
 from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.step import MicroBatch
@@ -59,32 +53,11 @@ class ModelOnRows:
     ) -> None:
         self.model, self.precision, self.tags = model, precision, (*tags, ROW)
 
-    def losses(
-        self, batch: Mapping[str, Any], *, training: bool = False, twice: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """`row_losses` in the model's precision, ``training`` with dropout.
-
-        Raises:
-            ProblemError: as `row_losses`; or the collator joins rows, as TRL's does with
-                ``padding_free=True``.
-        """
-        self.model.train(training)
+    def losses(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """`row_losses` in the model's precision, without dropout."""
+        self.model.eval()
         with self.precision():
-            sums, counts = row_losses(self.model, without(batch, self.tags), twice=twice)
-        if len(sums) != len(batch[ROW]):
-            raise ProblemError(
-                f"data_collator: {len(batch[ROW])} rows became {len(sums)}, so that a row has no "
-                "loss of its own; pad them (padding_free=False)"
-            )
-        return sums, counts
-
-    def weighted(self, weights: Tensor, batch: Mapping[str, Any], **how: bool) -> Tensor:
-        """Σ v_i s_i / Σ c_i, of v ``(n,)``: at v = 1 the mean over all labels, as a Trainer has it.
-
-        s_i is the summed loss of row i and c_i the count of its labels; ``how`` as for `losses`.
-        """
-        loss = weighted_mean(weights[batch[ROW]], *self.losses(batch, **how))
-        return loss * batch[WEIGHT].to(loss.dtype) if WEIGHT in batch else loss
+            return row_losses(self.model, without(batch, self.tags))
 
     def micro_batches(
         self, batches: Sequence[Any], states: Sequence[RandomState]
@@ -97,11 +70,7 @@ class ModelOnRows:
 
     @torch.no_grad()
     def mean(self, batches: Sequence[Any]) -> list[Callable[[], Tensor]]:
-        """The mean loss over the labels of ``batches``, in parts that are summed.
-
-        Raises:
-            ProblemError: there is no label.
-        """
+        """The mean loss over the labels of ``batches``, in parts that are summed."""
         total = int(sum(self.losses(batch)[1].sum() for batch in batches))
         if total == 0:
             raise ProblemError("labels: no row has a label that is scored; give rows with labels")

@@ -50,8 +50,7 @@ class Training(ABC):
     def repeated(self, weights: Tensor) -> AbstractContextManager[Any]:
         """The training again, with ``weights`` for v: in the body variables and v are its end's.
 
-        Raises:
-            NonFiniteError: the training diverges.
+        Raises NonFiniteError if the training diverges.
         """
 
     def without(self, rows: Sequence[int] | Tensor) -> AbstractContextManager[Any]:
@@ -64,8 +63,7 @@ class Training(ABC):
 class Checkpoints:
     """The variables and the optimizers' states before each ``every``-th step.
 
-    They are in memory where ``every`` is 1, and otherwise in files of a temporary folder, so that
-    the memory of a run does not grow with its length.
+    They are in memory where ``every`` is 1, and otherwise in files of a temporary folder.
     """
 
     def __init__(self, every: int) -> None:
@@ -153,11 +151,7 @@ class Run(Training):
         self.checkpoints = Checkpoints(every)
 
     def add(self, level: Problem) -> None:
-        """Add a level, which moves in later steps.
-
-        Raises:
-            ProblemError: as `Run`.
-        """
+        """Add a level, which moves in later steps."""
         index_of = {id(variable): index for index, variable in enumerate(self.variables)}
         new = [variable for variable in level.variables if id(variable) not in index_of]
         index_of |= {id(v): len(index_of) + k for k, v in enumerate(new)}
@@ -184,20 +178,11 @@ class Run(Training):
         return every
 
     def optimizer(self, level: int) -> DifferentiableStep:
-        """The step of a level's optimizer as a function.
-
-        Raises:
-            ProblemError: it is not known.
-        """
+        """The step of a level's optimizer as a function; ProblemError where it is not known."""
         if level not in self._optimizers:
             snapshot = self.levels[level].optimizer_snapshot(with_state=False)
             self._optimizers[level] = DifferentiableStep(self.levels[level], snapshot)
         return self._optimizers[level]
-
-    @property
-    def devices(self) -> list[torch.device]:
-        """The devices of the variables."""
-        return devices_of(*self.levels)
 
     def record(
         self, *updates: ParameterUpdate, assigned: Mapping[int, Tensor] | None = None
@@ -227,13 +212,8 @@ class Run(Training):
     ) -> ParameterUpdate:
         """The update that a level is about to make; the rows of its batch are counted.
 
-        Args:
-            level, batch, random_state: see `ParameterUpdate`.
-            gradient: one entry for each variable of the level, then that of the row weights.
-            seen: which rows are in the batch, ``(n,)``; by default those with a share in the loss.
-
-        Raises:
-            ProblemError: the loss does not read the weights.
+        ``gradient`` has one entry for each variable of the level, then that of the row weights.
+        ``seen`` says which rows are in the batch, ``(n,)``; by default those with a share in it.
         """
         problem, (*of_w, of_v) = self.levels[level], gradient
         if of_v is None:
@@ -251,17 +231,10 @@ class Run(Training):
 
     @contextmanager
     def repeated(self, weights: Tensor, *, keep: bool = False) -> Iterator[Checkpoints]:
-        """The run again, with ``weights`` for v: in the body variables and v are those of its end.
-
-        With ``keep`` the checkpoints that are yielded have the points of the new run.
-
-        Raises:
-            ProblemError: an optimizer's step is not known.
-            NonFiniteError: the run diverges.
-        """
+        """As `Training.repeated`; with ``keep`` the checkpoints yielded are of the new run."""
         checkpoints = Checkpoints(self.checkpoints.every) if keep else self.checkpoints
         tensors = (self.weights, *self.variables)
-        with preserve_state(tensors, self.devices), perturbed(tensors):
+        with preserve_state(tensors, devices_of(*self.levels)), perturbed(tensors):
             assign_((self.weights,), (weights.to(self.weights),))
             point = self.checkpoints.get(0)
             for number in range(len(self.steps)):

@@ -29,20 +29,8 @@ Loss = LossPart | Sequence[LossPart]
 class Evaluation(Problem):
     """min over the row weights v of Φ, the loss on the rows that a user cares about.
 
-    A batch is the parts of one slice's Φ, which are summed; one graph is in memory at a time.
-
-    Args:
-        weights: the row weights v, ``(n,)``.
-        slices: by name, the parts of Φ; or of a single Φ, whose name is ``"all"``.
-
-    Raises:
-        ProblemError: there is no slice, or one without parts, or a part is no function.
-
-    Example:
-        >>> v, w = torch.ones(3, requires_grad=True), torch.ones((), requires_grad=True)
-        >>> level = Evaluation(v, lambda: w.square())
-        >>> level.gradient(level.slices["all"], (w,)).gradient
-        (tensor(2.),)
+    ``slices`` are the parts of Φ, by name; or of a single Φ, whose name is ``"all"``. A batch is
+    the parts of one slice's Φ, which are summed; one graph is in memory at a time.
     """
 
     def __init__(self, weights: Tensor, slices: Loss | Mapping[str, Loss]) -> None:
@@ -88,7 +76,6 @@ class RetrainingSetup:
             probabilities.
         labels: likewise, the class of each row, ``(n,)``.
         columns: of the rows, to show.
-        progress: whether scores and retrainings show a progress bar.
     """
 
     run: Training

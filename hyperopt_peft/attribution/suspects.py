@@ -71,10 +71,7 @@ class Suspects:
 
 
 def suspects(setup: RetrainingSetup, folds: int, seed: int) -> Suspects:
-    """Repeat the run without each fold of the rows, and compare its predictions with the labels.
-
-    See `Attribution.suspects`.
-    """
+    """See `Attribution.suspects`."""
     labels = setup.labels
     if labels is None or setup.probabilities is None:
         raise ProblemError("suspects: needs a Trainer of a classifier with one class a row")

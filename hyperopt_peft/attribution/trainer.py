@@ -24,7 +24,7 @@ from hyperopt_peft.attribution.rows import ROW, ModelOnRows, classes_of_rows
 from hyperopt_peft.attribution.run import ParameterUpdate, Run
 from hyperopt_peft.attribution.scores import Evaluation, RetrainingSetup
 from hyperopt_peft.attribution.trainer_data import TrainerData, shown_columns
-from hyperopt_peft.core.labels import TOLERANCE, row_losses, weighted_mean
+from hyperopt_peft.core.labels import TOLERANCE, row_losses
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.internals import metrics_restored
@@ -56,10 +56,10 @@ def setup_from_trainer(
     progress: bool,
     **run: Any,
 ) -> RetrainingSetup:
-    """Train what ``trainer`` trains, and return its run and Φ.
+    """Train what ``trainer`` trains, and return its run and Φ; see `attribute`.
 
     ``twice`` says whether the estimator differentiates gradients of the training loss; ``run`` are
-    arguments of `Run`. All else is as in `attribute`.
+    arguments of `Run`.
     """
     _check_trainer(trainer)
     data = TrainerData.read(trainer, evaluation, slices)
@@ -84,7 +84,8 @@ def setup_from_trainer(
 
 def _setup(runner: RecordedTrainer, run: Run, data: TrainerData) -> RetrainingSetup:
     """``run``, and Φ at its end."""
-    model, method = runner.on_rows, method_of(runner)
+    method = method_of(runner)
+    model = ModelOnRows(runner.model, runner.compute_loss_context_manager, runner.tags)
     slices = {
         name: model.mean(data.batches(data.evaluation_rows, rows))
         for name, rows in data.groups.items()
@@ -112,10 +113,7 @@ def _setup(runner: RecordedTrainer, run: Run, data: TrainerData) -> RetrainingSe
 
 @contextmanager
 def _enlarged(run: Run, model: ModelOnRows, data: TrainerData, seed: int) -> Iterator[None]:
-    """The run on training and evaluation rows, in a new order, with as many visits of rows.
-
-    Each row has the weight of the first training row.
-    """
+    """The run on training and evaluation rows, in a new order, each with the first row's weight."""
     rows: Any = ConcatDataset([data.train_rows, data.evaluation_rows])
     generator = torch.Generator().manual_seed(seed)
     share = slice(distributed.rank(), None, distributed.world_size())
@@ -126,7 +124,7 @@ def _enlarged(run: Run, model: ModelOnRows, data: TrainerData, seed: int) -> Ite
         (update,) = step
         batches = []
         for micro in update.batch:
-            chosen = [{**rows[next(order)], ROW: 0} for _ in micro.batch[ROW]]
+            chosen = [{**rows[next(order)], ROW: 0} for _ in micro.batch[ROW].unique()]
             batches.append(send_to_device(data.collate(chosen), data.trainer.args.device))
         states = [micro.random_state for micro in update.batch]
         return (replace(update, batch=model.micro_batches(batches, states)),)
@@ -198,7 +196,7 @@ def _require_mean_over_labels(trainer: Any, data: TrainerData) -> None:
             trainer.compute_loss_context_manager(),
         ):
             sums, counts = row_losses(trainer.model, batch)
-            mean = weighted_mean(torch.ones_like(sums), sums, counts)
+            mean = sums.sum() / counts.sum().clamp(min=1)
             loss = trainer.compute_loss(trainer.model, {**batch})  # which may add entries
         if not counts.any() or (loss - mean).abs() <= TOLERANCE * mean.abs():
             return

@@ -23,7 +23,6 @@ from hyperopt_peft.trainer.data import (
 )
 from hyperopt_peft.trainer.tags import TagCollator
 from hyperopt_peft.trainer.upper_batches import loader_of
-from hyperopt_peft.utils.groups import group_rows
 
 logger = logging.get_logger(__name__)
 
@@ -57,7 +56,7 @@ class TrainerData:
     def read(cls, trainer: Any, evaluation: Any, slices: str | None) -> TrainerData:
         """The rows that are trained on and those of Φ, which are others."""
         train = trainer.train_dataset
-        if has_two_levels(trainer):
+        if getattr(trainer, "upper", None) is not None:
             train, prepared, of_levels, of_retraining = _rows_of_levels(trainer)
             train_rows = NumberedRows(prepared)
         else:
@@ -75,14 +74,17 @@ class TrainerData:
             )
         if common:
             logger.warning("%d of %d evaluation rows are training rows too", common, count)
-        groups = {"all": list(range(count))}
-        if slices is not None:
+        groups: dict[str, list[int]] = {}
+        if slices is None:
+            groups["all"] = list(range(count))
+        else:
             columns = getattr(evaluation, "column_names", [])
             if slices not in columns:
                 raise ProblemError(
                     f"slices: the evaluation rows have no column {slices!r}, only {columns}"
                 )
-            groups = group_rows(evaluation[slices])
+            for row, value in enumerate(evaluation[slices]):
+                groups.setdefault(str(value), []).append(row)
         loader = loader_of(trainer, trainer.train_dataset, "train_dataset")
         collate = TagCollator(loader.collate_fn, (*getattr(trainer, "tags", ()), ROW))
         sets = train, evaluation, train_rows, evaluation_rows, of_levels, of_retraining
@@ -101,11 +103,7 @@ class TrainerData:
         )
 
     def test_rows(self, test: Any) -> NumberedRows:
-        """``test`` with the columns that the model takes.
-
-        Raises:
-            ProblemError: a row of it is a training or evaluation row, or as `_numbered_rows`.
-        """
+        """``test``, of which no row may be known, with the columns that the model takes."""
         rows = _numbered_rows(self.trainer, test, "test")
         for name, other in (("training", self.train), ("evaluation", self.evaluation)):
             if common := len(rows) if test is other else shared(test, other):
@@ -116,17 +114,8 @@ class TrainerData:
         return rows
 
 
-def has_two_levels(trainer: Any) -> bool:
-    """Whether ``trainer`` has an upper level."""
-    return getattr(trainer, "upper", None) is not None
-
-
 def _rows_of_levels(trainer: Any) -> tuple[Any, Any, tuple[Any, Any], tuple[Any, Any]]:
-    """The given rows of both levels; prepared in this order; by level; and of the second phase.
-
-    Raises:
-        ProblemError: the trainer has left rows out.
-    """
+    """The given rows of both levels; prepared in this order; by level; and of the second phase."""
     args, (lower, upper) = trainer.args, trainer._rows
     if upper is None:
         given, seed = lower, args.seed if args.data_seed is None else args.data_seed
@@ -152,11 +141,7 @@ def _rows_of_levels(trainer: Any) -> tuple[Any, Any, tuple[Any, Any], tuple[Any,
 
 
 def _numbered_rows(trainer: Any, data: Any, name: str) -> NumberedRows:
-    """`_selected` rows with their numbers.
-
-    Raises:
-        ProblemError: no data, or data without a length or an index.
-    """
+    """`_selected` rows with their numbers."""
     require_examples(name, data, by_index=True)
     return NumberedRows(_selected(trainer, data, name))
 

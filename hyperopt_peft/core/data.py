@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,11 +15,7 @@ from hyperopt_peft.utils.random_state import RandomState, replay
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """``batch`` with every tensor on ``device``.
-
-    Tensors and whatever else has a method ``to`` (``BatchEncoding``), mappings, lists, tuples
-    and named tuples of these; any other value is returned as it is.
-    """
+    """``batch`` with every tensor on ``device``, also within mappings, lists and tuples."""
     if hasattr(batch, "to"):
         return batch.to(device)
     if isinstance(batch, Mapping):
@@ -39,10 +36,6 @@ class DataStream:
 
     The order of an epoch is a function of the generator states at its start. ``state_dict``
     contains these states and the position in the epoch.
-
-    Args:
-        data: an iterable of batches that can be iterated again, such as a DataLoader.
-        name: the level's name, which also enters the seed.
 
     Raises:
         ProblemError: ``data`` is empty, or can be iterated only once.
@@ -155,16 +148,10 @@ def require_batches(name: str, data: Any) -> None:
             f"{name}: data is an iterator, which can be read only once; give a DataLoader or a "
             "list of batches"
         )
-    if _length(data) == 0:
-        raise ProblemError(_empty(name))
+    with suppress(TypeError):  # no length, or a loader over a stream
+        if len(data) == 0:  # type: ignore[arg-type]
+            raise ProblemError(_empty(name))
 
 
 def _empty(name: str) -> str:
     return f"{name}: data has no batch; give a split that holds at least one batch"
-
-
-def _length(data: Iterable[Any]) -> int | None:
-    try:
-        return len(data)  # type: ignore[arg-type]
-    except TypeError:  # no length, or a loader over a stream
-        return None

@@ -84,18 +84,6 @@ class WeightedRows(WeightedExamples):
     Raises:
         ProblemError: no parameter is trainable; from ``loss`` the weights have another shape, or as
             `label_losses`.
-
-    Example:
-        >>> from transformers import BertConfig, BertForSequenceClassification
-        >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
-        >>> model = BertForSequenceClassification(tiny).eval()
-        >>> v = torch.ones(9, requires_grad=True)
-        >>> level = WeightedRows(model, lambda batch: v[batch["index"]], tags=["index"])
-        >>> ids, labels = torch.ones(2, 4, dtype=torch.int64), torch.tensor([0, 1])
-        >>> batch = {"input_ids": ids, "labels": labels}
-        >>> f = level.loss({**batch, "index": torch.tensor([4, 7])})["loss"]
-        >>> bool((f - model(**batch).loss).abs() < 1e-6)
-        True
     """
 
     #: Further numbers to log, by name.

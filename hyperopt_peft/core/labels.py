@@ -48,21 +48,11 @@ def labels_are_shifted(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     No name decides: the model's own loss on ``batch``, with other labels, is differentiated by its
     logits. At each position the derivative is negative for the class alone that the loss scores
     there: the position's label, or the next one's. Without a gradient the loss's value decides. The
-    first batch decides for the model; the pass leaves model and random state as they were.
-
-    Args:
-        model: the model, with or without a PEFT adapter.
-        batch: a batch with ``labels``. Without a label for each token the answer is False.
+    first batch decides for the model; the pass leaves model and random state as they were. Without
+    a label for each token the answer is False.
 
     Raises:
         ProblemError: neither rule fits; the model returns no loss or no logits.
-
-    Example:
-        >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> config = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=10)
-        >>> ids = torch.tensor([[3, 1, 4]])
-        >>> labels_are_shifted(GPT2LMHeadModel(config), {"input_ids": ids, "labels": ids})
-        True
     """
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.dim() < 2 or labels.is_floating_point():
@@ -77,36 +67,12 @@ def row_losses(
 ) -> tuple[Tensor, Tensor]:
     """The summed loss of each row, ``(n,)``, and how many labels the row has, ``(n,)``.
 
-    The model's own loss, of which it returns only the mean, is the sum of all by the count of all:
-    the cross entropy of whole numbers, the squared error of floating-point labels, and the binary
-    cross entropy of these where ``problem_type`` is ``multi_label_classification``. With a label
-    for each token, -100 is ignored, and `labels_are_shifted` says which logits predict it. Text
-    must be padded on the right, since a token after padding is predicted as well. The first batch
-    of a model compares the model's own loss with the mean.
-
-    Args:
-        model: the model, with or without a PEFT adapter.
-        batch: the model's arguments and ``labels``; a Trainer's entries (``WEIGHT``, ``ITEMS``,
-            ``MICRO_BATCHES``) are not read. A sequence-to-sequence model also needs
-            ``decoder_input_ids``, of ``DataCollatorForSeq2Seq(tokenizer, model)``.
-        twice: as for `label_losses`.
-
-    Raises:
-        ProblemError: there are no labels, or labels that do not fit the logits; or the model's own
-            loss is no mean over labels, or has the auxiliary loss of a router.
-
-    Example:
-        >>> from transformers import BertConfig, BertForSequenceClassification
-        >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
-        >>> model = BertForSequenceClassification(tiny)
-        >>> ids = torch.ones(3, 4, dtype=torch.int64)
-        >>> sums, counts = row_losses(model, {"input_ids": ids, "labels": torch.tensor([0, 1, 1])})
-        >>> sums.shape, counts
-        (torch.Size([3]), tensor([1, 1, 1]))
+    Arguments and errors are those of `label_losses`. The model's own loss is the sum of all by the
+    count of all.
     """
-    losses, scored = label_losses(model, batch, twice=twice)
-    rows = len(losses), -1
-    return losses.reshape(rows).sum(1), scored.reshape(rows).sum(1)
+    each = label_losses(model, batch, twice=twice)
+    losses, counts = (x.reshape(len(x), -1).sum(1) for x in each)
+    return losses, counts
 
 
 def label_losses(
@@ -114,16 +80,22 @@ def label_losses(
 ) -> tuple[Tensor, Tensor]:
     """The loss of each label, of the shape of ``labels``, and whether the label is scored.
 
-    A label that is not scored has the loss 0. A causal model's logits are widened a chunk at a
-    time. TRL's fused head makes none.
+    It is the cross entropy of whole numbers, the squared error of floating-point labels, or the
+    binary cross entropy of these where ``problem_type`` is ``multi_label_classification``. A label
+    of -100 is not scored and has the loss 0; `labels_are_shifted` says which logits predict a
+    token's label. Text must be padded on the right, since a token after padding is predicted as
+    well. The first batch of a model compares the model's own loss with the mean.
 
     Args:
-        model, batch: as for `row_losses`.
-        twice: whether the losses are differentiated twice, which those of a fused head cannot be;
-            the model then makes logits.
+        model: the model, with or without a PEFT adapter.
+        batch: the model's arguments and ``labels``; a Trainer's `ENTRIES` are not read. A
+            sequence-to-sequence model also needs ``decoder_input_ids``.
+        twice: whether the losses are differentiated twice, which those of TRL's fused head cannot
+            be; the model then makes logits.
 
     Raises:
-        ProblemError: as `row_losses`.
+        ProblemError: there are no labels, or labels that do not fit the logits; or the model's own
+            loss is no mean over labels, or has the auxiliary loss of a router.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -176,11 +148,6 @@ def has_fused_head(model: Any) -> bool:
     return False
 
 
-def weighted_mean(weights: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
-    """Σ v_i s_i / Σ c_i, of `row_losses`: the loss of the model where each weight is 1."""
-    return (weights.to(sums) * sums).sum() / counts.sum().clamp(min=1)
-
-
 def scored_labels(batch: Any, shifted: bool) -> Tensor | None:
     """The number of labels of ``batch`` that are scored; None without labels."""
     if not isinstance(batch, Mapping):
@@ -201,9 +168,8 @@ def label_weights(batches: Sequence[Any], *, shifted: bool) -> list[dict[str, Te
 
         1/(nP) Σ_ip weight_ip · loss_ip,   weight_ip = c_ip · nP / Σ c
 
-    Args:
-        batches: the n micro-batches of this process; without ``labels`` there are no entries.
-        shifted: whether a label is the next token's, so that the first one of a row is not scored.
+    There are no entries where a batch has no labels. With ``shifted`` the first label of a row is
+    not scored.
     """
     counts = [scored_labels(batch, shifted) for batch in batches]
     counted = [count for count in counts if count is not None]
@@ -216,11 +182,7 @@ def label_weights(batches: Sequence[Any], *, shifted: bool) -> list[dict[str, Te
 
 
 def require_labels(batch: Any) -> Tensor:
-    """``batch["labels"]``.
-
-    Raises:
-        ProblemError: there are no labels, or they are no tensor.
-    """
+    """``batch["labels"]``; raises ProblemError where there is no tensor of labels."""
     if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
         entries = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise ProblemError(f"labels: the batch must have a tensor of labels, got {entries}")

@@ -31,14 +31,6 @@ def losses_of_logits(
         logits: ``(n, C)``, or ``(n, T, C)`` with T or more positions.
         labels: whole numbers ``(n,)`` or ``(n, T)``, -100 for none, or a number a logit.
         shifted: whether the logits of a position score the next position's label.
-
-    Raises:
-        ProblemError: the labels do not fit the logits.
-
-    Example:
-        >>> labels = torch.tensor([[1, 0, -100]])
-        >>> losses_of_logits(None, torch.zeros(1, 3, 2), labels, shifted=True)
-        (tensor([[0.0000, 0.6931, 0.0000]]), tensor([[False,  True, False]]))
     """
     if labels.is_floating_point():
         return _of_numbers(model, logits, labels)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt_peft.core.validation import Level
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.autograd import graph_leaves
 
@@ -18,15 +17,10 @@ from hyperopt_peft.utils.autograd import graph_leaves
 DIFFERENTIABLE = ("lr", "weight_decay")
 
 
-def options_by_group(level: Level) -> list[dict[str, Tensor]]:
+def options_by_group(level: Any) -> list[dict[str, Tensor]]:
     """``level.optimizer_options()``, one mapping for each parameter group of the optimizer.
 
     The values are scalar tensors with their autograd graphs.
-
-    Raises:
-        ProblemError: an option other than ``lr`` and ``weight_decay``; a value that is negative,
-            not finite or not a single number; a number of mappings that differs from the number of
-            groups; no optimizer; or a learning rate that a scheduler sets as well.
     """
     options = level.optimizer_options()
     if not options:
@@ -43,7 +37,7 @@ def options_by_group(level: Level) -> list[dict[str, Tensor]]:
     return [{name: _number(level, name, value) for name, value in o.items()} for o in options]
 
 
-def present_options(level: Level) -> list[dict[str, float]]:
+def present_options(level: Any) -> list[dict[str, float]]:
     """The current values of `options_by_group`, as numbers."""
     return [
         {name: float(value.detach()) for name, value in options.items()}
@@ -51,7 +45,7 @@ def present_options(level: Level) -> list[dict[str, float]]:
     ]
 
 
-def write_options(level: Level) -> None:
+def write_options(level: Any) -> None:
     """Write the current values of ``level.optimizer_options()`` into the optimizer's groups."""
     options = present_options(level)
     if options and level.optimizer is not None:
@@ -59,13 +53,13 @@ def write_options(level: Level) -> None:
             group.update(values)
 
 
-def read_by_options(level: Level) -> set[int]:
+def read_by_options(level: Any) -> set[int]:
     """The ids of the leaf tensors that the options of ``level`` are functions of."""
     values = [value for group in options_by_group(level) for value in group.values()]
     return {id(leaf) for value in values if value.requires_grad for leaf in graph_leaves(value)}
 
 
-def _number(level: Level, name: str, value: Tensor | float) -> Tensor:
+def _number(level: Any, name: str, value: Tensor | float) -> Tensor:
     if name not in DIFFERENTIABLE:
         raise ProblemError(
             f"{level.name}: optimizer_options has {name!r}; only "
@@ -96,11 +90,7 @@ def optimizer_state_copy(
 ) -> dict[str, Any]:
     """Copies of the options and the state of ``optimizer`` for ``variables``.
 
-    Args:
-        optimizer: a ``torch.optim.Optimizer``, or accelerate's wrapper around one.
-        variables: the tensors whose options and state are copied.
-        with_state: whether to copy the state; otherwise ``"state"`` is empty.
-        options: values that replace the options of each parameter group.
+    ``options`` replace those of each parameter group.
 
     Returns:
         ``"kind"``, the optimizer's class; ``"groups"``, the options of each parameter group with

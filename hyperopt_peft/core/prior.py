@@ -59,11 +59,7 @@ class GaussianPrior:
 def as_prior(
     prior: Prior | None, variables: Sequence[Tensor], level: str
 ) -> Callable[[Sequence[Tensor]], Tensor] | None:
-    """``prior`` as a function of the variables; a number is the weight of a `GaussianPrior`.
-
-    Raises:
-        ProblemError: ``prior`` is neither a number from 0 nor a function.
-    """
+    """``prior`` as a function of the variables; a number is the weight of a `GaussianPrior`."""
     if prior is None or callable(prior):
         return prior
     if not is_number(prior) or not 0 <= prior < math.inf:
@@ -76,11 +72,7 @@ def as_prior(
 def prior_value(
     prior: Callable[[Sequence[Tensor]], Tensor], variables: Sequence[Tensor], level: str
 ) -> Tensor:
-    """``prior`` at ``variables``, a scalar with its autograd graph.
-
-    Raises:
-        ProblemError: the function returned something else than a scalar.
-    """
+    """``prior`` at ``variables``, a scalar with its autograd graph."""
     value = prior(variables)
     if not isinstance(value, Tensor) or value.numel() != 1:
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

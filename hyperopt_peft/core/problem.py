@@ -58,36 +58,29 @@ class LossGradient:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step of the lower level, recorded for estimators that look back on steps.
+    """One optimizer step of the lower level, recorded for estimators that look back on steps."""
 
-    Attributes:
-        batch: the batch of f.
-        random_state: the generator states before f was evaluated.
-        variables: copies of w from before the step.
-        gradient: ∂f/∂w before clipping; None for a variable that f did not read, which the step
-            did not move.
-        upper_gradient: ∂f/∂u from the same backward pass; None where no estimator requires it.
-        optimizer: `Problem.optimizer_snapshot` from before the step.
-    """
-
+    #: The batch of f.
     batch: Any
+    #: The generator states before f was evaluated.
     random_state: RandomState
+    #: Copies of w from before the step.
     variables: tuple[Tensor, ...] = ()
+    #: ∂f/∂w before clipping; None for a variable that f did not read.
     gradient: tuple[Tensor | None, ...] = ()
+    #: ∂f/∂u from the same backward pass; None where no estimator requires it.
     upper_gradient: tuple[Tensor | None, ...] | None = None
+    #: `Problem.optimizer_snapshot` from before the step.
     optimizer: Mapping[str, Any] | None = None
 
 
 @dataclass
 class Evaluated:
-    """What the first uncompiled evaluation of a loss shows; wrappers of a level share the object.
+    """What the first uncompiled evaluation of a loss shows; wrappers of a level share it."""
 
-    Attributes:
-        half: whether the loss runs in half precision; None before that evaluation.
-        unread: the names of the variables that the prior reads and the loss does not.
-    """
-
+    #: Whether the loss runs in half precision; None before that evaluation.
     half: bool | None = None
+    #: The names of the variables that the prior reads and the loss does not.
     unread: frozenset[str] = frozenset()
 
 
@@ -113,13 +106,10 @@ class Problem:
             metric ``prior`` has the term, and records of training have the loss without it.
         name: the level's name in errors and logs; by default the name of the class.
 
-    `Nested`, a level with levels below, overrides ``levels``, ``differences``, ``next_batch``,
-    ``anchored`` and ``gradient_above``.
-
     Raises:
-        ProblemError: as `named_variables`; the optimizer is over other tensors; the prior is
-            neither a number from 0 nor a function; or the data are empty or can be iterated only
-            once.
+        ProblemError: a variable is no leaf that requires a gradient, or given twice; the optimizer
+            is over other tensors; the prior is neither a number from 0 nor a function; or the data
+            are empty or can be iterated only once.
 
     Example:
         >>> class Fit(Problem):
@@ -188,7 +178,7 @@ class Problem:
     @property
     def devices(self) -> list[torch.device]:
         """The devices that hold the variables of this level and of the levels below."""
-        return list(dict.fromkeys(variable.device for variable in variables_of(self)))
+        return devices_of(self)
 
     def next_batch(self) -> Any:
         """The next batch of the level's data, on the level's device; None without data."""
@@ -208,9 +198,8 @@ class Problem:
         The loss may be NaN or infinite. ``batch`` is on the device that `on_device` moves to.
 
         Raises:
-            ProblemError: the loss is not a scalar tensor, depends on no tensor that requires a
-                gradient, or needs an entry that ``batch`` does not have; or the prior is not a
-                scalar tensor.
+            ProblemError: the loss or the prior is no scalar tensor with a gradient, or the loss
+                needs an entry that ``batch`` does not have.
         """
         losses, metrics = zip(*self.terms(batch), strict=True)
         return sum(losses[1:], losses[0]), distributed.means(metrics)
@@ -295,11 +284,7 @@ class Problem:
     def require_finite(
         self, loss: Tensor, gradient: Sequence[Tensor | None]
     ) -> tuple[float, tuple[float, ...]]:
-        """The value of ``loss``, and the 2-norm of each entry of ``gradient``, 0 for None.
-
-        Raises:
-            NonFiniteError: ``loss`` or an entry of ``gradient`` is NaN or infinite.
-        """
+        """The value of ``loss``, and the 2-norm of each entry of ``gradient``, 0 for None."""
         slopes = [slope for slope in gradient if slope is not None]
         value, *squares = to_floats([loss, *squares_of(slopes)])
         if not math.isfinite(value):
@@ -396,11 +381,7 @@ class Problem:
         check_level_state(self, state, self._stateful())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore ``state``, of `state_dict`.
-
-        Raises:
-            ProblemError: ``state`` does not fit this level; nothing has changed.
-        """
+        """Restore ``state``, of `state_dict`; raises ProblemError where it does not fit."""
         self.check_state(state)
         with torch.no_grad():
             for name, variable in zip(self.names, self.variables, strict=True):
@@ -426,4 +407,4 @@ def variables_of(*levels: Problem) -> tuple[Tensor, ...]:
 
 def devices_of(*levels: Problem) -> list[torch.device]:
     """The devices of the variables of ``levels``, each once."""
-    return list(dict.fromkeys(device for level in levels for device in level.devices))
+    return list(dict.fromkeys(variable.device for variable in variables_of(*levels)))

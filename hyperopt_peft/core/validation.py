@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,24 +20,6 @@ from hyperopt_peft.utils.validation import require_settings
 
 NO_WRITES = "compute a new tensor, or write after the optimizer's step"
 Variables = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
-
-
-class Level(Protocol):
-    """What the checks of a level and of its optimizer read of a `Problem`."""
-
-    name: str
-    names: tuple[str, ...]
-    variables: tuple[Tensor, ...]
-    optimizer: Any
-    scheduler: Any
-    evaluated: Any
-
-    @property
-    def levels(self) -> Sequence[Any]:
-        """See `Problem.levels`."""
-
-    def optimizer_options(self) -> Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]:
-        """See `Problem.optimizer_options`."""
 
 
 def named_variables(variables: Variables, level: str) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
@@ -129,7 +111,8 @@ def loss_and_metrics(result: Any, level: str) -> tuple[Tensor, dict[str, float]]
             raise ProblemError(
                 f'{level}: loss returned a mapping with {list(result)}; put the scalar under "loss"'
             )
-        metrics = {k: _plain(v) for k, v in result.items() if k != "loss" and is_number(v)}
+        numbers = {k: v for k, v in result.items() if k != "loss" and is_number(v)}
+        metrics = {k: float(v.detach() if isinstance(v, Tensor) else v) for k, v in numbers.items()}
         result = result["loss"]
     if not isinstance(result, Tensor) or result.numel() != 1:
         shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
@@ -165,7 +148,7 @@ def runs_in_half(loss: Tensor, level: str) -> bool | None:
 
 
 @contextmanager
-def unwritten(*levels: Level) -> Iterator[None]:
+def unwritten(*levels: Any) -> Iterator[None]:
     """Within the body, an evaluation of a loss, no variable of ``levels`` may be written to.
 
     Versions are compared, and a write through ``.data`` is not seen. A level with levels below
@@ -193,7 +176,7 @@ def unwritten(*levels: Level) -> Iterator[None]:
                 raise ProblemError(f"a loss writes to {level}'s {name}; {NO_WRITES}")
 
 
-def rewritten(levels: Sequence[Level], before: Sequence[Tensor]) -> list[str]:
+def rewritten(levels: Sequence[Any], before: Sequence[Tensor]) -> list[str]:
     """The variables of ``levels`` that have not the values ``before``, by name."""
     owned = [
         (f"{level.name}'s {n}", x) for level in levels for n, x in zip(level.names, level.variables)
@@ -217,7 +200,7 @@ def missing_input_hint(batch: Any, error: Exception) -> str:
 
 
 def require_read(
-    level: Level, gradient: Sequence[Tensor | None], besides: Set[str] | None = None
+    level: Any, gradient: Sequence[Tensor | None], besides: Set[str] | None = None
 ) -> None:
     """Raise ProblemError where an entry of ``gradient``, one for each variable, is None.
 
@@ -240,11 +223,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _plain(value: Any) -> float:
-    return float(value.detach() if isinstance(value, Tensor) else value)
-
-
-def check_level_state(level: Level, state: Any, stateful: Mapping[str, Any]) -> None:
+def check_level_state(level: Any, state: Any, stateful: Mapping[str, Any]) -> None:
     """Raise ProblemError where ``state`` does not fit ``level`` with the objects ``stateful``."""
     expected = {"variables", *stateful}
     if not isinstance(state, Mapping) or set(state) != expected:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from hyperopt_peft.core.optimizer import read_by_options
 from hyperopt_peft.core.problem import LossGradient, Problem, devices_of
@@ -17,12 +18,11 @@ from hyperopt_peft.core.validation import NO_WRITES, rewritten, unwritten
 from hyperopt_peft.diagnostics.curvature import Curvature, measure_curvature
 from hyperopt_peft.diagnostics.derivatives import wrong_derivatives
 from hyperopt_peft.diagnostics.findings import Check, Finding, Severity
-from hyperopt_peft.diagnostics.progress import counted
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import NEXT, check_ownership, open_oracle
 from hyperopt_peft.hypergradients.implicit.minres import MINRES
 from hyperopt_peft.hypergradients.oracle import Oracle
-from hyperopt_peft.hypergradients.products import ProductKind
+from hyperopt_peft.hypergradients.products import Passes, ProductKind
 from hyperopt_peft.utils.random_state import RandomState, replay
 from hyperopt_peft.utils.restore import assign_, perturbed
 from hyperopt_peft.utils.signal_to_noise import ADVICE, MIN_SAMPLES, SignalToNoise
@@ -51,26 +51,21 @@ def check_problem(
     no implicit term; f without second derivative; negative curvature; a linear system that
     ``solver_steps`` steps do not solve; a lower level far from its minimum.
 
-    Derivatives are compared with central differences in float64, in one random direction: two of
-    F, two of f, and two of ∂f/∂x with one exact product, which must be symmetric with another. An
-    error of less than a thousandth of a variable's part is not seen, nor one that this batch does
-    not reach, or that is absent in float64. `Check.not_compared` says why they were not compared:
-    an operation without float64, several processes, a Nested level.
+    Derivatives are compared with central differences in float64, in one random direction. An error
+    of less than a thousandth of a variable's part is not seen, nor one that this batch does not
+    reach, or that is absent in float64. `Check.not_compared` says why they were not compared.
 
     The distance from the lower minimum is measured by the change of the hypergradient by a Newton
-    step on copies of w (conjugate gradients, shortened until f falls), divided by ‖direct‖ +
-    ‖implicit‖, which is invariant to factors of f, F and w; above 0.1 it is a warning. It is that
-    of one batch: if f is a mean over data, give a large ``lower_batch``.
+    step on copies of w, divided by ‖direct‖ + ‖implicit‖; above 0.1 it is a warning. It is that of
+    one batch: if f is a mean over data, give a large ``lower_batch``.
 
     `Check.signal_to_noise` is that of a hypergradient from one batch of each level, over several
-    pairs of batches and dropout masks (`SignalToNoise`); below 1 it is a warning, since an upper
-    step then moves further along the noise. `Check.curvature` has a damping for ``cg``, ``minres``
-    and ``warm``, in the units of this f.
+    pairs of batches and dropout masks; below 1 it is a warning. `Check.curvature` has a damping
+    for ``cg``, ``minres`` and ``warm``, in the units of this f.
 
     The cost is at most 5·``solver_steps`` second-derivative products and some thirty passes, 12 of
-    these in float64, which takes a GPU longer and twice the memory of float32, and
-    for each pair of batches ``solver_steps`` products and three passes. Variables, gradients,
-    buffers, data and random states are bit-identical afterwards.
+    these in float64, and for each pair of batches ``solver_steps`` products and three passes.
+    Variables, gradients, buffers, data and random states are bit-identical afterwards.
 
     Args:
         upper_batch, lower_batch: the batches; by default the next ones of each level's data. Levels
@@ -107,7 +102,8 @@ def check_problem(
     pairs = _pairs(oracle, upper_batches, lower_batches)
     with ExitStack() as stack:
         most = 5 * solver_steps + 33 + len(pairs) * (solver_steps + 3)
-        oracle.passes = stack.enter_context(counted("check", most, progress=progress))
+        bar = tqdm(total=most, desc="check", unit="pass", leave=False, disable=not progress)
+        oracle.passes = Passes(update=stack.enter_context(bar).update)
         start = stack.enter_context(perturbed((*upper.variables, *lower.variables)))
         stack.enter_context(oracle.open())
         examination = _Examination(oracle, start, seed, solver_steps, pairs)
@@ -168,21 +164,23 @@ class _Examination:
         if above is None or below is None:
             return
         self._unread(above.gradient, below.gradient)
-        if any(finding.severity == "error" for finding in self.findings):
+        if self._has_error:
             return
-        wrong: list[Finding] = []
         try:
-            wrong += wrong_derivatives(oracle, self.seed)
+            self.findings += wrong_derivatives(oracle, self.seed)
         except Exception as error:  # in its own precision the loss has raised none
             self.not_compared = f"{type(error).__name__}: {error}"
-        self.findings += wrong
-        exact = not oracle.lower.nested and "error" not in {f.severity for f in wrong}
+        exact = not (oracle.lower.nested or self._has_error)
         self._second_order("exact" if exact else "difference")
 
     def _add(self, kind: str, level: Problem, words: str, advice: str = "") -> None:
         severity: Severity = "warning" if kind in WARNINGS else "error"
         advice = advice or REMEDIES[kind]
         self.findings.append(Finding(kind, severity, level.name, words, advice))
+
+    @property
+    def _has_error(self) -> bool:
+        return any(finding.severity == "error" for finding in self.findings)
 
     @property
     def _variables(self) -> tuple[Tensor, ...]:
@@ -211,7 +209,9 @@ class _Examination:
             self._add("in-place edit", level, f"the loss writes to {', '.join(edited)}")
         if evaluation is None or edited:
             return None
-        self._randomness(level, batch, random, evaluation)
+        if self._differs(level, evaluation, self._evaluate(level, batch, random)):
+            words = "two evaluations from one random state differ: the loss keeps a state"
+            self._add("not reproducible", level, words)
         return evaluation
 
     def _evaluate(self, level: Problem, batch: Any, random: RandomState) -> LossGradient:
@@ -231,14 +231,6 @@ class _Examination:
         if edited:
             assign_(self._variables, self.start)
         return edited
-
-    def _randomness(
-        self, level: Problem, batch: Any, random: RandomState, first: LossGradient
-    ) -> None:
-        """Add a finding if the loss depends on other state than that of the global generators."""
-        if self._differs(level, first, self._evaluate(level, batch, random)):
-            words = "two evaluations from one random state differ: the loss keeps a state"
-            self._add("not reproducible", level, words)
 
     def _differs(self, level: Problem, one: LossGradient, other: LossGradient) -> bool:
         """Whether two evaluations differ by more than the rounding of sums in another order."""

@@ -14,15 +14,18 @@ from tqdm.auto import tqdm
 
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.diagnostics.curvature import Spectrum, spectrum
-from hyperopt_peft.diagnostics.progress import counted
 from hyperopt_peft.diagnostics.retraining import Coordinates, Retraining
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import NEXT, check_estimator, open_oracle
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import Estimate, Oracle
+from hyperopt_peft.hypergradients.products import Passes
 from hyperopt_peft.hypergradients.registry import EstimatorLike, get_estimator, with_options
 from hyperopt_peft.utils.tables import aligned
 from hyperopt_peft.utils.vector import Vector, dot
+
+#: The reference of one repeat: an estimate is compared with a vector after a projection.
+_Truth = tuple[Vector, Callable[[Vector], Vector]]
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,6 @@ class Comparison:
 
     ``reference_residual`` is the largest residual of the reference's solves, or the relative error
     of a retraining; None if unknown. ``reference_note`` is the reference's note.
-
-    Example:
-        >>> row = ComparisonRow("darts", cosine=0.9, relative_error=0.5)
-        >>> Comparison("exact", 0.0, "", repeats=1, rows=(row,)).records()[0]["cosine"]
-        0.9
     """
 
     reference: str
@@ -176,11 +174,11 @@ def compare_hypergradients(
         measured = [
             _retrained(oracle(k), truth, [run[k].estimate for run in done], progress) for k in seeds
         ]
-        truths = [_Truth(c.slopes, c.project) for c in measured]
-        residual, note = max(c.error for c in measured), measured[0].note
+        truths: list[_Truth] = [(c.slopes, c.project) for c in measured]
+        residual, note = max(max(c.of_epsilon, c.of_length) for c in measured), measured[0].note
     else:
         solved = [_run(oracle(k), truth) for k in seeds]
-        truths = [_Truth(run.estimate.hypergradient) for run in solved]
+        truths = [(run.estimate.hypergradient, lambda h: h) for run in solved]
         residual, note = _largest_residual(solved), _first_note(solved)
     ends = None
     if any(option(e, "damping") for e in (truth, *(e for _, e in chosen))):
@@ -200,11 +198,7 @@ def _label(estimator: EstimatorLike) -> str:
 
 
 def get_reference(reference: EstimatorLike) -> Estimator:
-    """The estimator, or the `Retraining`, named by ``reference``.
-
-    Raises:
-        ProblemError: the name or an option is unknown, or a value is invalid.
-    """
+    """The estimator, or the `Retraining`, named by ``reference``."""
     if isinstance(reference, str) and reference.partition(":")[0] == Retraining.name:
         return with_options(Retraining, reference.partition(":")[2])
     return get_estimator(reference)
@@ -234,14 +228,6 @@ class _Run:
     seconds: float
 
 
-@dataclass(frozen=True)
-class _Truth:
-    """The reference of one repeat: an estimate h is compared as ``project(h)`` with ``value``."""
-
-    value: Vector
-    project: Callable[[Vector], Vector] = lambda h: h
-
-
 def _run(oracle: Oracle, estimator: Estimator) -> _Run:
     begin = time.perf_counter()
     check_estimator(estimator, oracle.upper, oracle.lower)
@@ -258,8 +244,10 @@ def _retrained(
 ) -> Coordinates:
     parts = [part for e in estimates for part in (e.direct, e.implicit)]
     most = truth.passes(min(len(parts), len(estimates) + 1) + truth.directions)
-    with counted("retrainings", most, progress=progress) as oracle.passes, oracle.open():
-        return truth.coordinates(oracle, parts)
+    with tqdm(total=most, desc="retrainings", leave=False, disable=not progress) as bar:
+        oracle.passes = Passes(update=bar.update)
+        with oracle.open():
+            return truth.coordinates(oracle, parts)
 
 
 def _row(name: str, runs: Sequence[_Run], truths: Sequence[_Truth], note: str) -> ComparisonRow:
@@ -269,11 +257,12 @@ def _row(name: str, runs: Sequence[_Run], truths: Sequence[_Truth], note: str) -
 
     def median(measure: Callable[[Vector, Vector], float]) -> float:
         pairs = zip(estimates, truths, strict=True)
-        return statistics.median(measure(truth.project(h), truth.value) for h, truth in pairs)
+        return statistics.median(measure(project(h), value) for h, (value, project) in pairs)
 
     def factor(run: _Run, truth: _Truth) -> float:
-        direct, implicit = truth.project(run.estimate.direct), truth.project(run.estimate.implicit)
-        return _ratio(dot(implicit, truth.value - direct), dot(implicit, implicit))
+        value, project = truth
+        direct, implicit = project(run.estimate.direct), project(run.estimate.implicit)
+        return _ratio(dot(implicit, value - direct), dot(implicit, implicit))
 
     return ComparisonRow(
         name,

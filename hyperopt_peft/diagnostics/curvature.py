@@ -30,13 +30,6 @@ class Spectrum:
     """Lanczos estimates of the smallest and the largest eigenvalue of the lower Hessian H.
 
     Both lie within the spectrum of H.
-
-    Example:
-        >>> from hyperopt_peft.diagnostics.curvature import Spectrum
-        >>> round(Spectrum(-0.11, 0.43).damping(), 3)
-        0.17
-        >>> Spectrum(-0.11, 0.43).dominated_by(1.0)
-        True
     """
 
     smallest: float
@@ -114,8 +107,6 @@ def spectrum(
         NonFiniteError: f or a product is NaN or infinite.
 
     Example:
-        >>> import torch
-        >>> from hyperopt_peft.diagnostics import spectrum
         >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> spectrum(upper, lower).smallest > 0  # ridge regression is strictly convex
@@ -146,10 +137,6 @@ def measure_curvature(oracle: Oracle, product: ProductKind, steps: int, seed: in
     """The curvature at the point of an open oracle, by at most 5·``steps`` products.
 
     The caller restores the lower variables, which move.
-
-    Raises:
-        ProblemError: ``product`` is exact, and f has no second derivative.
-        NonFiniteError: f, F, or a product is NaN or infinite.
     """
     w = oracle.lower.variables
     gradient = oracle.lower_gradient()
@@ -191,9 +178,6 @@ def lanczos(matvec: Matvec, start: Vector, steps: int) -> Spectrum:
 
     They are the eigenvalues of the tridiagonal matrix of ``steps`` Lanczos steps, and lie within
     the spectrum. Lanczos 1950, doi:10.6028/jres.045.026.
-
-    Raises:
-        NonFiniteError: a product is NaN or infinite.
     """
     q, previous, beta = start / start.norm(), zeros_like(start), 0.0
     diagonal: list[float] = []

@@ -36,23 +36,18 @@ def wrong_derivatives(oracle: Oracle, seed: int) -> list[Finding]:
     """Findings at the point of an open oracle, by 11 passes and two products in float64.
 
     Second derivatives are compared only if gradients are right, and f has a double backward pass.
-
-    Raises:
-        ProblemError: a level is `Nested`, or there are several processes.
-        Exception: a loss that cannot be evaluated in float64 may raise any.
+    A loss that cannot be evaluated in float64 may raise any exception.
     """
     upper, lower = oracle.upper, oracle.lower
     lower.require_single("its gradient is an estimate")
     if world_size() > 1:
         raise ProblemError("there are several processes")
-    levels = (
-        (upper, oracle.upper_batch, oracle.upper_random),
-        (lower, oracle.lower_batch, oracle.lower_random),
-    )
+    above = upper, oracle.upper_batch, oracle.upper_random
+    below = lower, oracle.lower_batch, oracle.lower_random
     x, wrong = (*upper.variables, *lower.variables), []
     with single_precision(x, DoublePrecision), perturbed(x) as here:
         h = float(default_epsilon(here, "forward"))
-        for level, batch, state in levels:
+        for level, batch, state in (above, below):
             f = Objective(level, upper, batch, state, oracle.passes, oracle.buffers, [])
             assign_(x, here)
             gradients = [f.gradient(x)]

@@ -39,7 +39,6 @@ def recommend(comparison: Comparison) -> Recommendation:
     Example:
         >>> from hyperopt_peft import compare_hypergradients
         >>> from hyperopt_peft.engine import minimize
-        >>> from hyperopt_peft.diagnostics import recommend
         >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> _ = minimize(lower)

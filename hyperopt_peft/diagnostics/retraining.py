@@ -39,11 +39,6 @@ class Coordinates:
     of_length: float
 
     @property
-    def error(self) -> float:
-        """The larger one of ``of_epsilon`` and ``of_length``."""
-        return max(self.of_epsilon, self.of_length)
-
-    @property
     def beyond(self) -> float:
         """The share of ‖dF/du‖ outside the span of ``basis``."""
         (all_slopes,) = self.slopes
@@ -92,7 +87,6 @@ class Retraining(Estimator):
 
     Example:
         >>> from hyperopt_peft import hypergradient
-        >>> from hyperopt_peft.diagnostics import Retraining
         >>> from hyperopt_peft.problems.textbook.ridge import diabetes
         >>> upper, lower = diabetes()
         >>> lower.solve()

@@ -46,19 +46,12 @@ class EarlyStopping:
         ProblemError: ``held_out`` is empty or can be iterated only once, or a number is below 1.
 
     Example:
-        >>> import torch
-        >>> from hyperopt_peft import Engine, Problem
-        >>> class Fit(Problem):
-        ...     def loss(self, batch):
-        ...         return (self.variables[0] - batch).square()
-        >>> u, w = (torch.zeros((), requires_grad=True) for _ in range(2))
-        >>> above, below = (torch.optim.SGD([x], lr=0.1) for x in (u, w))
-        >>> upper = Fit([u], data=[torch.tensor(5.0)], optimizer=above)
-        >>> lower = Fit([w], data=[torch.tensor(0.0)], optimizer=below)
-        >>> stopping = EarlyStopping([torch.tensor(2.0)], every=1, patience=2)
-        >>> engine = Engine(upper, lower, "direct", callbacks=[stopping], progress=False)
-        >>> len(engine.run(100)), round(u.item(), 2)  # u = 1, 1.8, 2.44, 2.95
-        (4, 1.8)
+        >>> from hyperopt_peft import Engine
+        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
+        >>> stopping = EarlyStopping([None], every=2)  # a batch of a loss that has its rows
+        >>> engine = Engine(*diabetes(), callbacks=[stopping], progress=False)
+        >>> [step["step"] for step in engine.run(5) if "held_out_loss" in step]
+        [2, 4]
     """
 
     def __init__(self, held_out: Iterable[Any], *, every: int = 10, patience: int = 5) -> None:

@@ -19,11 +19,6 @@ def fit(problem: Problem, steps: int, *, progress: bool = True) -> list[dict[str
     A record has ``step``, ``loss``, ``grad_norm`` and the metrics of the loss; ``prior`` is apart
     from ``loss``. A `Nested` level also trains the levels below.
 
-    Args:
-        problem: the level to train.
-        steps: the number of steps.
-        progress: whether to show a progress bar.
-
     Raises:
         ProblemError: the level has no optimizer.
         NonFiniteError: a loss or a gradient is NaN or infinite; the message names the step.
@@ -67,13 +62,6 @@ def lbfgs(
 
     Raises:
         NonFiniteError: the loss or the gradient is NaN or infinite; the variables have not moved.
-
-    Example:
-        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
-        >>> _, lower = diabetes()
-        >>> evaluations = lbfgs(lower, tolerance=1e-6)
-        >>> lower.gradient(None, lower.variables).norms[0] < 1e-5
-        True
     """
     optimizer = torch.optim.LBFGS(
         problem.variables,
@@ -108,16 +96,9 @@ def lbfgs(
 def minimize(problem: Problem, *, tolerance: float = 1e-10, max_steps: int = 1000) -> float:
     """Move the variables to a minimum of a deterministic loss by L-BFGS; returns the loss.
 
-    A prior is part of the loss.
-
     The minimisation ends where no entry of the gradient exceeds ``tolerance``. The loss gets the
-    batch None; the level's optimizer and data are not used. An implicit hypergradient is exact at
-    such a minimum.
-
-    Args:
-        problem: the level, usually the lower one of a small program.
-        tolerance: the largest entry of the gradient at the end.
-        max_steps: the largest number of L-BFGS steps.
+    batch None, and includes a prior; the level's optimizer and data are not used. An implicit
+    hypergradient is exact at such a minimum.
 
     Raises:
         ProblemError: an entry of the gradient exceeds 1,000 × ``tolerance`` after ``max_steps``;

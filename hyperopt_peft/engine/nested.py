@@ -48,15 +48,14 @@ class Nested(Problem):
 
         w ← w − [∂²f/∂w²]⁻¹ (∂f/∂w − g),   g = ∂f/∂w before the perturbation
 
-    Subtracting g treats the current w as w*, though training has not reached the minimum. The
-    step is exact for a quadratic f. For any other f its error is of the order of the finite
-    difference's own error. With an estimator that is no solver (darts) w does not move, and ∂²G̃
-    lacks the term of ∂w*/∂v.
+    Subtracting g treats the current w as w*. The step is exact for a quadratic f; for any other f
+    its error is of the order of the finite difference's own. With an estimator that is no solver
+    (darts) w does not move, and ∂²G̃ lacks the term of ∂w*/∂v.
 
-    ``lower_steps`` steps of ``lower`` precede each step of ``middle``. Derivatives of f use the
-    batch and the random numbers of the last lower step; before the first lower step, they use the
-    next batch. The records of `Engine` have ``lower_below_loss`` and ``lower_below_grad_norm`` of
-    the level below, and ``lower_residual`` and ``upper_residual`` of the solves for G̃ and for F.
+    Derivatives of f use the batch and the random numbers of the last lower step, or the next batch
+    before the first. The records of `Engine` have ``lower_below_loss`` and
+    ``lower_below_grad_norm`` of the level below, and ``lower_residual`` and ``upper_residual`` of
+    the solves for G̃ and for F.
 
     Args:
         middle: the level with loss G; its variables v, optimizer and data become this level's.

@@ -144,12 +144,10 @@ class BilevelStep:
     def record_lower(
         self, batch: Any, random_state: RandomState, gradient: Sequence[Tensor | None]
     ) -> Gradient:
-        """Record a lower step; returns ∂f/∂w.
+        """Record a lower step on ``batch``; returns ∂f/∂w.
 
-        Args:
-            batch: the batch of f.
-            random_state: the generator states before f was evaluated.
-            gradient: of f with respect to ``variables``, as these were before the evaluation.
+        ``random_state`` has the generator states before f was evaluated, and ``gradient`` is that
+        of f with respect to ``variables``, as these were before the evaluation.
 
         Raises:
             ProblemError: at the first step, f does not read a lower variable; or as `Dots.check`.
@@ -189,8 +187,7 @@ class BilevelStep:
     ) -> Oracle:
         """The oracle of ``upper`` and the lower level.
 
-        F is evaluated on ``batch`` from ``upper_random``, f on the batch and from the generator
-        states of the lower step ``last``.
+        f is evaluated on the batch and from the generator states of the lower step ``last``.
         """
         return Oracle(
             upper,

@@ -63,24 +63,6 @@ class Dots:
         directions: by layer, the direction b.
         along: b as a vector shaped like the level's variables; None where it is not.
         layers: with ``along``, the `linear_layers` of the level.
-
-    Example:
-        >>> class Sum(WeightedExamples):
-        ...     def groups(self, x):
-        ...         return torch.arange(len(x))
-        ...     def losses(self, x):
-        ...         return self.model(x)[:, 0]
-        ...     def weighted(self, losses, x):
-        ...         return (u * losses).sum()
-        >>> u, x = torch.ones(2, requires_grad=True), torch.tensor([[5.0], [7.0]])
-        >>> layer = nn.Linear(1, 1)
-        >>> level = Sum([layer.weight])
-        >>> level.model = layer
-        >>> dots = Dots.of(level, Vector([torch.ones(1, 1)]))
-        >>> with dots.observe():
-        ...     level.loss(x).backward()
-        >>> dots.mixed([u]).parts  # ∇ℓ_i is x_i
-        (tensor([5., 7.]),)
     """
 
     def __init__(

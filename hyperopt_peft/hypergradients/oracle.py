@@ -325,11 +325,5 @@ class Oracle:
         batch = self.lower_batch if at is None else at.batch
         random_state = self.lower_random if at is None else at.random_state
         return Objective(
-            self.lower,
-            self.upper,
-            batch,
-            random_state,
-            self.passes,
-            self.buffers,
-            self.losses,
+            self.lower, self.upper, batch, random_state, self.passes, self.buffers, self.losses
         )

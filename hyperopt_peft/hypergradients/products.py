@@ -47,13 +47,6 @@ class Passes:
     """Counts: ``gradients`` of forward+backward passes, ``products`` of second backward passes.
 
     ``update``, if given, is called with the number of new passes; a progress bar has such a method.
-
-    Example:
-        >>> passes = Passes(update=print)
-        >>> passes.count(products=2)
-        2
-        >>> passes.gradients, passes.products
-        (0, 2)
     """
 
     gradients: int = 0

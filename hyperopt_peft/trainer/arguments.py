@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Self, get_type_hints
+from typing import Any, Literal, Self, cast, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -24,42 +24,14 @@ from hyperopt_peft.utils.validation import matches, type_name
 
 #: The fields of `transformers.TrainingArguments`, of all versions, that change a run's result, so
 #: that a checkpoint and the run that resumes from it must agree in them.
-RESUME_MUST_MATCH = (
-    "accelerator_config",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "average_tokens_across_devices",
-    "bf16",
-    "data_seed",
-    "dataloader_drop_last",
-    "full_determinism",
-    "gradient_accumulation_steps",
-    "group_by_length",
-    "label_names",
-    "label_smoothing_factor",
-    "learning_rate",
-    "length_column_name",
-    "liger_kernel_config",
-    "lr_scheduler_kwargs",
-    "lr_scheduler_type",
-    "max_grad_norm",
-    "max_steps",
-    "neftune_noise_alpha",
-    "num_train_epochs",
-    "optim",
-    "optim_args",
-    "optim_target_modules",
-    "per_device_train_batch_size",
-    "remove_unused_columns",
-    "seed",
-    "tf32",
-    "train_sampling_strategy",
-    "use_liger_kernel",
-    "warmup_ratio",
-    "warmup_steps",
-    "weight_decay",
-)
+RESUME_MUST_MATCH = """
+accelerator_config adam_beta1 adam_beta2 adam_epsilon average_tokens_across_devices bf16 data_seed
+dataloader_drop_last full_determinism gradient_accumulation_steps group_by_length label_names
+label_smoothing_factor learning_rate length_column_name liger_kernel_config lr_scheduler_kwargs
+lr_scheduler_type max_grad_norm max_steps neftune_noise_alpha num_train_epochs optim optim_args
+optim_target_modules per_device_train_batch_size remove_unused_columns seed tf32
+train_sampling_strategy use_liger_kernel warmup_ratio warmup_steps weight_decay
+""".split()  # noqa: SIM905
 
 
 @dataclass
@@ -169,8 +141,7 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
             if isinstance(value, float) and not math.isfinite(value):
                 raise ProblemError(f"{name} must be finite, got {value}")
         self.estimator()
-        rates += ["upper_learning_rate", "upper_weight_decay", "upper_max_grad_norm"]
-        rates += ["upper_prior"]
+        rates += [f"upper_{x}" for x in ("learning_rate", "weight_decay", "max_grad_norm", "prior")]
         counts += ["lower_steps", "per_device_upper_batch_size"]
         self._require("not be negative", lambda x: x >= 0, *rates)
         self._require("be at least 1", lambda n: n >= 1, *counts)
@@ -230,14 +201,11 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
             ProblemError: a value of ``retrain_arguments`` is out of range.
 
         Example:
-            >>> args = BilevelTrainingArguments(
-            ...     "outputs", retrain_arguments={"max_steps": 9}, report_to="none"
-            ... )
-            >>> args.for_retraining().max_steps
+            >>> options = {"retrain_arguments": {"max_steps": 9}, "report_to": "none"}
+            >>> BilevelTrainingArguments("outputs", **options).for_retraining().max_steps
             9
         """
-        args = copy.copy(self)
-        given: Any = self.retrain_arguments or {}
+        args, given = copy.copy(self), cast(dict[str, Any], self.retrain_arguments or {})
         changes = dict(given)
         if "num_train_epochs" in changes:
             changes.setdefault("max_steps", -1)
@@ -262,14 +230,7 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         return estimator
 
     def steps_of(self, rows: int) -> int:
-        """The optimizer steps of a training on ``rows`` rows, as the Trainer counts them.
-
-        Example:
-            >>> BilevelTrainingArguments(
-            ...     "outputs", num_train_epochs=2, per_device_train_batch_size=4, report_to="none"
-            ... ).steps_of(9)
-            6
-        """
+        """The optimizer steps of a training on ``rows`` rows, as the Trainer counts them."""
         if self.max_steps > 0:
             return int(self.max_steps)
         size = self.train_batch_size * self.world_size
@@ -278,13 +239,7 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         return math.ceil(float(self.num_train_epochs) * an_epoch)
 
     def phases(self, lower: int, everything: int) -> tuple[int, int]:
-        """The steps of a search on ``lower`` rows, and of the second training.
-
-        Example:
-            >>> options = {"per_device_train_batch_size": 8, "report_to": "none"}
-            >>> BilevelTrainingArguments("outputs", num_train_epochs=2, **options).phases(80, 100)
-            (20, 26)
-        """
+        """The steps of a search on ``lower`` rows, and of the second training on ``everything``."""
         again = 0 if self.retrain == "none" else self.for_retraining().steps_of(everything)
         return self.steps_of(lower), again
 

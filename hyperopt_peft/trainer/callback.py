@@ -46,12 +46,7 @@ class BilevelCallback(TrainerCallback):
 
     @contextmanager
     def run(self, resumed: tuple[Path, Mapping[str, Any]] | None) -> Iterator[None]:
-        """Train in the body, from the checkpoint ``resumed`` and its record unless None.
-
-        Raises:
-            ProblemError: the checkpoint is of other settings or data, lacks a file or is damaged;
-                or a checkpoint could not be written.
-        """
+        """Train in the body, from the checkpoint ``resumed`` and its record unless None."""
         self.writing, self.signalled = None, False
         self.resumed = None if resumed is None else resumed[0]
         self.settings = self.trainer.settings()

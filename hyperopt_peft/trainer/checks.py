@@ -37,25 +37,15 @@ from hyperopt_peft.utils.precision import require_float32
 from hyperopt_peft.utils.random_state import RandomState, replay
 from hyperopt_peft.utils.validation import require_writable
 
-logger = logging.get_logger(__name__)
 #: The oldest transformers whose loading of a sharded adapter was seen to work.
 FSDP2_SINCE = Version("5.10")
 
 
+logger = logging.get_logger(__name__)
 #: An adapter hardly learns in a phase of a smaller rate × steps, twice the way that Adam takes a
 #: weight with linear decay. The held-out score of DoRA on five tasks was .46 at .03, .60 at .1 and
 #: .68 to .70 from .3 on, whether by more steps or by a higher rate.
 LEARNS = 0.1
-
-
-def check_class(args: Any, kind: Any) -> None:
-    """Raise ProblemError unless ``args`` are of ``kind``, or of both bases that it combines."""
-    bases = vars(kind).get("made_by", (None, (kind,)))[1]
-    if not all(isinstance(args, base) for base in bases):
-        raise ProblemError(
-            f"args must be {kind.__name__}, got {type(args).__name__}; make them by the Arguments "
-            "of the trainer's class"
-        )
 
 
 def warn_of_short_phase(phase: str, args: Any, rows: Any) -> None:
@@ -68,10 +58,14 @@ def warn_of_short_phase(phase: str, args: Any, rows: Any) -> None:
         )
 
 
-def check_model(model: Any) -> None:
-    """Raise ProblemError unless ``model`` is a module."""
-    if not isinstance(model, nn.Module):
-        raise ProblemError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+def check_class(args: Any, kind: Any) -> None:
+    """Raise ProblemError unless ``args`` are of ``kind``, or of both bases that it combines."""
+    bases = vars(kind).get("made_by", (None, (kind,)))[1]
+    if not all(isinstance(args, base) for base in bases):
+        raise ProblemError(
+            f"args must be {kind.__name__}, got {type(args).__name__}; make them by the Arguments "
+            "of the trainer's class"
+        )
 
 
 def check_arguments(
@@ -79,8 +73,8 @@ def check_arguments(
 ) -> None:
     """Raise ProblemError for settings that would not train the bilevel program.
 
-    ``options`` are the further arguments of `transformers.Trainer`. ``trainer_loss`` says whether
-    the lower level uses the Trainer's own loss, ``custom_loss`` whether a class overrides it.
+    ``trainer_loss`` says whether the lower level uses the Trainer's own loss, ``custom_loss``
+    whether a class overrides it.
     """
     if args.should_save and args.save_strategy != "no":
         require_writable(Path(args.output_dir))
@@ -212,17 +206,13 @@ def check_layers(model: nn.Module, levels: Sequence[Problem], estimator: Estimat
     A product raises an error too, after the first lower steps.
     """
     needs = estimator.requirements
-    if len(levels) > 1 and needs.differences:
+    if len(levels) == 1:
+        return
+    if needs.differences:
         require_no_rounding(model.modules())
-    if len(levels) > 1 and (needs.differences or needs.second_derivatives):
+    if needs.differences or needs.second_derivatives:
         require_float32(model)
-    if len(levels) > 1 and needs.second_derivatives:
-        _require_readable(model, estimator)
-
-
-def _require_readable(model: Any, estimator: Estimator) -> None:
-    """Raise ProblemError for layers with magnitudes that have no second derivative."""
-    for name, layer in model.named_modules():
+    for name, layer in model.named_modules() if needs.second_derivatives else ():
         for adapter in getattr(layer, "lora_magnitude_vector", ()):
             try:
                 require_plain(layer, adapter, name)
@@ -236,11 +226,7 @@ def _require_readable(model: Any, estimator: Estimator) -> None:
 
 
 def check_accelerator(trainer: Trainer, levels: Sequence[Problem], estimator: Estimator) -> None:
-    """Raise ProblemError for a configuration of accelerate that would not train ``levels``.
-
-    DDP equals one process. FSDP2 is for estimators with first-order products, those with
-    differences in float32.
-    """
+    """Raise ProblemError for a configuration of accelerate that would not train ``levels``."""
     if trainer.accelerator.mixed_precision == "fp16":
         raise ProblemError("fp16: the loss scale is part of the gradients; use bf16")
     if distributed.world_size() != trainer.args.world_size:

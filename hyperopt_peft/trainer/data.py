@@ -17,7 +17,7 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.random_state import RandomState, replay
 
 logger = logging.getLogger(__name__)
-#: The names under which a trainer prepares the only evaluation data and the upper level's data.
+#: The names under which a parent prepares the only evaluation data and the upper level's data.
 EVALUATION, UPPER = "eval", "upper_dataset"
 
 
@@ -96,11 +96,6 @@ def data_of_levels(
 
     With ``may_share_rows`` an example of ``upper`` may be in ``train`` too. Of examples that are
     not ``prepared`` a trainer makes others.
-
-    Raises:
-        ProblemError: as `split_dataset`, `require_examples`, `require_same_layout` and
-            `require_apart`; ``upper`` is given without an upper level; or
-            ``dataloader_drop_last`` leaves no batch.
     """
     require_examples("train_dataset", train)
     if not bilevel and upper is not None:
@@ -133,30 +128,28 @@ def warn_of_repeated_rows(train: Any, args: Any) -> None:
         )
 
 
-def with_more(evaluation: Any, more: Mapping[str, Any], args: Any) -> Any:
-    """The evaluation data and ``more`` by name, which a trainer prepares alike.
+def with_upper(evaluation: Any, upper: Any, args: Any) -> Any:
+    """The evaluation data and ``upper`` by name, which a trainer prepares alike.
 
     Without evaluation data that ``args`` asks for there are none, as the trainer says.
     """
-    if not more or (evaluation is None and args.eval_strategy != "no"):
+    if upper is None or (evaluation is None and args.eval_strategy != "no"):
         return evaluation
     if not isinstance(evaluation, Mapping):
         evaluation = {} if evaluation is None else {EVALUATION: evaluation}
-    return {**evaluation, **more}
+    return {**evaluation, UPPER: upper}
 
 
-def without_more(prepared: Any, evaluation: Any, more: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The prepared evaluation data, in the form of ``evaluation``, and those of ``more``."""
-    if not more:
-        return prepared, {}
-    if not isinstance(prepared, Mapping) or not more.keys() <= prepared.keys():
+def without_upper(prepared: Any, evaluation: Any) -> tuple[Any, Any]:
+    """The prepared evaluation data, in the form of ``evaluation``, and the upper level's."""
+    if not isinstance(prepared, Mapping) or UPPER not in prepared:
         raise ProblemError(
-            f"{', '.join(more)}: the trainer did not keep the sets of evaluation data by name, as "
+            f"{UPPER}: the trainer did not keep the sets of evaluation data by name, as "
             "which it prepares these; let it take a dict of data sets as eval_dataset"
         )
-    rest = {name: rows for name, rows in prepared.items() if name not in more}
-    named = {name: prepared[name] for name in more}
-    return (rest if isinstance(evaluation, Mapping) else rest.get(EVALUATION)), named
+    rest = dict(prepared)
+    upper = rest.pop(UPPER)
+    return (rest if isinstance(evaluation, Mapping) else rest.get(EVALUATION)), upper
 
 
 def label_column(data: Dataset) -> str | None:
@@ -234,13 +227,7 @@ def batches_of(
     *,
     chosen: Sequence[int] | None = None,
 ) -> list[Any]:
-    """``rows``, or those ``chosen``, in batches on ``device``, in order; the random state stays.
-
-    Example:
-        >>> import torch
-        >>> batches_of([5, 6, 7], lambda rows: torch.tensor(rows), 2, "cpu")
-        [tensor([5, 6]), tensor([7])]
-    """
+    """``rows``, or those ``chosen``, in batches on ``device``, in order; the random state stays."""
     numbers = range(len(rows)) if chosen is None else chosen
     parts = [numbers[begin : begin + size] for begin in range(0, len(numbers), size)]
     with replay(RandomState.capture()), collating("the rows"):
@@ -248,10 +235,7 @@ def batches_of(
 
 
 def require_apart(lower: Any, upper: Any, evaluation: Any, *, may_share_rows: bool = False) -> None:
-    """Raise ProblemError if ``upper`` is in the evaluation set, or the levels share an example.
-
-    With ``may_share_rows`` the levels may.
-    """
+    """Raise ProblemError if ``upper`` is in the evaluation set, or shares rows with ``lower``."""
     for held_out in evaluation.values() if isinstance(evaluation, Mapping) else [evaluation]:
         if upper is held_out or shared(upper, held_out) == len(upper):
             raise ProblemError(
@@ -279,13 +263,10 @@ def require_same_layout(lower: Any, upper: Any) -> None:
     """
     if not (isinstance(lower, Dataset) and isinstance(upper, Dataset)):
         return
-    if "input_ids" in lower.column_names and "input_ids" in upper.column_names:
+    if "input_ids" in _columns(lower, upper):
         return
-    columns = [
-        {name for name, kind in data.features.items() if not _is_number(kind)}
-        for data in (lower, upper)
-    ]
-    if other := sorted(columns[0] ^ columns[1]):
+    one, two = ({n for n, x in d.features.items() if not _is_number(x)} for d in (lower, upper))
+    if other := sorted(one ^ two):
         raise ProblemError(
             f"upper_dataset: has other columns than train_dataset ({', '.join(other)}); give both "
             "the same layout"
@@ -308,18 +289,10 @@ def shared(data: Any, other: Any) -> int:
     return sum(digest in others for digest in digests(data, _columns(data, other)))
 
 
-def endless(data: Any) -> Any:
-    """``data``, or `Endless` of a stream without a length."""
-    return data if data is None or has_length(data) else Endless(data)
-
-
 class Endless(IterableDataset[Any]):
     """The examples of a stream without a length, repeated in one pass that never ends.
 
     The Trainer resumes within one pass by reading the earlier examples again.
-
-    Raises:
-        ProblemError: a pass without examples.
     """
 
     def __init__(self, stream: Any) -> None:

@@ -10,7 +10,7 @@ import pyarrow  # type: ignore[import-untyped]
 import torch
 from datasets import Dataset
 from datasets.fingerprint import Hasher
-from torch import Tensor, nn
+from torch import nn
 from transformers.trainer_utils import has_length
 
 from hyperopt_peft.core.problem import Problem
@@ -45,29 +45,23 @@ def data_fingerprint(data: Any) -> str | int | None:
     return digest.hexdigest()
 
 
-def frozen_fingerprint(model: nn.Module, levels: Iterable[Problem]) -> str:
-    """The identity of process 0's weights of ``model`` that no level owns."""
-    owned = {id(variable) for level in levels for variable in level.variables}
-    named = model.named_parameters()
-    identity = weights_fingerprint((name, p) for name, p in named if id(p) not in owned)
-    identities: list[str] = distributed.union([identity])
-    return identities[0]
-
-
 @torch.no_grad()
-def weights_fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
-    """The identity of named tensors: names, shapes, dtypes and evenly spaced entries.
+def frozen_fingerprint(model: nn.Module, levels: Iterable[Problem]) -> str:
+    """The identity of process 0's weights of ``model`` that no level owns.
 
-    At most `FINGERPRINT_ENTRIES` entries of a tensor are read, so that the cost of a large model is
-    one small copy from the device for each tensor. Equal values have equal fingerprints on every
-    device.
+    It is of names, shapes, dtypes and at most `FINGERPRINT_ENTRIES` entries of each, so that the
+    cost of a large model is one small copy from the device a tensor.
     """
+    owned = {id(variable) for level in levels for variable in level.variables}
     digest = hashlib.sha256()
-    for name, tensor in named:
+    for name, tensor in model.named_parameters():
+        if id(tensor) in owned:
+            continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         if tensor.numel() and not tensor.is_meta:
             entries = min(FINGERPRINT_ENTRIES, tensor.numel())
             places = torch.linspace(0, tensor.numel() - 1, entries, dtype=torch.float64).long()
             sample = tensor.detach().reshape(-1)[places.to(tensor.device)]
             digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    identities: list[str] = distributed.union([digest.hexdigest()])
+    return identities[0]

@@ -22,7 +22,6 @@ from hyperopt_peft.trainer.optimizer import (
     new_optimizer,
     parameter_groups,
     params_of,
-    undecayed,
 )
 from hyperopt_peft.trainer.task_loss import TaskLossTrainer
 from hyperopt_peft.utils import distributed
@@ -44,10 +43,6 @@ class TwoLevelTrainer(TaskLossTrainer):
     optimizer_cls_and_kwargs: Any
     _replicated: list[dict[str, Any]]
     _callback: BilevelCallback
-
-    def make_estimator(self) -> Estimator:
-        """The estimator that the arguments name."""
-        return self.args.estimator()
 
     @property
     def levels(self) -> list[Problem]:
@@ -85,11 +80,7 @@ class TwoLevelTrainer(TaskLossTrainer):
         return {name: data_fingerprint(rows) for name, rows in data.items()}
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """The optimizer ``args.optim`` over both levels, with groups of their own.
-
-        Raises:
-            ProblemError: the parent's ``create_optimizer`` made one of other groups or tensors.
-        """
+        """The optimizer ``args.optim`` over both levels, with groups of their own."""
         if self.is_fsdp_enabled:  # an evaluation replaces the shards by full parameters
             reshard(self.model)
         if self.optimizer is None:
@@ -124,7 +115,9 @@ class TwoLevelTrainer(TaskLossTrainer):
         return given or self.get_optimizer_cls_and_kwargs(self.args, self.model)
 
     def _new_optimizer(self) -> Any:
-        plain = undecayed(self.model, self.get_decay_parameter_names(self.model))
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        decayed = {id(named[name]) for name in self.get_decay_parameter_names(self.model)}
+        plain = {id(parameter) for parameter in named.values()} - decayed
         groups = parameter_groups(self.lower, self.upper, self.args, plain)
         return new_optimizer(self._optimizer_kind(), groups)
 

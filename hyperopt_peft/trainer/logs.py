@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback
 
 from hyperopt_peft.utils import distributed
-from hyperopt_peft.utils.signal_to_noise import SignalToNoise
 
 #: The numbers of a printed line; all others are in the Trainer's state.
 PRINTED = ("loss", "upper_loss", "grad_norm", "upper_grad_norm", "learning_rate")
@@ -39,12 +37,6 @@ class StepLog:
         return distributed.averages(means), last
 
 
-def signal_to_noise(signal: SignalToNoise) -> dict[str, float]:
-    """``upper_snr`` of the upper steps since the last log; nothing before two of them."""
-    ratio = signal.read()
-    return {} if ratio is None or ratio == math.inf else {"upper_snr": ratio}
-
-
 def upper_gap(logs: Mapping[str, float], history: list[dict[str, float]]) -> dict[str, float]:
     """``eval_loss`` minus the last ``upper_loss`` of ``history``, where there are both."""
     losses = [record["upper_loss"] for record in history if "upper_loss" in record]
@@ -54,14 +46,7 @@ def upper_gap(logs: Mapping[str, float], history: list[dict[str, float]]) -> dic
 
 
 def line_of(state: Any, logs: Mapping[str, Any]) -> str:
-    """A short line of ``logs`` at the step of the Trainer's ``state``.
-
-    Example:
-        >>> from transformers import TrainerState
-        >>> logs = {"loss": 0.83214, "grad_norm": 1.2, "lower_share_web": 0.5, "epoch": 2.0}
-        >>> line_of(TrainerState(global_step=20, max_steps=50), logs)
-        'step 20/50  loss 0.8321  grad_norm 1.2'
-    """
+    """A short line of ``logs``: "step 20/50  loss 0.8321  grad_norm 1.2"."""
     names = [name for name in (*PRINTED, *PRINTED_AT_END) if name in logs]
     names += [name for name in logs if name.startswith("eval_") and not name.endswith(TIMINGS)]
     numbers = [

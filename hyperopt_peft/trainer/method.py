@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from hyperopt_peft.core.data import DataStream
 from hyperopt_peft.core.problem import Problem, TaskLoss
+from hyperopt_peft.core.task_level import TaskLevel
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import joined
 from hyperopt_peft.utils.models import trainable
@@ -135,7 +136,7 @@ class Method:
                 "model: no parameter is left for the lower level; load an adapter with "
                 "PeftModel.from_pretrained(..., is_trainable=True)"
             )
-        return _Level(self.lower_loss, model, variables, task_loss)
+        return self._level(self.lower_loss, model, variables, task_loss)
 
     def upper(self, model: Any, task_loss: TaskLoss) -> Problem:
         """The upper level: ``upper_loss`` over ``upper_variables``."""
@@ -145,7 +146,12 @@ class Method:
                 f"{type(self).__name__}.upper_variables: there is none in the model; a baseline "
                 "has upper_variables = Method.upper_variables"
             )
-        return _Level(self.upper_loss, model, variables.items(), task_loss)
+        return self._level(self.upper_loss, model, variables.items(), task_loss)
+
+    def _level(self, rule: Any, model: Any, variables: Any, task_loss: TaskLoss) -> TaskLevel:
+        name = f"{type(self).__name__}.{rule.__name__}"
+        loss = lambda batch: rule(model, batch, task_loss)  # noqa: E731
+        return TaskLevel(model, variables, task_loss=loss, name=name)
 
     def levels(
         self,
@@ -181,19 +187,6 @@ class Method:
     def project(self, *_: Any) -> None:
         """Call ``after_upper_step``; drivers and hooks of optimizers call this."""
         self.after_upper_step()
-
-
-class _Level(Problem):
-    """A level by one of a method's losses."""
-
-    def __init__(
-        self, rule: Any, model: Any, variables: Iterable[tuple[str, Tensor]], task_loss: TaskLoss
-    ) -> None:
-        self.rule, self.model, self.task_loss = rule, model, task_loss
-        super().__init__(variables, name=f"{type(rule.__self__).__name__}.{rule.__name__}")
-
-    def loss(self, batch: Any) -> Any:
-        return self.rule(self.model, batch, self.task_loss)
 
 
 def has_upper_level(method: Method) -> bool:

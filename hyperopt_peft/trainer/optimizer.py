@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.core.validation import check_optimizer
@@ -16,11 +16,7 @@ from hyperopt_peft.errors import ProblemError
 def new_optimizer(
     kind_and_options: tuple[Any, Mapping[str, Any]], groups: Sequence[dict[str, Any]]
 ) -> Any:
-    """The optimizer of a class with options over ``groups`` of parameters.
-
-    Raises:
-        ProblemError: the optimizer takes no groups of parameters, or refuses the options.
-    """
+    """The optimizer of a class with options over ``groups`` of parameters."""
     kind, options = kind_and_options
     name = getattr(kind, "__name__", kind)
     takes_groups = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
@@ -54,12 +50,6 @@ def parameter_groups(
         options = {"lr": args.upper_learning_rate, "weight_decay": args.upper_weight_decay}
         groups.append({"params": list(upper.variables), **options})
     return [group for group in groups if group["params"]]
-
-
-def undecayed(model: nn.Module, decayed: Iterable[str]) -> set[int]:
-    """The ids of the parameters of ``model`` without those with a name in ``decayed``."""
-    named = dict(model.named_parameters(remove_duplicate=False))
-    return {id(p) for p in named.values()} - {id(named[name]) for name in decayed}
 
 
 def params_of(optimizer: Any) -> list[Tensor]:

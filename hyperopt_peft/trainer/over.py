@@ -103,9 +103,6 @@ def combined_arguments(ours: Any, parents: Any) -> Any:
 
     ``parents`` decides the defaults, except of the fields that ``ours`` or one of its bases in this
     package declares.
-
-    Raises:
-        ProblemError: both declare a field.
     """
     if issubclass(ours, parents):
         return ours

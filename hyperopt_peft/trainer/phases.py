@@ -83,9 +83,8 @@ class PhasesTrainer(TwoLevelTrainer):
         """As `transformers.Trainer.train`; ``True`` resumes from the last complete checkpoint.
 
         With a method the search and the second phase are run, and the last phase's result is
-        returned; the last checkpoint of either phase counts. With ``enable_jit_checkpoint`` a
-        SIGTERM ends either phase. A resumed run is bit for bit the run without interruption, with
-        the exceptions in docs/distributed.md.
+        returned; the last checkpoint of either phase counts. A resumed run is bit for bit the run
+        without interruption, with the exceptions in docs/distributed.md.
 
         Raises:
             ProblemError: no complete checkpoint, a damaged one, or one of other settings or data;

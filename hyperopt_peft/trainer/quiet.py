@@ -21,18 +21,8 @@ QUIET = {
 def quiet(args: Any, folder: str, kind: Any = None, **changes: Any) -> Any:
     """The arguments of the same training, which evaluates, logs, reports and saves nothing.
 
-    Args:
-        args: the arguments of a Trainer, which stay.
-        folder: the ``output_dir``, in which a Trainer may make folders.
-        kind: the class of the copy, by default that of ``args``; other arguments are left out.
-        changes: further arguments that differ.
-
-    Example:
-        >>> from transformers import TrainingArguments
-        >>> args = TrainingArguments("outputs", learning_rate=0.1, save_steps=5, use_cpu=True)
-        >>> copy = quiet(args, "scratch", max_steps=3)
-        >>> copy.learning_rate, copy.max_steps, copy.save_strategy.value, args.save_strategy.value
-        (0.1, 3, 'no', 'steps')
+    The copy is of the class ``kind``, by default that of ``args``; arguments that it does not know
+    are left out. A Trainer may make ``folder``, the ``output_dir``.
     """
     kind = kind or type(args)
     names = {each.name for each in fields(kind)}

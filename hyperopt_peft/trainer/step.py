@@ -33,15 +33,11 @@ UPPER_NUMBERS = ("upper_loss", "implicit_ratio", "residual", "solver_steps")
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A part of a step's batch, and the random states before its loss is evaluated.
-
-    ``weight`` multiplies the loss; the mean of the weights over the micro-batches of a step, on all
-    processes, is 1.
-    """
+    """A part of a step's batch, and the random states before its loss is evaluated."""
 
     batch: Any
     random_state: RandomState
-    weight: float = 1.0
+    weight: float = 1.0  # of the loss; the mean over a step's micro-batches is 1
 
 
 class Accumulated(Problem):
@@ -84,25 +80,15 @@ class OptimizerStep:
     """A step of both levels at one point: the lower gradient, and the hypergradient when due.
 
     The object serves all steps of a run, one after another.
-
-    Args:
-        lower: the lower level.
-        bilevel: the upper level's part; None trains the lower level alone.
-        args: the settings.
-        optimizer: the optimizer of both levels, whose learning rates are logged.
-        accelerator: clips the gradients.
-        upper_batches: the upper level's batches, where there is an upper level.
-        with_entries: adds the entries of micro-batches that the loss reads, see `LossRule`.
-        autocast: a context in which the losses are evaluated.
     """
 
     lower: Problem
-    bilevel: BilevelStep | None
+    bilevel: BilevelStep | None  # None trains the lower level alone
     args: BilevelTrainingArguments
-    optimizer: Any
+    optimizer: Any  # of both levels
     accelerator: Accelerator
     upper_batches: UpperBatches | None
-    with_entries: Callable[[Sequence[Any]], list[Any]]
+    with_entries: Callable[[Sequence[Any]], list[Any]]  # which the loss of a micro-batch reads
     autocast: Callable[[], AbstractContextManager[Any]]
 
     def __post_init__(self) -> None:
@@ -115,10 +101,8 @@ class OptimizerStep:
     def begin(self, count: int, number: int) -> None:
         """Begin step ``number``, from 1, of ``count`` micro-batches.
 
-        F is differentiated before passes that the estimator observes.
-
-        The gradients of the levels' variables are cleared, since a variable need not be a parameter
-        of the model, whose gradients the Trainer clears.
+        F is differentiated before passes that the estimator observes. Gradients are cleared, since
+        a variable need not be a parameter of the model, whose gradients the Trainer clears.
         """
         self.count = count
         self.micro: list[MicroBatch] = []
@@ -183,11 +167,7 @@ class OptimizerStep:
         return loss.detach()
 
     def set_gradients(self, number: int) -> None:
-        """Set each ``.grad`` to the clipped direction of step ``number``, from 1; None: no move.
-
-        Raises:
-            NonFiniteError: a loss, a gradient or a curvature is NaN or infinite.
-        """
+        """Set each ``.grad`` to the clipped direction of step ``number``, from 1; None: no move."""
         if self._failure is not None:
             raise self._failure
         w, u = self.lower.variables, self.u

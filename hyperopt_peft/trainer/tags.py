@@ -22,16 +22,7 @@ INDEX = "index"
 
 
 def numbered(*tables: Any) -> tuple[Any, ...]:
-    """The rows of ``tables``, some of which may be None, with their numbers as `INDEX`.
-
-    Raises:
-        ProblemError: one is no `datasets.Dataset`.
-
-    Example:
-        >>> one, two = numbered(Dataset.from_dict({"x": [5, 6]}), Dataset.from_dict({"x": [7]}))
-        >>> one[INDEX][:], two[INDEX][:]
-        ([0, 1], [2])
-    """
+    """The rows of ``tables``, some of which may be None, with their numbers as `INDEX`."""
     done, begin = [], 0
     for rows in tables:
         if rows is not None and not isinstance(rows, Dataset):
@@ -53,13 +44,7 @@ class TagCollator:
     several, with a list of a number for each token, it is a number a label, of the shape of
     ``labels``. Rows may lack a tag, such as those of an upper level that does not read it.
 
-    Raises:
-        ProblemError: rows with numbers of tokens are joined in another way.
-
     Example:
-        >>> collator = TagCollator(lambda rows: {"x": torch.tensor([r["x"] for r in rows])}, ["k"])
-        >>> collator([{"x": 1.0, "k": 3}, {"x": 2.0, "k": 0}])
-        {'x': tensor([1., 2.]), 'k': tensor([3, 0])}
         >>> def flat(rows):  # one row of all, as padding_free=True makes it
         ...     ids = torch.tensor([sum((row["input_ids"] for row in rows), [])])
         ...     return {"input_ids": ids, "labels": ids}
@@ -108,11 +93,8 @@ def label_counts(
 ) -> Tensor:
     """How many labels of ``rows`` are scored for each value of ``tag``, ``(values,)``.
 
-    Args:
-        tag: the tag, whose numbers are below ``values``.
-        values: K.
-        model, rows, collate: as for `Method.read_rows`. Without a model the first label of a row
-            counts too, which a causal model does not score.
+    Arguments are those of `Method.read_rows`. Without a model the first label of a row counts too,
+    which a causal model does not score.
     """
     counts, shifted = torch.zeros(values, dtype=torch.int64), None
     for batch in DataLoader(rows, 256, collate_fn=collate):
@@ -130,11 +112,7 @@ def label_counts(
 
 
 def keep_tags(trainer: Any, tags: Sequence[str], method: str) -> None:
-    """Let the batches of ``trainer`` have the columns ``tags``.
-
-    Raises:
-        ProblemError: the prepared training rows lack one, or are packed of cut texts.
-    """
+    """Let the batches of ``trainer`` have the columns ``tags``."""
     present = getattr(trainer.train_dataset, "column_names", None) or []
     if missing := [tag for tag in tags if tag not in present]:
         raise ProblemError(

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
+import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import Trainer
 
-from hyperopt_peft.core.labels import ITEMS, MICRO_BATCHES, WEIGHT, model_reads
+from hyperopt_peft.core.labels import (
+    ITEMS,
+    MICRO_BATCHES,
+    WEIGHT,
+    label_weights,
+    labels_are_shifted,
+    model_reads,
+)
+from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.internals import metrics_restored
-from hyperopt_peft.trainer.loss_rule import LossRule
 from hyperopt_peft.trainer.over import CombinedTrainer
 from hyperopt_peft.trainer.tags import without
 from hyperopt_peft.utils import distributed
+from hyperopt_peft.utils.distributed import reshard
+from hyperopt_peft.utils.restore import preserve_state
+
+logger = logging.getLogger(__name__)
 
 
 class TaskLossTrainer(CombinedTrainer):
-    """A Trainer whose loss a level can read: ``task_loss``, a function of a micro-batch."""
+    """A Trainer whose loss a level can read: ``task_loss``, a function of a micro-batch.
+
+    The mean of the micro-batches' losses is the loss that the Trainer trains. A loss that reads the
+    number of labels in its step is divided by that number. The losses of others are weighted by
+    their labels, unless the Trainer's class says that the mean of the micro-batches counts.
+    """
 
     #: Whether the levels are functions of the trainer, which may read its loss.
     trainer_loss: bool
@@ -33,37 +53,94 @@ class TaskLossTrainer(CombinedTrainer):
         return any("compute_loss" in vars(base) for base in cls.__mro__ if base not in stock)
 
     def _set_loss_rule(self) -> None:
-        custom = self.compute_loss_func is not None
-        self._loss_rule = LossRule(
-            self.model,
-            self.task_loss,
-            self._measuring,
-            self.args.device,
-            scaled=getattr(self, "loss_is_scaled_for_ga", None),
-            sums=(custom or self.model_accepts_loss_kwargs)
-            and self.args.gradient_accumulation_steps > 1,
-            custom=custom or self.has_own_loss(),
-        )
+        # The loss is one of the whole step (True), of each micro-batch (False), or unknown (None).
+        self._scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        self._reads_items, self._model_reads_items = self._scaled, self._scaled
+        self._custom = self.compute_loss_func is not None or self.has_own_loss()
+        self._warned = False
 
     def _with_entries(self, batches: Sequence[Any]) -> list[Any]:
-        """The micro-batches of a step of either level, with the entries that its loss reads."""
+        """The micro-batches of a step of either level, with the entries that its loss reads.
+
+        See `core.labels`. The first call measures whether the loss reads the number of labels.
+        """
         args = self.args
         counted = super().get_batch_samples(iter(batches), len(batches), args.device)
-        samples: list[Any] = list(counted[0])
-        if not self.trainer_loss:  # losses of the levels' own know no labels
+        samples, items = list(counted[0]), counted[1]
+        # No sample: an epoch that was resumed at its end. Losses of the levels' own know no labels.
+        if not samples or not self.trainer_loss or self._scaled is False:
             return samples
         read = [without(batch, self.tags) for batch in samples] if self.tags else samples
-        entries = self._loss_rule.entries(read, counted[1], args.average_tokens_across_devices)
+        entries: list[dict[str, Any]] = label_weights(read, shifted=self._shifted(read[0]))
+        if items is not None or self._scaled:
+            if items is not None and not args.average_tokens_across_devices:
+                items = distributed.average(torch.as_tensor(items, dtype=torch.float32))
+            if self._reads(read[0]):
+                of_step = {ITEMS: items, MICRO_BATCHES: len(samples)}
+                entries = [{**entry, **of_step} for entry in entries]
+            else:
+                self._warn_of_sums(len(samples))
         return [{**b, **e} if e else b for b, e in zip(samples, entries, strict=True)]
+
+    def _warn_of_sums(self, count: int) -> None:
+        sums = self._custom or self.model_accepts_loss_kwargs
+        if count > 1 and sums and self.args.gradient_accumulation_steps > 1 and not self._warned:
+            self._warned = True
+            logger.warning(
+                "gradient_accumulation_steps: the loss ignores num_items_in_batch, so that "
+                "transformers.Trainer trains the sum of the micro-batches' losses, and this "
+                "trainer their mean; a learning rate is not the same in both"
+            )
+
+    def _shifted(self, batch: Any) -> bool:
+        if not isinstance(batch, Mapping):
+            return False
+        try:
+            with self._measuring():
+                return labels_are_shifted(self.model, send_to_device(batch, self.args.device))
+        except ProblemError:
+            if self._custom:  # the model may have no loss
+                return False
+            raise
+
+    def _reads(self, batch: Any) -> bool:
+        """Whether ``task_loss`` depends on the number of labels."""
+        if self._reads_items is None:
+            batch = send_to_device(batch, self.args.device)
+            self._reads_items = self._differs(
+                # Of a copy, since a model may mask its inputs in place, as Whisper does.
+                lambda items: self.task_loss({**deepcopy(batch), ITEMS: items, MICRO_BATCHES: 1})
+            )
+        return self._reads_items is not False
+
+    def _differs(self, loss: Callable[[Tensor], Tensor]) -> bool | None:
+        """Whether ``loss`` of 1 and of 1024 labels differ; None, so far unknown, where it is 0.
+
+        Each evaluation starts from one random state. Two of 1 label say by how much those differ
+        that do not read the number: by rounding, or by random numbers that cannot be replayed.
+        """
+        values, device = [], self.args.device
+        for number in (1, 1024, 1):
+            with preserve_state((), [device]), torch.no_grad(), self._measuring():
+                values.append(loss(torch.tensor(number, device=device)))
+        reshard(self.model)
+        one, many, again = values
+        if not one or not one.isfinite():
+            return None
+        noise = abs(one - again)
+        if noise <= 1e-2 * abs(one):
+            return bool(abs(one - many) > 8 * noise)
+        logger.warning(
+            "the loss draws from a random generator of its own, which cannot be replayed; draw "
+            "from the global ones of PyTorch, NumPy or Python"
+        )
+        return bool(abs(one) > 32 * abs(many))
 
     def task_loss(self, batch: Any) -> Tensor:
         """The loss that the Trainer would train: a scalar, whose mean over micro-batches counts.
 
-        With the entries of `LossRule`, the mean over the micro-batches and processes of a step is
-        the mean over all of its labels.
-
-        Raises:
-            ProblemError: the model cannot compute a loss for ``batch``.
+        With the entries of a step, the mean over its micro-batches and processes is the mean over
+        all of its labels.
         """
         inputs = without(batch, self.tags)
         weight, items, n = (inputs.pop(entry, None) for entry in (WEIGHT, ITEMS, MICRO_BATCHES))
@@ -91,9 +168,13 @@ class TaskLossTrainer(CombinedTrainer):
         the model averages over rows itself. Such a model gets no count.
         """
         compute, items = super().compute_loss, num_items_in_batch
-        multiplied = items is not None and distributed.world_size() > 1
-        if multiplied and not self._loss_rule.model_reads_items(compute, model, inputs):
-            items = None
+        if items is not None and distributed.world_size() > 1:
+            if self._model_reads_items is None:
+                self._model_reads_items = self._differs(
+                    lambda count: compute(model, deepcopy(dict(inputs)), num_items_in_batch=count)
+                )
+            if self._model_reads_items is False:
+                items = None
         return compute(model, inputs, return_outputs=return_outputs, num_items_in_batch=items)
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:

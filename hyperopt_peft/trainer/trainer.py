@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_utils import has_length
 
 from hyperopt_peft.core.prior import GaussianPrior
 from hyperopt_peft.core.problem import Problem, devices_of
@@ -18,16 +19,15 @@ from hyperopt_peft.trainer import checks
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.callback import BilevelCallback
 from hyperopt_peft.trainer.data import (
-    UPPER,
+    Endless,
     collating,
     data_of_levels,
-    endless,
     warn_of_repeated_rows,
-    with_more,
-    without_more,
+    with_upper,
+    without_upper,
 )
 from hyperopt_peft.trainer.internals import counters_of, metrics_restored, packed_with
-from hyperopt_peft.trainer.logs import shorten, signal_to_noise, upper_gap
+from hyperopt_peft.trainer.logs import shorten, upper_gap
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.optimizer import check_optimizers, params_of
 from hyperopt_peft.trainer.over import loads_names
@@ -51,12 +51,8 @@ class BilevelTrainer(PhasesTrainer):
 
     Training uses the losses of the levels, evaluation the loss of the model. A level that is a
     function of the trainer can read ``trainer.task_loss``, the loss that the Trainer itself would
-    train. Other losses are averaged over the micro-batches of a step.
-
-    N processes train as one process with the whole batch: with DDP for every estimator, with
-    accelerate's FSDP2 for estimators with first-order products, those with differences in float32.
-    Under FSDP2 a loss must read its variables through the model. docs/training-reference.md lists
-    the logged numbers.
+    train. Other losses are averaged over the micro-batches of a step. docs/training-reference.md
+    lists the logged numbers and the refusals, docs/distributed.md says what several processes do.
 
     Args:
         model: the model that the Trainer saves, evaluates and moves to its device. A trainer `over`
@@ -76,8 +72,7 @@ class BilevelTrainer(PhasesTrainer):
     Raises:
         ProblemError: levels that share a tensor or have data or an optimizer, data sets that
             overlap, an optimizer that does not hold exactly the levels' variables, or a setting
-            that would make hypergradients wrong or that the levels would ignore
-            (docs/training-reference.md lists these).
+            that would make hypergradients wrong or that the levels would ignore.
 
     Example:
         >>> import torch
@@ -139,8 +134,8 @@ class BilevelTrainer(PhasesTrainer):
         checks.check_arguments(
             args, trainer, trainer_loss=self.trainer_loss, custom_loss=self.has_own_loss()
         )
-        if not loads_names(self.parent()):
-            checks.check_model(model)
+        if not isinstance(model, nn.Module) and not loads_names(self.parent()):
+            raise ProblemError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         evaluation = trainer.pop("eval_dataset", None)
         train_dataset, upper_dataset = data_of_levels(
             train_dataset,
@@ -153,22 +148,21 @@ class BilevelTrainer(PhasesTrainer):
         )
         self.skipped = 0
         self._callback = BilevelCallback(self)
-        # The parent prepares the upper level's data as it prepares evaluation data.
-        more = {} if upper_dataset is None else {UPPER: upper_dataset}
         with packed_with(self.tags):
             super().__init__(
                 model=model,
                 args=args,
                 train_dataset=train_dataset,
-                eval_dataset=with_more(evaluation, more, args),
+                # The parent prepares the upper level's data as it prepares evaluation data.
+                eval_dataset=with_upper(evaluation, upper_dataset, args),
                 callbacks=[self._callback, *(callbacks or ())],
                 **trainer,
             )
         shorten(self)
-        checks.check_model(self.model)
         keep_differentiable(self.model)
-        self.eval_dataset, named = without_more(self.eval_dataset, evaluation, more)
-        self.upper_dataset = named.get(UPPER)
+        self.upper_dataset = None
+        if upper_dataset is not None:
+            self.eval_dataset, self.upper_dataset = without_upper(self.eval_dataset, evaluation)
         if self.trainer_loss:
             for data in (self.train_dataset, self.upper_dataset):
                 checks.check_labels(self.model, data, trainer)
@@ -176,7 +170,8 @@ class BilevelTrainer(PhasesTrainer):
             keep_tags(self, self.tags, type(self.method).__name__)
         self._show_rows()
         warn_of_repeated_rows(self.train_dataset, args)
-        self.train_dataset = endless(self.train_dataset)
+        if not has_length(self.train_dataset):
+            self.train_dataset = Endless(self.train_dataset)
         self._set_loss_rule()
         self.lower = _made(lower, self)
         self.upper = _made(upper, self)
@@ -188,7 +183,7 @@ class BilevelTrainer(PhasesTrainer):
                     f"upper_prior: the level {self.upper.name} has a prior; leave one of them out"
                 )
             self.upper.prior = GaussianPrior(args.upper_prior, self.upper.variables)
-        self.estimator = self.make_estimator()
+        self.estimator = args.estimator()
         checks.check_layers(self.model, self.levels, self.estimator)
         checks.check_accelerator(self, self.levels, self.estimator)
         check_optimizers("optimizers", self.optimizer, self.lr_scheduler, self.levels)
@@ -214,11 +209,7 @@ class BilevelTrainer(PhasesTrainer):
             )
 
     def adopt_prepared_parameters(self) -> None:
-        """Replace the levels' variables by the optimizer's.
-
-        The callback calls this after the Trainer has prepared model and optimizer: FSDP2 replaces
-        the parameters, also in the optimizer, by shards.
-        """
+        """Replace the levels' variables by the optimizer's, which FSDP2 has made shards."""
         prepared = dict(zip(map(id, self._unprepared), params_of(self.optimizer), strict=True))
         for level in self.levels:
             level.variables = tuple(prepared[id(variable)] for variable in level.variables)
@@ -238,10 +229,7 @@ class BilevelTrainer(PhasesTrainer):
             self.optimizer.train()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        """The micro-batches of the next step, with the entries of `LossRule`.
-
-        There are none at the end of the run.
-        """
+        """The micro-batches of the next step, with entries; none at the end of the run."""
         if self.control.should_training_stop:
             return [], None
         with collating("train_dataset"):
@@ -252,11 +240,6 @@ class BilevelTrainer(PhasesTrainer):
         """The loss of one micro-batch; the last one's call computes the step's direction.
 
         It becomes each ``.grad`` in the event before the optimizer's step.
-
-        Raises:
-            ProblemError: the trainer is not in ``train()``, whose optimizer a step needs.
-            NonFiniteError: a loss, a gradient or a curvature is NaN or infinite, unless
-                ``args.non_finite`` skips the step.
         """
         if not self.is_in_train:
             raise ProblemError(
@@ -297,8 +280,9 @@ class BilevelTrainer(PhasesTrainer):
             logs |= {key: value for key, value in means.items() if key not in logs} | last
             if self.skipped:
                 logs["skipped"] = self.skipped
-            if self.bilevel_step is not None:
-                logs |= signal_to_noise(self.bilevel_step.signal)
+            ratio = None if self.bilevel_step is None else self.bilevel_step.signal.read()
+            if ratio is not None and ratio != float("inf"):
+                logs["upper_snr"] = ratio
         if self.is_in_train and self.trainer_loss:
             logs |= upper_gap(logs, self.state.log_history)
         super().log(logs, start_time)
@@ -315,11 +299,7 @@ class BilevelTrainer(PhasesTrainer):
         self.accelerator.end_training()
 
     def _set_step(self, optimizer: Any) -> None:
-        """Build the steps of the levels' present variables.
-
-        Raises:
-            ProblemError: the estimator cannot be used with the levels or the optimizer.
-        """
+        """Build the steps of the levels' present variables."""
         self.bilevel_step: BilevelStep | None = None
         if self.upper is not None:
             limit = self.args.max_grad_norm or None

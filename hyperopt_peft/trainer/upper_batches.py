@@ -28,18 +28,8 @@ class UpperBatches(Dataset[Any]):
     A batch is one piece of ``size`` examples. With ``full`` it is all of ``data``, in pieces of at
     most ``size`` examples, equally many on each process.
 
-    Args:
-        data: examples by index, with a length.
-        size: the number of examples in a piece of one process.
-        full: whether each batch is all of ``data``.
-        seed: the seed of the order, which differs between epochs.
-        collate: makes a batch from a list of examples.
-        rank: the number of this process.
-        processes: the number of processes, which share each batch.
-        loading: options of `torch.utils.data.DataLoader`: ``num_workers``, ``pin_memory``.
-
-    Raises:
-        ProblemError: no examples, or an iterable data set.
+    The order differs between epochs. ``processes`` share each batch, of which this one has the
+    number ``rank``. ``loading`` are options of `torch.utils.data.DataLoader`.
     """
 
     def __init__(
@@ -156,12 +146,7 @@ def upper_batches(data: Any, loader: Any, args: Any) -> UpperBatches:
 
 
 def loader_of(trainer: Trainer, data: Any, name: str) -> Any:
-    """The Trainer's loader of ``data``, or of its first row.
-
-    Raises:
-        ProblemError: ``data``, the argument ``name``, has no column that the model reads; or the
-            column of the documents' lengths in packed rows would be removed.
-    """
+    """The Trainer's loader of the argument ``name``, or of its first row."""
     table = isinstance(data, datasets.Dataset)
     try:
         loader = trainer.get_test_dataloader(data.select(range(1)) if table else data)

@@ -60,13 +60,7 @@ def mean(
     each dtype and device; half precision is averaged in float32. Every process must call this
     function, with parts of the same shapes.
 
-    Args:
-        parts: the tensors of this process.
-        like: tensors with the shapes and dtypes of ``parts``; required if a part is None.
-
-    Example:
-        >>> mean([torch.ones(2), None])  # in a run of one process
-        (tensor([1., 1.]), None)
+    ``like`` are tensors with the shapes and dtypes of ``parts``; required if a part is None.
     """
     processes = world_size()
     parts = [x.to_dense() if x is not None and x.is_sparse else x for x in parts]
@@ -249,11 +243,7 @@ def totals(values: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:
     """``values``, each a scalar of one tensor's shard on this process, over the shards of all.
 
     A plain tensor is equal on all processes: its value stays. Every process must call this
-    function, with tensors of the same sharding.
-
-    Args:
-        values: for each tensor a scalar of its shard on this process, for example a sum.
-        ranks: `ShardLayout.ranks` of each tensor.
+    function, with tensors of the same sharding; ``ranks`` are their `ShardLayout.ranks`.
     """
     result = list(values)
     sharded = [k for k, count in enumerate(ranks) if count]

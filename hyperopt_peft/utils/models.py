@@ -17,12 +17,7 @@ NO_DIFFERENCE = "direct or product=dots, or load the model in 4 bits or in bf16"
 
 
 def base_model(model: Any) -> Any:
-    """The pretrained model inside a PeftModel; any other model itself.
-
-    Example:
-        >>> base_model(nn.Linear(2, 1))
-        Linear(in_features=2, out_features=1, bias=True)
-    """
+    """The pretrained model inside a PeftModel; any other model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -48,16 +43,7 @@ def keep_differentiable(model: Any) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode in the body; afterwards each module is in the mode it had.
-
-    Example:
-        >>> layer = nn.Dropout()
-        >>> with evaluating(layer):
-        ...     layer.training
-        False
-        >>> layer.training
-        True
-    """
+    """Evaluation mode in the body; afterwards each module is in the mode it had."""
     modes = [(module, module.training) for module in model.modules()]
     keep_differentiable(model)
     model.eval()

@@ -43,18 +43,12 @@ def drawing(
     Args:
         path: the file to write; None writes none.
         width, height: of the figure, in inches.
-        rows, columns: of axes; more than one give an array of axes.
+        rows, columns: of axes.
         subplots: other arguments of ``Figure.subplots``, such as ``sharex`` and ``width_ratios``.
 
     Raises:
         ProblemError: the file cannot be written, or its suffix names no format.
 
-    Example:
-        >>> with drawing("line.png", 4, 3) as (figure, axes):
-        ...     lines = axes.plot([0, 1], [0, 1], color=COLOURS[0], label="a line")
-        ...     legend = axes.legend()
-        >>> Path("line.png").exists()
-        True
     """
     from cycler import cycler
     from matplotlib import rc_context
@@ -88,14 +82,7 @@ def lines(panels: Mapping[str, Lines], path: str | Path | None = None, **axes: A
 
     Args:
         panels: by title, the lines by name, 18 names at most.
-        path: the file to write.
         axes: properties of all axes, such as ``xlabel``, ``ylabel`` and ``yscale``.
-
-    Example:
-        >>> shares = {"web": ([0, 1, 2], [0.5, 0.3, 0.2]), "forum": ([0, 1, 2], [0.5, 0.7, 0.8])}
-        >>> figure = lines({"": shares}, xlabel="update", ylabel="share")
-        >>> [text.get_text() for text in figure.legends[0].get_texts()]
-        ['web', 'forum']
     """
     names = list(dict.fromkeys(name for named in panels.values() for name in named))
     shown = {}
@@ -118,12 +105,7 @@ def lines(panels: Mapping[str, Lines], path: str | Path | None = None, **axes: A
 
 
 def smooth(x: Sequence[float], y: Sequence[float], share: float = 0.1) -> tuple[Any, Any]:
-    """The means of ``y`` over windows of a ``share`` of it, and x at their ends.
-
-    Example:
-        >>> smooth([0, 1, 2, 3], [1, 3, 5, 7], share=0.5)[1].tolist()
-        [2.0, 4.0, 6.0]
-    """
+    """The means of ``y`` over windows of a ``share`` of it, and x at their ends."""
     width = max(1, round(share * len(y)))
     return np.asarray(x[width - 1 :]), np.convolve(y, np.ones(width) / width, mode="valid")
 
@@ -135,7 +117,6 @@ def level_curves(
 
     Args:
         history: ``Engine.history``, or ``trainer.state.log_history``.
-        path: the file to write.
         share: the share of a curve over which it is smoothed.
 
     Example:
@@ -164,14 +145,7 @@ def intervals(
 
     Args:
         panels: by measure, (value, lower end, upper end) by name; all have the same names.
-        path: the file to write.
         zero: the measures with a line at 0, such as paired differences.
-
-    Example:
-        >>> gaps = {"dora": (0.0, 0.0, 0.0), "bidora": (0.012, -0.004, 0.028)}
-        >>> figure = intervals({"accuracy − that of dora": gaps}, zero=["accuracy − that of dora"])
-        >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
-        ['dora', 'bidora']
     """
     names = list(next(iter(panels.values())))
     size = (3.5 + 3.5 * len(panels), 1 + 0.35 * len(names))
@@ -204,13 +178,6 @@ def row_scores(
         scores: of each row, ``(n,)``; NaN for one that was never seen.
         texts: of the rows to draw, from the one that hurts most to the one that helps most.
         note: a line below, on how far the scores can be trusted.
-        path: the file to write.
-
-    Example:
-        >>> scores = np.array([0.1, -0.2, 30.0, float("nan")])
-        >>> figure = row_scores(scores, {2: "wrong label", 1: "right label"}, "unchecked")
-        >>> figure.axes[0].get_title()
-        '3 rows, 67 % of them hurt'
     """
     seen, values = scores[~np.isnan(scores)], np.array([scores[row] for row in texts])
     height = 2.5 + 0.24 * max(len(texts), 6)

@@ -22,24 +22,13 @@ class RandomState:
     Dropout masks are a function of the state, whichever generator they are drawn from: two
     evaluations from one state have equal masks. ``states`` maps ``"python"``, ``"numpy"`` and a
     device (``"cpu"``, ``"cuda:0"``) to states that ``torch.load(..., weights_only=True)`` reads.
-
-    Example:
-        >>> state = RandomState.capture()
-        >>> first = torch.rand(3), np.random.rand()
-        >>> state.restore()
-        >>> torch.equal(torch.rand(3), first[0]), np.random.rand() == first[1]
-        (True, True)
     """
 
     states: Mapping[str, Any]
 
     @classmethod
     def capture(cls, devices: Iterable[torch.device] = ()) -> RandomState:
-        """The current states of the generators of Python, NumPy, the CPU and ``devices``.
-
-        Raises:
-            ProblemError: NumPy's global generator was replaced by one of another kind.
-        """
+        """The current states of the generators of Python, NumPy, the CPU and ``devices``."""
         memory = _twister().memory.raw
         numpy = {**np.random.get_state(legacy=False), "state": memory}
         states = {"cpu": torch.get_rng_state(), "python": random.getstate(), "numpy": numpy}
@@ -75,16 +64,7 @@ class RandomState:
 
 @contextmanager
 def replay(state: RandomState) -> Iterator[None]:
-    """Run the body from ``state``; restore the current state afterwards.
-
-    Example:
-        >>> state = RandomState.seeded([], "upper", 1)
-        >>> with replay(state):
-        ...     first = torch.rand(3)
-        >>> with replay(state):
-        ...     torch.equal(torch.rand(3), first)
-        True
-    """
+    """Run the body from ``state``; restore the current state afterwards."""
     devices = state.states.keys() - {"python", "numpy"}
     outside = RandomState.capture(map(torch.device, devices))
     state.restore()

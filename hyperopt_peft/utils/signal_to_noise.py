@@ -24,14 +24,6 @@ class SignalToNoise:
 
     ‖ḡ‖² alone is too large by noise²/R. The sums are Welford's (1962, doi:10.2307/1266577): one
     vector and one scalar on the device, whatever R is.
-
-    Example:
-        >>> import torch
-        >>> ratio = SignalToNoise()
-        >>> for x in (2.0, 4.0):
-        ...     ratio.add([torch.tensor([x])])
-        >>> round(ratio.read() ** 2, 6)  # (9 − 2/2)/2
-        4.0
     """
 
     def __init__(self) -> None:

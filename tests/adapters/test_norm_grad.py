@@ -19,21 +19,12 @@ from tests.support.adapted_models import (
     adapted_layer,
     adapter_parameters,
     layer_input,
+    output_and_gradients,
     randomise,
     single,
     tokens,
     wrap,
 )
-
-
-def gradients(model: PeftModel, x: Tensor) -> dict[str, Tensor]:
-    """Gradients of a loss with a different weight for every output."""
-    output = model(x)
-    output = output if isinstance(output, Tensor) else output.logits
-    weights = torch.linspace(-1, 2, output.numel(), dtype=output.dtype).view_as(output)
-    names, parameters = zip(*adapter_parameters(model), strict=True)
-    loss = (weights * output.sin()).sum()
-    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -145,16 +136,16 @@ def test_first_and_second_derivatives(
 def test_detach_is_peft_again(kind: str) -> None:
     model, x = randomise(single(kind)), layer_input(kind)
     original = type(adapted_layer(model).lora_variant["default"])
-    expected = gradients(model, x)
+    expected = output_and_gradients(model, x)
 
     assert set_norm_grad(model, "full") is model
     assert type(adapted_layer(model).lora_variant["default"]) is not original
-    full = gradients(model, x)
+    full = output_and_gradients(model, x)
     assert any(not torch.allclose(full[name], expected[name]) for name in expected)
 
     set_norm_grad(model, "detach")
     assert type(adapted_layer(model).lora_variant["default"]) is original
-    again = gradients(model, x)
+    again = output_and_gradients(model, x)
     assert all(torch.equal(again[name], expected[name]) for name in expected)
 
 

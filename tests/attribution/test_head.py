@@ -51,7 +51,7 @@ def test_scores_are_slopes_of_the_minimum(tmp_path: Path, kind: str) -> None:
 def test_scores_predict_other_minima() -> None:
     """LDS from .98, and a slope of about 1, without 5 % of 300 rows."""
     training, above = fitted(features(300)), batch_of(features(100, seed=1))
-    phi = Evaluation(training.weights, training.level.rows.mean([above]))
+    phi = Evaluation(training.weights, training.on_rows.mean([above]))
     rows = batch_of(training.features)
     setup = RetrainingSetup(training, phi, {"all": 1.0}, training.level, lambda: rows)
     estimator = parse_estimator(HEAD_ESTIMATOR)

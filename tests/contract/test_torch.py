@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from hyperopt_peft import ProblemError
 from hyperopt_peft.core.validation import runs_in_half
 from hyperopt_peft.utils import autograd
+from tests.support.quadratic import Once
 
 
 def handles(layer: nn.Module) -> list[tuple[str, Any]]:
@@ -93,19 +94,6 @@ def test_will_engine_execute_node() -> None:
     assert Squared.asked == (False, True)
     torch.autograd.grad(z, x)
     assert Squared.asked == (True, False)
-
-
-class Once(torch.autograd.Function):
-    """2x, marked as differentiable once."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * 2
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        return 2 * dy
 
 
 def test_what_the_nodes_of_a_graph_tell() -> None:

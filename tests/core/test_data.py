@@ -22,7 +22,6 @@ from torch.utils.data import (
 )
 
 from hyperopt_peft.core.data import DataStream
-from hyperopt_peft.utils.random_state import RandomState
 from tests.support.networks import differences
 
 N = 7
@@ -103,20 +102,6 @@ def test_every_epoch_has_an_order_of_its_own(kind: str) -> None:
     batches = DataStream(LOADERS[kind](), "fit")
     epochs = [torch.cat(draw(batches, 4)).tolist() for _ in range(4)]
     assert len({tuple(epoch) for epoch in epochs}) == 4
-
-
-@pytest.mark.parametrize("kind", ["shuffled", "noisy items"])
-@given(drawn=st.integers(0, 9))
-def test_the_batch_that_was_peeked_at_comes_next(kind: str, drawn: int) -> None:
-    torch.manual_seed(1)
-    batches = DataStream(LOADERS[kind](), "fit")
-    draw(batches, drawn)
-    now = RandomState.capture()
-    peeked = batches.peek()
-    now.restore()
-    assert not differences(batches.peek(), peeked)
-    now.restore()
-    assert not differences(batches.next(), peeked)
 
 
 def test_states_are_plain_values_and_tensors(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import default_data_collator
 
-from hyperopt_peft import Problem, ProblemError, hypergradient
+from hyperopt_peft import ProblemError
 from hyperopt_peft.core.examples import WeightedRows
 from hyperopt_peft.core.labels import label_losses, label_weights
 from tests.support.trainers import data, peft_model
@@ -44,27 +44,6 @@ def test_unequal_micro_batches_of_a_trainer_make_the_loss_of_all() -> None:
     entries = label_weights(parts, shifted=True)
     each = [lower.loss({**p, **e})["loss"] for p, e in zip(parts, entries, strict=True)]
     torch.testing.assert_close(sum(each) / 2, lower.loss(batch)["loss"])
-
-
-@pytest.mark.parametrize("documents", [False, True])
-def test_dot_products_are_the_exact_ones(documents: bool) -> None:
-    """Of rows, and of labels whose weight is that of their row."""
-    model, lower, logits, batch = levels()
-    if documents:
-        batch["index"] = batch["index"][:, None].expand_as(batch["labels"])
-
-    class Upper(Problem):
-        def loss(self, batch: Any) -> Any:
-            return model(**batch).loss
-
-    target = default_data_collator([dict(row) for row in data("causal", 4, seed=2)])
-    given = {"upper_batch": target, "lower_batch": batch}
-    slopes = [
-        hypergradient(Upper([logits]), lower, f"darts:xi=0.7,product={product}", **given)[0]
-        for product in ("dots", "exact")
-    ]
-    assert slopes[0].count_nonzero() == 6
-    torch.testing.assert_close(*slopes, rtol=1e-5, atol=1e-9)
 
 
 def test_weights_of_other_rows_are_refused() -> None:

@@ -21,8 +21,6 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from hyperopt_peft import ProblemError
@@ -31,11 +29,11 @@ from hyperopt_peft.core.labels import (
     label_losses,
     labels_are_shifted,
     row_losses,
-    weighted_mean,
 )
 from hyperopt_peft.core.logits import losses_of_logits
 from hyperopt_peft.utils.random_state import RandomState
 from tests.support.language import language_model
+from tests.support.trainers import base_model
 
 SMALL = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 WIDE = SMALL | {"intermediate_size": 16, "num_key_value_heads": 2}
@@ -66,20 +64,7 @@ MODELS: dict[str, tuple[Any, bool]] = {
     "Llama": (lambda: LlamaForCausalLM(LlamaConfig(**WIDE)), True),
     "Gemma-3": (lambda: Gemma3ForCausalLM(Gemma3TextConfig(**WIDE, head_dim=8)), True),
     "BERT masked": (lambda: BertForMaskedLM(BertConfig(**SMALL, intermediate_size=16)), False),
-    "T5": (
-        lambda: T5ForConditionalGeneration(
-            T5Config(
-                vocab_size=20,
-                d_model=16,
-                d_kv=8,
-                d_ff=16,
-                num_layers=1,
-                num_heads=2,
-                decoder_start_token_id=0,
-            )
-        ),
-        False,
-    ),
+    "T5": (lambda: base_model("seq2seq"), False),
     "remote causal": (RemoteCausal, True),
     "remote masked": (lambda: RemoteCausal(shift=0), False),
 }
@@ -112,7 +97,7 @@ def test_row_losses_add_up_to_the_models_own_loss(kind: str) -> None:
     if kind == "T5":
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(rows["labels"])
     sums, counts = row_losses(model, inputs)
-    torch.testing.assert_close(weighted_mean(torch.ones(3), sums, counts), model(**inputs).loss)
+    torch.testing.assert_close(sums.sum() / counts.sum(), model(**inputs).loss)
     for row in range(3):
         alone = model(**{name: value[row : row + 1] for name, value in inputs.items()}).loss
         torch.testing.assert_close(sums[row] / counts[row], alone)
@@ -207,7 +192,7 @@ def test_a_trained_prompt_scores_the_first_label_too() -> None:
     rows["labels"][1, 0] = 5
     sums, counts = row_losses(model, rows)
     assert counts.tolist() == [3, 6, 4]
-    torch.testing.assert_close(weighted_mean(torch.ones(3), sums, counts), model(**rows).loss)
+    torch.testing.assert_close(sums.sum() / counts.sum(), model(**rows).loss)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from hyperopt_peft import Engine, check_problem, hypergradient
+from hyperopt_peft import check_problem, hypergradient
 from hyperopt_peft.engine import minimize
 from hyperopt_peft.problems.textbook.hypercleaning import digits
 from hyperopt_peft.problems.textbook.logistic import breast_cancer
 from hyperopt_peft.problems.textbook.ridge import diabetes
 from hyperopt_peft.utils.random_state import RandomState
 from tests.support.chains import chain, nested
-from tests.support.networks import differences, network_levels
+from tests.support.networks import differences
 from tests.support.quadratic import FunctionLevel, Once, flat, program, symmetric
 
 
@@ -182,22 +182,6 @@ def test_a_second_derivative_that_is_not_finite_and_a_tensor_of_both_levels():
     both = pair.level(pair.f, [("w", pair.w), ("mine", pair.u)], "below")
     finding = finding_of(examine(pair.upper, both), "shared tensor")
     assert "below's mine" in finding.words and "above's u" in finding.words
-
-
-def test_training_goes_on_as_if_nothing_had_been_checked():
-    """Of levels with buffers and dropout."""
-    runs = []
-    for look in (False, True):
-        upper, lower = network_levels()
-        if look:
-            buffers = {k: b.clone() for k, b in upper.net.named_buffers()}
-            examine(upper, lower)
-            assert differences(buffers, dict(upper.net.named_buffers())) == []
-        torch.manual_seed(3)
-        engine = Engine(upper, lower, "darts", lower_steps=2, progress=False)
-        engine.run(3)
-        runs.append([engine.state_dict(), upper.net.state_dict()])
-    assert differences(*runs) == []
 
 
 def test_an_operation_without_second_derivative_is_named_and_done_without():

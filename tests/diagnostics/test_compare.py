@@ -106,22 +106,6 @@ def test_mistakes_are_named(arguments: dict[str, Any], message: str) -> None:
         compare_hypergradients(*program(0).levels(), **arguments)
 
 
-def test_batches_are_those_that_come_next_and_stay_the_next() -> None:
-    seen = []
-    w, u = (torch.tensor([value], requires_grad=True) for value in (1.0, 2.0))
-
-    def loss(batch: str) -> Tensor:
-        seen.append(batch)
-        return (w - u).square().sum()
-
-    upper = FunctionLevel(loss, [u], data=["u0", "u1"])
-    lower = FunctionLevel(loss, [w], data=["w0", "w1"])
-    upper.next_batch()
-    compare_hypergradients(upper, lower, ["darts", "cg"])
-    assert set(seen) == {"u1", "w0"}
-    assert (upper.next_batch(), lower.next_batch()) == ("u1", "w0")
-
-
 @cases()
 def test_the_count_of_gradients_is_the_count_of_loss_evaluations(case: Case) -> None:
     upper, lower = program(0).levels()

@@ -168,7 +168,9 @@ def test_kinks_and_half_precision_are_no_finding(dtype: torch.dtype, autocast: b
 
 def test_dropout_and_batch_normalisation_are_no_finding() -> None:
     upper, lower = network_levels()
+    buffers = {name: buffer.clone() for name, buffer in upper.net.named_buffers()}
     check = check_problem(upper, lower, solver_steps=2, progress=False)
+    assert all(torch.equal(buffers[name], b) for name, b in upper.net.named_buffers())
     assert not check.not_compared and not {f.kind for f in check.findings} & set(WRONG)
 
 

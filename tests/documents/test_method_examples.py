@@ -1,10 +1,8 @@
 """The examples of bilevel PEFT methods, end to end and made small."""
 
-import io
 import json
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -82,19 +80,3 @@ def test_three_levels() -> None:
     _, *rows = done.stdout.splitlines()
     assert len(rows) == 4 and rows[-1].startswith("with a prior, three levels")
     assert all(0 < float(row.split("(")[0].split()[-1]) < 1 for row in rows)
-
-
-def test_only_the_published_ratings_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    import rated_text
-
-    monkeypatch.setattr(rated_text, "DOWNLOADS", tmp_path)
-    member = f"{rated_text.SOURCE}/additional_resources/{rated_text.ARCHIVE}.tar.gz"
-    with tarfile.open(tmp_path / f"{rated_text.SOURCE}.tar.gz", "w:gz") as tar:
-        entry = tarfile.TarInfo(member)
-        entry.size = 4
-        tar.addfile(entry, io.BytesIO(b"text"))
-    with pytest.raises(SystemExit, match=r"is not the file that was published; delete it"):
-        rated_text.archive()

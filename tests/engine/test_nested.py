@@ -10,18 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.optim import SGD
 
-from hyperopt_peft import (
-    Engine,
-    Nested,
-    NonFiniteError,
-    Problem,
-    ProblemError,
-    hypergradient,
-)
+from hyperopt_peft import Engine, Nested, NonFiniteError, Problem, ProblemError, hypergradient
 from hyperopt_peft.engine import fit, minimize
 from hyperopt_peft.trainer.checks import check_levels
 from tests.support.chains import chain, nested
-from tests.support.networks import adam_levels, differences
+from tests.support.networks import Interruption, adam_levels, differences, interrupt
 from tests.support.quadratic import FunctionLevel
 
 
@@ -173,29 +166,6 @@ def everything(engine: Any) -> dict[str, Any]:
     }
 
 
-class Interruption(Exception):
-    pass
-
-
-def interrupt(levels: Any, at: int, losses: Any) -> Callable[[], int]:
-    """Make the evaluation number ``at`` of any loss fail; returns their count so far."""
-    count = 0
-
-    def failing(loss: Any) -> Any:
-        def evaluate(batch: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count == at:
-                raise Interruption
-            return loss(batch)
-
-        return evaluate
-
-    for level, loss in zip(levels, losses, strict=True):
-        level.loss = failing(loss)
-    return lambda: count
-
-
 @pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_hypergradient_leaves_no_trace(method: str) -> None:
@@ -205,21 +175,20 @@ def test_a_hypergradient_leaves_no_trace(method: str) -> None:
         torch.manual_seed(1)
         run.run(2)
     levels = (engine.upper, engine.lower.middle, engine.lower.lower)
-    losses = [level.loss for level in levels]
     for parameter in engine.upper.net.parameters():
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
     before = everything(engine)
     found = hypergradient(engine.upper, engine.lower, method)
     assert not differences(before, everything(engine))
-    total = interrupt(levels, 0, losses)
+    evaluations = interrupt(levels, 0)
     assert not differences(found, hypergradient(engine.upper, engine.lower, method))
-    assert total() >= 8
-    for k in sorted({1, total() // 2, total()}):
-        interrupt(levels, k, losses)
+    total = evaluations()
+    assert total >= 8
+    for k in sorted({1, total // 2, total}):
+        interrupt(levels, k)
         with pytest.raises(Interruption):
             hypergradient(engine.upper, engine.lower, method)
-        assert not differences(before, everything(engine)), f"evaluation {k} of {total()}"
-    interrupt(levels, 0, losses)
+        assert not differences(before, everything(engine)), f"evaluation {k} of {total}"
     for parameter in engine.upper.net.parameters():
         parameter.grad = None
     for run in (engine, twin):

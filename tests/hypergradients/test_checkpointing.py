@@ -1,6 +1,7 @@
 """With gradient checkpointing a hypergradient is bit for bit the one without, in half precision."""
 
 from contextlib import nullcontext
+from itertools import product
 from typing import Any
 
 import pytest
@@ -39,13 +40,19 @@ METHODS = (
     *FIRST_ORDER,
 )
 FAST = [
-    ("bidora", "inside", "minres:steps=3"),
-    ("bidora", "around", "darts"),
-    ("bidora", "base", "f2sa"),
-    ("mix", "inside", "darts:product=exact"),
-    ("mix", "around", "unrolled:steps=2"),
-    ("mix", "base", "sama"),
+    ("bidora", "inside", "minres:steps=3", "logits"),
+    ("bidora", "around", "darts", "logits"),
+    ("bidora", "base", "f2sa", "logits"),
+    ("mix", "inside", "darts:product=exact", "logits"),
+    ("mix", "around", "unrolled:steps=2", "logits"),
+    ("mix", "base", "sama", "logits"),
+    *(("mix", way, "darts", "fused") for way in WAYS),
 ]
+ALL = [
+    *product(PROGRAMS, WAYS, METHODS, ["logits"]),
+    *product(PROGRAMS, WAYS, FIRST_ORDER, ["fused"]),
+]
+CASES = [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in FAST)]
 
 
 def adapted(way: str, head: str, *, dora: bool, checkpointing: bool) -> Any:
@@ -114,40 +121,15 @@ def estimated(
         return flat(hypergradient(upper, lower, method, seed=0)), len(calls)
 
 
-def require_equal(program: str, way: str, method: str, head: str = "logits") -> None:
+@pytest.mark.parametrize(("program", "way", "method", "head"), CASES)
+def test_checkpointing_changes_no_bit(program: str, way: str, method: str, head: str) -> None:
+    """TRL's head recomputes its logits in its backward pass; its checkpoints save the attention."""
     plain, once = estimated(program, way, method, head, checkpointing=False)
     actual, twice = estimated(program, way, method, head, checkpointing=True)
     assert torch.equal(actual, plain)
     reads_w = (program, method) not in {("mix", "direct"), ("mix", "penalty")}
     assert plain.any() or not reads_w
     assert twice > once or method == "direct"
-
-
-@pytest.mark.parametrize(("program", "way", "method"), FAST)
-def test_checkpointing_changes_no_bit(program: str, way: str, method: str) -> None:
-    require_equal(program, way, method)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_checkpointing_changes_no_bit_of_any_estimator(program: str, way: str, method: str) -> None:
-    require_equal(program, way, method)
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_the_same_with_the_head_and_the_checkpoints_of_trl(way: str) -> None:
-    """The head recomputes its logits in its backward pass; the checkpoints save the attention."""
-    require_equal("mix", way, "darts", "fused")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", FIRST_ORDER)
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_the_same_of_every_first_order_estimator(program: str, way: str, method: str) -> None:
-    require_equal(program, way, method, "fused")
 
 
 @pytest.mark.parametrize("head", ["logits", "fused"])

@@ -13,11 +13,12 @@ from torch.optim import SGD, AdamW
 from hyperopt_peft import Engine, NonFiniteError, ProblemError, hypergradient
 from hyperopt_peft.core.data import DataStream
 from hyperopt_peft.core.examples import WeightedExamples
+from hyperopt_peft.core.task_level import TaskLevel
 from hyperopt_peft.hypergradients import open_oracle
 from hyperopt_peft.hypergradients.registry import get_estimator
-from hyperopt_peft.problems.common import TaskLevel
 from hyperopt_peft.utils.models import trainable
 from tests.support import dots_in_processes, two_processes
+from tests.support.networks import Interruption
 from tests.support.weighted_levels import Layers, sequences, weighted
 
 ROWS = 12
@@ -50,15 +51,6 @@ def test_they_equal_the_exact_product(kind: str, method: str, checkpointed: bool
         gradient(both, f"{method},product={p}".replace(":,", ":")) for p in ("dots", "exact")
     )
     torch.testing.assert_close(dots, exact, rtol=1e-11, atol=1e-13)
-
-
-@pytest.mark.parametrize("method", ["darts:product=dots", "fastmix"])
-def test_checkpointing_changes_no_bit(method: str) -> None:
-    both, results = levels(dropout=0.3), []
-    for checkpointed in (False, True):
-        both[1].model.checkpointed = checkpointed
-        results.append(gradient(both, method))
-    assert torch.equal(*results) and results[0].any()
 
 
 def test_in_training_they_are_taken_where_the_last_lower_step_began() -> None:
@@ -186,10 +178,6 @@ def test_single_and_half_precision(dtype: torch.dtype) -> None:
     error = float((actual - exact).norm() / exact.norm())
     assert error < (3e-2 if dtype == torch.bfloat16 else 1e-5)
     assert seen == {dtype}
-
-
-class Interruption(Exception):
-    pass
 
 
 @pytest.mark.parametrize("method", ["darts:product=dots", "sama:product=dots", "fastmix"])

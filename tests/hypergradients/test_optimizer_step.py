@@ -141,17 +141,3 @@ def test_optimizers_that_cannot_be_unrolled_are_named(make: Any, message: str, m
     w, u = start()
     with pytest.raises(ProblemError, match=f"FunctionLevel: .*{message}"):
         hypergradient(*make_levels(make(w), w, u), method)
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("method", ["sama", "forward:steps=3"])
-def test_differences_agree_with_double_backward(optimizer: str, method: str) -> None:
-    kind, options = OPTIMIZERS[optimizer]
-    w, u = start()
-    levels = make_levels(kind(w, **options), w, u)
-    separator = "," if ":" in method else ":"
-    exact, difference = (
-        flat(hypergradient(*levels, f"{method}{separator}product={product}"))
-        for product in ("exact", "difference")
-    )
-    torch.testing.assert_close(difference, exact, rtol=1e-6, atol=1e-8)

@@ -80,10 +80,7 @@ def test_half_precision_models_have_the_hypergradient_of_single_precision(
 
 @pytest.mark.parametrize(
     ("way", "scheme"),
-    [
-        ("autocast", "forward"),
-        pytest.param("all in bfloat16", "central", marks=pytest.mark.slow),
-    ],
+    [("autocast", "forward"), pytest.param("all in bfloat16", "central", marks=pytest.mark.slow)],
 )
 def test_in_training_nothing_of_half_precision_enters_a_difference(way: str, scheme: str) -> None:
     """The lower step's own ∂f/∂u, of eight bits, is no term of a quotient with a small step."""

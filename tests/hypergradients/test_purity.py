@@ -15,9 +15,13 @@ from hyperopt_peft.hypergradients import ConjugateGradient, Matvec, Solution, Ve
 from tests.support.cases import Case, cases
 from tests.support.networks import (
     Classify,
+    Interruption,
     differences,
+    draw_from_all,
     give_gradients,
+    interrupt,
     network_levels,
+    seed_all,
     snapshot,
 )
 from tests.support.quadratic import FunctionLevel
@@ -29,7 +33,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarn
 
 def trained_levels(**options: Any) -> Levels:
     """Levels in the middle of training: optimizers, buffers and data are in use."""
+    seed_all(0)
     levels = network_levels(**options)
+    draw_from_all(*levels)
     for level in levels:
         for _ in range(3):
             level.step(level.gradient(level.next_batch(), level.variables).gradient)
@@ -54,42 +60,13 @@ def test_everything_is_bit_identical_afterwards(case: Case, generators: bool) ->
     assert not differences(coming, [next_batches(level) for level in (upper, lower)])
 
 
-class Interruption(Exception):
-    pass
-
-
-def interrupt(levels: Levels, at: int, *, in_backward: bool) -> Callable[[], int]:
-    """Make the ``at``-th evaluation of a loss fail, forward or backward; returns the count."""
-    count = 0
-
-    def fail(_: Tensor) -> None:
-        raise Interruption
-
-    def wrap(loss: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def wrapped(batch: Any) -> Any:
-            nonlocal count
-            count += 1
-            result = loss(batch)
-            if count == at:
-                if not in_backward:
-                    raise Interruption
-                result["loss"].register_hook(fail)
-            return result
-
-        return wrapped
-
-    for level in levels:
-        level.loss = wrap(level.loss)
-    return lambda: count
-
-
 @cases()
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_everything_is_bit_identical_after_an_exception_in_any_evaluation(
     case: Case, in_backward: bool
 ) -> None:
     levels = trained_levels()
-    evaluations = interrupt(levels, at=0, in_backward=False)
+    evaluations = interrupt(levels, at=0)
     hypergradient(*levels, case.estimator)
     total = evaluations()
     assert total >= 1

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hyperopt_peft import Engine, Problem, hypergradient
 from hyperopt_peft.engine import fit
-from hyperopt_peft.problems.textbook import hypercleaning, logistic, ridge
+from hyperopt_peft.problems.textbook import hypercleaning, logistic
 from tests.support.newton import minimise
 from tests.support.quadratic import flat
 
@@ -83,16 +83,6 @@ def test_exact_is_the_slope_of_the_value_function_of_hypercleaning(
     torch.testing.assert_close(h[coordinates], slopes, rtol=1e-6, atol=1e-10)
 
 
-def test_exact_is_the_slope_of_the_value_function_of_the_ridge_regression() -> None:
-    upper, lower = ridge.diabetes()
-    lower.solve()
-    assert upper.evaluate(None)[0].item() == pytest.approx(0.246694, abs=5e-7)
-    (h,) = hypergradient(upper, lower, "exact")
-    assert h.norm().item() == pytest.approx(0.003416, abs=5e-7)
-    slopes = central_difference(upper, lower.solve, list(range(len(h))))
-    torch.testing.assert_close(h, slopes, rtol=0, atol=1e-8 * float(h.norm()))
-
-
 @pytest.mark.parametrize(
     ("method", "on_cancer", "on_digits"),
     [
@@ -134,16 +124,3 @@ def test_cleaning_improves_the_test_accuracy(method: str) -> None:
     light, redrawn = upper.variables[0] < 0, lower.data.redrawn
     f1 = 2 * (light & redrawn).sum() / (light.sum() + redrawn.sum())
     assert f1 > 0.88
-
-
-@pytest.mark.slow
-def test_without_upper_steps_nothing_improves() -> None:
-    """The control: a hypergradient that moved the lower variables would train on clean data."""
-    upper, lower = hypercleaning.digits()
-    assert upper.optimizer is not None
-    upper.optimizer.param_groups[0]["lr"] = 0.0
-    Engine(upper, lower, "cg", lower_steps=2, warmup_steps=60, progress=False).run(100)
-    assert upper.test_accuracy() == pytest.approx(UNCLEANED, abs=0.004)  # two rows
-    twin = hypercleaning.digits()[1]
-    fit(twin, 260, progress=False)
-    assert torch.equal(lower.variables[0], twin.variables[0])

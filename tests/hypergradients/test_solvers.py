@@ -10,13 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hyperopt_peft import (
-    Engine,
-    HypergradientWarning,
-    ProblemError,
-    Solver,
-    hypergradient,
-)
+from hyperopt_peft import Engine, HypergradientWarning, ProblemError, Solver, hypergradient
 from hyperopt_peft.hypergradients import (
     MINRES,
     ConjugateGradient,
@@ -191,15 +185,6 @@ def test_neumann_says_where_its_series_diverges() -> None:
     assert "diverges" in Neumann(step_size=1.0).solve(matvec, vector).note
 
 
-@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
-def test_neumann_finds_a_step_that_converges(scale: float) -> None:
-    """A step of 1 diverges as soon as an eigenvalue exceeds 2."""
-    h = scale * positive(8, torch.Generator().manual_seed(0))
-    matvec, vector, b = system(h)
-    solution = Neumann(terms=400).solve(matvec, vector)
-    torch.testing.assert_close(flat(solution.v), torch.linalg.solve(h, b), rtol=1e-9, atol=1e-9)
-
-
 @pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
 def test_a_hessian_that_is_zero_is_an_error_or_a_note() -> None:
     quadratic = program(0)
@@ -286,14 +271,9 @@ def test_hypergradient_warns_of_a_large_residual(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["cg", "f2sa", "darts", "direct"])
-def test_a_small_residual_or_none_is_no_warning(method: str) -> None:
+def test_a_small_residual_or_none_is_no_warning_nor_any_in_training(method: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         hypergradient(*program(0).levels(), method)
-
-
-def test_in_training_the_log_holds_the_residual_and_there_is_no_warning() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
         (record,) = Engine(*program(0).levels(), "cg:steps=1", progress=False).run(1)
     assert record["residual"] > 0.1

@@ -9,19 +9,11 @@ from peft import IA3Config, LoraConfig, get_peft_model
 
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, ProblemError
 from hyperopt_peft.problems import DoRA, LoRA
-from tests.support.trainers import base_model, data, peft_model, values
+from tests.support.trainers import QUIET, base_model, data, peft_model, values
 
 
 def trainer(folder: Path, model: Any, **options: Any) -> BilevelTrainer:
-    args = BilevelTrainingArguments(
-        str(folder),
-        max_steps=30,
-        learning_rate=1e-1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-    )
+    args = BilevelTrainingArguments(str(folder), max_steps=30, learning_rate=1e-1, **QUIET)
     return BilevelTrainer(model, args, **{"train_dataset": data(), **options})
 
 

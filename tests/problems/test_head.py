@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 from transformers import BertConfig, BertForSequenceClassification
 
-from hyperopt_peft import NonFiniteError, hypergradient
+from hyperopt_peft import hypergradient
 from hyperopt_peft.core.logits import MULTI_LABEL
 from hyperopt_peft.core.prior import GaussianPrior
+from hyperopt_peft.core.task_level import TaskLevel
 from hyperopt_peft.engine.fit import lbfgs
-from hyperopt_peft.problems.common import TaskLevel
-from hyperopt_peft.problems.head import Head, L2Penalty, problem_type_of
+from hyperopt_peft.problems.head import Head, l2_penalty, problem_type_of
 from tests.support.weighted_levels import weighted
 
 L2 = 0.3
@@ -25,7 +25,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def level(head: Head) -> TaskLevel:
-    return TaskLevel(head, head.named_parameters(), prior=L2Penalty(head, L2))
+    return TaskLevel(head, head.named_parameters(), prior=l2_penalty(L2))
 
 
 def ridge(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
@@ -103,27 +103,10 @@ def test_solve_ends_at_a_small_gradient_of_classes() -> None:
     torch.testing.assert_close(*ends, rtol=0, atol=1e-6)
 
 
-def test_solve_keeps_the_last_point_of_too_few_steps() -> None:
-    batch = {"features": random(60, 6), "labels": torch.arange(60) % 4}
-    head = Head(6, 4, dtype=torch.float64)
-    problem = level(head)
-    begin = problem.gradient(batch, problem.variables).loss
-    assert lbfgs(problem, batch, tolerance=0.0, max_steps=2) <= 5
-    assert problem.gradient(batch, problem.variables).loss < begin
-
-
-def test_a_loss_that_is_no_number_is_an_error() -> None:
-    x = random(4, 2)
-    x[1] = torch.nan
-    head = Head(2, 2, dtype=torch.float64)
-    with pytest.raises(NonFiniteError):
-        lbfgs(level(head), {"features": x, "labels": torch.tensor([0, 1, 0, 1])})
-
-
 def levels(labels: Tensor, outputs: int) -> tuple[Any, Any, Any, Any]:
     """Three sources of 8 rows, at weights that differ, and held-out rows."""
     head = Head(3, outputs, dtype=torch.float64)
-    upper, lower = weighted("source", head, 3, prior=L2Penalty(head, L2))
+    upper, lower = weighted("source", head, 3, prior=l2_penalty(L2))
     (logits,) = upper.variables
     logits.data = torch.tensor([0.5, -1.0, 0.2], dtype=torch.float64)
     upper.prior = GaussianPrior(0.1, [logits])

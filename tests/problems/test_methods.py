@@ -215,33 +215,6 @@ def test_autolora_selects_ranks_and_keeps_what_remains() -> None:
     assert method.ranks == {"layer.0": 2, "layer.1": 1}
 
 
-def test_autolora_with_decay_finds_a_planted_rank() -> None:
-    torch.manual_seed(0)
-    true, x = torch.randn(8, 1).double() @ torch.randn(1, 8).double(), torch.randn(2, 60, 8)
-    x = x.double()
-    y = x @ true.T + torch.randn_like(x) / 2
-    layers = nn.ModuleDict({"layer": nn.Linear(8, 8, bias=False)}).double()
-    model = wrap(layers, r=4, use_dora=False)
-    layer = adapted_layer(model)
-    layer.get_base_layer().weight.data.zero_()
-    method, adam = AutoLoRA(decay=0.1), partial(torch.optim.Adam, lr=0.05)
-    task = lambda row: mse_loss(layer(x[row]), y[row])  # noqa: E731
-    levels = method.levels(model, task, data=([0], [1]), optimizers=[adam, adam])
-    Engine(*levels, "darts:xi=lr", lower_steps=2, progress=False).run(100)
-    method.finish(model)
-    assert method.ranks == {"layer": 1}
-
-
-def test_layer_scales_have_the_derivative_of_their_b() -> None:
-    """∂F/∂u = ⟨∂F/∂B, B⟩; 0 where B = 0."""
-    model, method, x = randomise(single(use_dora=False)), LayerScales(), layer_input("linear")
-    method.prepare(model)
-    (u,), b = method.upper_variables(model).values(), adapted_layer(model).lora_B["default"]
-    b = b.parametrizations.weight.original
-    of_u, of_b = torch.autograd.grad(model(x).sin().sum(), (u, b))
-    torch.testing.assert_close(of_u.sum(), (of_b * b).sum())
-
-
 def test_class_offsets_undo_the_imbalance() -> None:
     """Two Gaussian classes 9:1: the offsets of solved levels are log priors and a constant."""
     torch.manual_seed(0)

@@ -1,9 +1,7 @@
 """`Sources` and the simple ways: shares by hand, both drivers of data, resuming, TRL's layouts."""
 
-import random
 import re
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from tests.support import language, two_processes
 from tests.support import sources_in_processes as in_processes
 from tests.support.resume import require_same_end
 from tests.support.sources_in_processes import rows, sources, trainer
+from tests.support.trainers import QUIET
 from tests.support.watch import SGD
 
 LAUNCHER = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -143,11 +142,7 @@ def over_trl(
         "upper_learning_rate": 0.3,
         "bf16": False,
         "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "logging_steps": 1,
+        **QUIET,
         "retrain": "none",
         **{**language.LAYOUTS, "flat": {"padding_free": True, "max_length": None}}.get(layout, {}),
     }
@@ -242,33 +237,6 @@ def test_refused(tmp_path: Path, name: str) -> None:
     make, message = REFUSED[name]
     with pytest.raises(ProblemError, match=message):
         make(tmp_path)
-
-
-def noisy() -> list[Dataset]:
-    """All prompts differ; ``web`` and trusted rows answer alike, ``forum`` at random."""
-    pairs, letters = iter(product(language.LETTERS, repeat=2)), random.Random(0)
-    tables = []
-    for count, noise in ((48, False), (48, True), (16, False)):
-        made = []
-        for _ in range(count):
-            prompt = "say {} then {}".format(*next(pairs))
-            answer = letters.choices(language.LETTERS, k=3) if noise else "abc"
-            made.append({"prompt": prompt, "completion": " " + " ".join(answer)})
-        tables.append(Dataset.from_list(made))
-    return tables
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("packed", [{}, {"packing": True, "max_length": 24}], ids=["rows", "packs"])
-def test_a_source_of_noise_loses(tmp_path: Path, packed: Any) -> None:
-    """In bfloat16 with checkpointing."""
-    settings = {"max_steps": 40, "gradient_accumulation_steps": 4, "bf16": True, **packed}
-    settings |= {"gradient_checkpointing": True, "learning_rate": 2e-2}
-    plain = {"peft_config": language.lora(init_lora_weights=True, r=4)}
-    run = over_trl(tmp_path, data=noisy(), options=plain, **settings)
-    run.train()
-    web, forum, of_trusted = run.method.p().tolist()
-    assert web > 3 * forum and of_trusted > 3 * forum
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from torch.utils.data import IterableDataset
 from transformers import PrinterCallback, TrainerCallback
 
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, Problem
+from tests.support.trainers import QUIET
 
 
 class Scaled(torch.nn.Module):
@@ -78,14 +79,12 @@ def pair(
     torch.manual_seed(0)
     model, weight = Scaled(), torch.tensor([1.0, -1.0, 0.0], requires_grad=True)
     options = {
+        **QUIET,
+        "logging_steps": 500,
         "learning_rate": 0.1,
         "upper_learning_rate": 0.1,
         "per_device_train_batch_size": 8,
         "max_steps": 40,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
         "lr_scheduler_type": "constant",
         "hypergradient": "cg:steps=5",
         **settings,

@@ -53,14 +53,13 @@ def train(folder: Path, batch: int, **options: Any) -> dict[str, Any]:
         # accelerate shards over GPUs only; it does not look at what they are.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     settings = {"max_steps": 4, "lower_steps": 2, "per_device_train_batch_size": batch}
-    settings |= {"gradient_accumulation_steps": 2, "learning_rate": 1e-2, "save_strategy": "no"}
-    settings |= {"upper_learning_rate": 0.1, "report_to": "none", "retrain": "none"}
-    settings |= {"use_cpu": True, "disable_tqdm": True, "hypergradient": "darts:product=dots"}
+    settings |= {"gradient_accumulation_steps": 2, "learning_rate": 1e-2, "retrain": "none"}
+    settings |= {"upper_learning_rate": 0.1, "hypergradient": "darts:product=dots"}
     model = trainers.peft_model("causal", dropout=0.0, dora=False).double()
     method = Sources()
     trainer = BilevelTrainer(
         model,
-        BilevelTrainingArguments(str(folder), **{**settings, **options}),
+        BilevelTrainingArguments(str(folder), **{**trainers.QUIET, **settings, **options}),
         method=method,
         train_dataset=trainers.data("causal").add_column("source", [k % 2 for k in range(24)]),
         upper_dataset=trainers.data("causal", 8, seed=5),

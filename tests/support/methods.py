@@ -13,9 +13,10 @@ from transformers import PrinterCallback
 
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, Method
 from hyperopt_peft.core.labels import row_losses
-from tests.support.trainers import data, peft_model
+from tests.support.trainers import QUIET, data, peft_model
 
 ARGUMENTS = {
+    **QUIET,
     "max_steps": 6,
     "lower_steps": 2,
     "hypergradient": "darts",
@@ -23,10 +24,6 @@ ARGUMENTS = {
     "learning_rate": 1e-2,
     "upper_learning_rate": 1e-1,
     "logging_steps": 3,
-    "save_strategy": "no",
-    "report_to": "none",
-    "use_cpu": True,
-    "disable_tqdm": True,
     "seed": 3,
 }
 

@@ -1,7 +1,7 @@
 """A small classifier that remembers, drops and normalises, as two levels over one network."""
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -122,15 +122,45 @@ def draw_from_all(*levels: Classify) -> None:
     """Let each loss depend on NumPy's and Python's numbers too; the second normal one is cached."""
 
     def drawing(loss: Any) -> Any:
-        def drawn(batch: Any) -> Any:
+        def evaluate(batch: Any) -> Any:
             result = loss(batch)
-            factor = 1 + np.random.rand() + abs(np.random.normal()) + random.random()
-            return {**result, "loss": result["loss"] * factor}
+            drawn = np.random.rand() + abs(np.random.normal()) + random.random()
+            return {**result, "loss": result["loss"] * (1 + drawn / 100)}
 
-        return drawn
+        return evaluate
 
     for level in levels:
         level.loss = drawing(level.loss)  # type: ignore[method-assign]
+
+
+class Interruption(Exception):
+    pass
+
+
+def interrupt(levels: Iterable[Any], at: int, *, in_backward: bool = False) -> Callable[[], int]:
+    """Make the ``at``-th evaluation of a loss fail, forward or backward; returns the count."""
+    count = 0
+
+    def fail(_: Tensor) -> None:
+        raise Interruption
+
+    def wrap(loss: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def wrapped(batch: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count != at:
+                return loss(batch)
+            if not in_backward:
+                raise Interruption
+            result = loss(batch)
+            result["loss"].register_hook(fail)
+            return result
+
+        return wrapped
+
+    for level in levels:
+        level.loss = wrap(level.loss)
+    return lambda: count
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:

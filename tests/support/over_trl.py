@@ -21,6 +21,7 @@ from trl import (
 
 from hyperopt_peft import BilevelTrainer, Method
 from tests.support.language import LAYOUTS, language_model, lora, rows, tokenizer
+from tests.support.trainers import QUIET
 
 CONFIGS = {
     SFTTrainer: SFTConfig,
@@ -72,14 +73,10 @@ def made(
     """``parent`` itself, or over it the trainer ``kind``, or the trainer of the method ``kind``."""
     task = "SEQ_CLS" if parent is RewardTrainer else "CAUSAL_LM"
     common: dict[str, Any] = {
-        "use_cpu": True,
-        "report_to": "none",
+        **QUIET,
         "max_steps": 3,
         "per_device_train_batch_size": 2,
         "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
         **LAYOUTS.get(layout, {}),
         **settings,
     }

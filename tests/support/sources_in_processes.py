@@ -15,7 +15,7 @@ from transformers import PrinterCallback, default_data_collator
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, Method
 from hyperopt_peft.problems import Sources
 from tests.support import two_processes
-from tests.support.trainers import peft_model, values
+from tests.support.trainers import QUIET, peft_model, values
 
 
 def rows(count: int, seed: int, *, wrong: bool = False) -> Dataset:
@@ -55,11 +55,7 @@ def trainer(
         "upper_learning_rate": 0.3,
         "hypergradient": "darts:xi=1.0",
         "retrain": "none",
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "logging_steps": 1,
+        **QUIET,
     }
     model = peft_model("classes", dropout=0.0, dora=False)
     trusted = rows(30, 3) if trusted is None else trusted

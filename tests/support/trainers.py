@@ -33,6 +33,9 @@ CONFIG = BertConfig(
     num_labels=3,
 )
 LENGTH = 6
+#: Arguments of any Trainer: on the CPU, without bars and checkpoints, a log a step.
+QUIET: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
+QUIET |= {"save_strategy": "no", "logging_steps": 1}
 
 # Every Trainer collects garbage; what was imported, a large part of its time, is none.
 gc.freeze()
@@ -143,11 +146,7 @@ def arguments(folder: Path, **options: Any) -> BilevelTrainingArguments:
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-2,
         "upper_learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
+        **QUIET,
         "retrain": "none",
         "seed": 3,
     }

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hyperopt_peft.core.examples import WeightedRows
-from hyperopt_peft.problems.common import TaskLevel
+from hyperopt_peft.core.task_level import TaskLevel
 from hyperopt_peft.problems.row_weights import WeightNet
 from hyperopt_peft.trainer.tags import without
 

@@ -14,7 +14,7 @@ from hyperopt_peft.problems.row_weights import RowWeights, WeightNet
 from hyperopt_peft.problems.sources import Sources
 from hyperopt_peft.trainer.checks import FSDP2_SINCE
 from tests.support import dots_in_processes, two_processes
-from tests.support.trainers import data, peft_model
+from tests.support.trainers import QUIET, data, peft_model
 
 WEIGHTS: dict[str, Any] = {
     "sources": Sources,
@@ -36,8 +36,7 @@ def trained(
     dtype = options.pop("dtype", torch.float32)
     settings = {"max_steps": 4, "lower_steps": 2, "hypergradient": product, "learning_rate": 1e-2}
     settings |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    settings |= {"upper_learning_rate": 0.1, "logging_steps": 1, "save_strategy": "no"}
-    settings |= {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "retrain": "none"}
+    settings |= {"upper_learning_rate": 0.1, "retrain": "none", **QUIET}
     train = data("causal").add_column("source", [row % 2 for row in range(24)])
     trainer = BilevelTrainer(
         model.to(dtype),

@@ -14,10 +14,9 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from hyperopt_peft import BiDoRA, BilevelTrainer, Problem, ProblemError, bilevel
 from hyperopt_peft.utils.models import trainable
 from tests.support.networks import differences
-from tests.support.trainers import data, peft_model, values
+from tests.support.trainers import QUIET, data, peft_model, values
 
-SETTINGS: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
-SETTINGS |= {"max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no"}
+SETTINGS = {**QUIET, "max_steps": 4, "learning_rate": 1e-2}
 SETTINGS |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
 
 

@@ -13,17 +13,15 @@ from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from hyperopt_peft import bilevel
-from hyperopt_peft.problems.common import TaskLevel
+from hyperopt_peft.core.task_level import TaskLevel
 from tests.support.class_weights import rows
 from tests.support.networks import differences
 from tests.support.resume import require_same_end
 from tests.support.speech import speech_model, speech_rows
-from tests.support.trainers import values
+from tests.support.trainers import QUIET, values
 
-SETTINGS: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
-SETTINGS |= {"max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no"}
+SETTINGS = {**QUIET, "max_steps": 4, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
 SETTINGS |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "seed": 3}
-SETTINGS |= {"lr_scheduler_type": "constant"}
 
 
 class MeanOfRows(Trainer):
@@ -67,7 +65,7 @@ def logs(trainer: Any) -> list[dict[str, float]]:
 def test_one_level_is_the_trainer(tmp_path: Path) -> None:
     """Bit for bit: what is measured of the loss draws no number.
 
-    With several micro-batches Transformers trains the sum of their losses here, see `LossRule`.
+    With several micro-batches Transformers trains the sum of their losses here.
     """
     ends, settings = [], {**SETTINGS, "gradient_accumulation_steps": 1}
     for parent in (Trainer, bilevel(Trainer)):

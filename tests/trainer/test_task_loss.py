@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
 
 from hyperopt_peft import BiDoRA, BilevelTrainer, bilevel
-from tests.support.trainers import arguments, data, peft_model, ragged, trainer, values
+from tests.support.trainers import QUIET, arguments, data, peft_model, ragged, trainer, values
 from tests.support.watch import SGD, Watch
 
 #: Of the stock Trainer, which counts a label that no logits predict, or sums a smoothed loss.
@@ -78,8 +78,7 @@ def by_sum(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
 
 
 def stock(folder: Path, table: Dataset, kind: str, options: Any = None, **settings: Any) -> Any:
-    common = {"learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no", "seed": 3}
-    common |= {"report_to": "none", "use_cpu": True, "disable_tqdm": True, **settings}
+    common = {**QUIET, "learning_rate": 1e-2, "seed": 3, **settings}
     model, args = peft_model(kind, dropout=0.0).double(), TrainingArguments(str(folder), **common)
     run = Trainer(model, args, train_dataset=table, **(options or {}))
     run.train()

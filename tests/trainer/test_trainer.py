@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
@@ -13,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from hyperopt_peft import hypergradient
 from hyperopt_peft.adapters import split_parameters
 from tests.support.class_weights import pair
-from tests.support.trainers import data, peft_model, trainer, values
+from tests.support.trainers import QUIET, data, peft_model, trainer, values
 from tests.support.watch import SGD, batches_of, double, replayed, watched
 
 
@@ -92,8 +91,7 @@ def test_one_level_alone_is_the_trainer_itself(tmp_path: Path) -> None:
     """Same batches, masks, schedule, clipping and logs, bit by bit."""
     settings = {"max_steps": 7, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
     settings |= {"gradient_accumulation_steps": 2, "weight_decay": 0.1, "warmup_steps": 2}
-    settings |= {"logging_steps": 2, "save_strategy": "no", "report_to": "none", "seed": 3}
-    settings |= {"use_cpu": True, "disable_tqdm": True}
+    settings = {**QUIET, **settings, "logging_steps": 2, "seed": 3}
     args = TrainingArguments(str(tmp_path / "plain"), **settings)
     plain = Trainer(peft_model(), args, train_dataset=data())
     # The model's loss takes no num_items_in_batch into account where every micro-batch is full.
@@ -110,17 +108,6 @@ def test_one_level_alone_is_the_trainer_itself(tmp_path: Path) -> None:
     ]
     assert logs[0] == logs[1]
     assert len(logs[0]) == 3
-
-
-def test_without_bars_there_is_none(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Neither of a data set: the rows are a selection, and are divided."""
-    datasets.enable_progress_bars()
-    try:
-        rows = {"train_dataset": data(rows=24).shuffle(seed=0)}
-        trainer(tmp_path, options=rows, disable_tqdm=True, max_steps=2)
-    finally:
-        datasets.disable_progress_bars()
-    assert "examples/s" not in capfd.readouterr().err
 
 
 def test_each_level_is_clipped_apart(tmp_path: Path) -> None:

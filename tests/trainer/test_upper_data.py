@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
 from hyperopt_peft import ProblemError, split_dataset
-from hyperopt_peft.trainer.data import require_apart, require_examples, warn_of_repeated_rows
+from hyperopt_peft.trainer.data import require_apart, warn_of_repeated_rows
 from hyperopt_peft.trainer.upper_batches import UpperBatches
 
 N = 40
@@ -108,20 +108,6 @@ def test_sets_that_share_rows_with_the_evaluation_set_in_part_are_apart() -> Non
     for may_share_rows in (False, True):
         with pytest.raises(ProblemError, match="eval_dataset is given as the upper level's data"):
             require_apart(lower, upper, data.select(range(20, N)), may_share_rows=may_share_rows)
-
-
-def test_a_stream_has_no_batches_by_number() -> None:
-    class Sized(torch.utils.data.IterableDataset):
-        def __iter__(self) -> Any:
-            return iter(range(3))
-
-        def __len__(self) -> Any:
-            return 3
-
-    for data in (Sized(), iter([1]), {"a": 1}, "abc", None, []):
-        with pytest.raises(ProblemError, match="upper_dataset"):
-            UpperBatches(data, 1, seed=0, collate=list)
-    require_examples("train_dataset", Sized())
 
 
 SIZES = {"rows": st.integers(1, 25), "size": st.integers(1, 9), "seed": st.integers(0, 2**31)}

@@ -86,12 +86,8 @@ def gain(layer: lora.LoraLayer, adapter_name: str) -> Tensor:
 def adapted(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
     """The output of a linear or convolution layer: result + (g − 1)·W0 x + g·s·B A x.
 
-    Dropout acts on the x of both corrections, in one mask, as in PEFT.
-
-    Args:
-        module: a ``lora.Linear``, ``lora.Conv1d``, ``lora.Conv2d`` or ``lora.Conv3d``.
-        x: input, (..., in) or (batch, in, ...).
-        result: output of the base layer, (..., out) or (batch, out, ...).
+    ``x`` is (..., in) or (batch, in, ...), ``result`` the output of the base layer. Dropout acts on
+    the x of both corrections, in one mask, as in PEFT.
     """
     base = module.get_base_layer()
     dropout = module.lora_dropout[active_adapter]
@@ -114,11 +110,8 @@ def adapted_embedding(
 ) -> Tensor:
     """The output of an embedding layer: g·(W0 row + s·(B A) row), with one g per dimension.
 
-    PEFT applies no dropout here.
-
-    Args:
-        x: token ids, (...).
-        result: output of the base layer, (..., dim).
+    ``x`` has token ids, (...), and ``result`` is the output of the base layer, (..., dim). PEFT
+    applies no dropout here.
     """
     a, b = module.lora_embedding_A[active_adapter], module.lora_embedding_B[active_adapter]
     ba_x: Tensor = module.scaling[active_adapter] * (peft_internals.embedded(module, x, a.T) @ b.T)

@@ -10,7 +10,7 @@ from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.hypergradients.contrib.kronecker import Fisher, Samples, empirical_fisher
 from hyperopt_peft.hypergradients.contrib.linear_calls import Layer, linear_calls
 from hyperopt_peft.hypergradients.implicit.cg import conjugate_gradients
-from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver
+from hyperopt_peft.hypergradients.implicit.solver import Advance, Matvec, Solution, Solver
 from hyperopt_peft.hypergradients.oracle import Estimate, Oracle
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.utils.distributed import is_sharded
@@ -31,11 +31,9 @@ class KFAC(Solver):
         Λ = mean over rows (Q_Sᵀ (Σ_t δ xᵀ) Q_A)²
         P⁻¹ R = Q_S [ Q_Sᵀ R Q_A / (Λ + damping) ] Q_Aᵀ
 
-    P is the *empirical* Fisher matrix, of the gradients of the rows that f is given: H near a
-    minimum where f is the mean negative log-likelihood of a model that fits, another matrix
-    elsewhere. Other terms of f, such as a weight decay, are not in P. P only changes the rate of
-    convergence: v, the note and the residual are those of ``cg``. With ``steps=0``, v = P⁻¹b; a
-    factor c of f then divides v by c² in place of c.
+    P is the *empirical* Fisher matrix of f's rows, without terms such as a weight decay. P only
+    changes the rate of convergence: v, the note and the residual are those of ``cg``. With
+    ``steps=0``, v = P⁻¹b; a factor c of f then divides v by c² in place of c.
 
     A layer is a call of ``torch.nn.functional.linear`` (so each ``nn.Linear``, LoRA's A and B among
     them) or of ``x @ V`` whose weight or bias is a lower variable. A row is an entry of the input's
@@ -53,16 +51,9 @@ class KFAC(Solver):
             linear layer.
 
     Example:
-        The relative errors of five steps with and without the preconditioner.
-
-        >>> from hyperopt_peft import hypergradient
-        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
-        >>> upper, lower = diabetes()
-        >>> lower.solve()
-        >>> truth, = hypergradient(upper, lower, "exact")
-        >>> both = [hypergradient(upper, lower, f"{k}:steps=5")[0] for k in ("cg", "kfac")]
-        >>> [round(((x - truth).norm() / truth.norm()).item(), 3) for x in both]
-        [0.049, 0.005]
+        >>> from hyperopt_peft.hypergradients import get_estimator
+        >>> get_estimator("kfac:steps=5")
+        KFAC(product='exact', epsilon=None, steps=5, damping=None, tolerance=1e-06)
     """
 
     steps: NonNegativeInt = 10
@@ -79,10 +70,10 @@ class KFAC(Solver):
         )
         lower.require_single(f"kfac supports two levels only; {advice}")
 
-    def estimate(self, oracle: Oracle) -> Estimate:
+    def estimate(self, oracle: Oracle, advance: Advance | None = None) -> Estimate:
         """dF/du at the oracle's point."""
         inverse = self.inverse(oracle) if oracle.upper_gradient.norm else None
-        return self.solved(oracle, lambda matvec, b, _: (self.solve(matvec, b, inverse), {}))
+        return super().estimate(oracle, lambda matvec, b, _: (self.solve(matvec, b, inverse), {}))
 
     def inverse(self, oracle: Oracle) -> Matvec | None:
         """P⁻¹ of f at the oracle's point; None where f has no linear layer."""

@@ -32,12 +32,7 @@ class Layer:
     transposed: bool = False
 
     def matrix(self, parts: Sequence[Tensor]) -> Tensor:
-        """The layer's entries of ``parts`` as [W c], ``(out, in + 1)``, or the one that there is.
-
-        Example:
-            >>> Layer(0, 1).matrix([torch.ones(3, 2), torch.zeros(3)]).shape
-            torch.Size([3, 3])
-        """
+        """The layer's entries of ``parts`` as [W c], ``(out, in + 1)``, or the one of them."""
         columns = []
         if self.weight is not None:
             weight = parts[self.weight]
@@ -135,13 +130,6 @@ def linear_calls(variables: Sequence[Tensor]) -> Iterator[LinearCalls]:
 
     Layers that are one autograd function, such as `use_fast_dora`'s, become PyTorch's operations
     where modules have hooks, and so can be watched.
-
-    Example:
-        >>> layer, x = nn.Linear(3, 2, bias=False), torch.ones(4, 3)
-        >>> with linear_calls([layer.weight]) as calls:
-        ...     layer(x).sum().backward()
-        >>> [(x.shape, delta.shape) for x, delta in calls.rows().values()]
-        [(torch.Size([4, 1, 3]), torch.Size([4, 1, 2]))]
     """
     hook = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: None)
     try:

@@ -11,12 +11,7 @@ from torch import Tensor
 from hyperopt_peft.hypergradients.implicit.cg import conjugate_gradients
 from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver, read_finite
 from hyperopt_peft.hypergradients.registry import register
-from hyperopt_peft.utils.validation import (
-    Fraction,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveInt,
-)
+from hyperopt_peft.utils.validation import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
 from hyperopt_peft.utils.vector import Vector, inner, machine_epsilon, normalised, zeros_like
 
 

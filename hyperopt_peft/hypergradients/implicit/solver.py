@@ -84,17 +84,13 @@ class Solver(Estimator):
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
         """v ≈ H⁻¹ b, with ``matvec(v)`` = Hv and b ≠ 0."""
 
-    def estimate(self, oracle: Oracle) -> Estimate:
-        """dF/du at the oracle's point."""
-        return self.solved(oracle, self.advance)
-
-    def solved(self, oracle: Oracle, advance: Advance) -> Estimate:
-        """The estimate with the solution of ``advance``, a function as `advance`."""
+    def estimate(self, oracle: Oracle, advance: Advance | None = None) -> Estimate:
+        """dF/du at the oracle's point, with the solution of ``advance``, by default `advance`."""
         direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
         if oracle.upper_gradient.norm == 0:
             return Estimate(direct, zeros_like(direct), 0.0, 0, "∂F/∂w is zero", oracle.state)
         with oracle.product(self.product, epsilon=self.epsilon) as product:
-            solution, state = advance(product.hessian, b, oracle.state)
+            solution, state = (advance or self.advance)(product.hessian, b, oracle.state)
             implicit = product.mixed(solution.v).mul_(-1.0)
         return Estimate(direct, implicit, solution.residual, solution.steps, solution.note, state)
 

@@ -19,13 +19,9 @@ class Direct(Estimator):
     Simonyan & Yang 2019, arXiv:1806.09055 §2.3, ξ = 0.
 
     Example:
-        The validation loss does not read the penalties, so ∂F/∂u is zero.
-
-        >>> from hyperopt_peft import hypergradient
-        >>> from hyperopt_peft.problems.textbook.ridge import diabetes
-        >>> upper, lower = diabetes()
-        >>> hypergradient(upper, lower, "direct")[0].any().item()
-        False
+        >>> from hyperopt_peft.hypergradients import get_estimator
+        >>> get_estimator("direct").cost()
+        2
     """
 
     def estimate(self, oracle: Oracle) -> Estimate:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torchopt
@@ -12,10 +12,11 @@ from torch import Tensor
 from torchopt.base import GradientTransformation
 
 Options = Mapping[str, Any]
-Moments = Mapping[str, Sequence[Tensor]]
+Moments = Mapping[str, Tensor]
 # A second moment is 0 if every gradient was 0 (lora_A's at B = 0), where the square root has no
 # derivative. This addition, far below eps², gives it one.
 TINY = 1e-36
+PEAK = "max_exp_avg_sq"  # AMSGrad's moment in torch
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,6 @@ class Rule:
     ``make`` returns TorchOpt's transformation for the options of a parameter group, with learning
     rate 1 and no decay, which TorchOpt accepts as floats only. ``moments`` maps the fields of
     TorchOpt's state to torch's names.
-
-    Example:
-        >>> import torch
-        >>> options = {"momentum": 0.5, "dampening": 0.0, "nesterov": False}
-        >>> g, buffer = torch.tensor([1.0]), torch.tensor([2.0])
-        >>> RULES[torch.optim.SGD].update(options, [g], {"momentum_buffer": [buffer]}, 0, [False])
-        ((tensor([-2.]),), {'momentum_buffer': [tensor([2.])]})
     """
 
     make: Callable[[Options], GradientTransformation]
@@ -41,81 +35,52 @@ class Rule:
         """torch's names of the moments of a step with ``options``."""
         state: Any = self.make(options).init(())
         fields = {field for part in state for field in part._fields}
-        return [name for field, name in self.moments.items() if field in fields]
+        names = [name for field, name in self.moments.items() if field in fields]
+        return [*names, PEAK] if options.get("amsgrad") else names
 
     def update(
-        self,
-        options: Options,
-        gradient: Sequence[Tensor],
-        moments: Moments,
-        count: int,
-        fresh: Sequence[bool],
-    ) -> tuple[Sequence[Tensor], dict[str, Sequence[Tensor]]]:
-        """Δ and the moments after one step.
+        self, options: Options, g: Tensor, moments: Moments, count: int, fresh: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Δ of one variable and its moments, by torch's names, after ``count`` earlier steps.
 
-        Args:
-            options: the options of the parameter group.
-            gradient: g of each variable.
-            moments: the moments before the step, by torch's names, for each variable.
-            count: the number of earlier steps.
-            fresh: for each variable, whether it has no optimizer state yet.
+        ``fresh`` is whether the variable has no optimizer state yet.
         """
+        if options.get("amsgrad"):
+            return _amsgrad(options, g, moments, count)
         damped, momentum = options.get("dampening", 0.0), options.get("momentum", 0.0)
-        if momentum and damped:  # a new buffer is the gradient itself
-            gradient = [g if new else (1 - damped) * g for g, new in zip(gradient, fresh)]
+        if momentum and damped and not fresh:  # a new buffer is the gradient itself
+            g = (1 - damped) * g
         before: dict[str, Any] = {
             field: moments[name] for field, name in self.moments.items() if name in moments
         }
-        for field in {"nu", "sum_of_squares", "peak"} & set(before):
-            before[field] = [moment + TINY for moment in before[field]]
+        for field in {"nu", "sum_of_squares"} & set(before):
+            before[field] = before[field] + TINY
         if "trace" in before:  # TorchOpt's first call does not multiply the trace by the momentum
-            before["trace"] = [momentum * moment for moment in before["trace"]]
-        counts = [torch.tensor(count, dtype=torch.float64) for _ in gradient]
-        before |= {"count": counts, "t": count + 1}
-        transformation, params = self.make(options), tuple(gradient)
-        state: Any = transformation.init(params)
+            before["trace"] = momentum * before["trace"]
+        before["count"] = torch.tensor(count, dtype=torch.float64)
+        before = {field: [value] for field, value in before.items()} | {"t": count + 1}
+        transformation = self.make(options)
+        state: Any = transformation.init((g,))
         state = tuple(
             part._replace(**{field: before[field] for field in part._fields if field in before})
             for part in state
         )
         updates: Any
-        updates, state = transformation.update(params, state, params=params, inplace=False)
+        updates, state = transformation.update((g,), state, params=(g,), inplace=False)
         after = {field: getattr(part, field) for part in state for field in part._fields}
-        return updates, {self.moments[f]: after[f] for f in self.moments if f in after}
+        return updates[0], {self.moments[f]: after[f][0] for f in self.moments if f in after}
 
 
-class _AMSGradState(NamedTuple):
-    mu: Sequence[Tensor]
-    nu: Sequence[Tensor]
-    peak: Sequence[Tensor]
-    count: Sequence[Tensor]  # type: ignore[assignment]  # as TorchOpt's own states name it
-
-
-def _amsgrad(beta1: float, beta2: float, eps: float) -> GradientTransformation:
+def _amsgrad(
+    o: Options, g: Tensor, moments: Moments, count: int
+) -> tuple[Tensor, dict[str, Tensor]]:
     """AMSGrad, Adam with the largest v so far in place of v, which TorchOpt does not have."""
-
-    def init(params: Any) -> Any:
-        return (_AMSGradState(params, params, params, params),)
-
-    def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = False) -> Any:
-        (old,) = state
-        mu = [beta1 * m + (1 - beta1) * g for m, g in zip(old.mu, updates)]
-        nu = [beta2 * v + (1 - beta2) * g * g for v, g in zip(old.nu, updates)]
-        peak = [torch.maximum(p, v) for p, v in zip(old.peak, nu)]
-        steps = [
-            -(m / (1 - beta1 ** (t + 1))) / ((p / (1 - beta2 ** (t + 1))).sqrt() + eps)
-            for m, p, t in zip(mu, peak, old.count)
-        ]
-        return steps, (_AMSGradState(mu, nu, peak, old.count),)
-
-    return GradientTransformation(init, update)
-
-
-def _adam(o: Options) -> GradientTransformation:
-    beta1, beta2 = map(float, o["betas"])
-    if o.get("amsgrad"):
-        return _amsgrad(beta1, beta2, o["eps"])
-    return torchopt.adam(1.0, betas=(beta1, beta2), eps=o["eps"])
+    (beta1, beta2), t = o["betas"], count + 1
+    m = beta1 * moments["exp_avg"] + (1 - beta1) * g
+    v = beta2 * (moments["exp_avg_sq"] + TINY) + (1 - beta2) * g * g
+    peak = torch.maximum(moments[PEAK] + TINY, v)
+    step = -(m / (1 - beta1**t)) / ((peak / (1 - beta2**t)).sqrt() + o["eps"])
+    return step, {"exp_avg": m, "exp_avg_sq": v, PEAK: peak}
 
 
 def _passing(make: Callable[..., GradientTransformation], *names: str) -> Any:
@@ -123,7 +88,10 @@ def _passing(make: Callable[..., GradientTransformation], *names: str) -> Any:
     return lambda o: make(1.0, **{name: o[name] for name in names})
 
 
-_ADAM = Rule(_adam, {"mu": "exp_avg", "nu": "exp_avg_sq", "peak": "max_exp_avg_sq"})
+_ADAM = Rule(
+    lambda o: torchopt.adam(1.0, betas=tuple(map(float, o["betas"])), eps=o["eps"]),
+    {"mu": "exp_avg", "nu": "exp_avg_sq"},
+)
 RULES: dict[type, Rule] = {
     torch.optim.SGD: Rule(
         _passing(torchopt.sgd, "momentum", "nesterov"), {"trace": "momentum_buffer"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,14 +32,6 @@ class DifferentiableStep:
 
     Raises:
         ProblemError: the level has no optimizer, or one of another class.
-
-    Example:
-        >>> import torch
-        >>> from hyperopt_peft import Problem
-        >>> w = torch.ones(2, requires_grad=True)
-        >>> level = Problem([w], optimizer=torch.optim.Adagrad([w], lr=0.1))
-        >>> DifferentiableStep(level, level.optimizer_snapshot(with_state=True)).moment_names
-        ('sum',)
     """
 
     def __init__(
@@ -174,29 +166,24 @@ class DifferentiableStep:
         width = len(self.moment_names)
         for group, names in zip(groups, self._learnt or [{}] * len(groups), strict=True):
             group = {**group, **{name: next(values) for name in names}}
-            for count, indices in _alike(step, group["variables"]):
-                params = tuple(point[i] for i in indices)
-                grads = tuple(-gradient[i] if group["maximize"] else gradient[i] for i in indices)
+            for i in group["variables"]:
+                if step.gradient[i] is None:  # torch does not move it
+                    continue
+                w, g = point[i], -gradient[i] if group["maximize"] else gradient[i]
                 # An option that is a tensor moves to each variable's device.
-                lr, decay = ([_like(group[name], p) for p in params] for name in DIFFERENTIABLE)
-                decayed = params
+                both = (group[name] for name in DIFFERENTIABLE)
+                lr, decay = (o.to(w) if isinstance(o, Tensor) else o for o in both)
                 if self._decoupled or group.get("decoupled_weight_decay"):
-                    decayed = tuple(p - a * (d * p) for p, a, d in zip(params, lr, decay))
-                elif isinstance(group["weight_decay"], Tensor) or group["weight_decay"]:
-                    grads = tuple(g + d * p for g, d, p in zip(grads, decay, params))
-                old = {
-                    name: [moments[i * width + k] for i in indices]
-                    for k, name in enumerate(self.moment_names)
-                }
-                fresh = [not _state(step, i) for i in indices]
-                updates, new = self._rule.update(group, grads, old, count, fresh)
-                for position, i in enumerate(indices):
-                    # Counts are float64, to which a zero-dimensional variable is promoted.
-                    moved = decayed[position] + lr[position] * updates[position]
-                    after[i] = moved.to(point[i].dtype)
-                    for k, name in enumerate(self.moment_names):
-                        if name in new:
-                            moments_after[i * width + k] = new[name][position]
+                    w = w - lr * (decay * w)
+                elif isinstance(decay, Tensor) or decay:
+                    g = g + decay * w
+                old = dict(zip(self.moment_names, moments[i * width :]))
+                fresh, count = not _state(step, i), _count(step, i)
+                update, new = self._rule.update(group, g, old, count, fresh)
+                # Counts are float64, to which a zero-dimensional variable is promoted.
+                after[i] = (w + lr * update).to(point[i].dtype)
+                for k, name in enumerate(self.moment_names):
+                    moments_after[i * width + k] = new.get(name, moments[i * width + k])
         return after, moments_after
 
     def _clipping(self, step: StepRecord) -> Clipping:
@@ -229,16 +216,6 @@ def _count(step: StepRecord, index: int) -> int:
     return int(_state(step, index).get("step", 0))
 
 
-def _alike(step: StepRecord, indices: Iterable[int]) -> Iterator[tuple[int, list[int]]]:
-    """Variables with equal numbers of earlier steps, and the number.
-
-    Variables without a gradient, which torch does not move, are omitted.
-    """
-    counts = {i: _count(step, i) for i in indices if step.gradient[i] is not None}
-    for count in dict.fromkeys(counts.values()):
-        yield count, [i for i, taken in counts.items() if taken == count]
-
-
 def _copies(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [widened(tensor.detach().clone()) for tensor in to_local(tensors)]
 
@@ -251,10 +228,6 @@ def _shaped(parts: Sequence[Tensor], like: Sequence[Tensor]) -> Vector:
     for x, part in zip(to_local(full), parts, strict=True):
         x.copy_(part)
     return Vector(full)
-
-
-def _like(option: Tensor | float, variable: Tensor) -> Tensor | float:
-    return option.to(variable) if isinstance(option, Tensor) else option
 
 
 def _tangent(dual: Tensor) -> Tensor:

@@ -11,13 +11,7 @@ from torch.func import grad, jacrev, vmap
 from torch.nested import nested_tensor
 from torch.nn.functional import cross_entropy
 
-from hyperopt_peft import (
-    Nested,
-    NonFiniteError,
-    Problem,
-    ProblemError,
-    hypergradient,
-)
+from hyperopt_peft import Nested, NonFiniteError, Problem, ProblemError, hypergradient
 from hyperopt_peft.adapters import use_fast_dora
 from hyperopt_peft.hypergradients.contrib import KFAC, kronecker
 from hyperopt_peft.hypergradients.contrib.kfac import layer_samples
@@ -83,17 +77,6 @@ def test_where_the_fisher_matrix_is_a_product_the_solution_is_exact(bias: bool) 
     variables = list(layer.parameters())
     levels = over(variables, lambda: rows().mean())
     expected = dense(row_gradients(list(rows()), variables), DAMPING, b_of(levels))
-    torch.testing.assert_close(solution(levels, damping=DAMPING), expected, rtol=1e-10, atol=1e-12)
-
-
-def test_one_output_and_residuals_of_one_size_are_exact() -> None:
-    """As a product x @ w with a vector; signs of the residuals do not matter."""
-    w, x = normal(6, seed=2).requires_grad_(), normal(9, 6)
-    signs = normal(9, seed=3).sign()
-    y = (x @ w - signs).detach()
-    levels = over([w], lambda: (x @ w - y).square().mean() / 2)
-    gradients = torch.e * signs[:, None] * x
-    expected = dense(gradients, DAMPING, b_of(levels))
     torch.testing.assert_close(solution(levels, damping=DAMPING), expected, rtol=1e-10, atol=1e-12)
 
 
@@ -223,14 +206,6 @@ def layers_of(upper: Problem, lower: Problem) -> tuple[set[str], Any]:
     return {lower.names[k] for k in numbers}, samples
 
 
-@pytest.mark.parametrize("dora", [False, True])
-def test_all_layers_of_an_adapter_in_peft_are_seen(dora: bool) -> None:
-    upper, lower = adapted(dora=dora)
-    names, samples = layers_of(upper, lower)
-    assert names == set(lower.names)
-    assert {x.shape[:2] for pairs in samples.values() for x, _ in pairs} == {(8, 4)}
-
-
 def test_the_fast_dora_layer_has_the_factors_of_the_plain_one() -> None:
     """The fast layer is one autograd function, whose matrix products nobody sees."""
     plain, fast = (
@@ -250,7 +225,8 @@ def test_half_precision_has_the_factors_of_single_precision(product: str) -> Non
         upper, lower = adapted(dora=False, dtype=dtype)
         h = hypergradient(upper, lower, f"kfac:steps=0,product={product}", seed=0)
         actual.append([part.double() for part in h])
-        _, samples = layers_of(upper, lower)
+        names, samples = layers_of(upper, lower)
+        assert names == set(lower.names)
         assert all(x.dtype != torch.bfloat16 for pairs in samples.values() for x, _ in pairs)
     torch.testing.assert_close(flat(actual[0]), flat(actual[1]), rtol=5e-2, atol=1e-4)
 

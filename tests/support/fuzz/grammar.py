@@ -106,12 +106,8 @@ class Form:
     @property
     def hostile(self) -> bool:
         """Whether autograd itself is wrong or hindered, which `check_problem` tells."""
-        return self.function in ("no second", "weight_norm") or self.meddling in (
-            "scaled",
-            "dropped",
-            "written",
-            "data",
-        )
+        meddled = self.meddling not in ("none", "sparse")
+        return meddled or self.function in ("no second", "weight_norm")
 
     def __str__(self) -> str:
         words = [f"{f.name}={getattr(self, f.name)}" for f in fields(self)]
@@ -148,12 +144,6 @@ class _NoSecond(_Square):
 
 
 FUNCTIONS = {"right": _Square, "once": _Once, "no second": _NoSecond}
-ACTIVATIONS = {
-    "tanh": torch.tanh,
-    "softplus": softplus,
-    "gelu": torch.nn.functional.gelu,
-    "silu": torch.nn.functional.silu,
-}
 
 
 class _Attention(nn.Module):
@@ -248,7 +238,7 @@ class Network(nn.Module):
         self.last = nn.Linear(WIDTH, 1)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        hidden = ACTIVATIONS[self.form.activation](self.first(x)) * mask
+        hidden = getattr(nn.functional, self.form.activation)(self.first(x)) * mask
         if self.form.first == "tied":
             hidden = self.first(hidden)
         hidden = self.third(self.second(hidden)) + x
@@ -299,20 +289,13 @@ class Levels:
                 kind(self, list(w.items()), optimizer=optimizers[1], prior=priors["lower"]),
             )
         )
-        self.start = {level: [x.detach().clone() for x in own] for level, own in self.levels}
-
-    @property
-    def levels(self) -> list[tuple[str, tuple[Tensor, ...]]]:
-        return [("upper", self.u), ("lower", self.w)]
+        self.start = [x.detach().clone() for x in self.u]
 
     def tensor(self, *shape: int, size: float = 0.4) -> Tensor:
         """The next numbers, rounded so that every precision holds them."""
         values = torch.from_numpy(size * self.numbers.randn(*shape) if shape else np.array(0.3))
-        return values.to(torch.bfloat16 if self._narrow else torch.float32).to(self.dtype)
-
-    @property
-    def _narrow(self) -> bool:
-        return self.form.precision in ("bfloat16", "float16")
+        narrow = self.form.precision in ("bfloat16", "float16")
+        return values.to(torch.bfloat16 if narrow else torch.float32).to(self.dtype)
 
     def _upper_variables(self, layer: dict[str, Tensor]) -> list[Tensor]:
         shapes = {"decay": (len(list(self.network.parameters())),), "rows": (ROWS,)}

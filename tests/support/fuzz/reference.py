@@ -84,22 +84,26 @@ class Functions:
         hessian, mixed = (torch.stack(part, dim=1) for part in zip(*columns, strict=True))
         return (hessian + hessian.T) / 2, mixed
 
-    def steps(self, w: Tensor, u: Tensor, states: list[Any], fresh: Any) -> Tensor:
-        """w after a step of the lower optimizer ``fresh()`` from each of ``states``."""
+    def steps(self, w: Tensor, us: list[Tensor], states: list[Any], fresh: Any) -> Tensor:
+        """w after a step of the lower optimizer ``fresh()`` at each of ``us`` and ``states``."""
         point = w.clone().requires_grad_()
         optimizer = fresh(point)
-        for state in states:
+        for u, state in zip(us, states, strict=True):
             point.grad, _ = self.gradient("lower", point.detach(), u, state)
             optimizer.step()
         return point.detach()
 
-    def unrolled(self, w: Tensor, u: Tensor, states: list[Any], fresh: Any) -> Tensor:
-        """dw_K/du ``(n, m)`` by central differences."""
-        columns = [
-            (self.steps(w, u + H * e, states, fresh) - self.steps(w, u - H * e, states, fresh))
-            / (2 * H)
-            for e in torch.eye(len(u), dtype=torch.float64)
-        ]
+    def unrolled(
+        self, w: Tensor, u: Tensor, states: list[Any], fresh: Any, *, resting: int = 0
+    ) -> Tensor:
+        """dw_K/du ``(n, m)`` by central differences; u does not move in ``resting`` first steps."""
+        columns = []
+        for e in torch.eye(len(u), dtype=torch.float64):
+            ahead, behind = (
+                self.steps(w, [u] * resting + [x] * (len(states) - resting), states, fresh)
+                for x in (u + H * e, u - H * e)
+            )
+            columns.append((ahead - behind) / (2 * H))
         return torch.stack(columns, dim=1)
 
 

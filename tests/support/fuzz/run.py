@@ -33,6 +33,7 @@ from tests.support.fuzz.reference import (
     restore,
     weight_of_squares,
 )
+from tests.support.networks import differences
 
 STEPS = 80  # of solvers
 #: The relative error that rounding explains, of exact products and of differences.
@@ -165,9 +166,9 @@ class Examination:
             check_estimator(estimator, upper, lower)
             result = oracle.estimate(estimator)
         finally:
-            changed = self._changed(levels, before)
+            changed = differences(before, self._snapshot(levels))
         if changed:
-            return "IMPURE", changed
+            return "IMPURE", ", ".join(changed)
         value = flat(result.hypergradient.parts)
         if target is None:
             return "WRONG", "was not refused"
@@ -187,7 +188,7 @@ class Examination:
         calls: list[tuple[str, object, Tensor]] = []
         levels.record = lambda level: calls.append((level, current(), flat(levels.w)))
         Engine(upper, lower, name, lower_steps=2, progress=False).run(1)
-        value = -(flat(levels.u) - flat(levels.start["upper"]))  # by a step of SGD with rate 1
+        value = -(flat(levels.u) - flat(levels.start))  # by a step of SGD with rate 1
         steps = [call[1:] for call in calls if call[0] == "lower"][:2]
         states, (_, start) = [state for state, _ in steps], steps[-1]
         above, last = next(call[1:] for call in calls if call[0] == "upper")
@@ -205,47 +206,19 @@ class Examination:
             target = point.truth
         elif self.form.precision not in ROUNDING:
             return "warned", "not judged: steps in half precision are others"
-        elif name == "sama":  # through the last step, whose moments have those of the first
-            target = point.d + self._last_step(states, fresh).T @ point.b
-        else:
-            target = point.d + f.unrolled(f.w, u, states, fresh).T @ point.b
+        else:  # sama's moments have those of the first step
+            jacobian = f.unrolled(f.w, u, states, fresh, resting=int(name == "sama"))
+            target = point.d + jacobian.T @ point.b
         words = close(self.form, name, value, target, point, 0.0)
         return ("WRONG", words) if words else ("right", "")
 
-    def _last_step(self, states: list[object], fresh: object) -> Tensor:
-        """dw'/du of the last step, its start and the optimizer's state fixed."""
-        f, columns = self.functions, []
-        for e in torch.eye(len(f.u), dtype=torch.float64):
-            ends = []
-            for side in (1, -1):
-                w = f.w.clone().requires_grad_()
-                optimizer = fresh(w)
-                for state, u in zip(states, [*[f.u] * (len(states) - 1), f.u + side * 1e-5 * e]):
-                    w.grad, _ = f.gradient("lower", w.detach(), u, state)
-                    optimizer.step()
-                ends.append(w.detach().clone())
-            columns.append((ends[0] - ends[1]) / 2e-5)
-        return torch.stack(columns, dim=1)
-
     @staticmethod
     def _snapshot(levels: Levels) -> dict[str, object]:
-        named = {f"variable {k}": x.detach().clone() for k, x in enumerate((*levels.u, *levels.w))}
-        named |= {k: x.detach().clone() for k, x in levels.network.state_dict().items()}
-        states = current()
-        named |= {"torch": states[0], "numpy": torch.from_numpy(states[1][1].astype(np.int64))}
-        named |= {"numpy position": torch.tensor(states[1][2])}
-        named |= {"python": torch.tensor(states[2][1])}
-        named |= {f"slope {k}": x.grad for k, x in enumerate((*levels.u, *levels.w))}
-        return named
-
-    def _changed(self, levels: Levels, before: dict[str, object]) -> str:
-        after = self._snapshot(levels)
-        return ", ".join(
-            name
-            for name, x in before.items()
-            if (x is None) != (after[name] is None)
-            or (isinstance(x, Tensor) and not torch.equal(x, after[name]))
-        )
+        owned = *levels.u, *levels.w
+        kept = [x.detach().clone() for x in (*owned, *levels.network.state_dict().values())]
+        of_torch, of_numpy, of_python = current()
+        generators = of_torch, of_numpy[1].tolist(), of_numpy[2:], of_python
+        return {"tensors": kept, "slopes": [x.grad for x in owned], "generators": generators}
 
 
 def run(seeds: Iterable[int]) -> Iterator[Verdict]:
