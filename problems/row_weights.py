@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from hyperopt_peft.core.examples import WeightedRows
+from hyperopt_peft.core.labels import WEIGHT
+from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.core.problem import Problem, TaskLoss
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import joined, require_examples
@@ -102,7 +104,7 @@ class RowWeights(Method):
 
 @dataclass
 class WeightNet(Method):
-    """A net with one hidden layer, which reads the loss of a row and returns the row's weight.
+    """A net with one hidden layer, from the loss of a row, which has one label, to its weight.
 
     Args:
         hidden: the number of hidden units.
@@ -129,8 +131,7 @@ class WeightNet(Method):
 
     def row_weights(self, losses: Tensor) -> Tensor:
         """v of rows with ``losses`` ``(n,)``."""
-        dtype = next(self.net.parameters()).dtype
-        logits: Tensor = self.net(losses[:, None].to(dtype))[:, 0]
+        logits: Tensor = self.net(losses[:, None].to(self.net[0].weight.dtype))[:, 0]
         return 2 * logits.sigmoid().to(losses)
 
     def lower(self, model: Any, task_loss: TaskLoss) -> Problem:
@@ -144,5 +145,8 @@ class _NetWeighted(WeightedRows):
         super().__init__(model, lambda batch: torch.ones(len(batch["labels"])))
 
     def weighted(self, losses: Tensor, batch: Any) -> dict[str, Tensor]:
-        weights = self.method.row_weights(losses * len(losses))  # ℓ_i, of one label a row
+        if batch["labels"].dim() > 1:
+            raise ProblemError("WeightNet: reads the loss of one label a row; choose RowWeights")
+        share = batch.get(WEIGHT, 1.0) / (batch["labels"] != IGNORED).sum().clamp(min=1)
+        weights = self.method.row_weights(losses / share)
         return {"loss": (weights * losses).sum(), "task_loss": losses.detach().sum()}
