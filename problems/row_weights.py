@@ -3,10 +3,10 @@
     upper: min over u   L(w*(u); trusted rows)
     lower: w*(u) = argmin over adapter and head w   1/N Σ_i v_i(u) ℓ_i(w)
 
-ℓ_i is the summed loss of row i, or of a label of it where texts are packed, N the number of labels.
-`RowWeights`: v_i = 2σ(u_i), a logit a row, initially 0. Franceschi et al. 2017, arXiv:1703.01785
-§5.1; Shen et al. 2025 (SEAL), arXiv:2410.07471. `WeightNet`: v_i = 2σ(V(ℓ_i; u)), with a small net
-V. Shu et al. 2019 (Meta-Weight-Net), arXiv:1902.07379, who leave ∂v_i/∂w out.
+ℓ_i is the loss of row i, or of a label of it where texts are packed, N the number of labels.
+`RowWeights`: v_i = 2σ(u_i). Franceschi et al. 2017, arXiv:1703.01785 §5.1; Shen et al. 2025 (SEAL),
+arXiv:2410.07471. `WeightNet`: v_i = 2σ(V(ℓ_i; u)), V a small net. Shu et al. 2019
+(Meta-Weight-Net), arXiv:1902.07379, who leave ∂v_i/∂w out.
 """
 
 from __future__ import annotations
@@ -104,10 +104,7 @@ class RowWeights(Method):
 
 @dataclass
 class WeightNet(Method):
-    """A net with one hidden layer, from the loss of a row, which has one label, to its weight.
-
-    Args:
-        hidden: the number of hidden units.
+    """A net of ``hidden`` units from the loss of a row, which has one label, to the row's weight.
 
     Example:
         >>> method = WeightNet(hidden=4)
@@ -131,7 +128,8 @@ class WeightNet(Method):
 
     def row_weights(self, losses: Tensor) -> Tensor:
         """v of rows with ``losses`` ``(n,)``."""
-        logits: Tensor = self.net(losses[:, None].to(self.net[0].weight.dtype))[:, 0]
+        like = next(self.net.parameters())
+        logits: Tensor = self.net(losses[:, None].to(like))[:, 0]
         return 2 * logits.sigmoid().to(losses)
 
     def lower(self, model: Any, task_loss: TaskLoss) -> Problem:
