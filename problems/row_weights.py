@@ -104,7 +104,7 @@ class RowWeights(Method):
 
 @dataclass
 class WeightNet(Method):
-    """A net of ``hidden`` units from the loss of a row, which has one label, to the row's weight.
+    """A net of ``hidden`` units from the loss of a row to its weight.
 
     Example:
         >>> method = WeightNet(hidden=4)
@@ -143,8 +143,8 @@ class _NetWeighted(WeightedRows):
         super().__init__(model, lambda batch: torch.ones(len(batch["labels"])))
 
     def weighted(self, losses: Tensor, batch: Any) -> dict[str, Tensor]:
-        if batch["labels"].dim() > 1:
-            raise ProblemError("WeightNet: reads the loss of one label a row; choose RowWeights")
+        if "position_ids" in batch:  # of packed or joined rows
+            raise ProblemError("WeightNet: a pack has no loss for each row; choose RowWeights")
         share = batch.get(WEIGHT, 1.0) / (batch["labels"] != IGNORED).sum().clamp(min=1)
         weights = self.method.row_weights(losses / share)
         return {"loss": (weights * losses).sum(), "task_loss": losses.detach().sum()}
