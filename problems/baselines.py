@@ -17,7 +17,7 @@ from hyperopt_peft.adapters import set_norm_grad, use_fast_dora
 from hyperopt_peft.core.examples import WeightedRows
 from hyperopt_peft.core.problem import TaskLoss
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.trainer.data import joined
+from hyperopt_peft.trainer.data import joined, require_examples
 from hyperopt_peft.trainer.method import Method
 
 
@@ -84,6 +84,9 @@ class TrustedRepeated(Method):
 
     def all_rows(self, train: Any, upper: Any) -> Any:
         """The training rows, and the trusted ones ``times`` times."""
+        require_examples("upper_dataset", upper)
+        if self.times < 1:
+            raise ProblemError(f"times: must be at least 1, got {self.times}")
         more = concatenate_datasets([upper] * self.times)
         return joined(train_dataset=train, upper_dataset=more)
 
@@ -111,15 +114,21 @@ class GivenWeights(Method):
 
     def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:
         """The given ones; a trusted row without a weight has 1."""
-        for row, value in enumerate(train["weight"] if "weight" in train.column_names else ()):
-            if not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise ProblemError(
-                    f"row {row} (from 0) of 'weight' is {value!r}; give numbers from 0"
-                )
         if upper is not None and "weight" not in upper.column_names:
             upper = upper.add_column("weight", [1.0] * len(upper))
-        return train, upper
+        return _with_floats(train), upper and _with_floats(upper)
 
     def lower(self, model: Any, task_loss: TaskLoss) -> WeightedRows:
         """Σ v_i ℓ_i/N over the trainable parameters of ``model``."""
         return WeightedRows(model, lambda batch: batch["weight"], tags=self.tags)
+
+
+def _with_floats(rows: Any) -> Any:
+    """``rows`` with their weights as float64, from 0."""
+    if "weight" not in rows.column_names:
+        return rows
+    values = rows["weight"][:]
+    for row, value in enumerate(values):
+        if not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ProblemError(f"row {row} (from 0) of 'weight' is {value!r}; give numbers from 0")
+    return rows.remove_columns("weight").add_column("weight", list(map(float, values)))

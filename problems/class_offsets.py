@@ -74,7 +74,7 @@ class ClassOffsets(Method):
         return cross_entropy(logits, labels) * weight
 
     def upper_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Tensor:
-        """The cross entropy of z, each class of the batch counted alike."""
+        """The cross entropy of z, each class of the batch, or of a piece of it, counted alike."""
         logits, labels = _logits(model, batch)
         counts = labels[labels != IGNORED].bincount(minlength=logits.shape[-1])
         return cross_entropy(logits, labels, 1 / counts.clamp(min=1).to(logits.dtype))

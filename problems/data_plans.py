@@ -49,7 +49,10 @@ class EqualSources(Method):
     def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:
         """All rows, with the number of their source; and the trusted ones."""
         columns = getattr(train, "column_names", None) or ()
-        values = [str(x) for x in train[self.column]] if self.column in columns else []
+        given = train[self.column][:] if self.column in columns else []
+        if None in given:
+            raise ProblemError(f"column {self.column!r}: row {given.index(None)} has no source")
+        values = list(map(str, given))
         self.names = list(dict.fromkeys(values))
         if len(self.names) < 2 or TRUSTED in self.names:
             raise ProblemError(

@@ -3,10 +3,10 @@
     upper: min over u   L(w*(u); trusted rows)
     lower: w*(u) = argmin over adapter and head w   1/N Σ_i v_i(u) ℓ_i(w)
 
-ℓ_i is the summed loss of row i, or of a label of it where texts are packed, N the number of labels.
-`RowWeights`: v_i = 2σ(u_i), a logit a row, initially 0. Franceschi et al. 2017, arXiv:1703.01785
-§5.1; Shen et al. 2025 (SEAL), arXiv:2410.07471. `WeightNet`: v_i = 2σ(V(ℓ_i; u)), with a small net
-V. Shu et al. 2019 (Meta-Weight-Net), arXiv:1902.07379, who leave ∂v_i/∂w out.
+ℓ_i is the loss of row i, or of a label of it where texts are packed, N the number of labels.
+`RowWeights`: v_i = 2σ(u_i). Franceschi et al. 2017, arXiv:1703.01785 §5.1; Shen et al. 2025 (SEAL),
+arXiv:2410.07471. `WeightNet`: v_i = 2σ(V(ℓ_i; u)), V a small net. Shu et al. 2019
+(Meta-Weight-Net), arXiv:1902.07379, who leave ∂v_i/∂w out.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from hyperopt_peft.core.examples import WeightedRows
+from hyperopt_peft.core.labels import WEIGHT
+from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.core.problem import Problem, TaskLoss
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import joined, require_examples
@@ -102,10 +104,7 @@ class RowWeights(Method):
 
 @dataclass
 class WeightNet(Method):
-    """A net with one hidden layer, which reads the loss of a row and returns the row's weight.
-
-    Args:
-        hidden: the number of hidden units.
+    """A net of ``hidden`` units from the loss of a row to its weight.
 
     Example:
         >>> method = WeightNet(hidden=4)
@@ -129,8 +128,8 @@ class WeightNet(Method):
 
     def row_weights(self, losses: Tensor) -> Tensor:
         """v of rows with ``losses`` ``(n,)``."""
-        dtype = next(self.net.parameters()).dtype
-        logits: Tensor = self.net(losses[:, None].to(dtype))[:, 0]
+        like = next(self.net.parameters())
+        logits: Tensor = self.net(losses[:, None].to(like))[:, 0]
         return 2 * logits.sigmoid().to(losses)
 
     def lower(self, model: Any, task_loss: TaskLoss) -> Problem:
@@ -144,5 +143,8 @@ class _NetWeighted(WeightedRows):
         super().__init__(model, lambda batch: torch.ones(len(batch["labels"])))
 
     def weighted(self, losses: Tensor, batch: Any) -> dict[str, Tensor]:
-        weights = self.method.row_weights(losses * len(losses))  # ℓ_i, of one label a row
+        if "position_ids" in batch:  # of packed or joined rows
+            raise ProblemError("WeightNet: a pack has no loss for each row; choose RowWeights")
+        share = batch.get(WEIGHT, 1.0) / (batch["labels"] != IGNORED).sum().clamp(min=1)
+        weights = self.method.row_weights(losses / share)
         return {"loss": (weights * losses).sum(), "task_loss": losses.detach().sum()}

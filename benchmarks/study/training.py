@@ -19,8 +19,8 @@ from benchmarks.study.tasks import Task, task
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
 from hyperopt_peft.problems import BiDoRA, DoRA, LoRA
 
-#: How often in a run the training loss is compared with the one to stop at.
 PRESET = "preset"
+#: How often in a run the training loss is compared with the one to stop at.
 LOOKS = 30
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from inspect import signature
 from itertools import cycle, islice
@@ -68,7 +69,10 @@ def phases(trainer: Any) -> list[Work]:
     works = [Work("search", 1, steps, passes)]
     if trainer.has_second_phase:
         again = args.for_retraining()
-        steps = again.steps_of(rows + len(trainer.upper_dataset))
+        rows += len(trainer.upper_dataset)
+        with suppress(AttributeError):  # of what `finish` learns
+            rows = len(trainer.all_rows())
+        steps = again.steps_of(rows)
         works.append(Work("retraining", 1, steps, steps * again.gradient_accumulation_steps))
     return works
 

@@ -238,11 +238,6 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         an_epoch: int = max(1, math.ceil(batches / self.gradient_accumulation_steps))
         return math.ceil(float(self.num_train_epochs) * an_epoch)
 
-    def phases(self, lower: int, everything: int) -> tuple[int, int]:
-        """The steps of a search on ``lower`` rows, and of the second training on ``everything``."""
-        again = 0 if self.retrain == "none" else self.for_retraining().steps_of(everything)
-        return self.steps_of(lower), again
-
     def bilevel_settings(self) -> dict[str, Any]:
         """The fields of this class and its subclasses, without those of `parents`."""
         inherited = {each.name for each in fields(self.parents)}

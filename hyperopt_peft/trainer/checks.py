@@ -14,7 +14,6 @@ from datasets import Dataset
 from packaging.version import Version
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from hyperopt_peft.adapters.layers import require_plain
@@ -26,6 +25,7 @@ from hyperopt_peft.hypergradients import Estimator
 from hyperopt_peft.hypergradients.estimate import check_ownership
 from hyperopt_peft.hypergradients.products import SHARDED
 from hyperopt_peft.trainer.data import collating, label_column
+from hyperopt_peft.trainer.upper_batches import loader_of
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.models import (
     base_model,
@@ -37,20 +37,18 @@ from hyperopt_peft.utils.precision import require_float32
 from hyperopt_peft.utils.random_state import RandomState, replay
 from hyperopt_peft.utils.validation import require_writable
 
+logger = logging.get_logger(__name__)
 #: The oldest transformers whose loading of a sharded adapter was seen to work.
 FSDP2_SINCE = Version("5.10")
-
-
-logger = logging.get_logger(__name__)
 #: An adapter hardly learns in a phase of a smaller rate × steps, twice the way that Adam takes a
 #: weight with linear decay. The held-out score of DoRA on five tasks was .46 at .03, .60 at .1 and
 #: .68 to .70 from .3 on, whether by more steps or by a higher rate.
 LEARNS = 0.1
 
 
-def warn_of_short_phase(phase: str, args: Any, rows: Any) -> None:
-    """Log a warning where ``phase`` has too few steps for an adapter to learn by Adam."""
-    steps = args.steps_of(len(rows)) if has_length(rows) else args.max_steps
+def warn_of_short_phase(phase: str, args: Any, rows: int) -> None:
+    """Log a warning where ``phase``, on ``rows`` rows, has too few steps to learn by Adam."""
+    steps = args.steps_of(rows) if rows else args.max_steps
     if 0 < args.learning_rate * steps < LEARNS and "adam" in args.optim:
         logger.warning_once(
             f"{phase}: {steps} steps at a learning rate of {args.learning_rate:g} hardly train an "
@@ -176,6 +174,14 @@ def check_labels(model: Any, data: Any, options: Mapping[str, Any]) -> None:
         )
 
 
+def read_rows(trainer: Any) -> Any:
+    """The training rows without columns that neither the model nor a level reads."""
+    rows, name = trainer.train_dataset, "train_dataset"
+    if not isinstance(rows, Dataset):
+        return rows
+    return rows.select_columns(loader_of(trainer, rows, name).dataset.column_names)
+
+
 @torch.no_grad()
 def check_weighted(trainer: Any, level: Problem) -> None:
     """Raise ProblemError if ``level`` weights rows whose mean loss is not the trainer's.
@@ -185,7 +191,7 @@ def check_weighted(trainer: Any, level: Problem) -> None:
     changed = trainer.compute_loss_func or trainer.label_smoother or trainer.has_own_loss()
     if not isinstance(level, WeightedRows) or not changed or trainer.is_fsdp_enabled:
         return
-    rows = trainer.train_dataset
+    rows = read_rows(trainer)
     with collating("train_dataset"), replay(RandomState.capture()):
         count = min(trainer.args.per_device_train_batch_size, len(rows))
         batch = trainer.data_collator([rows[row] for row in range(count)])

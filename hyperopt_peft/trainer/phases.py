@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
+from transformers.trainer_utils import has_length
 
 from hyperopt_peft.adapters.layers import adapter_settings
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer import checks
-from hyperopt_peft.trainer.data import collating, require_apart
+from hyperopt_peft.trainer.data import collating, require_apart, require_examples
 from hyperopt_peft.trainer.levels import TwoLevelTrainer
 from hyperopt_peft.trainer.method import Method, has_upper_level
 from hyperopt_peft.trainer.tags import INDEX, numbered
-from hyperopt_peft.trainer.upper_batches import UpperBatches, loader_of
+from hyperopt_peft.trainer.upper_batches import UpperBatches
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.distributed import gather, reshard, sharded_like
 from hyperopt_peft.utils.random_state import RandomState, replay
@@ -59,11 +59,12 @@ class PhasesTrainer(TwoLevelTrainer):
             trainer["peft_config"] = method.adapter(copy.deepcopy(trainer["peft_config"]))
         self._options = options_of_retraining(trainer)
         self.tags = method.tags
-        if INDEX in method.tags:
-            train, upper = numbered(train, upper)
-        if upper is not None and type(method).rows is not Method.rows:
+        if upper is not None:  # before rows are numbered, joined or repeated
+            require_examples("upper_dataset", upper, by_index=True)
             require_apart(train, upper, trainer.get("eval_dataset"))
             self.may_share_rows = True
+        if INDEX in method.tags:
+            train, upper = numbered(train, upper)
         self._rows = train, upper = method.rows(train, upper)
         if not bilevel:
             train, upper = method.all_rows(train, upper), None
@@ -117,8 +118,10 @@ class PhasesTrainer(TwoLevelTrainer):
             if self.args.retrain == "scratch":
                 initial = self._initial(resumed=point is not None)
             if hasattr(self.model, "peft_config"):
-                checks.warn_of_short_phase("search", self.args, self.train_dataset)
-                checks.warn_of_short_phase("retraining", arguments, self.all_rows())
+                rows = self.train_dataset, self.upper_dataset
+                lower, upper = (len(x) if has_length(x) else 0 for x in rows)
+                checks.warn_of_short_phase("search", self.args, lower)
+                checks.warn_of_short_phase("retraining", arguments, lower + upper)
             output = self._train_from(point, *args, **kwargs)
             if self._callback.signalled:  # the search is unfinished
                 return output
@@ -185,11 +188,10 @@ class PhasesTrainer(TwoLevelTrainer):
         """Let the method read the lower level's rows, without columns that are not read."""
         if self.method is None or type(self.method).read_rows is Method.read_rows:
             return
-        rows, name = self.train_dataset, "train_dataset"
-        if isinstance(rows, Dataset):
-            rows = rows.select_columns(loader_of(self, rows, name).dataset.column_names)
         model = None if self.is_fsdp_enabled else self.model  # whose parameters may not be here yet
-        with collating(name), replay(RandomState.capture()), self.compute_loss_context_manager():
+        rows = checks.read_rows(self)
+        random = replay(RandomState.capture())
+        with collating("train_dataset"), random, self.compute_loss_context_manager():
             self.method.read_rows(model, rows, self.data_collator)
 
     def settings(self) -> dict[str, Any]:
@@ -281,15 +283,17 @@ def as_prepared(model: Any) -> Iterator[None]:
     values = {name: parameter.detach().clone() for name, parameter in named}
     if values:  # the constructor would refuse a second one
         model.delete_adapter(REFERENCE)
-    yield
-    for module, forward in forwards.items():
-        module.forward = forward
-    if values:
-        with torch.no_grad():
-            for name, value in values.items():
-                model.get_parameter(name).copy_(value)
-    elif REFERENCE in getattr(model, "peft_config", ()):
-        model.delete_adapter(REFERENCE)
+    try:
+        yield
+    finally:
+        for module, forward in forwards.items():
+            module.forward = forward
+        if values:
+            with torch.no_grad():
+                for name, value in values.items():
+                    model.get_parameter(name).copy_(value)
+        elif REFERENCE in getattr(model, "peft_config", ()):
+            model.delete_adapter(REFERENCE)
 
 
 @torch.no_grad()

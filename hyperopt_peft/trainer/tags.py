@@ -29,7 +29,11 @@ def numbered(*tables: Any) -> tuple[Any, ...]:
             raise ProblemError(
                 f"{INDEX}: only rows of a datasets.Dataset are numbered, got {type(rows).__name__}"
             )
-        if rows is not None and INDEX not in rows.column_names:
+        if rows is not None:
+            if INDEX in rows.column_names:
+                raise ProblemError(
+                    f"{INDEX}: is a column of the rows, and the name of their numbers; rename it"
+                )
             rows = rows.add_column(INDEX, list(range(begin, begin + len(rows))))
         begin += 0 if rows is None else len(rows)
         done.append(rows)

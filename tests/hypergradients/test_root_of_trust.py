@@ -17,7 +17,6 @@ from tests.support.newton import minimise
 from tests.support.quadratic import flat
 
 STEP = 3e-3
-UNCLEANED = 0.868  # test accuracy without cleaning
 
 
 def central_difference(

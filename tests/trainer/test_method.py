@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from hyperopt_peft import BiDoRA, BilevelTrainer, BilevelTrainingArguments, Engine, Method
+from hyperopt_peft import (
+    BiDoRA,
+    BilevelTrainer,
+    BilevelTrainingArguments,
+    Engine,
+    Method,
+    ProblemError,
+)
 from hyperopt_peft.problems import AutoLoRA, LayerScales, LoRA
 from tests.support.methods import ARGUMENTS, RowWeights, method_trainer
 from tests.support.resume import require_same_end
@@ -42,6 +50,51 @@ def test_a_baseline_is_one_level_on_all_rows(tmp_path: Path) -> None:
     one.train()
     assert run.retrainer is None
     assert all(torch.equal(x, values(one.model)[name]) for name, x in values(run.model).items())
+
+
+@pytest.mark.parametrize("method", [LoRA(), RowWeights(), LayerScales()])
+def test_rows_that_score_are_not_trained_on(tmp_path: Path, method: Any) -> None:
+    """Also where rows are numbered, joined or repeated afterwards."""
+    both = {"train_dataset": data(), "upper_dataset": data().select([1, 2])}
+    with pytest.raises(ProblemError, match="2 of 2 examples of upper_dataset are in train_dataset"):
+        method_trainer(tmp_path, method=method, options=both)
+    held_out = data(rows=6, seed=1)
+    options = {"upper_dataset": held_out, "eval_dataset": held_out}
+    with pytest.raises(ProblemError, match="eval_dataset"):
+        method_trainer(tmp_path, method=method, options=options)
+
+
+def test_a_column_with_the_name_of_row_numbers_is_refused(tmp_path: Path) -> None:
+    rows = data().add_column("index", list(range(1000, 1024)))
+    with pytest.raises(ProblemError, match="index: is a column of the rows"):
+        method_trainer(tmp_path, method=RowWeights(), options={"train_dataset": rows})
+
+
+@dataclass
+class Chosen(Method):
+    """Reads what `finish` has learned in `all_rows`."""
+
+    def prepare(self, model: Any) -> None:
+        self.u = torch.zeros((), requires_grad=True)
+
+    def upper_variables(self, model: Any) -> dict[str, Any]:
+        return {"u": self.u}
+
+    def lower_loss(self, model: Any, batch: Any, task_loss: Any) -> Any:
+        return self.u.exp() * task_loss(batch)
+
+    def finish(self, model: Any) -> Any:
+        self.kept = [0, 1, 2, 3]
+        return model
+
+    def all_rows(self, train: Any, upper: Any) -> Any:
+        return train.select(self.kept)
+
+
+def test_the_rows_of_the_second_phase_are_asked_for_after_the_search(tmp_path: Path) -> None:
+    run = method_trainer(tmp_path, method=Chosen(), retrain="warm")
+    run.train()
+    assert len(run.retrainer.train_dataset) == 4
 
 
 def test_the_user_s_arguments_come_before_the_method_s(tmp_path: Path) -> None:

@@ -92,4 +92,4 @@ def test_arguments_are_read_in_a_new_process(tmp_path: Path) -> None:
         [sys.executable, "-W", "ignore", "-c", READ, path], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["BiDoRASFTConfig", "0.001", "1024", "0.01"]
+    assert done.stdout.split() == ["BilevelSFTConfig", "0.001", "1024", "0.01"]

@@ -200,7 +200,7 @@ def test_arguments_of_one_base_are_refused(tmp_path: Path, kind: Any) -> None:
     ("settings", "options", "message"),
     [
         ({"activation_offloading": True}, {}, "activation_offloading"),
-        ({}, {"upper_dataset": rows("text", 6, seed=1)}, "completion, prompt, text"),
+        ({}, {"upper_dataset": rows("text", 6, seed=1)}, "no column in common"),
         ({}, {"upper_dataset": rows(count=8), "eval_dataset": rows(count=8)}, "eval_dataset"),
     ],
 )

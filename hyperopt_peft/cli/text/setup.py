@@ -169,12 +169,10 @@ def prepare(args: ModelArguments, data: Any, training: Any, *methods: Method) ->
         encoder = Conversations(tokenizer, training.dataset_text_field, template)
     else:
         encoder = Encoder(args.task, data, tokenizer, names)
-    train, evaluation = encoder.encode(rows, TRAIN), None
-    for column in read:
-        require_columns(rows, [column], TRAIN)
-        train = train.add_column(column, rows[column][:])
+    require_columns(rows, read, TRAIN)
+    train, evaluation = _with(rows, read, encoder.encode(rows, TRAIN)), None
     if upper is not None:
-        upper = encoder.encode(upper, UPPER)
+        upper = _with(upper, read, encoder.encode(upper, UPPER))
     if evaluation_rows is not None:
         evaluation = encoder.encode(evaluation_rows, EVALUATION)
         if common := shared(evaluation, train):
@@ -186,3 +184,10 @@ def prepare(args: ModelArguments, data: Any, training: Any, *methods: Method) ->
         train, evaluation = hold_out(train, data.eval_fraction)
         evaluation = evaluation.remove_columns(read)
     return Setup(args, task, config, encoder, train, upper, evaluation, rows, evaluation_rows)
+
+
+def _with(rows: Dataset, columns: Sequence[str], encoded: Dataset) -> Dataset:
+    """``encoded`` with those of ``columns`` that ``rows`` have."""
+    for column in set(columns).intersection(rows.column_names):
+        encoded = encoded.add_column(column, rows[column][:])
+    return encoded
