@@ -23,9 +23,9 @@ def test_sums_are_those_of_float64(kind: str, size: int) -> None:
     x, y = entries(kind, size), entries(kind, size, seed=1)
     wide, other = x.double(), y.double()
     square, product = wide * wide, wide * other  # sum() adds pairwise, and dot() as the BLAS does
-    assert float(squares([x])[0]) == pytest.approx(float(square.sum()), rel=1e-11)
-    assert float(dot_product(x, x.clone())) == pytest.approx(float(square.sum()), rel=1e-11)
-    bound = 1e-11 * float(product.abs().sum())
+    assert float(squares([x])[0]) == pytest.approx(float(square.sum()), rel=1e-12)
+    assert float(dot_product(x, x.clone())) == pytest.approx(float(square.sum()), rel=1e-12)
+    bound = 1e-12 * float(product.abs().sum())
     assert float(dot_product(x, y)) == pytest.approx(float(product.sum()), abs=bound)
 
 
