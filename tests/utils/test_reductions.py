@@ -22,10 +22,11 @@ def entries(kind: str, size: int, seed: int = 0) -> Tensor:
 def test_sums_are_those_of_float64(kind: str, size: int) -> None:
     x, y = entries(kind, size), entries(kind, size, seed=1)
     wide, other = x.double(), y.double()
-    assert float(squares([x])[0]) == pytest.approx(float(wide @ wide), rel=1e-12)
-    assert float(dot_product(x, x.clone())) == pytest.approx(float(wide @ wide), rel=1e-12)
-    bound = 1e-12 * float(wide.abs() @ other.abs())
-    assert float(dot_product(x, y)) == pytest.approx(float(wide @ other), abs=bound)
+    square, product = wide * wide, wide * other  # sum() adds pairwise, and dot() as the BLAS does
+    assert float(squares([x])[0]) == pytest.approx(float(square.sum()), rel=1e-12)
+    assert float(dot_product(x, x.clone())) == pytest.approx(float(square.sum()), rel=1e-12)
+    bound = 1e-12 * float(product.abs().sum())
+    assert float(dot_product(x, y)) == pytest.approx(float(product.sum()), abs=bound)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
