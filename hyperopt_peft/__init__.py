@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hyperopt_peft.attribution.attribute import attribute
+    from hyperopt_peft.comparison.compare import compare_methods
     from hyperopt_peft.core.problem import Problem
     from hyperopt_peft.diagnostics.check import check_problem
     from hyperopt_peft.diagnostics.compare import compare_hypergradients
@@ -41,6 +42,7 @@ _MODULES = {
     "bilevel": "trainer.trainer",
     "check_problem": "diagnostics.check",
     "compare_hypergradients": "diagnostics.compare",
+    "compare_methods": "comparison.compare",
     "hypergradient": "hypergradients",
     "register": "hypergradients",
     "split_dataset": "trainer.data",
@@ -64,6 +66,7 @@ __all__ = [
     "bilevel",
     "check_problem",
     "compare_hypergradients",
+    "compare_methods",
     "hypergradient",
     "register",
     "split_dataset",

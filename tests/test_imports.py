@@ -21,13 +21,15 @@ ALLOWED = {
     "trainer": LEVELS | {"engine", "adapters"},
     "problems": LEVELS | {"engine", "adapters", "trainer"},
     "attribution": LEVELS | {"engine", "adapters", "trainer", "problems"},
-    "cli": LEVELS | {"engine", "diagnostics", "adapters", "trainer", "problems", "attribution", ""},
+    "comparison": LEVELS | {"engine", "adapters", "trainer", "problems"},
+    "cli": LEVELS
+    | {"engine", "diagnostics", "adapters", "trainer", "problems", "attribution", "comparison", ""},
 }
 # The rooms that may import a library. GPT-2's Conv1D, a layer that PEFT adapts, is transformers's.
 LIBRARIES = {
-    "transformers": {"trainer", "problems", "attribution", "cli"},
+    "transformers": {"trainer", "problems", "attribution", "comparison", "cli"},
     "transformers.pytorch_utils": {"adapters"},
-    "peft": {"adapters", "problems", "cli"},
+    "peft": {"adapters", "problems", "comparison", "cli"},
 }
 
 

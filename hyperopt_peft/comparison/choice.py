@@ -46,16 +46,18 @@ class Plan:
 
     def count(self, name: str, kind: Kind) -> int:
         """The number of runs of a method or an ablation."""
-        grid = len(self._grid(name, kind))
-        if kind == "method" and has_upper_level(self.methods[name]):
-            grid += (len(self.upper_rates) - 1) * len(self.development)
+        grid = len(self._grid(name, kind)) if len(self.rates) > 1 else 0
+        if kind == "method" and has_upper_level(self.methods[name]) and len(self.upper_rates) > 1:
+            grid += (len(self.upper_rates) - (len(self.rates) > 1)) * len(self.development)
         return grid + len(self.seeds)
 
     def first_rates(self) -> list[Run]:
         """The runs that choose each method's rate, the upper rate in the middle of its grid.
 
-        A method with its upper variables frozen has the method's rate.
+        A method with its upper variables frozen has the method's rate. One rate is no choice.
         """
+        if len(self.rates) == 1:
+            return []
         return [run for name, kind in self.candidates() for run in self._grid(name, kind)]
 
     def _grid(self, name: str, kind: Kind) -> list[Run]:
@@ -74,7 +76,7 @@ class Plan:
         """The runs that choose each upper rate, with the rate that the first ones chose."""
         runs = []
         for name, method in self.methods.items():
-            if has_upper_level(method):
+            if has_upper_level(method) and len(self.upper_rates) > 1:
                 best = self._best(self._grid(name, "method"), store)
                 runs += self._upper_grid(replace(best, seed=0))
         return runs
@@ -105,7 +107,9 @@ class Plan:
         return [replace(best, seed=seed) for seed in self.seeds]
 
     def _best(self, runs: Sequence[Run], store: Store) -> Run:
-        """The first run of the rates with the best mean score."""
+        """The first run of the rates with the best mean score; of one rate, it has none."""
+        if len({(run.rate, run.upper_rate) for run in runs}) == 1:
+            return runs[0]
         means = list(self.means(runs, store))
         sign = -1 if self.lower_is_better else 1
         return max(means, key=lambda each: sign * each[1])[0]
@@ -123,4 +127,5 @@ class Plan:
         grid = self._grid(name, kind)
         if grid and grid[0].upper_rate is not None:
             grid = [*grid, *self._upper_grid(self._best(grid, store))]
-        return list(self.means(list(dict.fromkeys(grid)), store))
+        tried = [run for run in dict.fromkeys(grid) if run in store.results]
+        return list(self.means(tried, store))

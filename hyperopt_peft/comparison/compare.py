@@ -80,6 +80,32 @@ def compare_methods(
     Raises:
         ProblemError: fewer than two seeds; test rows among the training rows; a metric that the
             task lacks; a run that takes more passes than it says; as `BilevelTrainer`.
+
+    Example:
+        >>> import torch
+        >>> from datasets import Dataset
+        >>> from peft import LoraConfig
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from hyperopt_peft import BiDoRA, BilevelTrainingArguments
+        >>> size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+        >>> config = BertConfig(vocab_size=100, num_attention_heads=2, **size)
+        >>> tokens, labels = torch.randint(100, (60, 8)).tolist(), [0, 1] * 30
+        >>> rows = Dataset.from_dict({"input_ids": tokens, "labels": labels})
+        >>> comparison = compare_methods(
+        ...     {"LoRA": "lora", "BiDoRA": BiDoRA()},
+        ...     lambda: BertForSequenceClassification(config),
+        ...     LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"]),
+        ...     BilevelTrainingArguments("unused", report_to="none", use_cpu=True),
+        ...     train_dataset=rows.select(range(40)),
+        ...     test_dataset=rows.select(range(40, 60)),
+        ...     passes=20,
+        ...     seeds=range(2),
+        ...     rates=[3e-2],  # one rate is no choice; leave both out to try five
+        ...     upper_rates=[1e-2],
+        ...     progress=False,
+        ... )
+        >>> [row[0] for row in comparison.table()[1:]]
+        ['LoRA', 'BiDoRA', 'BiDoRA, upper level frozen', 'BiDoRA, one level']
     """
     seeds, development = list(dict.fromkeys(seeds)), list(dict.fromkeys(development))
     if len(seeds) < 2 or not development:
@@ -179,7 +205,8 @@ class Work:
         missing = set(self.store.missing(runs))
         every = enumerate(dict.fromkeys(runs))
         mine = [run for k, run in every if k % count == number - 1 and run in missing]
-        prices = {price_of(run): self.task.price(run) for run in reversed(mine)}
+        first = {price_of(run): run for run in reversed(mine)}
+        prices = {key: self.task.price(run) for key, run in first.items()}
         for (name, *_), price in prices.items():
             self._require_learning(name, price, max(run.rate for run in runs))
         results = Parallel(n_jobs=self.jobs, return_as="generator_unordered")(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,7 +123,8 @@ class Comparison:
         found = []
         for name, kind in self.plan.candidates():
             best = self.plan.chosen(self.store, name, kind)
-            if kind != "frozen" and best.rate in (self.plan.rates[0], self.plan.rates[-1]):
+            edges = (self.plan.rates[0], self.plan.rates[-1])
+            if kind != "frozen" and len(self.plan.rates) > 1 and best.rate in edges:
                 found.append(
                     f"{name}{ABLATIONS[kind]}: the best rate, {best.rate:g}, is at the edge of the "
                     "rates; give further ones"
@@ -183,9 +185,11 @@ class Comparison:
 
     def to_csv(self, path: str | Path) -> None:
         """Write all runs, a line each."""
-        import pandas
-
-        pandas.DataFrame(self.store.results.values()).to_csv(path, index=False)
+        results = list(self.store.results.values())
+        with Path(path).open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(results[0]))
+            writer.writeheader()
+            writer.writerows(results)
 
 
 def _latex(cells: Sequence[str]) -> str:

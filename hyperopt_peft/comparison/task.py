@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PrinterCallback, ProgressCallback, set_seed
+from transformers import set_seed
 
 from hyperopt_peft.comparison.budget import PassCounter, phases, rows_of, steps_for
 from hyperopt_peft.comparison.frozen_layers import compute_once
@@ -244,9 +244,6 @@ class Task:
             **{name: value for name, value in options.items() if value is not None},
         )
         self.layers = compute_once(trainer)
-        for each in list(trainer.callback_handler.callbacks):
-            if isinstance(each, PrinterCallback | ProgressCallback):
-                trainer.remove_callback(each)
         return trainer
 
 

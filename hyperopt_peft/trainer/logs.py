@@ -76,8 +76,12 @@ class ShortPrinter(PrinterCallback):
 
 
 def shorten(trainer: Any) -> None:
-    """Let ``trainer`` print logs as short lines; a callback of the user's is left as it is."""
+    """Let ``trainer`` print logs as short lines, and without bar and logs print nothing.
+
+    A callback of the user's is left as it is.
+    """
     for kind, short in ((ProgressCallback, ShortProgress), (PrinterCallback, ShortPrinter)):
         if any(type(callback) is kind for callback in trainer.callback_handler.callbacks):
             trainer.remove_callback(kind)
-            trainer.add_callback(short)
+            if kind is ProgressCallback or trainer.args.logging_strategy != "no":
+                trainer.add_callback(short)

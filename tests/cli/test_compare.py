@@ -16,7 +16,7 @@ SHORT = {
     "passes": 16,
     "seeds": [0, 1],
     "development": [100],
-    "rates": [3e-2],
+    "rates": [3e-2, 6e-2],
     "upper_rates": [1e-2],
     "max_steps": None,
     "target_modules": ["query"],
@@ -39,7 +39,7 @@ def test_methods_of_files_too_are_judged_at_equal_passes(
         out = capsys.readouterr().out
         assert "ties with" in out or "better than" in out or "worse than" in out
         runs = (tmp_path / "out" / "runs.jsonl").read_text().splitlines()
-        assert len(runs) == 1 + 1 + 2 + 2 + 3 * 2  # settings, rates, reported ones
+        assert len(runs) == 1 + 3 * 2 + 4 * 2  # settings, rates, reported ones
     passes = [json.loads(line)["passes"] for line in runs[1:]]
     assert all(14 <= each <= 17 for each in passes)
     written = {path.name for path in (tmp_path / "out").iterdir()}

@@ -146,8 +146,8 @@ def test_a_class_of_a_file_with_its_options(
     run("train", **{**options, "method": f"{file}:Plain", "overwrite_output_dir": True})
     run("check", **options, estimators="none", solver_steps=2)
     del options["method"]
-    options |= {"methods": ["lora", method], "weight": 2, "seeds": 0, "output_dir": tmp_path / "2"}
-    run("compare", **options)
+    options |= {"methods": ["lora", method], "weight": 2, "output_dir": tmp_path / "2"}
+    run("compare", **options, seeds=[0, 1], passes=20, rates=3e-2, upper_rates=1e-2)
 
 
 @pytest.mark.parametrize(

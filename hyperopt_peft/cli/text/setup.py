@@ -133,7 +133,7 @@ class Setup:
         except (ValueError, RuntimeError, OSError) as error:  # a logger is not installed, say
             raise ProblemError(str(error)) from error
 
-    def trainer_class(self) -> Any:
+    def trainer_class(self) -> type[BilevelTrainer]:
         """The class of the task's trainer."""
         return sft_trainer() if self.args.task == SFT else BilevelTrainer
 
