@@ -114,7 +114,7 @@ class Comparison:
             by = f"{abs(middle):.4f} ± {half:.4f}"
             return f"{name} is {word} than {self.first} in {self.metric} by {by}"
         return (
-            f"{name} ties with {self.first} in {self.metric} ({middle:+.4f} ± {half:.4f}); "
+            f"{name} ties with {self.first} in {self.metric} ({_shown(gaps, '+')}); "
             f"{len(gaps)} seeds show differences from {detectable(gaps):.4f} on"
         )
 
@@ -127,9 +127,10 @@ class Comparison:
             parts.append("the variables and the adapter")
         shown = []
         for part, one, other in zip(parts, ways[:-1], ways[1:], strict=True):
-            middle, half = mean_and_half(self.differences(one, other))
+            gaps = self.differences(one, other)
+            middle, half = mean_and_half(gaps)
             tie = ", a tie" if abs(middle) <= half else ""
-            shown.append(f"{middle:+.4f} ± {half:.4f} by {part}{tie}")
+            shown.append(f"{_shown(gaps, '+')} by {part}{tie}")
         whole = f"{name} − {self.first if name != self.first else 'the same in one level'}"
         return f"{whole} is the sum of {'; '.join(shown)}"
 
@@ -223,4 +224,5 @@ class Comparison:
 
 def _shown(values: Sequence[float], sign: str = "") -> str:
     middle, half = mean_and_half(values)
-    return f"{middle:{sign}.4f} ± {half:.4f}" if math.isfinite(half) else f"{middle:{sign}.4f}"
+    text = f"{middle:{sign}.4f}".replace("-", "−")
+    return f"{text} ± {half:.4f}" if math.isfinite(half) else text
