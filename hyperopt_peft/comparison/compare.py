@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,8 @@ def compare_methods(
     if dry_run:
         print(work.estimate(plan))
         return Comparison(plan, store, metric, passes, note)
+    if not store.results:
+        work.require_learning(plan)
     work.do(plan.first_rates())
     work.do(plan.next_rates(store))
     work.do(plan.reported(store))
@@ -207,6 +209,7 @@ class Work:
     jobs: int
     part: tuple[int, int]
     progress: bool
+    _prices: dict[Any, Price] = field(default_factory=dict)
 
     def do(self, runs: Sequence[Run]) -> None:
         """Do those of ``runs`` that are missing and this part's.
@@ -218,12 +221,9 @@ class Work:
         missing = set(self.store.missing(runs))
         every = enumerate(dict.fromkeys(runs))
         mine = [run for k, run in every if k % count == number - 1 and run in missing]
-        first = {price_of(run): run for run in reversed(mine)}
-        prices = {key: self.task.price(run) for key, run in first.items()}
-        for (name, *_), price in prices.items():
-            self._require_learning(name, price, max(run.rate for run in runs))
+        priced = [(run, self._price(run)) for run in mine]
         results = Parallel(n_jobs=self.jobs, return_as="generator_unordered")(
-            delayed(self.task.run)(run, prices[price_of(run)]) for run in mine
+            delayed(self.task.run)(run, price) for run, price in priced
         )
         for result in tqdm(results, total=len(mine), disable=not self.progress, unit="run"):
             self.store.add(result)
@@ -234,13 +234,24 @@ class Work:
                 "after them"
             )
 
-    def _require_learning(self, name: str, price: Price, rate: float) -> None:
-        steps = max(0, min(price.steps(self.task.passes, self.task.args)))
-        if steps * rate < LEARNS and "adam" in self.task.args.optim:
-            raise ProblemError(
-                f"passes: {self.task.passes:g} leave {name} a phase of {steps} steps, which hardly "
-                f"train an adapter at a rate of {rate:g}; give more passes or higher rates"
-            )
+    def require_learning(self, plan: Plan) -> None:
+        """Price the reported runs; a phase of hardly any step at the highest rate is an error."""
+        rate = max(plan.rates)
+        for name, kind in plan.candidates():
+            price = self._price(Run(name, kind, plan.seeds[0], rate))
+            steps = max(0, min(price.steps(self.task.passes, self.task.args)))
+            if steps * rate < LEARNS and "adam" in self.task.args.optim:
+                raise ProblemError(
+                    f"passes: {self.task.passes:g} leave {name} a phase of {steps} steps, which "
+                    f"hardly train an adapter at a rate of {rate:g}; give more passes or higher "
+                    "rates"
+                )
+
+    def _price(self, run: Run) -> Price:
+        key = price_of(run)
+        if key not in self._prices:
+            self._prices[key] = self.task.price(run)
+        return self._prices[key]
 
     def estimate(self, plan: Plan) -> str:
         """The runs of each method, with their passes and minutes by one timed upper step."""
