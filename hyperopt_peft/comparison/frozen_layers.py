@@ -17,6 +17,8 @@ from hyperopt_peft.utils.models import base_model, evaluating
 States = dict[tuple[int, ...], Tensor]
 #: Columns of a batch that belong to a text's key.
 COLUMNS = ("input_ids", "token_type_ids")
+#: The first rows, of which the shortest and the longest show what a layer reads.
+ROWS = 64
 #: Of models that this process has seen: the frozen parameters, with their states.
 _SEEN: list[tuple[list[Tensor], States]] = []
 
@@ -38,7 +40,7 @@ def compute_once(trainer: Any) -> str:
     )
     if below == 0:
         return "every layer is computed in each pass: the lowest one is trained"
-    batch = _first_batch(trainer)
+    batch, alone = _batches(trainer)
     before = _modules_before(model, layers[below], batch)
     if any(id(p) in owned for each in before for p in each.parameters(recurse=False)):
         return "every layer is computed in each pass: the embeddings are trained"
@@ -50,13 +52,20 @@ def compute_once(trainer: Any) -> str:
         )
     inner = {id(p) for module in inside for p in module.parameters(recurse=False)}
     frozen = [p for p in model.parameters() if id(p) in inner]
-    once = _Once(layers, below, _states_of(frozen))
-    once.install(base_model(model))
+    once = _Once(layers, below, {})
     with torch.no_grad(), evaluating(model):
-        first, second = (model(**batch).logits for _ in range(2))
-    if not torch.allclose(first, second, rtol=1e-4, atol=1e-5 * float(first.abs().max())):
+        plain = model(**alone).logits
+        once.install(base_model(model))
+        model(**batch)  # from which the states of the row alone are
+        known = model(**alone).logits
+    rounding = torch.finfo(plain.dtype).eps ** 0.5 * float(plain.abs().max())
+    if not once.known or float((known - plain).abs().max()) > rounding:
         once.remove()
-        return "every layer is computed in each pass: one reads more than the text of its row"
+        return (
+            "every layer is computed in each pass: one reads more than the text of its row, such "
+            "as its place among packed texts or padding"
+        )
+    once.states = _states_of(frozen)
     return f"{below} of {len(layers)} layers are frozen, and computed once a text"
 
 
@@ -133,11 +142,17 @@ def _layers_of(base: nn.Module) -> Sequence[nn.Module]:
     return list(lists[0]) if len(lists) == 1 else []
 
 
-def _first_batch(trainer: Any) -> dict[str, Any]:
-    """Two training rows as the model reads them."""
-    rows = trainer.train_dataset.select(range(min(2, len(trainer.train_dataset))))
-    batch = next(iter(trainer.get_eval_dataloader(rows)))
-    return {name: x for name, x in batch.items() if name not in trainer.tags}
+def _batches(trainer: Any) -> list[dict[str, Any]]:
+    """Two training rows of different lengths as the model reads them, and the shorter one alone."""
+    rows = trainer.train_dataset
+    rows = rows.select(range(min(ROWS, len(rows))))
+    if "input_ids" in rows.column_names:
+        lengths = [len(each) for each in rows["input_ids"]]
+        order = sorted(range(len(rows)), key=lengths.__getitem__)
+        rows = rows.select([order[0], order[-1]])
+    batches = [rows.select(range(min(count, len(rows)))) for count in (2, 1)]
+    loaded = [next(iter(trainer.get_eval_dataloader(each))) for each in batches]
+    return [{name: x for name, x in batch.items() if name not in trainer.tags} for batch in loaded]
 
 
 def _modules_before(model: Any, layer: nn.Module, batch: dict[str, Any]) -> set[nn.Module]:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import set_seed
+from transformers import Trainer, set_seed
 
-from hyperopt_peft.comparison.budget import PassCounter, phases, rows_of, steps_for
+from hyperopt_peft.comparison.budget import phases, rows_of, steps_for
 from hyperopt_peft.comparison.frozen_layers import compute_once
 from hyperopt_peft.comparison.watch import Watch
 from hyperopt_peft.core.problem import Problem, TaskLoss
@@ -22,6 +22,7 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.data import split_dataset
 from hyperopt_peft.trainer.method import Method
+from hyperopt_peft.trainer.quiet import no_bars
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 
 #: A method as it is; its upper variables frozen; or all of its variables in one level on all rows.
@@ -136,6 +137,7 @@ class Task:
     options: Mapping[str, Any] = field(default_factory=dict)
     layers: str = ""
 
+    @no_bars()
     def run(self, run: Run, price: Price) -> dict[str, Any]:
         """Train and score; the entries of ``run`` with score, passes, seconds and steps.
 
@@ -143,17 +145,18 @@ class Task:
             ProblemError: the run took more passes than its budget; the metric is unknown; as
                 `BilevelTrainer`.
         """
-        begin, counter = time.perf_counter(), PassCounter(self.passes * price.batch)
+        begin = time.perf_counter()
         train, test = self.rows(run)
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
             sizes = price.sizes(self.passes, self.args)
-            trainer = self.make(run, train, test, folder, counter, **sizes)
+            trainer = self.make(run, train, test, folder, **sizes)
+            trainer.passes.limit = self.passes
             watch = Watch(trainer, run.method)
             peak = peak_memory()
             trainer.train()
             watch.check()
             last = trainer.retrainer or trainer
-            metrics = last.evaluate(test)
+            metrics = last.evaluate()
         phases_run = [x for x in (trainer, trainer.retrainer) if x is not None]
         steps = [each.state.global_step for each in phases_run]
         planned = sum(each.args.max_steps for each in phases_run)
@@ -166,7 +169,7 @@ class Task:
             **asdict(run),
             "score": metrics[f"eval_{self.metric}"],
             "metrics": {k: v for k, v in metrics.items() if isinstance(v, float)},
-            "passes": counter.rows / price.batch,
+            "passes": trainer.passes.passes,
             "steps": steps,
             "spent": price.spent(steps),
             "seconds": time.perf_counter() - begin,
@@ -181,18 +184,20 @@ class Task:
             return split_dataset(self.train, self.held_out, run.seed)
         return self.train, self.test
 
+    @no_bars()
     def price(self, run: Run) -> Price:
         """What the steps of ``run`` cost, by its first two upper steps, or four lower ones."""
-        begin, counter = time.perf_counter(), PassCounter()
+        begin = time.perf_counter()
         train, test = self.rows(run)
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
             sizes: dict[str, Any] = {"max_steps": 4, "retrain": "none"}
-            trainer = self.make(run, train, test, folder, counter, **sizes)
+            trainer = self.make(run, train, test, folder, **sizes)
             args, bilevel = trainer.args, trainer.upper is not None
             if bilevel and 2 * args.lower_steps != sizes["max_steps"]:
                 sizes["max_steps"] = 2 * args.lower_steps
-                trainer = self.make(run, train, test, folder, counter, **sizes)
-            metrics = trainer.evaluate(test.select(range(min(len(test), 8))))
+                trainer = self.make(run, train, test, folder, **sizes)
+            rows = trainer.eval_dataset  # as the trainer has prepared them
+            metrics = trainer.evaluate(rows.select(range(min(len(rows), 8))))
             if f"eval_{self.metric}" not in metrics:
                 known = ", ".join(sorted(metrics)).replace("eval_", "")
                 raise ProblemError(
@@ -200,22 +205,23 @@ class Task:
                 )
             made = time.perf_counter()
             trainer.train()
-        lower, steps = len(trainer.train_dataset), sizes["max_steps"]
         batch = args.train_batch_size * args.gradient_accumulation_steps
+        lower, everything = rows_of_phases(trainer)
+        if trainer.passes.joined:  # each batch counts as a whole one
+            lower, everything = (-(-rows // batch) * batch for rows in (lower, everything))
+        passes, steps = trainer.passes.passes, sizes["max_steps"]
         return Price(
             batch=batch,
             lower=lower,
-            everything=len(trainer.all_rows()),
+            everything=everything,
             every=args.lower_steps if bilevel else 0,
-            upper=(counter.rows - rows_of(steps, lower, batch)) / 2 if bilevel else 0.0,
+            upper=(passes * batch - rows_of(steps, lower, batch)) / 2 if bilevel else 0.0,
             again=bilevel and self.args.retrain != "none",
             start=made - begin,
-            a_pass=(time.perf_counter() - made) * batch / counter.rows,
+            a_pass=(time.perf_counter() - made) / passes,
         )
 
-    def make(
-        self, run: Run, train: Any, test: Any, folder: str, counter: PassCounter, **sizes: Any
-    ) -> BilevelTrainer:
+    def make(self, run: Run, train: Any, test: Any, folder: str, **sizes: Any) -> BilevelTrainer:
         """A trainer of ``run``, which writes and shows nothing."""
         method = copy.deepcopy(self.methods[run.method])
         if run.kind == "one level":
@@ -233,18 +239,26 @@ class Task:
         if self.adapter is not None:
             options["peft_config"] = None
             model = _adapted(model, method.adapter(copy.deepcopy(self.adapter)))
-        callbacks = [*(options.pop("callbacks", None) or ()), counter]
         trainer = self.trainer(
             model,
             args,
             method=method,
             train_dataset=train,
             eval_dataset=test,
-            callbacks=callbacks,
             **{name: value for name, value in options.items() if value is not None},
         )
         self.layers = compute_once(trainer)
         return trainer
+
+
+def rows_of_phases(trainer: BilevelTrainer) -> tuple[int, int]:
+    """The rows of the first phase of ``trainer`` and of the second, which it may pack."""
+    lower = len(trainer.train_dataset)
+    if trainer.upper is None:
+        return lower, lower
+    if trainer.parent() is Trainer:
+        return lower, len(trainer.all_rows())
+    return lower, len(trainer.retraining(trainer.args).train_dataset)
 
 
 class OneLevel(Method):

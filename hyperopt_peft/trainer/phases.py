@@ -21,6 +21,7 @@ from hyperopt_peft.trainer import checks
 from hyperopt_peft.trainer.data import collating, require_apart, require_examples
 from hyperopt_peft.trainer.levels import TwoLevelTrainer
 from hyperopt_peft.trainer.method import Method, has_upper_level
+from hyperopt_peft.trainer.passes import PassCounter
 from hyperopt_peft.trainer.tags import INDEX, numbered
 from hyperopt_peft.trainer.upper_batches import UpperBatches
 from hyperopt_peft.utils import distributed
@@ -43,6 +44,8 @@ class PhasesTrainer(TwoLevelTrainer):
     retrainer: Any = None
     _set_up: Callable[..., None]  # with levels in place of a method
     may_share_rows: bool
+    #: The passes and seconds of both phases.
+    passes: PassCounter
     skipped: int
     upper_batches: UpperBatches | None
     _search: dict[str, Any] | None = None  # settings of the search, in the second phase too
@@ -94,6 +97,7 @@ class PhasesTrainer(TwoLevelTrainer):
             NonFiniteError: as ``args.non_finite`` says; the message names step and batch.
         """
         folder = Path(self.args.output_dir or "")
+        self.passes.begin()
         if not self.has_second_phase:
             point = checkpoint.to_resume(resume_from_checkpoint, folder)
             output = self._train_from(point, *args, **kwargs)
@@ -160,6 +164,7 @@ class PhasesTrainer(TwoLevelTrainer):
                 folder = None if resumed is None else str(resumed[0])
                 return super().train(folder, *args, **kwargs)
         finally:
+            self.passes.end()
             if self.upper_batches is not None:
                 self.upper_batches.close()
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import math
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,44 +11,13 @@ from typing import Any
 import joblib
 import pytest
 import torch
-from peft import LoraConfig
 from torch import nn
 from torch.nn.utils import parametrize
 
-from hyperopt_peft import BiDoRA, BilevelTrainingArguments, Method, ProblemError
-from hyperopt_peft.comparison import Comparison, compare_methods
-from hyperopt_peft.problems import DoRA, LoRA
-from tests.support.trainers import base_model, data
-
-METHODS = {"LoRA": LoRA(), "DoRA": DoRA(), "BiDoRA": BiDoRA()}
-
-
-def accuracy(outputs: Any) -> dict[str, float]:
-    return {"accuracy": float((outputs.predictions.argmax(1) == outputs.label_ids).mean())}
-
-
-def compared(
-    methods: Any = METHODS, folder: Path | None = None, kind: str = "classes", **options: Any
-) -> Comparison:
-    """A comparison of few runs of 12 passes over batches of four of 30 rows."""
-    common = {"report_to": "none", "use_cpu": True, "lower_steps": 2}
-    args = BilevelTrainingArguments("unused", per_device_train_batch_size=4, **common)
-    config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
-    settings: dict[str, Any] = {
-        "train_dataset": data(rows=30),
-        "test_dataset": data(rows=20, seed=5),
-        "passes": 12,
-        "seeds": [0, 1],
-        "development": [100],
-        "rates": (3e-2, 6e-2),
-        "upper_rates": (1e-2,),
-        "metric": "accuracy",
-        "compute_metrics": accuracy,
-        "progress": False,
-        "folder": folder,
-    }
-    model = functools.partial(base_model, kind)
-    return compare_methods(methods, model, config, args, **{**settings, **options})
+from hyperopt_peft import BiDoRA, Method, ProblemError
+from hyperopt_peft.problems import LoRA
+from tests.support.comparisons import METHODS, compared
+from tests.support.trainers import data
 
 
 def lines(folder: Path) -> dict[str, Any]:
@@ -255,19 +221,3 @@ class Shifting(Method):
 def test_a_finish_that_changes_the_logits_is_said() -> None:
     text = str(compared({"LoRA": LoRA(), "mine": Shifting()}, rates=(6e-2,)))
     assert "mine: finish changes the logits" in text and "LoRA: finish" not in text
-
-
-def finite(values: Iterable[float]) -> bool:
-    return all(math.isfinite(value) for value in values)
-
-
-def test_a_regression_is_scored_by_its_loss() -> None:
-    comparison = compared(
-        {"LoRA": LoRA(), "BiDoRA": BiDoRA()},
-        kind="regression",
-        metric="loss",
-        compute_metrics=None,
-        train_dataset=data("regression", 30),
-        test_dataset=data("regression", 20, seed=5),
-    )
-    assert comparison.plan.lower_is_better and finite(comparison.scores("BiDoRA"))

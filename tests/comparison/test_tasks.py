@@ -1,0 +1,122 @@
+"""`compare_methods` on each kind of task: classes, tags, numbers, language models, TRL."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import DataCollatorForLanguageModeling, GPT2Config, GPT2LMHeadModel
+
+from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
+from hyperopt_peft.comparison import Comparison, compare_methods
+from hyperopt_peft.comparison.frozen_layers import compute_once
+from hyperopt_peft.problems import BiDoRA, LoRA
+from hyperopt_peft.trainer.trainer import bilevel
+from tests.support import language
+from tests.support.comparisons import ARGUMENTS, SHORT, compared
+
+METHODS = {"LoRA": LoRA(), "BiDoRA": BiDoRA()}
+WAYS = ["LoRA", "BiDoRA", "BiDoRA, upper level frozen", "BiDoRA, one level"]
+
+
+def require_scores(comparison: Comparison, metric: str = "loss", below: float = 1.5) -> None:
+    """Two finite scores of each way, at the budget."""
+    assert comparison.metric == metric
+    assert [row[0] for row in comparison.table()[1:]] == WAYS
+    for name, kind in comparison.plan.candidates():
+        assert all(map(math.isfinite, comparison.scores(name, kind)))
+    for result in comparison.store.results.values():
+        assert SHORT["passes"] - below <= result["passes"] <= SHORT["passes"] + 1
+
+
+SLOW = pytest.mark.slow
+CASES = [("tokens", 1), ("regression", 2), ("causal", 1)]
+CASES += [pytest.param("seq2seq", 1, marks=SLOW), pytest.param("tokens", 4, marks=SLOW)]
+
+
+@pytest.mark.parametrize(("kind", "pieces"), CASES)
+def test_a_task_of_transformers(kind: str, pieces: int) -> None:
+    """Tags have an accuracy of their own, language models and numbers a loss."""
+    batch = {"per_device_train_batch_size": 4 // pieces, "gradient_accumulation_steps": pieces}
+    comparison = compared(METHODS, kind, batch)
+    assert comparison.plan.lower_is_better == (kind != "tokens")
+    require_scores(comparison, "accuracy" if kind == "tokens" else "loss")
+
+
+def trained_by_sft(layout: str, **options: Any) -> Comparison:
+    trl = pytest.importorskip("trl")
+    trainer: Any = bilevel(trl.SFTTrainer)
+    flat = {"padding_free": True, "max_length": None} if layout == "flat" else {}
+    args = trainer.Arguments("unused", **ARGUMENTS, **language.LAYOUTS.get(layout, {}), **flat)
+    train, more = (language.rows("text" if flat else layout, 30, seed) for seed in (0, 1))
+    known = train.to_list()
+    return compare_methods(
+        METHODS,
+        language.language_model,
+        options.pop("adapter", language.lora()),
+        args,
+        train_dataset=train,
+        test_dataset=more.select(k for k, row in enumerate(more) if row not in known),
+        trainer=trainer,
+        processing_class=language.tokenizer(),
+        **{**SHORT, **options},
+    )
+
+
+#: An adapter of the last of two layers.
+LAST = {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]}
+
+
+@pytest.mark.parametrize(
+    "layout", ["completion", *(pytest.param(x, marks=SLOW) for x in ("text", "messages"))]
+)
+def test_a_trainer_of_trl(layout: str) -> None:
+    """The lower layer is computed once a text, by a model with rotary embeddings."""
+    comparison = trained_by_sft(layout, adapter=language.lora(**LAST))
+    require_scores(comparison)
+    assert "LoRA: 1 of 2 layers are frozen" in str(comparison)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["wrapped", "packed", "flat"])
+def test_rows_that_are_packed_or_joined(layout: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """A batch whose rows are joined to one is a micro-batch; each split packs its own count."""
+    comparison = trained_by_sft(layout, adapter=language.lora(**LAST))
+    require_scores(comparison, below=2.5)
+    joined = "every layer is computed in each pass" in str(comparison)
+    assert joined == (layout != "wrapped")
+    assert "examples/s" not in capfd.readouterr().err  # no bars of the rows' preparation
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_frozen_layers_of_a_decoder(tmp_path: Path, absolute: bool, side: str) -> None:
+    """Padding on the left moves a text, which learned positions show and rotary ones do not."""
+    tokenizer, sizes = language.tokenizer(), {"n_embd": 16, "n_layer": 2, "n_head": 2}
+    tokenizer.padding_side = side
+    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = GPT2Config(vocab_size=len(tokenizer), initializer_range=0.2, **sizes, **none)
+    rows = language.rows("text", 12).map(lambda row: tokenizer(row["text"]), remove_columns="text")
+    torch.manual_seed(0)
+    made = GPT2LMHeadModel(config) if absolute else language.language_model()
+    adapter = {**LAST, "target_modules": ["c_attn"]} if absolute else LAST
+    model = get_peft_model(made, language.lora(**adapter))
+    trainer = BilevelTrainer(
+        model,
+        BilevelTrainingArguments(str(tmp_path), report_to="none", use_cpu=True),
+        method=LoRA(),
+        train_dataset=rows,
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    )
+    batch = trainer.data_collator([rows[k] for k in range(6)])
+    read = batch["attention_mask"].bool()
+    plain = model.eval()(**batch).logits[read]
+    text = compute_once(trainer)
+    for _ in range(2):
+        assert torch.allclose(model.eval()(**batch).logits[read], plain, atol=1e-4)
+    refused = "reads more than the text of its row" in text
+    assert refused if absolute and side == "left" else "1 of 2 layers are frozen" in text
