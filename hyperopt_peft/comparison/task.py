@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import Trainer, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 
 from hyperopt_peft.comparison.budget import phases, rows_of, steps_for
 from hyperopt_peft.comparison.frozen_layers import compute_once
@@ -22,6 +22,7 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.data import split_dataset
 from hyperopt_peft.trainer.method import Method
+from hyperopt_peft.trainer.passes import PassCounter
 from hyperopt_peft.trainer.quiet import no_bars
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 
@@ -121,6 +122,7 @@ class Task:
         held_out: the share of ``train`` that scores the development runs.
         trainer: the class of the trainer.
         options: further arguments of the trainer.
+        frozen_dropout: whether frozen lower layers keep their dropout.
         layers: how many layers of the last model are computed once, in words.
     """
 
@@ -135,6 +137,7 @@ class Task:
     held_out: float = 0.2
     trainer: type[BilevelTrainer] = BilevelTrainer
     options: Mapping[str, Any] = field(default_factory=dict)
+    frozen_dropout: bool = True
     layers: str = ""
 
     @no_bars()
@@ -204,6 +207,7 @@ class Task:
                     f"metric: {self.metric} is none of {known}; give compute_metrics another"
                 )
             made = time.perf_counter()
+            trainer.add_callback(clock := _Clock(trainer.passes))
             trainer.train()
         batch = args.train_batch_size * args.gradient_accumulation_steps
         lower, everything = rows_of_phases(trainer)
@@ -218,7 +222,7 @@ class Task:
             upper=(passes * batch - rows_of(steps, lower, batch)) / 2 if bilevel else 0.0,
             again=bilevel and self.args.retrain != "none",
             start=made - begin,
-            a_pass=(time.perf_counter() - made) / passes,
+            a_pass=clock.seconds_a_pass(),
         )
 
     def make(self, run: Run, train: Any, test: Any, folder: str, **sizes: Any) -> BilevelTrainer:
@@ -247,7 +251,7 @@ class Task:
             eval_dataset=test,
             **{name: value for name, value in options.items() if value is not None},
         )
-        self.layers = compute_once(trainer)
+        self.layers = compute_once(trainer, dropout=self.frozen_dropout)
         return trainer
 
 
@@ -286,6 +290,21 @@ class _Together(Problem):
 
     def loss(self, batch: Any) -> Any:
         return self.lower.loss(batch)
+
+
+class _Clock(TrainerCallback):
+    """The time at the end of each step, beside the passes that ``counter`` has counted."""
+
+    def __init__(self, counter: PassCounter) -> None:
+        self.counter, self.ends = counter, list[tuple[float, float]]()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.ends.append((time.perf_counter(), self.counter.passes))
+
+    def seconds_a_pass(self) -> float:
+        """Without the first step, which allocates."""
+        (begin, first), *_, (end, last) = self.ends
+        return (end - begin) / (last - first)
 
 
 def _adapted(model: Any, config: Any) -> Any:

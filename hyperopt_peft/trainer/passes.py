@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class PassCounter(TrainerCallback):
     """
 
     def __init__(self, limit: float = math.inf) -> None:
-        self.limit, self.joined, self._hook = limit, False, None
+        self.limit, self.joined, self._hook, self._paused = limit, False, None, False
         self.begin()
 
     def begin(self, passes: float = 0.0, seconds: float = 0.0) -> None:
@@ -69,8 +70,17 @@ class PassCounter(TrainerCallback):
         if self._hook is not None:
             self._hook.remove()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count nothing in the body, such as what a resumed run looks at again."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
     def _passed(self, model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if not torch.is_grad_enabled():
+        if self._paused or not torch.is_grad_enabled():
             return
         read, followed = _first((*args, *kwargs.values())), _first((output,), gradient=True)
         if read is None or followed is None:

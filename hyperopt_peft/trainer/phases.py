@@ -21,7 +21,6 @@ from hyperopt_peft.trainer import checks
 from hyperopt_peft.trainer.data import collating, require_apart, require_examples
 from hyperopt_peft.trainer.levels import TwoLevelTrainer
 from hyperopt_peft.trainer.method import Method, has_upper_level
-from hyperopt_peft.trainer.passes import PassCounter
 from hyperopt_peft.trainer.tags import INDEX, numbered
 from hyperopt_peft.trainer.upper_batches import UpperBatches
 from hyperopt_peft.utils import distributed
@@ -44,8 +43,6 @@ class PhasesTrainer(TwoLevelTrainer):
     retrainer: Any = None
     _set_up: Callable[..., None]  # with levels in place of a method
     may_share_rows: bool
-    #: The passes and seconds of both phases.
-    passes: PassCounter
     skipped: int
     upper_batches: UpperBatches | None
     _search: dict[str, Any] | None = None  # settings of the search, in the second phase too

@@ -55,7 +55,7 @@ def test_passes_and_seconds_go_on_through_both_phases(tmp_path: Path) -> None:
         records = logs(made) + logs(made.retrainer)
         assert [x["passes"] for x in records] == pytest.approx([5, 10, 15, 17, 19, 21])
         seconds = [record["seconds"] for record in records]
-        assert 0 < seconds[0] and seconds == sorted(seconds)
+        assert seconds[0] > 0 and seconds == sorted(seconds)
         assert output.metrics["passes"] == pytest.approx(21)
         assert output.metrics["seconds"] >= seconds[-1]
 
