@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +19,9 @@ from hyperopt_peft.comparison.budget import phases, rows_of, steps_for
 from hyperopt_peft.comparison.frozen_layers import compute_once
 from hyperopt_peft.comparison.watch import Watch
 from hyperopt_peft.core.problem import Problem, TaskLoss
-from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
-from hyperopt_peft.trainer.data import split_dataset
+from hyperopt_peft.trainer.data import shared_rows, split_dataset
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.passes import PassCounter
 from hyperopt_peft.trainer.quiet import no_bars
@@ -50,6 +51,11 @@ class Run:
     rate: float
     upper_rate: float | None = None
     development: bool = False
+
+    def __str__(self) -> str:
+        kind = "" if self.kind == "method" else f", {self.kind}"
+        upper = "" if self.upper_rate is None else f", upper rate {self.upper_rate:g}"
+        return f"{self.method}{kind}, seed {self.seed}, rate {self.rate:g}{upper}"
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,8 @@ class Task:
     def run(self, run: Run, price: Price) -> dict[str, Any]:
         """Train and score; the entries of ``run`` with score, passes, seconds and steps.
 
+        The score is NaN where a loss is not finite.
+
         Raises:
             ProblemError: the run took more passes than its budget; the metric is unknown; as
                 `BilevelTrainer`.
@@ -156,21 +164,22 @@ class Task:
             trainer.passes.limit = self.passes
             watch = Watch(trainer, run.method)
             peak = peak_memory()
-            trainer.train()
-            watch.check()
-            last = trainer.retrainer or trainer
-            metrics = last.evaluate()
+            metrics: dict[str, Any] = {}
+            with suppress(NonFiniteError):  # such as a rate that is too high; it has no score
+                trainer.train()
+                watch.check()
+                metrics = (trainer.retrainer or trainer).evaluate()
         phases_run = [x for x in (trainer, trainer.retrainer) if x is not None]
         steps = [each.state.global_step for each in phases_run]
         planned = sum(each.args.max_steps for each in phases_run)
-        if sum(steps) < 0.8 * planned:
+        if metrics and sum(steps) < 0.8 * planned:
             raise ProblemError(
                 f"{run.method}: its {self.passes:g} passes ended after {sum(steps)} of {planned} "
                 "steps, since later steps send more rows through the model than the first ones"
             )
         return {
             **asdict(run),
-            "score": metrics[f"eval_{self.metric}"],
+            "score": metrics.get(f"eval_{self.metric}", math.nan),
             "metrics": {k: v for k, v in metrics.items() if isinstance(v, float)},
             "passes": trainer.passes.passes,
             "steps": steps,
@@ -208,7 +217,12 @@ class Task:
                 )
             made = time.perf_counter()
             trainer.add_callback(clock := _Clock(trainer.passes))
-            trainer.train()
+            try:
+                trainer.train()
+            except NonFiniteError as error:
+                where, _, _ = str(error).partition(";")
+                raise ProblemError(f"{run}: {where}; give lower rates") from error
+        self._require_unseen(trainer, run.method)
         batch = args.train_batch_size * args.gradient_accumulation_steps
         lower, everything = rows_of_phases(trainer)
         if trainer.passes.joined:  # each batch counts as a whole one
@@ -224,6 +238,17 @@ class Task:
             start=made - begin,
             a_pass=clock.seconds_a_pass(),
         )
+
+    def _require_unseen(self, trainer: BilevelTrainer, name: str) -> None:
+        """Raise ProblemError if ``trainer`` has test rows, which its method brings along."""
+        for rows in (trainer.train_dataset, trainer.upper_dataset, trainer.all_rows()):
+            if not {*self.test.column_names} <= {*getattr(rows, "column_names", ())}:
+                continue
+            if common := shared_rows(self.test, rows):
+                raise ProblemError(
+                    f"{name}: trains on {len(common)} of {len(self.test)} test rows; let rows and "
+                    "all_rows return rows of train_dataset alone"
+                )
 
     def make(self, run: Run, train: Any, test: Any, folder: str, **sizes: Any) -> BilevelTrainer:
         """A trainer of ``run``, which writes and shows nothing."""

@@ -6,7 +6,6 @@ import json
 import re
 import statistics
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,10 @@ import joblib
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
-from hyperopt_peft import BiDoRA, Method, ProblemError
+from hyperopt_peft import BiDoRA, ProblemError
 from hyperopt_peft.problems import LoRA
-from tests.support.comparisons import METHODS, compared
-from tests.support.trainers import data
+from tests.support.comparisons import compared
 
 
 def lines(folder: Path) -> dict[str, Any]:
@@ -156,76 +153,3 @@ def test_the_answer(tmp_path: Path) -> None:
     assert (tmp_path / "c.png").stat().st_size > 10_000
     assert len((tmp_path / "c.csv").read_text().splitlines()) == 1 + len(comparison.store.results)
     assert len(comparison.rates()) == 1 + 4 * 2
-
-
-@dataclass
-class Idle(Method):
-    """Its loss has another tensor than the model's."""
-
-    def lower_loss(self, model: Any, batch: Any, task_loss: Any) -> Any:
-        return 0.0 * task_loss(batch)
-
-
-class Left(nn.Module):
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight
-
-
-@dataclass
-class Parametrised(Method):
-    """Leaves a parametrisation of the first A."""
-
-    def prepare(self, model: Any) -> None:
-        layer = next(m for n, m in model.named_modules() if n.endswith("lora_A.default"))
-        parametrize.register_parametrization(layer, "weight", Left())
-
-
-@dataclass
-class Greedy(Method):
-    """Sends rows through the model twice from its sixth step on."""
-
-    steps: int = 0
-
-    def lower_loss(self, model: Any, batch: Any, task_loss: Any) -> Any:
-        self.steps += 1
-        loss = task_loss(batch)
-        return loss + task_loss(batch) if self.steps > 5 else loss
-
-
-@pytest.mark.parametrize(
-    ("methods", "options", "message"),
-    [
-        ({"m": Idle()}, {}, "changed none of its variables"),
-        ({"m": Parametrised()}, {}, "leaves a parametrisation at .*lora_A"),
-        ({"m": Greedy()}, {"passes": 20}, "its 20 passes ended after"),
-        (
-            METHODS,
-            {"test_dataset": data(rows=30)},
-            "all of its rows are training rows",
-        ),
-        (METHODS, {"metric": "f1"}, "metric: f1 is none of .*accuracy"),
-        (METHODS, {"seeds": [0]}, "one seed has no interval"),
-        (METHODS, {"passes": 2}, "passes: 2"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore")
-def test_bad_input_is_one_line(methods: Any, options: Any, message: str) -> None:
-    with pytest.raises(ProblemError, match=message):
-        compared(methods, **{"rates": (6e-2,), **options})
-
-
-@dataclass
-class Shifting(Method):
-    """Changes the logits at the end."""
-
-    def finish(self, model: Any) -> Any:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith("classifier.bias") or ("classifier" in name and "bias" in name):
-                    parameter.add_(torch.arange(len(parameter)).to(parameter))
-        return model
-
-
-def test_a_finish_that_changes_the_logits_is_said() -> None:
-    text = str(compared({"LoRA": LoRA(), "mine": Shifting()}, rates=(6e-2,)))
-    assert "mine: finish changes the logits" in text and "LoRA: finish" not in text
