@@ -6,7 +6,7 @@ A training with an adapter in the last two of six layers then takes a third of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ COLUMNS = ("input_ids", "token_type_ids")
 ROWS = 64
 #: Of models that this process has seen: the frozen parameters, with their states.
 _SEEN: list[tuple[list[Tensor], States]] = []
+#: Bytes of states, and models, above which no further ones are kept.
+LIMIT, MODELS = 2**32, 3
 
 
 def compute_once(trainer: Any, *, dropout: bool = True) -> str:
@@ -46,9 +48,9 @@ def compute_once(trainer: Any, *, dropout: bool = True) -> str:
     if below == 0:
         return "every layer is computed in each pass: the lowest one is trained"
     batch, alone = _batches(trainer)
-    before = _modules_before(model, layers[below], batch)
-    if any(id(p) in owned for each in before for p in each.parameters(recurse=False)):
-        return "every layer is computed in each pass: the embeddings are trained"
+    before, trained = _before(model, layers[below], batch)
+    if trained:
+        return "every layer is computed in each pass: something below the layers is trained"
     inside = {*before, *(module for layer in layers[:below] for module in layer.modules())}
     if not dropout:
         for module in inside:
@@ -61,12 +63,15 @@ def compute_once(trainer: Any, *, dropout: bool = True) -> str:
         )
     inner = {id(p) for module in inside for p in module.parameters(recurse=False)}
     frozen = [p for p in model.parameters() if id(p) in inner]
-    once = _Once(layers, below, {})
+    once = _Once(layers, below)
     with torch.no_grad(), evaluating(model):
         plain = model(**alone).logits
         once.install(base_model(model))
         model(**batch)  # from which the states of the row alone are
         known = model(**alone).logits
+    mask = alone.get("attention_mask")
+    if mask is not None and plain.shape[:2] == mask.shape:  # a padding's state is not kept
+        plain, known = plain[mask.bool()], known[mask.bool()]
     rounding = torch.finfo(plain.dtype).eps ** 0.5 * float(plain.abs().max())
     if not once.known or float((known - plain).abs().max()) > rounding:
         once.remove()
@@ -74,17 +79,26 @@ def compute_once(trainer: Any, *, dropout: bool = True) -> str:
             "every layer is computed in each pass: one reads more than the text of its row, such "
             "as its place among packed texts or padding"
         )
-    once.states = _states_of(frozen)
+    once.use(_states_of(frozen))
     return f"{below} of {len(layers)} layers are frozen, and computed once a text"
 
 
 class _Once:
     """Replaces the first ``count`` of ``layers`` by their known output."""
 
-    def __init__(self, layers: Sequence[nn.Module], count: int, states: States) -> None:
-        self.layers, self.count, self.states = layers, count, states
+    def __init__(self, layers: Sequence[nn.Module], count: int) -> None:
+        self.layers, self.count = layers, count
         self.known, self.keys, self.mask = False, list[Any](), torch.empty(0)
         self.inner = [{**layer._modules} for layer in layers[:count]]
+        self.use({})
+
+    def use(self, states: States) -> None:
+        """Read and keep ``states`` from now on."""
+        self.states, self.bytes = states, sum(state.nbytes for state in states.values())
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        """Itself: a copy of the model, such as a method's teacher, has the same frozen layers."""
+        return self
 
     def install(self, base: nn.Module) -> None:
         """Put the hooks."""
@@ -137,7 +151,9 @@ class _Once:
         states = args[0] if args else kwargs["hidden_states"]
         if not self.known:
             for key, row, kept in zip(self.keys, states, self.mask, strict=True):
-                self.states[key] = row[kept].detach().clone()
+                if key not in self.states and self.bytes < LIMIT:
+                    self.states[key] = row[kept].detach().clone()
+                    self.bytes += self.states[key].nbytes
             return None
         states = torch.zeros_like(states)
         states[self.mask] = torch.cat([self.states[key] for key in self.keys])
@@ -164,17 +180,21 @@ def _batches(trainer: Any) -> list[dict[str, Any]]:
     return [{name: x for name, x in batch.items() if name not in trainer.tags} for batch in loaded]
 
 
-def _modules_before(model: Any, layer: nn.Module, batch: dict[str, Any]) -> set[nn.Module]:
-    """The modules whose forward pass ends before that of ``layer`` begins."""
-    done: set[nn.Module] = set()
+def _before(model: Any, layer: nn.Module, batch: dict[str, Any]) -> tuple[set[nn.Module], bool]:
+    """The modules whose forward pass ends before ``layer`` begins; whether a gradient enters it."""
+    done, entered = set[nn.Module](), list[tuple[set[nn.Module], bool]]()
+
+    def enter(_: Any, args: Any, kwargs: Any) -> None:
+        states = args[0] if args else kwargs["hidden_states"]
+        entered.append(({*done}, states.requires_grad))
+
     hooks: list[Any] = [m.register_forward_hook(lambda m, *_: done.add(m)) for m in model.modules()]
-    at: list[set[nn.Module]] = []
-    hooks.append(layer.register_forward_pre_hook(lambda *_: at.append({*done})))
-    with torch.no_grad(), evaluating(model):
+    hooks.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
+    with torch.enable_grad(), evaluating(model):
         model(**batch)
     for hook in hooks:
         hook.remove()
-    return at[0]
+    return entered[0]
 
 
 def _dropouts(module: nn.Module) -> list[str]:
@@ -191,4 +211,5 @@ def _states_of(frozen: list[Tensor]) -> States:
         if len(parameters) == len(frozen) and all(torch.equal(*pair) for pair in pairs):
             return states
     _SEEN.append((frozen, {}))
+    del _SEEN[:-MODELS]
     return _SEEN[-1][1]

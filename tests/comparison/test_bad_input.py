@@ -87,6 +87,9 @@ def locked(outputs: Any, lock: Any) -> dict[str, float]:
     return accuracy(outputs)
 
 
+LOCKED = partial(locked, lock=threading.Lock())
+
+
 def undefined(outputs: Any) -> dict[str, float]:
     return {"accuracy": math.nan}
 
@@ -109,7 +112,11 @@ def undefined(outputs: Any) -> dict[str, float]:
         (ONE, {"test_dataset": data(rows=30)}, "all of its rows are training rows"),
         (ONE, {"test_dataset": TEST.select([])}, "test_dataset has no examples"),
         (ONE, {"test_dataset": TEST.to_list()}, "test_dataset: must be a datasets.Dataset"),
-        (ONE, {"jobs": 2, "compute_metrics": partial(locked, lock=threading.Lock())}, "jobs: .*cannot be pickled"),
+        (
+            ONE,
+            {"jobs": 2, "compute_metrics": partial(locked, lock=threading.Lock())},
+            "jobs: .*cannot be pickled",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore")

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from peft import get_peft_model
-from transformers import DataCollatorForLanguageModeling, GPT2Config, GPT2LMHeadModel
 
-from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
 from hyperopt_peft.comparison import Comparison, compare_methods
-from hyperopt_peft.comparison.frozen_layers import compute_once
 from hyperopt_peft.problems import BiDoRA, LoRA
 from hyperopt_peft.trainer.trainer import bilevel
 from tests.support import language
@@ -89,33 +83,3 @@ def test_rows_that_are_packed_or_joined(layout: str, capfd: pytest.CaptureFixtur
     joined = "every layer is computed in each pass" in str(comparison)
     assert joined == (layout != "wrapped")
     assert "examples/s" not in capfd.readouterr().err  # no bars of the rows' preparation
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("absolute", [False, True])
-def test_frozen_layers_of_a_decoder(tmp_path: Path, absolute: bool, side: str) -> None:
-    """Padding on the left moves a text, which learned positions show and rotary ones do not."""
-    tokenizer, sizes = language.tokenizer(), {"n_embd": 16, "n_layer": 2, "n_head": 2}
-    tokenizer.padding_side = side
-    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    config = GPT2Config(vocab_size=len(tokenizer), initializer_range=0.2, **sizes, **none)
-    rows = language.rows("text", 12).map(lambda row: tokenizer(row["text"]), remove_columns="text")
-    torch.manual_seed(0)
-    made = GPT2LMHeadModel(config) if absolute else language.language_model()
-    adapter = {**LAST, "target_modules": ["c_attn"]} if absolute else LAST
-    model = get_peft_model(made, language.lora(**adapter))
-    trainer = BilevelTrainer(
-        model,
-        BilevelTrainingArguments(str(tmp_path), report_to="none", use_cpu=True),
-        method=LoRA(),
-        train_dataset=rows,
-        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
-    )
-    batch = trainer.data_collator([rows[k] for k in range(6)])
-    read = batch["attention_mask"].bool()
-    plain = model.eval()(**batch).logits[read]
-    text = compute_once(trainer)
-    for _ in range(2):
-        assert torch.allclose(model.eval()(**batch).logits[read], plain, atol=1e-4)
-    refused = "reads more than the text of its row" in text
-    assert refused if absolute and side == "left" else "1 of 2 layers are frozen" in text
