@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 
 from hyperopt_peft.comparison import Comparison, compare_methods
-from hyperopt_peft.problems import BiDoRA, LoRA
 from hyperopt_peft.trainer.trainer import bilevel
 from tests.support import language
-from tests.support.comparisons import ARGUMENTS, SHORT, compared
+from tests.support.comparisons import ARGUMENTS, METHODS, SHORT, compared
 
-METHODS = {"LoRA": LoRA(), "BiDoRA": BiDoRA()}
 WAYS = ["LoRA", "BiDoRA", "BiDoRA, upper level frozen", "BiDoRA, one level"]
 
 

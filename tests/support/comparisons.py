@@ -9,10 +9,10 @@ from peft import LoraConfig
 
 from hyperopt_peft import BiDoRA, BilevelTrainingArguments
 from hyperopt_peft.comparison import Comparison, compare_methods
-from hyperopt_peft.problems import DoRA, LoRA
+from hyperopt_peft.problems import LoRA
 from tests.support.trainers import TASKS, base_model, data
 
-METHODS = {"LoRA": LoRA(), "DoRA": DoRA(), "BiDoRA": BiDoRA()}
+METHODS = {"LoRA": LoRA(), "BiDoRA": BiDoRA()}
 #: Arguments of each trainer: an upper step after two lower ones, in batches of four rows.
 ARGUMENTS: dict[str, Any] = {"report_to": "none", "use_cpu": True, "lower_steps": 2}
 ARGUMENTS |= {"per_device_train_batch_size": 4}
@@ -32,12 +32,18 @@ def accuracy(outputs: Any) -> dict[str, float]:
     return {"accuracy": float((outputs.predictions.argmax(-1) == outputs.label_ids).mean())}
 
 
+def parts_of(kind: str, arguments: Any = None) -> tuple[Any, LoraConfig, Any]:
+    """What makes the base model of the task ``kind``, its adapter, and the arguments."""
+    task, targets = TASKS[kind]
+    config = LoraConfig(task_type=task, r=2, target_modules=targets[:2])
+    args = BilevelTrainingArguments("unused", **{**ARGUMENTS, **(arguments or {})})
+    return functools.partial(base_model, kind), config, args
+
+
 def compared(
     methods: Any = METHODS, kind: str = "classes", arguments: Any = None, **options: Any
 ) -> Comparison:
     """A comparison on 30 training rows and 20 test rows of the task ``kind``."""
-    task, targets = TASKS[kind]
-    config = LoraConfig(task_type=task, r=2, target_modules=targets[:2])
     settings: dict[str, Any] = {
         "train_dataset": data(kind, 30),
         "test_dataset": data(kind, 20, seed=5),
@@ -45,6 +51,4 @@ def compared(
     }
     if kind in ("classes", "tokens"):
         settings |= {"metric": "accuracy", "compute_metrics": accuracy}
-    args = BilevelTrainingArguments("unused", **{**ARGUMENTS, **(arguments or {})})
-    model = functools.partial(base_model, kind)
-    return compare_methods(methods, model, config, args, **{**settings, **options})
+    return compare_methods(methods, *parts_of(kind, arguments), **{**settings, **options})
