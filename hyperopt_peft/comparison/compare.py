@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import pickle
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+from datasets import Dataset
 from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
@@ -19,7 +22,7 @@ from hyperopt_peft.comparison.task import Price, Run, Task
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.find import find_method
 from hyperopt_peft.trainer.checks import LEARNS
-from hyperopt_peft.trainer.data import shared_rows
+from hyperopt_peft.trainer.data import require_examples, shared_rows
 from hyperopt_peft.trainer.fingerprint import data_fingerprint
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.trainer import BilevelTrainer
@@ -81,8 +84,9 @@ def compare_methods(
         options: further arguments of the trainer, such as ``compute_metrics``.
 
     Raises:
-        ProblemError: fewer than two seeds; no test rows but training rows; a metric that the
-            task lacks; a run that takes more passes than it says; as `BilevelTrainer`.
+        ProblemError: fewer than two seeds, or development seeds among them; no test rows but
+            training rows; a method that trains on test rows; a metric that the task lacks; a run
+            that takes more passes than it says, or has no finite score; as `BilevelTrainer`.
 
     Example:
         >>> import torch
@@ -116,8 +120,14 @@ def compare_methods(
             f"seeds: {len(seeds)} reported and {len(development)} of development; one seed has no "
             "interval, so give two or more, and one or more of development"
         )
+    if both := {*seeds} & {*development}:
+        raise ProblemError(
+            f"development: the seeds {sorted(both)} are reported ones too; give others"
+        )
     test_dataset, note = unseen(test_dataset, train_dataset)
     known = {name: _found(method) for name, method in methods.items()}
+    if not known:
+        raise ProblemError("methods: there is none; give each by a name")
     pickled_by_value(known.values())
     task = Task(
         known,
@@ -138,6 +148,8 @@ def compare_methods(
     where = None if folder is None else Path(folder)
     number, count = part
     store = Store(where, settings_of(task), "" if count == 1 else f"-{number}-of-{count}")
+    if jobs != 1:
+        require_pickled(task)
     work = Work(task, store, jobs, part, progress)
     if dry_run:
         print(work.estimate(plan))
@@ -147,11 +159,17 @@ def compare_methods(
     work.do(plan.first_rates())
     work.do(plan.next_rates(store))
     work.do(plan.reported(store))
+    require_finite(store, plan.reported(store))
     return Comparison(plan, store, metric, passes, note)
 
 
 def unseen(test: Any, train: Any) -> tuple[Any, str]:
     """The rows of ``test`` that are no training rows, and how many are left out, in words."""
+    for name, rows in (("train_dataset", train), ("test_dataset", test)):
+        require_examples(name, rows)
+        if not isinstance(rows, Dataset):
+            kind = type(rows).__name__
+            raise ProblemError(f"{name}: must be a datasets.Dataset, got a {kind}")
     common = shared_rows(test, train)
     if not common:
         return test, ""
@@ -161,11 +179,32 @@ def unseen(test: Any, train: Any) -> tuple[Any, str]:
     return test.select(sorted({*range(len(test))} - {*common})), note
 
 
+def require_finite(store: Store, runs: Iterable[Run]) -> None:
+    """Raise ProblemError for a score of ``runs`` that is NaN or infinite."""
+    for run in runs:
+        if not math.isfinite(score := store.results[run]["score"]):
+            raise ProblemError(
+                f"{run}: the score is {score:g}, by a loss or a metric that is not finite; give "
+                "lower rates or another metric"
+            )
+
+
 def pickled_by_value(methods: Iterable[Method]) -> None:
     """Let other processes have classes of files that they cannot import by name."""
     for module in {sys.modules[type(method).__module__] for method in methods}:
         if module.__name__.endswith(".py") or not module.__package__:
             cloudpickle.register_pickle_by_value(module)
+
+
+def require_pickled(task: Task) -> None:
+    """Raise ProblemError if other processes cannot get ``task``."""
+    try:
+        cloudpickle.dumps(task)
+    except (TypeError, AttributeError, ValueError, pickle.PicklingError) as error:
+        raise ProblemError(
+            f"jobs: what the runs share cannot be pickled for other processes ({error}); make it "
+            "in base_model or in a method's prepare, or leave jobs at 1"
+        ) from error
 
 
 def _found(method: Method | str) -> Method:
@@ -225,7 +264,8 @@ class Work:
         results = Parallel(n_jobs=self.jobs, return_as="generator_unordered")(
             delayed(self.task.run)(run, price) for run, price in priced
         )
-        for result in tqdm(results, total=len(mine), disable=not self.progress, unit="run"):
+        hidden = not (self.progress and mine)
+        for result in tqdm(results, total=len(mine), disable=hidden, unit="run"):
             self.store.add(result)
         self.store.reload()
         if left := self.store.missing(runs):

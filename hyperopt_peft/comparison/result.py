@@ -135,10 +135,17 @@ class Comparison:
         return f"{whole} is the sum of {'; '.join(shown)}"
 
     def _edges(self) -> list[str]:
-        """Where a chosen rate is the first or the last of its grid."""
+        """Where a rate has no score, or a chosen one is the first or the last of its grid."""
         found = []
         for name, kind in self.plan.candidates():
             best = self.plan.chosen(self.store, name, kind)
+            for run, score in self.plan.at_every_rate(self.store, name, kind):
+                if not math.isfinite(score):
+                    upper = "" if run.upper_rate is None else f" and upper rate {run.upper_rate:g}"
+                    found.append(
+                        f"{name}{ABLATIONS[kind]}: at the rate {run.rate:g}{upper} a score is not "
+                        "finite, which counts as the worst"
+                    )
             edges = (self.plan.rates[0], self.plan.rates[-1])
             if kind != "frozen" and len(self.plan.rates) > 1 and best.rate in edges:
                 found.append(
