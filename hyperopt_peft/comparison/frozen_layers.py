@@ -66,6 +66,7 @@ class _Once:
     def __init__(self, layers: Sequence[nn.Module], count: int, states: States) -> None:
         self.layers, self.count, self.states = layers, count, states
         self.known, self.keys, self.mask = False, list[Any](), torch.empty(0)
+        self.inner = [{**layer._modules} for layer in layers[:count]]
 
     def install(self, base: nn.Module) -> None:
         """Put the hooks."""
@@ -82,10 +83,17 @@ class _Once:
             hook.remove()
         for layer in self.layers[: self.count]:
             del layer.forward
+        self._show(True)
+
+    def _show(self, inner: bool) -> None:
+        """Show the modules in the first layers, or hide them: a Trainer visits all in each step."""
+        for layer, modules in zip(self.layers, self.inner, strict=False):
+            layer._modules = {**modules} if inner else {}
 
     def _begin(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
         self.keys, self.known = [], False
+        self._show(True)
         if ids is None or ids.dim() != 2 or "position_ids" in kwargs:  # such as packed texts
             return
         mask = kwargs.get("attention_mask")
@@ -94,6 +102,7 @@ class _Once:
         rows = zip(torch.stack(columns, dim=1), self.mask, strict=True)
         self.keys = [tuple(row[:, kept].flatten().tolist()) for row, kept in rows]
         self.known = all(key in self.states for key in self.keys)
+        self._show(not self.known)
 
     def _skipping(self, forward: Any) -> Any:
         def passed(states: Tensor, *args: Any, **kwargs: Any) -> Any:

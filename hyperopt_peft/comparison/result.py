@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import html
 import math
+import tempfile
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +19,12 @@ from hyperopt_peft.comparison.task import Kind
 from hyperopt_peft.trainer.method import has_upper_level
 from hyperopt_peft.utils.plots import intervals
 from hyperopt_peft.utils.statistics import detectable, mean_and_half
-from hyperopt_peft.utils.tables import aligned
+from hyperopt_peft.utils.tables import aligned, html_table, latex
 
 Row = list[str]
+STYLE = "body{font:16px sans-serif;max-width:60em;margin:2em auto;overflow-x:auto}"
+STYLE += "td,th{padding:.2em .6em;text-align:right}td:first-child,th:first-child{text-align:left}"
+STYLE += "img{max-width:100%}"
 #: What an ablation is called beside its method.
 ABLATIONS: dict[Kind, str] = {
     "method": "",
@@ -178,10 +184,23 @@ class Comparison:
 
     def to_latex(self) -> str:
         """The scores as a LaTeX table of the package booktabs."""
-        heads, *rows = self.table()
-        columns = f"l{'r' * (len(heads) - 1)}"
-        lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", _latex(heads), r"\midrule"]
-        return "\n".join([*lines, *map(_latex, rows), r"\bottomrule", r"\end{tabular}"]) + "\n"
+        return latex(self.table()) + "\n"
+
+    def to_html(self, path: str | Path) -> None:
+        """Write a page that needs no other file: scores, sentences, picture, rates and passes."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.plot(picture := Path(folder) / "differences.png")
+            drawn = b64encode(picture.read_bytes()).decode()
+        parts = [
+            f"<!doctype html><meta charset=utf-8><title>{html.escape(self.metric)}</title>",
+            f"<style>{STYLE}</style><h1>{html.escape(self.heading())}</h1>",
+            html_table(self.table()),
+            *(f"<p>{html.escape(sentence)}</p>" for sentence in self.sentences()),
+            f'<img alt="Differences to {html.escape(self.first)}" src="data:image/png;base64,',
+            f'{drawn}"><h2>Held-out score at every rate</h2>{html_table(self.rates())}',
+            f"<h2>Passes</h2>{html_table(self.spent())}",
+        ]
+        Path(path).write_text("\n".join(parts), encoding="utf-8")
 
     def to_csv(self, path: str | Path) -> None:
         """Write all runs, a line each."""
@@ -190,11 +209,6 @@ class Comparison:
             writer = csv.DictWriter(file, list(results[0]))
             writer.writeheader()
             writer.writerows(results)
-
-
-def _latex(cells: Sequence[str]) -> str:
-    safe = {"±": r"$\pm$", "−": "$-$", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#"}
-    return " & ".join("".join(safe.get(c, c) for c in cell) for cell in cells) + r" \\"
 
 
 def _shown(values: Sequence[float], sign: str = "") -> str:

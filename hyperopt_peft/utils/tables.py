@@ -1,7 +1,8 @@
-"""Tables of text, and text that a terminal shows as it is."""
+"""Tables as text, LaTeX and HTML, and text that a terminal shows as it is."""
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -39,3 +40,43 @@ def aligned(rows: Sequence[Sequence[Any]]) -> str:
         for number, (column, width) in enumerate(zip(columns, widths, strict=True))
     ]
     return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))
+
+
+def latex(rows: Sequence[Sequence[str]]) -> str:
+    r"""``rows`` of cells, the heads first, as a ``tabular`` of the LaTeX package booktabs.
+
+    Example:
+        >>> print(latex([["method", "F1 ± error"], ["a_b", "0.5 ± 0.1"]]))
+        \begin{tabular}{lr}
+        \toprule
+        method & F1 $\pm$ error \\
+        \midrule
+        a\_b & 0.5 $\pm$ 0.1 \\
+        \bottomrule
+        \end{tabular}
+    """
+    head, *body = (" & ".join(map(_latex, row)) + r" \\" for row in rows)
+    begin = rf"\begin{{tabular}}{{l{'r' * (len(rows[0]) - 1)}}}"
+    parts = [begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
+    return "\n".join(parts)
+
+
+def _latex(cell: str) -> str:
+    signs = {"±": r"$\pm$", "−": "$-$", "–": "--", "\\": r"\textbackslash{}"}
+    signs |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    signs |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
+    return "".join(signs.get(letter, letter) for letter in cell)
+
+
+def html_table(rows: Sequence[Sequence[str]]) -> str:
+    """``rows`` of cells, the heads first, as an HTML table.
+
+    Example:
+        >>> html_table([["method", "F1"], ["<mine>", "0.5"]])
+        '<table><tr><th>method<th>F1</tr><tr><td>&lt;mine&gt;<td>0.5</tr></table>'
+    """
+    lines = []
+    for kind, row in zip(["th", *["td"] * len(rows)], rows, strict=False):
+        cells = "".join(f"<{kind}>{html.escape(printable(cell))}" for cell in row)
+        lines.append(f"<tr>{cells}</tr>")
+    return f"<table>{''.join(lines)}</table>"

@@ -178,6 +178,9 @@ def test_the_answer(tmp_path: Path) -> None:
     for one, other in (("BiDoRA", "LoRA"), ("BiDoRA", "itself with the upper level frozen")):
         assert any(line.startswith(one) and other in line for line in text.splitlines())
     assert comparison.to_latex().count(r"\\") == 6
+    comparison.to_html(tmp_path / "c.html")
+    page = (tmp_path / "c.html").read_text()
+    assert page.count("<tr>") == 6 + (1 + 4 * 2) + 6 and page.count("data:image/png") == 1
     comparison.plot(tmp_path / "c.png")
     comparison.to_csv(tmp_path / "c.csv")
     assert (tmp_path / "c.png").stat().st_size > 10_000
