@@ -1,8 +1,7 @@
-"""The study's calls of `compare_methods`: a task and a budget each, with the stores of their runs."""
+"""The calls of `compare_methods` that are the study, one for each task and budget."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 

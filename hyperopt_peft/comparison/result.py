@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
 
 from hyperopt_peft.comparison.choice import Plan
 from hyperopt_peft.comparison.store import Store
@@ -33,7 +33,7 @@ ABLATIONS: dict[Kind, str] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Comparison:
     """The result of `compare_methods`; printed, the scores with a sentence for each method.
 
@@ -48,6 +48,8 @@ class Comparison:
     store: Store
     metric: str
     passes: float
+    #: What the differences are paired by.
+    unit: ClassVar[str] = "seeds"
 
     def scores(self, name: str, kind: Kind = "method") -> list[float]:
         """The score of each reported seed."""
@@ -74,8 +76,8 @@ class Comparison:
             rows.append(
                 [
                     name + ABLATIONS[kind],
-                    _shown(self.scores(name, kind)),
-                    "" if (name, kind) == (self.first, "method") else _shown(gap, "+"),
+                    shown(self.scores(name, kind)),
+                    "" if (name, kind) == (self.first, "method") else shown(gap, "+"),
                     f"{runs[0].rate:g}",
                     "" if runs[0].upper_rate is None else f"{runs[0].upper_rate:g}",
                     *(f"{fmean(r[key] for r in results):.1f}" for key in ("passes", "seconds")),
@@ -109,7 +111,7 @@ class Comparison:
                         ("one level", "all of its variables in one level on all rows"),
                     )
                 ]
-        return found + self._edges() + self._remarks()
+        return found + self.remarks()
 
     def _beside(self, one: Any, other: Any, words: str | None = None) -> str:
         gaps = self.differences(one, other)
@@ -121,7 +123,7 @@ class Comparison:
             return f"is {word} than {words} in {self.metric} by {abs(middle):.4f} ± {half:.4f}"
         return (
             f"ties with {words} in {self.metric} ({middle:+.4f} ± {half:.4f}); "
-            f"{len(gaps)} seeds show differences from {detectable(gaps):.4f} on"
+            f"{len(gaps)} {self.unit} show differences from {detectable(gaps):.4f} on"
         )
 
     def _edges(self) -> list[str]:
@@ -137,9 +139,9 @@ class Comparison:
                 )
         return found
 
-    def _remarks(self) -> list[str]:
-        """What is to know of runs beside their scores."""
-        found = []
+    def remarks(self) -> list[str]:
+        """What is to know of rates and runs beside the scores."""
+        found = self._edges()
         for name in self.plan.methods:
             runs = self.plan.runs_of(self.store, name, "method")
             results = [self.store.results[run] for run in runs]
@@ -211,6 +213,7 @@ class Comparison:
             writer.writerows(results)
 
 
-def _shown(values: Sequence[float], sign: str = "") -> str:
+def shown(values: Sequence[float], sign: str = "") -> str:
+    """The mean ± half its interval, where there is one."""
     middle, half = mean_and_half(values)
     return f"{middle:{sign}.4f} ± {half:.4f}" if math.isfinite(half) else f"{middle:{sign}.4f}"
