@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 sys.path[0] = str(HERE.parents[1])
 
 from benchmarks.study.cells import CELLS, QUICK, TASKS, compared, folder  # noqa: E402
+from hyperopt_peft.comparison import AcrossTasks  # noqa: E402
 
 
 def main() -> None:
@@ -35,8 +36,7 @@ def main() -> None:
         report(check=options.check)
     elif options.quick:
         names = ("tweets", "tags")
-        for name in names:
-            print(compared(name, "40x60", **QUICK))
+        print(AcrossTasks({name: compared(name, "40x60", **QUICK) for name in names}))
     else:
         for cell in options.cells:
             for name in TASKS:

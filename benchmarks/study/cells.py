@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ from peft import LoraConfig
 from benchmarks.measure import keep_memory
 from hyperopt_peft import BiDoRA, BilevelTrainingArguments, Method
 from hyperopt_peft.comparison import Comparison, compare_methods
+from hyperopt_peft.comparison.choice import RATES, UPPER_RATES, Plan
+from hyperopt_peft.comparison.store import SETTINGS, Store
 from hyperopt_peft.problems import DoRA, LoRA
 
 RESULTS = Path(__file__).parents[1] / "results/study"
 TASKS = ("trec", "sst2", "tweets", "tags")
 #: Training rows x passes, in the order of their runs.
-CELLS = ("300x300", "100x300", "300x100")
+CELLS = ("300x300", "100x300", "300x100", "300x900", "100x900", "100x100")
+SEEDS, DEVELOPMENT = range(5), range(100, 103)
 #: Arguments of a study of a minute.
 QUICK: dict[str, Any] = {
     "sizes": {"pool": 80, "test": 40},
@@ -60,7 +64,7 @@ def compared(
     here, (rows, passes) = task(name, **(sizes or {})), map(int, cell.split("x"))
     arguments: dict[str, Any] = {"remove_unused_columns": False, "report_to": "none"}
     arguments |= {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 100}
-    settings = {"train_dataset": here.train.select(range(rows)), "test_dataset": here.test}
+    settings = {"seeds": SEEDS, "development": DEVELOPMENT, **options}
     return compare_methods(
         methods(),
         here.base_model,
@@ -73,9 +77,25 @@ def compared(
         BilevelTrainingArguments("unused", use_cpu=True, warmup_steps=0.1, **arguments),
         passes=passes,
         metric=here.metric,
+        train_dataset=here.train.select(range(rows)),
+        test_dataset=here.test,
         folder=where,
         data_collator=collate,
         compute_metrics=score,
         **settings,
-        **options,
     )
+
+
+def stored(name: str, cell: str) -> Comparison | None:
+    """The comparison of a task and a cell from its store alone; None before all runs are there."""
+    path = folder(name, cell) / "runs.jsonl"
+    if not path.exists():
+        return None
+    with path.open() as file:
+        settings = json.loads(next(file))[SETTINGS]
+    plan = Plan(methods(), RATES, UPPER_RATES, DEVELOPMENT, SEEDS, lower_is_better=False)
+    store = Store(path.parent, settings)
+    for stage in (lambda _: plan.first_rates(), plan.next_rates, plan.reported):
+        if store.missing(stage(store)):  # on whose results the next stage depends
+            return None
+    return Comparison(plan, store, settings["metric"], settings["passes"])

@@ -213,7 +213,8 @@ class Comparison:
             writer.writerows(results)
 
 
-def shown(values: Sequence[float], sign: str = "") -> str:
+def shown(values: Sequence[float], sign: str = "", digits: int = 4) -> str:
     """The mean ± half its interval, where there is one."""
     middle, half = mean_and_half(values)
-    return f"{middle:{sign}.4f} ± {half:.4f}" if math.isfinite(half) else f"{middle:{sign}.4f}"
+    text = f"{middle:{sign}.{digits}f}"
+    return f"{text} ± {half:.{digits}f}" if math.isfinite(half) else text
