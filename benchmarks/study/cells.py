@@ -79,6 +79,7 @@ def compared(
         metric=here.metric,
         train_dataset=here.train.select(range(rows)),
         test_dataset=here.test,
+        frozen_dropout=False,
         folder=where,
         data_collator=collate,
         compute_metrics=score,

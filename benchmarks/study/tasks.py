@@ -49,10 +49,7 @@ class Task:
 
 
 class Encoder(nn.Module):
-    """MiniLM and a linear head, which reads the mean over the tokens; without ``pool`` each token.
-
-    Only the last layer, which has the adapter, has dropout.
-    """
+    """MiniLM and a linear head that reads the mean over the tokens; without ``pool`` each one."""
 
     def __init__(self, classes: int, *, pool: bool) -> None:
         super().__init__()
@@ -80,12 +77,6 @@ class Encoder(nn.Module):
 def _pretrained() -> Any:
     bert = load_model("minilm", ["no", "yes"]).bert
     bert.pooler = None
-    for part in (bert.embeddings, *bert.encoder.layer[:-1]):
-        for module in part.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            if hasattr(module, "dropout_prob"):
-                module.dropout_prob = 0.0
     return bert
 
 
