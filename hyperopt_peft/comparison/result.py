@@ -139,7 +139,7 @@ class Comparison:
 
     def _remarks(self) -> list[str]:
         """What is to know of runs beside their scores."""
-        found = []
+        found, layers = [], dict[str, list[str]]()
         for name in self.plan.methods:
             runs = self.plan.runs_of(self.store, name, "method")
             results = [self.store.results[run] for run in runs]
@@ -149,8 +149,8 @@ class Comparison:
                     f"{name}: finish changes the logits, by up to {change:.1%} of the largest; the "
                     "second training starts from there"
                 )
-            found += [f"{name}: {each}" for each in {result["layers"] for result in results}]
-        return found
+            layers.setdefault(results[0]["layers"], []).append(name)
+        return found + [f"{', '.join(names)}: {text}" for text, names in layers.items()]
 
     def spent(self) -> list[Row]:
         """The passes of each method, by what they were for; means over seeds."""
