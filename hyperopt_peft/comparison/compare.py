@@ -19,7 +19,7 @@ from hyperopt_peft.comparison.task import Price, Run, Task
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.find import find_method
 from hyperopt_peft.trainer.checks import LEARNS
-from hyperopt_peft.trainer.data import shared
+from hyperopt_peft.trainer.data import shared_rows
 from hyperopt_peft.trainer.fingerprint import data_fingerprint
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.trainer import BilevelTrainer
@@ -41,6 +41,7 @@ def compare_methods(
     upper_rates: Sequence[float] = UPPER_RATES,
     development: Iterable[int] = range(100, 103),
     held_out: float = 0.2,
+    frozen_dropout: bool = True,
     folder: str | Path | None = None,
     jobs: int = 1,
     part: tuple[int, int] = (1, 1),
@@ -62,13 +63,15 @@ def compare_methods(
         base_model: makes the model without an adapter.
         adapter: the PEFT config, which a method may change.
         args: the arguments of all runs but rates, lengths, seeds and folders.
-        train_dataset, test_dataset: the rows.
+        train_dataset, test_dataset: the rows; test rows that are training rows are left out.
         passes: the budget of a run.
         seeds: each is a split, a start and an order of the rows, the same for all methods.
         metric: the score, a key of ``compute_metrics``, or ``loss``.
         rates, upper_rates: the grids.
         development: the seeds of the runs that choose the rates.
         held_out: the share of the training rows that scores these runs.
+        frozen_dropout: whether lower layers that nothing trains keep the dropout that the model
+            gives them. Without dropout they are computed once a text, several times faster.
         folder: keeps the finished runs, from which a killed comparison goes on.
         jobs: processes, by joblib, whose ``parallel_config`` chooses other backends.
         part: (k, n) for the k-th of n processes that share the runs and ``folder``.
@@ -78,7 +81,7 @@ def compare_methods(
         options: further arguments of the trainer, such as ``compute_metrics``.
 
     Raises:
-        ProblemError: fewer than two seeds; test rows among the training rows; a metric that the
+        ProblemError: fewer than two seeds; no test rows but training rows; a metric that the
             task lacks; a run that takes more passes than it says; as `BilevelTrainer`.
 
     Example:
@@ -113,10 +116,7 @@ def compare_methods(
             f"seeds: {len(seeds)} reported and {len(development)} of development; one seed has no "
             "interval, so give two or more, and one or more of development"
         )
-    if common := shared(test_dataset, train_dataset):
-        raise ProblemError(
-            f"test_dataset: {common} of {len(test_dataset)} rows are training rows; remove them"
-        )
+    test_dataset, note = unseen(test_dataset, train_dataset)
     known = {name: _found(method) for name, method in methods.items()}
     pickled_by_value(known.values())
     task = Task(
@@ -131,6 +131,7 @@ def compare_methods(
         held_out,
         trainer,
         options,
+        frozen_dropout,
     )
     lower_is_better = metric == "loss" or args.greater_is_better is False
     plan = Plan(known, rates, upper_rates, development, seeds, lower_is_better)
@@ -140,11 +141,22 @@ def compare_methods(
     work = Work(task, store, jobs, part, progress)
     if dry_run:
         print(work.estimate(plan))
-        return Comparison(plan, store, metric, passes)
+        return Comparison(plan, store, metric, passes, note)
     work.do(plan.first_rates())
     work.do(plan.next_rates(store))
     work.do(plan.reported(store))
-    return Comparison(plan, store, metric, passes)
+    return Comparison(plan, store, metric, passes, note)
+
+
+def unseen(test: Any, train: Any) -> tuple[Any, str]:
+    """The rows of ``test`` that are no training rows, and how many are left out, in words."""
+    common = shared_rows(test, train)
+    if not common:
+        return test, ""
+    if len(common) == len(test):
+        raise ProblemError("test_dataset: all of its rows are training rows; give others")
+    note = f"{len(common)} of {len(test)} test rows are training rows too, and are left out"
+    return test.select(sorted({*range(len(test))} - {*common})), note
 
 
 def pickled_by_value(methods: Iterable[Method]) -> None:
@@ -164,6 +176,7 @@ def settings_of(task: Task) -> dict[str, Any]:
     """What decides all runs of ``task``, for its store."""
     settings: dict[str, Any] = {"passes": task.passes, "metric": task.metric}
     settings |= {"held_out": task.held_out, "trainer": task.trainer.__name__}
+    settings |= {"frozen_dropout": task.frozen_dropout}
     settings |= {"adapter": None if task.adapter is None else task.adapter.to_dict()}
     args = task.args.resume_must_match()
     changed = {"learning_rate", "upper_learning_rate", "max_steps", "seed", "retrain_arguments"}
@@ -235,6 +248,7 @@ class Work:
         for name, kind in plan.candidates():
             rate = plan.rates[0]
             run = Run(name, kind, plan.seeds[0], rate)
+            self.task.price(run)  # fills the store of frozen layers
             price = self.task.price(run)
             steps = price.steps(self.task.passes, self.task.args)
             passes = sum(price.spent(steps).values())
@@ -243,7 +257,8 @@ class Work:
             total += minutes
             numbers = [str(runs), " + ".join(map(str, steps)), f"{passes:.0f}", f"{minutes:.1f}"]
             rows.append([name + ABLATIONS[kind], *numbers])
-        return f"{aligned(rows)}\ntogether about {total / self.jobs:.0f} minutes"
+        lines = [aligned(rows), f"together about {total / self.jobs:.0f} minutes", self.task.layers]
+        return "\n".join(lines)
 
 
 def price_of(run: Run) -> tuple[str, bool, bool]:

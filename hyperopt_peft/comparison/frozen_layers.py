@@ -21,8 +21,13 @@ COLUMNS = ("input_ids", "token_type_ids")
 _SEEN: list[tuple[list[Tensor], States]] = []
 
 
-def compute_once(trainer: Any) -> str:
+def compute_once(trainer: Any, *, dropout: bool = True) -> str:
     """Let the model of ``trainer`` compute its frozen lower layers once a text.
+
+    Args:
+        trainer: before its training.
+        dropout: whether these layers keep the dropout that they have, with which they are computed
+            in each pass; else it is set to 0.
 
     Returns:
         In words, how many layers are computed once, or why none is.
@@ -43,10 +48,14 @@ def compute_once(trainer: Any) -> str:
     if any(id(p) in owned for each in before for p in each.parameters(recurse=False)):
         return "every layer is computed in each pass: the embeddings are trained"
     inside = {*before, *(module for layer in layers[:below] for module in layer.modules())}
-    if any(map(_drops, inside)):
+    if not dropout:
+        for module in inside:
+            for name in _dropouts(module):
+                setattr(module, name, 0.0)
+    if any(map(_dropouts, inside)):
         return (
-            "every layer is computed in each pass: the frozen ones have dropout; set it to 0 in "
-            "base_model, and they are computed once"
+            "every layer is computed in each pass: the frozen ones have dropout; without it "
+            "(frozen_dropout: false) they are computed once"
         )
     inner = {id(p) for module in inside for p in module.parameters(recurse=False)}
     frozen = [p for p in model.parameters() if id(p) in inner]
@@ -153,12 +162,11 @@ def _modules_before(model: Any, layer: nn.Module, batch: dict[str, Any]) -> set[
     return at[0]
 
 
-def _drops(module: nn.Module) -> bool:
-    """Whether ``module`` has a rate of dropout above 0, as a layer or as a number."""
-    if isinstance(module, nn.Dropout):
-        return module.p > 0
+def _dropouts(module: nn.Module) -> list[str]:
+    """The attributes of ``module`` that are a rate of dropout above 0."""
     named = vars(module).items()
-    return any("dropout" in name and isinstance(x, float) and x > 0 for name, x in named)
+    rates = [name for name, x in named if isinstance(x, float) and x > 0]
+    return [x for x in rates if "dropout" in x or (x == "p" and isinstance(module, nn.Dropout))]
 
 
 def _states_of(frozen: list[Tensor]) -> States:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from hyperopt_peft.comparison.budget import PassCounter, phases, rows_of, steps_for
 from hyperopt_peft.comparison.frozen_layers import compute_once
@@ -120,6 +120,7 @@ class Task:
         held_out: the share of ``train`` that scores the development runs.
         trainer: the class of the trainer.
         options: further arguments of the trainer.
+        frozen_dropout: whether frozen lower layers keep their dropout.
         layers: how many layers of the last model are computed once, in words.
     """
 
@@ -134,6 +135,7 @@ class Task:
     held_out: float = 0.2
     trainer: type[BilevelTrainer] = BilevelTrainer
     options: Mapping[str, Any] = field(default_factory=dict)
+    frozen_dropout: bool = True
     layers: str = ""
 
     def run(self, run: Run, price: Price) -> dict[str, Any]:
@@ -199,6 +201,7 @@ class Task:
                     f"metric: {self.metric} is none of {known}; give compute_metrics another"
                 )
             made = time.perf_counter()
+            trainer.add_callback(clock := _Clock(counter))
             trainer.train()
         lower, steps = len(trainer.train_dataset), sizes["max_steps"]
         batch = args.train_batch_size * args.gradient_accumulation_steps
@@ -210,7 +213,7 @@ class Task:
             upper=(counter.rows - rows_of(steps, lower, batch)) / 2 if bilevel else 0.0,
             again=bilevel and self.args.retrain != "none",
             start=made - begin,
-            a_pass=(time.perf_counter() - made) * batch / counter.rows,
+            a_pass=clock.seconds_a_row() * batch,
         )
 
     def make(
@@ -243,7 +246,7 @@ class Task:
             callbacks=callbacks,
             **{name: value for name, value in options.items() if value is not None},
         )
-        self.layers = compute_once(trainer)
+        self.layers = compute_once(trainer, dropout=self.frozen_dropout)
         return trainer
 
 
@@ -272,6 +275,21 @@ class _Together(Problem):
 
     def loss(self, batch: Any) -> Any:
         return self.lower.loss(batch)
+
+
+class _Clock(TrainerCallback):
+    """The time at the end of each step, beside the rows that ``counter`` has counted."""
+
+    def __init__(self, counter: PassCounter) -> None:
+        self.counter, self.ends = counter, list[tuple[float, int]]()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.ends.append((time.perf_counter(), self.counter.rows))
+
+    def seconds_a_row(self) -> float:
+        """Without the first step, which allocates."""
+        (begin, first), *_, (end, last) = self.ends
+        return (end - begin) / (last - first)
 
 
 def _adapted(model: Any, config: Any) -> Any:
