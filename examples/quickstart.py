@@ -27,7 +27,6 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, get_peft_model
 from text_data import load_model, model_path, quiet, tweets
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
@@ -98,12 +97,8 @@ def data_of(arguments: Arguments) -> Tweets:
 
 
 def base_model() -> Any:
-    """The encoder with a new head, without dropout, so that frozen layers are computed once."""
-    model = load_model("minilm", CLASSES)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
+    """The encoder with a new head."""
+    return load_model("minilm", CLASSES)
 
 
 def arguments_of(arguments: Arguments) -> BilevelTrainingArguments:
@@ -142,6 +137,7 @@ def adapters(arguments: Arguments, data: Tweets, output: Path) -> dict[str, floa
         metric="accuracy",
         rates=[RATE],  # without the two rates each method's are chosen first, in many more runs
         upper_rates=[UPPER_RATE],
+        frozen_dropout=False,
         data_collator=data.collate,
         compute_metrics=lambda found: {"accuracy": right(found).mean()},
     )
@@ -163,7 +159,7 @@ def trainer_of(arguments: Arguments, data: Tweets, rows: Dataset) -> BilevelTrai
         eval_dataset=data.trusted,
         data_collator=data.collate,
     )
-    compute_once(trainer)
+    compute_once(trainer, dropout=False)
     return trainer
 
 
@@ -239,7 +235,7 @@ def main() -> None:
         "\nPart 2 has one seed; ± is half of a 95 % interval over the test tweets. Training on the "
         "trusted rows too is\nthe simple way, where it is allowed (docs/attribution.md). Pictures, "
         f"numbers and the last adapter: {output}\n"
-        "next: is my method better? (docs/is-my-method-better.md), your own CSV (docs/command-line.md)"
+        "next: is my method better? (docs/is-my-method-better.md); your CSV (docs/command-line.md)"
     )
 
 

@@ -225,7 +225,9 @@ class Work:
         results = Parallel(n_jobs=self.jobs, return_as="generator_unordered")(
             delayed(self.task.run)(run, prices[price_of(run)]) for run in mine
         )
-        for result in tqdm(results, total=len(mine), disable=not self.progress, unit="run"):
+        for result in tqdm(
+            results, total=len(mine), disable=not (self.progress and mine), unit="run"
+        ):
             self.store.add(result)
         self.store.reload()
         if left := self.store.missing(runs):
