@@ -18,6 +18,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
+from textwrap import fill
 from typing import Any
 
 # Read when torch is imported: threads that spin while they wait take the core from others.
@@ -143,7 +144,8 @@ def adapters(arguments: Arguments, data: Tweets, output: Path) -> dict[str, floa
     )
     say(f"1. {comparison.heading()}")
     say(aligned([row[:3] + row[5:7] for row in comparison.table()]))
-    say("\n".join(comparison.sentences()))
+    for sentence in comparison.sentences():
+        say(fill(sentence, 120, subsequent_indent="  "))
     comparison.plot(output / "adapters.png")
     return {name: fmean(comparison.scores(name)) for name in METHODS}
 
