@@ -150,15 +150,18 @@ def compare_methods(
     store = Store(where, settings_of(task), "" if count == 1 else f"-{number}-of-{count}")
     if jobs != 1:
         require_pickled(task)
-    work = Work(task, store, jobs, part, progress)
-    if dry_run:
-        print(work.estimate(plan))
-        return Comparison(plan, store, metric, passes, note)
-    if not store.results:
-        work.require_learning(plan)
-    work.do(plan.first_rates())
-    work.do(plan.next_rates(store))
-    work.do(plan.reported(store))
+    total, done = sum(plan.count(*each) for each in plan.candidates()), len(store.results)
+    hidden = dry_run or not progress or done >= total
+    with tqdm(total=total, initial=min(done, total), disable=hidden, unit="run") as bar:
+        work = Work(task, store, jobs, part, bar)
+        if dry_run:
+            print(work.estimate(plan))
+            return Comparison(plan, store, metric, passes, note)
+        if not store.results:
+            work.require_learning(plan)
+        work.do(plan.first_rates())
+        work.do(plan.next_rates(store))
+        work.do(plan.reported(store))
     require_finite(store, plan.reported(store))
     return Comparison(plan, store, metric, passes, note)
 
@@ -240,14 +243,14 @@ class Work:
         store: gets the results.
         jobs: processes.
         part: (k, n) for the k-th of n shares.
-        progress: whether a bar is shown.
+        bar: shows how many are done.
     """
 
     task: Task
     store: Store
     jobs: int
     part: tuple[int, int]
-    progress: bool
+    bar: Any
     _prices: dict[Any, Price] = field(default_factory=dict)
 
     def do(self, runs: Sequence[Run]) -> None:
@@ -264,9 +267,9 @@ class Work:
         results = Parallel(n_jobs=self.jobs, return_as="generator_unordered")(
             delayed(self.task.run)(run, price) for run, price in priced
         )
-        hidden = not (self.progress and mine)
-        for result in tqdm(results, total=len(mine), disable=hidden, unit="run"):
+        for result in results:
             self.store.add(result)
+            self.bar.update()
         self.store.reload()
         if left := self.store.missing(runs):
             raise ProblemError(
