@@ -281,7 +281,7 @@ class Work:
         """Price the reported runs; a phase of hardly any step at the highest rate is an error."""
         rate = max(plan.rates)
         for name, kind in plan.candidates():
-            price = self._price(Run(name, kind, plan.seeds[0], rate))
+            price = self._price(Run(name, kind, plan.seeds[0], min(plan.rates)))
             steps = max(0, min(price.steps(self.task.passes, self.task.args)))
             if steps * rate < LEARNS and "adam" in self.task.args.optim:
                 raise ProblemError(
