@@ -93,8 +93,8 @@ def data_of(arguments: Arguments) -> Tweets:
         return dict(tokenizer(rows["text"], truncation=True, max_length=32))
 
     of_parts = (train, spoilt, others["train"], others["test"])
-    mapped = (rows.map(tokens, batched=True) for rows in of_parts)
-    return Tweets(*mapped, DataCollatorWithPadding(tokenizer))
+    train, spoilt, trusted, test = (rows.map(tokens, batched=True) for rows in of_parts)
+    return Tweets(train, spoilt, trusted, test, DataCollatorWithPadding(tokenizer))
 
 
 def base_model() -> Any:
@@ -121,7 +121,8 @@ def arguments_of(arguments: Arguments) -> BilevelTrainingArguments:
 
 def right(found: Any) -> np.ndarray[Any, Any]:
     """Which rows of a prediction are classified right, 0 or 1, ``(n,)``."""
-    return (found.predictions.argmax(1) == found.label_ids).astype(float)
+    hits: np.ndarray[Any, Any] = found.predictions.argmax(1) == found.label_ids
+    return hits.astype(float)
 
 
 def adapters(arguments: Arguments, data: Tweets, output: Path) -> dict[str, float]:
