@@ -18,7 +18,6 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from textwrap import fill
 from typing import Any
 
 # Read when torch is imported: threads that spin while they wait take the core from others.
@@ -146,7 +145,7 @@ def adapters(arguments: Arguments, data: Tweets, output: Path) -> dict[str, floa
     say(f"1. {comparison.heading()}")
     say(aligned([row[:3] + row[5:7] for row in comparison.table()]))
     for sentence in comparison.sentences():
-        say(fill(sentence, 120, subsequent_indent="  "))
+        say(sentence)
     comparison.plot(output / "adapters.png")
     return {name: fmean(comparison.scores(name)) for name in METHODS}
 
