@@ -17,10 +17,13 @@ if TYPE_CHECKING:
     from hyperopt_peft.problems.data_plans import EqualSources as EqualSources
     from hyperopt_peft.problems.find import find_method as find_method
     from hyperopt_peft.problems.head import Head as Head
+    from hyperopt_peft.problems.layer_decay import LayerDecay as LayerDecay
     from hyperopt_peft.problems.layer_scales import LayerScales as LayerScales
     from hyperopt_peft.problems.row_weights import RowWeights as RowWeights
-    from hyperopt_peft.problems.row_weights import WeightNet as WeightNet
+    from hyperopt_peft.problems.s3delta import S3Delta as S3Delta
+    from hyperopt_peft.problems.seal import SEAL as SEAL
     from hyperopt_peft.problems.sources import Sources as Sources
+    from hyperopt_peft.problems.weight_net import WeightNet as WeightNet
 
 _MODULES = {
     "Agreement": "problems.data_plans",
@@ -32,13 +35,16 @@ _MODULES = {
     "EqualSources": "problems.data_plans",
     "GivenWeights": "problems.baselines",
     "Head": "problems.head",
+    "LayerDecay": "problems.layer_decay",
     "LayerScales": "problems.layer_scales",
     "LoRA": "problems.baselines",
     "RowWeights": "problems.row_weights",
+    "S3Delta": "problems.s3delta",
+    "SEAL": "problems.seal",
     "Sources": "problems.sources",
     "TaskLevel": "core.task_level",
     "TrustedRepeated": "problems.baselines",
-    "WeightNet": "problems.row_weights",
+    "WeightNet": "problems.weight_net",
     "find_method": "problems.find",
 }
 #: The methods by the name that `find_method` and ``hyperopt-peft train --method`` take.
@@ -48,9 +54,12 @@ METHODS = {
     "bidora": "BiDoRA",
     "bilora": "BiLoRA",
     "autolora": "AutoLoRA",
+    "s3delta": "S3Delta",
     "layer_scales": "LayerScales",
+    "layer_decay": "LayerDecay",
     "class_offsets": "ClassOffsets",
     "row_weights": "RowWeights",
+    "seal": "SEAL",
     "weight_net": "WeightNet",
     "given_weights": "GivenWeights",
     "sources": "Sources",

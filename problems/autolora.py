@@ -10,24 +10,19 @@ all data. Zhang et al. 2024, arXiv:2403.09113, which has no decay.
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-import torch
-from peft import get_peft_model
 from torch import Tensor
 
 from hyperopt_peft.adapters.gains import (
     add_gains,
     gain_variables,
     gained_layers,
-    remove_gains,
-    set_layers,
+    keep_terms,
     squares,
 )
-from hyperopt_peft.adapters.layers import factors, lora_layers
 from hyperopt_peft.core.problem import TaskLoss
 from hyperopt_peft.problems.common import regularised, require_weight
 from hyperopt_peft.trainer.method import Method
@@ -55,7 +50,8 @@ class AutoLoRA(Method):
         ProblemError: the decay is negative; later, as `add_gains`.
 
     Example:
-        >>> from peft import LoraConfig
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
         >>> config = LoraConfig(r=4, target_modules=["0"])
         >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), config)
         >>> method = AutoLoRA()
@@ -90,29 +86,15 @@ class AutoLoRA(Method):
         decay = self.decay if self.decay and gained_layers(model) else 0
         return regularised(task_loss(batch), decay, squares, model)
 
-    @torch.no_grad()
     def finish(self, model: Any) -> Any:
         """A model with a new adapter of the terms that remain; ``ranks`` has their numbers."""
-        adapter, kept, terms = model.active_adapter, {}, {}
-        config = deepcopy(model.peft_config[adapter])
+        kept = {}
         for each in gained_layers(model):
             p = each.gain.values()
             kept[each.name] = p >= min(self.threshold, float(p.max())) - ROUNDING
-        remove_gains(model)
         #: The rank of each layer, by its name in the base model.
         self.ranks = {name: int(keep.sum()) for name, keep in kept.items()}
-        scales = {}
-        for name, (path, layer) in zip(kept, lora_layers(model), strict=True):
-            a, b = factors(layer, adapter)
-            terms[path] = a[kept[name]], b[:, kept[name]]
-            scales[name] = self.ranks[name], layer.scaling[adapter]
-        set_layers(config, scales)
-        config.init_lora_weights = True
-        plain = get_peft_model(model.unload(), config, adapter_name=adapter)
-        for path, layer in lora_layers(plain):
-            for new, old in zip(factors(layer, adapter), terms[path], strict=True):
-                new.copy_(old)
-        return plain
+        return keep_terms(model, kept)
 
 
 def _weights(alpha: Tensor) -> Tensor:

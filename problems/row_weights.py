@@ -4,24 +4,21 @@
     lower: w*(u) = argmin over adapter and head w   1/N Σ_i v_i(u) ℓ_i(w)
 
 ℓ_i is the loss of row i, or of a label of it where texts are packed, N the number of labels.
-`RowWeights`: v_i = 2σ(u_i). Franceschi et al. 2017, arXiv:1703.01785 §5.1; Shen et al. 2025 (SEAL),
-arXiv:2410.07471. `WeightNet`: v_i = 2σ(V(ℓ_i; u)), V a small net. Shu et al. 2019
-(Meta-Weight-Net), arXiv:1902.07379, who leave ∂v_i/∂w out.
+v_i = 2σ(u_i): Franceschi et al. 2017, arXiv:1703.01785 §5.1. v_i = n·softmax(u)_i, whose mean is 1:
+Shen et al. 2025, arXiv:2410.07471; their estimator and second phase are those of `SEAL`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from hyperopt_peft.core.examples import WeightedRows
-from hyperopt_peft.core.labels import WEIGHT
-from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.core.problem import Problem, TaskLoss
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import joined, require_examples
@@ -36,6 +33,8 @@ class RowWeights(Method):
     Args:
         keep: the share of rows that the second phase keeps, those of largest weight, with equal
             weights; None for all rows with the weights that were learned.
+        form: v of u. With "softmax" a step moves the weight of every row, also of those outside
+            of its batch.
 
     Raises:
         ProblemError: there are no trusted rows, ``upper_dataset``; ``keep`` is no share; the
@@ -45,12 +44,13 @@ class RowWeights(Method):
         >>> method = RowWeights()
         >>> method.rows(["a", "b"], ["trusted"])
         (['a', 'b'], ['trusted'])
-        >>> method.prepare(nn.Linear(1, 1))
+        >>> method.prepare(torch.nn.Linear(1, 1))
         >>> method.row_weights()
         tensor([1., 1.], grad_fn=<MulBackward0>)
     """
 
     keep: float | None = 0.8
+    form: Literal["sigmoid", "softmax"] = "sigmoid"
 
     tags = (INDEX,)
     defaults = MappingProxyType({"hypergradient": "darts:product=dots"})
@@ -77,6 +77,8 @@ class RowWeights(Method):
 
     def row_weights(self) -> Tensor:
         """v, ``(n,)``."""
+        if self.form == "softmax":
+            return self.count * self.logits.softmax(0)
         return 2 * self.logits.sigmoid()
 
     def weights(self, batch: Any) -> Tensor:
@@ -97,54 +99,10 @@ class RowWeights(Method):
     def all_rows(self, train: Any, upper: Any) -> Any:
         """The rows of largest weight, in their order, and the trusted rows."""
         if self.keep is not None:
-            best = self.logits.topk(max(1, round(self.keep * self.count))).indices
-            train = train.select(best.sort().values.tolist())
+            train = self.best_rows(train)
         return joined(train_dataset=train, upper_dataset=upper)
 
-
-@dataclass
-class WeightNet(Method):
-    """A net of ``hidden`` units from the loss of a row to its weight.
-
-    Example:
-        >>> method = WeightNet(hidden=4)
-        >>> method.prepare(nn.Linear(1, 1))
-        >>> method.row_weights(torch.ones(3)).shape
-        torch.Size([3])
-    """
-
-    hidden: int = 100
-
-    defaults = MappingProxyType({"hypergradient": "darts:product=dots"})
-
-    def prepare(self, model: Any) -> None:
-        """Make the net."""
-        layers = nn.Linear(1, self.hidden), nn.ReLU(), nn.Linear(self.hidden, 1)
-        self.net = nn.Sequential(*layers).to(next(model.parameters()).device)
-
-    def upper_variables(self, model: Any) -> dict[str, Tensor]:
-        """The parameters of the net."""
-        return dict(self.net.named_parameters())
-
-    def row_weights(self, losses: Tensor) -> Tensor:
-        """v of rows with ``losses`` ``(n,)``."""
-        like = next(self.net.parameters())
-        logits: Tensor = self.net(losses[:, None].to(like))[:, 0]
-        return 2 * logits.sigmoid().to(losses)
-
-    def lower(self, model: Any, task_loss: TaskLoss) -> Problem:
-        """Σ v_i ℓ_i/N."""
-        return _NetWeighted(self, model)
-
-
-class _NetWeighted(WeightedRows):
-    def __init__(self, method: WeightNet, model: Any) -> None:
-        self.method = method
-        super().__init__(model, lambda batch: torch.ones(len(batch["labels"])))
-
-    def weighted(self, losses: Tensor, batch: Any) -> dict[str, Tensor]:
-        if "position_ids" in batch:  # of packed or joined rows
-            raise ProblemError("WeightNet: a pack has no loss for each row; choose RowWeights")
-        share = batch.get(WEIGHT, 1.0) / (batch["labels"] != IGNORED).sum().clamp(min=1)
-        weights = self.method.row_weights(losses / share)
-        return {"loss": (weights * losses).sum(), "task_loss": losses.detach().sum()}
+    def best_rows(self, train: Any) -> Any:
+        """The rows of largest weight, a share ``keep`` of ``train``, in their order."""
+        best = self.logits.topk(max(1, round((self.keep or 1) * self.count))).indices
+        return train.select(best.sort().values.tolist())

@@ -5,25 +5,38 @@
 
 L_k is the mean loss of source k over its labels. The trusted rows are the last source. Label i of
 source k(i) thus has the weight v_k = p_k·N/n_k in the mean over all N labels, of which source k has
-n_k: the mean weight is 1, so that the weights cannot act as a learning rate. Pan et al. 2025
-(ScaleBiO), arXiv:2406.19976; DreamPRM (arXiv:2505.20241) and FastMix (arXiv:2606.14971) learn the
-same weights with other estimators.
+n_k: the mean weight is 1, so that the weights cannot act as a learning rate. Published are:
+
+    ScaleBiO   arXiv:2406.19976   softmax         a penalty, γ = 10 to 100; w trains on trusted rows
+    FastMix    arXiv:2606.14971   softmax         dot products of the output layer's gradients
+    DreamPRM   arXiv:2505.20241   softplus/Σ      darts with ξ = 1 after five lower steps
+
+FastMix samples with the shares in place of weighting. DreamPRM's losses, of a process reward model,
+are left out. In the last two papers the trusted rows are no source.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from hyperopt_peft.core.examples import WeightedRows
 from hyperopt_peft.core.prior import GaussianPrior
 from hyperopt_peft.core.problem import Problem, TaskLoss
 from hyperopt_peft.problems.data_plans import EqualSources
 from hyperopt_peft.trainer.data import require_examples
+
+#: Form and arguments of each paper.
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "scalebio": ("softmax", {"hypergradient": "penalty", "lower_steps": 1}),
+    "fastmix": ("softmax", {"hypergradient": "fastmix", "lower_steps": 20}),
+    "dreamprm": ("softplus", {"hypergradient": "darts:xi=1.0", "lower_steps": 5}),
+}
 
 
 @dataclass
@@ -36,6 +49,7 @@ class Sources(EqualSources):
         column: as for `EqualSources`.
         prior: τ. By default K/(8n) for n trusted rows: exp(−n·(F + prior)), with F their mean loss,
             is then a posterior whose prior has the variance 8 a logit.
+        form: p of u; "softplus" is softplus(u) by its sum.
 
     Raises:
         ProblemError: there are no trusted rows; as `EqualSources`; the trainer's loss is no mean
@@ -52,8 +66,22 @@ class Sources(EqualSources):
     """
 
     prior: float | None = None
+    form: Literal["softmax", "softplus"] = "softmax"
 
     defaults = MappingProxyType({"hypergradient": "darts:product=dots"})
+
+    @classmethod
+    def published(cls, paper: Literal["scalebio", "fastmix", "dreamprm"], **options: Any) -> Self:
+        """Form, estimator and steps of a paper, without a prior.
+
+        Example:
+            >>> Sources.published("dreamprm").defaults["lower_steps"]
+            5
+        """
+        form, defaults = PUBLISHED[paper]
+        method = cls(**{"form": form, "prior": 0.0, **options})
+        method.__dict__["defaults"] = defaults
+        return method
 
     def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:
         """As `EqualSources.rows`."""
@@ -67,8 +95,10 @@ class Sources(EqualSources):
         self.logits = torch.zeros(len(self.names), device=device, requires_grad=True)
 
     def p(self) -> Tensor:
-        """softmax(u), ``(K,)``."""
-        return self.logits.softmax(0)
+        """softmax(u), or softplus(u) by its sum, ``(K,)``."""
+        if self.form == "softmax":
+            return self.logits.softmax(0)
+        return softplus(self.logits) / softplus(self.logits).sum()
 
     def upper_variables(self, model: Any) -> dict[str, Tensor]:
         """u, a logit a source."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -25,11 +26,19 @@ PREFIX = "base_model.model."  # of the base model's names in a PeftModel
 
 
 class Gain(nn.Module):
-    """B ↦ B·diag(g(u)); u has shape (1, r, 1, …), or (1, 1, 1, …) for one gain of all columns."""
+    """B ↦ B·diag(g(u)); u has shape (1, r, 1, …), or (1, 1, 1, …) for one gain of all columns.
 
-    def __init__(self, u: Tensor, function: Callable[[Tensor], Tensor]) -> None:
+    In training mode g may be another function, such as a draw.
+    """
+
+    def __init__(
+        self,
+        u: Tensor,
+        function: Callable[[Tensor], Tensor],
+        in_training: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
-        self.u, self.function = nn.Parameter(u), function
+        self.u, self.function, self.in_training = nn.Parameter(u), function, in_training or function
 
     def values(self) -> Tensor:
         """g(u) without a gradient, flat."""
@@ -37,7 +46,7 @@ class Gain(nn.Module):
 
     def forward(self, b: Tensor) -> Tensor:
         """B·diag(g(u))."""
-        return b * self.function(self.u)
+        return b * (self.in_training if self.training else self.function)(self.u)
 
 
 @dataclass(frozen=True)
@@ -52,13 +61,18 @@ class GainedLayer:
 
 
 def add_gains(
-    peft_model: PeftModel, function: Callable[[Tensor], Tensor], *, columns: bool
+    peft_model: PeftModel,
+    function: Callable[[Tensor], Tensor],
+    *,
+    columns: bool,
+    in_training: Callable[[Tensor], Tensor] | None = None,
 ) -> list[GainedLayer]:
     """Give every layer of the active LoRA adapter a gain g(u), u = 0.
 
     Args:
         function: g of u.
         columns: whether each column of B has a u; else a layer has one.
+        in_training: g in training mode, if it is another one.
 
     Raises:
         ProblemError: as `lora_layers`; or a layer is no plain LoRA on a linear layer or a
@@ -79,7 +93,7 @@ def add_gains(
         b: Any = layer.lora_B[adapter]
         # As many dimensions as B: PEFT assumes that a flat parameter of lora_B is a broken B.
         u = b.weight.new_zeros(1, b.weight.shape[1] if columns else 1, *[1] * (b.weight.ndim - 2))
-        parametrize.register_parametrization(b, "weight", Gain(u, function))
+        parametrize.register_parametrization(b, "weight", Gain(u, function, in_training))
     return gained_layers(peft_model)
 
 
@@ -106,10 +120,40 @@ def remove_gains(peft_model: PeftModel, *, fold: bool = True) -> None:
     adapter = active_adapter(peft_model)
     for each in gained_layers(peft_model):
         b: Any = each.layer.lora_B[adapter]
+        each.gain.eval()
         value = b.weight
         parametrize.remove_parametrizations(b, "weight", leave_parametrized=False)
         if fold:
             b.weight.copy_(value)
+
+
+@torch.no_grad()
+def keep_terms(peft_model: PeftModel, kept: Mapping[str, Tensor]) -> PeftModel:
+    """The base model with a new adapter: some rank-1 terms of layers with a gain, folded.
+
+    Args:
+        kept: a mask ``(r,)`` for each layer, by its name in the base model; a layer of which
+            nothing is kept has no adapter. The scale s of a layer stays.
+    """
+    adapter = active_adapter(peft_model)
+    config: Any = deepcopy(peft_model.peft_config[adapter])
+    remove_gains(peft_model)
+    terms, scales = {}, {}
+    for path, layer in lora_layers(peft_model):
+        name = path.removeprefix(PREFIX)
+        if rank := int(kept[name].sum()):
+            a, b = factors(layer, adapter)
+            terms[path] = a[kept[name]], b[:, kept[name]]
+            scales[name] = rank, layer.scaling[adapter]
+    if len(scales) < len(kept):
+        config.target_modules = "|".join(map(re.escape, scales))
+    set_layers(config, scales)
+    config.init_lora_weights = True
+    plain = get_peft_model(peft_model.unload(), config, adapter_name=adapter)
+    for path, layer in lora_layers(plain):
+        for new, old in zip(factors(layer, adapter), terms[path], strict=True):
+            new.copy_(old)
+    return plain
 
 
 def squares(peft_model: PeftModel) -> Tensor:

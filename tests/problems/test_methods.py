@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import cross_entropy
 
 from hyperopt_peft import (
     BiDoRA,
@@ -28,39 +28,35 @@ from hyperopt_peft.problems.autolora import AutoLoRA
 from hyperopt_peft.problems.bidora import Direction
 from hyperopt_peft.problems.bilora import BiLoRA, orthogonality
 from hyperopt_peft.problems.class_offsets import ClassOffsets
+from hyperopt_peft.problems.layer_decay import LayerDecay
 from hyperopt_peft.problems.layer_scales import LayerScales
+from hyperopt_peft.problems.s3delta import S3Delta
 from tests.support.adapted_models import adapted_layer, layer_input, randomise, single, wrap
 from tests.support.methods import method_trainer
+from tests.support.solved_levels import SGD, assign, flat
 from tests.support.trainers import base_model, data, peft_model
 
 METHODS: dict[str, Method] = {
     "bidora": BiDoRA(gamma=0.1),
     "bilora": BiLoRA(gamma=0.3),
     "autolora": AutoLoRA(decay=0.1),
+    "s3delta": S3Delta(sampled=False),
     "layer_scales": LayerScales(decay=0.1),
+    "layer_decay": LayerDecay(start=-2.0),
     "class_offsets": ClassOffsets(factor=True),
 }
-SGD = partial(torch.optim.SGD, lr=0.1)
 
 
 def model_of(name: str, **options: Any) -> Any:
     return peft_model(dora=name == "bidora", **options)
 
 
-def flat(tensors: Any) -> Tensor:
-    return torch.cat([x.detach().flatten() for x in tensors])
-
-
-@torch.no_grad()
-def assign(level: Any, values: Tensor) -> None:
-    parts = values.split([x.numel() for x in level.variables])
-    for variable, part in zip(level.variables, parts, strict=True):
-        variable.copy_(part.view_as(variable))
-
-
 @pytest.mark.parametrize("name", METHODS)
-def test_hypergradient_is_the_central_difference_through_the_lower_steps(name: str) -> None:
+def test_hypergradient_is_the_central_difference_through_the_lower_steps(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of F after three steps of gradient descent, in a random direction of the upper variables."""
+    monkeypatch.setattr(METHODS[name], "after_upper_step", lambda: None)  # the step alone
     model = model_of(name, dropout=0.0).double()
     rows = [data(rows=9, seed=seed).with_format("torch")[:] for seed in (1, 2)]
     ascent = partial(torch.optim.SGD, lr=1.0)
@@ -101,57 +97,6 @@ def test_stock_peft_loads_the_adapter(tmp_path: Path, name: str, retrain: str) -
     expected = run.model.eval()(**rows).logits.detach()
     # BiDoRA's layers compute by other operations.
     torch.testing.assert_close(loaded(**rows).logits.detach(), expected, rtol=1e-5, atol=1e-6)
-
-
-def regression(method: Method) -> Any:
-    """Both levels of one adapted linear layer, in float64; the lower one is at a minimum."""
-    model = randomise(single(use_dora=False))
-    x = layer_input("linear")
-    targets = torch.randn(2, 2, 3, 5, dtype=x.dtype)
-    task = lambda row: mse_loss(model(x), targets[row])  # noqa: E731
-    upper, lower = method.levels(model, task, data=([0], [1]), optimizers=[SGD, SGD])
-    with torch.no_grad():
-        for u in upper.variables:
-            u += torch.linspace(0.1, 0.4, u.numel(), dtype=u.dtype).view_as(u)
-    solve(lower)
-    return upper, lower
-
-
-def solve(lower: Any) -> None:
-    """L-BFGS, then Newton's method in the directions that the loss depends on."""
-    lbfgs(lower, 1, tolerance=1e-8, max_steps=5000)
-    for _ in range(3):
-        graph = torch.autograd.grad(lower.evaluate(1)[0], lower.variables, create_graph=True)
-        slope = torch.cat([part.flatten() for part in graph])
-        rows = [torch.autograd.grad(x, lower.variables, retain_graph=True) for x in slope]
-        hessian = torch.stack([flat(row) for row in rows])
-        step = torch.linalg.pinv(hessian, rtol=1e-7, hermitian=True) @ slope.detach()
-        assign(lower, flat(lower.variables) - step)
-
-
-@pytest.mark.parametrize("method", [AutoLoRA(), LayerScales(), BiLoRA(gamma=0)], ids=repr)
-def test_a_solved_level_without_a_penalty_absorbs_the_upper_variables(method: Method) -> None:
-    upper, lower = regression(method)
-    direct = flat(hypergradient(upper, lower, "direct")).norm()
-    exact = flat(hypergradient(upper, lower, "minres:steps=100,damping=0,tolerance=1e-10")).norm()
-    assert exact < 1e-5 * direct
-
-
-@pytest.mark.parametrize(
-    "method", [AutoLoRA(decay=0.05), LayerScales(decay=0.05), BiLoRA(gamma=0.1)], ids=repr
-)
-def test_a_penalty_gives_the_hypergradient_of_solved_levels(method: Method) -> None:
-    upper, lower = regression(method)
-    estimator = "minres:steps=200,damping=0,tolerance=1e-10"
-    gradient, u = flat(hypergradient(upper, lower, estimator)), flat(upper.variables)
-    towards = torch.linspace(-1, 2, len(u), dtype=u.dtype)
-    values = []
-    for shift in (1e-4, -1e-4):
-        assign(upper, u + shift * towards)
-        solve(lower)
-        values.append(float(upper.evaluate(0)[0]))
-    assert float(gradient @ towards) == pytest.approx((values[0] - values[1]) / 2e-4, rel=1e-4)
-    assert gradient.norm() > 1e-4
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d_gpt2", "conv1d", "conv2d", "conv3d"])
@@ -291,6 +236,9 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "rank": (lambda: BiLoRA().prepare(single(use_dora=False, r=5)), "rank 5"),
     "twice": (twice, "has a gain already"),
     "gamma": (lambda: BiLoRA(gamma=-1), "gamma"),
+    "a share": (lambda: S3Delta(share=1.0), "share"),
+    "no layer": (lambda: S3Delta().prepare(single(use_dora=False)), "share.*less than any"),
+    "beta": (lambda: S3Delta(beta=0.0), "beta"),
 }
 
 

@@ -9,12 +9,16 @@ from torch.nn.functional import cross_entropy
 
 from hyperopt_peft import Engine, ProblemError, hypergradient
 from hyperopt_peft.core.data import DataStream
-from hyperopt_peft.problems import RowWeights, WeightNet
+from hyperopt_peft.problems import SEAL, RowWeights, WeightNet
 from tests.support.methods import method_trainer
 from tests.support.trainers import data
 from tests.support.weighted_levels import Linear, central_difference, regularised, rows, value
 
-METHODS = {"rows": lambda: RowWeights(keep=None), "net": lambda: WeightNet(5)}
+METHODS = {
+    "rows": lambda: RowWeights(keep=None),
+    "softmax": lambda: RowWeights(keep=None, form="softmax"),
+    "net": lambda: WeightNet(5),
+}
 
 
 def levels(kind: str, count: int = 30) -> tuple[Any, ...]:
@@ -23,7 +27,7 @@ def levels(kind: str, count: int = 30) -> tuple[Any, ...]:
     model, method = Linear(), METHODS[kind]()
     noisy, clean = rows(count, seed=1, noise=0.4)[0], rows(100, seed=2)[0]
     noisy["index"] = torch.arange(count)
-    if kind == "rows":
+    if kind != "net":
         method.rows([None] * count, [None])
     method.prepare(model)
     for x in method.upper_variables(model).values():
@@ -58,7 +62,7 @@ def test_wrong_labels_lose(kind: str) -> None:
     lower.optimizer = torch.optim.SGD(lower.variables, lr=1.0)
     Engine(upper, lower, "minres", lower_steps=10, progress=False).run(30)
     with torch.no_grad():
-        if kind == "rows":
+        if kind != "net":
             weights = method.row_weights()
         else:
             logits = lower.model(noisy["x"]).logits
@@ -84,8 +88,19 @@ def test_the_second_phase_has_the_best_rows_or_the_weights(tmp_path: Path, keep:
         assert torch.equal(method.weights(batch), expected)
 
 
+def test_seal_trains_anew_on_the_best_rows_alone(tmp_path: Path) -> None:
+    """Its upper batches are of training rows, its lower ones of all."""
+    trusted, method = {"upper_dataset": data(rows=5, seed=1)}, SEAL(keep=0.5)
+    run = method_trainer(tmp_path, method=method, options=trusted, hypergradient="direct")
+    assert (len(run.train_dataset), len(run.upper_dataset)) == (29, 24)
+    run.train()
+    best = set(method.logits.topk(12).indices.tolist())
+    assert set(run.retrainer.train_dataset["index"][:]) == best and len(best) == 12
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "a share": (lambda d: RowWeights(keep=1.5), "keep"),
+    "trust": (lambda d: SEAL(trust=1.5), "trust"),
     "no trusted rows": (lambda d: method_trainer(d, method=RowWeights()), "upper_dataset"),
 }
 

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hyperopt_peft.core.examples import WeightedRows
 from hyperopt_peft.core.task_level import TaskLevel
-from hyperopt_peft.problems.row_weights import WeightNet
+from hyperopt_peft.problems.weight_net import WeightNet
 from hyperopt_peft.trainer.tags import without
 
 TAGS = ("source", "index")

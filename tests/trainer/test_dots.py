@@ -10,8 +10,9 @@ from packaging.version import Version
 from torch import Tensor
 
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, NonFiniteError
-from hyperopt_peft.problems.row_weights import RowWeights, WeightNet
+from hyperopt_peft.problems.row_weights import RowWeights
 from hyperopt_peft.problems.sources import Sources
+from hyperopt_peft.problems.weight_net import WeightNet
 from hyperopt_peft.trainer.checks import FSDP2_SINCE
 from tests.support import dots_in_processes, two_processes
 from tests.support.trainers import QUIET, data, peft_model

@@ -1,0 +1,101 @@
+"""A decay of each layer's adapter, learned on validation data.
+
+    upper: min over u          L(w*(u); D_val)
+    lower: w*(u) = argmin over w   L(w; D_train) + ½ Σ_l e^(u_l)·‖w_l‖²
+
+w_l are the trained factors A and B of layer l; the head has no decay. The variables are those of
+LiFT, arXiv:2606.16243, which finds a direction by a linear programme from the gradients of both
+levels; here any estimator takes the implicit term. Where L is a square and A is fixed, w*(u) is
+ridge regression.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperopt_peft.adapters.gains import PREFIX
+from hyperopt_peft.adapters.layers import factors, lora_layers
+from hyperopt_peft.core.problem import TaskLoss
+from hyperopt_peft.problems.common import regularised
+from hyperopt_peft.trainer.method import Method
+
+
+@dataclass
+class LayerDecay(Method):
+    """Log strengths above, adapter and head below; then the adapter, with these, on all rows.
+
+    A strength is a number of the loss and not of the optimizer: give the optimizer no weight
+    decay. One shared strength is the ablation that a validation set could choose by a grid too.
+
+    Args:
+        start: u at first.
+        shared: whether all layers have the same u.
+
+    Raises:
+        ProblemError: the model has no LoRA layer; FSDP2 shards the adapter.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> config = LoraConfig(r=2, target_modules=["0", "1"])
+        >>> layers = torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)
+        >>> model, method = get_peft_model(torch.nn.Sequential(*layers), config), LayerDecay(-2.0)
+        >>> method.prepare(model)
+        >>> method.finish(model).base_model.model is model.base_model.model
+        True
+        >>> method.decays
+        {'0': 0.135..., '1': 0.135...}
+    """
+
+    start: float = -6.0
+    shared: bool = False
+
+    defaults = MappingProxyType(
+        {"hypergradient": "minres:steps=5,damping=0.1", "upper_learning_rate": 0.1}
+    )
+
+    def prepare(self, model: Any) -> None:
+        """Make u of each layer, or one."""
+        layers = trained_factors(model)
+        like = next(iter(layers.values()))[0]
+        kind = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
+        count = 1 if self.shared else len(layers)
+        #: u, ``(layers,)`` or ``(1,)``.
+        self.log_decays = torch.full((count,), self.start, **kind, requires_grad=True)
+
+    def upper_variables(self, model: Any) -> dict[str, Tensor]:
+        """u."""
+        return {"log_decays": self.log_decays}
+
+    def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Any:
+        """L + ½ Σ e^(u_l)·‖w_l‖², both metrics too."""
+        return regularised(task_loss(batch), 1.0, self.penalty, model)
+
+    def penalty(self, model: Any) -> Tensor:
+        """½ Σ e^(u_l)·‖w_l‖²."""
+        u = self.log_decays
+        layers = trained_factors(model).values()
+        squares = [sum(w.square().sum().to(u) for w in layer) for layer in layers]
+        return (u.exp() * torch.stack(squares)).sum() / 2
+
+    def finish(self, model: Any) -> Any:
+        """``model``; the strengths stay as they are, and ``decays`` has them by layer."""
+        names = trained_factors(model)
+        strengths = self.log_decays.requires_grad_(False).exp().expand(len(names))
+        #: e^u of each layer, by its name in the base model.
+        self.decays = dict(zip(names, strengths.tolist(), strict=True))
+        return model
+
+
+def trained_factors(model: Any) -> dict[str, list[Tensor]]:
+    """Those of A and B that train, of each LoRA layer, by its name in the base model."""
+    adapter = model.active_adapter
+    layers = {
+        name.removeprefix(PREFIX): [w for w in factors(layer, adapter) if w.requires_grad]
+        for name, layer in lora_layers(model)
+    }
+    return {name: trained for name, trained in layers.items() if trained}

@@ -1,0 +1,128 @@
+"""S3Delta: which layers have an adapter, from gates learned on validation data.
+
+    upper: min over α          L(A*, B*, z(α); D_val),   Σ_l n_l·p_l = share·Σ_l n_l
+    lower: A*, B*(α) = argmin over A, B, head   L(A, B, z(α); D_train)
+
+The update of layer l is ΔW_l = z_l·s·B_l A_l with p_l = σ(α_l/β) and n_l parameters. In training
+z_l = σ(logit p_l + logit U) with U uniform in (0, 1), a draw of the binary concrete distribution;
+in evaluation z_l = p_l. Then the layers of largest p within the budget are trained from scratch.
+Hu et al. 2022, arXiv:2206.07382, whose gates are of other kinds of adapters too.
+
+The shift of α that meets the budget is made after each upper step, where the published code makes
+it in each pass, without its derivative, and takes from the gradient the part that changes Σ p_l.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperopt_peft.adapters.gains import add_gains, gain_variables, gained_layers, keep_terms
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.trainer.method import Method
+
+
+@dataclass
+class S3Delta(Method):
+    """Gates above, A, B and head below; then an adapter in some layers.
+
+    **Where every layer's gate is its mean, a solved lower level absorbs the gates**, as with
+    `LayerScales`. A layer's draws of z leave a dependence on p. A gate has no gradient where B = 0.
+
+    Args:
+        share: of the adapter's parameters that remain.
+        beta: β. A small one has gates near 0 and 1, whose derivative is small.
+        sampled: whether gates are drawn in training.
+
+    Raises:
+        ProblemError: ``share`` is no share, or too small for any layer; β is not positive; later,
+            as `add_gains`.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> layers = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        >>> config = LoraConfig(r=2, target_modules=["0", "1"])
+        >>> model, method = get_peft_model(torch.nn.Sequential(*layers), config), S3Delta()
+        >>> method.prepare(model)
+        >>> list(method.upper_variables(model).values())[1].data += 1
+        >>> method.project()
+        >>> method.gates(model)
+        {'0': 0.377..., '1': 0.622...}
+        >>> method.finish(model).peft_config["default"].target_modules, method.layers
+        ('1', ['1'])
+    """
+
+    share: float = 0.5
+    beta: float = 1.0
+    sampled: bool = True
+
+    defaults = MappingProxyType(
+        {"hypergradient": "darts", "upper_learning_rate": 0.1, "retrain": "scratch"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.share < 1:
+            raise ProblemError(f"share: must be in (0, 1), got {self.share}")
+        if not 0 < self.beta < math.inf:
+            raise ProblemError(f"beta: must be finite and positive, got {self.beta}")
+
+    def prepare(self, model: Any) -> None:
+        """Let B be z·B, with equal gates."""
+        mean = partial(_gate, beta=self.beta)
+        draw = partial(_draw, beta=self.beta) if self.sampled else mean
+        layers = add_gains(model, mean, columns=False, in_training=draw)
+        self._sizes = torch.tensor([float(x.a.numel() + x.b.numel()) for x in layers])
+        if self._sizes.min() > self.share * self._sizes.sum():
+            raise ProblemError(f"share: {self.share} of the adapter is less than any of its layers")
+        self._u = [each.gain.u for each in layers]
+        self.project()
+
+    def upper_variables(self, model: Any) -> dict[str, Tensor]:
+        """α of every layer."""
+        return gain_variables(model)
+
+    def after_upper_step(self) -> None:
+        """Shift α, so that Σ n_l·p_l is the budget."""
+        alpha = torch.stack([u.detach().flatten()[0].cpu() for u in self._u]).double()
+        sizes = self._sizes.double()
+        low, high = alpha.min() - 40 * self.beta, alpha.max() + 40 * self.beta
+        for _ in range(100):  # p falls with the shift
+            shift = (low + high) / 2
+            above = sizes @ ((alpha - shift) / self.beta).sigmoid() > self.share * sizes.sum()
+            low, high = (shift, high) if above else (low, shift)
+        for u in self._u:
+            u -= float(shift)
+
+    def gates(self, model: Any) -> dict[str, float]:
+        """p of each layer, by its name in the base model."""
+        return {each.name: each.gain.values().item() for each in gained_layers(model)}
+
+    def finish(self, model: Any) -> Any:
+        """A model with a new adapter in the layers of largest p; ``layers`` has their names."""
+        gates, budget = self.gates(model), self.share * float(self._sizes.sum()) * (1 + 1e-6)
+        sizes, ranks = dict(zip(gates, self._sizes.tolist(), strict=True)), gained_layers(model)
+        #: The layers that have an adapter, by name in the base model.
+        self.layers = []
+        for name in sorted(gates, key=lambda name: -gates[name]):
+            if sizes[name] <= budget:
+                self.layers.append(name)
+                budget -= sizes[name]
+        kept = {x.name: torch.full((len(x.a),), x.name in self.layers) for x in ranks}
+        return keep_terms(model, kept)
+
+
+def _gate(alpha: Tensor, *, beta: float) -> Tensor:
+    """p = σ(α/β)."""
+    return (alpha / beta).sigmoid()
+
+
+def _draw(alpha: Tensor, *, beta: float) -> Tensor:
+    """σ(α/β + logit U)."""
+    return (alpha / beta + torch.rand_like(alpha).logit(1e-6)).sigmoid()

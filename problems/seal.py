@@ -1,0 +1,92 @@
+"""SEAL: the training rows that agree with trusted ones, as its authors' code finds them.
+
+    bilevel: min over ω   L(w*(ω); trusted rows),   w*(ω) = argmin over w   1/n Σ_i σ_i ℓ_i(w)
+    w:       a step on    c·L(w; trusted rows) + (1 − c)·1/n Σ_i σ_i ℓ_i(w)
+    ω:       a step on    1/n Σ_i σ_i(ω) ℓ_i(w),   σ = n·softmax(ω)
+
+ω is a logit for each of n training rows. The two steps are a penalty method without the value
+function's term: at fixed w the minimum over ω is the row of least loss. With c near 1 the weights
+thus rank the rows by their loss under a model of the trusted rows, an ablation of one line. Shen et
+al. 2025, arXiv:2410.07471; github:hanshen95/SEAL, in which c falls over the epochs from 1 to .94.
+`RowWeights` is the bilevel problem itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+from torch import Tensor
+
+from hyperopt_peft.core.examples import WeightedRows
+from hyperopt_peft.core.problem import Problem, TaskLoss
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.problems.row_weights import RowWeights
+from hyperopt_peft.trainer.data import joined
+from hyperopt_peft.trainer.tags import INDEX
+
+
+@dataclass
+class SEAL(RowWeights):
+    """Logits of rows above, adapter and head below; then a training on the best rows alone.
+
+    The upper level's batches are of training rows, and the lower level's of all rows. A lower
+    batch without a trusted row has no first term.
+
+    Args:
+        keep, form: as for `RowWeights`.
+        trust: c, from 0 to 1.
+
+    Raises:
+        ProblemError: ``trust`` is outside of [0, 1]; as `RowWeights`.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> import torch
+        >>> method = SEAL(trust=0.97)
+        >>> train, trusted = Dataset.from_dict({"index": [0, 1]}), Dataset.from_dict({"index": [2]})
+        >>> [rows["index"][:] for rows in method.rows(train, trusted)]
+        [[0, 1, 2], [0, 1]]
+        >>> method.prepare(torch.nn.Linear(1, 1))
+        >>> method.lower_weights({"index": torch.arange(3)})
+        tensor([0.0450, 0.0450, 2.9100])
+    """
+
+    form: Literal["sigmoid", "softmax"] = "softmax"
+    trust: float = 0.97
+
+    # The estimator is part of the method: σ is fixed below, so that there is no other term.
+    defaults = MappingProxyType({"hypergradient": "direct", "lower_steps": 1})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.trust <= 1:
+            raise ProblemError(f"trust: must be in [0, 1], got {self.trust}")
+
+    def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:
+        """All rows for the lower level, the training rows for the upper one."""
+        super().rows(train, upper)
+        self.trusted = len(upper)
+        return joined(train_dataset=train, upper_dataset=upper), train
+
+    def lower_weights(self, batch: Any) -> Tensor:
+        """The weight of each row of a batch of all rows; of a trusted one c·(n + m)/m."""
+        n, m = self.count, self.trusted
+        trusted = (batch[INDEX] >= n).to(self.logits)
+        of_training = (1 - self.trust) * (n + m) / n * self.weights(batch).detach()
+        return of_training * (1 - trusted) + self.trust * (n + m) / m * trusted
+
+    def lower(self, model: Any, task_loss: TaskLoss) -> Problem:
+        """c·L + (1 − c)·1/n Σ σ_i ℓ_i; in the second phase as `RowWeights`."""
+        if not self.logits.requires_grad:
+            return super().lower(model, task_loss)
+        return WeightedRows(model, self.lower_weights, tags=self.tags)
+
+    def upper(self, model: Any, task_loss: TaskLoss) -> Problem:
+        """1/n Σ σ_i ℓ_i over ω."""
+        return WeightedRows(model, self.weights, self.upper_variables(model), tags=self.tags)
+
+    def all_rows(self, train: Any, upper: Any) -> Any:
+        """The training rows of largest weight, or all."""
+        return upper if self.keep is None else self.best_rows(upper)

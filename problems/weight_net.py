@@ -1,0 +1,72 @@
+"""A weight for each training row from its loss, by a small net that is learned on trusted rows.
+
+    upper: min over u   L(w*(u); trusted rows)
+    lower: w*(u) = argmin over adapter and head w   1/N Σ_i v_i ℓ_i(w),   v_i = 2σ(V(ℓ_i; u))
+
+ℓ_i is the loss of row i, N the number of labels. Shu et al. 2019 (Meta-Weight-Net),
+arXiv:1902.07379, who leave ∂v_i/∂w out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hyperopt_peft.core.examples import WeightedRows
+from hyperopt_peft.core.labels import WEIGHT
+from hyperopt_peft.core.logits import IGNORED
+from hyperopt_peft.core.problem import Problem, TaskLoss
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.trainer.method import Method
+
+
+@dataclass
+class WeightNet(Method):
+    """A net of ``hidden`` units from the loss of a row to its weight.
+
+    Example:
+        >>> method = WeightNet(hidden=4)
+        >>> method.prepare(nn.Linear(1, 1))
+        >>> method.row_weights(torch.ones(3)).shape
+        torch.Size([3])
+    """
+
+    hidden: int = 100
+
+    defaults = MappingProxyType({"hypergradient": "darts:product=dots"})
+
+    def prepare(self, model: Any) -> None:
+        """Make the net."""
+        layers = nn.Linear(1, self.hidden), nn.ReLU(), nn.Linear(self.hidden, 1)
+        self.net = nn.Sequential(*layers).to(next(model.parameters()).device)
+
+    def upper_variables(self, model: Any) -> dict[str, Tensor]:
+        """The parameters of the net."""
+        return dict(self.net.named_parameters())
+
+    def row_weights(self, losses: Tensor) -> Tensor:
+        """v of rows with ``losses`` ``(n,)``."""
+        like = next(self.net.parameters())
+        logits: Tensor = self.net(losses[:, None].to(like))[:, 0]
+        return 2 * logits.sigmoid().to(losses)
+
+    def lower(self, model: Any, task_loss: TaskLoss) -> Problem:
+        """Σ v_i ℓ_i/N."""
+        return _NetWeighted(self, model)
+
+
+class _NetWeighted(WeightedRows):
+    def __init__(self, method: WeightNet, model: Any) -> None:
+        self.method = method
+        super().__init__(model, lambda batch: torch.ones(len(batch["labels"])))
+
+    def weighted(self, losses: Tensor, batch: Any) -> dict[str, Tensor]:
+        if "position_ids" in batch:  # of packed or joined rows
+            raise ProblemError("WeightNet: a pack has no loss for each row; choose RowWeights")
+        share = batch.get(WEIGHT, 1.0) / (batch["labels"] != IGNORED).sum().clamp(min=1)
+        weights = self.method.row_weights(losses / share)
+        return {"loss": (weights * losses).sum(), "task_loss": losses.detach().sum()}
