@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from typing import Any
@@ -49,7 +50,8 @@ def check_problem(
     the variables and random state; a post-accumulate hook; wrong second derivatives of f.
     Warnings: a gradient that is not that of its loss (``detach()``, as in PEFT's DoRA, or a hook);
     no implicit term; f without second derivative; negative curvature; a linear system that
-    ``solver_steps`` steps do not solve; a lower level far from its minimum.
+    ``solver_steps`` steps do not solve; a lower level far from its minimum; an implicit term that
+    cancels the direct one, where the lower variables absorb the upper ones.
 
     Derivatives are compared with central differences in float64, in one random direction. An error
     of less than a thousandth of a variable's part is not seen, nor one that this batch does not
@@ -127,7 +129,9 @@ def _pairs(oracle: Oracle, *of_levels: Sequence[Any] | None) -> list[tuple[Any, 
 
 #: The kinds of findings that are warnings; the others are errors.
 WARNINGS = {"no implicit term", "no mixed derivative", "no double backward", "negative curvature"}
-WARNINGS |= {"ill-conditioned", "far from stationary", "noisy hypergradient"}
+WARNINGS |= {"ill-conditioned", "far from stationary", "noisy hypergradient", "absorbed"}
+#: ‖direct + implicit‖/‖direct‖, beside the solver's residual, below which the terms cancel.
+CANCELS = 0.02
 #: What to do about a finding where its words do not depend on numbers.
 REMEDIES = {
     "in-place edit": NO_WRITES,
@@ -138,6 +142,8 @@ REMEDIES = {
     "the direct term",
     "no mixed derivative": "let them act on the lower loss together with its variables; as it is, "
     "the hypergradient is the direct term",
+    "absorbed": "give the lower loss a penalty that depends on them, such as a decay of what they "
+    "scale; compare with a run in which they are frozen",
     "far from stationary": "take more lower steps before the first upper step and before each one",
     "noisy hypergradient": f"try {ADVICE}",
 }
@@ -156,6 +162,7 @@ class _Examination:
     curvature: Curvature | None = None
     signal_to_noise: float | None = None
     not_compared: str = ""
+    envelope: float = math.inf  # ‖∂f/∂u‖/‖∂F/∂u‖
 
     def run(self) -> None:
         oracle = self.oracle
@@ -262,6 +269,8 @@ class _Examination:
             self._add("no implicit term", upper, words)
         if all(g is None for g in below[:count]):
             self._no_mixed()
+        of_f, of_upper = (Vector.of(g[:count], upper.variables).norm() for g in (below, above))
+        self.envelope = of_f / of_upper if of_upper else math.inf
 
     def _no_mixed(self) -> None:
         if read_by_options(self.oracle.lower):  # u acts through the optimizer, not through f
@@ -306,10 +315,35 @@ class _Examination:
                 f"{curvature.change:.0%}"
             )
             self._add("far from stationary", lower, words)
-        self._noise(product, curvature)
+        absorbed = False
+        with suppress(NonFiniteError):  # which the next measurement names
+            absorbed = curvature.change <= 0.1 and self._absorbed(product, curvature)
+        self._noise(product, curvature, absorbed)
 
-    def _noise(self, product: ProductKind, curvature: Curvature) -> None:
-        """Measure the signal-to-noise ratio, and add a finding where it is below 1."""
+    def _absorbed(self, product: ProductKind, curvature: Curvature) -> bool:
+        """Whether the terms cancel for every upper batch, and f too is flat in u: a finding."""
+        most, slack = curvature.remainder, CANCELS + min(curvature.residual, 0.1)
+        if not (most < slack and self.envelope < CANCELS):
+            return False
+        solver, several = MINRES(steps=self.solver_steps, product=product), False
+        first = self.oracle.upper_gradient.b
+        for above, _ in self.pairs:  # at the minimum of one of them they cancel on it alone
+            oracle = replace(self.oracle, upper_batch=above)
+            several |= (oracle.upper_gradient.b - first).norm() > 0
+            estimate = solver.estimate(oracle)
+            most = max(most, estimate.hypergradient.norm() / (estimate.direct.norm() or 1.0))
+        if most < slack:
+            words = (
+                f"the implicit term cancels the direct one to {most:.1%}, and ∂f/∂u is zero: at "
+                "the lower minimum F does not depend on the upper variables, and what moves them "
+                "is the path to it or the decay of an optimizer"
+            )
+            unless = "" if several else " (unless they are at F's minimum: one batch cannot tell)"
+            self._add("absorbed", self.oracle.upper, words + unless)
+        return most < slack
+
+    def _noise(self, product: ProductKind, curvature: Curvature, zero: bool) -> None:
+        """Measure the signal-to-noise ratio; a finding where it is below 1 and the signal not 0."""
         solver = MINRES(
             steps=self.solver_steps, damping=curvature.damping(), product=product, tolerance=1e-2
         )
@@ -330,7 +364,7 @@ class _Examination:
             self._add("not finite", self.oracle.upper, words, advice)
             return
         self.signal_to_noise = ratio = signal.read()
-        if ratio is not None and ratio < 1:
+        if ratio is not None and ratio < 1 and not zero:
             words = (
                 f"the hypergradient is noise: over {len(self.pairs)} pairs of batches its "
                 f"signal-to-noise ratio is {ratio:.2g}"

@@ -66,6 +66,7 @@ class Curvature(Spectrum):
             ‖direct‖ + ‖implicit‖.
         residual: ‖b − Hv‖/‖b‖ of an undamped MINRES solve.
         implicit_ratio: ‖implicit‖/‖direct‖.
+        remainder: ‖direct + implicit‖/‖direct‖, NaN without a direct term.
     """
 
     implicit: bool
@@ -73,6 +74,7 @@ class Curvature(Spectrum):
     change: float
     residual: float
     implicit_ratio: float
+    remainder: float
 
     def __str__(self) -> str:
         return (
@@ -170,6 +172,7 @@ def measure_curvature(oracle: Oracle, product: ProductKind, steps: int, seed: in
         moved / size if size else 0.0,
         here.residual or 0.0,
         here.implicit_ratio,
+        here.hypergradient.norm() / (here.direct.norm() or math.nan),
     )
 
 

@@ -232,6 +232,27 @@ def moved(quadratic, length):
     return quadratic
 
 
+@pytest.mark.parametrize("absorbed", [True, False])
+@pytest.mark.parametrize("several", [True, False])
+def test_variables_that_the_lower_level_absorbs(absorbed, several):
+    """Both losses read u·w alone; or w = u, and u is at the minimum of F on the first batch."""
+    pair = Pair()
+    batches = torch.tensor([[2.0, 1.0, -1.0], [1.0, 3.0, 5.0]], dtype=torch.float64)
+    product = lambda: pair.u * pair.w if absorbed else pair.w  # noqa: E731
+    pair.upper.function = lambda batch: (
+        (product() - batch).square().sum() + (0 if absorbed else pair.u.square().sum())
+    )
+    if absorbed:
+        pair.lower.function = lambda _: (pair.u * pair.w - 1).square().sum() / 2
+        pair.w.data = 1 / pair.u.detach()
+    else:
+        pair.u.data, pair.w.data = batches[0] / 2, batches[0] / 2
+    check = pair.check(upper_batch=batches[0], upper_batches=batches[: 1 + several])
+    found = absorbed or not several  # one batch cannot tell
+    assert check.curvature.remainder < 1e-6
+    assert kinds(check, "error", "warning") == (["absorbed"] if found else ["noisy hypergradient"])
+
+
 def test_far_from_stationary_is_the_change_of_the_hypergradient():
     quadratic = moved(program(0), 1.0)
     upper, lower = quadratic.levels()
