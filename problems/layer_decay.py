@@ -62,10 +62,10 @@ class LayerDecay(Method):
         """Make u of each layer, or one."""
         layers = trained_factors(model)
         like = next(iter(layers.values()))[0]
-        kind = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
-        count = 1 if self.shared else len(layers)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        start = torch.full((1 if self.shared else len(layers),), self.start, dtype=dtype)
         #: u, ``(layers,)`` or ``(1,)``.
-        self.log_decays = torch.full((count,), self.start, **kind, requires_grad=True)
+        self.log_decays = start.to(like.device).requires_grad_()
 
     def upper_variables(self, model: Any) -> dict[str, Tensor]:
         """u."""
@@ -77,10 +77,10 @@ class LayerDecay(Method):
 
     def penalty(self, model: Any) -> Tensor:
         """½ Σ e^(u_l)·‖w_l‖²."""
-        u = self.log_decays
-        layers = trained_factors(model).values()
-        squares = [sum(w.square().sum().to(u) for w in layer) for layer in layers]
-        return (u.exp() * torch.stack(squares)).sum() / 2
+        u, layers = self.log_decays, trained_factors(model).values()
+        squares = [torch.stack([w.square().sum().to(u) for w in each]).sum() for each in layers]
+        total: Tensor = (u.exp() * torch.stack(squares)).sum() / 2
+        return total
 
     def finish(self, model: Any) -> Any:
         """``model``; the strengths stay as they are, and ``decays`` has them by layer."""

@@ -98,7 +98,7 @@ class S3Delta(Method):
             above = sizes @ ((alpha - shift) / self.beta).sigmoid() > self.share * sizes.sum()
             low, high = (shift, high) if above else (low, shift)
         for u in self._u:
-            u -= float(shift)
+            u.sub_(float(shift))
 
     def gates(self, model: Any) -> dict[str, float]:
         """p of each layer, by its name in the base model."""

@@ -4,11 +4,12 @@
     w:       a step on    c·L(w; trusted rows) + (1 − c)·1/n Σ_i σ_i ℓ_i(w)
     ω:       a step on    1/n Σ_i σ_i(ω) ℓ_i(w),   σ = n·softmax(ω)
 
-ω is a logit for each of n training rows. The two steps are a penalty method without the value
-function's term: at fixed w the minimum over ω is the row of least loss. With c near 1 the weights
-thus rank the rows by their loss under a model of the trusted rows, an ablation of one line. Shen et
-al. 2025, arXiv:2410.07471; github:hanshen95/SEAL, in which c falls over the epochs from 1 to .94.
-`RowWeights` is the bilevel problem itself.
+ω is a logit for each of n training rows. The steps are a penalty method without the value
+function's term, and so **both descend one loss**, that of w: at fixed w its minimum over ω is the
+row of least ℓ_i. With c near 1 the weights rank the rows by their loss under a model of the trusted
+rows, an ablation of one line. Shen et al. 2025, arXiv:2410.07471; github:hanshen95/SEAL, in which c
+falls over the epochs from 1 to .94, for which `Method` has no hook. `RowWeights` is the bilevel
+problem itself.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from hyperopt_peft.core.examples import WeightedRows
@@ -43,7 +45,6 @@ class SEAL(RowWeights):
 
     Example:
         >>> from datasets import Dataset
-        >>> import torch
         >>> method = SEAL(trust=0.97)
         >>> train, trusted = Dataset.from_dict({"index": [0, 1]}), Dataset.from_dict({"index": [2]})
         >>> [rows["index"][:] for rows in method.rows(train, trusted)]
@@ -56,7 +57,7 @@ class SEAL(RowWeights):
     form: Literal["sigmoid", "softmax"] = "softmax"
     trust: float = 0.97
 
-    # The estimator is part of the method: σ is fixed below, so that there is no other term.
+    # The estimator is part of the method.
     defaults = MappingProxyType({"hypergradient": "direct", "lower_steps": 1})
 
     def __post_init__(self) -> None:
@@ -74,8 +75,8 @@ class SEAL(RowWeights):
         """The weight of each row of a batch of all rows; of a trusted one c·(n + m)/m."""
         n, m = self.count, self.trusted
         trusted = (batch[INDEX] >= n).to(self.logits)
-        of_training = (1 - self.trust) * (n + m) / n * self.weights(batch).detach()
-        return of_training * (1 - trusted) + self.trust * (n + m) / m * trusted
+        weights = (1 - self.trust) * (n + m) / n * self.weights(batch)
+        return weights.lerp(torch.full_like(weights, self.trust * (n + m) / m), trusted)
 
     def lower(self, model: Any, task_loss: TaskLoss) -> Problem:
         """c·L + (1 − c)·1/n Σ σ_i ℓ_i; in the second phase as `RowWeights`."""

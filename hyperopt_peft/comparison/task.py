@@ -21,7 +21,7 @@ from hyperopt_peft.comparison.watch import Watch
 from hyperopt_peft.core.problem import Problem, TaskLoss
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
-from hyperopt_peft.trainer.data import shared_rows, split_dataset
+from hyperopt_peft.trainer.data import joined, shared_rows, split_dataset
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.passes import PassCounter
 from hyperopt_peft.trainer.quiet import no_bars
@@ -299,8 +299,20 @@ class OneLevel(Method):
     def __init__(self, method: Method) -> None:
         self.method, self.tags = method, method.tags
         self.defaults = {k: v for k, v in method.defaults.items() if k != "hypergradient"}
-        for name in ("adapter", "rows", "all_rows", "prepare", "after_upper_step", "finish"):
+        for name in ("adapter", "rows", "prepare", "finish"):
             setattr(self, name, getattr(method, name))
+
+    def all_rows(self, train: Any, upper: Any) -> Any:
+        """The rows of both levels, each once; those of a second phase may be learned."""
+        if upper is None:
+            return train
+        again = {*shared_rows(upper, train)}
+        more = upper.select([row for row in range(len(upper)) if row not in again])
+        return joined(train_dataset=train, upper_dataset=more) if len(more) else train
+
+    def read_rows(self, *rows: Any) -> None:
+        """As the method."""
+        self.method.read_rows(*rows)
 
     def lower(self, model: Any, task_loss: TaskLoss) -> Problem:
         """The lower level's loss over the variables of both levels."""
