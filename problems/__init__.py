@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from hyperopt_peft.problems.bidora import BiDoRA as BiDoRA
     from hyperopt_peft.problems.bilora import BiLoRA as BiLoRA
     from hyperopt_peft.problems.class_offsets import ClassOffsets as ClassOffsets
+    from hyperopt_peft.problems.class_priors import FrequencyWeights as FrequencyWeights
+    from hyperopt_peft.problems.class_priors import LogitAdjustment as LogitAdjustment
+    from hyperopt_peft.problems.class_priors import TunedAdjustment as TunedAdjustment
     from hyperopt_peft.problems.data_plans import Agreement as Agreement
     from hyperopt_peft.problems.data_plans import EqualSources as EqualSources
     from hyperopt_peft.problems.find import find_method as find_method
@@ -33,16 +36,19 @@ _MODULES = {
     "ClassOffsets": "problems.class_offsets",
     "DoRA": "problems.baselines",
     "EqualSources": "problems.data_plans",
+    "FrequencyWeights": "problems.class_priors",
     "GivenWeights": "problems.baselines",
     "Head": "problems.head",
     "LayerDecay": "problems.layer_decay",
     "LayerScales": "problems.layer_scales",
+    "LogitAdjustment": "problems.class_priors",
     "LoRA": "problems.baselines",
     "RowWeights": "problems.row_weights",
     "S3Delta": "problems.s3delta",
     "SEAL": "problems.seal",
     "Sources": "problems.sources",
     "TaskLevel": "core.task_level",
+    "TunedAdjustment": "problems.class_priors",
     "TrustedRepeated": "problems.baselines",
     "WeightNet": "problems.weight_net",
     "find_method": "problems.find",
@@ -58,6 +64,9 @@ METHODS = {
     "layer_scales": "LayerScales",
     "layer_decay": "LayerDecay",
     "class_offsets": "ClassOffsets",
+    "logit_adjustment": "LogitAdjustment",
+    "tuned_adjustment": "TunedAdjustment",
+    "frequency_weights": "FrequencyWeights",
     "row_weights": "RowWeights",
     "seal": "SEAL",
     "weight_net": "WeightNet",

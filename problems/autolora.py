@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from hyperopt_peft.adapters.gains import (
+    GainedLayer,
     add_gains,
     gain_variables,
     gained_layers,
@@ -45,12 +47,14 @@ class AutoLoRA(Method):
     Args:
         threshold: the least p of a term that remains; a layer's largest always does.
         decay: of A and B at the lower level.
+        choose: what decides where the ranks are, of which ``threshold`` gives the sum. As
+            controls, the size of the trained terms p_j·‖B_:j‖·‖A_j:‖, or a draw by the run's seed;
+            with an upper rate of 0 the first is magnitude pruning of LoRA.
 
     Raises:
         ProblemError: the decay is negative; later, as `add_gains`.
 
     Example:
-        >>> import torch
         >>> from peft import LoraConfig, get_peft_model
         >>> config = LoraConfig(r=4, target_modules=["0"])
         >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), config)
@@ -66,6 +70,7 @@ class AutoLoRA(Method):
 
     threshold: float = 1.0
     decay: float = 0.0
+    choose: Literal["weights", "sizes", "random"] = "weights"
 
     defaults = MappingProxyType({"hypergradient": "darts:scheme=forward", "retrain": "scratch"})
 
@@ -88,13 +93,28 @@ class AutoLoRA(Method):
 
     def finish(self, model: Any) -> Any:
         """A model with a new adapter of the terms that remain; ``ranks`` has their numbers."""
-        kept = {}
-        for each in gained_layers(model):
-            p = each.gain.values()
-            kept[each.name] = p >= min(self.threshold, float(p.max())) - ROUNDING
+        layers = gained_layers(model)
+        kept, p = {}, [each.gain.values() for each in layers]
+        for each, values in zip(layers, p, strict=True):
+            kept[each.name] = values >= min(self.threshold, float(values.max())) - ROUNDING
+        if self.choose != "weights":
+            scores = torch.cat(p).cpu() * torch.cat([_sizes(each).cpu() for each in layers])
+            if self.choose == "random":
+                draw = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+                scores = torch.rand(len(scores), generator=draw)
+            best = torch.zeros(len(scores), dtype=torch.bool)
+            best[scores.topk(int(sum(each.sum() for each in kept.values()))).indices] = True
+            parts = best.split([len(each) for each in p])
+            kept = {n: part.to(kept[n].device) for n, part in zip(kept, parts, strict=True)}
         #: The rank of each layer, by its name in the base model.
         self.ranks = {name: int(keep.sum()) for name, keep in kept.items()}
         return keep_terms(model, kept)
+
+
+def _sizes(layer: GainedLayer) -> Tensor:
+    """‖B_:j‖·‖A_j:‖ of each term, ``(r,)``."""
+    sizes: Tensor = layer.b.detach().norm(dim=0) * layer.a.detach().norm(dim=1)
+    return sizes
 
 
 def _weights(alpha: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -50,8 +50,21 @@ class ClassOffsets(Method):
 
     factor: bool = False
 
-    # The paper has Neumann steps of size 1, which diverge where a curvature is above 2.
+    # Neumann steps of size 1, the published ones, diverge where a curvature is above 2.
     defaults = MappingProxyType({"hypergradient": "minres:steps=5,damping=1.0", "lower_steps": 4})
+
+    @classmethod
+    def published(cls) -> Self:
+        """Offsets and factors, with the estimator and the steps of AutoBalance's code.
+
+        Example:
+            >>> ClassOffsets.published().factor
+            True
+        """
+        method = cls(factor=True)
+        estimator = {"hypergradient": "neumann:terms=5,step_size=1.0", "lower_steps": 20}
+        method.__dict__["defaults"] = estimator
+        return method
 
     def prepare(self, model: Any) -> None:
         """Make l and Δ, 0."""
@@ -68,19 +81,24 @@ class ClassOffsets(Method):
 
     def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Tensor:
         """The cross entropy of 2σ(Δ)⊙z + l."""
-        logits, labels = _logits(model, batch)
+        logits, labels = logits_and_labels(model, batch)
         logits = 2 * self.factors.sigmoid() * logits + self.offsets
         weight: Tensor | float = batch.get(WEIGHT, 1.0)
         return cross_entropy(logits, labels) * weight
 
     def upper_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Tensor:
         """The cross entropy of z, each class of the batch, or of a piece of it, counted alike."""
-        logits, labels = _logits(model, batch)
-        counts = labels[labels != IGNORED].bincount(minlength=logits.shape[-1])
-        return cross_entropy(logits, labels, 1 / counts.clamp(min=1).to(logits.dtype))
+        return balanced_loss(model, batch)
 
 
-def _logits(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+def balanced_loss(model: Any, batch: Any) -> Tensor:
+    """The mean over the classes of ``batch`` of their mean cross entropies."""
+    logits, labels = logits_and_labels(model, batch)
+    counts = labels[labels != IGNORED].bincount(minlength=logits.shape[-1])
+    return cross_entropy(logits, labels, 1 / counts.clamp(min=1).to(logits.dtype))
+
+
+def logits_and_labels(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
     """The logits of each label, (n, classes), in float32 or wider, and the labels, (n,)."""
     labels = require_labels(batch)
     inputs = {name: x for name, x in batch.items() if name not in ("labels", *ENTRIES)}

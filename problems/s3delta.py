@@ -18,7 +18,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ class S3Delta(Method):
         share: of the adapter's parameters that remain.
         beta: β. A small one has gates near 0 and 1, whose derivative is small.
         sampled: whether gates are drawn in training.
+        choose: what decides which layers remain. As controls, the norm of the trained p·BA, or a
+            draw by the run's seed, which the published code has too.
 
     Raises:
         ProblemError: ``share`` is no share, or too small for any layer; β is not positive; later,
@@ -61,9 +63,10 @@ class S3Delta(Method):
     share: float = 0.5
     beta: float = 1.0
     sampled: bool = True
+    choose: Literal["gates", "sizes", "random"] = "gates"
 
     defaults = MappingProxyType(
-        {"hypergradient": "darts", "upper_learning_rate": 0.1, "retrain": "scratch"}
+        {"hypergradient": "darts:xi=lr", "upper_learning_rate": 0.1, "retrain": "scratch"}
     )
 
     def __post_init__(self) -> None:
@@ -104,17 +107,23 @@ class S3Delta(Method):
         """p of each layer, by its name in the base model."""
         return {each.name: each.gain.values().item() for each in gained_layers(model)}
 
+    @torch.no_grad()
     def finish(self, model: Any) -> Any:
         """A model with a new adapter in the layers of largest p; ``layers`` has their names."""
-        gates, budget = self.gates(model), self.share * float(self._sizes.sum()) * (1 + 1e-6)
-        sizes, ranks = dict(zip(gates, self._sizes.tolist(), strict=True)), gained_layers(model)
+        layers, budget = gained_layers(model), self.share * float(self._sizes.sum()) * (1 + 1e-6)
+        scores = torch.tensor([*self.gates(model).values()])
+        if self.choose == "sizes":
+            scores *= torch.tensor([float((each.b @ each.a).norm()) for each in layers])
+        elif self.choose == "random":
+            draw = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+            scores = torch.rand(len(layers), generator=draw)
         #: The layers that have an adapter, by name in the base model.
         self.layers = []
-        for name in sorted(gates, key=lambda name: -gates[name]):
-            if sizes[name] <= budget:
-                self.layers.append(name)
-                budget -= sizes[name]
-        kept = {x.name: torch.full((len(x.a),), x.name in self.layers) for x in ranks}
+        for k in scores.argsort(descending=True, stable=True).tolist():
+            if self._sizes[k] <= budget:
+                self.layers.append(layers[k].name)
+                budget -= float(self._sizes[k])
+        kept = {each.name: torch.full((len(each.a),), each.name in self.layers) for each in layers}
         return keep_terms(model, kept)
 
 

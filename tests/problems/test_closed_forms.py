@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from hyperopt_peft import hypergradient
@@ -23,28 +23,15 @@ from hyperopt_peft.problems import (
     S3Delta,
     Sources,
 )
-from tests.support.adapted_models import adapted_layer, layer_input, randomise, single, wrap
+from tests.support.adapted_models import adapted_layer, layer_input, randomise, single, two_layers
 from tests.support.solved_levels import SGD
 from tests.support.weighted_levels import Linear, rows
 
 
-class TwoLayers(nn.Module):
-    """Layers of 12 and 11 inputs and outputs together."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x).tanh())
-
-
-def two_layers(method: Any, **options: Any) -> Any:
+def prepared(method: Any, **options: Any) -> Any:
     """The prepared model with random factors, and u moved from its start."""
-    torch.manual_seed(0)
-    targets = ["first", "second"]
-    model = wrap(TwoLayers().double(), use_dora=False, target_modules=targets, **options)
-    method.prepare(randomise(model))
+    model = two_layers(**options)
+    method.prepare(model)
     with torch.no_grad():
         for u in method.upper_variables(model).values():
             u += 0.3 * torch.randn_like(u)
@@ -60,7 +47,7 @@ def slopes(model: Any, variables: Any) -> Any:
 def test_a_layer_s_scale_moves_as_b_along_itself() -> None:
     """∂F/∂u_l = ⟨∂F/∂B_l, B_l⟩."""
     method = LayerScales()
-    model = two_layers(method)
+    model = prepared(method)
     b = [
         each.layer.lora_B["default"].parametrizations.weight.original
         for each in gained_layers(model)
@@ -74,7 +61,7 @@ def test_a_layer_s_scale_moves_as_b_along_itself() -> None:
 def test_autolora_s_slopes_have_no_sum_in_a_layer(rank: int) -> None:
     """softmax has none; of one term it is constant, and the term is kept."""
     method = AutoLoRA()
-    model = two_layers(method, r=rank)
+    model = prepared(method, r=rank)
     for slope in slopes(model, method.upper_variables(model).values()):
         assert abs(float(slope.sum())) < 1e-12 and (slope.norm() > 1e-4) == (rank > 1)
     method.finish(model)
@@ -118,7 +105,7 @@ def test_a_decay_s_hypergradient_is_that_of_ridge_regression() -> None:
 @pytest.mark.parametrize("shared", [False, True])
 def test_decays_are_those_of_layers(shared: bool) -> None:
     method = LayerDecay(start=-1.0, shared=shared)
-    model = two_layers(method)
+    model = prepared(method)
     squares = [
         sum(w.square().sum() for n, w in model.named_parameters() if f"{name}.lora_" in n)
         for name in ("first", "second")
@@ -134,7 +121,7 @@ def test_decays_are_those_of_layers(shared: bool) -> None:
 def test_s3delta_s_gates_meet_the_budget() -> None:
     """Σ n_l·p_l = share·Σ n_l; draws are of training alone."""
     method = S3Delta(share=0.6)
-    model = two_layers(method)
+    model = prepared(method)
     method.project()
     gates, x = method.gates(model), torch.randn(3, 6, dtype=torch.float64)
     assert gates["first"] * 24 + gates["second"] * 22 == pytest.approx(0.6 * 46, rel=1e-5)

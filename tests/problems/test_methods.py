@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers import default_data_collator
 
 from hyperopt_peft import (
     BiDoRA,
@@ -28,10 +29,22 @@ from hyperopt_peft.problems.autolora import AutoLoRA
 from hyperopt_peft.problems.bidora import Direction
 from hyperopt_peft.problems.bilora import BiLoRA, orthogonality
 from hyperopt_peft.problems.class_offsets import ClassOffsets
+from hyperopt_peft.problems.class_priors import (
+    FrequencyWeights,
+    LogitAdjustment,
+    TunedAdjustment,
+)
 from hyperopt_peft.problems.layer_decay import LayerDecay
 from hyperopt_peft.problems.layer_scales import LayerScales
 from hyperopt_peft.problems.s3delta import S3Delta
-from tests.support.adapted_models import adapted_layer, layer_input, randomise, single, wrap
+from tests.support.adapted_models import (
+    adapted_layer,
+    layer_input,
+    randomise,
+    single,
+    two_layers,
+    wrap,
+)
 from tests.support.methods import method_trainer
 from tests.support.solved_levels import SGD, assign, flat
 from tests.support.trainers import base_model, data, peft_model
@@ -44,6 +57,7 @@ METHODS: dict[str, Method] = {
     "layer_scales": LayerScales(decay=0.1),
     "layer_decay": LayerDecay(start=-2.0),
     "class_offsets": ClassOffsets(factor=True),
+    "tuned_adjustment": TunedAdjustment(),
 }
 
 
@@ -61,6 +75,7 @@ def test_hypergradient_is_the_central_difference_through_the_lower_steps(
     rows = [data(rows=9, seed=seed).with_format("torch")[:] for seed in (1, 2)]
     ascent = partial(torch.optim.SGD, lr=1.0)
     batches = ([rows[0]], [rows[1]])
+    METHODS[name].read_rows(model, data(rows=10), default_data_collator)
     upper, lower = METHODS[name].levels(model, data=batches, optimizers=[ascent, SGD])
     start, u = flat(lower.variables), flat(upper.variables)
     u += 0.1 * torch.randn_like(u)
@@ -160,7 +175,29 @@ def test_autolora_selects_ranks_and_keeps_what_remains() -> None:
     assert method.ranks == {"layer.0": 2, "layer.1": 1}
 
 
-def test_class_offsets_undo_the_imbalance() -> None:
+@pytest.mark.parametrize(("choose", "kept"), [("sizes", {"second"}), ("random", None)])
+@pytest.mark.parametrize("kind", [AutoLoRA, S3Delta])
+def test_controls_have_the_same_budget(kind: Any, choose: Any, kept: Any) -> None:
+    """The larger update remains, whatever the weights; a draw is that of the seed."""
+    made = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        model = two_layers(r=2)
+        method = kind(choose=choose, **({"threshold": 1.05} if kind is AutoLoRA else {}))
+        method.prepare(model)
+        with torch.no_grad():
+            model.base_model.model.second.lora_A.default.weight *= 100
+            if kind is AutoLoRA:
+                for u in method.upper_variables(model).values():
+                    u += torch.tensor([[0.2, -0.2]])
+        plain = method.finish(model)
+        made.append({name.rpartition(".")[2] for name, _ in lora_layers(plain)})
+        ranks = sum(layer.r["default"] for _, layer in lora_layers(plain))
+    assert made[0] == made[1] and ranks == 2 and (kept is None or made[0] == kept)
+
+
+@pytest.mark.parametrize("method", [ClassOffsets(), TunedAdjustment(tau=0.2)], ids=repr)
+def test_class_offsets_undo_the_imbalance(method: Any) -> None:
     """Two Gaussian classes 9:1: the offsets of solved levels are log priors and a constant."""
     torch.manual_seed(0)
 
@@ -181,7 +218,8 @@ def test_class_offsets_undo_the_imbalance() -> None:
         def forward(self, x: Tensor) -> Any:
             return SimpleNamespace(logits=x @ self.w)
 
-    model, method, train, held_out = Linear(), ClassOffsets(), rows(1800, 200), rows(900, 100)
+    model, train, held_out = Linear(), rows(1800, 200), rows(900, 100)
+    method.counts = torch.tensor([1800, 200])
     adam = partial(torch.optim.Adam, lr=0.1)
     options = {"data": ([held_out], [train]), "optimizers": [adam, SGD]}
     upper, lower = method.levels(model, **options)
@@ -191,8 +229,27 @@ def test_class_offsets_undo_the_imbalance() -> None:
     for _ in range(60):
         lbfgs(lower, train, tolerance=1e-8)
         upper.step(hypergradient(upper, lower, "minres:steps=10,damping=1e-6"))
-    gap = float(method.offsets[0] - method.offsets[1])
+    (u,) = (x.detach() for x in upper.variables)
+    gap = float(u * torch.tensor(9.0).log()) if u.ndim == 0 else float(u[0] - u[1])
     assert gap == pytest.approx(torch.tensor(9.0).log().item(), abs=0.4)
+
+
+def test_classes_are_counted_and_weighted() -> None:
+    """Each class of 3, 1 and no labels; a micro-batch is not divided by its own weights."""
+    model, ids = peft_model(dora=False, dropout=0.0), torch.tensor(data()["input_ids"][:4])
+    batch = {"input_ids": ids, "labels": torch.tensor([0, 0, 0, 1])}
+    rows = [{"input_ids": x, "labels": y} for x, y in zip(ids, batch["labels"], strict=True)]
+    losses = cross_entropy(model(input_ids=ids).logits, batch["labels"], reduction="none")
+    weighted, adjusted = FrequencyWeights(), LogitAdjustment(tau=2.0)
+    for method in (weighted, adjusted):
+        method.read_rows(model, rows, default_data_collator)
+        assert method.counts.tolist() == [3, 1]
+    found = weighted.lower_loss(model, batch, lambda _: torch.zeros(()))
+    first = weighted.weights(torch.zeros(1, 3))[0]  # a class without a label has some share too
+    torch.testing.assert_close(found / first, (losses[:3].sum() + 3 * losses[3]) / 4)
+    logits = model(input_ids=ids).logits + 2 * torch.tensor([3.0, 1.0, 0.5]).div(4).log()
+    found = adjusted.lower_loss(model, batch, lambda _: torch.zeros(()))
+    torch.testing.assert_close(found, cross_entropy(logits, batch["labels"]))
 
 
 def bidora(**options: Any) -> Any:

@@ -81,6 +81,25 @@ def single(
     return wrap(module, fan_in_fan_out=kind == "conv1d_gpt2", **options)
 
 
+class TwoLayers(nn.Module):
+    """Layers of 12 and 11 inputs and outputs together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).tanh())
+
+
+def two_layers(**options: Any) -> PeftModel:
+    """`TwoLayers` with LoRA of random factors."""
+    torch.manual_seed(0)
+    targets = ["first", "second"]
+    model = wrap(TwoLayers().double(), use_dora=False, target_modules=targets, **options)
+    return randomise(model)
+
+
 def adapted_layer(model: nn.Module) -> LoraLayer:
     return next(module for module in model.modules() if isinstance(module, LoraLayer))
 

@@ -1,0 +1,130 @@
+"""Rare classes with few variables or none: logits adjusted by the classes' shares, and weights.
+
+    LogitAdjustment     min over w   CE(z + τ·log π; D)
+    TunedAdjustment     min over τ   CE(z; D_val), each class counted alike; w*(τ) as above
+    FrequencyWeights    min over w   mean of v_y·CE(z; D),   v_y in proportion to π_y^−power
+
+z are the logits of the model w, π the classes' shares of the training labels. τ = 1 is
+Bayes-optimal for balanced accuracy. Menon et al. 2021, arXiv:2007.07314. They stand beside
+`ClassOffsets`, which learns an offset for each class in place of τ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, pad
+from torch.utils.data import DataLoader
+
+from hyperopt_peft.core.labels import WEIGHT, require_labels
+from hyperopt_peft.core.logits import IGNORED
+from hyperopt_peft.core.problem import TaskLoss
+from hyperopt_peft.problems.class_offsets import balanced_loss, logits_and_labels
+from hyperopt_peft.trainer.method import Method
+
+
+class _Counting(Method):
+    def read_rows(self, model: Any, rows: Any, collate: Callable[[Sequence[Any]], Any]) -> None:
+        """Count the labels of each class."""
+        counts = torch.zeros(0, dtype=torch.int64)
+        for batch in DataLoader(rows, 256, collate_fn=collate):
+            labels = require_labels(batch)
+            new = labels[labels != IGNORED].bincount(minlength=len(counts))
+            counts = new + pad(counts, (0, len(new) - len(counts)))
+        self.counts = counts
+
+    def shares(self, logits: Tensor) -> Tensor:
+        """π of each class of ``logits``; a class without a label has that of half a label."""
+        counts = pad(self.counts, (0, logits.shape[-1] - len(self.counts))).to(logits)
+        return counts.clamp(min=0.5) / counts.sum()
+
+
+@dataclass
+class LogitAdjustment(_Counting):
+    """One level over the adapter with τ·log π added to the logits; the saved model has none.
+
+    Args:
+        tau: τ.
+
+    Example:
+        >>> method = LogitAdjustment()
+        >>> method.counts = torch.tensor([3, 1])
+        >>> method.shares(torch.zeros(1, 2))
+        tensor([0.7500, 0.2500])
+    """
+
+    tau: float = 1.0
+
+    def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Tensor:
+        """The cross entropy of z + τ·log π."""
+        logits, labels = logits_and_labels(model, batch)
+        weight: Tensor | float = batch.get(WEIGHT, 1.0)
+        return cross_entropy(logits + self._tau() * self.shares(logits).log(), labels) * weight
+
+    def _tau(self) -> Tensor | float:
+        return self.tau
+
+
+@dataclass
+class TunedAdjustment(LogitAdjustment):
+    """τ above, from ``tau``, and all of the adapter below; as `ClassOffsets` with one variable.
+
+    Example:
+        >>> method = TunedAdjustment(tau=0.5)
+        >>> method.prepare(torch.nn.Linear(1, 1))
+        >>> method.upper_variables(None)
+        {'tau': tensor(0.5000, requires_grad=True)}
+    """
+
+    defaults = MappingProxyType({"hypergradient": "minres:steps=5,damping=1.0", "lower_steps": 4})
+
+    def prepare(self, model: Any) -> None:
+        """Make τ."""
+        device = next(model.parameters()).device
+        self.learned = torch.tensor(self.tau, device=device, requires_grad=True)
+
+    def upper_variables(self, model: Any) -> dict[str, Tensor]:
+        """τ."""
+        return {"tau": self.learned}
+
+    def upper_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Tensor:
+        """The cross entropy of z, each class of the batch counted alike."""
+        return balanced_loss(model, batch)
+
+    def _tau(self) -> Tensor:
+        return self.learned
+
+
+@dataclass
+class FrequencyWeights(_Counting):
+    """One level over the adapter with labels weighted by their class; the mean weight is 1.
+
+    Args:
+        power: 1 counts the classes alike, 0 the labels.
+
+    Example:
+        >>> method = FrequencyWeights()
+        >>> method.counts = torch.tensor([3, 1])
+        >>> method.weights(torch.zeros(1, 2))
+        tensor([0.6667, 2.0000])
+    """
+
+    power: float = 1.0
+
+    def weights(self, logits: Tensor) -> Tensor:
+        """v of each class of ``logits``."""
+        shares = self.shares(logits)
+        weights = shares**-self.power
+        return weights / (weights * shares).sum()
+
+    def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Tensor:
+        """The mean of v_y·CE over the labels."""
+        logits, labels = logits_and_labels(model, batch)
+        losses = cross_entropy(logits, labels, self.weights(logits), reduction="none")
+        weight: Tensor | float = batch.get(WEIGHT, 1.0)
+        return losses.sum() / (labels != IGNORED).sum().clamp(min=1) * weight
