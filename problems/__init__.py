@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hyperopt_peft.problems.class_offsets import ClassOffsets as ClassOffsets
     from hyperopt_peft.problems.data_plans import Agreement as Agreement
     from hyperopt_peft.problems.data_plans import EqualSources as EqualSources
+    from hyperopt_peft.problems.data_plans import SomeSources as SomeSources
     from hyperopt_peft.problems.find import find_method as find_method
     from hyperopt_peft.problems.head import Head as Head
     from hyperopt_peft.problems.layer_scales import LayerScales as LayerScales
@@ -35,6 +36,7 @@ _MODULES = {
     "LayerScales": "problems.layer_scales",
     "LoRA": "problems.baselines",
     "RowWeights": "problems.row_weights",
+    "SomeSources": "problems.data_plans",
     "Sources": "problems.sources",
     "TaskLevel": "core.task_level",
     "TrustedRepeated": "problems.baselines",
@@ -55,6 +57,7 @@ METHODS = {
     "given_weights": "GivenWeights",
     "sources": "Sources",
     "equal_sources": "EqualSources",
+    "some_sources": "SomeSources",
     "agreement": "Agreement",
     "trusted_repeated": "TrustedRepeated",
 }

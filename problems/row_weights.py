@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ class RowWeights(Method):
 
     tags = (INDEX,)
     defaults = MappingProxyType({"hypergradient": "darts:product=dots"})
+    logits: ClassVar[Any] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,8 +96,8 @@ class RowWeights(Method):
         return model
 
     def all_rows(self, train: Any, upper: Any) -> Any:
-        """The rows of largest weight, in their order, and the trusted rows."""
-        if self.keep is not None:
+        """The rows of largest weight, in their order, and the trusted rows; before a search all."""
+        if self.keep is not None and self.logits is not None:
             best = self.logits.topk(max(1, round(self.keep * self.count))).indices
             train = train.select(best.sort().values.tolist())
         return joined(train_dataset=train, upper_dataset=upper)
