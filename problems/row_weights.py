@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,6 @@ class RowWeights(Method):
 
     tags = (INDEX,)
     defaults = MappingProxyType({"hypergradient": "darts:product=dots"})
-    logits: ClassVar[Any] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,7 +96,7 @@ class RowWeights(Method):
 
     def all_rows(self, train: Any, upper: Any) -> Any:
         """The rows of largest weight, in their order, and the trusted rows; before a search all."""
-        if self.keep is not None and self.logits is not None:
+        if self.keep is not None and hasattr(self, "logits"):
             best = self.logits.topk(max(1, round(self.keep * self.count))).indices
             train = train.select(best.sort().values.tolist())
         return joined(train_dataset=train, upper_dataset=upper)

@@ -6,20 +6,21 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cloudpickle
 from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
 from hyperopt_peft.comparison.choice import RATES, UPPER_RATES, Plan
+from hyperopt_peft.comparison.folds import Rows
+from hyperopt_peft.comparison.heads import RATE, HeadTask
 from hyperopt_peft.comparison.result import ABLATIONS, Comparison
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Price, Run, Task
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.find import find_method
 from hyperopt_peft.trainer.checks import LEARNS
-from hyperopt_peft.trainer.data import shared
 from hyperopt_peft.trainer.fingerprint import data_fingerprint
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.trainer import BilevelTrainer
@@ -33,9 +34,12 @@ def compare_methods(
     args: Any,
     *,
     train_dataset: Any,
-    test_dataset: Any,
-    passes: float,
-    seeds: Iterable[int] = range(5),
+    upper_dataset: Any = None,
+    test_dataset: Any = None,
+    folds: int | None = None,
+    model: Literal["adapter", "head"] = "adapter",
+    passes: float | None = None,
+    seeds: Iterable[int] | None = None,
     metric: str = "loss",
     rates: Sequence[float] = RATES,
     upper_rates: Sequence[float] = UPPER_RATES,
@@ -57,18 +61,30 @@ def compare_methods(
     rows, on seeds of their own. Each method with an upper level is trained in two further ways:
     with its upper variables frozen, and with all variables in one level on all rows.
 
+    With ``folds`` the trusted rows score: seed s is scored on fold s mod K of the division s // K
+    into K folds, and trains with the others. Rates are then chosen on a further part of the trusted
+    rows, with which all reported runs train. With ``model="head"`` a linear head on the features of
+    the frozen base model is trained in place of an adapter, to its minimum: there are no rates to
+    choose and no passes to equalise. Each seed then scores a part of the test rows of its own.
+
     Args:
         methods: by name; the first one is what the others are compared with.
         base_model: makes the model without an adapter.
         adapter: the PEFT config, which a method may change.
         args: the arguments of all runs but rates, lengths, seeds and folders.
-        train_dataset, test_dataset: the rows.
-        passes: the budget of a run.
-        seeds: each is a split, a start and an order of the rows, the same for all methods.
+        train_dataset: the rows; a method with an upper level splits them without trusted ones.
+        upper_dataset: the trusted rows; a baseline trains on them too, as its ``all_rows`` says.
+        test_dataset: the rows that score.
+        folds: K, in place of ``test_dataset``.
+        model: what is trained.
+        passes: the budget of an adapter's run.
+        seeds: each is a split, a start and an order of the rows, the same for all methods; by
+            default five, or as many as folds.
         metric: the score, a key of ``compute_metrics``, or ``loss``.
         rates, upper_rates: the grids.
         development: the seeds of the runs that choose the rates.
-        held_out: the share of the training rows that scores these runs.
+        held_out: the share of the trusted rows, or without those of the training rows, that scores
+            these runs.
         folder: keeps the finished runs, from which a killed comparison goes on.
         jobs: processes, by joblib, whose ``parallel_config`` chooses other backends.
         part: (k, n) for the k-th of n processes that share the runs and ``folder``.
@@ -78,8 +94,8 @@ def compare_methods(
         options: further arguments of the trainer, such as ``compute_metrics``.
 
     Raises:
-        ProblemError: fewer than two seeds; test rows among the training rows; a metric that the
-            task lacks; a run that takes more passes than it says; as `BilevelTrainer`.
+        ProblemError: fewer than two seeds; rows that score among those that train; a metric that
+            the task lacks; a run that takes more passes than it says; as `BilevelTrainer`.
 
     Example:
         >>> import torch
@@ -107,31 +123,25 @@ def compare_methods(
         >>> [row[0] for row in comparison.table()[1:]]
         ['LoRA', 'BiDoRA', 'BiDoRA, upper level frozen', 'BiDoRA, one level']
     """
-    seeds, development = list(dict.fromkeys(seeds)), list(dict.fromkeys(development))
+    seeds = list(dict.fromkeys(seeds if seeds is not None else range(folds or 5)))
+    development, on_heads = list(dict.fromkeys(development)), model == "head"
     if len(seeds) < 2 or not development:
         raise ProblemError(
             f"seeds: {len(seeds)} reported and {len(development)} of development; one seed has no "
             "interval, so give two or more, and one or more of development"
         )
-    if common := shared(test_dataset, train_dataset):
-        raise ProblemError(
-            f"test_dataset: {common} of {len(test_dataset)} rows are training rows; remove them"
-        )
+    if passes is None and not on_heads:
+        raise ProblemError("passes: there is no budget; give the passes of a run, such as 300")
+    parts = seeds if on_heads and folds is None else ()
+    rows = (train_dataset, upper_dataset, test_dataset)
+    data = Rows(*rows, folds, held_out, spare=not on_heads, parts=parts)
+    data.check()
     known = {name: _found(method) for name, method in methods.items()}
     pickled_by_value(known.values())
-    task = Task(
-        known,
-        base_model,
-        adapter,
-        args,
-        train_dataset,
-        test_dataset,
-        passes,
-        metric,
-        held_out,
-        trainer,
-        options,
-    )
+    kind, budget = (HeadTask, 0.0) if on_heads else (Task, passes or 0.0)
+    task = kind(known, base_model, adapter, args, data, budget, metric, trainer, options)
+    if on_heads:
+        rates, upper_rates = (0.0,), (RATE,)
     lower_is_better = metric == "loss" or args.greater_is_better is False
     plan = Plan(known, rates, upper_rates, development, seeds, lower_is_better)
     where = None if folder is None else Path(folder)
@@ -140,11 +150,11 @@ def compare_methods(
     work = Work(task, store, jobs, part, progress)
     if dry_run:
         print(work.estimate(plan))
-        return Comparison(plan, store, metric, passes)
+        return Comparison(plan, store, metric, budget)
     work.do(plan.first_rates())
     work.do(plan.next_rates(store))
     work.do(plan.reported(store))
-    return Comparison(plan, store, metric, passes)
+    return Comparison(plan, store, metric, budget)
 
 
 def pickled_by_value(methods: Iterable[Method]) -> None:
@@ -163,13 +173,18 @@ def _found(method: Method | str) -> Method:
 def settings_of(task: Task) -> dict[str, Any]:
     """What decides all runs of ``task``, for its store."""
     settings: dict[str, Any] = {"passes": task.passes, "metric": task.metric}
-    settings |= {"held_out": task.held_out, "trainer": task.trainer.__name__}
-    settings |= {"adapter": None if task.adapter is None else task.adapter.to_dict()}
+    data, adapter = task.data, None if isinstance(task, HeadTask) else task.adapter
+    settings |= {"held_out": data.held_out, "trainer": task.trainer.__name__}
+    settings |= {"adapter": None if adapter is None else adapter.to_dict()}
     args = task.args.resume_must_match()
     changed = {"learning_rate", "upper_learning_rate", "max_steps", "seed", "retrain_arguments"}
     settings["args"] = {name: value for name, value in args.items() if name not in changed}
-    for name, rows in (("train_dataset", task.train), ("test_dataset", task.test)):
-        settings[name] = data_fingerprint(rows)
+    settings["train_dataset"] = data_fingerprint(data.train)
+    settings["test_dataset"] = data_fingerprint(data.test)
+    if data.upper is not None:
+        settings |= {"upper_dataset": data_fingerprint(data.upper), "folds": data.folds}
+    if isinstance(task, HeadTask):
+        settings |= {"model": "head", "parts": data.parts}
     for name, method in task.methods.items():
         own: Any = fields(method) if is_dataclass(method) else ()
         values = [getattr(method, each.name) for each in own]
@@ -208,11 +223,13 @@ class Work:
         first = {price_of(run): run for run in reversed(mine)}
         prices = {key: self.task.price(run) for key, run in first.items()}
         for (name, *_), price in prices.items():
-            self._require_learning(name, price, max(run.rate for run in runs))
+            if self.task.passes:  # a head is solved
+                self._require_learning(name, price, max(run.rate for run in runs))
         results = Parallel(n_jobs=self.jobs, return_as="generator_unordered")(
             delayed(self.task.run)(run, prices[price_of(run)]) for run in mine
         )
-        for result in tqdm(results, total=len(mine), disable=not self.progress, unit="run"):
+        hidden = not (self.progress and mine)
+        for result in tqdm(results, total=len(mine), disable=hidden, unit="run"):
             self.store.add(result)
         self.store.reload()
         if left := self.store.missing(runs):

@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from hyperopt_peft.comparison.choice import Plan
+from hyperopt_peft.comparison.recommend import sentence
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Kind
 from hyperopt_peft.trainer.method import has_upper_level
@@ -41,7 +42,7 @@ class Comparison:
         plan: the methods, rates and seeds.
         store: the finished runs.
         metric: the name of the score.
-        passes: the budget of each run.
+        passes: the budget of each run; 0 of heads, which are solved.
     """
 
     plan: Plan
@@ -52,6 +53,14 @@ class Comparison:
     def scores(self, name: str, kind: Kind = "method") -> list[float]:
         """The score of each reported seed."""
         return self.store.scores(self.plan.runs_of(self.store, name, kind))
+
+    def recommendation(self) -> str:
+        """Which method to take, in a sentence; the methods are listed from the simplest one.
+
+        See `recommend.recommended` for the rule. It names no ablation.
+        """
+        scores = {name: self.scores(name) for name in self.plan.methods}
+        return sentence(scores, self.metric, self.plan.lower_is_better)
 
     def differences(self, one: tuple[str, Kind], other: tuple[str, Kind]) -> list[float]:
         """The score of one way minus that of the other, for each seed."""
@@ -65,20 +74,24 @@ class Comparison:
 
     def table(self) -> list[Row]:
         """The scores: heads, then a row for each method and each ablation."""
-        heads = [self.metric, f"− {self.first}", "rate", "upper rate", "passes", "seconds", "MB"]
-        rows = [["method", *heads]]
+        spent = ["rate", "upper rate", "passes"] if self.passes else []
+        rows = [["method", self.metric, f"− {self.first}", *spent, "seconds", "MB"]]
         for name, kind in self.plan.candidates():
             runs = self.plan.runs_of(self.store, name, kind)
             results = [self.store.results[run] for run in runs]
             gap = self.differences((name, kind), (self.first, "method"))
+            spent = [
+                f"{runs[0].rate:g}",
+                "" if runs[0].upper_rate is None else f"{runs[0].upper_rate:g}",
+                f"{fmean(r['passes'] for r in results):.1f}",
+            ]
             rows.append(
                 [
                     name + ABLATIONS[kind],
                     _shown(self.scores(name, kind)),
                     "" if (name, kind) == (self.first, "method") else _shown(gap, "+"),
-                    f"{runs[0].rate:g}",
-                    "" if runs[0].upper_rate is None else f"{runs[0].upper_rate:g}",
-                    *(f"{fmean(r[key] for r in results):.1f}" for key in ("passes", "seconds")),
+                    *(spent if self.passes else []),
+                    f"{fmean(r['seconds'] for r in results):.1f}",
                     f"{max(r['memory'] for r in results):.0f}",
                 ]
             )
@@ -149,7 +162,9 @@ class Comparison:
                     f"{name}: finish changes the logits, by up to {change:.1%} of the largest; the "
                     "second training starts from there"
                 )
-            found += [f"{name}: {each}" for each in {result["layers"] for result in results}]
+            found += [
+                f"{name}: {each}" for each in {result["layers"] for result in results} if each
+            ]
         return found
 
     def spent(self) -> list[Row]:
@@ -164,9 +179,11 @@ class Comparison:
 
     def heading(self) -> str:
         """What the table shows."""
+        rows = "folds of the trusted rows" if self.store.settings.get("folds") else "the test rows"
+        passes = f"{self.passes:g} passes a run" if self.passes else "heads at their minimum"
         return (
-            f"{self.metric} on the test rows, {self.passes:g} passes a run, means of "
-            f"{len(self.plan.seeds)} seeds with 95 % intervals"
+            f"{self.metric} on {rows}, {passes}, means of {len(self.plan.seeds)} seeds with 95 % "
+            "intervals"
         )
 
     def __str__(self) -> str:
@@ -197,9 +214,11 @@ class Comparison:
             html_table(self.table()),
             *(f"<p>{html.escape(sentence)}</p>" for sentence in self.sentences()),
             f'<img alt="Differences to {html.escape(self.first)}" src="data:image/png;base64,',
-            f'{drawn}"><h2>Held-out score at every rate</h2>{html_table(self.rates())}',
-            f"<h2>Passes</h2>{html_table(self.spent())}",
+            f'{drawn}">',
         ]
+        if self.passes:
+            parts.append(f"<h2>Held-out score at every rate</h2>{html_table(self.rates())}")
+            parts.append(f"<h2>Passes</h2>{html_table(self.spent())}")
         Path(path).write_text("\n".join(parts), encoding="utf-8")
 
     def to_csv(self, path: str | Path) -> None:

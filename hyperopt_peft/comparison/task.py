@@ -15,12 +15,12 @@ import torch
 from transformers import set_seed
 
 from hyperopt_peft.comparison.budget import PassCounter, phases, rows_of, steps_for
+from hyperopt_peft.comparison.folds import Rows
 from hyperopt_peft.comparison.frozen_layers import compute_once
 from hyperopt_peft.comparison.watch import Watch
 from hyperopt_peft.core.problem import Problem, TaskLoss
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
-from hyperopt_peft.trainer.data import split_dataset
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 
@@ -114,10 +114,9 @@ class Task:
         base_model: makes the model before it has an adapter.
         adapter: the PEFT config, which a method may change; None where ``base_model`` adapts.
         args: the arguments of all methods.
-        train, test: the rows.
+        data: the rows.
         passes: the budget of a run.
         metric: the name of the score, without ``eval_``; ``loss`` is better where it is lower.
-        held_out: the share of ``train`` that scores the development runs.
         trainer: the class of the trainer.
         options: further arguments of the trainer.
         layers: how many layers of the last model are computed once, in words.
@@ -127,11 +126,9 @@ class Task:
     base_model: Callable[[], Any]
     adapter: Any
     args: BilevelTrainingArguments
-    train: Any
-    test: Any
+    data: Rows
     passes: float
     metric: str
-    held_out: float = 0.2
     trainer: type[BilevelTrainer] = BilevelTrainer
     options: Mapping[str, Any] = field(default_factory=dict)
     layers: str = ""
@@ -144,16 +141,16 @@ class Task:
                 `BilevelTrainer`.
         """
         begin, counter = time.perf_counter(), PassCounter(self.passes * price.batch)
-        train, test = self.rows(run)
+        rows = self.data.of(run.seed, run.development)
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
             sizes = price.sizes(self.passes, self.args)
-            trainer = self.make(run, train, test, folder, counter, **sizes)
+            trainer = self.make(run, rows, folder, counter, **sizes)
             watch = Watch(trainer, run.method)
             peak = peak_memory()
             trainer.train()
             watch.check()
             last = trainer.retrainer or trainer
-            metrics = last.evaluate(test)
+            metrics = last.evaluate(rows[2])
         phases_run = [x for x in (trainer, trainer.retrainer) if x is not None]
         steps = [each.state.global_step for each in phases_run]
         planned = sum(each.args.max_steps for each in phases_run)
@@ -175,29 +172,19 @@ class Task:
             "finish": watch.change,
         }
 
-    def rows(self, run: Run) -> tuple[Any, Any]:
-        """The rows that ``run`` trains on, and those that score it."""
-        if run.development:
-            return split_dataset(self.train, self.held_out, run.seed)
-        return self.train, self.test
-
     def price(self, run: Run) -> Price:
         """What the steps of ``run`` cost, by its first two upper steps, or four lower ones."""
         begin, counter = time.perf_counter(), PassCounter()
-        train, test = self.rows(run)
+        rows = self.data.of(run.seed, run.development)
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
             sizes: dict[str, Any] = {"max_steps": 4, "retrain": "none"}
-            trainer = self.make(run, train, test, folder, counter, **sizes)
+            trainer = self.make(run, rows, folder, counter, **sizes)
             args, bilevel = trainer.args, trainer.upper is not None
             if bilevel and 2 * args.lower_steps != sizes["max_steps"]:
                 sizes["max_steps"] = 2 * args.lower_steps
-                trainer = self.make(run, train, test, folder, counter, **sizes)
-            metrics = trainer.evaluate(test.select(range(min(len(test), 8))))
-            if f"eval_{self.metric}" not in metrics:
-                known = ", ".join(sorted(metrics)).replace("eval_", "")
-                raise ProblemError(
-                    f"metric: {self.metric} is none of {known}; give compute_metrics another"
-                )
+                trainer = self.make(run, rows, folder, counter, **sizes)
+            few = rows[2].select(range(min(len(rows[2]), 8)))
+            self.require_metric(trainer.evaluate(few))
             made = time.perf_counter()
             trainer.train()
         lower, steps = len(trainer.train_dataset), sizes["max_steps"]
@@ -213,8 +200,16 @@ class Task:
             a_pass=(time.perf_counter() - made) * batch / counter.rows,
         )
 
+    def require_metric(self, metrics: Mapping[str, Any]) -> None:
+        """Raise ProblemError where ``metrics`` of an evaluation lack the score."""
+        if f"eval_{self.metric}" not in metrics:
+            known = ", ".join(sorted(metrics)).replace("eval_", "")
+            raise ProblemError(
+                f"metric: {self.metric} is none of {known}; give compute_metrics another"
+            )
+
     def make(
-        self, run: Run, train: Any, test: Any, folder: str, counter: PassCounter, **sizes: Any
+        self, run: Run, rows: Sequence[Any], folder: str, counter: PassCounter, **sizes: Any
     ) -> BilevelTrainer:
         """A trainer of ``run``, which writes and shows nothing."""
         method = copy.deepcopy(self.methods[run.method])
@@ -238,8 +233,9 @@ class Task:
             model,
             args,
             method=method,
-            train_dataset=train,
-            eval_dataset=test,
+            train_dataset=rows[0],
+            upper_dataset=rows[1],
+            eval_dataset=rows[2],
             callbacks=callbacks,
             **{name: value for name, value in options.items() if value is not None},
         )
@@ -258,6 +254,10 @@ class OneLevel(Method):
         self.defaults = {k: v for k, v in method.defaults.items() if k != "hypergradient"}
         for name in ("adapter", "rows", "all_rows", "prepare", "after_upper_step", "finish"):
             setattr(self, name, getattr(method, name))
+
+    def read_rows(self, model: Any, rows: Any, collate: Any) -> None:
+        """As ``method``'s; the class has it, since a trainer asks the class."""
+        self.method.read_rows(model, rows, collate)
 
     def lower(self, model: Any, task_loss: TaskLoss) -> Problem:
         """The lower level's loss over the variables of both levels."""
