@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 from sklearn.model_selection import KFold, ShuffleSplit
 
 from hyperopt_peft.errors import ProblemError
@@ -84,14 +85,21 @@ class Rows:
             return lower, None, scored
         halves = ShuffleSplit(1, test_size=self.held_out, random_state=seed).split(self.upper)
         rest, held = next(halves)
-        return self.train, self.upper.select(rest), self.upper.select(held)
+        return self.train, _taken(self.upper, rest), _taken(self.upper, held)
 
     def _fold(self, seed: int, development: bool, folds: int) -> tuple[Any, Any]:
         rest, spare = np.arange(len(self.upper)), np.arange(0)
         if self.spare:
             rest, spare = next(KFold(folds + 1, shuffle=True, random_state=0).split(rest))
         if development:
-            return self.upper.select(rest), self.upper.select(spare)
+            return _taken(self.upper, rest), _taken(self.upper, spare)
         parts = KFold(folds, shuffle=True, random_state=seed // folds).split(rest)
         train, fold = [*parts][seed % folds]
-        return self.upper.select([*rest[train], *spare]), self.upper.select(rest[fold])
+        return _taken(self.upper, [*rest[train], *spare]), _taken(self.upper, rest[fold])
+
+
+def _taken(rows: Any, numbers: Any) -> Any:
+    """The rows ``numbers``, copied: to a selection a method adds no column without a bar."""
+    if not isinstance(rows, Dataset):
+        return [rows[int(k)] for k in numbers]
+    return Dataset.from_dict(rows.with_format(None)[numbers], features=rows.features)

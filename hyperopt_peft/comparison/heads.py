@@ -68,19 +68,17 @@ class HeadTask(Task):
 
     Attributes:
         model: the head of 0 on the features of all rows, once there is one.
-        done: the runs that a price has done.
+        solved: the heads so far, each with the seconds that it took.
     """
 
     model: OnFeatures | None = None
-    done: dict[Run, dict[str, Any]] = field(default_factory=dict)
+    solved: dict[Run, tuple[Any, float]] = field(default_factory=dict)
 
     def price(self, run: Run) -> Price:
-        """A price without passes; ``start`` is the seconds of ``run``, which is done."""
+        """A price without passes; ``start`` is the seconds of ``run``."""
         self.read()
-        begin = time.perf_counter()
         price = Price(1, 1, 1, 0, 0.0, again=False, start=0.0, a_pass=0.0)
-        self.done[run] = self.run(run, price)
-        return replace(price, start=time.perf_counter() - begin)
+        return replace(price, start=self.run(run, price)["seconds"])
 
     def run(self, run: Run, price: Price) -> dict[str, Any]:
         """Solve and score; the entries as those of `Task.run`.
@@ -88,32 +86,35 @@ class HeadTask(Task):
         Raises:
             ProblemError: the method changes an adapter, which a head lacks; as the method.
         """
-        if run in self.done:
-            return self.done[run]
-        begin, peak = time.perf_counter(), peak_memory()
-        train, upper, test = self.data.of(run.seed, run.development)
-        set_seed(run.seed)
-        method = copy.deepcopy(self.methods[run.method])
-        model = self.solve(
-            OneLevel(method) if run.kind == "one level" else method, run, train, upper
-        )
+        peak, test = peak_memory(), self.data.of(run.seed, run.development)[2]
+        scored, parts = run, self.data.parts
+        if parts:  # of the test rows; the head is the same
+            run = replace(run, seed=parts[0])
+        if run not in self.solved:
+            begin = time.perf_counter()
+            self.solved[run] = self.solve(run), time.perf_counter() - begin
+        model, seconds = self.solved[run]
         metrics = self.evaluate(model, test)
         self.require_metric(metrics)
         return {
-            **asdict(run),
+            **asdict(scored),
             "score": metrics[f"eval_{self.metric}"],
             "metrics": {k: v for k, v in metrics.items() if isinstance(v, float)},
             "passes": 0.0,
             "steps": [],
             "spent": {},
-            "seconds": time.perf_counter() - begin,
+            "seconds": seconds,
             "memory": peak(),
             "layers": "",
             "finish": 0.0,
         }
 
-    def solve(self, method: Method, run: Run, train: Any, upper: Any) -> Any:
-        """The head that ``method`` trains, in the order in which a trainer calls it."""
+    def solve(self, run: Run) -> Any:
+        """The head of ``run``; its method is called in the order of a trainer."""
+        set_seed(run.seed)
+        train, upper, _ = self.data.of(run.seed, run.development)
+        method = copy.deepcopy(self.methods[run.method])
+        method = OneLevel(method) if run.kind == "one level" else method
         bilevel = has_upper_level(method)
         if INDEX in method.tags:
             train, upper = numbered(train, upper)
@@ -121,7 +122,8 @@ class HeadTask(Task):
         if bilevel and upper is None:
             train, upper = split_dataset(train, self.args.upper_fraction, run.seed)
         rows = train if bilevel else method.all_rows(train, upper)
-        model: Any = copy.deepcopy(self.model)
+        assert self.model is not None
+        model: Any = OnFeatures(self.model.x, self.model.head)
         read, names = partial(_read, tags=method.tags), [n for n, _ in model.named_parameters()]
         method.read_rows(model, rows, read)
         method.prepare(model)
