@@ -124,11 +124,13 @@ class HeadTask(Task):
         rows = train if bilevel else method.all_rows(train, upper)
         assert self.model is not None
         model: Any = OnFeatures(self.model.x, self.model.head)
-        read, names = partial(_read, tags=method.tags), [n for n, _ in model.named_parameters()]
+        read = partial(_read, tags=method.tags)
         method.read_rows(model, rows, read)
-        method.prepare(model)
-        if [name for name, _ in model.named_parameters()] != names:
-            raise ProblemError(f'{run.method}: changes the model; choose model="adapter"')
+        try:
+            method.prepare(model)
+        except ProblemError as error:
+            advice = f'a head has no adapter for it; choose model="adapter" ({error})'
+            raise ProblemError(f"{run.method}: {advice}") from error
         if bilevel:
             if run.kind == "method":
                 _search(method, model, read(rows), read(upper), run.upper_rate or RATE)
