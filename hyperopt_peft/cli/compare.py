@@ -54,6 +54,10 @@ class CompareArguments(OutputArguments):
     upper_rates: list[float] = HfArg(
         default_factory=lambda: list(UPPER_RATES), help="upper learning rates, likewise"
     )
+    frozen_dropout: bool = HfArg(
+        default=True,
+        help="lower layers that nothing trains keep their dropout; else they are computed once",
+    )
     jobs: int = HfArg(default=1, help="processes")
     run: str = HfArg(default="1/1", help="K/N: the K-th of N parts, of a job array, say")
 
@@ -98,6 +102,7 @@ def run(argv: Sequence[str]) -> None:
         rates=command.rates,
         upper_rates=command.upper_rates,
         metric="loss" if command.folds else setup.task.metric or "loss",
+        frozen_dropout=command.frozen_dropout,
         folder=output,
         jobs=command.jobs,
         part=(int(number), int(count)),

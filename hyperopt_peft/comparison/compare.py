@@ -45,6 +45,7 @@ def compare_methods(
     upper_rates: Sequence[float] = UPPER_RATES,
     development: Iterable[int] = range(100, 103),
     held_out: float = 0.2,
+    frozen_dropout: bool = True,
     folder: str | Path | None = None,
     jobs: int = 1,
     part: tuple[int, int] = (1, 1),
@@ -74,7 +75,7 @@ def compare_methods(
         args: the arguments of all runs but rates, lengths, seeds and folders.
         train_dataset: the rows; a method with an upper level splits them without trusted ones.
         upper_dataset: the trusted rows; a baseline trains on them too, as its ``all_rows`` says.
-        test_dataset: the rows that score.
+        test_dataset: the rows that score; those that are training rows too are left out.
         folds: K, in place of ``test_dataset``.
         model: what is trained.
         passes: the budget of an adapter's run.
@@ -85,6 +86,8 @@ def compare_methods(
         development: the seeds of the runs that choose the rates.
         held_out: the share of the trusted rows, or without those of the training rows, that scores
             these runs.
+        frozen_dropout: whether lower layers that nothing trains keep the dropout that the model
+            gives them. Without dropout they are computed once a text, several times faster.
         folder: keeps the finished runs, from which a killed comparison goes on.
         jobs: processes, by joblib, whose ``parallel_config`` chooses other backends.
         part: (k, n) for the k-th of n processes that share the runs and ``folder``.
@@ -94,8 +97,8 @@ def compare_methods(
         options: further arguments of the trainer, such as ``compute_metrics``.
 
     Raises:
-        ProblemError: fewer than two seeds; rows that score among those that train; a metric that
-            the task lacks; a run that takes more passes than it says; as `BilevelTrainer`.
+        ProblemError: fewer than two seeds; no test rows but training rows; a metric that the
+            task lacks; a run that takes more passes than it says; as `BilevelTrainer`.
 
     Example:
         >>> import torch
@@ -135,11 +138,12 @@ def compare_methods(
     parts = seeds if on_heads and folds is None else ()
     rows = (train_dataset, upper_dataset, test_dataset)
     data = Rows(*rows, folds, held_out, spare=not on_heads, parts=parts)
-    data.check()
+    data, note = data.usable()
     known = {name: _found(method) for name, method in methods.items()}
     pickled_by_value(known.values())
     kind, budget = (HeadTask, 0.0) if on_heads else (Task, passes or 0.0)
-    task = kind(known, base_model, adapter, args, data, budget, metric, trainer, options)
+    shared = (known, base_model, adapter, args, data, budget, metric, trainer, options)
+    task = kind(*shared, frozen_dropout=frozen_dropout)
     if on_heads:
         rates, upper_rates = (0.0,), (RATE,)
     lower_is_better = metric == "loss" or args.greater_is_better is False
@@ -150,11 +154,11 @@ def compare_methods(
     work = Work(task, store, jobs, part, progress)
     if dry_run:
         print(work.estimate(plan))
-        return Comparison(plan, store, metric, budget)
+        return Comparison(plan, store, metric, budget, note)
     work.do(plan.first_rates())
     work.do(plan.next_rates(store))
     work.do(plan.reported(store))
-    return Comparison(plan, store, metric, budget)
+    return Comparison(plan, store, metric, budget, note)
 
 
 def pickled_by_value(methods: Iterable[Method]) -> None:
@@ -175,6 +179,7 @@ def settings_of(task: Task) -> dict[str, Any]:
     settings: dict[str, Any] = {"passes": task.passes, "metric": task.metric}
     data, adapter = task.data, None if isinstance(task, HeadTask) else task.adapter
     settings |= {"held_out": data.held_out, "trainer": task.trainer.__name__}
+    settings |= {"frozen_dropout": task.frozen_dropout}
     settings |= {"adapter": None if adapter is None else adapter.to_dict()}
     args = task.args.resume_must_match()
     changed = {"learning_rate", "upper_learning_rate", "max_steps", "seed", "retrain_arguments"}
@@ -252,6 +257,7 @@ class Work:
         for name, kind in plan.candidates():
             rate = plan.rates[0]
             run = Run(name, kind, plan.seeds[0], rate)
+            self.task.price(run)  # fills the store of frozen layers
             price = self.task.price(run)
             steps = price.steps(self.task.passes, self.task.args)
             passes = sum(price.spent(steps).values())
@@ -260,7 +266,8 @@ class Work:
             total += minutes
             numbers = [str(runs), " + ".join(map(str, steps)), f"{passes:.0f}", f"{minutes:.1f}"]
             rows.append([name + ABLATIONS[kind], *numbers])
-        return f"{aligned(rows)}\ntogether about {total / self.jobs:.0f} minutes"
+        lines = [aligned(rows), f"together about {total / self.jobs:.0f} minutes", self.task.layers]
+        return "\n".join(lines)
 
 
 def price_of(run: Run) -> tuple[str, bool, bool]:

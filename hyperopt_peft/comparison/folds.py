@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from datasets import Dataset
 from sklearn.model_selection import KFold, ShuffleSplit
 
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.trainer.data import digests, require_examples, shared, split_dataset
+from hyperopt_peft.trainer.data import digests, require_examples, shared_rows, split_dataset
 
 
 @dataclass(frozen=True)
@@ -38,30 +38,37 @@ class Rows:
     spare: bool = True
     parts: Sequence[int] = ()
 
-    def check(self) -> None:
-        """Raise ProblemError where a row that scores is one that trains."""
+    def usable(self) -> tuple[Rows, str]:
+        """These, without test rows that train too, and how many those are, in words.
+
+        Raises:
+            ProblemError: no test rows or folds, or both; fewer trusted rows than folds; a trusted
+                row in two folds, or in the training rows; no test rows but those that train.
+        """
         if (self.test is None) == (self.folds is None):
             raise ProblemError("test_dataset: give either test_dataset or folds")
-        if self.folds is not None:
-            require_examples("upper_dataset", self.upper)
-            trusted, least = len(self.upper), self.folds + self.spare
-            if self.folds < 2 or least > trusted:
-                raise ProblemError(
-                    f"folds: {self.folds} of {trusted} trusted rows; give 2 to "
-                    f"{trusted - self.spare}"
-                )
-            if again := trusted - len({*digests(self.upper, self.upper.column_names)}):
-                raise ProblemError(
-                    f"upper_dataset: {again} rows are there twice, in two folds; remove them"
-                )
-        scored = "upper_dataset" if self.test is None else "test_dataset"
-        rows = self.upper if self.test is None else self.test
-        pairs = {"training": self.train, "trusted": None if self.test is None else self.upper}
-        for name, others in pairs.items():
-            if common := shared(rows, others):
-                raise ProblemError(
-                    f"{scored}: {common} of {len(rows)} rows are {name} rows; remove them"
-                )
+        if self.folds is None:
+            both = [*shared_rows(self.test, self.train), *shared_rows(self.test, self.upper)]
+            rest, count = sorted({*range(len(self.test))} - {*both}), len(self.test)
+            if not rest:
+                raise ProblemError("test_dataset: all of its rows are training rows; give others")
+            if len(rest) == count:
+                return self, ""
+            note = f"{count - len(rest)} of {count} test rows are training rows too, and left out"
+            return replace(self, test=self.test.select(rest)), note
+        require_examples("upper_dataset", self.upper)
+        most, again = len(self.upper) - self.spare, shared_rows(self.upper, self.train)
+        if not 2 <= self.folds <= most:
+            raise ProblemError(
+                f"folds: {self.folds} of {len(self.upper)} trusted rows; give 2 to {most}"
+            )
+        again += _repeated(self.upper)
+        if again:
+            raise ProblemError(
+                f"upper_dataset: row {min(again)} (from 0) is in another fold or in train_dataset "
+                "too, so that a run trains on what scores it; remove it"
+            )
+        return self, ""
 
     def of(self, seed: int, development: bool) -> tuple[Any, Any, Any]:
         """The rows (lower level, trusted, scoring) of a run.
@@ -98,8 +105,13 @@ class Rows:
         return _taken(self.upper, [*rest[train], *spare]), _taken(self.upper, rest[fold])
 
 
+def _repeated(rows: Any) -> list[int]:
+    """The numbers of rows that are there before."""
+    first = dict[int, int]()
+    found = enumerate(digests(rows, rows.column_names))
+    return [row for row, digest in found if first.setdefault(digest, row) != row]
+
+
 def _taken(rows: Any, numbers: Any) -> Any:
     """The rows ``numbers``, copied: to a selection a method adds no column without a bar."""
-    if not isinstance(rows, Dataset):
-        return [rows[int(k)] for k in numbers]
     return Dataset.from_dict(rows.with_format(None)[numbers], features=rows.features)

@@ -6,7 +6,7 @@ A training with an adapter in the last two of six layers then takes a third of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,17 @@ States = dict[tuple[int, ...], Tensor]
 COLUMNS = ("input_ids", "token_type_ids")
 #: Of models that this process has seen: the frozen parameters, with their states.
 _SEEN: list[tuple[list[Tensor], States]] = []
+#: Bytes of states, and models, above which no further ones are kept.
+LIMIT, MODELS = 2**32, 3
 
 
-def compute_once(trainer: Any) -> str:
+def compute_once(trainer: Any, *, dropout: bool = True) -> str:
     """Let the model of ``trainer`` compute its frozen lower layers once a text.
+
+    Args:
+        trainer: before its training.
+        dropout: whether these layers keep the dropout that they have, with which they are computed
+            in each pass; else it is set to 0.
 
     Returns:
         In words, how many layers are computed once, or why none is.
@@ -39,14 +46,18 @@ def compute_once(trainer: Any) -> str:
     if below == 0:
         return "every layer is computed in each pass: the lowest one is trained"
     batch = _first_batch(trainer)
-    before = _modules_before(model, layers[below], batch)
-    if any(id(p) in owned for each in before for p in each.parameters(recurse=False)):
-        return "every layer is computed in each pass: the embeddings are trained"
+    before, trained = _before(model, layers[below], batch)
+    if trained:
+        return "every layer is computed in each pass: something below the layers is trained"
     inside = {*before, *(module for layer in layers[:below] for module in layer.modules())}
-    if any(map(_drops, inside)):
+    if not dropout:
+        for module in inside:
+            for name in _dropouts(module):
+                setattr(module, name, 0.0)
+    if any(map(_dropouts, inside)):
         return (
-            "every layer is computed in each pass: the frozen ones have dropout; set it to 0 in "
-            "base_model, and they are computed once"
+            "every layer is computed in each pass: the frozen ones have dropout; without it "
+            "(frozen_dropout: false) they are computed once"
         )
     inner = {id(p) for module in inside for p in module.parameters(recurse=False)}
     frozen = [p for p in model.parameters() if id(p) in inner]
@@ -54,6 +65,9 @@ def compute_once(trainer: Any) -> str:
     once.install(base_model(model))
     with torch.no_grad(), evaluating(model):
         first, second = (model(**batch).logits for _ in range(2))
+    mask = batch.get("attention_mask")
+    if mask is not None and first.shape[:2] == mask.shape:  # a padding's state is not kept
+        first, second = first[mask.bool()], second[mask.bool()]
     if not torch.allclose(first, second, rtol=1e-4, atol=1e-5 * float(first.abs().max())):
         once.remove()
         return "every layer is computed in each pass: one reads more than the text of its row"
@@ -66,7 +80,12 @@ class _Once:
     def __init__(self, layers: Sequence[nn.Module], count: int, states: States) -> None:
         self.layers, self.count, self.states = layers, count, states
         self.known, self.keys, self.mask = False, list[Any](), torch.empty(0)
+        self.bytes = sum(state.nbytes for state in states.values())
         self.inner = [{**layer._modules} for layer in layers[:count]]
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        """Itself: a copy of the model, such as a method's teacher, has the same frozen layers."""
+        return self
 
     def install(self, base: nn.Module) -> None:
         """Put the hooks."""
@@ -119,7 +138,9 @@ class _Once:
         states = args[0] if args else kwargs["hidden_states"]
         if not self.known:
             for key, row, kept in zip(self.keys, states, self.mask, strict=True):
-                self.states[key] = row[kept].detach().clone()
+                if key not in self.states and self.bytes < LIMIT:
+                    self.states[key] = row[kept].detach().clone()
+                    self.bytes += self.states[key].nbytes
             return None
         states = torch.zeros_like(states)
         states[self.mask] = torch.cat([self.states[key] for key in self.keys])
@@ -140,25 +161,28 @@ def _first_batch(trainer: Any) -> dict[str, Any]:
     return {name: x for name, x in batch.items() if name not in trainer.tags}
 
 
-def _modules_before(model: Any, layer: nn.Module, batch: dict[str, Any]) -> set[nn.Module]:
-    """The modules whose forward pass ends before that of ``layer`` begins."""
-    done: set[nn.Module] = set()
+def _before(model: Any, layer: nn.Module, batch: dict[str, Any]) -> tuple[set[nn.Module], bool]:
+    """The modules whose forward pass ends before ``layer`` begins; whether a gradient enters it."""
+    done, entered = set[nn.Module](), list[tuple[set[nn.Module], bool]]()
+
+    def enter(_: Any, args: Any, kwargs: Any) -> None:
+        states = args[0] if args else kwargs["hidden_states"]
+        entered.append(({*done}, states.requires_grad))
+
     hooks: list[Any] = [m.register_forward_hook(lambda m, *_: done.add(m)) for m in model.modules()]
-    at: list[set[nn.Module]] = []
-    hooks.append(layer.register_forward_pre_hook(lambda *_: at.append({*done})))
-    with torch.no_grad(), evaluating(model):
+    hooks.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
+    with torch.enable_grad(), evaluating(model):
         model(**batch)
     for hook in hooks:
         hook.remove()
-    return at[0]
+    return entered[0]
 
 
-def _drops(module: nn.Module) -> bool:
-    """Whether ``module`` has a rate of dropout above 0, as a layer or as a number."""
-    if isinstance(module, nn.Dropout):
-        return module.p > 0
+def _dropouts(module: nn.Module) -> list[str]:
+    """The attributes of ``module`` that are a rate of dropout above 0."""
     named = vars(module).items()
-    return any("dropout" in name and isinstance(x, float) and x > 0 for name, x in named)
+    rates = [name for name, x in named if isinstance(x, float) and x > 0]
+    return [x for x in rates if "dropout" in x or (x == "p" and isinstance(module, nn.Dropout))]
 
 
 def _states_of(frozen: list[Tensor]) -> States:
@@ -168,4 +192,5 @@ def _states_of(frozen: list[Tensor]) -> States:
         if len(parameters) == len(frozen) and all(torch.equal(*pair) for pair in pairs):
             return states
     _SEEN.append((frozen, {}))
+    del _SEEN[:-MODELS]
     return _SEEN[-1][1]

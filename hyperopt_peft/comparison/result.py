@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from hyperopt_peft.comparison.choice import Plan
 from hyperopt_peft.comparison.recommend import sentence
@@ -43,12 +42,14 @@ class Comparison:
         store: the finished runs.
         metric: the name of the score.
         passes: the budget of each run; 0 of heads, which are solved.
+        note: what is to know of the rows.
     """
 
     plan: Plan
     store: Store
     metric: str
     passes: float
+    note: str = ""
 
     def scores(self, name: str, kind: Kind = "method") -> list[float]:
         """The score of each reported seed."""
@@ -113,29 +114,37 @@ class Comparison:
         found = []
         for name, method in self.plan.methods.items():
             if name != self.first:
-                found.append(f"{name} {self._beside((name, 'method'), (self.first, 'method'))}")
+                found.append(self._beside_first(name))
             if has_upper_level(method):
-                found += [
-                    f"{name} {self._beside((name, 'method'), (name, kind), words)}"
-                    for kind, words in (
-                        ("frozen", "itself with the upper level frozen"),
-                        ("one level", "all of its variables in one level on all rows"),
-                    )
-                ]
+                found.append(self._by_parts(name))
         return found + self._edges() + self._remarks()
 
-    def _beside(self, one: Any, other: Any, words: str | None = None) -> str:
-        gaps = self.differences(one, other)
+    def _beside_first(self, name: str) -> str:
+        gaps = self.differences((name, "method"), (self.first, "method"))
         middle, half = mean_and_half(gaps)
-        words = words or other[0]
-        better = (middle < 0) == self.plan.lower_is_better
         if abs(middle) > half:
-            word = "better" if better else "worse"
-            return f"is {word} than {words} in {self.metric} by {abs(middle):.4f} ± {half:.4f}"
+            word = "better" if (middle < 0) == self.plan.lower_is_better else "worse"
+            by = f"{abs(middle):.4f} ± {half:.4f}"
+            return f"{name} is {word} than {self.first} in {self.metric} by {by}"
         return (
-            f"ties with {words} in {self.metric} ({middle:+.4f} ± {half:.4f}); "
+            f"{name} ties with {self.first} in {self.metric} ({middle:+.4f} ± {half:.4f}); "
             f"{len(gaps)} seeds show differences from {detectable(gaps):.4f} on"
         )
+
+    def _by_parts(self, name: str) -> str:
+        """The difference to the first method as a sum over the ablations between the two."""
+        ways: list[tuple[str, Kind]] = [(name, "method"), (name, "frozen"), (name, "one level")]
+        parts = ["the upper level", "the split of the rows, fewer steps and the rate"]
+        if name != self.first:
+            ways.append((self.first, "method"))
+            parts.append("the variables and the adapter")
+        shown = []
+        for part, one, other in zip(parts, ways[:-1], ways[1:], strict=True):
+            middle, half = mean_and_half(self.differences(one, other))
+            tie = ", a tie" if abs(middle) <= half else ""
+            shown.append(f"{middle:+.4f} ± {half:.4f} by {part}{tie}")
+        whole = f"{name} − {self.first if name != self.first else 'the same in one level'}"
+        return f"{whole} is the sum of {'; '.join(shown)}"
 
     def _edges(self) -> list[str]:
         """Where a chosen rate is the first or the last of its grid."""
@@ -152,7 +161,7 @@ class Comparison:
 
     def _remarks(self) -> list[str]:
         """What is to know of runs beside their scores."""
-        found = []
+        found, layers = [self.note] if self.note else [], dict[str, list[str]]()
         for name in self.plan.methods:
             runs = self.plan.runs_of(self.store, name, "method")
             results = [self.store.results[run] for run in runs]
@@ -162,10 +171,10 @@ class Comparison:
                     f"{name}: finish changes the logits, by up to {change:.1%} of the largest; the "
                     "second training starts from there"
                 )
-            found += [
-                f"{name}: {each}" for each in {result["layers"] for result in results} if each
-            ]
-        return found
+            if said := results[0]["layers"]:
+                layers.setdefault(said, []).append(name)
+        alike = len(layers) == 1
+        return found + [k if alike else f"{', '.join(names)}: {k}" for k, names in layers.items()]
 
     def spent(self) -> list[Row]:
         """The passes of each method, by what they were for; means over seeds."""

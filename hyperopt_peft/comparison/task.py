@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from hyperopt_peft.comparison.budget import PassCounter, phases, rows_of, steps_for
 from hyperopt_peft.comparison.folds import Rows
@@ -119,6 +119,7 @@ class Task:
         metric: the name of the score, without ``eval_``; ``loss`` is better where it is lower.
         trainer: the class of the trainer.
         options: further arguments of the trainer.
+        frozen_dropout: whether frozen lower layers keep their dropout.
         layers: how many layers of the last model are computed once, in words.
     """
 
@@ -131,6 +132,7 @@ class Task:
     metric: str
     trainer: type[BilevelTrainer] = BilevelTrainer
     options: Mapping[str, Any] = field(default_factory=dict)
+    frozen_dropout: bool = True
     layers: str = ""
 
     def run(self, run: Run, price: Price) -> dict[str, Any]:
@@ -186,6 +188,7 @@ class Task:
             few = rows[2].select(range(min(len(rows[2]), 8)))
             self.require_metric(trainer.evaluate(few))
             made = time.perf_counter()
+            trainer.add_callback(clock := _Clock(counter))
             trainer.train()
         lower, steps = len(trainer.train_dataset), sizes["max_steps"]
         batch = args.train_batch_size * args.gradient_accumulation_steps
@@ -197,7 +200,7 @@ class Task:
             upper=(counter.rows - rows_of(steps, lower, batch)) / 2 if bilevel else 0.0,
             again=bilevel and self.args.retrain != "none",
             start=made - begin,
-            a_pass=(time.perf_counter() - made) * batch / counter.rows,
+            a_pass=clock.seconds_a_row() * batch,
         )
 
     def require_metric(self, metrics: Mapping[str, Any]) -> None:
@@ -239,7 +242,7 @@ class Task:
             callbacks=callbacks,
             **{name: value for name, value in options.items() if value is not None},
         )
-        self.layers = compute_once(trainer)
+        self.layers = compute_once(trainer, dropout=self.frozen_dropout)
         return trainer
 
 
@@ -272,6 +275,21 @@ class _Together(Problem):
 
     def loss(self, batch: Any) -> Any:
         return self.lower.loss(batch)
+
+
+class _Clock(TrainerCallback):
+    """The time at the end of each step, beside the rows that ``counter`` has counted."""
+
+    def __init__(self, counter: PassCounter) -> None:
+        self.counter, self.ends = counter, list[tuple[float, int]]()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.ends.append((time.perf_counter(), self.counter.rows))
+
+    def seconds_a_row(self) -> float:
+        """Without the first step, which allocates."""
+        (begin, first), *_, (end, last) = self.ends
+        return (end - begin) / (last - first)
 
 
 def _adapted(model: Any, config: Any) -> Any:

@@ -283,10 +283,16 @@ def _columns(one: Dataset, other: Dataset) -> list[str]:
 
 def shared(data: Any, other: Any) -> int:
     """The number of examples of ``data`` that are in ``other`` too; 0 if that is unknown."""
+    return len(shared_rows(data, other))
+
+
+def shared_rows(data: Any, other: Any) -> list[int]:
+    """The numbers of the examples of ``data`` that are in ``other`` too; none if unknown."""
     if not (isinstance(data, Dataset) and isinstance(other, Dataset) and _columns(data, other)):
-        return 0
+        return []
     others = set(digests(other, _columns(data, other)))
-    return sum(digest in others for digest in digests(data, _columns(data, other)))
+    found = digests(data, _columns(data, other))
+    return [row for row, digest in enumerate(found) if digest in others]
 
 
 class Endless(IterableDataset[Any]):

@@ -1,0 +1,119 @@
+"""Frozen lower layers that are computed once change no number, or say why they are not."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
+
+from hyperopt_peft import BiDoRA, BilevelTrainer
+from hyperopt_peft.comparison.frozen_layers import compute_once
+from tests.support.trainers import arguments, data, peft_model, values
+
+
+class Padding:
+    """Stands for a tokenizer: pads token ids with 0."""
+
+    model_input_names = ("input_ids", "attention_mask")
+    padding_side = "right"
+
+    def pad(self, rows: list[dict[str, Any]], **_: Any) -> dict[str, torch.Tensor]:
+        width = max(len(row["input_ids"]) for row in rows)
+        names = [name for name in rows[0] if name in self.model_input_names]
+        padded = {n: [r[n] + [0] * (width - len(r[n])) for r in rows] for n in names}
+        others = {n: [r[n] for r in rows] for n in rows[0] if n not in names}
+        return {n: torch.tensor(x) for n, x in {**padded, **others}.items()}
+
+
+def ragged(kind: str) -> Any:
+    """Texts of three to six tokens."""
+    rows = data(kind)
+
+    def shorter(row: dict[str, Any], number: int) -> dict[str, Any]:
+        ends = 3 + number % 4
+        return {k: x[:ends] if isinstance(x, list) else x for k, x in row.items()}
+
+    return rows.map(shorter, with_indices=True)
+
+
+def trainer(
+    folder: Path, kind: str, method: Any = None, dropout: float = 0.0, **adapter: Any
+) -> Any:
+    """BiDoRA on the upper one of two layers, of texts of unequal lengths."""
+    collators = {"classes": DataCollatorWithPadding, "tokens": DataCollatorForTokenClassification}
+    collate = collators.get(kind, DataCollatorForTokenClassification)(Padding())
+    model = peft_model(kind, dropout, **{"layers_to_transform": [1], **adapter})
+    options = {"train_dataset": ragged(kind), "data_collator": collate}
+    return BilevelTrainer(model, arguments(folder), method=method or BiDoRA(), **options)
+
+
+@pytest.mark.parametrize("kind", ["classes", "tokens", "causal"])
+def test_a_training_is_the_same(tmp_path: Path, kind: str) -> None:
+    found = {}
+    for once in (False, True):
+        made = trainer(tmp_path, kind)
+        if once:
+            assert compute_once(made).startswith("1 of 2 layers")
+        made.train()
+        made.train()  # now every text is known
+        found[once] = values(made.model)
+    for name, expected in found[False].items():
+        torch.testing.assert_close(found[True][name], expected, rtol=2e-3, atol=2e-5)
+
+
+def test_a_copy_of_the_model_gives_its_logits(tmp_path: Path) -> None:
+    made = trainer(tmp_path, "classes")
+    known, new = (
+        dict(next(iter(made.get_eval_dataloader(ragged("classes").select(rows)))))
+        for rows in (range(4), range(4, 8))
+    )
+    with torch.no_grad():
+        model = made.model.eval()
+        expected = [model(**batch).logits for batch in (known, new)]
+        compute_once(made)
+        model(**known)
+        teacher = copy.deepcopy(model)
+        model(**known)
+        for batch, logits in zip((new, known, new), (expected[1], *expected), strict=True):
+            for each in (teacher, model):
+                torch.testing.assert_close(each(**batch).logits, logits)
+
+
+class Shifted(BiDoRA):
+    """Its first layer reads a variable that is no parameter."""
+
+    def prepare(self, model: Any) -> None:
+        super().prepare(model)
+        self.shift = torch.zeros(8, requires_grad=True)
+        first = model.base_model.model.bert.encoder.layer[0]
+        first.register_forward_hook(lambda m, args, states: states + self.shift)
+
+    def upper_variables(self, model: Any) -> Any:
+        return {**super().upper_variables(model), "shift": self.shift}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dropout": 0.1}, "dropout"),
+        ({"layers_to_transform": [0]}, "the lowest one is trained"),
+        ({"modules_to_save": ["word_embeddings"]}, "something below"),
+        ({"method": Shifted()}, "something below"),
+    ],
+)
+def test_why_they_are_not(tmp_path: Path, options: Any, words: str) -> None:
+    made = trainer(tmp_path, "classes", **options)
+    assert words in compute_once(made)
+    made.train()
+
+
+def test_their_dropout_may_go(tmp_path: Path) -> None:
+    made = trainer(tmp_path, "classes", dropout=0.1)
+    assert compute_once(made, dropout=False).startswith("1 of 2 layers")
+    rates = [m.p for m in made.model.modules() if isinstance(m, nn.Dropout)]
+    assert 0.1 in rates
