@@ -1,165 +1,93 @@
-"""Which rule should recommend a way to train on sources, and how far is its way from the best one?
+"""How far is the recommended way to train on sources from the best one?
 
-    python benchmarks/sources.py             # ten minutes of a core; --quick: one cell of each task
-    python benchmarks/sources.py --report    # the table again, from the file of the runs
+    python benchmarks/sources.py FOLDER    # ten minutes of a core; goes on from its file
 
-A cell is a task, trusted rows, and a draw of sources and rows. Every way trains a head on MiniLM's
-features. Five folds of the trusted rows are all that a rule sees; a way is measured by its accuracy
-on 500 test rows. The rule is chosen on the development tasks, tweets with simulated sources and
-sentences of four domains that single persons rate, and measured on two other tasks: questions
-with labelling functions (the folder ``--data`` has trec/ and sst2/), and sentences of movie reviews
-with simulated sources.
+A cell is a task, a number of trusted rows, and a draw of sources. Each way trains a head on
+MiniLM's features. A rule sees five folds of the trusted rows; 500 test rows measure its way. It is
+chosen on tweets with simulated sources and sentences of four domains that single persons rate, and
+measured on questions with labelling functions and movie reviews with simulated sources (trec/ and
+sst2/ in FOLDER).
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
-
+# ruff: noqa: E402
 import pandas
 import torch
 from datasets import Dataset
 from rated_text import DOMAINS, one_rater
 from text_data import load_model, model_path, quiet, tweets
-from torch import Tensor
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from hyperopt_peft import BilevelTrainingArguments, compare_methods, problems
 from hyperopt_peft.comparison.heads import OnFeatures
 from hyperopt_peft.comparison.recommend import recommended
-from hyperopt_peft.problems import Head
 from hyperopt_peft.problems.features import features_of
 
 RUNS = ROOT / "benchmarks/results/sources.jsonl"
 TASKS = {"tweets": "development", "raters": "development", "movies": "new", "questions": "new"}
-SEEDS, TRUSTED, TESTS, FOLDS = range(5), (20, 60), 500, 5
+SEEDS, TRUSTED, TESTS = range(5), (20, 60), 500
 RULES = {"lowest mean loss": 0.0, "within half an error": 0.5, "within an error": 1.0}
 KINDS = ("right", "30 % wrong", "60 % wrong", "one label", "next class")
-#: Sources by name, (numbers of rows, labels); numbers of the trusted and of the test rows.
-Draw = tuple[dict[str, tuple[list[int], list[int]]], list[int], list[int]]
+#: Sources by name, a row's number and its label; the trusted and the test rows.
+Draw = tuple[dict[str, list[tuple[int, int]]], list[int], list[int]]
 
 
-def simulated(labels: list[int], classes: int, trusted: int) -> Draw:
-    """Five sources of random kinds and sizes."""
-    rows = random.sample(range(len(labels)), len(labels))
-    test, first, rest = rows[:TESTS], rows[TESTS:][:trusted], rows[TESTS + trusted :]
-    sources = {}
+def texts_of(name: str, data: Path) -> tuple[list[str], list[int], Any]:
+    """Texts, right labels, and the task's further labels: of a person, or of functions."""
+    if name == "tweets":
+        table = tweets().to_pandas().sample(2000, random_state=0)
+        return list(table.text), table.label.tolist(), None
+    if name == "raters":
+        tables = (one_rater(each, seed=0).sample(800, random_state=0) for each in DOMAINS)
+        table = pandas.concat(tables)
+        return list(table.text), table.clean.tolist(), table.noisy.tolist()
+    if name == "movies":
+        read: dict[str, Any] = {"sep": "\t", "header": None, "quoting": 3}
+        table = pandas.read_csv(data / "sst2/train.tsv", **read).sample(2000, random_state=0)
+        return list(table[1]), table[0].tolist(), None
+    lines = [(data / f"trec/{part}.jsonl").read_text().splitlines() for part in ("gold", "train")]
+    gold, train = (list(map(json.loads, part)) for part in lines)
+    known, functions = {row["text"] for row in gold}, dict[str, list[tuple[int, int]]]()
+    rows = [*gold, *(row for row in train if row["text"] not in known)]
+    for number, row in enumerate(rows[len(gold) :], len(gold)):
+        for function, vote in row["votes"]:
+            functions.setdefault(f"function {function}", []).append((number, vote))
+    functions = {name: votes for name, votes in functions.items() if len(votes) >= 30}
+    return [row["text"] for row in rows], [row["label"] for row in gold], functions
+
+
+def draw(labels: list[int], more: Any, trusted: int) -> Draw:
+    """The sources and rows of a cell; `random` is seeded."""
+    if isinstance(more, dict):  # eight functions, and 60 of the rows on which each votes
+        rows, chosen = random.sample(range(len(labels)), len(labels)), random.sample([*more], 8)
+        sources = {name: random.sample(v := more[name], min(60, len(v))) for name in chosen}
+        return sources, rows[TESTS:][:trusted], rows[:TESTS]
+    if more is not None:  # four domains, of which one is the target's
+        blocks = [random.sample(range(k * 800, k * 800 + 800), 800) for k in range(len(DOMAINS))]
+        rows, parts = random.choice(blocks), zip(DOMAINS, blocks, strict=True)
+        sources = {name: [(row, more[row]) for row in block[:120]] for name, block in parts}
+        return sources, rows[-TESTS - trusted : -TESTS], rows[-TESTS:]
+    rows, sources = random.sample(range(len(labels)), len(labels)), {}
+    test, first, rows, classes = rows[:TESTS], rows[TESTS:][:trusted], rows[900:], max(labels) + 1
     for k in range(5):
         kind, size = random.choice(KINDS), random.choice((40, 80, 160))
-        chosen, rest = rest[:size], rest[size:]
-        given = []
-        for label in (labels[row] for row in chosen):
-            wrong = (label + random.randrange(1, classes)) % classes
-            choices = {"right": label, "one label": 1, "next class": (label + 1) % classes}
-            often = float(kind[:2]) / 100 if "%" in kind else 0.0
-            given.append(choices.get(kind, wrong if random.random() < often else label))
-        sources[f"{k}: {kind}"] = chosen, given
+        often = float(kind[:2]) / 100 if "%" in kind else 0.0
+        for row in rows[k * 200 :][:size]:
+            wrong = (labels[row] + random.randrange(1, classes)) % classes
+            label = wrong if random.random() < often else labels[row]
+            label = {"one label": 1, "next class": (label + 1) % classes}.get(kind, label)
+            sources.setdefault(f"{k}: {kind}", []).append((row, label))
     return sources, first, test
-
-
-class Task:
-    """Texts with labels and features, and draws of sources."""
-
-    def __init__(self, name: str, data: Path) -> None:
-        self.name, self.classes, functions = name, 3, dict[int, list[tuple[int, int]]]()
-        if name == "tweets":
-            table = tweets().to_pandas().sample(2000, random_state=0)
-            texts, self.labels = list(table.text), table.label.tolist()
-        elif name == "raters":
-            tables = [one_rater(d, seed=0).sample(800, random_state=0) for d in DOMAINS]
-            texts = [text for each in tables for text in each.text]
-            self.labels = [label for each in tables for label in each.clean.tolist()]
-            self.noisy = [label for each in tables for label in each.noisy.tolist()]
-        elif name == "movies":
-            read = {"sep": "\t", "header": None, "quoting": 3}
-            table = pandas.read_csv(data / "sst2/train.tsv", **read).sample(2000, random_state=0)
-            texts, self.labels, self.classes = list(table[1]), table[0].tolist(), 2
-        else:
-            parts = [(data / f"trec/{x}.jsonl").read_text() for x in ("gold", "train")]
-            gold, train = ([json.loads(line) for line in x.splitlines()] for x in parts)
-            known = {row["text"] for row in gold}
-            rows = [*gold, *(row for row in train if row["text"] not in known)]
-            texts, self.classes = [row["text"] for row in rows], 6
-            self.labels = [row.get("label", -1) for row in rows]
-            for k, row in enumerate(rows[len(gold) :], len(gold)):
-                for function, vote in row["votes"]:
-                    functions.setdefault(function, []).append((k, vote))
-        self.functions = {f"function {f}": x for f, x in functions.items() if len(x) >= 30}
-        tokenizer = AutoTokenizer.from_pretrained(model_path("minilm"))
-        tokens = tokenizer(texts, truncation=True, max_length=48)
-        rows = Dataset.from_dict({**tokens, "labels": [0] * len(texts)})
-        model = load_model("minilm", ["a", "b"])
-        self.x: Tensor = features_of(model, rows, DataCollatorWithPadding(tokenizer)).x
-
-    def draw(self, trusted: int) -> Draw:
-        """Sources, trusted and test rows of a cell; `random` is seeded."""
-        if self.functions:
-            gold = random.sample(range(1000), 1000)
-            names = random.sample(sorted(self.functions), 8)
-            some = {x: random.sample(v := self.functions[x], min(60, len(v))) for x in names}
-            sources = {x: ([r for r, _ in v], [y for _, y in v]) for x, v in some.items()}
-            return sources, gold[TESTS:][:trusted], gold[:TESTS]
-        if self.name != "raters":
-            return simulated(self.labels, self.classes, trusted)
-        blocks = [random.sample(range(k * 800, k * 800 + 800), 800) for k in range(len(DOMAINS))]
-        own = random.choice(blocks)
-        test, first = own[-TESTS:], own[-TESTS - trusted : -TESTS]
-        named = {d: rows[:120] for d, rows in zip(DOMAINS, blocks, strict=True)}
-        return {d: (rows, [self.noisy[r] for r in rows]) for d, rows in named.items()}, first, test
-
-    def measured(self, trusted: int, seed: int) -> dict[str, Any]:
-        """The losses on the folds and the test accuracy of every way."""
-        random.seed(f"{self.name} {trusted} {seed}")
-        sources, first, test = self.draw(trusted)
-        pairs = [(r, y, n) for n, (rows, given) in sources.items() for r, y in zip(rows, given)]
-        names = ("head_row", "labels", "source")
-        train = Dataset.from_dict(dict(zip(names, map(list, zip(*pairs)))))
-        trusted_rows, test_rows = (
-            Dataset.from_dict({"head_row": rows, "labels": [self.labels[row] for row in rows]})
-            for rows in (first, test)
-        )
-        ways: dict[str, Any] = {
-            "each source alike": problems.EqualSources(),
-            "everything, equal weights": problems.LoRA(),
-            "trusted rows 10 times": problems.TrustedRepeated(times=10),
-            "trusted rows 30 times": problems.TrustedRepeated(times=30),
-            "trusted rows alone": problems.SomeSources(),
-            **{
-                f"without {x}": problems.SomeSources([y for y in sources if y != x])
-                for x in sources
-            },
-            "weights by agreement": problems.Agreement(),
-            "weights by log odds of agreement": problems.Agreement(log_odds=True),
-            "learned weights": problems.Sources(),
-        }
-        head, args = Head(self.x.shape[1], self.classes), BilevelTrainingArguments("unused")
-        options: dict[str, Any] = {"train_dataset": train, "upper_dataset": trusted_rows}
-        options |= {"model": "head", "progress": False}
-        found = {}
-        for name, more in (
-            ("losses", {"folds": FOLDS}),
-            ("accuracy", {"test_dataset": test_rows, "seeds": range(2), "metric": "accuracy"}),
-        ):
-            result = compare_methods(
-                ways,
-                lambda: OnFeatures(self.x, head),
-                None,
-                args,
-                compute_metrics=accuracy,
-                **options,
-                **more,
-            )
-            found[name] = {way: result.scores(way) for way in ways}
-        return found
 
 
 def accuracy(outputs: Any) -> dict[str, float]:
@@ -167,52 +95,74 @@ def accuracy(outputs: Any) -> dict[str, float]:
     return {"accuracy": float((outputs.predictions.argmax(1) == outputs.label_ids).mean())}
 
 
-def report(cells: list[Any]) -> str:
-    """The regret in accuracy of each rule, and of a few ways, in both groups of cells."""
-    lines = ["| rule or way | " + " | ".join(f"{x}, mean | worst" for x in ("development", "new"))]
-    lines = [lines[0] + " |", "| --- | --- | --- | --- | --- |"]
-    rules: dict[str, Any] = {
-        name: lambda cell, k=k: recommended(cell["losses"], True, k) for name, k in RULES.items()
+def measured(x: torch.Tensor, labels: list[int], cell: Draw) -> dict[str, Any]:
+    """The losses on the folds and the test accuracy of every way."""
+    sources, *both = cell
+    rows = [(row, label, name) for name, pairs in sources.items() for row, label in pairs]
+    columns = zip(("head_row", "labels", "source"), map(list, zip(*rows)), strict=True)
+    trusted, test = (
+        Dataset.from_dict({"head_row": each, "labels": [labels[row] for row in each]})
+        for each in both
+    )
+    others = {name: [each for each in sources if each != name] for name in sources}
+    ways: dict[str, Any] = {
+        "each source alike": problems.EqualSources(),
+        "everything, equal weights": problems.LoRA(),
+        "trusted rows 10 times": problems.TrustedRepeated(times=10),
+        "trusted rows 30 times": problems.TrustedRepeated(times=30),
+        "trusted rows alone": problems.SomeSources(),
+        **{f"without {name}": problems.SomeSources(rest) for name, rest in others.items()},
+        "weights by agreement": problems.Agreement(),
+        "weights by log odds of agreement": problems.Agreement(log_odds=True),
+        "learned weights": problems.Sources(),
     }
-    fixed = [way for way in cells[0]["losses"] if not way.startswith("without")]
-    rules |= {f"always {way}": lambda cell, way=way: way for way in fixed}
-    for name, rule in rules.items():
-        row = [name]
-        for group in ("development", "new"):
-            regrets = [regret(x, rule(x)) for x in cells if TASKS[x["task"]] == group] or [0.0]
-            row += [f"{fmean(regrets):.3f}", f"{max(regrets):.3f}"]
-        lines.append(f"| {' | '.join(row)} |")
+    head, args = problems.Head(x.shape[1], max(labels) + 1), BilevelTrainingArguments("unused")
+    options: dict[str, Any] = {"train_dataset": Dataset.from_dict(dict(columns)), "model": "head"}
+    options |= {"upper_dataset": trusted, "compute_metrics": accuracy, "progress": False}
+    judged: dict[str, dict[str, Any]] = {"loss": {"folds": 5}}
+    judged["accuracy"] = {"test_dataset": test, "seeds": range(2)}
+    model, found = lambda: OnFeatures(x, head), dict[str, Any]()
+    for metric, more in judged.items():
+        result = compare_methods(ways, model, None, args, metric=metric, **options, **more)
+        found[metric] = {way: result.scores(way) for way in ways}
+    return found
+
+
+def report(cells: list[Any]) -> str:
+    """How far each rule, and each way, is behind the best way's accuracy; mean and worst."""
+    ways = [way for way in cells[0]["loss"] if not way.startswith("without")]
+    choices: dict[str, Any] = {way: lambda cell, way=way: way for way in ways}
+    choices |= {n: lambda cell, k=k: recommended(cell["loss"], True, k) for n, k in RULES.items()}
+    lines = ["| choice | development, mean | worst | new, mean | worst |", "|---" * 5 + "|"]
+    for name, choice in choices.items():
+        regrets: dict[str, list[float]] = {"development": [], "new": []}
+        for cell in cells:
+            means = {way: fmean(values) for way, values in cell["accuracy"].items()}
+            regrets[TASKS[cell["task"]]].append(max(means.values()) - means[choice(cell)])
+        of_groups = (f"{fmean(each):.3f} | {max(each):.3f}" for each in regrets.values() if each)
+        lines.append(f"| {name} | {' | '.join(of_groups)} |")
     return "\n".join(lines)
-
-
-def regret(cell: Mapping[str, Any], way: str) -> float:
-    """The best way's test accuracy minus that of ``way``."""
-    means = {name: fmean(values) for name, values in cell["accuracy"].items()}
-    return max(means.values()) - means[way]
 
 
 def main() -> None:
     """Do the cells that the file lacks, and print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--quick", action="store_true", help="a cell of each task, not kept")
-    parser.add_argument("--report", action="store_true", help="the table alone")
-    options = parser.parse_args()
     quiet()
-    torch.set_num_threads(1)
-    lines = RUNS.read_text().splitlines() if RUNS.exists() and not options.quick else []
-    cells = [json.loads(line) for line in lines]
-    for name in [] if options.report else options.tasks:
+    cells = [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
+    for name in TASKS:
         keys = [{"task": name, "trusted": t, "seed": s} for s in SEEDS for t in TRUSTED]
-        keys = [key for key in keys if not any(key.items() <= cell.items() for cell in cells)]
-        task = Task(name, options.data) if keys else None
-        for key in keys[: 1 if options.quick else None]:
-            cells.append(key | task.measured(key["trusted"], key["seed"]))
+        if not (keys := [k for k in keys if not any(k.items() <= cell.items() for cell in cells)]):
+            continue
+        texts, labels, more = texts_of(name, Path(sys.argv[1]))
+        tokenizer = AutoTokenizer.from_pretrained(model_path("minilm"))
+        tokens = tokenizer(texts, truncation=True, max_length=48)
+        rows = Dataset.from_dict({**tokens, "labels": [0] * len(texts)})
+        x = features_of(load_model("minilm", ["-"]), rows, DataCollatorWithPadding(tokenizer)).x
+        for key in keys:
+            random.seed(str(key))
+            cells.append(key | measured(x, labels, draw(labels, more, key["trusted"])))
             print(*key.values(), flush=True)
-            if not options.quick:
-                with RUNS.open("a") as file:
-                    file.write(json.dumps(cells[-1]) + "\n")
+            with RUNS.open("a") as file:
+                file.write(json.dumps(cells[-1]) + "\n")
     print(report(cells))
 
 

@@ -99,7 +99,7 @@ class HeadTask(Task):
         return {
             **asdict(scored),
             "score": metrics[f"eval_{self.metric}"],
-            "metrics": {k: v for k, v in metrics.items() if isinstance(v, float)},
+            "metrics": metrics,
             "passes": 0.0,
             "steps": [],
             "spent": {},
@@ -140,7 +140,7 @@ class HeadTask(Task):
         lbfgs(_lower(method, model), read(rows), tolerance=TOLERANCE)
         return model
 
-    def evaluate(self, model: nn.Module, rows: Any) -> dict[str, Any]:
+    def evaluate(self, model: nn.Module, rows: Any) -> dict[str, float]:
         """The loss of ``rows``, and the metrics of the options, as a Trainer names them."""
         batch = _read(rows)
         with torch.no_grad():
@@ -151,7 +151,7 @@ class HeadTask(Task):
             logits = reduce(logits, labels)
         if measure := self.options.get("compute_metrics"):
             metrics |= measure(EvalPrediction(logits.numpy(), labels.numpy()))
-        return {f"eval_{name.removeprefix('eval_')}": x for name, x in metrics.items()}
+        return {f"eval_{name.removeprefix('eval_')}": float(x) for name, x in metrics.items()}
 
     def read(self) -> None:
         """Make the features of all rows, once, and tables that have their numbers."""
