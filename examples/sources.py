@@ -10,7 +10,6 @@ has the accuracy on test tweets, which a user cannot see.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -24,7 +23,7 @@ from transformers.hf_argparser import HfArg
 from hyperopt_peft import BilevelTrainingArguments, compare_methods, problems
 
 #: What each source makes of a right label.
-LABELLERS: dict[str, Callable[[int], int]] = {
+LABELLERS: dict[str, Any] = {
     "clean 1": lambda label: label,
     "clean 2": lambda label: label,
     "60 % wrong": lambda label: (label + (random.random() < 0.6) * random.choice((1, 2))) % 3,
@@ -69,11 +68,7 @@ def main() -> None:
     labels = [LABELLERS[name](label) for name, label in zip(names, train["labels"])]
     train = train.remove_columns("labels").add_column("labels", labels).add_column("source", names)
     model, args = partial(load_model, "minilm", ["-", "0", "+"]), BilevelTrainingArguments("unused")
-    options: dict[str, Any] = {
-        "train_dataset": train,
-        "upper_dataset": trusted,
-        "processing_class": tokenizer,
-    }
+    options: Any = {"train_dataset": train, "upper_dataset": trusted, "processing_class": tokenizer}
     compare = partial(compare_methods, WAYS, model, None, args, **options, model="head")
     folds = compare(folds=arguments.folds)
     print(f"{folds}\n\n{folds.recommendation()}\n")
