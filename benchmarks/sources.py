@@ -30,8 +30,8 @@ from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from hyperopt_peft import BilevelTrainingArguments, compare_methods, problems
 from hyperopt_peft.comparison.heads import OnFeatures
-from hyperopt_peft.comparison.recommend import recommended
 from hyperopt_peft.problems.features import features_of
+from hyperopt_peft.utils.statistics import error_of
 
 RUNS = ROOT / "benchmarks/results/sources.jsonl"
 TASKS = {"tweets": "development", "raters": "development", "movies": "new", "questions": "new"}
@@ -128,11 +128,18 @@ def measured(x: torch.Tensor, labels: list[int], cell: Draw) -> dict[str, Any]:
     return found
 
 
+def recommended(losses: dict[str, list[float]], within: float) -> str:
+    """The first way whose mean is at most ``within`` paired standard errors above the lowest."""
+    best = min(losses.values(), key=fmean)
+    gaps = {way: [a - b for a, b in zip(each, best)] for way, each in losses.items()}
+    return next(way for way, gap in gaps.items() if fmean(gap) <= within * error_of(gap))
+
+
 def report(cells: list[Any]) -> str:
     """How far each rule, and each way, is behind the best way's accuracy; mean and worst."""
     ways = [way for way in cells[0]["loss"] if not way.startswith("without")]
     choices: dict[str, Any] = {way: lambda cell, way=way: way for way in ways}
-    choices |= {n: lambda cell, k=k: recommended(cell["loss"], True, k) for n, k in RULES.items()}
+    choices |= {n: lambda cell, k=k: recommended(cell["loss"], k) for n, k in RULES.items()}
     lines = ["| choice | development, mean | worst | new, mean | worst |", "|---" * 5 + "|"]
     for name, choice in choices.items():
         regrets: dict[str, list[float]] = {"development": [], "new": []}

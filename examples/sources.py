@@ -30,7 +30,7 @@ LABELLERS: dict[str, Any] = {
     "one label": lambda label: 1,
     "confused": lambda label: (label + (random.random() < 0.8)) % 3,
 }
-#: The simplest first. A head has no adapter: `LoRA` is all rows with equal weights.
+#: A head has no adapter: `LoRA` is all rows with equal weights.
 WAYS: dict[str, Any] = {
     "each source alike": problems.EqualSources(),
     "everything, equal weights": problems.LoRA(),

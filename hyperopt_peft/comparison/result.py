@@ -13,12 +13,11 @@ from pathlib import Path
 from statistics import fmean
 
 from hyperopt_peft.comparison.choice import Plan
-from hyperopt_peft.comparison.recommend import sentence
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Kind
 from hyperopt_peft.trainer.method import has_upper_level
 from hyperopt_peft.utils.plots import intervals
-from hyperopt_peft.utils.statistics import detectable, mean_and_half
+from hyperopt_peft.utils.statistics import detectable, error_of, mean_and_half
 from hyperopt_peft.utils.tables import aligned, html_table, latex
 
 Row = list[str]
@@ -56,12 +55,23 @@ class Comparison:
         return self.store.scores(self.plan.runs_of(self.store, name, kind))
 
     def recommendation(self) -> str:
-        """Which method to take, in a sentence; the methods are listed from the simplest one.
+        """The method of the best mean score, and how far the next one is behind it.
 
-        See `recommend.recommended` for the rule. It names no ablation.
+        A rule that prefers a simpler method within an error is worse: benchmarks/sources.py.
         """
-        scores = {name: self.scores(name) for name in self.plan.methods}
-        return sentence(scores, self.metric, self.plan.lower_is_better)
+        sign, word = (1, "lowest") if self.plan.lower_is_better else (-1, "highest")
+        best, *rest = sorted(self.plan.methods, key=lambda name: sign * fmean(self.scores(name)))
+        text = (
+            f"{best} is recommended: its mean {self.metric}, {fmean(self.scores(best)):.4f}, is "
+            f"the {word} of {len(self.plan.methods)}"
+        )
+        if not rest:
+            return text
+        gaps = self.differences((rest[0], "method"), (best, "method"))
+        error = error_of(gaps)
+        return (
+            f"{text}; that of {rest[0]} is {fmean(gaps):+.4f} from it, with an error of {error:.4f}"
+        )
 
     def differences(self, one: tuple[str, Kind], other: tuple[str, Kind]) -> list[float]:
         """The score of one way minus that of the other, for each seed."""

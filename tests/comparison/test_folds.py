@@ -12,7 +12,6 @@ from datasets import Dataset
 from hyperopt_peft import Method, ProblemError
 from hyperopt_peft.comparison.choice import Plan
 from hyperopt_peft.comparison.folds import Rows
-from hyperopt_peft.comparison.recommend import recommended
 from hyperopt_peft.comparison.result import Comparison
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Run
@@ -102,25 +101,16 @@ def test_bad_input_is_one_line(options: Any, message: str) -> None:
         compared({"LoRA": LoRA()}, **options)
 
 
-SCORES = {"simple": [0.5, 0.3, 0.4], "middle": [0.30, 0.30, 0.36], "best": [0.29, 0.32, 0.31]}
-
-
-@pytest.mark.parametrize(
-    ("within", "chosen"), [(0, "best"), (0.5, "best"), (1, "middle"), (9, "simple")]
-)
-def test_the_first_way_that_is_near_the_best(within: float, chosen: str) -> None:
-    assert recommended(SCORES, True, within) == chosen
-    higher = {name: [1 - x for x in values] for name, values in SCORES.items()}
-    assert recommended(higher, False, within) == chosen
-
-
 def test_a_recommendation_has_its_numbers() -> None:
+    """The best mean, and the paired difference of the next one with its error."""
+    scores = {"far": [0.5, 0.3, 0.4], "near": [0.30, 0.30, 0.36], "best": [0.29, 0.32, 0.31]}
     store = Store(None, {})
-    for name, values in SCORES.items():
+    for name, values in scores.items():
         for seed, score in enumerate(values):
-            run = Run(name, "method", seed, 0.0)
-            store.add({**vars(run), "score": score})
-    methods = {name: LoRA() for name in SCORES}
-    comparison = Comparison(Plan(methods, (0.0,), (0.0,), [100], [0, 1, 2], True), store, "loss", 0)
-    text = comparison.recommendation()
-    assert text.startswith(f"{recommended(SCORES, True)} is recommended") and "0.3067" in text
+            store.add({**vars(Run(name, "method", seed, 0.0)), "score": score})
+    methods = {name: LoRA() for name in scores}
+    for lower, first, numbers in ((True, "best", "0.3067 near +0.0133 0.0203"), (False, "far", "")):
+        plan = Plan(methods, (0.0,), (0.0,), [100], [0, 1, 2], lower)
+        text = Comparison(plan, store, "loss", 0).recommendation()
+        assert text.startswith(f"{first} is recommended")
+        assert all(each in text for each in numbers.split())
