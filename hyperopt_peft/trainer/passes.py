@@ -43,7 +43,8 @@ class PassCounter(TrainerCallback):
     """
 
     def __init__(self, limit: float = math.inf) -> None:
-        self.limit, self.joined, self._hook, self._paused = limit, False, None, False
+        self.limit, self.joined, self._paused = limit, False, False
+        self._hook: Any = None
         self.begin()
 
     def begin(self, passes: float = 0.0, seconds: float = 0.0) -> None:
