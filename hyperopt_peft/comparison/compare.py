@@ -6,7 +6,7 @@ import math
 import pickle
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -150,13 +150,18 @@ def compare_methods(
     store = Store(where, settings_of(task), "" if count == 1 else f"-{number}-of-{count}")
     if jobs != 1:
         require_pickled(task)
-    work = Work(task, store, jobs, part, progress)
-    if dry_run:
-        print(work.estimate(plan))
-        return Comparison(plan, store, metric, passes, note)
-    work.do(plan.first_rates())
-    work.do(plan.next_rates(store))
-    work.do(plan.reported(store))
+    total, done = sum(plan.count(*each) for each in plan.candidates()), len(store.results)
+    hidden = dry_run or not progress or done >= total
+    with tqdm(total=total, initial=min(done, total), disable=hidden, unit="run") as bar:
+        work = Work(task, store, jobs, part, bar)
+        if dry_run:
+            print(work.estimate(plan))
+            return Comparison(plan, store, metric, passes, note)
+        if not store.results:
+            work.require_learning(plan)
+        work.do(plan.first_rates())
+        work.do(plan.next_rates(store))
+        work.do(plan.reported(store))
     require_finite(store, plan.reported(store))
     return Comparison(plan, store, metric, passes, note)
 
@@ -238,14 +243,15 @@ class Work:
         store: gets the results.
         jobs: processes.
         part: (k, n) for the k-th of n shares.
-        progress: whether a bar is shown.
+        bar: shows how many are done.
     """
 
     task: Task
     store: Store
     jobs: int
     part: tuple[int, int]
-    progress: bool
+    bar: Any
+    _prices: dict[Any, Price] = field(default_factory=dict)
 
     def do(self, runs: Sequence[Run]) -> None:
         """Do those of ``runs`` that are missing and this part's.
@@ -257,16 +263,13 @@ class Work:
         missing = set(self.store.missing(runs))
         every = enumerate(dict.fromkeys(runs))
         mine = [run for k, run in every if k % count == number - 1 and run in missing]
-        first = {price_of(run): run for run in reversed(mine)}
-        prices = {key: self.task.price(run) for key, run in first.items()}
-        for (name, *_), price in prices.items():
-            self._require_learning(name, price, max(run.rate for run in runs))
+        priced = [(run, self._price(run)) for run in mine]
         results = Parallel(n_jobs=self.jobs, return_as="generator_unordered")(
-            delayed(self.task.run)(run, prices[price_of(run)]) for run in mine
+            delayed(self.task.run)(run, price) for run, price in priced
         )
-        hidden = not (self.progress and mine)
-        for result in tqdm(results, total=len(mine), disable=hidden, unit="run"):
+        for result in results:
             self.store.add(result)
+            self.bar.update()
         self.store.reload()
         if left := self.store.missing(runs):
             raise ProblemError(
@@ -274,13 +277,24 @@ class Work:
                 "after them"
             )
 
-    def _require_learning(self, name: str, price: Price, rate: float) -> None:
-        steps = max(0, min(price.steps(self.task.passes, self.task.args)))
-        if steps * rate < LEARNS and "adam" in self.task.args.optim:
-            raise ProblemError(
-                f"passes: {self.task.passes:g} leave {name} a phase of {steps} steps, which hardly "
-                f"train an adapter at a rate of {rate:g}; give more passes or higher rates"
-            )
+    def require_learning(self, plan: Plan) -> None:
+        """Price the reported runs; a phase of hardly any step at the highest rate is an error."""
+        rate = max(plan.rates)
+        for name, kind in plan.candidates():
+            price = self._price(Run(name, kind, plan.seeds[0], min(plan.rates)))
+            steps = max(0, min(price.steps(self.task.passes, self.task.args)))
+            if steps * rate < LEARNS and "adam" in self.task.args.optim:
+                raise ProblemError(
+                    f"passes: {self.task.passes:g} leave {name} a phase of {steps} steps, which "
+                    f"hardly train an adapter at a rate of {rate:g}; give more passes or higher "
+                    "rates"
+                )
+
+    def _price(self, run: Run) -> Price:
+        key = price_of(run)
+        if key not in self._prices:
+            self._prices[key] = self.task.price(run)
+        return self._prices[key]
 
     def estimate(self, plan: Plan) -> str:
         """The runs of each method, with their passes and minutes by one timed upper step."""

@@ -36,11 +36,12 @@ def compute_once(trainer: Any, *, dropout: bool = True) -> str:
     Returns:
         In words, how many layers are computed once, or why none is.
     """
-    model, levels = trainer.model, trainer.levels
+    model = trainer.model
     layers = _layers_of(base_model(model))
     if not layers:
         return "every layer is computed in each pass: the model has no list of its layers"
-    owned = {id(variable) for level in levels for variable in level.variables}
+    variables = [variable for level in trainer.levels for variable in level.variables]
+    owned = set(map(id, variables))
     below = next(
         (k for k, each in enumerate(layers) if any(id(p) in owned for p in each.parameters())),
         len(layers) - 1,
@@ -54,8 +55,11 @@ def compute_once(trainer: Any, *, dropout: bool = True) -> str:
             "another batch may be known; with gradient_checkpointing=False they are computed once"
         )
     batch, alone = _batches(trainer)
-    before, trained = _before(model, layers[below], batch)
-    if trained:
+    before, states = _before(model, layers[below], batch)
+    if states.requires_grad and any(
+        gradient is not None
+        for gradient in torch.autograd.grad(states.sum(), variables, allow_unused=True)
+    ):
         return "every layer is computed in each pass: something below the layers is trained"
     inside = {*before, *(module for layer in layers[:below] for module in layer.modules())}
     if not dropout:
@@ -186,13 +190,12 @@ def _batches(trainer: Any) -> list[dict[str, Any]]:
     return [{name: x for name, x in batch.items() if name not in trainer.tags} for batch in loaded]
 
 
-def _before(model: Any, layer: nn.Module, batch: dict[str, Any]) -> tuple[set[nn.Module], bool]:
-    """The modules whose forward pass ends before ``layer`` begins; whether a gradient enters it."""
-    done, entered = set[nn.Module](), list[tuple[set[nn.Module], bool]]()
+def _before(model: Any, layer: nn.Module, batch: dict[str, Any]) -> tuple[set[nn.Module], Tensor]:
+    """The modules whose forward pass ends before ``layer`` begins, and the states that enter it."""
+    done, entered = set[nn.Module](), list[tuple[set[nn.Module], Tensor]]()
 
     def enter(_: Any, args: Any, kwargs: Any) -> None:
-        states = args[0] if args else kwargs["hidden_states"]
-        entered.append(({*done}, states.requires_grad))
+        entered.append(({*done}, args[0] if args else kwargs["hidden_states"]))
 
     hooks: list[Any] = [m.register_forward_hook(lambda m, *_: done.add(m)) for m in model.modules()]
     hooks.append(layer.register_forward_pre_hook(enter, with_kwargs=True))

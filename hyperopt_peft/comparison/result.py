@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import ClassVar
 
 from hyperopt_peft.comparison.choice import Plan
 from hyperopt_peft.comparison.store import Store
@@ -32,7 +33,7 @@ ABLATIONS: dict[Kind, str] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Comparison:
     """The result of `compare_methods`; printed, the scores with a sentence for each method.
 
@@ -49,6 +50,8 @@ class Comparison:
     metric: str
     passes: float
     note: str = ""
+    #: What the differences are paired by.
+    unit: ClassVar[str] = "seeds"
 
     def scores(self, name: str, kind: Kind = "method") -> list[float]:
         """The score of each reported seed."""
@@ -75,8 +78,8 @@ class Comparison:
             rows.append(
                 [
                     name + ABLATIONS[kind],
-                    _shown(self.scores(name, kind)),
-                    "" if (name, kind) == (self.first, "method") else _shown(gap, "+"),
+                    shown(self.scores(name, kind)),
+                    "" if (name, kind) == (self.first, "method") else shown(gap, "+"),
                     f"{runs[0].rate:g}",
                     "" if runs[0].upper_rate is None else f"{runs[0].upper_rate:g}",
                     *(f"{fmean(r[key] for r in results):.1f}" for key in ("passes", "seconds")),
@@ -104,7 +107,7 @@ class Comparison:
                 found.append(self._beside_first(name))
             if has_upper_level(method):
                 found.append(self._by_parts(name))
-        return found + self._edges() + self._remarks()
+        return found + self.remarks()
 
     def _beside_first(self, name: str) -> str:
         gaps = self.differences((name, "method"), (self.first, "method"))
@@ -114,8 +117,8 @@ class Comparison:
             by = f"{abs(middle):.4f} ± {half:.4f}"
             return f"{name} is {word} than {self.first} in {self.metric} by {by}"
         return (
-            f"{name} ties with {self.first} in {self.metric} ({middle:+.4f} ± {half:.4f}); "
-            f"{len(gaps)} seeds show differences from {detectable(gaps):.4f} on"
+            f"{name} ties with {self.first} in {self.metric} ({shown(gaps, '+')}); "
+            f"{len(gaps)} {self.unit} show differences from {detectable(gaps):.4f} on"
         )
 
     def _by_parts(self, name: str) -> str:
@@ -125,13 +128,14 @@ class Comparison:
         if name != self.first:
             ways.append((self.first, "method"))
             parts.append("the variables and the adapter")
-        shown = []
+        terms = []
         for part, one, other in zip(parts, ways[:-1], ways[1:], strict=True):
-            middle, half = mean_and_half(self.differences(one, other))
+            gaps = self.differences(one, other)
+            middle, half = mean_and_half(gaps)
             tie = ", a tie" if abs(middle) <= half else ""
-            shown.append(f"{middle:+.4f} ± {half:.4f} by {part}{tie}")
+            terms.append(f"{shown(gaps, '+')} by {part}{tie}")
         whole = f"{name} − {self.first if name != self.first else 'the same in one level'}"
-        return f"{whole} is the sum of {'; '.join(shown)}"
+        return f"{whole} is the sum of {'; '.join(terms)}"
 
     def _edges(self) -> list[str]:
         """Where a rate has no score, or a chosen one is the first or the last of its grid."""
@@ -153,9 +157,9 @@ class Comparison:
                 )
         return found
 
-    def _remarks(self) -> list[str]:
-        """What is to know of runs beside their scores."""
-        found, layers = [self.note] if self.note else [], dict[str, list[str]]()
+    def remarks(self) -> list[str]:
+        """What is to know of rates, rows and runs beside the scores."""
+        found, layers = [*filter(None, [self.note, *self._edges()])], dict[str, list[str]]()
         for name in self.plan.methods:
             runs = self.plan.runs_of(self.store, name, "method")
             results = [self.store.results[run] for run in runs]
@@ -228,6 +232,8 @@ class Comparison:
             writer.writerows(results)
 
 
-def _shown(values: Sequence[float], sign: str = "") -> str:
+def shown(values: Sequence[float], sign: str = "", digits: int = 4) -> str:
+    """The mean ± half its interval, where there is one."""
     middle, half = mean_and_half(values)
-    return f"{middle:{sign}.4f} ± {half:.4f}" if math.isfinite(half) else f"{middle:{sign}.4f}"
+    text = f"{middle:{sign}.{digits}f}".replace("-", "−")
+    return f"{text} ± {half:.{digits}f}" if math.isfinite(half) else text

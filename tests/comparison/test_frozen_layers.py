@@ -18,7 +18,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from hyperopt_peft import BiDoRA, BilevelTrainer
+from hyperopt_peft import BiDoRA, BilevelTrainer, Method
 from hyperopt_peft.comparison.frozen_layers import compute_once
 from hyperopt_peft.problems import LoRA
 from tests.support import language
@@ -99,17 +99,16 @@ def test_a_copy_of_the_model_gives_its_logits(tmp_path: Path) -> None:
                 torch.testing.assert_close(each(**batch).logits, logits)
 
 
-class Shifted(BiDoRA):
+class Shifted(Method):
     """Its first layer reads a variable that is no parameter."""
 
     def prepare(self, model: Any) -> None:
-        super().prepare(model)
         self.shift = torch.zeros(8, requires_grad=True)
         first = model.base_model.model.bert.encoder.layer[0]
         first.register_forward_hook(lambda m, args, states: states + self.shift)
 
     def upper_variables(self, model: Any) -> Any:
-        return {**super().upper_variables(model), "shift": self.shift}
+        return {"shift": self.shift}
 
 
 @pytest.mark.parametrize(
