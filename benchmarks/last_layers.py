@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +21,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hyperopt_peft.core.logits import IGNORED
 
-LENGTH, FROZEN = 24, 4
+FROZEN = 4
 
 
 def movies() -> pandas.DataFrame:
@@ -43,18 +43,12 @@ def tagged_tweets() -> list[list[list[str]]]:
 
 
 class LastLayers(nn.Module):
-    """MiniLM's layers above the ``frozen`` ones and a head, on states of those.
+    """MiniLM's layers above the frozen ones and a head on the mean over a row's tokens."""
 
-    The head reads the mean over the tokens of a row; without ``pool`` each token.
-    """
-
-    def __init__(
-        self, model: Any, classes: int = 2, frozen: int = FROZEN, *, pool: bool = True
-    ) -> None:
+    def __init__(self, model: Any, classes: int = 2) -> None:
         super().__init__()
-        self.layers = model.bert.encoder.layer[frozen:]
+        self.layers = model.bert.encoder.layer[FROZEN:]
         self.classifier = nn.Linear(model.config.hidden_size, classes)
-        self.pool = pool
 
     def forward(
         self, states: Tensor, mask: Tensor, labels: Tensor | None = None
@@ -64,12 +58,9 @@ class LastLayers(nn.Module):
         for layer in self.layers:
             states = layer(states, bias)
             states = states[0] if isinstance(states, tuple) else states
-        if self.pool:
-            states = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        states = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         logits = self.classifier(states)
-        loss = None
-        if labels is not None:
-            loss = cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+        loss = None if labels is None else cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss, logits, hidden_states=(states,))
 
 
@@ -81,60 +72,30 @@ class States:
     mask: Tensor
     labels: Tensor
 
-    def __call__(self, rows: Sequence[Mapping[str, int]]) -> dict[str, Tensor]:
-        """The batch of ``rows``, each with its number under ``row``, cut to its longest one."""
-        index = torch.tensor([row["row"] for row in rows])
-        length = int(self.mask[index].sum(1).max())
-        labels = self.labels[index]
-        cut = {name: value[:, :length] for name, value in self.inputs(index).items()}
-        return {**cut, "labels": labels if labels.dim() == 1 else labels[:, :length]}
-
     def inputs(self, index: Tensor) -> dict[str, Tensor]:
         """States and masks of the rows ``index``."""
         return {"states": self.states[index], "mask": self.mask[index]}
 
 
-def encode(
-    texts: Sequence[str] | Sequence[Sequence[str]],
-    labels: Tensor | Sequence[Sequence[int]],
-    length: int = LENGTH,
-    frozen: int = FROZEN,
-) -> States:
-    """``texts``, cut to ``length`` tokens, through the ``frozen`` layers, without dropout.
-
-    Of lists of words ``labels`` has a class a word, which the word's first token gets.
-    """
+def encode(texts: Sequence[str], labels: Tensor, length: int) -> States:
+    """``texts``, cut to ``length`` tokens, through the frozen layers, without dropout."""
     model = load_model("minilm", ["no", "yes"]).eval()
-    model.bert.encoder.layer = model.bert.encoder.layer[:frozen]
-    inputs, words = tokens(texts, length), not isinstance(texts[0], str)
+    model.bert.encoder.layer = model.bert.encoder.layer[:FROZEN]
+    inputs = tokens(texts, length)
     with torch.no_grad():
         states = [
             model.bert(input_ids=ids, attention_mask=mask).last_hidden_state
             for ids, mask in zip(inputs.input_ids.split(100), inputs.attention_mask.split(100))
         ]
-    if words:
-        labels = torch.stack([first_tokens(inputs.word_ids(n), y) for n, y in enumerate(labels)])
-    return States(torch.cat(states), inputs.attention_mask.float(), torch.as_tensor(labels))
+    return States(torch.cat(states), inputs.attention_mask.float(), labels)
 
 
-def tokens(texts: Sequence[str] | Sequence[Sequence[str]], length: int = LENGTH) -> Any:
+def tokens(texts: Sequence[str] | Sequence[Sequence[str]], length: int = 24) -> Any:
     """``texts``, of words or not, cut to ``length`` tokens and padded to it."""
     tokenizer = AutoTokenizer.from_pretrained(model_path("minilm"))
     options = {"truncation": True, "max_length": length, "padding": "max_length"}
     words = not isinstance(texts[0], str)
     return tokenizer(list(texts), is_split_into_words=words, return_tensors="pt", **options)
-
-
-def disjoint(parts: Sequence[Tensor], texts: Sequence[Any], length: int = LENGTH) -> list[Tensor]:
-    """Each part without rows that an earlier part has: the first ``length`` tokens are the same."""
-    ids = [tuple(row) for row in tokens(texts, length).input_ids.tolist()]
-    earlier: set[tuple[int, ...]] = set()
-    apart = []
-    for part in parts:
-        new = [row for row in part.tolist() if ids[row] not in earlier]
-        apart.append(torch.tensor(new, dtype=torch.long))
-        earlier.update(ids[row] for row in part.tolist())
-    return apart
 
 
 def first_tokens(places: Sequence[int | None], classes: Sequence[int]) -> Tensor:

@@ -6,7 +6,6 @@ import argparse
 import ctypes
 import importlib
 import json
-import math
 import os
 import platform
 import statistics
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import t
 from torch import Tensor, nn
 
 PACKAGES = (
@@ -138,14 +136,6 @@ class _Saved:
     def __init__(self, tensor: Tensor) -> None:
         # Detached: a node that kept its own output with its graph would never be freed.
         self.tensor = tensor.detach()
-
-
-def mean_and_half(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and half its 95 % interval by Student's t; infinite of one value."""
-    if len(values) < 2:
-        return statistics.fmean(values), math.inf
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values), float(t.ppf(0.975, len(values) - 1)) * error
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

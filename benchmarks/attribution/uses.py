@@ -34,11 +34,12 @@ from benchmarks.attribution.scores import SMOOTH, predicted, rounded
 from benchmarks.attribution.tables import SHARE
 from benchmarks.attribution.trainers import States, Task, last_layers
 from benchmarks.last_layers import tokens
-from benchmarks.measure import mean_and_half, show
+from benchmarks.measure import show
 from benchmarks.pages import DOCS, RESULTS, ROOT
 from benchmarks.store import Row, Store, opened, run_parser
 from hyperopt_peft import attribute
 from hyperopt_peft.attribution import ScoreCheck
+from hyperopt_peft.utils.statistics import mean_and_half
 
 SEEDS, LENGTH = (0, 1, 2, 3, 4), 12
 #: Rows of training, evaluation and test.

@@ -1,9 +1,10 @@
-"""What is BiDoRA good for? Tasks × methods × training rows × passes × seeds.
+"""What is BiDoRA good for? Tasks × budgets, each a call of `compare_methods`.
 
-python benchmarks/study run               # all that has no result yet; goes on from the file
-python benchmarks/study run --quick       # a tiny study that is printed and not kept, in a minute
-python benchmarks/study report            # tables and figure, from the results alone
-python benchmarks/study report --check    # do they differ from those that are committed?
+python benchmarks/study run                    # all cells; goes on from their stores
+python benchmarks/study run --cells 300x300    # training rows x passes
+python benchmarks/study run --quick            # a tiny study that is not kept, in a minute
+python benchmarks/study report                 # the page's table, from the stores alone
+python benchmarks/study report --check         # does it differ from the one that is committed?
 """
 
 from __future__ import annotations
@@ -15,48 +16,31 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[0] = str(HERE.parents[1])
 
-from benchmarks.store import Store, opened  # noqa: E402
-from benchmarks.study.plan import Study, quick  # noqa: E402
-
-
-def train(study: Study, store: Store) -> None:
-    """Every run without a result, each saved when it ends."""
-    from benchmarks.study.training import measure
-
-    for run in study.runs(store):
-        if store.get(run.key):
-            continue
-        result = measure(run, test=run.seed in study.seeds)
-        names = ("task", "size", "method", "seed", "rate", "options", "passes")
-        store.save({"key": run.key, **result})
-        score = result.get("test", result["held_out"])["score"]
-        print(
-            *(getattr(run, name) for name in names),
-            f"score {score:.3f} in {result['seconds']:.0f} s",
-            flush=True,
-        )
+from benchmarks.study.cells import CELLS, QUICK, TASKS, compared, folder  # noqa: E402
+from hyperopt_peft.comparison import AcrossTasks  # noqa: E402
 
 
 def main() -> None:
     """Train, or report."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("command", choices=("run", "report"))
-    parser.add_argument("--results", type=Path, default=HERE.parent / "results/study.jsonl")
-    parser.add_argument("--quick", action="store_true", help="a few short runs, printed, not kept")
+    parser.add_argument("--cells", nargs="+", default=CELLS, help="training rows x passes")
+    parser.add_argument("--quick", action="store_true", help="a few short runs, not kept")
     parser.add_argument(
         "--check", action="store_true", help="exit with 1 where the page would change"
     )
     options = parser.parse_args()
-    from benchmarks.study.report import report, sections
-
-    study = quick() if options.quick else Study()
     if options.command == "report":
-        report(study, Store(options.results), check=options.check)
-        return
-    store = opened(options)
-    train(study, store)
-    store.finish()
-    print(sections(study, store))
+        from benchmarks.study.report import report
+
+        report(check=options.check)
+    elif options.quick:
+        names = ("tweets", "tags")
+        print(AcrossTasks({name: compared(name, "40x60", **QUICK) for name in names}))
+    else:
+        for cell in options.cells:
+            for name in TASKS:
+                print(f"{name}, {cell}\n{compared(name, cell, folder(name, cell))}\n", flush=True)
 
 
 if __name__ == "__main__":

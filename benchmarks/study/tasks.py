@@ -1,22 +1,25 @@
-"""The tasks of the study: states of the frozen layers, of training and of test rows."""
+"""The tasks of the study: their rows, the model before it has an adapter, and the score."""
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pandas
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 from sklearn.metrics import accuracy_score, f1_score
 from text_data import load_model, tweets
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers.modeling_outputs import SequenceClassifierOutput
 
-from benchmarks.last_layers import LastLayers, States, disjoint, encode, tagged_tweets
+from benchmarks.last_layers import first_tokens, tagged_tweets, tokens
 from hyperopt_peft.core.logits import IGNORED
 
 #: Public data next to the repository: SST-2, and TREC's questions.
@@ -25,100 +28,134 @@ DATA = Path(__file__).parents[3] / "shared/data"
 
 @dataclass(frozen=True)
 class Task:
-    """A task's rows by number.
+    """A task for `compare_methods`.
 
     Attributes:
-        states: inputs and labels of all rows; with a label a token in ``tags``.
+        train: the rows of the pool in a drawn order; a size is a number of them from the first on.
+        test: rows of which none is in ``train``.
         classes: the number of classes.
-        pool, test: the numbers of the rows; training rows are drawn from the pool.
-        metric: the score of true labels and guesses, higher is better.
+        metric: the name of the score, higher is better.
     """
 
-    states: States
+    train: Dataset
+    test: Dataset
     classes: int
-    pool: Tensor
-    test: Tensor
-    metric: Callable[[Any, Any], float] = accuracy_score
+    metric: str = "accuracy"
 
     @property
-    def of_tokens(self) -> bool:
-        """Whether each token has a label."""
-        return self.states.labels.dim() == 2
-
-    def drawn(self, size: int, held_out: int, seed: int) -> tuple[list[int], list[int]]:
-        """Rows of the pool to train on, and others, at most ``held_out``."""
-        order = torch.randperm(len(self.pool), generator=torch.Generator().manual_seed(seed))
-        rows = self.pool[order].tolist()
-        return rows[:size], rows[size : size + held_out]
-
-    def dataset(self, rows: Sequence[int]) -> Dataset:
-        """Numbers of rows; where each class has five also the classes, which splits keep."""
-        labels = self.states.labels[list(rows)]
-        counts = [] if self.of_tokens else labels.bincount(minlength=self.classes).tolist()
-        if self.of_tokens or min(filter(None, counts)) < 5:
-            return Dataset.from_dict({"row": list(rows)})
-        names = [str(k) for k in range(self.classes)]
-        data = Dataset.from_dict({"row": list(rows), "label": labels.tolist()})
-        return data.cast_column("label", ClassLabel(names=names))
-
-    def model(self, layers: int) -> LastLayers:
-        """The last layers with a new head, drawn from the current seed."""
-        base = load_model("minilm", ["no", "yes"])
-        return LastLayers(base, self.classes, 6 - layers, pool=not self.of_tokens)
-
-    @torch.no_grad()
-    def logits(self, model: Any, rows: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Logits and labels of the rows, or of their labelled tokens, without dropout."""
-        was_training = model.training
-        model.eval()
-        logits, labels = [], []
-        for part in torch.as_tensor(rows).split(100):
-            batch = self.states([{"row": row} for row in part.tolist()])
-            labelled = batch["labels"] != IGNORED
-            output = model(states=batch["states"], mask=batch["mask"]).logits
-            logits.append(output[labelled])
-            labels.append(batch["labels"][labelled])
-        model.train(was_training)
-        return torch.cat(logits), torch.cat(labels)
+    def base_model(self) -> Callable[[], Encoder]:
+        """Makes the model with a new head, drawn from the current seed."""
+        return partial(Encoder, self.classes, pool=self.metric == "accuracy")
 
 
-def entities_f1(truth: Tensor, guess: Tensor) -> float:
-    """The micro-averaged F1 of all tags but the last one, O."""
-    named = list(range(int(truth.max())))
-    return float(f1_score(truth, guess, labels=named, average="micro"))
+class Encoder(nn.Module):
+    """MiniLM and a linear head that reads the mean over the tokens; without ``pool`` each one."""
+
+    def __init__(self, classes: int, *, pool: bool) -> None:
+        super().__init__()
+        self.bert = copy.deepcopy(_pretrained())
+        self.config = self.bert.config
+        self.classifier = nn.Linear(self.config.hidden_size, classes)
+        self.pool = pool
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+    ) -> SequenceClassifierOutput:
+        """Cross entropy and logits."""
+        states = self.bert(input_ids, attention_mask).last_hidden_state
+        if self.pool:
+            mask = attention_mask[..., None]
+            states = (states * mask).sum(1) / mask.sum(1)
+        logits = self.classifier(states)
+        loss = None
+        if labels is not None:
+            loss = cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+        return SequenceClassifierOutput(loss, logits)
 
 
 @cache
-def task(name: str, *, layers: int, length: int, pool: int, test: int) -> Task:
+def _pretrained() -> Any:
+    bert = load_model("minilm", ["no", "yes"]).bert
+    bert.pooler = None
+    return bert
+
+
+def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """A padded batch; ``target`` is a class, or one for each token."""
+    inputs = [torch.tensor(row["input_ids"]) for row in rows]
+    targets = [torch.tensor(row["target"]) for row in rows]
+    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    return {
+        "input_ids": pad(inputs),
+        "attention_mask": pad([torch.ones_like(row) for row in inputs]),
+        "labels": pad(targets, padding_value=IGNORED) if targets[0].dim() else torch.stack(targets),
+    }
+
+
+def score(outputs: Any) -> dict[str, float]:
+    """The accuracy; of tokens the micro-averaged F1 of all tags but the last one, O."""
+    truth, guess = outputs.label_ids, outputs.predictions.argmax(-1)
+    if truth.ndim == 1:
+        return {"accuracy": float(accuracy_score(truth, guess))}
+    truth, guess = truth[truth != IGNORED], guess[truth != IGNORED]
+    named = list(range(int(truth.max())))
+    return {"f1": float(f1_score(truth, guess, labels=named, average="micro"))}
+
+
+def task(name: str, *, length: int = 16, pool: int = 1200, test: int = 600) -> Task:
     """A task by name, with texts cut to ``length`` tokens, and at most as many rows of a kind."""
     if name == "tags":
-        return tags(length, 6 - layers, pool, test)
-    train, apart = TABLES[name]()
-    table = pandas.concat([train[:pool], apart[:test]])
-    labels = torch.tensor(table.label.to_numpy())
-    numbers = torch.arange(len(table)).split([len(train[:pool]), len(apart[:test])])
-    states = encode(list(table.text), labels, length, 6 - layers)
-    return Task(states, int(labels.max()) + 1, *_apart(numbers, list(table.text), length))
+        return tags(length, pool, test)
+    train, apart = (part[:most] for part, most in zip(TABLES[name](), (pool, test), strict=True))
+    table = pandas.concat([train, apart])
+    rows = _rows(list(table.text), table.label.tolist(), length)
+    return _task(rows, len(apart), int(table.label.max()) + 1)
 
 
-def tags(length: int, frozen: int, pool: int, test: int) -> Task:
+def tags(length: int, pool: int, test: int) -> Task:
     """Named entities in tweets: the first token of each word has the word's tag."""
-    rows = tagged_tweets()
-    test = min(test, 2 * len(rows) // 5)  # there are 918; 300 are trained on, 200 held out
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-    names = [*sorted({tag for row in rows for _, tag in row} - {"O"}), "O"]
-    rows = [rows[k] for k in order[: pool + test]]
-    words = [[word for word, _ in row] for row in rows]
-    classes = [[names.index(tag) for _, tag in row] for row in rows]
-    numbers = torch.arange(len(rows)).split([len(rows) - test, test])
-    states = encode(words, classes, length, frozen)
-    return Task(states, len(names), *_apart(numbers, words, length), metric=entities_f1)
+    tagged = tagged_tweets()
+    test = min(test, 2 * len(tagged) // 5)  # there are 918
+    order = torch.randperm(len(tagged), generator=torch.Generator().manual_seed(0)).tolist()
+    names = [*sorted({tag for row in tagged for _, tag in row} - {"O"}), "O"]
+    tagged = [tagged[k] for k in order[: pool + test]]
+    words = [[word for word, _ in row] for row in tagged]
+    classes = [[names.index(tag) for _, tag in row] for row in tagged]
+    return _task(_rows(words, classes, length), test, len(names), "f1")
 
 
-def _apart(numbers: Sequence[Tensor], texts: Sequence[Any], length: int) -> list[Tensor]:
-    """The pool without rows like those of the test, and the test."""
-    test, pool = disjoint([*reversed(numbers)], texts, length)
-    return [pool, test]
+def _rows(texts: Sequence[Any], labels: Sequence[Any], length: int) -> list[dict[str, Any]]:
+    """Tokens and targets; a list of words has a target for each token.
+
+    The column has no name by which a split would keep the shares of the classes: TREC has a class
+    of few rows.
+    """
+    inputs, rows = tokens(texts, length), []
+    for n, (ids, mask, label) in enumerate(zip(inputs.input_ids, inputs.attention_mask, labels)):
+        kept = mask.bool()
+        if not isinstance(texts[0], str):
+            label = first_tokens(inputs.word_ids(n), label)[kept].tolist()
+        rows.append({"input_ids": ids[kept].tolist(), "target": label})
+    return rows
+
+
+def _task(rows: list[dict[str, Any]], test: int, classes: int, metric: str = "accuracy") -> Task:
+    """A task of which the last ``test`` rows are those of the test."""
+    apart, pool = disjoint(rows[-test:], rows[:-test])
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0)).tolist()
+    train, held_out = (Dataset.from_list(part) for part in ([pool[k] for k in order], apart))
+    return Task(train, held_out, classes, metric)
+
+
+def disjoint(*parts: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Each part without rows that an earlier part has: their tokens are the same."""
+    earlier: set[tuple[int, ...]] = set()
+    apart = []
+    for part in parts:
+        keys = [tuple(row["input_ids"]) for row in part]
+        apart.append([row for row, key in zip(part, keys, strict=True) if key not in earlier])
+        earlier.update(keys)
+    return apart
 
 
 def _trec() -> tuple[pandas.DataFrame, pandas.DataFrame]:

@@ -2,5 +2,6 @@
 
 from hyperopt_peft.comparison.compare import compare_methods
 from hyperopt_peft.comparison.result import Comparison
+from hyperopt_peft.comparison.tasks import AcrossTasks
 
-__all__ = ["Comparison", "compare_methods"]
+__all__ = ["AcrossTasks", "Comparison", "compare_methods"]

@@ -47,6 +47,14 @@ class Rows:
         """
         if (self.test is None) == (self.folds is None):
             raise ProblemError("test_dataset: give either test_dataset or folds")
+        tables = {"upper_dataset": self.upper, "test_dataset": self.test}
+        for name, rows in {"train_dataset": self.train, **tables}.items():
+            if rows is None and name in tables:
+                continue
+            require_examples(name, rows)
+            if not isinstance(rows, Dataset):
+                kind = type(rows).__name__
+                raise ProblemError(f"{name}: must be a datasets.Dataset, got a {kind}")
         if self.folds is None:
             both = [*shared_rows(self.test, self.train), *shared_rows(self.test, self.upper)]
             rest, count = sorted({*range(len(self.test))} - {*both}), len(self.test)
@@ -74,8 +82,7 @@ class Rows:
         """The rows (lower level, trusted, scoring) of a run.
 
         Example:
-            >>> from datasets import Dataset
-            >>> trusted = Dataset.from_dict({"x": range(6)})
+            >>>             >>> trusted = Dataset.from_dict({"x": range(6)})
             >>> rows = Rows(Dataset.from_dict({"x": [9]}), trusted, folds=3, spare=False)
             >>> sorted(x for seed in range(3, 6) for x in rows.of(seed, False)[2]["x"])
             [0, 1, 2, 3, 4, 5]
@@ -92,17 +99,17 @@ class Rows:
             return lower, None, scored
         halves = ShuffleSplit(1, test_size=self.held_out, random_state=seed).split(self.upper)
         rest, held = next(halves)
-        return self.train, _taken(self.upper, rest), _taken(self.upper, held)
+        return self.train, self.upper.select(rest), self.upper.select(held)
 
     def _fold(self, seed: int, development: bool, folds: int) -> tuple[Any, Any]:
         rest, spare = np.arange(len(self.upper)), np.arange(0)
         if self.spare:
             rest, spare = next(KFold(folds + 1, shuffle=True, random_state=0).split(rest))
         if development:
-            return _taken(self.upper, rest), _taken(self.upper, spare)
+            return self.upper.select(rest), self.upper.select(spare)
         parts = KFold(folds, shuffle=True, random_state=seed // folds).split(rest)
         train, fold = [*parts][seed % folds]
-        return _taken(self.upper, [*rest[train], *spare]), _taken(self.upper, rest[fold])
+        return self.upper.select([*rest[train], *spare]), self.upper.select(rest[fold])
 
 
 def _repeated(rows: Any) -> list[int]:
@@ -110,8 +117,3 @@ def _repeated(rows: Any) -> list[int]:
     first = dict[int, int]()
     found = enumerate(digests(rows, rows.column_names))
     return [row for row, digest in found if first.setdefault(digest, row) != row]
-
-
-def _taken(rows: Any, numbers: Any) -> Any:
-    """The rows ``numbers``, copied: to a selection a method adds no column without a bar."""
-    return Dataset.from_dict(rows.with_format(None)[numbers], features=rows.features)

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from transformers import EvalPrediction, default_data_collator, set_seed
 
-from hyperopt_peft.comparison.budget import PassCounter
 from hyperopt_peft.comparison.task import OneLevel, Price, Run, Task, peak_memory
 from hyperopt_peft.core.data import DataStream
 from hyperopt_peft.core.problem import Problem
@@ -34,6 +33,7 @@ from hyperopt_peft.problems.head import Head, head_of, l2_penalty, require_label
 from hyperopt_peft.trainer.checks import read_rows
 from hyperopt_peft.trainer.data import split_dataset
 from hyperopt_peft.trainer.method import Method, has_upper_level
+from hyperopt_peft.trainer.quiet import no_bars
 from hyperopt_peft.trainer.tags import INDEX, numbered
 
 #: The steps of an upper level, the rate of its Adam, and the solver of its hypergradient.
@@ -74,12 +74,14 @@ class HeadTask(Task):
     model: OnFeatures | None = None
     solved: dict[Run, tuple[Any, float]] = field(default_factory=dict)
 
+    @no_bars()
     def price(self, run: Run) -> Price:
         """A price without passes; ``start`` is the seconds of ``run``."""
         self.read()
         price = Price(1, 1, 1, 0, 0.0, again=False, start=0.0, a_pass=0.0)
         return replace(price, start=self.run(run, price)["seconds"])
 
+    @no_bars()
     def run(self, run: Run, price: Price) -> dict[str, Any]:
         """Solve and score; the entries as those of `Task.run`.
 
@@ -184,7 +186,7 @@ class HeadTask(Task):
         plain = replace(self, methods={"": Method()}, adapter=None)
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
             run = Run("", "method", 0, 1e-3)
-            trainer = plain.make(run, (rows, None, rows), folder, PassCounter(), max_steps=1)
+            trainer = plain.make(run, (rows, None, rows), folder, max_steps=1)
         model, prepared = trainer.model, read_rows(trainer)
         require_labels_of_a_head(model, trainer.data_collator([prepared[0]]))
         features = features_of(

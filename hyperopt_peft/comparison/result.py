@@ -11,19 +11,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import ClassVar
 
 from hyperopt_peft.comparison.choice import Plan
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Kind
 from hyperopt_peft.trainer.method import has_upper_level
 from hyperopt_peft.utils.plots import intervals
-from hyperopt_peft.utils.statistics import detectable, error_of, mean_and_half
+from hyperopt_peft.utils.statistics import detectable, error_of, is_tie, mean_and_half
 from hyperopt_peft.utils.tables import aligned, html_table, latex
 
 Row = list[str]
 STYLE = "body{font:16px sans-serif;max-width:60em;margin:2em auto;overflow-x:auto}"
 STYLE += "td,th{padding:.2em .6em;text-align:right}td:first-child,th:first-child{text-align:left}"
-STYLE += "img{max-width:100%}"
+STYLE += "p{white-space:pre-line}img{max-width:100%}"
 #: What an ablation is called beside its method.
 ABLATIONS: dict[Kind, str] = {
     "method": "",
@@ -32,7 +33,7 @@ ABLATIONS: dict[Kind, str] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Comparison:
     """The result of `compare_methods`; printed, the scores with a sentence for each method.
 
@@ -49,6 +50,8 @@ class Comparison:
     metric: str
     passes: float
     note: str = ""
+    #: What the differences are paired by.
+    unit: ClassVar[str] = "seeds"
 
     def scores(self, name: str, kind: Kind = "method") -> list[float]:
         """The score of each reported seed."""
@@ -99,8 +102,8 @@ class Comparison:
             rows.append(
                 [
                     name + ABLATIONS[kind],
-                    _shown(self.scores(name, kind)),
-                    "" if (name, kind) == (self.first, "method") else _shown(gap, "+"),
+                    shown(self.scores(name, kind)),
+                    "" if (name, kind) == (self.first, "method") else shown(gap, "+"),
                     *(spent if self.passes else []),
                     f"{fmean(r['seconds'] for r in results):.1f}",
                     f"{max(r['memory'] for r in results):.0f}",
@@ -127,18 +130,18 @@ class Comparison:
                 found.append(self._beside_first(name))
             if has_upper_level(method):
                 found.append(self._by_parts(name))
-        return found + self._edges() + self._remarks()
+        return found + self.remarks()
 
     def _beside_first(self, name: str) -> str:
         gaps = self.differences((name, "method"), (self.first, "method"))
         middle, half = mean_and_half(gaps)
-        if abs(middle) > half:
+        if not is_tie(gaps):
             word = "better" if (middle < 0) == self.plan.lower_is_better else "worse"
             by = f"{abs(middle):.4f} ± {half:.4f}"
             return f"{name} is {word} than {self.first} in {self.metric} by {by}"
         return (
-            f"{name} ties with {self.first} in {self.metric} ({middle:+.4f} ± {half:.4f}); "
-            f"{len(gaps)} seeds show differences from {detectable(gaps):.4f} on"
+            f"{name} ties with {self.first} in {self.metric} ({shown(gaps, '+')}); "
+            f"{len(gaps)} {self.unit} show differences from {detectable(gaps):.4f} on"
         )
 
     def _by_parts(self, name: str) -> str:
@@ -148,19 +151,25 @@ class Comparison:
         if name != self.first:
             ways.append((self.first, "method"))
             parts.append("the variables and the adapter")
-        shown = []
+        terms = []
         for part, one, other in zip(parts, ways[:-1], ways[1:], strict=True):
-            middle, half = mean_and_half(self.differences(one, other))
-            tie = ", a tie" if abs(middle) <= half else ""
-            shown.append(f"{middle:+.4f} ± {half:.4f} by {part}{tie}")
+            gaps = self.differences(one, other)
+            terms.append(f"{shown(gaps, '+')} by {part}{', a tie' if is_tie(gaps) else ''}")
         whole = f"{name} − {self.first if name != self.first else 'the same in one level'}"
-        return f"{whole} is the sum of {'; '.join(shown)}"
+        return "\n  ".join([f"{whole} is the sum of", *terms])
 
     def _edges(self) -> list[str]:
-        """Where a chosen rate is the first or the last of its grid."""
+        """Where a rate has no score, or a chosen one is the first or the last of its grid."""
         found = []
         for name, kind in self.plan.candidates():
             best = self.plan.chosen(self.store, name, kind)
+            for run, score in self.plan.at_every_rate(self.store, name, kind):
+                if not math.isfinite(score):
+                    upper = "" if run.upper_rate is None else f" and upper rate {run.upper_rate:g}"
+                    found.append(
+                        f"{name}{ABLATIONS[kind]}: at the rate {run.rate:g}{upper} a score is not "
+                        "finite, which counts as the worst"
+                    )
             edges = (self.plan.rates[0], self.plan.rates[-1])
             if kind != "frozen" and len(self.plan.rates) > 1 and best.rate in edges:
                 found.append(
@@ -169,9 +178,9 @@ class Comparison:
                 )
         return found
 
-    def _remarks(self) -> list[str]:
-        """What is to know of runs beside their scores."""
-        found, layers = [self.note] if self.note else [], dict[str, list[str]]()
+    def remarks(self) -> list[str]:
+        """What is to know of rates, rows and runs beside the scores."""
+        found, layers = [*filter(None, [self.note, *self._edges()])], dict[str, list[str]]()
         for name in self.plan.methods:
             runs = self.plan.runs_of(self.store, name, "method")
             results = [self.store.results[run] for run in runs]
@@ -249,6 +258,8 @@ class Comparison:
             writer.writerows(results)
 
 
-def _shown(values: Sequence[float], sign: str = "") -> str:
+def shown(values: Sequence[float], sign: str = "", digits: int = 4) -> str:
+    """The mean ± half its interval, where there is one."""
     middle, half = mean_and_half(values)
-    return f"{middle:{sign}.4f} ± {half:.4f}" if math.isfinite(half) else f"{middle:{sign}.4f}"
+    text = f"{middle:{sign}.{digits}f}".replace("-", "−")
+    return f"{text} ± {half:.{digits}f}" if math.isfinite(half) else text

@@ -103,8 +103,8 @@ class BilevelCallback(TrainerCallback):
             torch.save(state, folder / ESTIMATOR)
         now = RandomState.capture(trainer.devices)
         position = {"step": self.epoch_step, "epoch": dict(self.epoch_random.states)}
-        counters = counters_of(trainer)
-        torch.save({**position, "now": dict(now.states), "counters": counters}, _position(folder))
+        position |= {"counters": counters_of(trainer), **trainer.passes.read()}
+        torch.save({**position, "now": dict(now.states)}, _position(folder))
 
     def complete(self) -> None:
         """Write the manifest of the last written checkpoint, then delete older ones."""
@@ -148,6 +148,8 @@ class BilevelCallback(TrainerCallback):
         if self.resumed is not None:
             # A variable need not be a parameter of the model.
             self._load_levels(self.resumed)
+            position = checkpoint.read_state(_position(self.resumed))
+            self.trainer.passes.begin(position["passes"], position["seconds"])
             state, step = checkpoint.read_state(self.resumed / ESTIMATOR), self.trainer.bilevel_step
             if step is not None:
                 step.load_state_dict(state)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import benchmarks  # noqa: F401 - its entry in sys.path is there before a test takes a copy
+
 ROOT = Path(__file__).parents[2]
 SLOW = [
     "speed timing --quick",

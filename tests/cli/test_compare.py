@@ -82,3 +82,10 @@ def test_no_evaluation_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     refused(capsys, "compare", small_run(tmp_path, eval_fraction=0, eval_file=None), "eval_file")
     refused(capsys, "compare", small_run(tmp_path, run="3/2"), "run: must be K/N")
     refused(capsys, "compare", small_run(tmp_path, folds=2, eval_file=None), "give upper_file")
+    (tmp_path / "one").mkdir()
+    mine = "from hyperopt_peft.problems import LoRA\nclass Mine(LoRA):\n    pass\n"
+    files = [tmp_path / "mine.py", tmp_path / "one" / "mine.py"]
+    for file in files:
+        file.write_text(mine)
+    twice = small_run(tmp_path, methods=[f"{file}:Mine" for file in files])
+    refused(capsys, "compare", twice, "methods: two of Mine, Mine have one name")

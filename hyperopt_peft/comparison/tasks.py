@@ -1,0 +1,126 @@
+"""`AcrossTasks`: the comparisons of several tasks as one, whose repetitions are the tasks."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import fmean
+
+from hyperopt_peft.comparison.result import ABLATIONS, Comparison, Row, shown
+from hyperopt_peft.comparison.store import Store
+from hyperopt_peft.comparison.task import Kind
+from hyperopt_peft.errors import ProblemError
+
+
+class AcrossTasks(Comparison):
+    """The same methods compared on several tasks.
+
+    A method's score on a task is its mean over the seeds. Seeds of one task share its rows, so that
+    differences are paired by task, and intervals are over tasks (Demšar 2006, Statistical
+    comparisons of classifiers over multiple data sets, JMLR 7).
+
+    Args:
+        comparisons: by the name of the task.
+
+    Raises:
+        ProblemError: fewer than two tasks, which have no interval; other methods, another budget,
+            or a score that is better the other way round, on one of them.
+
+    Example:
+        >>> from hyperopt_peft.comparison.choice import Plan
+        >>> from hyperopt_peft.comparison.task import Run
+        >>> from hyperopt_peft.problems import DoRA, LoRA
+        >>> plan = Plan({"LoRA": LoRA(), "DoRA": DoRA()}, [1e-3], [1e-3], [100], [0], False)
+        >>> def made_up(lora, dora):
+        ...     store = Store(None, {})
+        ...     for name, score in {"LoRA": lora, "DoRA": dora}.items():
+        ...         store.add({**vars(Run(name, "method", 0, 1e-3)), "score": score})
+        ...     return Comparison(plan, store, "accuracy", passes=300)
+        >>> joined = AcrossTasks({"questions": made_up(0.8, 0.82), "tweets": made_up(0.7, 0.71)})
+        >>> joined.table()[2]
+        ['DoRA', '0.8200', '0.7100', '0.7650', '+0.0150 ± 0.0635']
+    """
+
+    unit = "tasks"
+
+    def __init__(self, comparisons: Mapping[str, Comparison]) -> None:
+        if len(comparisons) < 2:
+            raise ProblemError(
+                f"comparisons: {len(comparisons)} task has no interval; give two or more"
+            )
+        name, first = next(iter(comparisons.items()))
+        for other, each in comparisons.items():
+            if _shared_by_all(each) != _shared_by_all(first):
+                raise ProblemError(
+                    f"comparisons: {other} and {name} differ in the methods, the passes, or in "
+                    "which scores are better; compare the same on each task"
+                )
+        metrics = dict.fromkeys(each.metric for each in comparisons.values())
+        super().__init__(first.plan, Store(None, {}), " or ".join(metrics), first.passes)
+        self.comparisons = dict(comparisons)
+
+    def scores(self, name: str, kind: Kind = "method") -> list[float]:
+        """The mean score over seeds, for each task."""
+        return [fmean(each.scores(name, kind)) for each in self.comparisons.values()]
+
+    def table(self) -> list[Row]:
+        """The mean score on each task, the mean over tasks and the difference to the first."""
+        rows = [["method", *self.comparisons, "mean", f"− {self.first}"]]
+        for name, kind in self.plan.candidates():
+            means = self.scores(name, kind)
+            numbers = [f"{score:.4f}" for score in (*means, fmean(means))]
+            gap = self.differences((name, kind), (self.first, "method"))
+            of_first = (name, kind) == (self.first, "method")
+            rows.append([name + ABLATIONS[kind], *numbers, "" if of_first else shown(gap, "+")])
+        return rows
+
+    def rates(self) -> list[Row]:
+        """As `Comparison.rates`, by task."""
+        heads, *rows = self._by_task(Comparison.rates)
+        return [[*heads[:-1], self.metric], *rows]
+
+    def spent(self) -> list[Row]:
+        """As `Comparison.spent`, by task."""
+        return self._by_task(Comparison.spent)
+
+    def _by_task(self, table: Callable[[Comparison], list[Row]]) -> list[Row]:
+        tables = {task: table(each) for task, each in self.comparisons.items()}
+        heads = ["task", *next(iter(tables.values()))[0]]
+        return [heads, *([task, *row] for task, (_, *rows) in tables.items() for row in rows)]
+
+    def remarks(self) -> list[str]:
+        """As `Comparison.remarks`, with the tasks where these are not all."""
+        tasks: dict[str, list[str]] = {}
+        for task, each in self.comparisons.items():
+            for remark in each.remarks():
+                tasks.setdefault(remark, []).append(task)
+        every = [*self.comparisons]
+        return [
+            remark if names == every else f"{', '.join(names)}: {remark}"
+            for remark, names in tasks.items()
+        ]
+
+    def heading(self) -> str:
+        """What the table shows."""
+        return (
+            f"{self.metric} on the test rows, {self.passes:g} passes a run, means of "
+            f"{len(self.plan.seeds)} seeds, with 95 % intervals over {len(self.comparisons)} tasks"
+        )
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write all runs of all tasks, a line each."""
+        runs = [
+            {"task": task, **result}
+            for task, each in self.comparisons.items()
+            for result in each.store.results.values()
+        ]
+        with Path(path).open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(runs[0]))
+            writer.writeheader()
+            writer.writerows(runs)
+
+
+def _shared_by_all(comparison: Comparison) -> tuple[list[str], float, bool]:
+    plan = comparison.plan
+    return [*plan.methods], comparison.passes, plan.lower_is_better
