@@ -16,7 +16,7 @@ from hyperopt_peft.comparison.result import Comparison
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Run
 from hyperopt_peft.problems import LoRA
-from tests.comparison.test_compare import compared
+from tests.support.comparisons import compared
 from tests.support.trainers import data
 
 TRUSTED = Dataset.from_dict({"x": range(11)})
@@ -64,6 +64,7 @@ def test_no_run_trains_on_the_rows_that_score_it() -> None:
     """By the rows of each training: a seed leaves its fold out, development another part."""
     trusted = data(rows=9, seed=7)
     options: dict[str, Any] = {"test_dataset": None, "upper_dataset": trusted, "folds": 2}
+    options["rates"] = (3e-2, 6e-2)  # a choice has development runs
     SEEN.clear()
     comparison = compared({"mine": Recording(), "LoRA": LoRA()}, seeds=None, **options)
     assert comparison.plan.seeds == [0, 1] and comparison.metric == "accuracy"
