@@ -71,6 +71,9 @@ def run(argv: Sequence[str]) -> None:
     number, slash, count = command.run.partition("/")
     if not (slash and number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
         raise ProblemError(f"run: must be K/N with 1 ≤ K ≤ N, got {command.run}")
+    names = [each.name.rpartition(":")[2] for each in chosen]
+    if len({*names}) < len(names):
+        raise ProblemError(f"methods: two of {', '.join(names)} have one name; rename a class")
     setup = prepare(plain.model, plain.data, args, *(each.method for each in chosen))
     if setup.evaluation is None:
         raise ProblemError("eval_fraction: compare needs evaluation examples; give eval_file")
@@ -79,7 +82,7 @@ def run(argv: Sequence[str]) -> None:
     output = Path(args.output_dir)
     base, _ = setup.base()
     comparison = compare_methods(
-        {each.name.rpartition(":")[2]: each.method for each in chosen},
+        {name: each.method for name, each in zip(names, chosen, strict=True)},
         Base(setup),
         models.adapter_config(base, setup.args, setup.task),
         args,

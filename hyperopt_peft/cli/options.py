@@ -36,7 +36,6 @@ Options = dict[str, list[str]]
 #: Files and folders in ``output_dir`` that are the results of a run.
 RESULTS = (
     "adapter_config.json",
-    "comparison.json",
     "report.md",
     "checkpoint-*",
     "retrain/checkpoint-*",

@@ -77,10 +77,10 @@ def phases(trainer: Any) -> list[Work]:
     return works
 
 
-def whole(trainer: Any, name: str, trainings: int = 1) -> Work:
+def whole(trainer: Any, name: str) -> Work:
     """All phases of a run of ``trainer`` as one training."""
     each = phases(trainer)
-    return Work(name, trainings, sum(x.steps for x in each), sum(x.passes for x in each))
+    return Work(name, 1, sum(x.steps for x in each), sum(x.passes for x in each))
 
 
 def levels(setup: Setup, trainer: Any) -> str:

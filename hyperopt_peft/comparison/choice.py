@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf, isfinite
 from statistics import fmean
 from typing import Any
 
@@ -107,12 +108,15 @@ class Plan:
         return [replace(best, seed=seed) for seed in self.seeds]
 
     def _best(self, runs: Sequence[Run], store: Store) -> Run:
-        """The first run of the rates with the best mean score; of one rate, it has none."""
+        """The first run of the rates with the best mean score; of one rate, it has none.
+
+        A score that is not finite is the worst.
+        """
         if len({(run.rate, run.upper_rate) for run in runs}) == 1:
             return runs[0]
         means = list(self.means(runs, store))
         sign = -1 if self.lower_is_better else 1
-        return max(means, key=lambda each: sign * each[1])[0]
+        return max(means, key=lambda each: sign * each[1] if isfinite(each[1]) else -inf)[0]
 
     def means(self, runs: Sequence[Run], store: Store) -> Iterator[tuple[Run, float]]:
         """The first run of each pair of rates, and the mean score over seeds."""

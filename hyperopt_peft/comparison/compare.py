@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import pickle
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
+from datasets import Dataset
 from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
@@ -19,7 +22,7 @@ from hyperopt_peft.comparison.task import Price, Run, Task
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.find import find_method
 from hyperopt_peft.trainer.checks import LEARNS
-from hyperopt_peft.trainer.data import shared_rows
+from hyperopt_peft.trainer.data import require_examples, shared_rows
 from hyperopt_peft.trainer.fingerprint import data_fingerprint
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.trainer import BilevelTrainer
@@ -81,8 +84,9 @@ def compare_methods(
         options: further arguments of the trainer, such as ``compute_metrics``.
 
     Raises:
-        ProblemError: fewer than two seeds; no test rows but training rows; a metric that the
-            task lacks; a run that takes more passes than it says; as `BilevelTrainer`.
+        ProblemError: fewer than two seeds, or development seeds among them; no test rows but
+            training rows; a method that trains on test rows; a metric that the task lacks; a run
+            that takes more passes than it says, or has no finite score; as `BilevelTrainer`.
 
     Example:
         >>> import torch
@@ -116,8 +120,14 @@ def compare_methods(
             f"seeds: {len(seeds)} reported and {len(development)} of development; one seed has no "
             "interval, so give two or more, and one or more of development"
         )
+    if both := {*seeds} & {*development}:
+        raise ProblemError(
+            f"development: the seeds {sorted(both)} are reported ones too; give others"
+        )
     test_dataset, note = unseen(test_dataset, train_dataset)
     known = {name: _found(method) for name, method in methods.items()}
+    if not known:
+        raise ProblemError("methods: there is none; give each by a name")
     pickled_by_value(known.values())
     task = Task(
         known,
@@ -138,18 +148,31 @@ def compare_methods(
     where = None if folder is None else Path(folder)
     number, count = part
     store = Store(where, settings_of(task), "" if count == 1 else f"-{number}-of-{count}")
-    work = Work(task, store, jobs, part, progress)
-    if dry_run:
-        print(work.estimate(plan))
-        return Comparison(plan, store, metric, passes, note)
-    work.do(plan.first_rates())
-    work.do(plan.next_rates(store))
-    work.do(plan.reported(store))
+    if jobs != 1:
+        require_pickled(task)
+    total, done = sum(plan.count(*each) for each in plan.candidates()), len(store.results)
+    hidden = dry_run or not progress or done >= total
+    with tqdm(total=total, initial=min(done, total), disable=hidden, unit="run") as bar:
+        work = Work(task, store, jobs, part, bar)
+        if dry_run:
+            print(work.estimate(plan))
+            return Comparison(plan, store, metric, passes, note)
+        if not store.results:
+            work.require_learning(plan)
+        work.do(plan.first_rates())
+        work.do(plan.next_rates(store))
+        work.do(plan.reported(store))
+    require_finite(store, plan.reported(store))
     return Comparison(plan, store, metric, passes, note)
 
 
 def unseen(test: Any, train: Any) -> tuple[Any, str]:
     """The rows of ``test`` that are no training rows, and how many are left out, in words."""
+    for name, rows in (("train_dataset", train), ("test_dataset", test)):
+        require_examples(name, rows)
+        if not isinstance(rows, Dataset):
+            kind = type(rows).__name__
+            raise ProblemError(f"{name}: must be a datasets.Dataset, got a {kind}")
     common = shared_rows(test, train)
     if not common:
         return test, ""
@@ -159,11 +182,32 @@ def unseen(test: Any, train: Any) -> tuple[Any, str]:
     return test.select(sorted({*range(len(test))} - {*common})), note
 
 
+def require_finite(store: Store, runs: Iterable[Run]) -> None:
+    """Raise ProblemError for a score of ``runs`` that is NaN or infinite."""
+    for run in runs:
+        if not math.isfinite(score := store.results[run]["score"]):
+            raise ProblemError(
+                f"{run}: the score is {score:g}, by a loss or a metric that is not finite; give "
+                "lower rates or another metric"
+            )
+
+
 def pickled_by_value(methods: Iterable[Method]) -> None:
     """Let other processes have classes of files that they cannot import by name."""
     for module in {sys.modules[type(method).__module__] for method in methods}:
         if module.__name__.endswith(".py") or not module.__package__:
             cloudpickle.register_pickle_by_value(module)
+
+
+def require_pickled(task: Task) -> None:
+    """Raise ProblemError if other processes cannot get ``task``."""
+    try:
+        cloudpickle.dumps(task)
+    except (TypeError, AttributeError, ValueError, pickle.PicklingError) as error:
+        raise ProblemError(
+            f"jobs: what the runs share cannot be pickled for other processes ({error}); make it "
+            "in base_model or in a method's prepare, or leave jobs at 1"
+        ) from error
 
 
 def _found(method: Method | str) -> Method:
@@ -199,14 +243,15 @@ class Work:
         store: gets the results.
         jobs: processes.
         part: (k, n) for the k-th of n shares.
-        progress: whether a bar is shown.
+        bar: shows how many are done.
     """
 
     task: Task
     store: Store
     jobs: int
     part: tuple[int, int]
-    progress: bool
+    bar: Any
+    _prices: dict[Any, Price] = field(default_factory=dict)
 
     def do(self, runs: Sequence[Run]) -> None:
         """Do those of ``runs`` that are missing and this part's.
@@ -218,15 +263,13 @@ class Work:
         missing = set(self.store.missing(runs))
         every = enumerate(dict.fromkeys(runs))
         mine = [run for k, run in every if k % count == number - 1 and run in missing]
-        first = {price_of(run): run for run in reversed(mine)}
-        prices = {key: self.task.price(run) for key, run in first.items()}
-        for (name, *_), price in prices.items():
-            self._require_learning(name, price, max(run.rate for run in runs))
+        priced = [(run, self._price(run)) for run in mine]
         results = Parallel(n_jobs=self.jobs, return_as="generator_unordered")(
-            delayed(self.task.run)(run, prices[price_of(run)]) for run in mine
+            delayed(self.task.run)(run, price) for run, price in priced
         )
-        for result in tqdm(results, total=len(mine), disable=not self.progress, unit="run"):
+        for result in results:
             self.store.add(result)
+            self.bar.update()
         self.store.reload()
         if left := self.store.missing(runs):
             raise ProblemError(
@@ -234,13 +277,24 @@ class Work:
                 "after them"
             )
 
-    def _require_learning(self, name: str, price: Price, rate: float) -> None:
-        steps = max(0, min(price.steps(self.task.passes, self.task.args)))
-        if steps * rate < LEARNS and "adam" in self.task.args.optim:
-            raise ProblemError(
-                f"passes: {self.task.passes:g} leave {name} a phase of {steps} steps, which hardly "
-                f"train an adapter at a rate of {rate:g}; give more passes or higher rates"
-            )
+    def require_learning(self, plan: Plan) -> None:
+        """Price the reported runs; a phase of hardly any step at the highest rate is an error."""
+        rate = max(plan.rates)
+        for name, kind in plan.candidates():
+            price = self._price(Run(name, kind, plan.seeds[0], min(plan.rates)))
+            steps = max(0, min(price.steps(self.task.passes, self.task.args)))
+            if steps * rate < LEARNS and "adam" in self.task.args.optim:
+                raise ProblemError(
+                    f"passes: {self.task.passes:g} leave {name} a phase of {steps} steps, which "
+                    f"hardly train an adapter at a rate of {rate:g}; give more passes or higher "
+                    "rates"
+                )
+
+    def _price(self, run: Run) -> Price:
+        key = price_of(run)
+        if key not in self._prices:
+            self._prices[key] = self.task.price(run)
+        return self._prices[key]
 
     def estimate(self, plan: Plan) -> str:
         """The runs of each method, with their passes and minutes by one timed upper step."""

@@ -17,6 +17,8 @@ from hyperopt_peft.utils.models import base_model, evaluating
 States = dict[tuple[int, ...], Tensor]
 #: Columns of a batch that belong to a text's key.
 COLUMNS = ("input_ids", "token_type_ids")
+#: The first rows, of which the shortest and the longest show what a layer reads.
+ROWS = 64
 #: Of models that this process has seen: the frozen parameters, with their states.
 _SEEN: list[tuple[list[Tensor], States]] = []
 #: Bytes of states, and models, above which no further ones are kept.
@@ -34,20 +36,24 @@ def compute_once(trainer: Any, *, dropout: bool = True) -> str:
     Returns:
         In words, how many layers are computed once, or why none is.
     """
-    model, levels = trainer.model, trainer.levels
+    model = trainer.model
     layers = _layers_of(base_model(model))
     if not layers:
         return "every layer is computed in each pass: the model has no list of its layers"
-    owned = {id(variable) for level in levels for variable in level.variables}
+    variables = [variable for level in trainer.levels for variable in level.variables]
+    owned = set(map(id, variables))
     below = next(
         (k for k, each in enumerate(layers) if any(id(p) in owned for p in each.parameters())),
         len(layers) - 1,
     )
     if below == 0:
         return "every layer is computed in each pass: the lowest one is trained"
-    batch = _first_batch(trainer)
-    before, trained = _before(model, layers[below], batch)
-    if trained:
+    batch, alone = _batches(trainer)
+    before, states = _before(model, layers[below], batch)
+    if states.requires_grad and any(
+        gradient is not None
+        for gradient in torch.autograd.grad(states.sum(), variables, allow_unused=True)
+    ):
         return "every layer is computed in each pass: something below the layers is trained"
     inside = {*before, *(module for layer in layers[:below] for module in layer.modules())}
     if not dropout:
@@ -61,27 +67,38 @@ def compute_once(trainer: Any, *, dropout: bool = True) -> str:
         )
     inner = {id(p) for module in inside for p in module.parameters(recurse=False)}
     frozen = [p for p in model.parameters() if id(p) in inner]
-    once = _Once(layers, below, _states_of(frozen))
-    once.install(base_model(model))
+    once = _Once(layers, below)
     with torch.no_grad(), evaluating(model):
-        first, second = (model(**batch).logits for _ in range(2))
-    mask = batch.get("attention_mask")
-    if mask is not None and first.shape[:2] == mask.shape:  # a padding's state is not kept
-        first, second = first[mask.bool()], second[mask.bool()]
-    if not torch.allclose(first, second, rtol=1e-4, atol=1e-5 * float(first.abs().max())):
+        plain = model(**alone).logits
+        once.install(base_model(model))
+        model(**batch)  # from which the states of the row alone are
+        known = model(**alone).logits
+    mask = alone.get("attention_mask")
+    if mask is not None and plain.shape[:2] == mask.shape:  # a padding's state is not kept
+        plain, known = plain[mask.bool()], known[mask.bool()]
+    rounding = torch.finfo(plain.dtype).eps ** 0.5 * float(plain.abs().max())
+    if not once.known or float((known - plain).abs().max()) > rounding:
         once.remove()
-        return "every layer is computed in each pass: one reads more than the text of its row"
+        return (
+            "every layer is computed in each pass: one reads more than the text of its row, such "
+            "as its place among packed texts or padding"
+        )
+    once.use(_states_of(frozen))
     return f"{below} of {len(layers)} layers are frozen, and computed once a text"
 
 
 class _Once:
     """Replaces the first ``count`` of ``layers`` by their known output."""
 
-    def __init__(self, layers: Sequence[nn.Module], count: int, states: States) -> None:
-        self.layers, self.count, self.states = layers, count, states
+    def __init__(self, layers: Sequence[nn.Module], count: int) -> None:
+        self.layers, self.count = layers, count
         self.known, self.keys, self.mask = False, list[Any](), torch.empty(0)
-        self.bytes = sum(state.nbytes for state in states.values())
         self.inner = [{**layer._modules} for layer in layers[:count]]
+        self.use({})
+
+    def use(self, states: States) -> None:
+        """Read and keep ``states`` from now on."""
+        self.states, self.bytes = states, sum(state.nbytes for state in states.values())
 
     def __deepcopy__(self, memo: Any) -> Self:
         """Itself: a copy of the model, such as a method's teacher, has the same frozen layers."""
@@ -154,20 +171,25 @@ def _layers_of(base: nn.Module) -> Sequence[nn.Module]:
     return list(lists[0]) if len(lists) == 1 else []
 
 
-def _first_batch(trainer: Any) -> dict[str, Any]:
-    """Two training rows as the model reads them."""
-    rows = trainer.train_dataset.select(range(min(2, len(trainer.train_dataset))))
-    batch = next(iter(trainer.get_eval_dataloader(rows)))
-    return {name: x for name, x in batch.items() if name not in trainer.tags}
+def _batches(trainer: Any) -> list[dict[str, Any]]:
+    """Two training rows of different lengths as the model reads them, and the shorter one alone."""
+    rows = trainer.train_dataset
+    rows = rows.select(range(min(ROWS, len(rows))))
+    if "input_ids" in rows.column_names:
+        lengths = [len(each) for each in rows["input_ids"]]
+        order = sorted(range(len(rows)), key=lengths.__getitem__)
+        rows = rows.select([order[0], order[-1]])
+    batches = [rows.select(range(min(count, len(rows)))) for count in (2, 1)]
+    loaded = [next(iter(trainer.get_eval_dataloader(each))) for each in batches]
+    return [{name: x for name, x in batch.items() if name not in trainer.tags} for batch in loaded]
 
 
-def _before(model: Any, layer: nn.Module, batch: dict[str, Any]) -> tuple[set[nn.Module], bool]:
-    """The modules whose forward pass ends before ``layer`` begins; whether a gradient enters it."""
-    done, entered = set[nn.Module](), list[tuple[set[nn.Module], bool]]()
+def _before(model: Any, layer: nn.Module, batch: dict[str, Any]) -> tuple[set[nn.Module], Tensor]:
+    """The modules whose forward pass ends before ``layer`` begins, and the states that enter it."""
+    done, entered = set[nn.Module](), list[tuple[set[nn.Module], Tensor]]()
 
     def enter(_: Any, args: Any, kwargs: Any) -> None:
-        states = args[0] if args else kwargs["hidden_states"]
-        entered.append(({*done}, states.requires_grad))
+        entered.append(({*done}, args[0] if args else kwargs["hidden_states"]))
 
     hooks: list[Any] = [m.register_forward_hook(lambda m, *_: done.add(m)) for m in model.modules()]
     hooks.append(layer.register_forward_pre_hook(enter, with_kwargs=True))

@@ -117,7 +117,7 @@ class Comparison:
             by = f"{abs(middle):.4f} ± {half:.4f}"
             return f"{name} is {word} than {self.first} in {self.metric} by {by}"
         return (
-            f"{name} ties with {self.first} in {self.metric} ({middle:+.4f} ± {half:.4f}); "
+            f"{name} ties with {self.first} in {self.metric} ({shown(gaps, '+')}); "
             f"{len(gaps)} {self.unit} show differences from {detectable(gaps):.4f} on"
         )
 
@@ -130,17 +130,25 @@ class Comparison:
             parts.append("the variables and the adapter")
         terms = []
         for part, one, other in zip(parts, ways[:-1], ways[1:], strict=True):
-            middle, half = mean_and_half(self.differences(one, other))
+            gaps = self.differences(one, other)
+            middle, half = mean_and_half(gaps)
             tie = ", a tie" if abs(middle) <= half else ""
-            terms.append(f"{middle:+.4f} ± {half:.4f} by {part}{tie}")
+            terms.append(f"{shown(gaps, '+')} by {part}{tie}")
         whole = f"{name} − {self.first if name != self.first else 'the same in one level'}"
         return f"{whole} is the sum of {'; '.join(terms)}"
 
     def _edges(self) -> list[str]:
-        """Where a chosen rate is the first or the last of its grid."""
+        """Where a rate has no score, or a chosen one is the first or the last of its grid."""
         found = []
         for name, kind in self.plan.candidates():
             best = self.plan.chosen(self.store, name, kind)
+            for run, score in self.plan.at_every_rate(self.store, name, kind):
+                if not math.isfinite(score):
+                    upper = "" if run.upper_rate is None else f" and upper rate {run.upper_rate:g}"
+                    found.append(
+                        f"{name}{ABLATIONS[kind]}: at the rate {run.rate:g}{upper} a score is not "
+                        "finite, which counts as the worst"
+                    )
             edges = (self.plan.rates[0], self.plan.rates[-1])
             if kind != "frozen" and len(self.plan.rates) > 1 and best.rate in edges:
                 found.append(
@@ -227,5 +235,5 @@ class Comparison:
 def shown(values: Sequence[float], sign: str = "", digits: int = 4) -> str:
     """The mean ± half its interval, where there is one."""
     middle, half = mean_and_half(values)
-    text = f"{middle:{sign}.{digits}f}"
+    text = f"{middle:{sign}.{digits}f}".replace("-", "−")
     return f"{text} ± {half:.{digits}f}" if math.isfinite(half) else text

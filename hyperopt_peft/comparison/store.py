@@ -33,7 +33,7 @@ class Store:
     """
 
     def __init__(self, folder: Path | None, settings: Mapping[str, Any], part: str = "") -> None:
-        self.settings = json.loads(json.dumps(settings, default=str))
+        self.settings = json.loads(json.dumps(settings, default=_plain))
         self.folder, self.results = folder, dict[Run, Result]()
         self.path = None if folder is None else folder / f"runs{part}.jsonl"
         self.reload()
@@ -70,6 +70,11 @@ class Store:
     def scores(self, runs: Iterable[Run]) -> list[float]:
         """The scores of ``runs``, all of which have one."""
         return [self.results[run]["score"] for run in runs]
+
+
+def _plain(value: Any) -> Any:
+    """A set in an order that is that of every process."""
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
 
 
 def _ends_a_line(file: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,16 +13,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import TrainerCallback, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 
-from hyperopt_peft.comparison.budget import PassCounter, phases, rows_of, steps_for
+from hyperopt_peft.comparison.budget import phases, rows_of, steps_for
 from hyperopt_peft.comparison.frozen_layers import compute_once
 from hyperopt_peft.comparison.watch import Watch
 from hyperopt_peft.core.problem import Problem, TaskLoss
-from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
-from hyperopt_peft.trainer.data import split_dataset
+from hyperopt_peft.trainer.data import shared_rows, split_dataset
 from hyperopt_peft.trainer.method import Method
+from hyperopt_peft.trainer.passes import PassCounter
+from hyperopt_peft.trainer.quiet import no_bars
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 
 #: A method as it is; its upper variables frozen; or all of its variables in one level on all rows.
@@ -48,6 +51,11 @@ class Run:
     rate: float
     upper_rate: float | None = None
     development: bool = False
+
+    def __str__(self) -> str:
+        kind = "" if self.kind == "method" else f", {self.kind}"
+        upper = "" if self.upper_rate is None else f", upper rate {self.upper_rate:g}"
+        return f"{self.method}{kind}, seed {self.seed}, rate {self.rate:g}{upper}"
 
 
 @dataclass(frozen=True)
@@ -138,37 +146,42 @@ class Task:
     frozen_dropout: bool = True
     layers: str = ""
 
+    @no_bars()
     def run(self, run: Run, price: Price) -> dict[str, Any]:
         """Train and score; the entries of ``run`` with score, passes, seconds and steps.
+
+        The score is NaN where a loss is not finite.
 
         Raises:
             ProblemError: the run took more passes than its budget; the metric is unknown; as
                 `BilevelTrainer`.
         """
-        begin, counter = time.perf_counter(), PassCounter(self.passes * price.batch)
+        begin = time.perf_counter()
         train, test = self.rows(run)
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
             sizes = price.sizes(self.passes, self.args)
-            trainer = self.make(run, train, test, folder, counter, **sizes)
+            trainer = self.make(run, train, test, folder, **sizes)
+            trainer.passes.limit = self.passes
             watch = Watch(trainer, run.method)
             peak = peak_memory()
-            trainer.train()
-            watch.check()
-            last = trainer.retrainer or trainer
-            metrics = last.evaluate(test)
+            metrics: dict[str, Any] = {}
+            with suppress(NonFiniteError):  # such as a rate that is too high; it has no score
+                trainer.train()
+                watch.check()
+                metrics = (trainer.retrainer or trainer).evaluate()
         phases_run = [x for x in (trainer, trainer.retrainer) if x is not None]
         steps = [each.state.global_step for each in phases_run]
         planned = sum(each.args.max_steps for each in phases_run)
-        if sum(steps) < 0.8 * planned:
+        if metrics and sum(steps) < 0.8 * planned:
             raise ProblemError(
                 f"{run.method}: its {self.passes:g} passes ended after {sum(steps)} of {planned} "
                 "steps, since later steps send more rows through the model than the first ones"
             )
         return {
             **asdict(run),
-            "score": metrics[f"eval_{self.metric}"],
+            "score": metrics.get(f"eval_{self.metric}", math.nan),
             "metrics": {k: v for k, v in metrics.items() if isinstance(v, float)},
-            "passes": counter.rows / price.batch,
+            "passes": trainer.passes.passes,
             "steps": steps,
             "spent": price.spent(steps),
             "seconds": time.perf_counter() - begin,
@@ -183,42 +196,61 @@ class Task:
             return split_dataset(self.train, self.held_out, run.seed)
         return self.train, self.test
 
+    @no_bars()
     def price(self, run: Run) -> Price:
         """What the steps of ``run`` cost, by its first two upper steps, or four lower ones."""
-        begin, counter = time.perf_counter(), PassCounter()
+        begin = time.perf_counter()
         train, test = self.rows(run)
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
             sizes: dict[str, Any] = {"max_steps": 4, "retrain": "none"}
-            trainer = self.make(run, train, test, folder, counter, **sizes)
+            trainer = self.make(run, train, test, folder, **sizes)
             args, bilevel = trainer.args, trainer.upper is not None
             if bilevel and 2 * args.lower_steps != sizes["max_steps"]:
                 sizes["max_steps"] = 2 * args.lower_steps
-                trainer = self.make(run, train, test, folder, counter, **sizes)
-            metrics = trainer.evaluate(test.select(range(min(len(test), 8))))
+                trainer = self.make(run, train, test, folder, **sizes)
+            rows = trainer.eval_dataset  # as the trainer has prepared them
+            metrics = trainer.evaluate(rows.select(range(min(len(rows), 8))))
             if f"eval_{self.metric}" not in metrics:
                 known = ", ".join(sorted(metrics)).replace("eval_", "")
                 raise ProblemError(
                     f"metric: {self.metric} is none of {known}; give compute_metrics another"
                 )
             made = time.perf_counter()
-            trainer.add_callback(clock := _Clock(counter))
-            trainer.train()
-        lower, steps = len(trainer.train_dataset), sizes["max_steps"]
+            trainer.add_callback(clock := _Clock(trainer.passes))
+            try:
+                trainer.train()
+            except NonFiniteError as error:
+                where, _, _ = str(error).partition(";")
+                raise ProblemError(f"{run}: {where}; give lower rates") from error
+        self._require_unseen(trainer, run.method)
         batch = args.train_batch_size * args.gradient_accumulation_steps
+        lower, everything = rows_of_phases(trainer)
+        if trainer.passes.joined:  # each batch counts as a whole one
+            lower, everything = (-(-rows // batch) * batch for rows in (lower, everything))
+        passes, steps = trainer.passes.passes, sizes["max_steps"]
         return Price(
             batch=batch,
             lower=lower,
-            everything=len(trainer.all_rows()),
+            everything=everything,
             every=args.lower_steps if bilevel else 0,
-            upper=(counter.rows - rows_of(steps, lower, batch)) / 2 if bilevel else 0.0,
+            upper=(passes * batch - rows_of(steps, lower, batch)) / 2 if bilevel else 0.0,
             again=bilevel and self.args.retrain != "none",
             start=made - begin,
-            a_pass=clock.seconds_a_row() * batch,
+            a_pass=clock.seconds_a_pass(),
         )
 
-    def make(
-        self, run: Run, train: Any, test: Any, folder: str, counter: PassCounter, **sizes: Any
-    ) -> BilevelTrainer:
+    def _require_unseen(self, trainer: BilevelTrainer, name: str) -> None:
+        """Raise ProblemError if ``trainer`` has test rows, which its method brings along."""
+        for rows in (trainer.train_dataset, trainer.upper_dataset, trainer.all_rows()):
+            if not {*self.test.column_names} <= {*getattr(rows, "column_names", ())}:
+                continue
+            if common := shared_rows(self.test, rows):
+                raise ProblemError(
+                    f"{name}: trains on {len(common)} of {len(self.test)} test rows; let rows and "
+                    "all_rows return rows of train_dataset alone"
+                )
+
+    def make(self, run: Run, train: Any, test: Any, folder: str, **sizes: Any) -> BilevelTrainer:
         """A trainer of ``run``, which writes and shows nothing."""
         method = copy.deepcopy(self.methods[run.method])
         if run.kind == "one level":
@@ -236,18 +268,26 @@ class Task:
         if self.adapter is not None:
             options["peft_config"] = None
             model = _adapted(model, method.adapter(copy.deepcopy(self.adapter)))
-        callbacks = [*(options.pop("callbacks", None) or ()), counter]
         trainer = self.trainer(
             model,
             args,
             method=method,
             train_dataset=train,
             eval_dataset=test,
-            callbacks=callbacks,
             **{name: value for name, value in options.items() if value is not None},
         )
         self.layers = compute_once(trainer, dropout=self.frozen_dropout)
         return trainer
+
+
+def rows_of_phases(trainer: BilevelTrainer) -> tuple[int, int]:
+    """The rows of the first phase of ``trainer`` and of the second, which it may pack."""
+    lower = len(trainer.train_dataset)
+    if trainer.upper is None:
+        return lower, lower
+    if trainer.parent() is Trainer:
+        return lower, len(trainer.all_rows())
+    return lower, len(trainer.retraining(trainer.args).train_dataset)
 
 
 class OneLevel(Method):
@@ -278,15 +318,15 @@ class _Together(Problem):
 
 
 class _Clock(TrainerCallback):
-    """The time at the end of each step, beside the rows that ``counter`` has counted."""
+    """The time at the end of each step, beside the passes that ``counter`` has counted."""
 
     def __init__(self, counter: PassCounter) -> None:
-        self.counter, self.ends = counter, list[tuple[float, int]]()
+        self.counter, self.ends = counter, list[tuple[float, float]]()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.ends.append((time.perf_counter(), self.counter.rows))
+        self.ends.append((time.perf_counter(), self.counter.passes))
 
-    def seconds_a_row(self) -> float:
+    def seconds_a_pass(self) -> float:
         """Without the first step, which allocates."""
         (begin, first), *_, (end, last) = self.ends
         return (end - begin) / (last - first)

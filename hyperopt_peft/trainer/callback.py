@@ -103,8 +103,8 @@ class BilevelCallback(TrainerCallback):
             torch.save(state, folder / ESTIMATOR)
         now = RandomState.capture(trainer.devices)
         position = {"step": self.epoch_step, "epoch": dict(self.epoch_random.states)}
-        counters = counters_of(trainer)
-        torch.save({**position, "now": dict(now.states), "counters": counters}, _position(folder))
+        position |= {"counters": counters_of(trainer), **trainer.passes.read()}
+        torch.save({**position, "now": dict(now.states)}, _position(folder))
 
     def complete(self) -> None:
         """Write the manifest of the last written checkpoint, then delete older ones."""
@@ -164,6 +164,7 @@ class BilevelCallback(TrainerCallback):
         if folder is not None:
             position = checkpoint.read_state(_position(folder))
             vars(self.trainer).update(position["counters"])
+            self.trainer.passes.begin(position["passes"], position["seconds"])
             steps = state.max_steps
             if has_length(train_dataloader):
                 steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)

@@ -47,7 +47,12 @@ LEARNS = 0.1
 
 
 def warn_of_short_phase(phase: str, args: Any, rows: int) -> None:
-    """Log a warning where ``phase``, on ``rows`` rows, has too few steps to learn by Adam."""
+    """Log a warning where ``phase``, on ``rows`` rows, has too few steps to learn by Adam.
+
+    A run without logs, such as one of many rates that are compared, has no warning.
+    """
+    if args.logging_strategy == "no":
+        return
     steps = args.steps_of(rows) if rows else args.max_steps
     if 0 < args.learning_rate * steps < LEARNS and "adam" in args.optim:
         logger.warning_once(

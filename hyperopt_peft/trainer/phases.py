@@ -94,6 +94,7 @@ class PhasesTrainer(TwoLevelTrainer):
             NonFiniteError: as ``args.non_finite`` says; the message names step and batch.
         """
         folder = Path(self.args.output_dir or "")
+        self.passes.begin()
         if not self.has_second_phase:
             point = checkpoint.to_resume(resume_from_checkpoint, folder)
             output = self._train_from(point, *args, **kwargs)
@@ -160,6 +161,7 @@ class PhasesTrainer(TwoLevelTrainer):
                 folder = None if resumed is None else str(resumed[0])
                 return super().train(folder, *args, **kwargs)
         finally:
+            self.passes.end()
             if self.upper_batches is not None:
                 self.upper_batches.close()
 

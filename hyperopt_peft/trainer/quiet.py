@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
+
+from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 #: Arguments with which a Trainer evaluates, logs, reports and saves nothing.
 QUIET = {
@@ -29,3 +33,15 @@ def quiet(args: Any, folder: str, kind: Any = None, **changes: Any) -> Any:
     given = {each.name: getattr(args, each.name) for each in fields(args) if each.init}
     given = {name: value for name, value in given.items() if name in names}
     return kind(**{**given, **QUIET, "output_dir": folder, **changes})
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """No bars of `datasets` in the body, where a trainer of TRL shows one for each map."""
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()

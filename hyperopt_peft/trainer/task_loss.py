@@ -24,6 +24,7 @@ from hyperopt_peft.core.labels import (
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.internals import metrics_restored
 from hyperopt_peft.trainer.over import CombinedTrainer
+from hyperopt_peft.trainer.passes import PassCounter
 from hyperopt_peft.trainer.tags import without
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.distributed import reshard
@@ -44,6 +45,8 @@ class TaskLossTrainer(CombinedTrainer):
     trainer_loss: bool
     #: Columns of the batches that a level reads and the model does not.
     tags: Sequence[str] = ()
+    #: The passes and seconds of the training, both phases of a method together.
+    passes: PassCounter
     model: Any
 
     @classmethod
@@ -186,5 +189,5 @@ class TaskLossTrainer(CombinedTrainer):
     @contextmanager
     def _measuring(self) -> Iterator[None]:
         """A context for a loss that nothing is trained by."""
-        with metrics_restored(self), self.compute_loss_context_manager():
+        with metrics_restored(self), self.passes.paused(), self.compute_loss_context_manager():
             yield

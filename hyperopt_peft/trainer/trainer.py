@@ -31,6 +31,7 @@ from hyperopt_peft.trainer.logs import shorten, upper_gap
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.optimizer import check_optimizers, params_of
 from hyperopt_peft.trainer.over import loads_names
+from hyperopt_peft.trainer.passes import PassCounter
 from hyperopt_peft.trainer.phases import PhasesTrainer
 from hyperopt_peft.trainer.step import Accumulated, OptimizerStep
 from hyperopt_peft.trainer.tags import keep_tags
@@ -108,6 +109,7 @@ class BilevelTrainer(PhasesTrainer):
         **trainer: Any,
     ) -> None:
         checks.check_class(args, self.Arguments)
+        self.passes = PassCounter()
         if lower is None and upper is None:
             method = method or Method()
             self._set_up_method(model, args, method, train_dataset, upper_dataset, trainer)
@@ -155,7 +157,7 @@ class BilevelTrainer(PhasesTrainer):
                 train_dataset=train_dataset,
                 # The parent prepares the upper level's data as it prepares evaluation data.
                 eval_dataset=with_upper(evaluation, upper_dataset, args),
-                callbacks=[self._callback, *(callbacks or ())],
+                callbacks=[self._callback, self.passes, *(callbacks or ())],
                 **trainer,
             )
         shorten(self)
@@ -274,7 +276,7 @@ class BilevelTrainer(PhasesTrainer):
         ) from error
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `transformers.Trainer.log`, with the numbers of the levels."""
+        """As `transformers.Trainer.log`, with the numbers of the levels, passes and seconds."""
         if "loss" in logs:
             means, last = self.current_step.log.read()
             logs |= {key: value for key, value in means.items() if key not in logs} | last
@@ -285,6 +287,8 @@ class BilevelTrainer(PhasesTrainer):
                 logs["upper_snr"] = ratio
         if self.is_in_train and self.trainer_loss:
             logs |= upper_gap(logs, self.state.log_history)
+        if self.is_in_train or "train_runtime" in logs:
+            logs |= self.passes.read()
         super().log(logs, start_time)
 
     def end_training(self) -> None:

@@ -79,6 +79,17 @@ def test_a_method_trains(tmp_path: Path, model: Path, method: str) -> None:
     assert PeftConfig.from_pretrained(tmp_path / "out").use_dora == (method == "bidora")
 
 
+@pytest.mark.slow
+def test_methods_are_compared(tmp_path: Path, model: Path) -> None:
+    few: dict[str, Any] = {"passes": 8, "seeds": [0, 1], "rates": [5e-2], "upper_rates": [1e-2]}
+    chosen = options(tmp_path, model, methods=["lora", "bidora"], max_steps=None, **few)
+    run("compare", **chosen, lower_steps=1)
+    lines = (tmp_path / "out/runs.jsonl").read_text().splitlines()[1:]
+    results = [json.loads(line) for line in lines]
+    assert len(results) == 4 * 2
+    assert all(result["score"] > 0 and 6 <= result["passes"] <= 9 for result in results)
+
+
 USER = {"role": "user", "content": "say a"}
 TWICE = [{"prompt": "a", "completion": None}, {"prompt": "a"}]
 # Rows for training, or else for evaluation, and the words of the error.

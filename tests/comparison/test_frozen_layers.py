@@ -8,11 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
-from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
-from hyperopt_peft import BiDoRA, BilevelTrainer
+from hyperopt_peft import BiDoRA, BilevelTrainer, Method
 from hyperopt_peft.comparison.frozen_layers import compute_once
+from hyperopt_peft.problems import LoRA
+from tests.support import language
 from tests.support.trainers import arguments, data, peft_model, values
 
 
@@ -84,17 +93,16 @@ def test_a_copy_of_the_model_gives_its_logits(tmp_path: Path) -> None:
                 torch.testing.assert_close(each(**batch).logits, logits)
 
 
-class Shifted(BiDoRA):
+class Shifted(Method):
     """Its first layer reads a variable that is no parameter."""
 
     def prepare(self, model: Any) -> None:
-        super().prepare(model)
         self.shift = torch.zeros(8, requires_grad=True)
         first = model.base_model.model.bert.encoder.layer[0]
         first.register_forward_hook(lambda m, args, states: states + self.shift)
 
     def upper_variables(self, model: Any) -> Any:
-        return {**super().upper_variables(model), "shift": self.shift}
+        return {"shift": self.shift}
 
 
 @pytest.mark.parametrize(
@@ -117,3 +125,34 @@ def test_their_dropout_may_go(tmp_path: Path) -> None:
     assert compute_once(made, dropout=False).startswith("1 of 2 layers")
     rates = [m.p for m in made.model.modules() if isinstance(m, nn.Dropout)]
     assert 0.1 in rates
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_frozen_layers_of_a_decoder(tmp_path: Path, absolute: bool, side: str) -> None:
+    """Padding on the left moves a text, which learned positions show and rotary ones do not."""
+    last = {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]}
+    tokenizer, sizes = language.tokenizer(), {"n_embd": 16, "n_layer": 2, "n_head": 2}
+    tokenizer.padding_side = side
+    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = GPT2Config(vocab_size=len(tokenizer), initializer_range=0.2, **sizes, **none)
+    rows = language.rows("text", 12).map(lambda row: tokenizer(row["text"]), remove_columns="text")
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(config) if absolute else language.language_model()
+    adapter = {**last, "target_modules": ["c_attn"]} if absolute else last
+    model = get_peft_model(base, language.lora(**adapter))
+    made = BilevelTrainer(
+        model,
+        arguments(tmp_path),
+        method=LoRA(),
+        train_dataset=rows,
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    )
+    batch = made.data_collator([rows[k] for k in range(6)])
+    read = batch["attention_mask"].bool()
+    plain = model.eval()(**batch).logits[read]
+    text = compute_once(made)
+    for _ in range(2):
+        assert torch.allclose(model.eval()(**batch).logits[read], plain, atol=1e-4)
+    refused = "reads more than the text of its row" in text
+    assert refused if absolute and side == "left" else "1 of 2 layers are frozen" in text

@@ -1,101 +1,83 @@
-"""`AcrossTasks`: tables, sentences and refusals on made-up stores, by closed forms."""
+"""`compare_methods` on each kind of task: classes, tags, numbers, language models, TRL."""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping
-from dataclasses import asdict
-from pathlib import Path
+import math
 from typing import Any
 
 import pytest
-from scipy.stats import t
 
-from hyperopt_peft import BiDoRA, ProblemError
-from hyperopt_peft.comparison import AcrossTasks, Comparison
-from hyperopt_peft.comparison.choice import Plan
-from hyperopt_peft.comparison.store import Store
-from hyperopt_peft.comparison.task import Kind, Run
-from hyperopt_peft.problems import LoRA
+from hyperopt_peft.comparison import Comparison, compare_methods
+from hyperopt_peft.trainer.trainer import bilevel
+from tests.support import language
+from tests.support.comparisons import ARGUMENTS, METHODS, SHORT, compared
 
-WAYS: tuple[tuple[str, Kind], ...] = (
-    *(("LoRA", "method"), ("BiDoRA", "method")),
-    *(("BiDoRA", "frozen"), ("BiDoRA", "one level")),
-)
+WAYS = ["LoRA", "BiDoRA", "BiDoRA, upper level frozen", "BiDoRA, one level"]
 
 
-def made_up(
-    means: Mapping[tuple[str, Kind], float], metric: str = "accuracy", **settings: Any
-) -> Comparison:
-    """Two seeds, .1 above and below the mean of each way."""
-    methods = settings.pop("methods", {"LoRA": LoRA(), "BiDoRA": BiDoRA()})
-    store, lower = Store(None, {}), metric == "loss"
-    for (name, kind), mean in means.items():
-        upper = 1e-2 if (name, kind) == ("BiDoRA", "method") else None
-        for seed, score in enumerate((mean - 0.1, mean + 0.1)):
-            run = Run(name, kind, seed, 1e-3, upper)
-            more = {"finish": 0.0, "layers": settings.get("layers", ""), "spent": {"steps": 3.0}}
-            store.add({**asdict(run), "score": score, **more})
-    plan = Plan(methods, [1e-3], [1e-2], [100], [0, 1], lower)
-    return Comparison(plan, store, metric, settings.get("passes", 300.0))
+def require_scores(comparison: Comparison, metric: str = "loss", below: float = 1.5) -> None:
+    """Two finite scores of each way, at the budget."""
+    assert comparison.metric == metric
+    assert [row[0] for row in comparison.table()[1:]] == WAYS
+    for name, kind in comparison.plan.candidates():
+        assert all(map(math.isfinite, comparison.scores(name, kind)))
+    for result in comparison.store.results.values():
+        assert SHORT["passes"] - below <= result["passes"] <= SHORT["passes"] + 1
 
 
-def three(*scores: tuple[float, ...]) -> AcrossTasks:
-    """Tasks a, b and c with a score for each way."""
-    tasks = zip("abc", scores, strict=True)
-    return AcrossTasks({task: made_up(dict(zip(WAYS, each))) for task, each in tasks})
+SLOW = pytest.mark.slow
+CASES = [("tokens", 1), ("regression", 2), ("causal", 1)]
+CASES += [pytest.param("seq2seq", 1, marks=SLOW), pytest.param("tokens", 4, marks=SLOW)]
 
 
-def test_differences_are_paired_by_task(tmp_path: Path) -> None:
-    joined = three((0.5, 0.6, 0.6, 0.7), (0.6, 0.71, 0.71, 0.75), (0.7, 0.82, 0.83, 0.8))
-    gaps = joined.differences(("BiDoRA", "method"), ("LoRA", "method"))
-    assert gaps == pytest.approx([0.10, 0.11, 0.12])
-    error = 0.01 / 3**0.5
-    half = t.ppf(0.975, 2) * error
-    heads, _, bidora, frozen, one = joined.table()
-    assert heads == ["method", "a", "b", "c", "mean", "− LoRA"]
-    assert bidora == ["BiDoRA", "0.6000", "0.7100", "0.8200", "0.7100", f"+0.1100 ± {half:.4f}"]
-    assert [row[0] for row in (frozen, one)] == ["BiDoRA, upper level frozen", "BiDoRA, one level"]
-    ahead, parts = joined.sentences()[:2]
-    assert f"better than LoRA in accuracy by 0.1100 ± {half:.4f}" in ahead
-    # Of the method and the frozen upper level the differences are 0, 0 and -.01.
-    third = t.ppf(0.975, 2) * error / 3**0.5
-    assert f"{-0.01 / 3:+.4f} ± {third:.4f} by the upper level, a tie" in parts
-    apart = three((0.5, 0.51, 0.5, 0.5), (0.6, 0.6, 0.6, 0.6), (0.7, 0.7, 0.7, 0.7))
-    least = (t.ppf(0.975, 2) + t.ppf(0.8, 2)) * error / 3**0.5
-    assert f"3 tasks show differences from {least:.4f} on" in apart.sentences()[0]
-    assert joined.to_latex().count(r"\\") == 5
-    joined.plot(tmp_path / "gaps.png")
-    joined.to_csv(tmp_path / "runs.csv")
-    with (tmp_path / "runs.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 3 * 4 * 2 and {row["task"] for row in rows} == {*"abc"}
-    assert joined.spent()[1] == ["a", "LoRA", "3.0"]
-    assert joined.rates()[0] == ["task", "method", "rate", "upper rate", "accuracy"]
+@pytest.mark.parametrize(("kind", "pieces"), CASES)
+def test_a_task_of_transformers(kind: str, pieces: int) -> None:
+    """Tags have an accuracy of their own, language models and numbers a loss."""
+    batch = {"per_device_train_batch_size": 4 // pieces, "gradient_accumulation_steps": pieces}
+    comparison = compared(METHODS, kind, batch)
+    assert comparison.plan.lower_is_better == (kind != "tokens")
+    require_scores(comparison, "accuracy" if kind == "tokens" else "loss")
 
 
-def test_lower_losses_are_better_and_a_remark_names_its_tasks() -> None:
-    scores = dict(zip(WAYS, (0.5, 0.7, 0.7, 0.7)))
-    layers = ("none is frozen", "five are frozen", "none is frozen")
-    tasks = {n: made_up(scores, "loss", layers=x) for n, x in zip("abc", layers, strict=True)}
-    text = str(AcrossTasks(tasks))
-    assert "BiDoRA is worse than LoRA in loss by 0.2000" in text
-    assert "a, c: none is frozen" in text and "b: five are frozen" in text
+def trained_by_sft(layout: str, **options: Any) -> Comparison:
+    trl = pytest.importorskip("trl")
+    trainer: Any = bilevel(trl.SFTTrainer)
+    flat = {"padding_free": True, "max_length": None} if layout == "flat" else {}
+    args = trainer.Arguments("unused", **ARGUMENTS, **language.LAYOUTS.get(layout, {}), **flat)
+    train, test = (language.rows("text" if flat else layout, 30, seed) for seed in (0, 1))
+    return compare_methods(
+        METHODS,
+        language.language_model,
+        options.pop("adapter", language.lora()),
+        args,
+        train_dataset=train,
+        test_dataset=test,
+        trainer=trainer,
+        processing_class=language.tokenizer(),
+        **{**SHORT, **options},
+    )
 
 
-SCORES: dict[tuple[str, Kind], float] = dict.fromkeys(WAYS, 0.5)
+#: An adapter of the last of two layers.
+LAST = {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]}
 
 
 @pytest.mark.parametrize(
-    ("tasks", "message"),
-    [
-        ({}, "0 task"),
-        ({"a": made_up(SCORES)}, "1 task has no interval"),
-        ({"a": made_up(SCORES), "b": made_up(SCORES, passes=100.0)}, "b and a differ"),
-        ({"a": made_up(SCORES), "b": made_up(SCORES, "loss")}, "b and a differ"),
-        ({"a": made_up(SCORES), "b": made_up(SCORES, methods={"LoRA": LoRA()})}, "b and a differ"),
-    ],
+    "layout", ["completion", *(pytest.param(x, marks=SLOW) for x in ("text", "messages"))]
 )
-def test_tasks_that_cannot_be_joined(tasks: dict[str, Comparison], message: str) -> None:
-    with pytest.raises(ProblemError, match=message):
-        AcrossTasks(tasks)
+def test_a_trainer_of_trl(layout: str) -> None:
+    """The lower layer is computed once a text, by a model with rotary embeddings."""
+    comparison = trained_by_sft(layout, adapter=language.lora(**LAST))
+    require_scores(comparison)
+    assert "1 of 2 layers are frozen" in str(comparison)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["wrapped", "packed", "flat"])
+def test_rows_that_are_packed_or_joined(layout: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """A batch whose rows are joined to one is a micro-batch; each split packs its own count."""
+    comparison = trained_by_sft(layout, adapter=language.lora(**LAST))
+    require_scores(comparison, below=2.5)
+    joined = "every layer is computed in each pass" in str(comparison)
+    assert joined == (layout != "wrapped")
+    assert "examples/s" not in capfd.readouterr().err  # no bars of the rows' preparation

@@ -53,8 +53,6 @@ PROGRAMS = [n for n, text in PAGES.items() if "```python" in text and n != "comm
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PROGRAMS)
 def test_python_blocks_run_in_order(page: str) -> None:
-    if "import numpy, optuna" in PAGES[page]:
-        pytest.importorskip("optuna", reason="Optuna is an extra")
     if "from trl import" in PAGES[page]:
         pytest.importorskip("trl", reason="TRL is an extra")
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is an extra")

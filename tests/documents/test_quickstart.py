@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from peft import PeftConfig
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples"
 
 pytestmark = pytest.mark.slow  # it starts a process and loads the pretrained encoder
 
@@ -19,8 +17,8 @@ pytestmark = pytest.mark.slow  # it starts a process and loads the pretrained en
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("quickstart")
-    flags = ["--rows=60", "--test_rows=60", "--passes=9", f"--output_dir={folder}"]
-    command = [sys.executable, EXAMPLES / "quickstart.py", *flags]
+    flags = ["--rows=60", "--test_rows=60", "--passes=45", "--seeds=2", f"--output_dir={folder}"]
+    command = [sys.executable, ROOT / "examples/quickstart.py", *flags]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder, done
@@ -32,32 +30,15 @@ def test_it_prints_one_screen(output: Any) -> None:
     assert len(lines) <= 30 and max(map(len, lines)) <= 160
     assert "{" not in done.stdout and "Warning" not in done.stderr
     results = json.loads((folder / "results.json").read_text())
-    for part, count in (("adapters", 3), ("rows that hurt", 4)):
+    for part, count, digits in (("adapters", 3, 4), ("rows that hurt", 4, 3)):
         assert len(results[part]) == count
         for name, accuracy in results[part].items():
             of_name = [x for x in lines if x.strip().startswith(f"{name} ")]
-            assert any(f"{accuracy:.3f}" in line for line in of_name)
+            assert any(f"{accuracy:.{digits}f}" in line for line in of_name)
 
 
 def test_pictures_and_the_adapter_are_written(output: Any) -> None:
     folder, _ = output
     assert all((folder / f"{name}.png").stat().st_size > 10_000 for name in ("adapters", "rows"))
-    assert PeftConfig.from_pretrained(folder / "adapter").use_dora
+    assert PeftConfig.from_pretrained(folder / "adapter").peft_type == "LORA"
     assert all(any(path.iterdir()) for path in folder.rglob("*") if path.is_dir())
-
-
-def test_known_states_change_no_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without dropout the model above them gives the logits of the whole one."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    from cached_layers import states_of, without_lower_layers
-    from text_data import load_data, load_model
-
-    data = load_data("tweets", "minilm", 12, 8, 16, 0)
-    torch.manual_seed(0)
-    model = load_model("minilm", data.label_names).eval()
-    states = states_of(model, 4, [data.train], data.collate)
-    batch = data.collate([data.train[k] for k in range(12)])
-    with torch.no_grad():
-        expected = model(**batch).logits
-        found = without_lower_layers(model, 4, states)(**batch).logits
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)

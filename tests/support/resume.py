@@ -13,7 +13,7 @@ from hyperopt_peft.engine.checkpoint import last_valid
 from tests.support.networks import differences
 from tests.support.trainers import trainer
 
-TIMES = ("_runtime", "_per_second", "train_loss")
+TIMES = ("_runtime", "_per_second", "seconds", "train_loss")
 
 
 class Stop(Exception):

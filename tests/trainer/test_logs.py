@@ -32,11 +32,32 @@ def test_what_is_logged(tmp_path: Path) -> None:
     for record in logs(made):
         expected = {"upper_loss", "upper_grad_norm", "upper_learning_rate", "implicit_ratio"}
         expected |= {"loss", "grad_norm", "learning_rate", "residual", "epoch", "step"}
-        expected |= {"lower_task_loss", "lower_penalty", "lower_grad_norm", "solver_steps"}
+        expected |= {
+            "passes",
+            "seconds",
+            "lower_task_loss",
+            "lower_penalty",
+            "lower_grad_norm",
+            "solver_steps",
+        }
         assert expected <= record.keys() <= expected | {"upper_snr"}
         assert all(math.isfinite(value) for value in record.values())
         whole = record["lower_task_loss"] + 0.1 * record["lower_penalty"]
         assert record["loss"] == pytest.approx(whole, rel=1e-5)
+
+
+def test_passes_and_seconds_go_on_through_both_phases(tmp_path: Path) -> None:
+    """Of 12 rows in batches of 4; an upper step reads its 12 rows too."""
+    settings = {"hypergradient": "direct", "upper_fraction": 0.5, "logging_steps": 2}
+    made = trainer(tmp_path, **settings, retrain="scratch")
+    for _ in range(2):  # each training counts from 0
+        output = made.train()
+        records = logs(made) + logs(made.retrainer)
+        assert [x["passes"] for x in records] == pytest.approx([5, 10, 15, 17, 19, 21])
+        seconds = [record["seconds"] for record in records]
+        assert seconds[0] > 0 and seconds == sorted(seconds)
+        assert output.metrics["passes"] == pytest.approx(21)
+        assert output.metrics["seconds"] >= seconds[-1]
 
 
 class Boasts(Plain):

@@ -27,7 +27,8 @@ from tests.support.over_trl import made  # noqa: E402
 from tests.support.resume import require_same_end  # noqa: E402
 
 SFT, DPO = trl.SFTTrainer, trl.DPOTrainer
-TIMES = ("_runtime", "_per_second")
+OURS = ("passes", "seconds")
+TIMES = ("_runtime", "_per_second", *OURS)
 
 
 def end(trainer: Any) -> dict[str, Any]:

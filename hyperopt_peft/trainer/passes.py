@@ -1,0 +1,109 @@
+"""The passes of a training over its batches, forward and backward, counted from what ran."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+
+class PassCounter(TrainerCallback):
+    """Counts the passes of a training, and its seconds; both phases of a method are one training.
+
+    A pass is one forward and one backward over as many rows as a lower step has on this process.
+    The first backward pass of a forward pass counts its rows once. A further one over the same
+    graph is a product of second derivatives, which goes through the graph of the first backward
+    pass too, and counts them twice. Forward passes without a gradient count nothing. A batch whose
+    rows are joined to one, without padding, counts as a whole micro-batch.
+
+    Args:
+        limit: the passes after which the training ends.
+
+    Attributes:
+        passes: the count since `begin`.
+        joined: whether a batch had its rows joined to one.
+
+    Example:
+        >>> from torch import nn, ones
+        >>> from transformers import TrainingArguments
+        >>> counter, model = PassCounter(), nn.Linear(2, 1)
+        >>> args = TrainingArguments("unused", per_device_train_batch_size=4, use_cpu=True)
+        >>> counter.on_train_begin(args, None, None, model=model)
+        >>> model(ones(6, 2)).sum().backward()
+        >>> counter.end()
+        >>> counter.passes
+        1.5
+    """
+
+    def __init__(self, limit: float = math.inf) -> None:
+        self.limit, self.joined, self._hook, self._paused = limit, False, None, False
+        self.begin()
+
+    def begin(self, passes: float = 0.0, seconds: float = 0.0) -> None:
+        """Count from now on, and from the numbers of `read`."""
+        self.passes, self._start = passes, time.perf_counter() - seconds
+
+    def read(self) -> dict[str, float]:
+        """The ``passes`` and the ``seconds`` since `begin`."""
+        return {"passes": self.passes, "seconds": time.perf_counter() - self._start}
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        """Count the passes of ``model`` from now on."""
+        self._micro = args.train_batch_size
+        self._batch = self._micro * args.gradient_accumulation_steps
+        self._hook = model.register_forward_hook(self._passed, with_kwargs=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """End the training at the limit, up to rounding."""
+        control.should_training_stop |= self.passes > self.limit - 1e-6
+
+    def end(self) -> None:
+        """Count no longer."""
+        if self._hook is not None:
+            self._hook.remove()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count nothing in the body, such as what a resumed run looks at again."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def _passed(self, model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if self._paused or not torch.is_grad_enabled():
+            return
+        read, followed = _first((*args, *kwargs.values())), _first((output,), gradient=True)
+        if read is None or followed is None:
+            return
+        rows, before = len(read), False
+        if rows == 1 and kwargs.get("position_ids") is not None:  # as TRL's padding_free
+            self.joined, rows = True, self._micro
+        passes = rows / self._batch
+
+        def backward(_: Tensor) -> None:
+            nonlocal before
+            self.passes += passes * (2 if before else 1)
+            before = True
+
+        followed.register_hook(backward)
+
+
+def _first(values: Iterable[Any], gradient: bool = False) -> Tensor | None:
+    """The first tensor of rows among ``values`` and in them, with a gradient if that is asked."""
+    for value in values:
+        if isinstance(value, Mapping | tuple | list):
+            parts = value.values() if isinstance(value, Mapping) else value
+            value = _first(parts, gradient)
+        if isinstance(value, Tensor) and value.dim() and value.requires_grad >= gradient:
+            return value
+    return None

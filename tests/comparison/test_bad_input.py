@@ -1,0 +1,157 @@
+"""`compare_methods` on input that gives no answer, or one beside which something is to be said."""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import concatenate_datasets
+from torch import nn
+from torch.nn.utils import parametrize
+
+from hyperopt_peft import Method, ProblemError
+from hyperopt_peft.problems import LoRA
+from tests.support.comparisons import accuracy, compared
+from tests.support.trainers import data
+
+ONE = {"LoRA": LoRA()}
+TEST = data(rows=20, seed=5)
+
+
+class Idle(Method):
+    """Its loss has another tensor than the model's."""
+
+    def lower_loss(self, model: Any, batch: Any, task_loss: Any) -> Any:
+        return 0.0 * task_loss(batch)
+
+
+class Left(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight
+
+
+class Parametrised(Method):
+    """Leaves a parametrisation of the first A."""
+
+    def prepare(self, model: Any) -> None:
+        layer = next(m for n, m in model.named_modules() if n.endswith("lora_A.default"))
+        parametrize.register_parametrization(layer, "weight", Left())
+
+
+class Greedy(Method):
+    """Sends rows through the model twice from its sixth step on."""
+
+    steps = 0
+
+    def lower_loss(self, model: Any, batch: Any, task_loss: Any) -> Any:
+        self.steps += 1
+        loss = task_loss(batch)
+        return loss + task_loss(batch) if self.steps > 5 else loss
+
+
+class Peeks(Method):
+    """Trains on rows that it has of its own."""
+
+    def all_rows(self, train: Any, upper: Any) -> Any:
+        return concatenate_datasets([train, TEST.select(range(3))])
+
+
+@dataclass
+class Fragile(Method):
+    """Its loss is NaN once a parameter is above ``limit``."""
+
+    limit: float = 10.0
+
+    def lower_loss(self, model: Any, batch: Any, task_loss: Any) -> Any:
+        largest = max(p.detach().abs().max() for p in model.parameters() if p.requires_grad)
+        return task_loss(batch) * (math.nan if largest > self.limit else 1.0)
+
+
+class Breaking(Method):
+    """Its loss is NaN from the sixth step on."""
+
+    steps = 0
+
+    def lower_loss(self, model: Any, batch: Any, task_loss: Any) -> Any:
+        self.steps += 1
+        return task_loss(batch) * (math.nan if self.steps > 5 else 1.0)
+
+
+def locked(outputs: Any, lock: Any) -> dict[str, float]:
+    return accuracy(outputs)
+
+
+LOCKED = partial(locked, lock=threading.Lock())
+
+
+def undefined(outputs: Any) -> dict[str, float]:
+    return {"accuracy": math.nan}
+
+
+@pytest.mark.parametrize(
+    ("methods", "options", "message"),
+    [
+        ({"m": Idle()}, {}, "m: the training has changed none of its variables"),
+        ({"m": Parametrised()}, {}, "m: finish leaves a parametrisation at .*lora_A"),
+        ({"m": Greedy()}, {"passes": 20}, "m: its 20 passes ended after"),
+        ({"m": Peeks()}, {}, "m: trains on 3 of 20 test rows"),
+        ({"m": Fragile(0.0)}, {}, "m, seed 0, rate 0.06: step 1 .*; give lower"),
+        ({"m": Breaking()}, {}, "m, seed 0, rate 0.06: the score is nan"),
+        (ONE, {"compute_metrics": undefined}, "LoRA, seed 0, rate 0.06: the score is nan"),
+        (ONE, {"metric": "f1"}, "metric: f1 is none of .*accuracy"),
+        (ONE, {"seeds": [0]}, "one seed has no interval"),
+        (ONE, {"seeds": [0, 100]}, r"development: the seeds \[100\] are reported"),
+        (ONE, {"passes": 1}, "passes: 1 leave LoRA a phase of"),
+        ({}, {}, "methods: there is none"),
+        (ONE, {"test_dataset": data(rows=30)}, "all of its rows are training rows"),
+        (ONE, {"test_dataset": TEST.select([])}, "test_dataset has no examples"),
+        (ONE, {"test_dataset": TEST.to_list()}, "test_dataset: must be a datasets.Dataset"),
+        (
+            ONE,
+            {"jobs": 2, "compute_metrics": partial(locked, lock=threading.Lock())},
+            "jobs: .*cannot be pickled",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_line_in_place_of_a_table(methods: Any, options: Any, message: str) -> None:
+    with pytest.raises(ProblemError, match=message) as error:
+        compared(methods, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_store_of_other_settings(tmp_path: Path) -> None:
+    compared(ONE, folder=tmp_path)
+    with pytest.raises(ProblemError, match="passes"):
+        compared(ONE, folder=tmp_path, passes=20)
+
+
+class Shifting(Method):
+    """Changes the logits at the end."""
+
+    @torch.no_grad()
+    def finish(self, model: Any) -> Any:
+        for name, parameter in model.named_parameters():
+            if "classifier" in name and "bias" in name:
+                parameter.add_(torch.arange(len(parameter)).to(parameter))
+        return model
+
+
+def test_a_finish_that_changes_the_logits_is_said() -> None:
+    text = str(compared({"LoRA": LoRA(), "mine": Shifting()}))
+    assert "mine: finish changes the logits" in text and "LoRA: finish" not in text
+
+
+def test_a_rate_at_which_a_loss_is_not_finite_is_the_worst() -> None:
+    comparison = compared({"LoRA": LoRA(), "mine": Fragile()}, rates=(3e-2, 6e-2, 90.0))
+    text = str(comparison)
+    assert "mine: at the rate 90 a score is not finite" in text and "LoRA: at the rate" not in text
+    runs = comparison.plan.runs_of(comparison.store, "mine", "method")
+    assert {run.rate for run in runs} <= {3e-2, 6e-2}
+    assert ["mine", "90", "", "nan"] in comparison.rates()
