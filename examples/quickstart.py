@@ -18,7 +18,6 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from textwrap import fill
 from typing import Any
 
 # Read when torch is imported: threads that spin while they wait take the core from others.
@@ -93,8 +92,8 @@ def data_of(arguments: Arguments) -> Tweets:
         return dict(tokenizer(rows["text"], truncation=True, max_length=32))
 
     of_parts = (train, spoilt, others["train"], others["test"])
-    mapped = (rows.map(tokens, batched=True) for rows in of_parts)
-    return Tweets(*mapped, DataCollatorWithPadding(tokenizer))
+    train, spoilt, trusted, test = (rows.map(tokens, batched=True) for rows in of_parts)
+    return Tweets(train, spoilt, trusted, test, DataCollatorWithPadding(tokenizer))
 
 
 def base_model() -> Any:
@@ -121,7 +120,8 @@ def arguments_of(arguments: Arguments) -> BilevelTrainingArguments:
 
 def right(found: Any) -> np.ndarray[Any, Any]:
     """Which rows of a prediction are classified right, 0 or 1, ``(n,)``."""
-    return (found.predictions.argmax(1) == found.label_ids).astype(float)
+    hits: np.ndarray[Any, Any] = found.predictions.argmax(1) == found.label_ids
+    return hits.astype(float)
 
 
 def adapters(arguments: Arguments, data: Tweets, output: Path) -> dict[str, float]:
@@ -145,7 +145,7 @@ def adapters(arguments: Arguments, data: Tweets, output: Path) -> dict[str, floa
     say(f"1. {comparison.heading()}")
     say(aligned([row[:3] + row[5:7] for row in comparison.table()]))
     for sentence in comparison.sentences():
-        say(fill(sentence, 120, subsequent_indent="  "))
+        say(sentence)
     comparison.plot(output / "adapters.png")
     return {name: fmean(comparison.scores(name)) for name in METHODS}
 

@@ -96,7 +96,8 @@ def options(
         "train": [("method", "lora", "or dora, or bidora: magnitudes learned on other rows")],
         "compare": [
             ("methods", ["lora", "dora", "bidora"], ""),
-            ("seeds", [0, 1, 2], "each method runs once a seed"),
+            ("passes", 300, "batches forward and backward in each run"),
+            ("seeds", [0, 1, 2, 3, 4], "each method runs once a seed"),
         ],
         "attribute": [
             ("score_model", "adapter" if of_tokens else "head", "head: a linear one, in seconds"),
@@ -108,6 +109,11 @@ def options(
     usual = found.task == "sft" and value in ("messages", "prompt", "text")
     where = "yours" if command.model else "a first run downloads it; or a folder: ./my-model"
     held_out = None if command.eval_file else 0.2
+    run = [
+        ("learning_rate", 5e-4 if of_tokens else 2e-3, "peak, with linear decay"),
+        ("num_train_epochs", min(max(epochs, 3), MOST_EPOCHS), "passes over the training examples"),
+        ("seed", 0, "of the start, the split and the order of examples"),
+    ]
     return [
         ("model", command.model or MODELS.get(found.task, MODELS[""]), where),
         ("task", found.task, found.classes),
@@ -119,10 +125,8 @@ def options(
         ("max_length", 512 if of_tokens else 256, "tokens an example; longer ones are cut"),
         *own[name],
         ("rank", 8, "of the adapter"),
-        ("learning_rate", 5e-4 if of_tokens else 2e-3, "peak, with linear decay"),
-        ("num_train_epochs", min(max(epochs, 3), MOST_EPOCHS), "passes over the training examples"),
+        *([] if name == "compare" else run),
         ("per_device_train_batch_size", BATCH, "examples a step; less if memory is short"),
-        ("seed", 0, "of the start, the split and the order of examples"),
         ("output_dir", f"outputs/{Path(files[0]).stem}-{name}", "the folder of the results"),
     ]
 

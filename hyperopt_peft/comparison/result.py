@@ -18,13 +18,13 @@ from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Kind
 from hyperopt_peft.trainer.method import has_upper_level
 from hyperopt_peft.utils.plots import intervals
-from hyperopt_peft.utils.statistics import detectable, mean_and_half
+from hyperopt_peft.utils.statistics import detectable, is_tie, mean_and_half
 from hyperopt_peft.utils.tables import aligned, html_table, latex
 
 Row = list[str]
 STYLE = "body{font:16px sans-serif;max-width:60em;margin:2em auto;overflow-x:auto}"
 STYLE += "td,th{padding:.2em .6em;text-align:right}td:first-child,th:first-child{text-align:left}"
-STYLE += "img{max-width:100%}"
+STYLE += "p{white-space:pre-line}img{max-width:100%}"
 #: What an ablation is called beside its method.
 ABLATIONS: dict[Kind, str] = {
     "method": "",
@@ -112,7 +112,7 @@ class Comparison:
     def _beside_first(self, name: str) -> str:
         gaps = self.differences((name, "method"), (self.first, "method"))
         middle, half = mean_and_half(gaps)
-        if abs(middle) > half:
+        if not is_tie(gaps):
             word = "better" if (middle < 0) == self.plan.lower_is_better else "worse"
             by = f"{abs(middle):.4f} ± {half:.4f}"
             return f"{name} is {word} than {self.first} in {self.metric} by {by}"
@@ -131,11 +131,9 @@ class Comparison:
         terms = []
         for part, one, other in zip(parts, ways[:-1], ways[1:], strict=True):
             gaps = self.differences(one, other)
-            middle, half = mean_and_half(gaps)
-            tie = ", a tie" if abs(middle) <= half else ""
-            terms.append(f"{shown(gaps, '+')} by {part}{tie}")
+            terms.append(f"{shown(gaps, '+')} by {part}{', a tie' if is_tie(gaps) else ''}")
         whole = f"{name} − {self.first if name != self.first else 'the same in one level'}"
-        return f"{whole} is the sum of {'; '.join(terms)}"
+        return "\n  ".join([f"{whole} is the sum of", *terms])
 
     def _edges(self) -> list[str]:
         """Where a rate has no score, or a chosen one is the first or the last of its grid."""

@@ -22,6 +22,17 @@ def mean_and_half(values: Sequence[float]) -> tuple[float, float]:
     return fmean(values), float(t.ppf(0.975, len(values) - 1)) * error_of(values)
 
 
+def is_tie(values: Sequence[float]) -> bool:
+    """Whether 0 is in the interval of the mean; equal values have none that decides.
+
+    Example:
+        >>> is_tie([0.1, 0.2, 0.15]), is_tie([0.1, -0.2, 0.15]), is_tie([0.001, 0.001])
+        (False, True, True)
+    """
+    mean, half = mean_and_half(values)
+    return abs(mean) <= half or half == 0
+
+
 def error_of(values: Sequence[float]) -> float:
     """The standard error of the mean."""
     return stdev(values) / math.sqrt(len(values))

@@ -66,3 +66,10 @@ def test_one_seed_is_one_start_and_models_leave_the_options_as_they_are(tmp_path
 def test_no_evaluation_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, "compare", small_run(tmp_path, eval_fraction=0, eval_file=None), "eval_file")
     refused(capsys, "compare", small_run(tmp_path, run="3/2"), "run: must be K/N")
+    (tmp_path / "one").mkdir()
+    mine = "from hyperopt_peft.problems import LoRA\nclass Mine(LoRA):\n    pass\n"
+    files = [tmp_path / "mine.py", tmp_path / "one" / "mine.py"]
+    for file in files:
+        file.write_text(mine)
+    twice = small_run(tmp_path, methods=[f"{file}:Mine" for file in files])
+    refused(capsys, "compare", twice, "methods: two of Mine, Mine have one name")

@@ -75,9 +75,9 @@ def test_differences_are_paired_by_task(tmp_path: Path) -> None:
 
 
 def test_lower_losses_are_better_and_a_remark_names_its_tasks() -> None:
-    scores = dict(zip(WAYS, (0.5, 0.7, 0.7, 0.7)))
-    layers = ("none is frozen", "five are frozen", "none is frozen")
-    tasks = {n: made_up(scores, "loss", layers=x) for n, x in zip("abc", layers, strict=True)}
+    layers = {"a": "none is frozen", "b": "five are frozen", "c": "none is frozen"}
+    losses = {task: (0.5, *[0.7 + k / 1000] * 3) for k, task in enumerate("abc", start=-1)}
+    tasks = {n: made_up(dict(zip(WAYS, losses[n])), "loss", layers=x) for n, x in layers.items()}
     text = str(AcrossTasks(tasks))
     assert "BiDoRA is worse than LoRA in loss by 0.2000" in text
     assert "a, c: none is frozen" in text and "b: five are frozen" in text

@@ -155,7 +155,7 @@ def test_the_answer(tmp_path: Path, whole: Whole) -> None:
     ]
     text = str(comparison)
     assert "at the edge of the rates" in text
-    (parts,) = [line for line in text.splitlines() if line.startswith("BiDoRA − LoRA is the sum")]
+    (parts,) = [x for x in comparison.sentences() if x.startswith("BiDoRA − LoRA is the sum")]
     gaps = [float(gap) for gap in re.findall(r"([+-][.0-9]+) ±", parts.replace("−", "-"))]
     whole = statistics.fmean(comparison.differences(("BiDoRA", "method"), ("LoRA", "method")))
     assert len(gaps) == 3 and sum(gaps) == pytest.approx(whole, abs=2e-4)
