@@ -231,7 +231,7 @@ def settings_of(task: Task) -> dict[str, Any]:
     for name, method in task.methods.items():
         own: Any = fields(method) if is_dataclass(method) else ()
         values = [getattr(method, each.name) for each in own]
-        settings[f"method {name}"] = [type(method).__name__, *values]
+        settings[f"method {name}"] = [type(method).__name__, *values, dict(method.defaults)]
     return settings
 
 
