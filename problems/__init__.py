@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hyperopt_peft.problems.class_priors import TunedAdjustment as TunedAdjustment
     from hyperopt_peft.problems.data_plans import Agreement as Agreement
     from hyperopt_peft.problems.data_plans import EqualSources as EqualSources
+    from hyperopt_peft.problems.data_plans import SomeSources as SomeSources
     from hyperopt_peft.problems.find import find_method as find_method
     from hyperopt_peft.problems.head import Head as Head
     from hyperopt_peft.problems.layer_decay import LayerDecay as LayerDecay
@@ -46,6 +47,7 @@ _MODULES = {
     "RowWeights": "problems.row_weights",
     "S3Delta": "problems.s3delta",
     "SEAL": "problems.seal",
+    "SomeSources": "problems.data_plans",
     "Sources": "problems.sources",
     "TaskLevel": "core.task_level",
     "TunedAdjustment": "problems.class_priors",
@@ -73,6 +75,7 @@ METHODS = {
     "given_weights": "GivenWeights",
     "sources": "Sources",
     "equal_sources": "EqualSources",
+    "some_sources": "SomeSources",
     "agreement": "Agreement",
     "trusted_repeated": "TrustedRepeated",
 }

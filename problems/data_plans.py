@@ -6,7 +6,7 @@ min over the adapter w   Σ_k p_k L_k(w),   L_k the mean loss of source k
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from hyperopt_peft.engine.fit import lbfgs
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.features import features_of
 from hyperopt_peft.problems.head import Head, l2_penalty
-from hyperopt_peft.trainer.data import joined
+from hyperopt_peft.trainer.data import joined, require_examples
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.tags import label_counts, without
 
@@ -95,6 +95,42 @@ class EqualSources(Method):
     def lower(self, model: Any, task_loss: TaskLoss) -> WeightedRows:
         """Σ_k p_k L_k over the trainable parameters of ``model``."""
         return WeightedRows(model, self.weights, tags=self.tags)
+
+
+@dataclass
+class SomeSources(Method):
+    """All rows of some sources alike, and the rows of ``upper_dataset``.
+
+    Args:
+        chosen: the sources; without one the trusted rows are trained on alone.
+        column: as for `EqualSources`.
+
+    Raises:
+        ProblemError: no row is of a chosen source, or no row is left.
+
+    Example:
+        >>> rows = Dataset.from_dict({"x": [1, 2, 3], "source": ["web", "books", "web"]})
+        >>> SomeSources(["web"]).all_rows(rows, None)["x"][:]
+        [1, 3]
+    """
+
+    chosen: list[str] = field(default_factory=list)
+    column: str = SOURCE
+
+    def all_rows(self, train: Any, upper: Any) -> Any:
+        """The rows of the chosen sources, in their order, then the trusted ones."""
+        columns = getattr(train, "column_names", None) or ()
+        values = list(map(str, train[self.column][:])) if self.column in columns else []
+        if unknown := [name for name in self.chosen if name not in values]:
+            raise ProblemError(
+                f"chosen: no training row has {unknown[0]!r} in column {self.column!r}; its "
+                f"sources are {list(dict.fromkeys(values))}"
+            )
+        if not self.chosen:
+            require_examples("upper_dataset", upper)
+            return upper
+        rows = train.select([k for k, value in enumerate(values) if value in self.chosen])
+        return super().all_rows(rows, upper)
 
 
 @dataclass

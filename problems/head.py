@@ -17,7 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from hyperopt_peft.core.labels import labels_are_shifted
 from hyperopt_peft.core.logits import MULTI_LABEL, losses_of_logits
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.problems.features import Features
+from hyperopt_peft.utils.models import base_model
 
 #: λ, of features with mean 0 and deviation 1.
 L2 = 0.1
@@ -73,6 +77,28 @@ class Head(nn.Module):
             losses, scored = losses_of_logits(self, logits, labels, shifted=False)
             loss = losses.sum() / scored.sum().clamp(min=1)
         return SequenceClassifierOutput(loss, logits)
+
+
+def head_of(model: Any, features: Features) -> Head:
+    """The head of 0 for the labels of ``features``, which ``model`` has made."""
+    config, labels = getattr(base_model(model), "config", None), features.labels
+    outputs = labels.shape[1] if labels.dim() > 1 else 1
+    if not labels.is_floating_point():
+        outputs = max(int(labels.max()) + 1, getattr(config, "num_labels", 0))
+    kind = problem_type_of(config, labels)
+    return Head(features.x.shape[1], outputs, problem_type=kind, dtype=features.x.dtype)
+
+
+def require_labels_of_a_head(model: Any, batch: Any) -> None:
+    """Raise ProblemError where a label is the next token, or one of another sequence."""
+    labels, config = batch.get("labels"), getattr(base_model(model), "config", None)
+    of_tokens = isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point()
+    encoded = getattr(config, "is_encoder_decoder", False)
+    if of_tokens and (encoded or labels_are_shifted(model, batch)):
+        raise ProblemError(
+            "model: a head predicts classes, numbers or the tags of tokens, and the labels of "
+            f'{type(base_model(model)).__name__} are text; choose model="adapter"'
+        )
 
 
 def problem_type_of(config: Any, labels: Tensor) -> str | None:

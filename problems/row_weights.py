@@ -97,8 +97,8 @@ class RowWeights(Method):
         return model
 
     def all_rows(self, train: Any, upper: Any) -> Any:
-        """The rows of largest weight, in their order, and the trusted rows."""
-        if self.keep is not None:
+        """The rows of largest weight, in their order, and the trusted rows; before a search all."""
+        if self.keep is not None and hasattr(self, "logits"):
             train = self.best_rows(train)
         return joined(train_dataset=train, upper_dataset=upper)
 

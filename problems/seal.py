@@ -51,7 +51,7 @@ class SEAL(RowWeights):
         [[0, 1, 2], [0, 1]]
         >>> method.prepare(torch.nn.Linear(1, 1))
         >>> method.lower_weights({"index": torch.arange(3)})
-        tensor([0.0450, 0.0450, 2.9100])
+        tensor([0.0450, 0.0450, 2.9100], grad_fn=...)
     """
 
     form: Literal["sigmoid", "softmax"] = "softmax"
@@ -89,5 +89,7 @@ class SEAL(RowWeights):
         return WeightedRows(model, self.weights, self.upper_variables(model), tags=self.tags)
 
     def all_rows(self, train: Any, upper: Any) -> Any:
-        """The training rows of largest weight, or all."""
+        """The training rows of largest weight, or all of them; before a search those below too."""
+        if not hasattr(self, "logits"):
+            return train
         return upper if self.keep is None else self.best_rows(upper)

@@ -75,7 +75,8 @@ def points(values: Iterable[float], sign: str = "") -> str:
 
 def details(cell: str, joined: AcrossTasks) -> str:
     """The scores of a cell, the sentences, the held-out scores, the chosen rates, the price."""
-    sentences = "\n".join(f"- {sentence}." for sentence in joined.sentences())
+    found = (sentence.replace("\n  ", "\n  - ") for sentence in joined.sentences())
+    sentences = "\n".join(f"- {sentence}" for sentence in found)
     return (
         "### {} rows, {} passes\n\n".format(*cell.split("x"))
         + f"{table(scores(joined))}\n\n{sentences}\n\n"

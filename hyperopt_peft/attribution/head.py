@@ -29,13 +29,15 @@ from hyperopt_peft.attribution.scores import Evaluation, RetrainingSetup
 from hyperopt_peft.attribution.trainer import require_trainer
 from hyperopt_peft.attribution.trainer_data import TrainerData, shown_columns
 from hyperopt_peft.core.examples import WeightedRows
-from hyperopt_peft.core.labels import labels_are_shifted
 from hyperopt_peft.engine.fit import lbfgs
-from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.features import Features, features_of
-from hyperopt_peft.problems.head import Head, l2_penalty, problem_type_of
+from hyperopt_peft.problems.head import (
+    Head,
+    head_of,
+    l2_penalty,
+    require_labels_of_a_head,
+)
 from hyperopt_peft.trainer.tags import without
-from hyperopt_peft.utils.models import base_model
 from hyperopt_peft.utils.restore import perturbed
 
 #: The values of λ to choose from, and the folds of the choice.
@@ -123,7 +125,7 @@ def setup_from_head(
     data = TrainerData.read(trainer, evaluation, slices)
     model, count = trainer.model, len(data.train_rows)
     (first,) = data.batches(data.train_rows, [0])
-    _require_labels_of_a_head(model, without(first, data.collate.tags))
+    require_labels_of_a_head(model, without(first, data.collate.tags))
 
     def features(rows: NumberedRows) -> Features:
         found = features_of(
@@ -139,7 +141,7 @@ def setup_from_head(
 
     raw = features(data.train_rows)
     train, above = raw.standardized(), features(data.evaluation_rows).standardized(raw)
-    head = _head(model, train)
+    head = head_of(model, train)
     training = HeadTraining(head, train, count, chosen_l2(head, train, count, progress))
     on_rows = training.on_rows
     of_slices = {
@@ -161,25 +163,3 @@ def setup_from_head(
         labels=train.labels if whole_rows else None,
         columns=shown_columns(data.train),
     )
-
-
-def _require_labels_of_a_head(model: Any, batch: Any) -> None:
-    """Raise ProblemError where a label is the next token, or one of another sequence."""
-    labels, config = batch.get("labels"), getattr(base_model(model), "config", None)
-    of_tokens = isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point()
-    encoded = getattr(config, "is_encoder_decoder", False)
-    if of_tokens and (encoded or labels_are_shifted(model, batch)):
-        raise ProblemError(
-            "model: a head predicts classes, numbers or the tags of tokens, and the labels of "
-            f'{type(base_model(model)).__name__} are text; choose model="adapter"'
-        )
-
-
-def _head(model: Any, features: Features) -> Head:
-    """The head of 0 for the labels of ``features``."""
-    config, labels = getattr(base_model(model), "config", None), features.labels
-    outputs = labels.shape[1] if labels.dim() > 1 else 1
-    if not labels.is_floating_point():
-        outputs = max(int(labels.max()) + 1, getattr(config, "num_labels", 0))
-    kind = problem_type_of(config, labels)
-    return Head(features.x.shape[1], outputs, problem_type=kind, dtype=features.x.dtype)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers.hf_argparser import HfArg
 
@@ -29,13 +29,20 @@ class CompareArguments(OutputArguments):
         default_factory=lambda: list(METHODS),
         help="each as the option method of train; the others are compared with the first",
     )
+    score_model: Literal["adapter", "head"] = HfArg(
+        default="adapter", help="what is trained, or a linear head on the base model's features"
+    )
+    folds: int | None = HfArg(
+        default=None, help="of the examples in upper_file, which score in place of eval_file"
+    )
     passes: float = HfArg(
         default=300.0,
         help="forward and backward passes over a training batch that each run takes",
     )
-    seeds: list[int] = HfArg(
-        default_factory=lambda: list(range(5)),
-        help="of the start, the split and the order of examples, the same for all methods",
+    seeds: list[int] | None = HfArg(
+        default=None,
+        help="of the start, the split and the order of examples, the same for all methods; by "
+        "default five, or as many as folds",
     )
     development: list[int] = HfArg(
         default_factory=lambda: [100, 101, 102],
@@ -74,11 +81,12 @@ def run(argv: Sequence[str]) -> None:
     names = [each.name.rpartition(":")[2] for each in chosen]
     if len({*names}) < len(names):
         raise ProblemError(f"methods: two of {', '.join(names)} have one name; rename a class")
-    setup = prepare(plain.model, plain.data, args, *(each.method for each in chosen))
-    if setup.evaluation is None:
+    data = replace(plain.data, eval_fraction=0.0) if command.folds else plain.data
+    setup = prepare(plain.model, data, args, *(each.method for each in chosen))
+    if setup.evaluation is None and not command.folds:
         raise ProblemError("eval_fraction: compare needs evaluation examples; give eval_file")
-    if setup.upper is not None:
-        raise ProblemError("upper_file: compare splits the training examples; leave it out")
+    if command.folds and setup.upper is None:
+        raise ProblemError("folds: are of trusted examples; give upper_file")
     output = Path(args.output_dir)
     base, _ = setup.base()
     comparison = compare_methods(
@@ -87,13 +95,16 @@ def run(argv: Sequence[str]) -> None:
         models.adapter_config(base, setup.args, setup.task),
         args,
         train_dataset=setup.train,
+        upper_dataset=setup.upper,
         test_dataset=setup.evaluation,
+        folds=command.folds,
+        model=command.score_model,
         passes=command.passes,
         seeds=command.seeds,
         development=command.development,
         rates=command.rates,
         upper_rates=command.upper_rates,
-        metric=setup.task.metric or "loss",
+        metric="loss" if command.folds else setup.task.metric or "loss",
         frozen_dropout=command.frozen_dropout,
         folder=output,
         jobs=command.jobs,
@@ -107,9 +118,14 @@ def run(argv: Sequence[str]) -> None:
     comparison.plot(output / "comparison.png")
     (output / "comparison.tex").write_text(comparison.to_latex())
     comparison.to_csv(output / "runs.csv")
-    tables = {"Scores": comparison.table(), "Held-out score at every rate": comparison.rates()}
-    tables["Passes"] = comparison.spent()
+    tables = {"Scores": comparison.table()}
+    if command.score_model == "adapter":
+        tables["Held-out score at every rate"] = comparison.rates()
+        tables["Passes"] = comparison.spent()
     note, *sentences = comparison.heading(), *comparison.sentences()
+    if command.folds:
+        sentences.append(comparison.recommendation())
+        print(f"\n{sentences[-1]}")
     page = Report(
         "compare",
         note,

@@ -8,21 +8,21 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cloudpickle
-from datasets import Dataset
 from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
 from hyperopt_peft.comparison.choice import RATES, UPPER_RATES, Plan
+from hyperopt_peft.comparison.folds import Rows
+from hyperopt_peft.comparison.heads import RATE, HeadTask
 from hyperopt_peft.comparison.result import ABLATIONS, Comparison
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Price, Run, Task
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.find import find_method
 from hyperopt_peft.trainer.checks import LEARNS
-from hyperopt_peft.trainer.data import require_examples, shared_rows
 from hyperopt_peft.trainer.fingerprint import data_fingerprint
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.trainer import BilevelTrainer
@@ -36,9 +36,12 @@ def compare_methods(
     args: Any,
     *,
     train_dataset: Any,
-    test_dataset: Any,
-    passes: float,
-    seeds: Iterable[int] = range(5),
+    upper_dataset: Any = None,
+    test_dataset: Any = None,
+    folds: int | None = None,
+    model: Literal["adapter", "head"] = "adapter",
+    passes: float | None = None,
+    seeds: Iterable[int] | None = None,
     metric: str = "loss",
     rates: Sequence[float] = RATES,
     upper_rates: Sequence[float] = UPPER_RATES,
@@ -61,18 +64,30 @@ def compare_methods(
     rows, on seeds of their own. Each method with an upper level is trained in two further ways:
     with its upper variables frozen, and with all variables in one level on all rows.
 
+    With ``folds`` the trusted rows score: seed s is scored on fold s mod K of the division s // K
+    into K folds, and trains with the others. Rates are then chosen on a further part of the trusted
+    rows, with which all reported runs train. With ``model="head"`` a linear head on the features of
+    the frozen base model is trained in place of an adapter, to its minimum: there are no rates to
+    choose and no passes to equalise. Each seed then scores a part of the test rows of its own.
+
     Args:
         methods: by name; the first one is what the others are compared with.
         base_model: makes the model without an adapter.
         adapter: the PEFT config, which a method may change.
         args: the arguments of all runs but rates, lengths, seeds and folders.
-        train_dataset, test_dataset: the rows; test rows that are training rows are left out.
-        passes: the budget of a run.
-        seeds: each is a split, a start and an order of the rows, the same for all methods.
+        train_dataset: the rows; a method with an upper level splits them without trusted ones.
+        upper_dataset: the trusted rows; a baseline trains on them too, as its ``all_rows`` says.
+        test_dataset: the rows that score; those that are training rows too are left out.
+        folds: K, in place of ``test_dataset``.
+        model: what is trained.
+        passes: the budget of an adapter's run.
+        seeds: each is a split, a start and an order of the rows, the same for all methods; by
+            default five, or as many as folds.
         metric: the score, a key of ``compute_metrics``, or ``loss``.
         rates, upper_rates: the grids.
         development: the seeds of the runs that choose the rates.
-        held_out: the share of the training rows that scores these runs.
+        held_out: the share of the trusted rows, or without those of the training rows, that scores
+            these runs.
         frozen_dropout: whether lower layers that nothing trains keep the dropout that the model
             gives them. Without dropout they are computed once a text, several times faster.
         folder: keeps the finished runs, from which a killed comparison goes on.
@@ -114,7 +129,8 @@ def compare_methods(
         >>> [row[0] for row in comparison.table()[1:]]
         ['LoRA', 'BiDoRA', 'BiDoRA, upper level frozen', 'BiDoRA, one level']
     """
-    seeds, development = list(dict.fromkeys(seeds)), list(dict.fromkeys(development))
+    seeds = list(dict.fromkeys(seeds if seeds is not None else range(folds or 5)))
+    development, on_heads = list(dict.fromkeys(development)), model == "head"
     if len(seeds) < 2 or not development:
         raise ProblemError(
             f"seeds: {len(seeds)} reported and {len(development)} of development; one seed has no "
@@ -124,25 +140,21 @@ def compare_methods(
         raise ProblemError(
             f"development: the seeds {sorted(both)} are reported ones too; give others"
         )
-    test_dataset, note = unseen(test_dataset, train_dataset)
+    if passes is None and not on_heads:
+        raise ProblemError("passes: there is no budget; give the passes of a run, such as 300")
+    parts = seeds if on_heads and folds is None else ()
+    rows = (train_dataset, upper_dataset, test_dataset)
+    data = Rows(*rows, folds, held_out, spare=not on_heads, parts=parts)
+    data, note = data.usable()
     known = {name: _found(method) for name, method in methods.items()}
     if not known:
         raise ProblemError("methods: there is none; give each by a name")
     pickled_by_value(known.values())
-    task = Task(
-        known,
-        base_model,
-        adapter,
-        args,
-        train_dataset,
-        test_dataset,
-        passes,
-        metric,
-        held_out,
-        trainer,
-        options,
-        frozen_dropout,
-    )
+    kind, budget = (HeadTask, 0.0) if on_heads else (Task, passes or 0.0)
+    shared = (known, base_model, adapter, args, data, budget, metric, trainer, options)
+    task = kind(*shared, frozen_dropout=frozen_dropout)
+    if on_heads:
+        rates, upper_rates = (0.0,), (RATE,)
     lower_is_better = metric == "loss" or args.greater_is_better is False
     plan = Plan(known, rates, upper_rates, development, seeds, lower_is_better)
     where = None if folder is None else Path(folder)
@@ -156,30 +168,14 @@ def compare_methods(
         work = Work(task, store, jobs, part, bar)
         if dry_run:
             print(work.estimate(plan))
-            return Comparison(plan, store, metric, passes, note)
-        if not store.results:
+            return Comparison(plan, store, metric, budget, note)
+        if budget and not store.results:  # a head is solved
             work.require_learning(plan)
         work.do(plan.first_rates())
         work.do(plan.next_rates(store))
         work.do(plan.reported(store))
     require_finite(store, plan.reported(store))
-    return Comparison(plan, store, metric, passes, note)
-
-
-def unseen(test: Any, train: Any) -> tuple[Any, str]:
-    """The rows of ``test`` that are no training rows, and how many are left out, in words."""
-    for name, rows in (("train_dataset", train), ("test_dataset", test)):
-        require_examples(name, rows)
-        if not isinstance(rows, Dataset):
-            kind = type(rows).__name__
-            raise ProblemError(f"{name}: must be a datasets.Dataset, got a {kind}")
-    common = shared_rows(test, train)
-    if not common:
-        return test, ""
-    if len(common) == len(test):
-        raise ProblemError("test_dataset: all of its rows are training rows; give others")
-    note = f"{len(common)} of {len(test)} test rows are training rows too, and are left out"
-    return test.select(sorted({*range(len(test))} - {*common})), note
+    return Comparison(plan, store, metric, budget, note)
 
 
 def require_finite(store: Store, runs: Iterable[Run]) -> None:
@@ -219,18 +215,23 @@ def _found(method: Method | str) -> Method:
 def settings_of(task: Task) -> dict[str, Any]:
     """What decides all runs of ``task``, for its store."""
     settings: dict[str, Any] = {"passes": task.passes, "metric": task.metric}
-    settings |= {"held_out": task.held_out, "trainer": task.trainer.__name__}
+    data, adapter = task.data, None if isinstance(task, HeadTask) else task.adapter
+    settings |= {"held_out": data.held_out, "trainer": task.trainer.__name__}
     settings |= {"frozen_dropout": task.frozen_dropout}
-    settings |= {"adapter": None if task.adapter is None else task.adapter.to_dict()}
+    settings |= {"adapter": None if adapter is None else adapter.to_dict()}
     args = task.args.resume_must_match()
     changed = {"learning_rate", "upper_learning_rate", "max_steps", "seed", "retrain_arguments"}
     settings["args"] = {name: value for name, value in args.items() if name not in changed}
-    for name, rows in (("train_dataset", task.train), ("test_dataset", task.test)):
-        settings[name] = data_fingerprint(rows)
+    settings["train_dataset"] = data_fingerprint(data.train)
+    settings["test_dataset"] = data_fingerprint(data.test)
+    if data.upper is not None:
+        settings |= {"upper_dataset": data_fingerprint(data.upper), "folds": data.folds}
+    if isinstance(task, HeadTask):
+        settings |= {"model": "head", "parts": data.parts}
     for name, method in task.methods.items():
         own: Any = fields(method) if is_dataclass(method) else ()
         values = [getattr(method, each.name) for each in own]
-        settings[f"method {name}"] = [type(method).__name__, *values]
+        settings[f"method {name}"] = [type(method).__name__, *values, dict(method.defaults)]
     return settings
 
 

@@ -48,6 +48,12 @@ def compute_once(trainer: Any, *, dropout: bool = True) -> str:
     )
     if below == 0:
         return "every layer is computed in each pass: the lowest one is trained"
+    named = (getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    if trainer.args.gradient_checkpointing or any(named):
+        return (
+            "every layer is computed in each pass: gradient checkpointing computes one again when "
+            "another batch may be known; with gradient_checkpointing=False they are computed once"
+        )
     batch, alone = _batches(trainer)
     before, states = _before(model, layers[below], batch)
     if states.requires_grad and any(

@@ -18,7 +18,7 @@ from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Kind
 from hyperopt_peft.trainer.method import has_upper_level
 from hyperopt_peft.utils.plots import intervals
-from hyperopt_peft.utils.statistics import detectable, is_tie, mean_and_half
+from hyperopt_peft.utils.statistics import detectable, error_of, is_tie, mean_and_half
 from hyperopt_peft.utils.tables import aligned, html_table, latex
 
 Row = list[str]
@@ -41,7 +41,7 @@ class Comparison:
         plan: the methods, rates and seeds.
         store: the finished runs.
         metric: the name of the score.
-        passes: the budget of each run.
+        passes: the budget of each run; 0 of heads, which are solved.
         note: what is to know of the rows.
     """
 
@@ -57,6 +57,25 @@ class Comparison:
         """The score of each reported seed."""
         return self.store.scores(self.plan.runs_of(self.store, name, kind))
 
+    def recommendation(self) -> str:
+        """The method of the best mean score, and how far the next one is behind it.
+
+        A rule that prefers a simpler method within an error is worse: benchmarks/sources.py.
+        """
+        sign, word = (1, "lowest") if self.plan.lower_is_better else (-1, "highest")
+        best, *rest = sorted(self.plan.methods, key=lambda name: sign * fmean(self.scores(name)))
+        text = (
+            f"{best} is recommended: its mean {self.metric}, {fmean(self.scores(best)):.4f}, is "
+            f"the {word} of {len(self.plan.methods)}"
+        )
+        if not rest:
+            return text
+        gaps = self.differences((rest[0], "method"), (best, "method"))
+        error = error_of(gaps)
+        return (
+            f"{text}; that of {rest[0]} is {fmean(gaps):+.4f} from it, with an error of {error:.4f}"
+        )
+
     def differences(self, one: tuple[str, Kind], other: tuple[str, Kind]) -> list[float]:
         """The score of one way minus that of the other, for each seed."""
         pairs = zip(self.scores(*one), self.scores(*other), strict=True)
@@ -69,20 +88,24 @@ class Comparison:
 
     def table(self) -> list[Row]:
         """The scores: heads, then a row for each method and each ablation."""
-        heads = [self.metric, f"− {self.first}", "rate", "upper rate", "passes", "seconds", "MB"]
-        rows = [["method", *heads]]
+        spent = ["rate", "upper rate", "passes"] if self.passes else []
+        rows = [["method", self.metric, f"− {self.first}", *spent, "seconds", "MB"]]
         for name, kind in self.plan.candidates():
             runs = self.plan.runs_of(self.store, name, kind)
             results = [self.store.results[run] for run in runs]
             gap = self.differences((name, kind), (self.first, "method"))
+            spent = [
+                f"{runs[0].rate:g}",
+                "" if runs[0].upper_rate is None else f"{runs[0].upper_rate:g}",
+                f"{fmean(r['passes'] for r in results):.1f}",
+            ]
             rows.append(
                 [
                     name + ABLATIONS[kind],
                     shown(self.scores(name, kind)),
                     "" if (name, kind) == (self.first, "method") else shown(gap, "+"),
-                    f"{runs[0].rate:g}",
-                    "" if runs[0].upper_rate is None else f"{runs[0].upper_rate:g}",
-                    *(f"{fmean(r[key] for r in results):.1f}" for key in ("passes", "seconds")),
+                    *(spent if self.passes else []),
+                    f"{fmean(r['seconds'] for r in results):.1f}",
                     f"{max(r['memory'] for r in results):.0f}",
                 ]
             )
@@ -167,7 +190,8 @@ class Comparison:
                     f"{name}: finish changes the logits, by up to {change:.1%} of the largest; the "
                     "second training starts from there"
                 )
-            layers.setdefault(results[0]["layers"], []).append(name)
+            if said := results[0]["layers"]:
+                layers.setdefault(said, []).append(name)
         alike = len(layers) == 1
         return found + [k if alike else f"{', '.join(names)}: {k}" for k, names in layers.items()]
 
@@ -183,9 +207,11 @@ class Comparison:
 
     def heading(self) -> str:
         """What the table shows."""
+        rows = "folds of the trusted rows" if self.store.settings.get("folds") else "the test rows"
+        passes = f"{self.passes:g} passes a run" if self.passes else "heads at their minimum"
         return (
-            f"{self.metric} on the test rows, {self.passes:g} passes a run, means of "
-            f"{len(self.plan.seeds)} seeds with 95 % intervals"
+            f"{self.metric} on {rows}, {passes}, means of {len(self.plan.seeds)} seeds with 95 % "
+            "intervals"
         )
 
     def __str__(self) -> str:
@@ -216,9 +242,11 @@ class Comparison:
             html_table(self.table()),
             *(f"<p>{html.escape(sentence)}</p>" for sentence in self.sentences()),
             f'<img alt="Differences to {html.escape(self.first)}" src="data:image/png;base64,',
-            f'{drawn}"><h2>Held-out score at every rate</h2>{html_table(self.rates())}',
-            f"<h2>Passes</h2>{html_table(self.spent())}",
+            f'{drawn}">',
         ]
+        if self.passes:
+            parts.append(f"<h2>Held-out score at every rate</h2>{html_table(self.rates())}")
+            parts.append(f"<h2>Passes</h2>{html_table(self.spent())}")
         Path(path).write_text("\n".join(parts), encoding="utf-8")
 
     def to_csv(self, path: str | Path) -> None:

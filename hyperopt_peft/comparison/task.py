@@ -16,12 +16,13 @@ import torch
 from transformers import Trainer, TrainerCallback, set_seed
 
 from hyperopt_peft.comparison.budget import phases, rows_of, steps_for
+from hyperopt_peft.comparison.folds import Rows
 from hyperopt_peft.comparison.frozen_layers import compute_once
 from hyperopt_peft.comparison.watch import Watch
 from hyperopt_peft.core.problem import Problem, TaskLoss
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
-from hyperopt_peft.trainer.data import joined, shared_rows, split_dataset
+from hyperopt_peft.trainer.data import shared_rows
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.passes import PassCounter
 from hyperopt_peft.trainer.quiet import no_bars
@@ -122,10 +123,9 @@ class Task:
         base_model: makes the model before it has an adapter.
         adapter: the PEFT config, which a method may change; None where ``base_model`` adapts.
         args: the arguments of all methods.
-        train, test: the rows.
+        data: the rows.
         passes: the budget of a run.
         metric: the name of the score, without ``eval_``; ``loss`` is better where it is lower.
-        held_out: the share of ``train`` that scores the development runs.
         trainer: the class of the trainer.
         options: further arguments of the trainer.
         frozen_dropout: whether frozen lower layers keep their dropout.
@@ -136,11 +136,9 @@ class Task:
     base_model: Callable[[], Any]
     adapter: Any
     args: BilevelTrainingArguments
-    train: Any
-    test: Any
+    data: Rows
     passes: float
     metric: str
-    held_out: float = 0.2
     trainer: type[BilevelTrainer] = BilevelTrainer
     options: Mapping[str, Any] = field(default_factory=dict)
     frozen_dropout: bool = True
@@ -157,10 +155,10 @@ class Task:
                 `BilevelTrainer`.
         """
         begin = time.perf_counter()
-        train, test = self.rows(run)
+        rows = self.data.of(run.seed, run.development)
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
             sizes = price.sizes(self.passes, self.args)
-            trainer = self.make(run, train, test, folder, **sizes)
+            trainer = self.make(run, rows, folder, **sizes)
             trainer.passes.limit = self.passes
             watch = Watch(trainer, run.method)
             peak = peak_memory()
@@ -190,31 +188,20 @@ class Task:
             "finish": watch.change,
         }
 
-    def rows(self, run: Run) -> tuple[Any, Any]:
-        """The rows that ``run`` trains on, and those that score it."""
-        if run.development:
-            return split_dataset(self.train, self.held_out, run.seed)
-        return self.train, self.test
-
     @no_bars()
     def price(self, run: Run) -> Price:
         """What the steps of ``run`` cost, by its first two upper steps, or four lower ones."""
         begin = time.perf_counter()
-        train, test = self.rows(run)
+        data = self.data.of(run.seed, run.development)
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
             sizes: dict[str, Any] = {"max_steps": 4, "retrain": "none"}
-            trainer = self.make(run, train, test, folder, **sizes)
+            trainer = self.make(run, data, folder, **sizes)
             args, bilevel = trainer.args, trainer.upper is not None
             if bilevel and 2 * args.lower_steps != sizes["max_steps"]:
                 sizes["max_steps"] = 2 * args.lower_steps
-                trainer = self.make(run, train, test, folder, **sizes)
+                trainer = self.make(run, data, folder, **sizes)
             rows = trainer.eval_dataset  # as the trainer has prepared them
-            metrics = trainer.evaluate(rows.select(range(min(len(rows), 8))))
-            if f"eval_{self.metric}" not in metrics:
-                known = ", ".join(sorted(metrics)).replace("eval_", "")
-                raise ProblemError(
-                    f"metric: {self.metric} is none of {known}; give compute_metrics another"
-                )
+            self.require_metric(trainer.evaluate(rows.select(range(min(len(rows), 8)))))
             made = time.perf_counter()
             trainer.add_callback(clock := _Clock(trainer.passes))
             try:
@@ -222,7 +209,7 @@ class Task:
             except NonFiniteError as error:
                 where, _, _ = str(error).partition(";")
                 raise ProblemError(f"{run}: {where}; give lower rates") from error
-        self._require_unseen(trainer, run.method)
+        self._require_unseen(trainer, run.method, data[2])
         batch = args.train_batch_size * args.gradient_accumulation_steps
         lower, everything = rows_of_phases(trainer)
         if trainer.passes.joined:  # each batch counts as a whole one
@@ -239,18 +226,26 @@ class Task:
             a_pass=clock.seconds_a_pass(),
         )
 
-    def _require_unseen(self, trainer: BilevelTrainer, name: str) -> None:
+    def require_metric(self, metrics: Mapping[str, Any]) -> None:
+        """Raise ProblemError where ``metrics`` of an evaluation lack the score."""
+        if f"eval_{self.metric}" not in metrics:
+            known = ", ".join(sorted(metrics)).replace("eval_", "")
+            raise ProblemError(
+                f"metric: {self.metric} is none of {known}; give compute_metrics another"
+            )
+
+    def _require_unseen(self, trainer: BilevelTrainer, name: str, test: Any) -> None:
         """Raise ProblemError if ``trainer`` has test rows, which its method brings along."""
         for rows in (trainer.train_dataset, trainer.upper_dataset, trainer.all_rows()):
-            if not {*self.test.column_names} <= {*getattr(rows, "column_names", ())}:
+            if not {*test.column_names} <= {*getattr(rows, "column_names", ())}:
                 continue
-            if common := shared_rows(self.test, rows):
+            if common := shared_rows(test, rows):
                 raise ProblemError(
-                    f"{name}: trains on {len(common)} of {len(self.test)} test rows; let rows and "
+                    f"{name}: trains on {len(common)} of {len(test)} test rows; let rows and "
                     "all_rows return rows of train_dataset alone"
                 )
 
-    def make(self, run: Run, train: Any, test: Any, folder: str, **sizes: Any) -> BilevelTrainer:
+    def make(self, run: Run, rows: Sequence[Any], folder: str, **sizes: Any) -> BilevelTrainer:
         """A trainer of ``run``, which writes and shows nothing."""
         method = copy.deepcopy(self.methods[run.method])
         if run.kind == "one level":
@@ -272,8 +267,9 @@ class Task:
             model,
             args,
             method=method,
-            train_dataset=train,
-            eval_dataset=test,
+            train_dataset=rows[0],
+            upper_dataset=rows[1],
+            eval_dataset=rows[2],
             **{name: value for name, value in options.items() if value is not None},
         )
         self.layers = compute_once(trainer, dropout=self.frozen_dropout)
@@ -299,20 +295,12 @@ class OneLevel(Method):
     def __init__(self, method: Method) -> None:
         self.method, self.tags = method, method.tags
         self.defaults = {k: v for k, v in method.defaults.items() if k != "hypergradient"}
-        for name in ("adapter", "rows", "prepare", "finish"):
+        for name in ("adapter", "rows", "all_rows", "prepare", "after_upper_step", "finish"):
             setattr(self, name, getattr(method, name))
 
-    def all_rows(self, train: Any, upper: Any) -> Any:
-        """The rows of both levels, each once; those of a second phase may be learned."""
-        if upper is None:
-            return train
-        again = {*shared_rows(upper, train)}
-        more = upper.select([row for row in range(len(upper)) if row not in again])
-        return joined(train_dataset=train, upper_dataset=more) if len(more) else train
-
-    def read_rows(self, *rows: Any) -> None:
-        """As the method."""
-        self.method.read_rows(*rows)
+    def read_rows(self, model: Any, rows: Any, collate: Any) -> None:
+        """As ``method``'s; the class has it, since a trainer asks the class."""
+        self.method.read_rows(model, rows, collate)
 
     def lower(self, model: Any, task_loss: TaskLoss) -> Problem:
         """The lower level's loss over the variables of both levels."""

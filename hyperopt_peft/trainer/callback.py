@@ -148,6 +148,8 @@ class BilevelCallback(TrainerCallback):
         if self.resumed is not None:
             # A variable need not be a parameter of the model.
             self._load_levels(self.resumed)
+            position = checkpoint.read_state(_position(self.resumed))
+            self.trainer.passes.begin(position["passes"], position["seconds"])
             state, step = checkpoint.read_state(self.resumed / ESTIMATOR), self.trainer.bilevel_step
             if step is not None:
                 step.load_state_dict(state)
@@ -164,7 +166,6 @@ class BilevelCallback(TrainerCallback):
         if folder is not None:
             position = checkpoint.read_state(_position(folder))
             vars(self.trainer).update(position["counters"])
-            self.trainer.passes.begin(position["passes"], position["seconds"])
             steps = state.max_steps
             if has_length(train_dataloader):
                 steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)

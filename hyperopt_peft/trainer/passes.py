@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,7 +43,8 @@ class PassCounter(TrainerCallback):
     """
 
     def __init__(self, limit: float = math.inf) -> None:
-        self.limit, self.joined, self._hook, self._paused = limit, False, None, False
+        self.limit, self.joined, self._paused = limit, False, False
+        self._hook: Any = None
         self.begin()
 
     def begin(self, passes: float = 0.0, seconds: float = 0.0) -> None:
@@ -82,7 +84,8 @@ class PassCounter(TrainerCallback):
     def _passed(self, model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if self._paused or not torch.is_grad_enabled():
             return
-        read, followed = _first((*args, *kwargs.values())), _first((output,), gradient=True)
+        read = _first(args) if args else _first(kwargs.values())
+        followed = _first((output,), gradient=True)
         if read is None or followed is None:
             return
         rows, before = len(read), False
@@ -101,9 +104,11 @@ class PassCounter(TrainerCallback):
 def _first(values: Iterable[Any], gradient: bool = False) -> Tensor | None:
     """The first tensor of rows among ``values`` and in them, with a gradient if that is asked."""
     for value in values:
-        if isinstance(value, Mapping | tuple | list):
-            parts = value.values() if isinstance(value, Mapping) else value
-            value = _first(parts, gradient)
-        if isinstance(value, Tensor) and value.dim() and value.requires_grad >= gradient:
-            return value
+        if isinstance(value, Tensor):
+            if value.dim() and (value.requires_grad or not gradient):
+                return value
+        elif isinstance(value, dict | tuple | list | UserDict):
+            parts = value if isinstance(value, tuple | list) else value.values()
+            if (found := _first(parts, gradient)) is not None:
+                return found
     return None

@@ -36,6 +36,7 @@ from hyperopt_peft.trainer.phases import PhasesTrainer
 from hyperopt_peft.trainer.step import Accumulated, OptimizerStep
 from hyperopt_peft.trainer.tags import keep_tags
 from hyperopt_peft.trainer.upper_batches import loader_of, upper_batches
+from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.models import keep_differentiable
 
 #: A level, or a function that makes one for a finished trainer and reads its ``task_loss``.
@@ -288,7 +289,7 @@ class BilevelTrainer(PhasesTrainer):
         if self.is_in_train and self.trainer_loss:
             logs |= upper_gap(logs, self.state.log_history)
         if self.is_in_train or "train_runtime" in logs:
-            logs |= self.passes.read()
+            logs |= distributed.averages(self.passes.read())  # a process has rows of its own
         super().log(logs, start_time)
 
     def end_training(self) -> None:

@@ -46,6 +46,21 @@ def test_methods_of_files_too_are_judged_at_equal_passes(
     assert written == {"runs.jsonl", "runs.csv", "report.md", "comparison.png", "comparison.tex"}
 
 
+def test_folds_of_trusted_examples_recommend_a_method(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On heads, and on adapters, whose rates are chosen by examples that no fold has."""
+    short = SHORT | {"seeds": None, "folds": 2}
+    options = small_run(tmp_path, methods=["lora", "trusted_repeated"], **short)
+    options["upper_file"] = options.pop("eval_file")
+    for model, lines in (("head", 1 + 2 * 2), ("adapter", 1 + 2 * (2 + 2))):
+        options["output_dir"] = tmp_path / model
+        run("compare", **options, score_model=model)
+        out = capsys.readouterr().out
+        assert " is recommended: its mean loss" in out and "folds of the trusted rows" in out
+        assert len((tmp_path / model / "runs.jsonl").read_text().splitlines()) == lines
+
+
 def test_one_seed_is_one_start_and_models_leave_the_options_as_they_are(tmp_path: Path) -> None:
     options = small_run(tmp_path)
     args = ModelArguments(options["model"], options["task"], rank=2, modules_to_save=["pooler"])
@@ -66,3 +81,11 @@ def test_one_seed_is_one_start_and_models_leave_the_options_as_they_are(tmp_path
 def test_no_evaluation_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, "compare", small_run(tmp_path, eval_fraction=0, eval_file=None), "eval_file")
     refused(capsys, "compare", small_run(tmp_path, run="3/2"), "run: must be K/N")
+    refused(capsys, "compare", small_run(tmp_path, folds=2, eval_file=None), "give upper_file")
+    (tmp_path / "one").mkdir()
+    mine = "from hyperopt_peft.problems import LoRA\nclass Mine(LoRA):\n    pass\n"
+    files = [tmp_path / "mine.py", tmp_path / "one" / "mine.py"]
+    for file in files:
+        file.write_text(mine)
+    twice = small_run(tmp_path, methods=[f"{file}:Mine" for file in files])
+    refused(capsys, "compare", twice, "methods: two of Mine, Mine have one name")

@@ -17,6 +17,7 @@ from torch import nn
 
 from hyperopt_peft import BiDoRA, ProblemError
 from hyperopt_peft.comparison import Comparison
+from hyperopt_peft.comparison.folds import Rows
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Run, Task
 from tests.support.comparisons import METHODS, compared, parts_of
@@ -80,10 +81,10 @@ def test_every_run_has_the_passes_of_the_budget(whole: Whole) -> None:
 
 def test_a_product_of_second_derivatives_is_paid_for() -> None:
     """cg with two exact products takes four passes more an upper step than direct."""
-    steps, rows = {}, (data(rows=30), data(rows=20, seed=5))
+    steps, rows = {}, Rows(data(rows=30), None, data(rows=20, seed=5))
     for name in ("direct", "cg:steps=2,tolerance=1e-12"):
         args = {"hypergradient": name, "max_steps": 4}
-        task = Task({"BiDoRA": BiDoRA()}, *parts_of("classes", args), *rows, 80, "loss")
+        task = Task({"BiDoRA": BiDoRA()}, *parts_of("classes", args), rows, 80, "loss")
         run = Run("BiDoRA", "method", 0, 6e-2, 1e-2)
         result = task.run(run, task.price(run))
         assert 74 <= result["passes"] <= 86  # one upper step has up to six

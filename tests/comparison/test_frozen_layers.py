@@ -51,14 +51,20 @@ def ragged(kind: str) -> Any:
 
 
 def trainer(
-    folder: Path, kind: str, method: Any = None, dropout: float = 0.0, **adapter: Any
+    folder: Path,
+    kind: str,
+    method: Any = None,
+    dropout: float = 0.0,
+    settings: Any = None,
+    **adapter: Any,
 ) -> Any:
     """BiDoRA on the upper one of two layers, of texts of unequal lengths."""
     collators = {"classes": DataCollatorWithPadding, "tokens": DataCollatorForTokenClassification}
     collate = collators.get(kind, DataCollatorForTokenClassification)(Padding())
     model = peft_model(kind, dropout, **{"layers_to_transform": [1], **adapter})
     options = {"train_dataset": ragged(kind), "data_collator": collate}
-    return BilevelTrainer(model, arguments(folder), method=method or BiDoRA(), **options)
+    args = arguments(folder, **(settings or {}))
+    return BilevelTrainer(model, args, method=method or BiDoRA(), **options)
 
 
 @pytest.mark.parametrize("kind", ["classes", "tokens", "causal"])
@@ -112,6 +118,7 @@ class Shifted(Method):
         ({"layers_to_transform": [0]}, "the lowest one is trained"),
         ({"modules_to_save": ["word_embeddings"]}, "something below"),
         ({"method": Shifted()}, "something below"),
+        ({"settings": {"gradient_checkpointing": True}}, "gradient checkpointing"),
     ],
 )
 def test_why_they_are_not(tmp_path: Path, options: Any, words: str) -> None:

@@ -39,27 +39,29 @@ def test_a_task_of_transformers(kind: str, pieces: int) -> None:
     require_scores(comparison, "accuracy" if kind == "tokens" else "loss")
 
 
-def trained_by_sft(layout: str, **options: Any) -> Comparison:
+#: An adapter of the last of two layers; the settings of each layout of rows, or of none joined.
+LAST = {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]}
+FLAT = {"padding_free": True, "max_length": None}
+
+
+def trained_by_sft(layout: str) -> Comparison:
+    """Without checkpointing, which is TRL's default, so that the lower layer may be kept."""
     trl = pytest.importorskip("trl")
     trainer: Any = bilevel(trl.SFTTrainer)
-    flat = {"padding_free": True, "max_length": None} if layout == "flat" else {}
-    args = trainer.Arguments("unused", **ARGUMENTS, **language.LAYOUTS.get(layout, {}), **flat)
-    train, test = (language.rows("text" if flat else layout, 30, seed) for seed in (0, 1))
+    settings = {**ARGUMENTS, "gradient_checkpointing": False}
+    args = trainer.Arguments("unused", **settings, **language.LAYOUTS.get(layout, FLAT))
+    train, test = (language.rows(layout, 30, seed) for seed in (0, 1))
     return compare_methods(
         METHODS,
         language.language_model,
-        options.pop("adapter", language.lora()),
+        language.lora(**LAST),
         args,
         train_dataset=train,
         test_dataset=test,
         trainer=trainer,
         processing_class=language.tokenizer(),
-        **{**SHORT, **options},
+        **SHORT,
     )
-
-
-#: An adapter of the last of two layers.
-LAST = {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]}
 
 
 @pytest.mark.parametrize(
@@ -67,7 +69,7 @@ LAST = {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]}
 )
 def test_a_trainer_of_trl(layout: str) -> None:
     """The lower layer is computed once a text, by a model with rotary embeddings."""
-    comparison = trained_by_sft(layout, adapter=language.lora(**LAST))
+    comparison = trained_by_sft(layout)
     require_scores(comparison)
     assert "1 of 2 layers are frozen" in str(comparison)
 
@@ -76,7 +78,7 @@ def test_a_trainer_of_trl(layout: str) -> None:
 @pytest.mark.parametrize("layout", ["wrapped", "packed", "flat"])
 def test_rows_that_are_packed_or_joined(layout: str, capfd: pytest.CaptureFixture[str]) -> None:
     """A batch whose rows are joined to one is a micro-batch; each split packs its own count."""
-    comparison = trained_by_sft(layout, adapter=language.lora(**LAST))
+    comparison = trained_by_sft(layout)
     require_scores(comparison, below=2.5)
     joined = "every layer is computed in each pass" in str(comparison)
     assert joined == (layout != "wrapped")

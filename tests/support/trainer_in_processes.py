@@ -89,6 +89,8 @@ def train(folder: Path, batch: Any, resume: Any = None, **options: Any) -> tuple
     logs = list(trainer.state.log_history)
     if getattr(trainer, "retrainer", None) is not None:
         logs += trainer.retrainer.state.log_history
+    for log in logs:
+        log.pop("seconds", None)
     return logs, {n: gather(value) for n, value in models.values(trainer.model).items()}
 
 

@@ -13,7 +13,7 @@ from tests.support import two_processes
 
 CONFIGURATION = Path(__file__).parents[2] / "examples/accelerate/two_cpu_processes.yaml"
 #: Of the machine, and of the padding of each half.
-OTHER = ("runtime", "samples_per_second", "steps_per_second", "total_flos")
+OTHER = ("runtime", "_per_second", "seconds", "total_flos")
 
 
 @pytest.mark.slow

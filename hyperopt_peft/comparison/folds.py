@@ -1,0 +1,119 @@
+"""Which rows train a run, and which score it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from sklearn.model_selection import KFold, ShuffleSplit
+
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.trainer.data import digests, require_examples, shared_rows, split_dataset
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a comparison, and their division for each run.
+
+    Attributes:
+        train: of the lower level.
+        upper: the trusted rows, or None.
+        test: score the reported runs; None with ``folds``.
+        folds: K parts of the trusted rows, each of which scores a seed of K.
+        held_out: the share of the rows that scores development runs, of the trusted ones where
+            there are some.
+        spare: whether folds leave a further part out, which scores the development runs alone.
+        parts: the seeds that score a part of ``test`` each, where a training has no random part
+            and seeds would otherwise be equal.
+    """
+
+    train: Any
+    upper: Any = None
+    test: Any = None
+    folds: int | None = None
+    held_out: float = 0.2
+    spare: bool = True
+    parts: Sequence[int] = ()
+
+    def usable(self) -> tuple[Rows, str]:
+        """These, without test rows that train too, and how many those are, in words.
+
+        Raises:
+            ProblemError: no test rows or folds, or both; fewer trusted rows than folds; a trusted
+                row in two folds, or in the training rows; no test rows but those that train.
+        """
+        if (self.test is None) == (self.folds is None):
+            raise ProblemError("test_dataset: give either test_dataset or folds")
+        tables = {"upper_dataset": self.upper, "test_dataset": self.test}
+        for name, rows in {"train_dataset": self.train, **tables}.items():
+            if rows is None and name in tables:
+                continue
+            require_examples(name, rows)
+            if not isinstance(rows, Dataset):
+                kind = type(rows).__name__
+                raise ProblemError(f"{name}: must be a datasets.Dataset, got a {kind}")
+        if self.folds is None:
+            both = [*shared_rows(self.test, self.train), *shared_rows(self.test, self.upper)]
+            rest, count = sorted({*range(len(self.test))} - {*both}), len(self.test)
+            if not rest:
+                raise ProblemError("test_dataset: all of its rows are training rows; give others")
+            if len(rest) == count:
+                return self, ""
+            note = f"{count - len(rest)} of {count} test rows are training rows too, and left out"
+            return replace(self, test=self.test.select(rest)), note
+        require_examples("upper_dataset", self.upper)
+        most, again = len(self.upper) - self.spare, shared_rows(self.upper, self.train)
+        if not 2 <= self.folds <= most:
+            raise ProblemError(
+                f"folds: {self.folds} of {len(self.upper)} trusted rows; give 2 to {most}"
+            )
+        again += _repeated(self.upper)
+        if again:
+            raise ProblemError(
+                f"upper_dataset: row {min(again)} (from 0) is in another fold or in train_dataset "
+                "too, so that a run trains on what scores it; remove it"
+            )
+        return self, ""
+
+    def of(self, seed: int, development: bool) -> tuple[Any, Any, Any]:
+        """The rows (lower level, trusted, scoring) of a run.
+
+        Example:
+            >>>             >>> trusted = Dataset.from_dict({"x": range(6)})
+            >>> rows = Rows(Dataset.from_dict({"x": [9]}), trusted, folds=3, spare=False)
+            >>> sorted(x for seed in range(3, 6) for x in rows.of(seed, False)[2]["x"])
+            [0, 1, 2, 3, 4, 5]
+        """
+        if self.folds is not None:
+            return self.train, *self._fold(seed, development, self.folds)
+        if self.parts:
+            part = self.test.shard(len(self.parts), self.parts.index(seed), contiguous=False)
+            return self.train, self.upper, part
+        if not development:
+            return self.train, self.upper, self.test
+        if self.upper is None:
+            lower, scored = split_dataset(self.train, self.held_out, seed)
+            return lower, None, scored
+        halves = ShuffleSplit(1, test_size=self.held_out, random_state=seed).split(self.upper)
+        rest, held = next(halves)
+        return self.train, self.upper.select(rest), self.upper.select(held)
+
+    def _fold(self, seed: int, development: bool, folds: int) -> tuple[Any, Any]:
+        rest, spare = np.arange(len(self.upper)), np.arange(0)
+        if self.spare:
+            rest, spare = next(KFold(folds + 1, shuffle=True, random_state=0).split(rest))
+        if development:
+            return self.upper.select(rest), self.upper.select(spare)
+        parts = KFold(folds, shuffle=True, random_state=seed // folds).split(rest)
+        train, fold = [*parts][seed % folds]
+        return self.upper.select([*rest[train], *spare]), self.upper.select(rest[fold])
+
+
+def _repeated(rows: Any) -> list[int]:
+    """The numbers of rows that are there before."""
+    first = dict[int, int]()
+    found = enumerate(digests(rows, rows.column_names))
+    return [row for row, digest in found if first.setdefault(digest, row) != row]

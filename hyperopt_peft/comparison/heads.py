@@ -1,0 +1,241 @@
+"""Runs on a linear head over frozen features: each is solved to its minimum, in a second.
+
+    min over W, b   f(W, b; u) + ½·λ·‖W‖²,   f the method's lower level
+
+A method with an upper level takes steps of Adam along the hypergradient at that minimum first. No
+rate is chosen and no passes are equalised: a solved level depends on neither.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.optim import Adam
+from transformers import EvalPrediction, default_data_collator, set_seed
+
+from hyperopt_peft.comparison.task import OneLevel, Price, Run, Task, peak_memory
+from hyperopt_peft.core.data import DataStream
+from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.engine.engine import Engine
+from hyperopt_peft.engine.fit import lbfgs
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.problems.features import Features, features_of
+from hyperopt_peft.problems.head import Head, head_of, l2_penalty, require_labels_of_a_head
+from hyperopt_peft.trainer.checks import read_rows
+from hyperopt_peft.trainer.data import split_dataset
+from hyperopt_peft.trainer.method import Method, has_upper_level
+from hyperopt_peft.trainer.quiet import no_bars
+from hyperopt_peft.trainer.tags import INDEX, numbered
+
+#: The steps of an upper level, the rate of its Adam, and the solver of its hypergradient.
+STEPS, RATE, SOLVER = 15, 0.6, "cg:steps=30"
+#: The largest entry of the gradient at a minimum.
+TOLERANCE = 1e-5
+#: The column with the number of a row's features.
+ROW = "head_row"
+LABELS = ("label", "labels")
+
+
+class OnFeatures(nn.Module):
+    """A head that reads the features ``x`` by the numbers of rows, as a model of Transformers."""
+
+    def __init__(self, x: Tensor, head: Head) -> None:
+        super().__init__()
+        self.x, self.head, self.config = x, copy.deepcopy(head), head.config
+
+    def forward(
+        self, head_row: Tensor, labels: Tensor | None = None, output_hidden_states: bool = False
+    ) -> Any:
+        """Loss and logits; the features are the hidden states of a row of one token."""
+        output = self.head(self.x[head_row], labels)
+        if output_hidden_states:
+            output.hidden_states = (self.x[head_row][:, None],)
+        return output
+
+
+@dataclass
+class HeadTask(Task):
+    """What all heads of a comparison share.
+
+    Attributes:
+        model: the head of 0 on the features of all rows, once there is one.
+        solved: the heads so far, each with the seconds that it took.
+    """
+
+    model: OnFeatures | None = None
+    solved: dict[Run, tuple[Any, float]] = field(default_factory=dict)
+
+    @no_bars()
+    def price(self, run: Run) -> Price:
+        """A price without passes; ``start`` is the seconds of ``run``."""
+        self.read()
+        price = Price(1, 1, 1, 0, 0.0, again=False, start=0.0, a_pass=0.0)
+        return replace(price, start=self.run(run, price)["seconds"])
+
+    @no_bars()
+    def run(self, run: Run, price: Price) -> dict[str, Any]:
+        """Solve and score; the entries as those of `Task.run`.
+
+        Raises:
+            ProblemError: the method changes an adapter, which a head lacks; as the method.
+        """
+        peak, test = peak_memory(), self.data.of(run.seed, run.development)[2]
+        scored, parts = run, self.data.parts
+        if parts:  # of the test rows; the head is the same
+            run = replace(run, seed=parts[0])
+        if run not in self.solved:
+            begin = time.perf_counter()
+            self.solved[run] = self.solve(run), time.perf_counter() - begin
+        model, seconds = self.solved[run]
+        metrics = self.evaluate(model, test)
+        self.require_metric(metrics)
+        return {
+            **asdict(scored),
+            "score": metrics[f"eval_{self.metric}"],
+            "metrics": metrics,
+            "passes": 0.0,
+            "steps": [],
+            "spent": {},
+            "seconds": seconds,
+            "memory": peak(),
+            "layers": "",
+            "finish": 0.0,
+        }
+
+    def solve(self, run: Run) -> Any:
+        """The head of ``run``; its method is called in the order of a trainer."""
+        set_seed(run.seed)
+        train, upper, _ = self.data.of(run.seed, run.development)
+        method = copy.deepcopy(self.methods[run.method])
+        method = OneLevel(method) if run.kind == "one level" else method
+        bilevel = has_upper_level(method)
+        if INDEX in method.tags:
+            train, upper = numbered(train, upper)
+        train, upper = method.rows(train, upper)
+        if bilevel and upper is None:
+            train, upper = split_dataset(train, self.args.upper_fraction, run.seed)
+        rows = train if bilevel else method.all_rows(train, upper)
+        assert self.model is not None
+        model: Any = OnFeatures(self.model.x, self.model.head)
+        read = partial(_read, tags=method.tags)
+        method.read_rows(model, rows, read)
+        try:
+            method.prepare(model)
+        except ProblemError as error:
+            advice = f'a head has no adapter for it; choose model="adapter" ({error})'
+            raise ProblemError(f"{run.method}: {advice}") from error
+        if bilevel:
+            if run.kind == "method":
+                _search(method, model, read(rows), read(upper), run.upper_rate or RATE)
+            model = method.finish(model)
+            rows = method.all_rows(train, upper)
+            method.read_rows(model, rows, read)
+        lbfgs(_lower(method, model), read(rows), tolerance=TOLERANCE)
+        return model
+
+    def evaluate(self, model: nn.Module, rows: Any) -> dict[str, float]:
+        """The loss of ``rows``, and the metrics of the options, as a Trainer names them."""
+        batch = _read(rows)
+        with torch.no_grad():
+            output = model(**batch)
+        logits, labels = output.logits.float(), batch["labels"]
+        metrics = {"loss": float(output.loss)}
+        if reduce := self.options.get("preprocess_logits_for_metrics"):
+            logits = reduce(logits, labels)
+        if measure := self.options.get("compute_metrics"):
+            metrics |= measure(EvalPrediction(logits.numpy(), labels.numpy()))
+        return {f"eval_{name.removeprefix('eval_')}": float(x) for name, x in metrics.items()}
+
+    def read(self) -> None:
+        """Make the features of all rows, once, and tables that have their numbers."""
+        if self.model is not None:
+            return
+        data, found, tables, model = self.data, list[Features](), list[Any](), None
+        for rows in (data.train, data.upper, data.test):
+            if rows is None:
+                tables.append(None)
+                continue
+            model, features, read = self._features(rows)
+            begin = sum(len(each.x) for each in found)
+            found.append(features)
+            columns = {ROW: range(begin, begin + len(rows)), "labels": features.labels.tolist()}
+            table = Dataset.from_dict(columns)
+            for name in rows.column_names:
+                if name not in (*read, *LABELS):
+                    table = table.add_column(name, rows[name][:])
+            tables.append(table)
+        every = Features.joined(found)
+        every = replace(every, x=every.x.double())
+        seen = found[:-1] if data.test is not None else found
+        every = every.standardized(Features.joined(seen))
+        head = head_of(model, every)
+        self.model = OnFeatures(every.x, head)
+        self.data = replace(data, train=tables[0], upper=tables[1], test=tables[2])
+
+    def _features(self, rows: Any) -> tuple[Any, Features, list[str]]:
+        """The model, the features of ``rows``, and the columns that the model reads."""
+        plain = replace(self, methods={"": Method()}, adapter=None)
+        with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
+            run = Run("", "method", 0, 1e-3)
+            trainer = plain.make(run, (rows, None, rows), folder, max_steps=1)
+        model, prepared = trainer.model, read_rows(trainer)
+        require_labels_of_a_head(model, trainer.data_collator([prepared[0]]))
+        features = features_of(
+            model,
+            prepared,
+            trainer.data_collator,
+            batch_size=trainer.args.per_device_eval_batch_size,
+            precision=trainer.compute_loss_context_manager,
+        )
+        if len(features.row) != len(rows) or not torch.equal(features.row, torch.arange(len(rows))):
+            raise ProblemError(
+                "labels: a head of compare_methods predicts a class or numbers a row, and these "
+                'rows have a label for each token; choose model="adapter"'
+            )
+        return model, features, prepared.column_names
+
+
+def _read(rows: Any, tags: Sequence[str] = ()) -> dict[str, Tensor]:
+    """The batch of ``rows``: the numbers of their features, labels and tags."""
+    names = (ROW, "labels", *tags)
+    if isinstance(rows, Dataset):
+        rows = rows.select_columns([name for name in names if name in rows.column_names])
+    rows = [{name: row[name] for name in names if name in row} for row in rows]
+    batch: dict[str, Tensor] = default_data_collator(rows)
+    if batch["labels"].is_floating_point():
+        batch["labels"] = batch["labels"].double()
+    return batch
+
+
+def _loss(model: Any, batch: Any) -> Tensor:
+    """The model's loss of a batch that has tags too."""
+    loss: Tensor = model(batch[ROW], batch["labels"]).loss
+    return loss
+
+
+def _lower(method: Method, model: Any) -> Problem:
+    """The lower level with the penalty of a head."""
+    level = method.lower(model, partial(_loss, model))
+    own, penalty = level.prior, l2_penalty()
+    level.prior = penalty if own is None else lambda x: own(x) + penalty(x)
+    return level
+
+
+def _search(method: Method, model: Any, below: Any, above: Any, rate: float) -> None:
+    """Learn the upper variables by hypergradients at the minimum of the lower level."""
+    lower = _lower(method, model)
+    upper = method.upper(model, partial(_loss, model))
+    lower.batches = DataStream([below], lower.name)
+    upper.batches = DataStream([above], upper.name)
+    upper.optimizer = Adam(upper.variables, rate)
+    upper.optimizer.register_step_post_hook(method.project)
+    Engine(upper, lower, SOLVER, lower_steps="minimum", progress=False).run(STEPS)

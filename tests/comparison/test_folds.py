@@ -1,0 +1,117 @@
+"""Folds of trusted rows: what scores a run has not trained it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from hyperopt_peft import Method, ProblemError
+from hyperopt_peft.comparison.choice import Plan
+from hyperopt_peft.comparison.folds import Rows
+from hyperopt_peft.comparison.result import Comparison
+from hyperopt_peft.comparison.store import Store
+from hyperopt_peft.comparison.task import Run
+from hyperopt_peft.problems import LoRA
+from tests.support.comparisons import compared
+from tests.support.trainers import data
+
+TRUSTED = Dataset.from_dict({"x": range(11)})
+TRAIN = Dataset.from_dict({"x": [100, 101]})
+SEEN: list[set[str]] = []
+
+
+@dataclass
+class Recording(Method):
+    """Notes the rows that train each run."""
+
+    def all_rows(self, train: Any, upper: Any) -> Any:
+        rows = super().all_rows(train, upper)
+        SEEN.append(set(map(str, rows["input_ids"])))
+        return rows
+
+
+@pytest.mark.parametrize("spare", [False, True])
+def test_a_division_scores_each_row_once(spare: bool) -> None:
+    rows = Rows(TRAIN, TRUSTED, folds=3, spare=spare)
+    scored: list[list[int]] = []
+    for seed in range(6):
+        train, upper, test = rows.of(seed, False)
+        assert train is TRAIN and sorted([*upper["x"], *test["x"]]) == [*range(11)]
+        scored.append(test["x"][:])
+    first, second = ([*chain(*part)] for part in (scored[:3], scored[3:]))
+    assert sorted(first) == sorted(second) and scored[:3] != scored[3:]
+    development = set(rows.of(100, True)[2]["x"]) if spare else set()
+    assert {*first}.isdisjoint(development) and {*first, *development} == {*range(11)}
+
+
+def test_trusted_rows_choose_the_rates_where_there_are_test_rows() -> None:
+    rows = Rows(TRAIN, TRUSTED, Dataset.from_dict({"x": [55]}), held_out=0.3)
+    train, upper, test = rows.of(100, True)
+    assert train is TRAIN and len(test) == 4 and sorted([*upper["x"], *test["x"]]) == [*range(11)]
+    assert rows.of(0, False)[1] is TRUSTED
+
+
+def test_parts_of_the_test_rows() -> None:
+    rows = Rows(TRAIN, None, TRUSTED, parts=[4, 7])
+    assert sorted(x for seed in (4, 7) for x in rows.of(seed, False)[2]["x"]) == [*range(11)]
+
+
+def test_no_run_trains_on_the_rows_that_score_it() -> None:
+    """By the rows of each training: a seed leaves its fold out, development another part."""
+    trusted = data(rows=9, seed=7)
+    options: dict[str, Any] = {"test_dataset": None, "upper_dataset": trusted, "folds": 2}
+    options["rates"] = (3e-2, 6e-2)  # a choice has development runs
+    SEEN.clear()
+    comparison = compared({"mine": Recording(), "LoRA": LoRA()}, seeds=None, **options)
+    assert comparison.plan.seeds == [0, 1] and comparison.metric == "accuracy"
+    all_rows = set(map(str, trusted["input_ids"]))
+    left_out = {frozenset(all_rows - seen) for seen in SEEN}
+    assert len(left_out) == 3 and all(len(rows) == 3 for rows in left_out)
+    assert frozenset.union(*left_out) == all_rows
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"folds": 2}, "give either test_dataset or folds"),
+        ({"test_dataset": None}, "give either test_dataset or folds"),
+        ({"test_dataset": None, "folds": 2}, "upper_dataset: there is none"),
+        ({"test_dataset": None, "folds": 9, "upper_dataset": data(rows=9)}, "give 2 to 8"),
+        (
+            {"test_dataset": None, "folds": 2, "upper_dataset": data(rows=9)},
+            "row 0 .* in train_dataset",
+        ),
+        ({"upper_dataset": data(rows=20, seed=5)}, "all of its rows are training rows"),
+        (
+            {
+                "test_dataset": None,
+                "folds": 2,
+                "upper_dataset": data(rows=9, seed=7).select([0, 1, 2, 3, 0]),
+            },
+            "row 4 .* in another fold",
+        ),
+        ({"passes": None}, "passes: there is no budget"),
+    ],
+)
+def test_bad_input_is_one_line(options: Any, message: str) -> None:
+    with pytest.raises(ProblemError, match=message):
+        compared({"LoRA": LoRA()}, **options)
+
+
+def test_a_recommendation_has_its_numbers() -> None:
+    """The best mean, and the paired difference of the next one with its error."""
+    scores = {"far": [0.5, 0.3, 0.4], "near": [0.30, 0.30, 0.36], "best": [0.29, 0.32, 0.31]}
+    store = Store(None, {})
+    for name, values in scores.items():
+        for seed, score in enumerate(values):
+            store.add({**vars(Run(name, "method", seed, 0.0)), "score": score})
+    methods = {name: LoRA() for name in scores}
+    for lower, first, numbers in ((True, "best", "0.3067 near +0.0133 0.0203"), (False, "far", "")):
+        plan = Plan(methods, (0.0,), (0.0,), [100], [0, 1, 2], lower)
+        text = Comparison(plan, store, "loss", 0).recommendation()
+        assert text.startswith(f"{first} is recommended")
+        assert all(each in text for each in numbers.split())

@@ -1,0 +1,141 @@
+"""Heads in place of adapters: each run is a convex minimum."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from transformers import default_data_collator
+
+from hyperopt_peft import BiDoRA, BilevelTrainingArguments, ProblemError, compare_methods
+from hyperopt_peft.comparison import Comparison
+from hyperopt_peft.problems import (
+    Agreement,
+    DoRA,
+    EqualSources,
+    LoRA,
+    RowWeights,
+    SomeSources,
+    Sources,
+    TrustedRepeated,
+)
+from hyperopt_peft.problems.features import Features, features_of
+from hyperopt_peft.problems.head import L2
+from tests.support.sources_in_processes import rows, sources
+from tests.support.trainers import base_model, data
+
+TRUSTED, TEST = rows(24, 3), rows(60, 4)
+COLUMNS = ["input_ids", "labels"]
+
+
+def on_heads(methods: Any, **options: Any) -> Comparison:
+    args = BilevelTrainingArguments("unused", report_to="none", use_cpu=True)
+    kind = options.pop("kind", "classes")
+    settings: dict[str, Any] = {
+        "train_dataset": sources(24),
+        "upper_dataset": TRUSTED,
+        "test_dataset": TEST,
+        "seeds": [0, 1],
+        "model": "head",
+        "progress": False,
+    }
+    return compare_methods(
+        methods, partial(base_model, kind), None, args, **{**settings, **options}
+    )
+
+
+def features(*tables: Any) -> list[Features]:
+    """Those of each table, standardised as all of them but the last."""
+    made = [
+        features_of(base_model(), x.select_columns(COLUMNS), default_data_collator) for x in tables
+    ]
+    known = Features.joined(made[:-1])
+    return [each.standardized(known) for each in made]
+
+
+def solved(train: Features, test: Features, weights: Any = None) -> float:
+    """The test loss of scikit-learn's minimum."""
+    total = len(train.x) if weights is None else sum(weights)
+    model = LogisticRegression(C=1 / (L2 * total), tol=1e-8, max_iter=2000)
+    model.fit(train.x.numpy(), train.labels.numpy(), weights)
+    return float(log_loss(test.labels.numpy(), model.predict_proba(test.x.numpy())))
+
+
+def test_a_run_is_the_minimum_of_its_level() -> None:
+    """Of all rows, of the trusted ones alone, of repeated ones, and of one source."""
+    web, trusted, test = features(sources(24), TRUSTED, TEST)
+    good = web.select(torch.arange(24))
+    ways = {
+        "all": (LoRA(), Features.joined([web, trusted]), None),
+        "alone": (SomeSources(), trusted, None),
+        "repeated": (TrustedRepeated(3), Features.joined([web, *[trusted] * 3]), None),
+        "good": (SomeSources(["good"]), Features.joined([good, trusted]), None),
+        "alike": (EqualSources(), Features.joined([web, trusted]), [1.0] * 72),
+    }
+    comparison = on_heads({name: method for name, (method, *_) in ways.items()})
+    for name, (_, train, weights) in ways.items():
+        assert sum(comparison.scores(name)) / 2 == pytest.approx(
+            solved(train, test, weights), abs=1e-4
+        )
+    assert "heads at their minimum" in str(comparison) and "rate" not in comparison.table()[0]
+
+
+def test_every_plan_of_data_is_a_way_and_folds_judge_it() -> None:
+    ways = {
+        "alike": EqualSources(),
+        "agreement": Agreement(log_odds=True),
+        "learned": Sources(),
+        "rows": RowWeights(),
+    }
+    comparison = on_heads(ways, test_dataset=None, seeds=None, folds=3)
+    assert comparison.plan.seeds == [0, 1, 2]
+    frozen = comparison.scores("learned", "frozen")
+    assert frozen == pytest.approx(comparison.scores("alike"), abs=1e-6)
+    assert sum(comparison.scores("learned")) < sum(frozen)
+    assert any(comparison.recommendation().startswith(name) for name in ways)
+
+
+def test_numbers_are_predicted_too() -> None:
+    options = {"train_dataset": data("regression", 20), "upper_dataset": data("regression", 9, 3)}
+    options |= {"test_dataset": data("regression", 10, 5), "kind": "regression"}
+    scores = on_heads({"all": LoRA(), "alone": SomeSources()}, **options).scores("all")
+    assert all(0 < score < 10 for score in scores)
+
+
+@pytest.mark.parametrize(
+    ("methods", "options", "message"),
+    [
+        ({"DoRA": DoRA()}, {}, "DoRA: a head has no adapter"),
+        ({"BiDoRA": BiDoRA()}, {}, "BiDoRA: a head has no adapter"),
+        ({"LoRA": LoRA()}, {"metric": "f1"}, "metric: f1 is none of loss"),
+        ({"some": SomeSources(["books"])}, {}, "chosen: no training row has 'books'"),
+        (
+            {"LoRA": LoRA()},
+            {
+                "kind": "tokens",
+                "train_dataset": data("tokens", 12),
+                "upper_dataset": None,
+                "test_dataset": data("tokens", 6, 5),
+            },
+            'a label for each token; choose model="adapter"',
+        ),
+        (
+            {"LoRA": LoRA()},
+            {
+                "kind": "causal",
+                "train_dataset": data("causal", 12),
+                "upper_dataset": None,
+                "test_dataset": data("causal", 6, 5),
+            },
+            "are text",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_bad_input_is_one_line(methods: Any, options: Any, message: str) -> None:
+    with pytest.raises(ProblemError, match=message):
+        on_heads(methods, **options)
