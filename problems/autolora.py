@@ -48,8 +48,8 @@ class AutoLoRA(Method):
         threshold: the least p of a term that remains; a layer's largest always does.
         decay: of A and B at the lower level.
         choose: what decides where the ranks are, of which ``threshold`` gives the sum. As
-            controls, the size of the trained terms p_j·‖B_:j‖·‖A_j:‖, or a draw by the run's seed;
-            with an upper rate of 0 the first is magnitude pruning of LoRA.
+            controls, the norms of the trained terms, which with an upper rate of 0 is magnitude
+            pruning of LoRA, or a draw by the run's seed.
 
     Raises:
         ProblemError: the decay is negative; later, as `add_gains`.
