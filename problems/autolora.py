@@ -78,6 +78,11 @@ class AutoLoRA(Method):
         super().__post_init__()
         require_weight("decay", self.decay)
 
+    @property
+    def absorbed(self) -> bool:
+        """True without decay."""
+        return self.decay == 0
+
     def prepare(self, model: Any) -> None:
         """Let B be B·diag(p)."""
         add_gains(model, _weights, columns=True)
@@ -91,30 +96,33 @@ class AutoLoRA(Method):
         decay = self.decay if self.decay and gained_layers(model) else 0
         return regularised(task_loss(batch), decay, squares, model)
 
+    def after_search(self, model: Any) -> None:
+        """Of a control: let the weights be those of the terms that it keeps, as many together."""
+        if self.choose == "weights":
+            return
+        layers, draw = gained_layers(model), torch.Generator()
+        draw.manual_seed(torch.initial_seed() % 2**63)
+        count, scores = sum(int(self._kept(each).sum()) for each in layers), []
+        for each in layers:
+            size = each.gain.values() * each.b.norm(dim=0) * each.a.norm(dim=1)
+            drawn = torch.rand(size.shape, generator=draw)
+            scores.append(drawn if self.choose == "random" else size.float().cpu())
+            scores[-1][scores[-1].argmax()] = torch.inf  # a layer's largest remains
+        least = torch.cat(scores).topk(count).values.min()
+        for each, score in zip(layers, scores, strict=True):
+            each.gain.u.copy_(torch.where(score >= least, 0.0, -50.0).view_as(each.gain.u))
+
     def finish(self, model: Any) -> Any:
         """A model with a new adapter of the terms that remain; ``ranks`` has their numbers."""
-        layers = gained_layers(model)
-        kept, p = {}, [each.gain.values() for each in layers]
-        for each, values in zip(layers, p, strict=True):
-            kept[each.name] = values >= min(self.threshold, float(values.max())) - ROUNDING
-        if self.choose != "weights":
-            scores = torch.cat(p).cpu() * torch.cat([_sizes(each).cpu() for each in layers])
-            if self.choose == "random":
-                draw = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
-                scores = torch.rand(len(scores), generator=draw)
-            best = torch.zeros(len(scores), dtype=torch.bool)
-            best[scores.topk(int(sum(each.sum() for each in kept.values()))).indices] = True
-            parts = best.split([len(each) for each in p])
-            kept = {n: part.to(kept[n].device) for n, part in zip(kept, parts, strict=True)}
+        kept = {each.name: self._kept(each) for each in gained_layers(model)}
         #: The rank of each layer, by its name in the base model.
         self.ranks = {name: int(keep.sum()) for name, keep in kept.items()}
         return keep_terms(model, kept)
 
-
-def _sizes(layer: GainedLayer) -> Tensor:
-    """‖B_:j‖·‖A_j:‖ of each term, ``(r,)``."""
-    sizes: Tensor = layer.b.detach().norm(dim=0) * layer.a.detach().norm(dim=1)
-    return sizes
+    def _kept(self, layer: GainedLayer) -> Tensor:
+        """Which terms of a layer remain, ``(r,)``."""
+        p = layer.gain.values()
+        return p >= min(self.threshold, float(p.max())) - ROUNDING
 
 
 def _weights(alpha: Tensor) -> Tensor:

@@ -57,6 +57,11 @@ class BiLoRA(Method):
         super().__post_init__()
         require_weight("gamma", self.gamma)
 
+    @property
+    def absorbed(self) -> bool:
+        """True without R."""
+        return self.gamma == 0
+
     def prepare(self, model: Any) -> None:
         """Let B be P Λ, with equal outputs."""
         for each in add_gains(model, _identity, columns=True):

@@ -64,6 +64,11 @@ class LayerScales(Method):
         super().__post_init__()
         require_weight("decay", self.decay)
 
+    @property
+    def absorbed(self) -> bool:
+        """True without decay."""
+        return self.decay == 0
+
     def prepare(self, model: Any) -> None:
         """Let B be e^u·B."""
         add_gains(model, torch.exp, columns=False)

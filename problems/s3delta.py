@@ -76,6 +76,11 @@ class S3Delta(Method):
         if not 0 < self.beta < math.inf:
             raise ProblemError(f"beta: must be finite and positive, got {self.beta}")
 
+    @property
+    def absorbed(self) -> bool:
+        """True without draws."""
+        return not self.sampled
+
     def prepare(self, model: Any) -> None:
         """Let B be z·B, with equal gates."""
         mean = partial(_gate, beta=self.beta)
@@ -107,19 +112,26 @@ class S3Delta(Method):
         """p of each layer, by its name in the base model."""
         return {each.name: each.gain.values().item() for each in gained_layers(model)}
 
-    @torch.no_grad()
+    def after_search(self, model: Any) -> None:
+        """Of a control: let the order of α be its own."""
+        if self.choose == "gates":
+            return
+        layers, draw = gained_layers(model), torch.Generator()
+        draw.manual_seed(torch.initial_seed() % 2**63)
+        scores = torch.rand(len(layers), generator=draw)
+        if self.choose == "sizes":
+            sizes = [each.gain.values().item() * (each.b @ each.a).norm() for each in layers]
+            scores = torch.tensor([float(size) for size in sizes])
+        for rank, k in enumerate(scores.argsort().tolist()):
+            layers[k].gain.u.fill_(self.beta * rank)
+
     def finish(self, model: Any) -> Any:
         """A model with a new adapter in the layers of largest p; ``layers`` has their names."""
         layers, budget = gained_layers(model), self.share * float(self._sizes.sum()) * (1 + 1e-6)
-        scores = torch.tensor([*self.gates(model).values()])
-        if self.choose == "sizes":
-            scores *= torch.tensor([float((each.b @ each.a).norm()) for each in layers])
-        elif self.choose == "random":
-            draw = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
-            scores = torch.rand(len(layers), generator=draw)
+        alpha = torch.tensor([float(each.gain.u.detach()) for each in layers])
         #: The layers that have an adapter, by name in the base model.
         self.layers = []
-        for k in scores.argsort(descending=True, stable=True).tolist():
+        for k in alpha.argsort(descending=True, stable=True).tolist():
             if self._sizes[k] <= budget:
                 self.layers.append(layers[k].name)
                 budget -= float(self._sizes[k])

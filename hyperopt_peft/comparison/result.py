@@ -181,7 +181,12 @@ class Comparison:
     def remarks(self) -> list[str]:
         """What is to know of rates, rows and runs beside the scores."""
         found, layers = [*filter(None, [self.note, *self._edges()])], dict[str, list[str]]()
-        for name in self.plan.methods:
+        for name, method in self.plan.methods.items():
+            if method.absorbed:
+                found.append(
+                    f"{name}: a lower level at its minimum absorbs the upper variables; what moves "
+                    "them is the path to it or the decay of an optimizer"
+                )
             runs = self.plan.runs_of(self.store, name, "method")
             results = [self.store.results[run] for run in runs]
             change = max(result["finish"] for result in results)

@@ -221,7 +221,7 @@ class Task:
             everything=everything,
             every=args.lower_steps if bilevel else 0,
             upper=(passes * batch - rows_of(steps, lower, batch)) / 2 if bilevel else 0.0,
-            again=bilevel and self.args.retrain != "none",
+            again=bilevel and self.args.with_defaults(trainer.method.defaults).retrain != "none",
             start=made - begin,
             a_pass=clock.seconds_a_pass(),
         )

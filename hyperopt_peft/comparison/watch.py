@@ -26,10 +26,14 @@ class Watch:
     """
 
     def __init__(self, trainer: Any, name: str) -> None:
-        self.trainer, self.name, self.change = trainer, name, 0.0
+        self.trainer, self.name, self.change, self.moved = trainer, name, 0.0, False
         self.before = [(x, x.detach().clone()) for each in trainer.levels for x in each.variables]
-        self.finish = trainer.method.finish
-        trainer.method.finish = self._finish
+        self.finish, self.after_search = trainer.method.finish, trainer.method.after_search
+        trainer.method.finish, trainer.method.after_search = self._finish, self._after_search
+
+    def _after_search(self, model: Any) -> None:
+        self.moved = self._has_moved()  # a second phase may have a model of its own
+        self.after_search(model)
 
     def _finish(self, model: Any) -> Any:
         first = self._logits(model)
@@ -48,9 +52,12 @@ class Watch:
             logits = [model(**batch).logits.flatten() for batch in batches]
         return torch.cat(logits).float()
 
+    def _has_moved(self) -> bool:
+        return not all(torch.equal(variable, value) for variable, value in self.before)
+
     def check(self) -> None:
         """Raise ProblemError where no variable has moved, or a parametrisation is left."""
-        if all(torch.equal(variable, value) for variable, value in self.before):
+        if not (self.moved or self._has_moved()):
             raise ProblemError(
                 f"{self.name}: the training has changed none of its variables; let a loss read them"
             )

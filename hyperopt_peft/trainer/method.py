@@ -28,8 +28,8 @@ class Method:
     nor ``upper`` is a baseline: one level on all rows.
 
     A `BilevelTrainer` calls in this order: ``adapter``, ``rows``, ``read_rows``, ``prepare``, the
-    levels, for each upper step ``after_upper_step``, then ``finish``, and for the second phase
-    ``all_rows``, ``read_rows`` and the lower level again, on the finished model.
+    levels, for each upper step ``after_upper_step``, then ``after_search`` and ``finish``, and for
+    the second phase ``all_rows``, ``read_rows`` and the lower level again, on the finished model.
 
     Example:
         >>> from dataclasses import dataclass
@@ -73,6 +73,14 @@ class Method:
             if not matches(value, hints[each.name]):
                 kind = type_name(hints[each.name])
                 raise ProblemError(f"{each.name}: must be {kind}, got {value!r}")
+
+    @property
+    def absorbed(self) -> bool:
+        """Whether a solved lower level absorbs the upper variables: F does not depend on them then.
+
+        The hypergradient is 0 there, and those of cheap estimators are not; a comparison says so.
+        """
+        return False
 
     def adapter(self, config: Any) -> Any:
         """The PEFT config ``config`` of a new adapter, changed to what the method needs."""
@@ -119,6 +127,12 @@ class Method:
 
     def after_upper_step(self) -> None:
         """Change upper variables in place after each upper step, such as by a projection."""
+
+    def after_search(self, model: Any) -> None:
+        """Change upper variables in place by what the lower level has learned.
+
+        With ``retrain="scratch"`` the lower level has its initial values again in ``finish``.
+        """
 
     def finish(self, model: Any) -> Any:
         """The plain model after the search: what was learned is folded in, frozen or left out.

@@ -100,6 +100,7 @@ class PhasesTrainer(TwoLevelTrainer):
             output = self._train_from(point, *args, **kwargs)
             if self.method is not None and not self._callback.signalled:
                 if self.upper is not None:
+                    self._after_search()
                     self._keep_learned(folder)
                 self._finish()
             return output
@@ -127,6 +128,7 @@ class PhasesTrainer(TwoLevelTrainer):
             if self._callback.signalled:  # the search is unfinished
                 return output
             reshard(self.model)
+            self._after_search()
             if initial is not None:
                 _assign(dict(zip(self.lower.names, self.lower.variables)), initial)
             self._keep_learned(folder)
@@ -215,6 +217,11 @@ class PhasesTrainer(TwoLevelTrainer):
             self.retrainer.release_models()
         self.model_wrapped = self.model
         self.accelerator.free_memory()
+
+    @torch.no_grad()
+    def _after_search(self) -> None:
+        if self.method is not None:
+            self.method.after_search(self.model)
 
     def _finish(self) -> None:
         """Make ``model`` the plain one of the method."""

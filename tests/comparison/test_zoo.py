@@ -1,0 +1,34 @@
+"""Every method with an upper level is compared: within its budget, beside both ablations."""
+
+from typing import Any
+
+import pytest
+
+from hyperopt_peft.problems import METHODS, LoRA, find_method
+from hyperopt_peft.trainer.method import has_upper_level
+from tests.support.comparisons import compared
+from tests.support.trainers import data
+
+#: One whose second phase is from scratch, one without any, and one that reads its rows.
+QUICK = ("autolora", "bilora", "sources")
+NAMES = [
+    pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
+    for name in METHODS
+    if has_upper_level(find_method(name)())
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_method_is_compared(name: str) -> None:
+    train, trusted = data(rows=30), data(rows=8, seed=9)
+    if name == "sources":
+        train = train.add_column("source", ["a", "b"] * 15)
+    options: dict[str, Any] = {"train_dataset": train, "passes": 50}
+    if name in ("row_weights", "seal", "weight_net", "sources"):
+        options["upper_dataset"] = trusted
+    method = find_method(name)()
+    comparison = compared({"LoRA": LoRA(), name: method}, **options)
+    head, *rows = comparison.table()
+    passes = [float(row[head.index("passes")]) for row in rows]
+    assert len(rows) == 4 and all(45 <= each <= 50 for each in passes)
+    assert any("absorbs" in each for each in comparison.sentences()) == method.absorbed
