@@ -221,10 +221,14 @@ class Task:
             everything=everything,
             every=args.lower_steps if bilevel else 0,
             upper=(passes * batch - rows_of(steps, lower, batch)) / 2 if bilevel else 0.0,
-            again=bilevel and self.args.with_defaults(trainer.method.defaults).retrain != "none",
+            again=bilevel and self._retrain(run) != "none",
             start=made - begin,
             a_pass=clock.seconds_a_pass(),
         )
+
+    def _retrain(self, run: Run) -> str:
+        retrain: str = self.args.with_defaults(self.methods[run.method].defaults).retrain
+        return retrain
 
     def require_metric(self, metrics: Mapping[str, Any]) -> None:
         """Raise ProblemError where ``metrics`` of an evaluation lack the score."""
