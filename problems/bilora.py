@@ -6,7 +6,7 @@
 The weight of a layer is W' = W0 + s·P Λ Q with a diagonal Λ. R = Σ over layers of
 ‖PᵀP − I‖² + ‖QQᵀ − I‖² is 0 where P has orthonormal columns and Q orthonormal rows. D_train and
 D_val are disjoint parts of the training set. Qiang et al. 2024, arXiv:2403.13037, variant with real
-values in Λ.
+values in Λ; of those with a softmax and with values near 0 and 1 the scale is not known.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class LayerDecay(Method):
     def penalty(self, model: Any) -> Tensor:
         """½ Σ e^(u_l)·‖w_l‖²."""
         u, layers = self.log_decays, trained_factors(model).values()
-        squares = [torch.stack([w.square().sum().to(u) for w in each]).sum() for each in layers]
+        squares = [torch.stack([w.to(u).square().sum() for w in each]).sum() for each in layers]
         total: Tensor = (u.exp() * torch.stack(squares)).sum() / 2
         return total
 

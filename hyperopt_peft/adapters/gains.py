@@ -147,6 +147,7 @@ def keep_terms(peft_model: PeftModel, kept: Mapping[str, Tensor]) -> PeftModel:
             scales[name] = rank, layer.scaling[adapter]
     if len(scales) < len(kept):
         config.target_modules = "|".join(map(re.escape, scales))
+        config.layers_to_transform = config.layers_pattern = None  # which need a list of modules
     set_layers(config, scales)
     config.init_lora_weights = True
     plain = get_peft_model(peft_model.unload(), config, adapter_name=adapter)

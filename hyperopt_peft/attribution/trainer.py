@@ -153,7 +153,7 @@ def _check_trainer(trainer: Any) -> None:
     """Raise ProblemError where the trainer trains in a way that is not known here."""
     require_trainer(trainer)
     method = method_of(trainer)
-    for name in ("finish", "after_upper_step"):
+    for name in ("finish", "after_upper_step", "after_search"):
         if getattr(type(method), name) is not getattr(Method, name):
             raise ProblemError(
                 f"training: {type(method).__name__}.{name} changes the model in the run, and its "

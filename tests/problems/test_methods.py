@@ -153,6 +153,27 @@ def test_bilora_s_penalty_is_in_float32() -> None:
     torch.testing.assert_close(narrow, orthogonality(model.double()).float(), rtol=1e-5, atol=0)
 
 
+def test_chosen_layers_load_where_the_config_had_numbers_of_layers(tmp_path: Path) -> None:
+    model = peft_model(dora=False, layers_to_transform=[0, 1], dropout=0.0)
+    method = S3Delta()
+    method.prepare(model)
+    plain = method.finish(model).eval()
+    plain.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(base_model(), tmp_path).eval()
+    assert len(lora_layers(loaded)) == len(method.layers) < len(lora_layers(peft_model()))
+    rows = {"input_ids": torch.tensor(data()["input_ids"][:4])}
+    torch.testing.assert_close(loaded(**rows).logits, plain(**rows).logits)
+
+
+def test_draws_of_gates_are_those_of_each_pass() -> None:
+    """A difference of two passes is the derivative of one."""
+    rows = [data(rows=9, seed=seed).with_format("torch")[:] for seed in (1, 2)]
+    batches, model = ([rows[0]], [rows[1]]), peft_model(dora=False, dropout=0.0).double()
+    levels = S3Delta().levels(model, data=batches, optimizers=[SGD, SGD])
+    (row,) = compare_hypergradients(*levels, ["darts"], "darts:product=exact", repeats=1).rows
+    assert row.relative_error < 1e-6
+
+
 def test_autolora_selects_ranks_and_keeps_what_remains() -> None:
     """p = (1.5, .5, 1.5, .5) and (.5, .5, 2.5, .5); equal weights all remain."""
     targets = ["layer.0", "layer.1"]
