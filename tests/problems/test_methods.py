@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +48,7 @@ from tests.support.adapted_models import (
     wrap,
 )
 from tests.support.methods import method_trainer
+from tests.support.resume import require_same_end
 from tests.support.solved_levels import SGD, assign, flat
 from tests.support.trainers import base_model, data, peft_model
 
@@ -235,6 +237,18 @@ def test_a_control_sees_what_the_search_has_learned(tmp_path: Path, kind: Any) -
     start = float(squares(model).detach())
     run.train()
     assert len(seen) == 1 and seen[0] != start
+
+
+@pytest.mark.parametrize("stop", [(4, "search"), (2, "retrain")])
+@pytest.mark.parametrize("method", [S3Delta(choose="sizes"), AutoLoRA(choose="random")], ids=repr)
+def test_a_control_resumes(tmp_path: Path, method: Any, stop: Any) -> None:
+    """Its choice is in the values that both phases share."""
+
+    def make(folder: Path, callbacks: Any = (), **settings: Any) -> Any:
+        saving = {"save_strategy": "steps", "save_steps": 3, "retrain": "scratch"}
+        return method_trainer(folder, callbacks, method=copy.deepcopy(method), **saving, **settings)
+
+    require_same_end(tmp_path, stop, make=make)
 
 
 @pytest.mark.parametrize("method", [ClassOffsets(), TunedAdjustment(tau=0.2)], ids=repr)
