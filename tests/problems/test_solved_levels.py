@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn.functional import mse_loss
 
 from hyperopt_peft import Method, check_problem, hypergradient
+from hyperopt_peft.engine.fit import lbfgs
 from hyperopt_peft.problems import AutoLoRA, BiLoRA, LayerDecay, LayerScales
+from tests.support.adapted_models import adapted_layer
 from tests.support.solved_levels import assign, flat, regression, solve
+
+SIX = LoraConfig(r=6, lora_alpha=6, target_modules=["0"])
 
 
 @pytest.mark.parametrize("method", [AutoLoRA(), LayerScales(), BiLoRA(gamma=0)], ids=repr)
@@ -47,3 +57,27 @@ def test_a_penalty_gives_the_hypergradient_of_solved_levels(method: Method) -> N
         values.append(float(upper.evaluate(0)[0]))
     assert float(gradient @ towards) == pytest.approx((values[0] - values[1]) / 2e-4, rel=1e-4)
     assert gradient.norm() > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_autolora_finds_a_planted_rank(seed: int) -> None:
+    """Of six terms with decay, two are above the mean, as many as the true update has."""
+    torch.manual_seed(seed)
+    method = AutoLoRA(decay=0.05)
+    model = get_peft_model(nn.Sequential(nn.Linear(10, 8)).double(), SIX)
+    base: Any = adapted_layer(model).get_base_layer()
+    nn.init.zeros_(base.weight)
+    for x in adapted_layer(model).parameters():
+        if x.requires_grad:
+            nn.init.normal_(x, std=0.3)
+    x, noise = torch.randn(230, 10).double(), torch.randn(230, 8).double() / 2
+    y = x @ (torch.randn(8, 2) @ torch.randn(2, 10) / 2).double().T + noise
+    rows = [slice(0, 200), slice(200, 230)]
+    task = lambda row: mse_loss(model(x[rows[row]]), y[rows[row]])  # noqa: E731
+    adam = partial(torch.optim.Adam, lr=0.2)
+    upper, lower = method.levels(model, task, data=([0], [1]), optimizers=[adam, adam])
+    for _ in range(25):
+        lbfgs(lower, 1, tolerance=1e-6, max_steps=500)
+        upper.step(hypergradient(upper, lower, "minres:steps=40,damping=1e-6"))
+    assert int((upper.variables[0].softmax(1) > 1 / 6).sum()) == 2
