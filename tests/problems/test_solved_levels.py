@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from hyperopt_peft import Method, check_problem, hypergradient
@@ -81,3 +81,45 @@ def test_autolora_finds_a_planted_rank(seed: int) -> None:
         lbfgs(lower, 1, tolerance=1e-6, max_steps=500)
         upper.step(hypergradient(upper, lower, "minres:steps=40,damping=1e-6"))
     assert int((upper.variables[0].softmax(1) > 1 / 6).sum()) == 2
+
+
+class Sum(nn.Module):
+    """y = first(x) + second(z) of layers that begin at 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 4, bias=False), nn.Linear(6, 4, bias=False)
+        for layer in (self.first, self.second):
+            nn.init.zeros_(layer.weight)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.first(x) + self.second(z)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("method", [LayerScales(decay=0.05), LayerDecay(start=-3.0)], ids=repr)
+def test_a_layer_of_a_spurious_feature_is_switched_off(method: Method, seed: int) -> None:
+    """z follows from y in the lower level's rows, and is noise in the upper level's."""
+    torch.manual_seed(seed)
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["first", "second"])
+    model = get_peft_model(Sum().double(), config)
+    for each in model.parameters():
+        if each.requires_grad:
+            nn.init.normal_(each, std=0.3)
+    x, noise, z = (torch.randn(2, 200, n).double() for n in (6, 4, 6))
+    y = x @ (torch.randn(6, 2) @ torch.randn(2, 4)).double() / 2 + noise / 2
+    z[1] = y[1] @ torch.randn(4, 6).double() / 2 + z[1] / 2
+    rows = [slice(0, 200), slice(0, 60)]
+    task = lambda k: mse_loss(model(x[k][rows[k]], z[k][rows[k]]), y[k][rows[k]])  # noqa: E731
+    adam = partial(torch.optim.Adam, lr=0.4)
+    upper, lower = method.levels(model, task, data=([0], [1]), optimizers=[adam, adam])
+    losses = []
+    for _ in range(15):
+        lbfgs(lower, 1, tolerance=1e-6, max_steps=500)
+        losses.append(float(upper.evaluate(0)[0]))
+        upper.step(hypergradient(upper, lower, "minres:steps=40,damping=1e-6"))
+    lbfgs(lower, 1, tolerance=1e-6, max_steps=500)
+    assert float(upper.evaluate(0)[0]) < 0.7 * losses[0]
+    first, second = flat(upper.variables)
+    assert (first - second) * (1 if isinstance(method, LayerScales) else -1) > 2
