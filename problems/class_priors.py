@@ -38,7 +38,7 @@ class _Counting(Method):
             counts = new + pad(counts, (0, len(new) - len(counts)))
         self.counts = counts
 
-    def shares(self, logits: Tensor) -> Tensor:
+    def class_shares(self, logits: Tensor) -> Tensor:
         """π of each class of ``logits``; a class without a label has that of half a label."""
         counts = pad(self.counts, (0, logits.shape[-1] - len(self.counts))).to(logits)
         return counts.clamp(min=0.5) / counts.sum()
@@ -54,7 +54,7 @@ class LogitAdjustment(_Counting):
     Example:
         >>> method = LogitAdjustment()
         >>> method.counts = torch.tensor([3, 1])
-        >>> method.shares(torch.zeros(1, 2))
+        >>> method.class_shares(torch.zeros(1, 2))
         tensor([0.7500, 0.2500])
     """
 
@@ -63,8 +63,9 @@ class LogitAdjustment(_Counting):
     def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Tensor:
         """The cross entropy of z + τ·log π."""
         logits, labels = logits_and_labels(model, batch)
+        logits = logits + self._tau() * self.class_shares(logits).log()
         weight: Tensor | float = batch.get(WEIGHT, 1.0)
-        return cross_entropy(logits + self._tau() * self.shares(logits).log(), labels) * weight
+        return cross_entropy(logits, labels) * weight
 
     def _tau(self) -> Tensor | float:
         return self.tau
@@ -118,7 +119,7 @@ class FrequencyWeights(_Counting):
 
     def weights(self, logits: Tensor) -> Tensor:
         """v of each class of ``logits``."""
-        shares = self.shares(logits)
+        shares = self.class_shares(logits)
         weights = shares**-self.power
         return weights / (weights * shares).sum()
 
