@@ -110,6 +110,7 @@ class BilevelTrainer(PhasesTrainer):
         **trainer: Any,
     ) -> None:
         checks.check_class(args, self.Arguments)
+        self.passes = PassCounter()
         if lower is None and upper is None:
             method = method or Method()
             self._set_up_method(model, args, method, train_dataset, upper_dataset, trainer)
@@ -148,7 +149,7 @@ class BilevelTrainer(PhasesTrainer):
             may_share_rows=self.may_share_rows,
             prepared=self.parent() is Trainer,
         )
-        self.skipped, self.passes = 0, PassCounter()
+        self.skipped = 0
         self._callback = BilevelCallback(self)
         with packed_with(self.tags):
             super().__init__(
