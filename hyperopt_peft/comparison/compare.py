@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import math
-import pickle
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import cloudpickle
-from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
 from hyperopt_peft.comparison.choice import RATES, UPPER_RATES, Plan
 from hyperopt_peft.comparison.folds import Rows
 from hyperopt_peft.comparison.heads import RATE, HeadTask
-from hyperopt_peft.comparison.result import ABLATIONS, Comparison
+from hyperopt_peft.comparison.result import Comparison
 from hyperopt_peft.comparison.store import Store
-from hyperopt_peft.comparison.task import Price, Run, Task
+from hyperopt_peft.comparison.task import Task
+from hyperopt_peft.comparison.work import Work, require_pickled
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.find import find_method
-from hyperopt_peft.trainer.checks import LEARNS
 from hyperopt_peft.trainer.fingerprint import data_fingerprint
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.trainer import BilevelTrainer
-from hyperopt_peft.utils.tables import aligned
 
 
 def compare_methods(
@@ -146,10 +141,9 @@ def compare_methods(
     rows = (train_dataset, upper_dataset, test_dataset)
     data = Rows(*rows, folds, held_out, spare=not on_heads, parts=parts)
     data, note = data.usable()
-    known = {name: _found(method) for name, method in methods.items()}
+    known = {n: m if isinstance(m, Method) else find_method(m)() for n, m in methods.items()}
     if not known:
         raise ProblemError("methods: there is none; give each by a name")
-    pickled_by_value(known.values())
     kind, budget = (HeadTask, 0.0) if on_heads else (Task, passes or 0.0)
     shared = (known, base_model, adapter, args, data, budget, metric, trainer, options)
     task = kind(*shared, frozen_dropout=frozen_dropout)
@@ -157,8 +151,7 @@ def compare_methods(
         rates, upper_rates = (0.0,), (RATE,)
     lower_is_better = metric == "loss" or args.greater_is_better is False
     plan = Plan(known, rates, upper_rates, development, seeds, lower_is_better)
-    where = None if folder is None else Path(folder)
-    number, count = part
+    where, (number, count) = None if folder is None else Path(folder), part
     store = Store(where, settings_of(task), "" if count == 1 else f"-{number}-of-{count}")
     if jobs != 1:
         require_pickled(task)
@@ -174,148 +167,37 @@ def compare_methods(
         work.do(plan.first_rates())
         work.do(plan.next_rates(store))
         work.do(plan.reported(store))
-    require_finite(store, plan.reported(store))
-    return Comparison(plan, store, metric, budget, note)
-
-
-def require_finite(store: Store, runs: Iterable[Run]) -> None:
-    """Raise ProblemError for a score of ``runs`` that is NaN or infinite."""
-    for run in runs:
+    for run in plan.reported(store):
         if not math.isfinite(score := store.results[run]["score"]):
             raise ProblemError(
                 f"{run}: the score is {score:g}, by a loss or a metric that is not finite; give "
                 "lower rates or another metric"
             )
-
-
-def pickled_by_value(methods: Iterable[Method]) -> None:
-    """Let other processes have classes of files that they cannot import by name."""
-    for module in {sys.modules[type(method).__module__] for method in methods}:
-        if module.__name__.endswith(".py") or not module.__package__:
-            cloudpickle.register_pickle_by_value(module)
-
-
-def require_pickled(task: Task) -> None:
-    """Raise ProblemError if other processes cannot get ``task``."""
-    try:
-        cloudpickle.dumps(task)
-    except (TypeError, AttributeError, ValueError, pickle.PicklingError) as error:
-        raise ProblemError(
-            f"jobs: what the runs share cannot be pickled for other processes ({error}); make it "
-            "in base_model or in a method's prepare, or leave jobs at 1"
-        ) from error
-
-
-def _found(method: Method | str) -> Method:
-    if isinstance(method, Method):
-        return method
-    return find_method(method)()
+    return Comparison(plan, store, metric, budget, note)
 
 
 def settings_of(task: Task) -> dict[str, Any]:
     """What decides all runs of ``task``, for its store."""
-    settings: dict[str, Any] = {"passes": task.passes, "metric": task.metric}
-    data, adapter = task.data, None if isinstance(task, HeadTask) else task.adapter
-    settings |= {"held_out": data.held_out, "trainer": task.trainer.__name__}
-    settings |= {"frozen_dropout": task.frozen_dropout}
-    settings |= {"adapter": None if adapter is None else adapter.to_dict()}
-    args = task.args.resume_must_match()
+    data, head = task.data, isinstance(task, HeadTask)
     changed = {"learning_rate", "upper_learning_rate", "max_steps", "seed", "retrain_arguments"}
-    settings["args"] = {name: value for name, value in args.items() if name not in changed}
-    settings["train_dataset"] = data_fingerprint(data.train)
-    settings["test_dataset"] = data_fingerprint(data.test)
-    if data.upper is not None:
-        settings |= {"upper_dataset": data_fingerprint(data.upper), "folds": data.folds}
-    if isinstance(task, HeadTask):
-        settings |= {"model": "head", "parts": data.parts}
+    args = task.args.resume_must_match()
+    settings = {
+        "passes": task.passes,
+        "metric": task.metric,
+        "model": "head" if head else None,
+        "trainer": task.trainer.__name__,
+        "frozen_dropout": task.frozen_dropout,
+        "adapter": None if head or task.adapter is None else task.adapter.to_dict(),
+        "args": {name: value for name, value in args.items() if name not in changed},
+        "train_dataset": data_fingerprint(data.train),
+        "upper_dataset": data_fingerprint(data.upper),
+        "test_dataset": data_fingerprint(data.test),
+        "held_out": data.held_out,
+        "folds": data.folds,
+        "parts": data.parts or None,
+    }
     for name, method in task.methods.items():
         own: Any = fields(method) if is_dataclass(method) else ()
         values = [getattr(method, each.name) for each in own]
         settings[f"method {name}"] = [type(method).__name__, *values, dict(method.defaults)]
     return settings
-
-
-@dataclass
-class Work:
-    """Does the runs of a comparison.
-
-    Attributes:
-        task: what they share.
-        store: gets the results.
-        jobs: processes.
-        part: (k, n) for the k-th of n shares.
-        bar: shows how many are done.
-    """
-
-    task: Task
-    store: Store
-    jobs: int
-    part: tuple[int, int]
-    bar: Any
-    _prices: dict[Any, Price] = field(default_factory=dict)
-
-    def do(self, runs: Sequence[Run]) -> None:
-        """Do those of ``runs`` that are missing and this part's.
-
-        Raises:
-            ProblemError: other parts have runs to do, on which the next ones depend.
-        """
-        number, count = self.part
-        missing = set(self.store.missing(runs))
-        every = enumerate(dict.fromkeys(runs))
-        mine = [run for k, run in every if k % count == number - 1 and run in missing]
-        priced = [(run, self._price(run)) for run in mine]
-        results = Parallel(n_jobs=self.jobs, return_as="generator_unordered")(
-            delayed(self.task.run)(run, price) for run, price in priced
-        )
-        for result in results:
-            self.store.add(result)
-            self.bar.update()
-        self.store.reload()
-        if left := self.store.missing(runs):
-            raise ProblemError(
-                f"part: {len(left)} runs of the other parts are not done; run this part again "
-                "after them"
-            )
-
-    def require_learning(self, plan: Plan) -> None:
-        """Price the reported runs; a phase of hardly any step at the highest rate is an error."""
-        rate = max(plan.rates)
-        for name, kind in plan.candidates():
-            price = self._price(Run(name, kind, plan.seeds[0], min(plan.rates)))
-            steps = max(0, min(price.steps(self.task.passes, self.task.args)))
-            if steps * rate < LEARNS and "adam" in self.task.args.optim:
-                raise ProblemError(
-                    f"passes: {self.task.passes:g} leave {name} a phase of {steps} steps, which "
-                    f"hardly train an adapter at a rate of {rate:g}; give more passes or higher "
-                    "rates"
-                )
-
-    def _price(self, run: Run) -> Price:
-        key = price_of(run)
-        if key not in self._prices:
-            self._prices[key] = self.task.price(run)
-        return self._prices[key]
-
-    def estimate(self, plan: Plan) -> str:
-        """The runs of each method, with their passes and minutes by one timed upper step."""
-        rows, total = [["method", "runs", "steps", "passes", "minutes"]], 0.0
-        for name, kind in plan.candidates():
-            rate = plan.rates[0]
-            run = Run(name, kind, plan.seeds[0], rate)
-            self.task.price(run)  # fills the store of frozen layers
-            price = self.task.price(run)
-            steps = price.steps(self.task.passes, self.task.args)
-            passes = sum(price.spent(steps).values())
-            runs = plan.count(name, kind)
-            minutes = runs * (price.start + passes * price.a_pass) / 60
-            total += minutes
-            numbers = [str(runs), " + ".join(map(str, steps)), f"{passes:.0f}", f"{minutes:.1f}"]
-            rows.append([name + ABLATIONS[kind], *numbers])
-        lines = [aligned(rows), f"together about {total / self.jobs:.0f} minutes", self.task.layers]
-        return "\n".join(lines)
-
-
-def price_of(run: Run) -> tuple[str, bool, bool]:
-    """What the price of ``run`` depends on; a frozen upper level costs what a free one does."""
-    return run.method, run.kind == "one level", run.development

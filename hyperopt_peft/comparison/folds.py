@@ -19,12 +19,7 @@ class Rows:
     """The rows of a comparison, and their division for each run.
 
     Attributes:
-        train: of the lower level.
-        upper: the trusted rows, or None.
-        test: score the reported runs; None with ``folds``.
-        folds: K parts of the trusted rows, each of which scores a seed of K.
-        held_out: the share of the rows that scores development runs, of the trusted ones where
-            there are some.
+        train, upper, test, folds, held_out: as in `compare_methods`.
         spare: whether folds leave a further part out, which scores the development runs alone.
         parts: the seeds that score a part of ``test`` each, where a training has no random part
             and seeds would otherwise be equal.
@@ -48,9 +43,8 @@ class Rows:
         if (self.test is None) == (self.folds is None):
             raise ProblemError("test_dataset: give either test_dataset or folds")
         tables = {"upper_dataset": self.upper, "test_dataset": self.test}
-        for name, rows in {"train_dataset": self.train, **tables}.items():
-            if rows is None and name in tables:
-                continue
+        given = {name: rows for name, rows in tables.items() if rows is not None}
+        for name, rows in {"train_dataset": self.train, **given}.items():
             require_examples(name, rows)
             if not isinstance(rows, Dataset):
                 kind = type(rows).__name__
@@ -70,7 +64,8 @@ class Rows:
             raise ProblemError(
                 f"folds: {self.folds} of {len(self.upper)} trusted rows; give 2 to {most}"
             )
-        again += _repeated(self.upper)
+        digest = [*digests(self.upper, self.upper.column_names)]
+        again += [row for row, each in enumerate(digest) if digest.index(each) < row]
         if again:
             raise ProblemError(
                 f"upper_dataset: row {min(again)} (from 0) is in another fold or in train_dataset "
@@ -82,7 +77,7 @@ class Rows:
         """The rows (lower level, trusted, scoring) of a run.
 
         Example:
-            >>>             >>> trusted = Dataset.from_dict({"x": range(6)})
+            >>> trusted = Dataset.from_dict({"x": range(6)})
             >>> rows = Rows(Dataset.from_dict({"x": [9]}), trusted, folds=3, spare=False)
             >>> sorted(x for seed in range(3, 6) for x in rows.of(seed, False)[2]["x"])
             [0, 1, 2, 3, 4, 5]
@@ -110,10 +105,3 @@ class Rows:
         parts = KFold(folds, shuffle=True, random_state=seed // folds).split(rest)
         train, fold = [*parts][seed % folds]
         return self.upper.select([*rest[train], *spare]), self.upper.select(rest[fold])
-
-
-def _repeated(rows: Any) -> list[int]:
-    """The numbers of rows that are there before."""
-    first = dict[int, int]()
-    found = enumerate(digests(rows, rows.column_names))
-    return [row for row, digest in found if first.setdefault(digest, row) != row]

@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from hyperopt_peft.trainer.tags import without
 from hyperopt_peft.utils.models import base_model, evaluating
 
 #: The states ``(tokens, d)`` above the frozen layers, by the tokens of a text.
@@ -186,8 +187,8 @@ def _batches(trainer: Any) -> list[dict[str, Any]]:
         order = sorted(range(len(rows)), key=lengths.__getitem__)
         rows = rows.select([order[0], order[-1]])
     batches = [rows.select(range(min(count, len(rows)))) for count in (2, 1)]
-    loaded = [next(iter(trainer.get_eval_dataloader(each))) for each in batches]
-    return [{name: x for name, x in batch.items() if name not in trainer.tags} for batch in loaded]
+    loaded = (next(iter(trainer.get_eval_dataloader(each))) for each in batches)
+    return [without(batch, trainer.tags) for batch in loaded]
 
 
 def _before(model: Any, layer: nn.Module, batch: dict[str, Any]) -> tuple[set[nn.Module], Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.trainer.tags import without
 from hyperopt_peft.utils.models import evaluating
 
 #: The test rows whose logits `Method.finish` should not change.
@@ -42,9 +43,8 @@ class Watch:
     def _logits(self, model: Any) -> Tensor:
         rows = self.trainer.eval_dataset
         loader = self.trainer.get_eval_dataloader(rows.select(range(min(len(rows), ROWS))))
-        tags = {*self.trainer.tags}
         with torch.no_grad(), evaluating(model):
-            batches = ({k: v for k, v in batch.items() if k not in tags} for batch in loader)
+            batches = (without(batch, self.trainer.tags) for batch in loader)
             logits = [model(**batch).logits.flatten() for batch in batches]
         return torch.cat(logits).float()
 

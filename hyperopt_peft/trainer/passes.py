@@ -23,11 +23,9 @@ class PassCounter(TrainerCallback):
     pass too, and counts them twice. Forward passes without a gradient count nothing. A batch whose
     rows are joined to one, without padding, counts as a whole micro-batch.
 
-    Args:
-        limit: the passes after which the training ends.
-
     Attributes:
         passes: the count since `begin`.
+        limit: the passes after which the training ends.
         joined: whether a batch had its rows joined to one.
 
     Example:
@@ -42,8 +40,8 @@ class PassCounter(TrainerCallback):
         1.5
     """
 
-    def __init__(self, limit: float = math.inf) -> None:
-        self.limit, self.joined, self._paused = limit, False, False
+    def __init__(self) -> None:
+        self.limit, self.joined, self._paused = math.inf, False, False
         self._hook: Any = None
         self.begin()
 
