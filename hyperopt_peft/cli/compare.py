@@ -88,6 +88,9 @@ def run(argv: Sequence[str]) -> None:
     if command.folds and setup.upper is None:
         raise ProblemError("folds: are of trusted examples; give upper_file")
     output = Path(args.output_dir)
+    if command.overwrite_output_dir and not command.dry_run and int(count) == 1:
+        for path in output.glob("runs*.jsonl"):
+            path.unlink()
     base, _ = setup.base()
     comparison = compare_methods(
         {name: each.method for name, each in zip(names, chosen, strict=True)},

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
+
+from transformers import TrainerCallback
 
 from hyperopt_peft.core.problem import Problem, TaskLoss
 from hyperopt_peft.trainer.method import Method
@@ -14,8 +17,14 @@ class OneLevel(Method):
     def __init__(self, method: Method) -> None:
         self.method, self.tags = method, method.tags
         self.defaults = {k: v for k, v in method.defaults.items() if k != "hypergradient"}
-        for name in ("adapter", "rows", "all_rows", "prepare", "after_upper_step", "finish"):
+        for name in ("adapter", "rows", "prepare", "after_upper_step", "finish"):
             setattr(self, name, getattr(method, name))
+
+    def all_rows(self, train: Any, upper: Any) -> Any:
+        """As ``method``'s; all of them where those are chosen by what a search has learned."""
+        with suppress(AttributeError):
+            return self.method.all_rows(train, upper)
+        return super().all_rows(train, upper)
 
     def read_rows(self, model: Any, rows: Any, collate: Any) -> None:
         """As ``method``'s; the class has it, since a trainer asks the class."""
@@ -31,6 +40,19 @@ class _Together(Problem):
         self.lower = lower
         pairs = [(n, x) for each in (lower, upper) for n, x in zip(each.names, each.variables)]
         super().__init__(pairs, name=f"{lower.name} in one level")
+        if (prior := lower.prior) is not None:
+            self.prior = lambda variables: prior(variables[: len(lower.variables)])
 
     def loss(self, batch: Any) -> Any:
         return self.lower.loss(batch)
+
+
+class Projects(TrainerCallback):
+    """Calls a method's ``after_upper_step`` after each step, which moves its upper variables."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Project."""
+        self.method.project()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +17,7 @@ from tqdm.auto import tqdm
 
 from hyperopt_peft.comparison.choice import RATES, UPPER_RATES, Plan
 from hyperopt_peft.comparison.folds import Rows
+from hyperopt_peft.comparison.frozen_layers import forget
 from hyperopt_peft.comparison.heads import RATE, HeadTask
 from hyperopt_peft.comparison.result import Comparison
 from hyperopt_peft.comparison.store import Store
@@ -22,6 +28,10 @@ from hyperopt_peft.problems.find import find_method
 from hyperopt_peft.trainer.fingerprint import data_fingerprint
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.trainer import BilevelTrainer
+
+#: How the names of scores end that are better where they are lower.
+LOWER_IS_BETTER = ("loss", "error", "mse", "mae", "perplexity", "wer", "cer", "ece", "brier")
+PACKAGES = ("hyperopt-peft", "torch", "transformers", "peft")
 
 
 def compare_methods(
@@ -38,6 +48,7 @@ def compare_methods(
     passes: float | None = None,
     seeds: Iterable[int] | None = None,
     metric: str = "loss",
+    lower_is_better: bool | None = None,
     rates: Sequence[float] = RATES,
     upper_rates: Sequence[float] = UPPER_RATES,
     development: Iterable[int] = range(100, 103),
@@ -67,9 +78,10 @@ def compare_methods(
 
     Args:
         methods: by name; the first one is what the others are compared with.
-        base_model: makes the model without an adapter.
+        base_model: makes a new model without an adapter at each call.
         adapter: the PEFT config, which a method may change.
-        args: the arguments of all runs but rates, lengths, seeds and folders.
+        args: the arguments of all runs but rates, lengths, seeds and folders; a second training has
+            the rate and the batch of the first one.
         train_dataset: the rows; a method with an upper level splits them without trusted ones.
         upper_dataset: the trusted rows; a baseline trains on them too, as its ``all_rows`` says.
         test_dataset: the rows that score; those that are training rows too are left out.
@@ -79,6 +91,8 @@ def compare_methods(
         seeds: each is a split, a start and an order of the rows, the same for all methods; by
             default five, or as many as folds.
         metric: the score, a key of ``compute_metrics``, or ``loss``.
+        lower_is_better: of the score; by default of those whose name is that of a loss or an error,
+            such as ``mse`` or ``perplexity``. The heading says which.
         rates, upper_rates: the grids.
         development: the seeds of the runs that choose the rates.
         held_out: the share of the trusted rows, or without those of the training rows, that scores
@@ -124,8 +138,8 @@ def compare_methods(
         >>> [row[0] for row in comparison.table()[1:]]
         ['LoRA', 'BiDoRA', 'BiDoRA, upper level frozen', 'BiDoRA, one level']
     """
-    seeds = list(dict.fromkeys(seeds if seeds is not None else range(folds or 5)))
-    development, on_heads = list(dict.fromkeys(development)), model == "head"
+    seeds = list(dict.fromkeys(map(int, seeds if seeds is not None else range(folds or 5))))
+    development, on_heads = list(dict.fromkeys(map(int, development))), model == "head"
     if len(seeds) < 2 or not development:
         raise ProblemError(
             f"seeds: {len(seeds)} reported and {len(development)} of development; one seed has no "
@@ -137,6 +151,8 @@ def compare_methods(
         )
     if passes is None and not on_heads:
         raise ProblemError("passes: there is no budget; give the passes of a run, such as 300")
+    if part != (1, 1) and folder is None:
+        raise ProblemError("part: the parts share their runs through a folder; give folder")
     parts = seeds if on_heads and folds is None else ()
     rows = (train_dataset, upper_dataset, test_dataset)
     data = Rows(*rows, folds, held_out, spare=not on_heads, parts=parts)
@@ -149,10 +165,13 @@ def compare_methods(
     task = kind(*shared, frozen_dropout=frozen_dropout)
     if on_heads:
         rates, upper_rates = (0.0,), (RATE,)
-    lower_is_better = metric == "loss" or args.greater_is_better is False
+    if lower_is_better is None:
+        lower_is_better = metric.lower().endswith(LOWER_IS_BETTER)
     plan = Plan(known, rates, upper_rates, development, seeds, lower_is_better)
     where, (number, count) = None if folder is None else Path(folder), part
-    store = Store(where, settings_of(task), "" if count == 1 else f"-{number}-of-{count}")
+    store = Store(
+        where, settings_of(task) if where else {}, "" if count == 1 else f"-{number}-of-{count}"
+    )
     if jobs != 1:
         require_pickled(task)
     total, done = sum(plan.count(*each) for each in plan.candidates()), len(store.results)
@@ -167,6 +186,7 @@ def compare_methods(
         work.do(plan.first_rates())
         work.do(plan.next_rates(store))
         work.do(plan.reported(store))
+    forget()
     for run in plan.reported(store):
         if not math.isfinite(score := store.results[run]["score"]):
             raise ProblemError(
@@ -177,7 +197,11 @@ def compare_methods(
 
 
 def settings_of(task: Task) -> dict[str, Any]:
-    """What decides all runs of ``task``, for its store."""
+    """What decides all runs of ``task``, for its store.
+
+    Raises:
+        ProblemError: ``base_model`` returns one model again and again.
+    """
     data, head = task.data, isinstance(task, HeadTask)
     changed = {"learning_rate", "upper_learning_rate", "max_steps", "seed", "retrain_arguments"}
     args = task.args.resume_must_match()
@@ -189,6 +213,11 @@ def settings_of(task: Task) -> dict[str, Any]:
         "frozen_dropout": task.frozen_dropout,
         "adapter": None if head or task.adapter is None else task.adapter.to_dict(),
         "args": {name: value for name, value in args.items() if name not in changed},
+        "retrain": task.args.retrain,
+        "retrain_arguments": task.retrain_arguments,
+        "base_model": task.fingerprint(),
+        "options": {name: code_of(value) for name, value in task.options.items()},
+        "versions": {name: version(name) for name in PACKAGES},
         "train_dataset": data_fingerprint(data.train),
         "upper_dataset": data_fingerprint(data.upper),
         "test_dataset": data_fingerprint(data.test),
@@ -199,5 +228,19 @@ def settings_of(task: Task) -> dict[str, Any]:
     for name, method in task.methods.items():
         own: Any = fields(method) if is_dataclass(method) else ()
         values = [getattr(method, each.name) for each in own]
-        settings[f"method {name}"] = [type(method).__name__, *values, dict(method.defaults)]
+        code = code_of(type(method))
+        settings[f"method {name}"] = [code, *values, dict(method.defaults)]
     return settings
+
+
+def code_of(thing: Any) -> str:
+    """The name of a function or class, or of a value's class; with its code, if it is a user's."""
+    if not callable(thing) or not hasattr(thing, "__qualname__"):
+        thing = type(thing)
+    name, module = f"{thing.__module__}.{thing.__qualname__}", sys.modules.get(thing.__module__)
+    folder = str(getattr(module, "__file__", ""))
+    if "site-packages" in folder or thing.__module__.startswith("hyperopt_peft"):
+        return name
+    with suppress(OSError, TypeError):  # as of a function that was typed in
+        name += f" {hashlib.sha256(inspect.getsource(module or thing).encode()).hexdigest()[:12]}"
+    return name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,11 +50,20 @@ class Rows:
             if not isinstance(rows, Dataset):
                 kind = type(rows).__name__
                 raise ProblemError(f"{name}: must be a datasets.Dataset, got a {kind}")
+        if self.spare and self.upper is not None and len(self.upper) < 2:
+            raise ProblemError(
+                "upper_dataset: one trusted row cannot both train and choose a rate; give more"
+            )
         if self.folds is None:
             both = [*shared_rows(self.test, self.train), *shared_rows(self.test, self.upper)]
             rest, count = sorted({*range(len(self.test))} - {*both}), len(self.test)
             if not rest:
                 raise ProblemError("test_dataset: all of its rows are training rows; give others")
+            if len(rest) < len(self.parts):
+                raise ProblemError(
+                    f"test_dataset: {len(rest)} rows for {len(self.parts)} seeds, each of which "
+                    "scores some of its own; give more rows or fewer seeds"
+                )
             if len(rest) == count:
                 return self, ""
             note = f"{count - len(rest)} of {count} test rows are training rows too, and left out"
@@ -90,11 +100,17 @@ class Rows:
         if not development:
             return self.train, self.upper, self.test
         if self.upper is None:
-            lower, scored = split_dataset(self.train, self.held_out, seed)
-            return lower, None, scored
-        halves = ShuffleSplit(1, test_size=self.held_out, random_state=seed).split(self.upper)
-        rest, held = next(halves)
+            with suppress(ProblemError):  # of a class that is too rare to be in both parts
+                lower, scored = split_dataset(self.train, self.held_out, seed)
+                return lower, None, scored
+            rest, held = self._halves(self.train, seed)
+            return self.train.select(rest), None, self.train.select(held)
+        rest, held = self._halves(self.upper, seed)
         return self.train, self.upper.select(rest), self.upper.select(held)
+
+    def _halves(self, rows: Any, seed: int) -> Any:
+        halves = ShuffleSplit(1, test_size=self.held_out, random_state=seed)
+        return next(halves.split(np.arange(len(rows))))
 
     def _fold(self, seed: int, development: bool, folds: int) -> tuple[Any, Any]:
         rest, spare = np.arange(len(self.upper)), np.arange(0)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
@@ -79,7 +80,7 @@ class HeadTask(Task):
     def price(self, run: Run) -> Price:
         """A price without passes; ``start`` is the seconds of ``run``."""
         self.read()
-        price = Price(1, 1, 1)
+        price = Price(1, 1, 1, 1)
         return replace(price, start=self.run(run, price)["seconds"])
 
     @no_bars()
@@ -143,7 +144,8 @@ class HeadTask(Task):
             logits = reduce(logits, labels)
         if measure := self.options.get("compute_metrics"):
             metrics |= measure(EvalPrediction(logits.numpy(), labels.numpy()))
-        return {f"eval_{name.removeprefix('eval_')}": float(x) for name, x in metrics.items()}
+        numbers = {k.removeprefix("eval_"): x for k, x in metrics.items() if np.ndim(x) == 0}
+        return {f"eval_{name}": float(x) for name, x in numbers.items()}
 
     def read(self) -> None:
         """Make the features of all rows, once, and tables that have their numbers."""

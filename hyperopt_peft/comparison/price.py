@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
+from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.passes import PassCounter
 
 
@@ -42,6 +43,7 @@ class Price:
     """What the steps of a method cost.
 
     Attributes:
+        unit: the rows of a pass, the same for all methods.
         batch: the rows of a lower step.
         lower, everything: the rows of the first phase, and of the second one.
         every: the lower steps from one upper step to the next; 0 without an upper level.
@@ -50,6 +52,7 @@ class Price:
         start, a_pass: the seconds before the first step, and those of a pass.
     """
 
+    unit: int
     batch: int
     lower: int
     everything: int
@@ -61,7 +64,7 @@ class Price:
 
     def spent(self, steps: Sequence[int]) -> dict[str, float]:
         """The passes of ``steps``: of lower steps, of upper steps, and of the second training."""
-        return {name: rows / self.batch for name, rows in self._rows(*steps).items()}
+        return {name: rows / self.unit for name, rows in self._rows(*steps).items()}
 
     def _rows(self, search: int, again: int = 0) -> dict[str, float]:
         return {
@@ -76,10 +79,10 @@ class Price:
         Both phases have about as many. The search ends with an upper step.
 
         Example:
-            >>> Price(10, lower=80, everything=100, every=4, upper=20, again=True).steps(300)
+            >>> Price(10, 10, lower=80, everything=100, every=4, upper=20, again=True).steps(300)
             [120, 120]
         """
-        allowed = passes * self.batch
+        allowed = passes * self.unit
         if not self.every:
             return [steps_for(allowed, self.lower, self.batch)]
         a_cycle = sum(self._rows(self.every, self.every if self.again else 0).values())
@@ -88,13 +91,18 @@ class Price:
         return [search, *([steps_for(left, self.everything, self.batch)] if self.again else [])]
 
 
-def measured(trainer: Any, start: float) -> Price:
+def measured(trainer: Any, start: float, unit: int) -> Price:
     """The price of the steps of ``trainer``, by its first two upper steps, or four lower ones.
 
     Args:
         trainer: before its training, which it does.
         start: the seconds that a run takes before.
+        unit: the rows of a pass.
+
+    Raises:
+        ProblemError: the steps send no row through the model.
     """
+    trainer.passes.unit = unit
     args, passes, again = trainer.args, trainer.passes, trainer.has_second_phase
     every = 0 if trainer.upper is None else args.lower_steps
     args.max_steps, args.retrain = 2 * every or 4, "none"
@@ -108,10 +116,18 @@ def measured(trainer: Any, start: float) -> Price:
     batch = args.train_batch_size * args.gradient_accumulation_steps
     if passes.joined:  # each batch counts as a whole one
         lower, everything = (-(-rows // batch) * batch for rows in (lower, everything))
-    upper = (passes.passes * batch - rows_of(2 * every, lower, batch)) / 2 if every else 0.0
     (begin, first), *_, (end, last) = clock.ends  # without the first step, which allocates
+    if last == first:
+        raise ProblemError(
+            "passes: a step sends no row through the model itself, so that none can be counted; "
+            "let the losses call the model"
+        )
+    if every != 1:  # a row may be several for the model, as the pairs of DPO
+        copies = max(1, round(first * unit / min(batch, lower)))
+        batch, lower, everything = batch * copies, lower * copies, everything * copies
+    upper = (passes.passes * unit - rows_of(2 * every, lower, batch)) / 2 if every else 0.0
     a_pass = (end - begin) / (last - first)
-    return Price(batch, lower, everything, every, upper, again, start, a_pass)
+    return Price(unit, batch, lower, everything, every, upper, again, start, a_pass)
 
 
 class _Clock(TrainerCallback):

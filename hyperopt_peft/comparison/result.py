@@ -138,7 +138,7 @@ class Comparison:
         parts = ["the upper level", "the split of the rows, fewer steps and the rate"]
         if name != self.first:
             ways.append((self.first, "method"))
-            parts.append("the variables and the adapter")
+            parts.append("the variables, the adapter and the rate")
         terms = []
         for part, one, other in zip(parts, ways[:-1], ways[1:], strict=True):
             gaps = self.differences(one, other)
@@ -158,12 +158,14 @@ class Comparison:
                         f"{name}{ABLATIONS[kind]}: at the rate {rates} a score is not finite, "
                         "which counts as the worst"
                     )
-            edges = (self.plan.rates[0], self.plan.rates[-1])
-            if kind != "frozen" and len(self.plan.rates) > 1 and best.rate in edges:
-                found.append(
-                    f"{name}{ABLATIONS[kind]}: the best rate, {best.rate:g}, is at the edge of the "
-                    "rates; give further ones"
-                )
+            chosen = {"rate": best.rate, "upper rate": best.upper_rate}
+            for what, grid in (("rate", self.plan.rates), ("upper rate", self.plan.upper_rates)):
+                edges = (min(grid), max(grid))
+                if kind != "frozen" and len(grid) > 1 and chosen[what] in edges:
+                    found.append(
+                        f"{name}{ABLATIONS[kind]}: the best {what}, {chosen[what]:g}, is at the "
+                        f"edge of the {what}s; give further ones"
+                    )
         return found
 
     def remarks(self) -> list[str]:
@@ -202,9 +204,10 @@ class Comparison:
     def heading(self) -> str:
         """What the table shows."""
         rows = "folds of the trusted rows" if self.store.settings.get("folds") else "the test rows"
+        better = " (lower is better)" if self.plan.lower_is_better else ""
         passes = f"{self.passes:g} passes a run" if self.passes else "heads at their minimum"
         return (
-            f"{self.metric} on {rows}, {passes}, means of {len(self.plan.seeds)} seeds with 95 % "
+            f"{self.metric}{better} on {rows}, {passes}, means of {len(self.plan.seeds)} seeds with 95 % "
             "intervals"
         )
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
+import hashlib
 import math
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -14,7 +17,7 @@ from typing import Any, Literal
 from peft import get_peft_model
 from transformers import set_seed
 
-from hyperopt_peft.comparison.ablations import OneLevel
+from hyperopt_peft.comparison.ablations import OneLevel, Projects
 from hyperopt_peft.comparison.folds import Rows
 from hyperopt_peft.comparison.frozen_layers import compute_once
 from hyperopt_peft.comparison.price import Price, measured, peak_memory
@@ -22,6 +25,7 @@ from hyperopt_peft.comparison.watch import Watch
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.data import shared_rows
+from hyperopt_peft.trainer.fingerprint import frozen_fingerprint
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.quiet import QUIET, no_bars
 from hyperopt_peft.trainer.trainer import BilevelTrainer
@@ -34,6 +38,9 @@ ABLATIONS: dict[Kind, str] = {
     "frozen": ", upper level frozen",
     "one level": ", one level",
 }
+
+#: The rows that an evaluation is tried on.
+SOME = 64
 
 
 @dataclass(frozen=True)
@@ -96,12 +103,13 @@ class Task:
         planned = price.steps(self.passes)
         sizes: dict[str, Any] = {"max_steps": planned[0]}
         if price.again:
-            again: Any = self.args.retrain_arguments or {}
-            sizes["retrain_arguments"] = {**again, "max_steps": planned[1]}
+            own = self.methods[run.method].defaults.get("retrain_arguments") or {}
+            given = self.retrain_arguments or _without_sizes(own)
+            sizes["retrain_arguments"] = {**given, "max_steps": planned[1]}
         metrics: dict[str, float] = {}
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
             trainer = self.make(run, self.data.of(run.seed, run.development), folder, **sizes)
-            trainer.passes.limit = self.passes
+            trainer.passes.limit, trainer.passes.unit = self.passes, self.unit
             watch, peak = Watch(trainer, run.method), peak_memory()
             with suppress(NonFiniteError):  # such as a rate that is too high; it has no score
                 trainer.train()
@@ -124,6 +132,36 @@ class Task:
             memory=peak(),
             finish=watch.change,
         )
+
+    @property
+    def unit(self) -> int:
+        """The rows of a pass, for every method: those of a lower step by the user's arguments."""
+        return int(self.args.train_batch_size * self.args.gradient_accumulation_steps)
+
+    @property
+    def retrain_arguments(self) -> dict[str, Any]:
+        """Those that are given for a second training, without what the comparison decides."""
+        return _without_sizes(self.args.retrain_arguments or {})
+
+    @no_bars()
+    def fingerprint(self) -> str:
+        """The identity of the model that ``base_model`` makes.
+
+        Raises:
+            ProblemError: the same model again and again.
+        """
+        set_seed(0)
+        model = self.base_model()
+        alive, found = weakref.ref(model), frozen_fingerprint(model, [])
+        config = str(getattr(model, "config", ""))
+        del model
+        gc.collect()
+        if alive() is not None:
+            raise ProblemError(
+                "base_model: returns one model again and again, which each run would train further; "
+                "let it make a new one"
+            )
+        return hashlib.sha256(f"{found} {config}".encode()).hexdigest()
 
     def line(self, run: Run, metrics: Mapping[str, Any], **more: Any) -> dict[str, Any]:
         """The entries of ``run``; without ``metrics`` of its evaluation the score is NaN."""
@@ -148,12 +186,15 @@ class Task:
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
             trainer = self.make(run, data, folder, max_steps=4)
             rows = trainer.eval_dataset  # as the trainer has prepared them
-            self.require_metric(trainer.evaluate(rows.select(range(min(len(rows), 8)))))
+            some = range(0, len(rows), -(-len(rows) // SOME))  # of every class, if they are sorted
+            self.require_metric(trainer.evaluate(rows.select(some)))
             try:
-                price = measured(trainer, time.perf_counter() - begin)
+                price = measured(trainer, time.perf_counter() - begin, self.unit)
             except NonFiniteError as error:
                 where, _, _ = str(error).partition(";")
                 raise ProblemError(f"{run}: {where}; give lower rates") from error
+        if run.development:  # a repeated row may be on both sides
+            return price
         for rows in (trainer.train_dataset, trainer.upper_dataset, trainer.all_rows()):
             known = {*data[2].column_names} <= {*getattr(rows, "column_names", ())}
             if known and (common := shared_rows(data[2], rows)):
@@ -180,13 +221,17 @@ class Task:
         """A trainer of ``run``, which writes and shows nothing."""
         args, method = copy.copy(self.args), self.method_of(run)
         changes = {**QUIET, "output_dir": folder, "disable_tqdm": True, "seed": run.seed}
+        changes |= {"data_seed": None, "dataloader_drop_last": False}
+        changes |= {"retrain_arguments": self.retrain_arguments or None}
         upper_rate = 0.0 if run.kind == "frozen" else run.upper_rate
         if upper_rate is not None:
             changes["upper_learning_rate"] = upper_rate
-        for name, value in {**changes, "learning_rate": run.rate, **sizes}.items():
-            setattr(args, name, value)
+        changes |= {"learning_rate": run.rate, **sizes}
+        # A method's defaults are for what the run leaves open.
+        args.__dict__.update(changes, _user_names={*args.__dict__["_user_names"], *changes})
         set_seed(run.seed)
         model, options = self.base_model(), dict(self.options)
+        set_seed(run.seed)  # which base_model may have changed
         if self.adapter is not None:
             options["peft_config"] = None
             model = get_peft_model(model, method.adapter(copy.deepcopy(self.adapter)))
@@ -199,5 +244,14 @@ class Task:
             eval_dataset=rows[2],
             **{name: value for name, value in options.items() if value is not None},
         )
+        if run.kind == "one level":
+            trainer.add_callback(Projects(method))
         self.layers = compute_once(trainer, dropout=self.frozen_dropout)
         return trainer
+
+
+def _without_sizes(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a second training, without its rate, its length and its batch."""
+    decided = {"learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size"}
+    decided |= {"gradient_accumulation_steps"}
+    return {name: value for name, value in arguments.items() if name not in decided}
