@@ -74,8 +74,9 @@ class Rows:
             raise ProblemError(
                 f"folds: {self.folds} of {len(self.upper)} trusted rows; give 2 to {most}"
             )
-        digest = [*digests(self.upper, self.upper.column_names)]
-        again += [row for row, each in enumerate(digest) if digest.index(each) < row]
+        first = dict[int, int]()
+        rows = enumerate(digests(self.upper, self.upper.column_names))
+        again += [row for row, digest in rows if first.setdefault(digest, row) < row]
         if again:
             raise ProblemError(
                 f"upper_dataset: row {min(again)} (from 0) is in another fold or in train_dataset "
