@@ -76,7 +76,8 @@ class Price:
     def steps(self, passes: float) -> list[int]:
         """The steps of each phase of a run of ``passes`` passes.
 
-        Both phases have about as many. The search ends with an upper step.
+        Both phases have about as many. The search ends with an upper step; without a second phase
+        it ends with the lower steps that are left.
 
         Example:
             >>> Price(10, 10, lower=80, everything=100, every=4, upper=20, again=True).steps(300)
@@ -88,7 +89,9 @@ class Price:
         a_cycle = sum(self._rows(self.every, self.every if self.again else 0).values())
         search = max(1, int(allowed // a_cycle)) * self.every
         left = allowed - sum(self._rows(search).values())
-        return [search, *([steps_for(left, self.everything, self.batch)] if self.again else [])]
+        if self.again:
+            return [search, steps_for(left, self.everything, self.batch)]
+        return [search + min(self.every - 1, int(max(0, left) // self.batch))]
 
 
 def measured(trainer: Any, start: float, unit: int) -> Price:

@@ -207,8 +207,8 @@ class Comparison:
         better = " (lower is better)" if self.plan.lower_is_better else ""
         passes = f"{self.passes:g} passes a run" if self.passes else "heads at their minimum"
         return (
-            f"{self.metric}{better} on {rows}, {passes}, means of {len(self.plan.seeds)} seeds with 95 % "
-            "intervals"
+            f"{self.metric}{better} on {rows}, {passes}, means of {len(self.plan.seeds)} seeds "
+            "with 95 % intervals"
         )
 
     def __str__(self) -> str:

@@ -158,8 +158,8 @@ class Task:
         gc.collect()
         if alive() is not None:
             raise ProblemError(
-                "base_model: returns one model again and again, which each run would train further; "
-                "let it make a new one"
+                "base_model: returns one model again and again, which each run would train "
+                "further; let it make a new one"
             )
         return hashlib.sha256(f"{found} {config}".encode()).hexdigest()
 
