@@ -99,7 +99,7 @@ def test_a_method_without_a_second_training_spends_all_on_its_search() -> None:
     task = Task({"BiLoRA": BiLoRA()}, *parts_of("classes"), rows, 40, "loss")
     run = Run("BiLoRA", "method", 0, 6e-2, 1e-2)
     result = task.run(run, task.price(run))
-    assert len(result["steps"]) == 1 and 38 <= result["passes"] <= 42
+    assert len(result["steps"]) == 1 and 34 <= result["passes"] <= 41  # less than a cycle
 
 
 def test_killed_twice_it_goes_on_with_the_same_lines(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -46,7 +47,9 @@ def test_the_direction_of_a_score_is_that_of_its_name(name: str, lower: bool) ->
 class Bounded(Method):
     """A factor u ≥ 0 of the loss, which descent would take below; with rates of its own."""
 
-    defaults = {"learning_rate": 1e-3, "upper_learning_rate": 0.5, "hypergradient": "darts"}
+    defaults = MappingProxyType(
+        {"learning_rate": 1e-3, "upper_learning_rate": 0.5, "hypergradient": "darts"}
+    )
 
     def prepare(self, model: Any) -> None:
         self.factor = torch.ones((), requires_grad=True)
