@@ -9,8 +9,8 @@ from benchmarks import pages
 from benchmarks.measure import table
 from benchmarks.study.cells import CELLS, TASKS, stored
 from hyperopt_peft.comparison import AcrossTasks, Comparison
-from hyperopt_peft.comparison.result import ABLATIONS, shown
-from hyperopt_peft.comparison.task import Kind
+from hyperopt_peft.comparison.result import shown
+from hyperopt_peft.comparison.task import ABLATIONS, Kind
 
 TABLES = pages.RESULTS / "study.md"
 PAGE, FIGURE = pages.DOCS / "results.md", pages.DOCS / "results.png"

@@ -15,6 +15,7 @@ from hyperopt_peft.attribution.trainer_data import TrainerData
 from hyperopt_peft.core.examples import WeightedRows
 from hyperopt_peft.errors import NonFiniteError
 from hyperopt_peft.trainer.method import Method
+from hyperopt_peft.trainer.passes import PassCounter
 from hyperopt_peft.trainer.phases import lower_of, options_of_retraining, upper_of
 from hyperopt_peft.trainer.step import Accumulated, MicroBatch
 from hyperopt_peft.trainer.trainer import BilevelTrainer
@@ -35,7 +36,7 @@ class RecordedTrainer(BilevelTrainer):
     def __init__(
         self, trainer: Any, args: Any, data: TrainerData, options: dict[str, Any], *, twice: bool
     ) -> None:
-        self.method = method = method_of(trainer)
+        self.method, self.passes = (method := method_of(trainer)), PassCounter()
         self.tags, self.twice, self.options = (*method.tags, ROW), twice, options
         self._rows, self.may_share_rows = data.of_retraining, True  # as the other has checked
         dtypes = [parameter.dtype for _, parameter in trainable(trainer.model)]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.cli.options import OutputArguments, divided, names_of
 from hyperopt_peft.cli.report import Report
 from hyperopt_peft.cli.text import models
-from hyperopt_peft.cli.text.setup import SHARED, Setup, choose, prepare
+from hyperopt_peft.cli.text.setup import SHARED, choose, prepare
 from hyperopt_peft.comparison import compare_methods
 from hyperopt_peft.comparison.choice import RATES, UPPER_RATES
 from hyperopt_peft.errors import ProblemError
@@ -88,10 +88,13 @@ def run(argv: Sequence[str]) -> None:
     if command.folds and setup.upper is None:
         raise ProblemError("folds: are of trusted examples; give upper_file")
     output = Path(args.output_dir)
+    if command.overwrite_output_dir and not command.dry_run and int(count) == 1:
+        for path in output.glob("runs*.jsonl"):
+            path.unlink()
     base, _ = setup.base()
     comparison = compare_methods(
         {name: each.method for name, each in zip(names, chosen, strict=True)},
-        Base(setup),
+        lambda: setup.base()[0],
         models.adapter_config(base, setup.args, setup.task),
         args,
         train_dataset=setup.train,
@@ -118,10 +121,6 @@ def run(argv: Sequence[str]) -> None:
     comparison.plot(output / "comparison.png")
     (output / "comparison.tex").write_text(comparison.to_latex())
     comparison.to_csv(output / "runs.csv")
-    tables = {"Scores": comparison.table()}
-    if command.score_model == "adapter":
-        tables["Held-out score at every rate"] = comparison.rates()
-        tables["Passes"] = comparison.spent()
     note, *sentences = comparison.heading(), *comparison.sentences()
     if command.folds:
         sentences.append(comparison.recommendation())
@@ -130,20 +129,8 @@ def run(argv: Sequence[str]) -> None:
         "compare",
         note,
         plain.options,
-        tables=tables,
+        tables=comparison.tables(),
         texts={"Findings": "\n".join(sentences)},
         pictures={"Differences": "comparison.png"},
     )
     print(f"\n{comparison}\n{page.write(output)} has all of it")
-
-
-@dataclass(frozen=True)
-class Base:
-    """Makes the model without an adapter, in any process."""
-
-    setup: Setup
-
-    def __call__(self) -> Any:
-        """A new model."""
-        model, _ = self.setup.base()
-        return model

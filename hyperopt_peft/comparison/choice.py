@@ -19,14 +19,9 @@ UPPER_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 @dataclass(frozen=True)
 class Plan:
-    """Which runs a comparison has.
+    """Which runs a comparison has, by arguments of `compare_methods`.
 
-    Attributes:
-        methods: by name.
-        rates, upper_rates: the grids; the first upper rate is the middle one of its grid.
-        development: the seeds that choose the rates, by rows held out from the training rows.
-        seeds: those that are reported.
-        lower_is_better: of the score.
+    The first upper rate is the middle one of its grid.
     """
 
     methods: Mapping[str, Method]
@@ -79,7 +74,7 @@ class Plan:
         for name, method in self.methods.items():
             if has_upper_level(method) and len(self.upper_rates) > 1:
                 best = self._best(self._grid(name, "method"), store)
-                runs += self._upper_grid(replace(best, seed=0))
+                runs += self._upper_grid(best)
         return runs
 
     def _upper_grid(self, best: Run) -> list[Run]:

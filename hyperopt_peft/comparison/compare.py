@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import math
-import pickle
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import cloudpickle
-from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
 from hyperopt_peft.comparison.choice import RATES, UPPER_RATES, Plan
 from hyperopt_peft.comparison.folds import Rows
+from hyperopt_peft.comparison.frozen_layers import forget
 from hyperopt_peft.comparison.heads import RATE, HeadTask
-from hyperopt_peft.comparison.result import ABLATIONS, Comparison
+from hyperopt_peft.comparison.result import Comparison
 from hyperopt_peft.comparison.store import Store
-from hyperopt_peft.comparison.task import Price, Run, Task
+from hyperopt_peft.comparison.task import Task
+from hyperopt_peft.comparison.work import Work, require_pickled
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.find import find_method
-from hyperopt_peft.trainer.checks import LEARNS
 from hyperopt_peft.trainer.fingerprint import data_fingerprint
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.trainer import BilevelTrainer
-from hyperopt_peft.utils.tables import aligned
+
+#: How the names of scores end that are better where they are lower.
+LOWER_IS_BETTER = ("loss", "error", "mse", "mae", "perplexity", "wer", "cer", "ece", "brier")
+PACKAGES = ("hyperopt-peft", "torch", "transformers", "peft")
 
 
 def compare_methods(
@@ -43,6 +48,7 @@ def compare_methods(
     passes: float | None = None,
     seeds: Iterable[int] | None = None,
     metric: str = "loss",
+    lower_is_better: bool | None = None,
     rates: Sequence[float] = RATES,
     upper_rates: Sequence[float] = UPPER_RATES,
     development: Iterable[int] = range(100, 103),
@@ -72,9 +78,10 @@ def compare_methods(
 
     Args:
         methods: by name; the first one is what the others are compared with.
-        base_model: makes the model without an adapter.
+        base_model: makes a new model without an adapter at each call.
         adapter: the PEFT config, which a method may change.
-        args: the arguments of all runs but rates, lengths, seeds and folders.
+        args: the arguments of all runs but rates, lengths, seeds and folders; a second training has
+            the rate and the batch of the first one.
         train_dataset: the rows; a method with an upper level splits them without trusted ones.
         upper_dataset: the trusted rows; a baseline trains on them too, as its ``all_rows`` says.
         test_dataset: the rows that score; those that are training rows too are left out.
@@ -84,6 +91,8 @@ def compare_methods(
         seeds: each is a split, a start and an order of the rows, the same for all methods; by
             default five, or as many as folds.
         metric: the score, a key of ``compute_metrics``, or ``loss``.
+        lower_is_better: of the score; by default of those whose name is that of a loss or an error,
+            such as ``mse`` or ``perplexity``. The heading says which.
         rates, upper_rates: the grids.
         development: the seeds of the runs that choose the rates.
         held_out: the share of the trusted rows, or without those of the training rows, that scores
@@ -129,8 +138,8 @@ def compare_methods(
         >>> [row[0] for row in comparison.table()[1:]]
         ['LoRA', 'BiDoRA', 'BiDoRA, upper level frozen', 'BiDoRA, one level']
     """
-    seeds = list(dict.fromkeys(seeds if seeds is not None else range(folds or 5)))
-    development, on_heads = list(dict.fromkeys(development)), model == "head"
+    seeds = list(dict.fromkeys(map(int, seeds if seeds is not None else range(folds or 5))))
+    development, on_heads = list(dict.fromkeys(map(int, development))), model == "head"
     if len(seeds) < 2 or not development:
         raise ProblemError(
             f"seeds: {len(seeds)} reported and {len(development)} of development; one seed has no "
@@ -142,24 +151,27 @@ def compare_methods(
         )
     if passes is None and not on_heads:
         raise ProblemError("passes: there is no budget; give the passes of a run, such as 300")
+    if part != (1, 1) and folder is None:
+        raise ProblemError("part: the parts share their runs through a folder; give folder")
     parts = seeds if on_heads and folds is None else ()
     rows = (train_dataset, upper_dataset, test_dataset)
     data = Rows(*rows, folds, held_out, spare=not on_heads, parts=parts)
     data, note = data.usable()
-    known = {name: _found(method) for name, method in methods.items()}
+    known = {n: m if isinstance(m, Method) else find_method(m)() for n, m in methods.items()}
     if not known:
         raise ProblemError("methods: there is none; give each by a name")
-    pickled_by_value(known.values())
     kind, budget = (HeadTask, 0.0) if on_heads else (Task, passes or 0.0)
     shared = (known, base_model, adapter, args, data, budget, metric, trainer, options)
     task = kind(*shared, frozen_dropout=frozen_dropout)
     if on_heads:
         rates, upper_rates = (0.0,), (RATE,)
-    lower_is_better = metric == "loss" or args.greater_is_better is False
+    if lower_is_better is None:
+        lower_is_better = metric.lower().endswith(LOWER_IS_BETTER)
     plan = Plan(known, rates, upper_rates, development, seeds, lower_is_better)
-    where = None if folder is None else Path(folder)
-    number, count = part
-    store = Store(where, settings_of(task), "" if count == 1 else f"-{number}-of-{count}")
+    where, (number, count) = None if folder is None else Path(folder), part
+    store = Store(
+        where, settings_of(task) if where else {}, "" if count == 1 else f"-{number}-of-{count}"
+    )
     if jobs != 1:
         require_pickled(task)
     total, done = sum(plan.count(*each) for each in plan.candidates()), len(store.results)
@@ -174,148 +186,61 @@ def compare_methods(
         work.do(plan.first_rates())
         work.do(plan.next_rates(store))
         work.do(plan.reported(store))
-    require_finite(store, plan.reported(store))
-    return Comparison(plan, store, metric, budget, note)
-
-
-def require_finite(store: Store, runs: Iterable[Run]) -> None:
-    """Raise ProblemError for a score of ``runs`` that is NaN or infinite."""
-    for run in runs:
+    forget()
+    for run in plan.reported(store):
         if not math.isfinite(score := store.results[run]["score"]):
             raise ProblemError(
                 f"{run}: the score is {score:g}, by a loss or a metric that is not finite; give "
                 "lower rates or another metric"
             )
-
-
-def pickled_by_value(methods: Iterable[Method]) -> None:
-    """Let other processes have classes of files that they cannot import by name."""
-    for module in {sys.modules[type(method).__module__] for method in methods}:
-        if module.__name__.endswith(".py") or not module.__package__:
-            cloudpickle.register_pickle_by_value(module)
-
-
-def require_pickled(task: Task) -> None:
-    """Raise ProblemError if other processes cannot get ``task``."""
-    try:
-        cloudpickle.dumps(task)
-    except (TypeError, AttributeError, ValueError, pickle.PicklingError) as error:
-        raise ProblemError(
-            f"jobs: what the runs share cannot be pickled for other processes ({error}); make it "
-            "in base_model or in a method's prepare, or leave jobs at 1"
-        ) from error
-
-
-def _found(method: Method | str) -> Method:
-    if isinstance(method, Method):
-        return method
-    return find_method(method)()
+    return Comparison(plan, store, metric, budget, note)
 
 
 def settings_of(task: Task) -> dict[str, Any]:
-    """What decides all runs of ``task``, for its store."""
-    settings: dict[str, Any] = {"passes": task.passes, "metric": task.metric}
-    data, adapter = task.data, None if isinstance(task, HeadTask) else task.adapter
-    settings |= {"held_out": data.held_out, "trainer": task.trainer.__name__}
-    settings |= {"frozen_dropout": task.frozen_dropout}
-    settings |= {"adapter": None if adapter is None else adapter.to_dict()}
-    args = task.args.resume_must_match()
+    """What decides all runs of ``task``, for its store.
+
+    Raises:
+        ProblemError: ``base_model`` returns one model again and again.
+    """
+    data, head = task.data, isinstance(task, HeadTask)
     changed = {"learning_rate", "upper_learning_rate", "max_steps", "seed", "retrain_arguments"}
-    settings["args"] = {name: value for name, value in args.items() if name not in changed}
-    settings["train_dataset"] = data_fingerprint(data.train)
-    settings["test_dataset"] = data_fingerprint(data.test)
-    if data.upper is not None:
-        settings |= {"upper_dataset": data_fingerprint(data.upper), "folds": data.folds}
-    if isinstance(task, HeadTask):
-        settings |= {"model": "head", "parts": data.parts}
+    args = task.args.resume_must_match()
+    settings = {
+        "passes": task.passes,
+        "metric": task.metric,
+        "model": "head" if head else None,
+        "trainer": task.trainer.__name__,
+        "frozen_dropout": task.frozen_dropout,
+        "adapter": None if head or task.adapter is None else task.adapter.to_dict(),
+        "args": {name: value for name, value in args.items() if name not in changed},
+        "retrain": task.args.retrain,
+        "retrain_arguments": task.retrain_arguments,
+        "base_model": task.fingerprint(),
+        "options": {name: code_of(value) for name, value in task.options.items()},
+        "versions": {name: version(name) for name in PACKAGES},
+        "train_dataset": data_fingerprint(data.train),
+        "upper_dataset": data_fingerprint(data.upper),
+        "test_dataset": data_fingerprint(data.test),
+        "held_out": data.held_out,
+        "folds": data.folds,
+        "parts": data.parts or None,
+    }
     for name, method in task.methods.items():
         own: Any = fields(method) if is_dataclass(method) else ()
         values = [getattr(method, each.name) for each in own]
-        settings[f"method {name}"] = [type(method).__name__, *values, dict(method.defaults)]
+        code = code_of(type(method))
+        settings[f"method {name}"] = [code, *values, dict(method.defaults)]
     return settings
 
 
-@dataclass
-class Work:
-    """Does the runs of a comparison.
-
-    Attributes:
-        task: what they share.
-        store: gets the results.
-        jobs: processes.
-        part: (k, n) for the k-th of n shares.
-        bar: shows how many are done.
-    """
-
-    task: Task
-    store: Store
-    jobs: int
-    part: tuple[int, int]
-    bar: Any
-    _prices: dict[Any, Price] = field(default_factory=dict)
-
-    def do(self, runs: Sequence[Run]) -> None:
-        """Do those of ``runs`` that are missing and this part's.
-
-        Raises:
-            ProblemError: other parts have runs to do, on which the next ones depend.
-        """
-        number, count = self.part
-        missing = set(self.store.missing(runs))
-        every = enumerate(dict.fromkeys(runs))
-        mine = [run for k, run in every if k % count == number - 1 and run in missing]
-        priced = [(run, self._price(run)) for run in mine]
-        results = Parallel(n_jobs=self.jobs, return_as="generator_unordered")(
-            delayed(self.task.run)(run, price) for run, price in priced
-        )
-        for result in results:
-            self.store.add(result)
-            self.bar.update()
-        self.store.reload()
-        if left := self.store.missing(runs):
-            raise ProblemError(
-                f"part: {len(left)} runs of the other parts are not done; run this part again "
-                "after them"
-            )
-
-    def require_learning(self, plan: Plan) -> None:
-        """Price the reported runs; a phase of hardly any step at the highest rate is an error."""
-        rate = max(plan.rates)
-        for name, kind in plan.candidates():
-            price = self._price(Run(name, kind, plan.seeds[0], min(plan.rates)))
-            steps = max(0, min(price.steps(self.task.passes, self.task.args)))
-            if steps * rate < LEARNS and "adam" in self.task.args.optim:
-                raise ProblemError(
-                    f"passes: {self.task.passes:g} leave {name} a phase of {steps} steps, which "
-                    f"hardly train an adapter at a rate of {rate:g}; give more passes or higher "
-                    "rates"
-                )
-
-    def _price(self, run: Run) -> Price:
-        key = price_of(run)
-        if key not in self._prices:
-            self._prices[key] = self.task.price(run)
-        return self._prices[key]
-
-    def estimate(self, plan: Plan) -> str:
-        """The runs of each method, with their passes and minutes by one timed upper step."""
-        rows, total = [["method", "runs", "steps", "passes", "minutes"]], 0.0
-        for name, kind in plan.candidates():
-            rate = plan.rates[0]
-            run = Run(name, kind, plan.seeds[0], rate)
-            self.task.price(run)  # fills the store of frozen layers
-            price = self.task.price(run)
-            steps = price.steps(self.task.passes, self.task.args)
-            passes = sum(price.spent(steps).values())
-            runs = plan.count(name, kind)
-            minutes = runs * (price.start + passes * price.a_pass) / 60
-            total += minutes
-            numbers = [str(runs), " + ".join(map(str, steps)), f"{passes:.0f}", f"{minutes:.1f}"]
-            rows.append([name + ABLATIONS[kind], *numbers])
-        lines = [aligned(rows), f"together about {total / self.jobs:.0f} minutes", self.task.layers]
-        return "\n".join(lines)
-
-
-def price_of(run: Run) -> tuple[str, bool, bool]:
-    """What the price of ``run`` depends on; a frozen upper level costs what a free one does."""
-    return run.method, run.kind == "one level", run.development
+def code_of(thing: Any) -> str:
+    """The name of a function or class, or of a value's class; with its code, if it is a user's."""
+    if not callable(thing) or not hasattr(thing, "__qualname__"):
+        thing = type(thing)
+    name, module = f"{thing.__module__}.{thing.__qualname__}", sys.modules.get(thing.__module__)
+    folder = str(getattr(module, "__file__", ""))
+    if "site-packages" in folder or thing.__module__.startswith("hyperopt_peft"):
+        return name
+    with suppress(OSError, TypeError):  # as of a function that was typed in
+        name += f" {hashlib.sha256(inspect.getsource(module or thing).encode()).hexdigest()[:12]}"
+    return name

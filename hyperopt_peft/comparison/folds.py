@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,12 +20,7 @@ class Rows:
     """The rows of a comparison, and their division for each run.
 
     Attributes:
-        train: of the lower level.
-        upper: the trusted rows, or None.
-        test: score the reported runs; None with ``folds``.
-        folds: K parts of the trusted rows, each of which scores a seed of K.
-        held_out: the share of the rows that scores development runs, of the trusted ones where
-            there are some.
+        train, upper, test, folds, held_out: as in `compare_methods`.
         spare: whether folds leave a further part out, which scores the development runs alone.
         parts: the seeds that score a part of ``test`` each, where a training has no random part
             and seeds would otherwise be equal.
@@ -48,18 +44,26 @@ class Rows:
         if (self.test is None) == (self.folds is None):
             raise ProblemError("test_dataset: give either test_dataset or folds")
         tables = {"upper_dataset": self.upper, "test_dataset": self.test}
-        for name, rows in {"train_dataset": self.train, **tables}.items():
-            if rows is None and name in tables:
-                continue
+        given = {name: rows for name, rows in tables.items() if rows is not None}
+        for name, rows in {"train_dataset": self.train, **given}.items():
             require_examples(name, rows)
             if not isinstance(rows, Dataset):
                 kind = type(rows).__name__
                 raise ProblemError(f"{name}: must be a datasets.Dataset, got a {kind}")
+        if self.spare and self.upper is not None and len(self.upper) < 2:
+            raise ProblemError(
+                "upper_dataset: one trusted row cannot both train and choose a rate; give more"
+            )
         if self.folds is None:
             both = [*shared_rows(self.test, self.train), *shared_rows(self.test, self.upper)]
             rest, count = sorted({*range(len(self.test))} - {*both}), len(self.test)
             if not rest:
                 raise ProblemError("test_dataset: all of its rows are training rows; give others")
+            if len(rest) < len(self.parts):
+                raise ProblemError(
+                    f"test_dataset: {len(rest)} rows for {len(self.parts)} seeds, each of which "
+                    "scores some of its own; give more rows or fewer seeds"
+                )
             if len(rest) == count:
                 return self, ""
             note = f"{count - len(rest)} of {count} test rows are training rows too, and left out"
@@ -70,7 +74,9 @@ class Rows:
             raise ProblemError(
                 f"folds: {self.folds} of {len(self.upper)} trusted rows; give 2 to {most}"
             )
-        again += _repeated(self.upper)
+        first = dict[int, int]()
+        rows = enumerate(digests(self.upper, self.upper.column_names))
+        again += [row for row, digest in rows if first.setdefault(digest, row) < row]
         if again:
             raise ProblemError(
                 f"upper_dataset: row {min(again)} (from 0) is in another fold or in train_dataset "
@@ -82,7 +88,7 @@ class Rows:
         """The rows (lower level, trusted, scoring) of a run.
 
         Example:
-            >>>             >>> trusted = Dataset.from_dict({"x": range(6)})
+            >>> trusted = Dataset.from_dict({"x": range(6)})
             >>> rows = Rows(Dataset.from_dict({"x": [9]}), trusted, folds=3, spare=False)
             >>> sorted(x for seed in range(3, 6) for x in rows.of(seed, False)[2]["x"])
             [0, 1, 2, 3, 4, 5]
@@ -95,11 +101,17 @@ class Rows:
         if not development:
             return self.train, self.upper, self.test
         if self.upper is None:
-            lower, scored = split_dataset(self.train, self.held_out, seed)
-            return lower, None, scored
-        halves = ShuffleSplit(1, test_size=self.held_out, random_state=seed).split(self.upper)
-        rest, held = next(halves)
+            with suppress(ProblemError):  # of a class that is too rare to be in both parts
+                lower, scored = split_dataset(self.train, self.held_out, seed)
+                return lower, None, scored
+            rest, held = self._halves(self.train, seed)
+            return self.train.select(rest), None, self.train.select(held)
+        rest, held = self._halves(self.upper, seed)
         return self.train, self.upper.select(rest), self.upper.select(held)
+
+    def _halves(self, rows: Any, seed: int) -> Any:
+        halves = ShuffleSplit(1, test_size=self.held_out, random_state=seed)
+        return next(halves.split(np.arange(len(rows))))
 
     def _fold(self, seed: int, development: bool, folds: int) -> tuple[Any, Any]:
         rest, spare = np.arange(len(self.upper)), np.arange(0)
@@ -110,10 +122,3 @@ class Rows:
         parts = KFold(folds, shuffle=True, random_state=seed // folds).split(rest)
         train, fold = [*parts][seed % folds]
         return self.upper.select([*rest[train], *spare]), self.upper.select(rest[fold])
-
-
-def _repeated(rows: Any) -> list[int]:
-    """The numbers of rows that are there before."""
-    first = dict[int, int]()
-    found = enumerate(digests(rows, rows.column_names))
-    return [row for row, digest in found if first.setdefault(digest, row) != row]

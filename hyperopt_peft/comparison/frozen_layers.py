@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from hyperopt_peft.trainer.tags import without
 from hyperopt_peft.utils.models import base_model, evaluating
 
 #: The states ``(tokens, d)`` above the frozen layers, by the tokens of a text.
@@ -19,8 +20,8 @@ States = dict[tuple[int, ...], Tensor]
 COLUMNS = ("input_ids", "token_type_ids")
 #: The first rows, of which the shortest and the longest show what a layer reads.
 ROWS = 64
-#: Of models that this process has seen: the frozen parameters, with their states.
-_SEEN: list[tuple[list[Tensor], States]] = []
+#: Of models that this process has seen: settings and frozen parameters, with their states.
+_SEEN: list[tuple[str, list[Tensor], States]] = []
 #: Bytes of states, and models, above which no further ones are kept.
 LIMIT, MODELS = 2**32, 3
 
@@ -89,7 +90,9 @@ def compute_once(trainer: Any, *, dropout: bool = True) -> str:
             "every layer is computed in each pass: one reads more than the text of its row, such "
             "as its place among packed texts or padding"
         )
-    once.use(_states_of(frozen))
+    config, args = base_model(model).config.to_dict(), trainer.args
+    settings = f"{config} {args.bf16} {args.fp16} {args.device}"
+    once.use(_states_of(settings, frozen))
     return f"{below} of {len(layers)} layers are frozen, and computed once a text"
 
 
@@ -186,8 +189,8 @@ def _batches(trainer: Any) -> list[dict[str, Any]]:
         order = sorted(range(len(rows)), key=lengths.__getitem__)
         rows = rows.select([order[0], order[-1]])
     batches = [rows.select(range(min(count, len(rows)))) for count in (2, 1)]
-    loaded = [next(iter(trainer.get_eval_dataloader(each))) for each in batches]
-    return [{name: x for name, x in batch.items() if name not in trainer.tags} for batch in loaded]
+    loaded = (next(iter(trainer.get_eval_dataloader(each))) for each in batches)
+    return [without(batch, trainer.tags) for batch in loaded]
 
 
 def _before(model: Any, layer: nn.Module, batch: dict[str, Any]) -> tuple[set[nn.Module], Tensor]:
@@ -213,12 +216,18 @@ def _dropouts(module: nn.Module) -> list[str]:
     return [x for x in rates if "dropout" in x or (x == "p" and isinstance(module, nn.Dropout))]
 
 
-def _states_of(frozen: list[Tensor]) -> States:
-    """The states of a model with equal frozen parameters, or new ones."""
-    for parameters, states in _SEEN:
+def _states_of(settings: str, frozen: list[Tensor]) -> States:
+    """The states of a model with equal settings and frozen parameters, or new ones."""
+    for others, parameters, states in _SEEN:
         pairs = zip(parameters, frozen, strict=False)
-        if len(parameters) == len(frozen) and all(torch.equal(*pair) for pair in pairs):
+        alike = others == settings and len(parameters) == len(frozen)
+        if alike and all(torch.equal(*pair) for pair in pairs):
             return states
-    _SEEN.append((frozen, {}))
+    _SEEN.append((settings, frozen, {}))
     del _SEEN[:-MODELS]
-    return _SEEN[-1][1]
+    return _SEEN[-1][2]
+
+
+def forget() -> None:
+    """Free the states of all models."""
+    _SEEN.clear()

@@ -12,17 +12,19 @@ import copy
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.optim import Adam
 from transformers import EvalPrediction, default_data_collator, set_seed
 
-from hyperopt_peft.comparison.task import OneLevel, Price, Run, Task, peak_memory
+from hyperopt_peft.comparison.price import Price, peak_memory
+from hyperopt_peft.comparison.task import Run, Task
 from hyperopt_peft.core.data import DataStream
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine.engine import Engine
@@ -78,7 +80,7 @@ class HeadTask(Task):
     def price(self, run: Run) -> Price:
         """A price without passes; ``start`` is the seconds of ``run``."""
         self.read()
-        price = Price(1, 1, 1, 0, 0.0, again=False, start=0.0, a_pass=0.0)
+        price = Price(1, 1, 1, 1)
         return replace(price, start=self.run(run, price)["seconds"])
 
     @no_bars()
@@ -98,25 +100,14 @@ class HeadTask(Task):
         model, seconds = self.solved[run]
         metrics = self.evaluate(model, test)
         self.require_metric(metrics)
-        return {
-            **asdict(scored),
-            "score": metrics[f"eval_{self.metric}"],
-            "metrics": metrics,
-            "passes": 0.0,
-            "steps": [],
-            "spent": {},
-            "seconds": seconds,
-            "memory": peak(),
-            "layers": "",
-            "finish": 0.0,
-        }
+        more = {"seconds": seconds, "memory": peak(), "steps": [], "spent": {}}
+        return self.line(scored, metrics, passes=0.0, finish=0.0, **more)
 
     def solve(self, run: Run) -> Any:
         """The head of ``run``; its method is called in the order of a trainer."""
         set_seed(run.seed)
         train, upper, _ = self.data.of(run.seed, run.development)
-        method = copy.deepcopy(self.methods[run.method])
-        method = OneLevel(method) if run.kind == "one level" else method
+        method = self.method_of(run)
         bilevel = has_upper_level(method)
         if INDEX in method.tags:
             train, upper = numbered(train, upper)
@@ -153,7 +144,8 @@ class HeadTask(Task):
             logits = reduce(logits, labels)
         if measure := self.options.get("compute_metrics"):
             metrics |= measure(EvalPrediction(logits.numpy(), labels.numpy()))
-        return {f"eval_{name.removeprefix('eval_')}": float(x) for name, x in metrics.items()}
+        numbers = {k.removeprefix("eval_"): x for k, x in metrics.items() if np.ndim(x) == 0}
+        return {f"eval_{name}": float(x) for name, x in numbers.items()}
 
     def read(self) -> None:
         """Make the features of all rows, once, and tables that have their numbers."""
@@ -168,11 +160,8 @@ class HeadTask(Task):
             begin = sum(len(each.x) for each in found)
             found.append(features)
             columns = {ROW: range(begin, begin + len(rows)), "labels": features.labels.tolist()}
-            table = Dataset.from_dict(columns)
-            for name in rows.column_names:
-                if name not in (*read, *LABELS):
-                    table = table.add_column(name, rows[name][:])
-            tables.append(table)
+            others = [name for name in rows.column_names if name not in (*read, *LABELS)]
+            tables.append(Dataset.from_dict(columns | {name: rows[name][:] for name in others}))
         every = Features.joined(found)
         every = replace(every, x=every.x.double())
         seen = found[:-1] if data.test is not None else found

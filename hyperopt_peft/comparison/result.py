@@ -7,15 +7,15 @@ import html
 import math
 import tempfile
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from hyperopt_peft.comparison.choice import Plan
-from hyperopt_peft.comparison.store import Store
-from hyperopt_peft.comparison.task import Kind
+from hyperopt_peft.comparison.store import Result, Store
+from hyperopt_peft.comparison.task import ABLATIONS, Kind
 from hyperopt_peft.trainer.method import has_upper_level
 from hyperopt_peft.utils.plots import intervals
 from hyperopt_peft.utils.statistics import detectable, error_of, is_tie, mean_and_half
@@ -25,12 +25,6 @@ Row = list[str]
 STYLE = "body{font:16px sans-serif;max-width:60em;margin:2em auto;overflow-x:auto}"
 STYLE += "td,th{padding:.2em .6em;text-align:right}td:first-child,th:first-child{text-align:left}"
 STYLE += "p{white-space:pre-line}img{max-width:100%}"
-#: What an ablation is called beside its method.
-ABLATIONS: dict[Kind, str] = {
-    "method": "",
-    "frozen": ", upper level frozen",
-    "one level": ", one level",
-}
 
 
 @dataclass
@@ -68,18 +62,24 @@ class Comparison:
             f"{best} is recommended: its mean {self.metric}, {fmean(self.scores(best)):.4f}, is "
             f"the {word} of {len(self.plan.methods)}"
         )
-        if not rest:
-            return text
-        gaps = self.differences((rest[0], "method"), (best, "method"))
-        error = error_of(gaps)
-        return (
-            f"{text}; that of {rest[0]} is {fmean(gaps):+.4f} from it, with an error of {error:.4f}"
-        )
+        for other in rest[:1]:
+            gaps = self.differences((other, "method"), (best, "method"))
+            text += f"; that of {other} is {fmean(gaps):+.4f} from it, "
+            text += f"with an error of {error_of(gaps):.4f}"
+        return text
 
     def differences(self, one: tuple[str, Kind], other: tuple[str, Kind]) -> list[float]:
         """The score of one way minus that of the other, for each seed."""
         pairs = zip(self.scores(*one), self.scores(*other), strict=True)
         return [first - second for first, second in pairs]
+
+    def _gap(self, name: str, kind: Kind) -> str:
+        """The difference to the first method; nothing for itself."""
+        first = self.plan.candidates()[0]
+        return "" if (name, kind) == first else shown(self.differences((name, kind), first), "+")
+
+    def _results(self, name: str, kind: Kind = "method") -> list[Result]:
+        return [self.store.results[run] for run in self.plan.runs_of(self.store, name, kind)]
 
     @property
     def first(self) -> str:
@@ -91,24 +91,13 @@ class Comparison:
         spent = ["rate", "upper rate", "passes"] if self.passes else []
         rows = [["method", self.metric, f"− {self.first}", *spent, "seconds", "MB"]]
         for name, kind in self.plan.candidates():
-            runs = self.plan.runs_of(self.store, name, kind)
-            results = [self.store.results[run] for run in runs]
-            gap = self.differences((name, kind), (self.first, "method"))
-            spent = [
-                f"{runs[0].rate:g}",
-                "" if runs[0].upper_rate is None else f"{runs[0].upper_rate:g}",
-                f"{fmean(r['passes'] for r in results):.1f}",
-            ]
-            rows.append(
-                [
-                    name + ABLATIONS[kind],
-                    shown(self.scores(name, kind)),
-                    "" if (name, kind) == (self.first, "method") else shown(gap, "+"),
-                    *(spent if self.passes else []),
-                    f"{fmean(r['seconds'] for r in results):.1f}",
-                    f"{max(r['memory'] for r in results):.0f}",
-                ]
-            )
+            results = self._results(name, kind)
+            means = {key: fmean(r[key] for r in results) for key in ("passes", "seconds")}
+            spent = [*_rates(results[0]), f"{means['passes']:.1f}"] if self.passes else []
+            score = shown(self.scores(name, kind))
+            memory = f"{max(r['memory'] for r in results):.0f}"
+            cells = [score, self._gap(name, kind), *spent, f"{means['seconds']:.1f}", memory]
+            rows.append([name + ABLATIONS[kind], *cells])
         return rows
 
     def rates(self) -> list[Row]:
@@ -118,8 +107,7 @@ class Comparison:
             best = self.plan.chosen(self.store, name, kind)
             for run, score in self.plan.at_every_rate(self.store, name, kind):
                 mark = " *" if (run.rate, run.upper_rate) == (best.rate, best.upper_rate) else ""
-                upper = "" if run.upper_rate is None else f"{run.upper_rate:g}"
-                rows.append([name + ABLATIONS[kind], f"{run.rate:g}", upper, f"{score:.4f}{mark}"])
+                rows.append([name + ABLATIONS[kind], *_rates(vars(run)), f"{score:.4f}{mark}"])
         return rows
 
     def sentences(self) -> list[str]:
@@ -150,7 +138,7 @@ class Comparison:
         parts = ["the upper level", "the split of the rows, fewer steps and the rate"]
         if name != self.first:
             ways.append((self.first, "method"))
-            parts.append("the variables and the adapter")
+            parts.append("the variables, the adapter and the rate")
         terms = []
         for part, one, other in zip(parts, ways[:-1], ways[1:], strict=True):
             gaps = self.differences(one, other)
@@ -165,17 +153,19 @@ class Comparison:
             best = self.plan.chosen(self.store, name, kind)
             for run, score in self.plan.at_every_rate(self.store, name, kind):
                 if not math.isfinite(score):
-                    upper = "" if run.upper_rate is None else f" and upper rate {run.upper_rate:g}"
+                    rates = " and upper rate ".join(filter(None, _rates(vars(run))))
                     found.append(
-                        f"{name}{ABLATIONS[kind]}: at the rate {run.rate:g}{upper} a score is not "
-                        "finite, which counts as the worst"
+                        f"{name}{ABLATIONS[kind]}: at the rate {rates} a score is not finite, "
+                        "which counts as the worst"
                     )
-            edges = (self.plan.rates[0], self.plan.rates[-1])
-            if kind != "frozen" and len(self.plan.rates) > 1 and best.rate in edges:
-                found.append(
-                    f"{name}{ABLATIONS[kind]}: the best rate, {best.rate:g}, is at the edge of the "
-                    "rates; give further ones"
-                )
+            chosen = {"rate": best.rate, "upper rate": best.upper_rate}
+            for what, grid in (("rate", self.plan.rates), ("upper rate", self.plan.upper_rates)):
+                edges = (min(grid), max(grid))
+                if kind != "frozen" and len(grid) > 1 and chosen[what] in edges:
+                    found.append(
+                        f"{name}{ABLATIONS[kind]}: the best {what}, {chosen[what]:g}, is at the "
+                        f"edge of the {what}s; give further ones"
+                    )
         return found
 
     def remarks(self) -> list[str]:
@@ -187,8 +177,7 @@ class Comparison:
                     f"{name}: a lower level at its minimum absorbs the upper variables; what moves "
                     "them is the path to it or the decay of an optimizer"
                 )
-            runs = self.plan.runs_of(self.store, name, "method")
-            results = [self.store.results[run] for run in runs]
+            results = self._results(name)
             change = max(result["finish"] for result in results)
             if change > 1e-3:
                 found.append(
@@ -204,19 +193,27 @@ class Comparison:
         """The passes of each method, by what they were for; means over seeds."""
         rows: list[Row] = []
         for name, kind in self.plan.candidates():
-            results = [self.store.results[r] for r in self.plan.runs_of(self.store, name, kind)]
+            results = self._results(name, kind)
             means = {key: fmean(r["spent"][key] for r in results) for key in results[0]["spent"]}
             rows = rows or [["method", *means]]
             rows.append([name + ABLATIONS[kind], *(f"{x:.1f}" for x in means.values())])
         return rows
 
+    def tables(self) -> dict[str, list[Row]]:
+        """All tables by their headings; those of rates and passes where there is a budget."""
+        if not self.passes:
+            return {"Scores": self.table()}
+        others = {"Held-out score at every rate": self.rates(), "Passes": self.spent()}
+        return {"Scores": self.table(), **others}
+
     def heading(self) -> str:
         """What the table shows."""
         rows = "folds of the trusted rows" if self.store.settings.get("folds") else "the test rows"
+        better = " (lower is better)" if self.plan.lower_is_better else ""
         passes = f"{self.passes:g} passes a run" if self.passes else "heads at their minimum"
         return (
-            f"{self.metric} on {rows}, {passes}, means of {len(self.plan.seeds)} seeds with 95 % "
-            "intervals"
+            f"{self.metric}{better} on {rows}, {passes}, means of {len(self.plan.seeds)} seeds "
+            "with 95 % intervals"
         )
 
     def __str__(self) -> str:
@@ -224,11 +221,11 @@ class Comparison:
 
     def plot(self, path: str | Path) -> None:
         """Draw the differences to the first method with their intervals."""
+        first, *others = self.plan.candidates()
         gaps = {}
-        for name, kind in self.plan.candidates():
-            if (name, kind) != (self.first, "method"):
-                middle, half = mean_and_half(self.differences((name, kind), (self.first, "method")))
-                gaps[name + ABLATIONS[kind]] = (middle, middle - half, middle + half)
+        for name, kind in others:
+            middle, half = mean_and_half(self.differences((name, kind), first))
+            gaps[name + ABLATIONS[kind]] = (middle, middle - half, middle + half)
         title = f"{self.metric} − that of {self.first}, paired, 95 % intervals"
         intervals({title: gaps}, Path(path), zero=[title])
 
@@ -241,26 +238,35 @@ class Comparison:
         with tempfile.TemporaryDirectory() as folder:
             self.plot(picture := Path(folder) / "differences.png")
             drawn = b64encode(picture.read_bytes()).decode()
+        scores, *others = self.tables().items()
         parts = [
             f"<!doctype html><meta charset=utf-8><title>{html.escape(self.metric)}</title>",
             f"<style>{STYLE}</style><h1>{html.escape(self.heading())}</h1>",
-            html_table(self.table()),
+            html_table(scores[1]),
             *(f"<p>{html.escape(sentence)}</p>" for sentence in self.sentences()),
             f'<img alt="Differences to {html.escape(self.first)}" src="data:image/png;base64,',
             f'{drawn}">',
+            *(f"<h2>{heading}</h2>{html_table(rows)}" for heading, rows in others),
         ]
-        if self.passes:
-            parts.append(f"<h2>Held-out score at every rate</h2>{html_table(self.rates())}")
-            parts.append(f"<h2>Passes</h2>{html_table(self.spent())}")
         Path(path).write_text("\n".join(parts), encoding="utf-8")
+
+    def results(self) -> list[Result]:
+        """The entries of all runs, as the store has them."""
+        return [*self.store.results.values()]
 
     def to_csv(self, path: str | Path) -> None:
         """Write all runs, a line each."""
-        results = list(self.store.results.values())
+        results = self.results()
         with Path(path).open("w", newline="") as file:
             writer = csv.DictWriter(file, list(results[0]))
             writer.writeheader()
             writer.writerows(results)
+
+
+def _rates(run: Mapping[str, Any]) -> Row:
+    """The rate and the upper rate of a run."""
+    upper = run["upper_rate"]
+    return [f"{run['rate']:g}", "" if upper is None else f"{upper:g}"]
 
 
 def shown(values: Sequence[float], sign: str = "", digits: int = 4) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,9 @@ class Store:
         lines = [] if self.path.exists() else [{SETTINGS: self.settings}]
         with self.path.open("ab+") as file:
             text = "".join(json.dumps(each) + "\n" for each in [*lines, result])
-            unfinished = file.tell() and not _ends_a_line(file)
+            if file.tell():
+                file.seek(-1, 2)
+            unfinished = file.read(1) not in (b"", b"\n")
             file.write(("\n" * unfinished + text).encode())
 
     def missing(self, runs: Iterable[Run]) -> list[Run]:
@@ -77,13 +79,8 @@ def _plain(value: Any) -> Any:
     return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
 
 
-def _ends_a_line(file: Any) -> bool:
-    file.seek(-1, 2)
-    return bool(file.read(1) == b"\n")
-
-
 def _run_of(entry: Mapping[str, Any]) -> Run:
     try:
-        return Run(**{name: entry[name] for name in asdict(Run("", "method", 0, 0.0))})
+        return Run(**{each.name: entry[each.name] for each in fields(Run)})
     except KeyError as error:
         raise ProblemError(f"a run in the store lacks {error}; delete its line") from error

@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 import copy
+import gc
+import hashlib
 import math
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from transformers import Trainer, TrainerCallback, set_seed
+from peft import get_peft_model
+from transformers import set_seed
 
-from hyperopt_peft.comparison.budget import phases, rows_of, steps_for
+from hyperopt_peft.comparison.ablations import OneLevel, Projects
 from hyperopt_peft.comparison.folds import Rows
 from hyperopt_peft.comparison.frozen_layers import compute_once
+from hyperopt_peft.comparison.price import Price, measured, peak_memory
 from hyperopt_peft.comparison.watch import Watch
-from hyperopt_peft.core.problem import Problem, TaskLoss
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.data import shared_rows
+from hyperopt_peft.trainer.fingerprint import frozen_fingerprint
 from hyperopt_peft.trainer.method import Method
-from hyperopt_peft.trainer.passes import PassCounter
-from hyperopt_peft.trainer.quiet import no_bars
+from hyperopt_peft.trainer.quiet import QUIET, no_bars
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 
 #: A method as it is; its upper variables frozen; or all of its variables in one level on all rows.
 Kind = Literal["method", "frozen", "one level"]
+#: What each is called, after the method's name.
+ABLATIONS: dict[Kind, str] = {
+    "method": "",
+    "frozen": ", upper level frozen",
+    "one level": ", one level",
+}
+
+#: The rows that an evaluation is tried on.
+SOME = 64
 
 
 @dataclass(frozen=True)
@@ -54,82 +65,16 @@ class Run:
     development: bool = False
 
     def __str__(self) -> str:
-        kind = "" if self.kind == "method" else f", {self.kind}"
         upper = "" if self.upper_rate is None else f", upper rate {self.upper_rate:g}"
-        return f"{self.method}{kind}, seed {self.seed}, rate {self.rate:g}{upper}"
-
-
-@dataclass(frozen=True)
-class Price:
-    """What the steps of a method cost.
-
-    Attributes:
-        batch: the rows of a lower step.
-        lower, everything: the rows of the lower level, and of both levels.
-        every: the lower steps from one upper step to the next; 0 without an upper level.
-        upper: the rows that an upper step sends through the model beside those of its lower step.
-        again: whether a second training follows.
-        start, a_pass: the seconds before the first step, and those of a pass.
-    """
-
-    batch: int
-    lower: int
-    everything: int
-    every: int
-    upper: float
-    again: bool
-    start: float
-    a_pass: float
-
-    def spent(self, steps: Sequence[int]) -> dict[str, float]:
-        """The passes of ``steps``: of lower steps, of upper steps, and of the second training."""
-        first = rows_of(steps[0], self.lower if self.every else self.everything, self.batch)
-        upper = steps[0] // self.every * self.upper if self.every else 0
-        again = rows_of(steps[1], self.everything, self.batch) if len(steps) > 1 else 0
-        rows = {"lower steps": first, "upper steps": upper, "second training": again}
-        return {name: each / self.batch for name, each in rows.items()}
-
-    def steps(self, passes: float, args: Any) -> list[int]:
-        """The steps of each phase of a run of ``passes`` passes."""
-        sizes = self.sizes(passes, args)
-        again = [sizes["retrain_arguments"]["max_steps"]] if self.again else []
-        return [sizes["max_steps"], *again]
-
-    def sizes(self, passes: float, args: Any) -> dict[str, Any]:
-        """The arguments with which a run takes ``passes`` passes."""
-        if not self.every:
-            return {"max_steps": steps_for(passes * self.batch, self.everything, self.batch)}
-        search, again = phases(
-            passes,
-            lower=self.lower,
-            everything=self.everything,
-            batch=self.batch,
-            every=self.every,
-            upper=self.upper,
-            again=self.again,
-        )
-        sizes: dict[str, Any] = {"max_steps": search}
-        if self.again:
-            sizes["retrain_arguments"] = {**(args.retrain_arguments or {}), "max_steps": again}
-        return sizes
+        return f"{self.method}{ABLATIONS[self.kind]}, seed {self.seed}, rate {self.rate:g}{upper}"
 
 
 @dataclass
 class Task:
     """What all runs of a comparison share; it is pickled for other processes.
 
-    Attributes:
-        methods: by name.
-        base_model: makes the model before it has an adapter.
-        adapter: the PEFT config, which a method may change; None where ``base_model`` adapts.
-        args: the arguments of all methods.
-        data: the rows.
-        passes: the budget of a run.
-        metric: the name of the score, without ``eval_``; ``loss`` is better where it is lower.
-        trainer: the class of the trainer.
-        options: further arguments of the trainer.
-        frozen_dropout: whether frozen lower layers keep their dropout.
-        layers: how many layers of the last model are computed once, in words.
+    Attributes are arguments of `compare_methods`, and ``layers``, how many layers of the last model
+    are computed once, in words.
     """
 
     methods: Mapping[str, Method]
@@ -155,80 +100,109 @@ class Task:
                 `BilevelTrainer`.
         """
         begin = time.perf_counter()
-        rows = self.data.of(run.seed, run.development)
+        planned = price.steps(self.passes)
+        sizes: dict[str, Any] = {"max_steps": planned[0]}
+        if price.again:
+            own = self.methods[run.method].defaults.get("retrain_arguments") or {}
+            given = self.retrain_arguments or _without_sizes(own)
+            sizes["retrain_arguments"] = {**given, "max_steps": planned[1]}
+        metrics: dict[str, float] = {}
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
-            sizes = price.sizes(self.passes, self.args)
-            trainer = self.make(run, rows, folder, **sizes)
-            trainer.passes.limit = self.passes
-            watch = Watch(trainer, run.method)
-            peak = peak_memory()
-            metrics: dict[str, Any] = {}
+            trainer = self.make(run, self.data.of(run.seed, run.development), folder, **sizes)
+            trainer.passes.limit, trainer.passes.unit = self.passes, self.unit
+            watch, peak = Watch(trainer, run.method), peak_memory()
             with suppress(NonFiniteError):  # such as a rate that is too high; it has no score
                 trainer.train()
                 watch.check()
                 metrics = (trainer.retrainer or trainer).evaluate()
-        phases_run = [x for x in (trainer, trainer.retrainer) if x is not None]
-        steps = [each.state.global_step for each in phases_run]
-        planned = sum(each.args.max_steps for each in phases_run)
-        if metrics and sum(steps) < 0.8 * planned:
+        steps = [x.state.global_step for x in (trainer, trainer.retrainer) if x is not None]
+        if metrics and sum(steps) < 0.8 * sum(planned):
             raise ProblemError(
-                f"{run.method}: its {self.passes:g} passes ended after {sum(steps)} of {planned} "
-                "steps, since later steps send more rows through the model than the first ones"
+                f"{run.method}: its {self.passes:g} passes ended after {sum(steps)} of "
+                f"{sum(planned)} steps, since later steps send more rows through the model than "
+                "the first ones"
             )
+        return self.line(
+            run,
+            metrics,
+            passes=trainer.passes.passes,
+            steps=steps,
+            spent=price.spent(steps),
+            seconds=time.perf_counter() - begin,
+            memory=peak(),
+            finish=watch.change,
+        )
+
+    @property
+    def unit(self) -> int:
+        """The rows of a pass, for every method: those of a lower step by the user's arguments."""
+        return int(self.args.train_batch_size * self.args.gradient_accumulation_steps)
+
+    @property
+    def retrain_arguments(self) -> dict[str, Any]:
+        """Those that are given for a second training, without what the comparison decides."""
+        return _without_sizes(self.args.retrain_arguments or {})
+
+    @no_bars()
+    def fingerprint(self) -> str:
+        """The identity of the model that ``base_model`` makes.
+
+        Raises:
+            ProblemError: the same model again and again.
+        """
+        set_seed(0)
+        model = self.base_model()
+        alive, found = weakref.ref(model), frozen_fingerprint(model, [])
+        config = str(getattr(model, "config", ""))
+        del model
+        gc.collect()
+        if alive() is not None:
+            raise ProblemError(
+                "base_model: returns one model again and again, which each run would train "
+                "further; let it make a new one"
+            )
+        return hashlib.sha256(f"{found} {config}".encode()).hexdigest()
+
+    def line(self, run: Run, metrics: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+        """The entries of ``run``; without ``metrics`` of its evaluation the score is NaN."""
         return {
             **asdict(run),
             "score": metrics.get(f"eval_{self.metric}", math.nan),
-            "metrics": {k: v for k, v in metrics.items() if isinstance(v, float)},
-            "passes": trainer.passes.passes,
-            "steps": steps,
-            "spent": price.spent(steps),
-            "seconds": time.perf_counter() - begin,
-            "memory": peak(),
+            "metrics": {name: x for name, x in metrics.items() if isinstance(x, float)},
             "layers": self.layers,
-            "finish": watch.change,
+            **more,
         }
 
     @no_bars()
     def price(self, run: Run) -> Price:
-        """What the steps of ``run`` cost, by its first two upper steps, or four lower ones."""
+        """What the steps of ``run`` cost.
+
+        Raises:
+            ProblemError: the metric is unknown; the method trains on test rows; a loss is not
+                finite; as `BilevelTrainer`.
+        """
         begin = time.perf_counter()
         data = self.data.of(run.seed, run.development)
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
-            sizes: dict[str, Any] = {"max_steps": 4, "retrain": "none"}
-            trainer = self.make(run, data, folder, **sizes)
-            args, bilevel = trainer.args, trainer.upper is not None
-            if bilevel and 2 * args.lower_steps != sizes["max_steps"]:
-                sizes["max_steps"] = 2 * args.lower_steps
-                trainer = self.make(run, data, folder, **sizes)
+            trainer = self.make(run, data, folder, max_steps=4)
             rows = trainer.eval_dataset  # as the trainer has prepared them
-            self.require_metric(trainer.evaluate(rows.select(range(min(len(rows), 8)))))
-            made = time.perf_counter()
-            trainer.add_callback(clock := _Clock(trainer.passes))
+            some = range(0, len(rows), -(-len(rows) // SOME))  # of every class, if they are sorted
+            self.require_metric(trainer.evaluate(rows.select(some)))
             try:
-                trainer.train()
+                price = measured(trainer, time.perf_counter() - begin, self.unit)
             except NonFiniteError as error:
                 where, _, _ = str(error).partition(";")
                 raise ProblemError(f"{run}: {where}; give lower rates") from error
-        self._require_unseen(trainer, run.method, data[2])
-        batch = args.train_batch_size * args.gradient_accumulation_steps
-        lower, everything = rows_of_phases(trainer)
-        if trainer.passes.joined:  # each batch counts as a whole one
-            lower, everything = (-(-rows // batch) * batch for rows in (lower, everything))
-        passes, steps = trainer.passes.passes, sizes["max_steps"]
-        return Price(
-            batch=batch,
-            lower=lower,
-            everything=everything,
-            every=args.lower_steps if bilevel else 0,
-            upper=(passes * batch - rows_of(steps, lower, batch)) / 2 if bilevel else 0.0,
-            again=bilevel and self._retrain(run) != "none",
-            start=made - begin,
-            a_pass=clock.seconds_a_pass(),
-        )
-
-    def _retrain(self, run: Run) -> str:
-        retrain: str = self.args.with_defaults(self.methods[run.method].defaults).retrain
-        return retrain
+        if run.development:  # a repeated row may be on both sides
+            return price
+        for rows in (trainer.train_dataset, trainer.upper_dataset, trainer.all_rows()):
+            known = {*data[2].column_names} <= {*getattr(rows, "column_names", ())}
+            if known and (common := shared_rows(data[2], rows)):
+                raise ProblemError(
+                    f"{run.method}: trains on {len(common)} of {len(data[2])} test rows; let rows "
+                    "and all_rows return rows of train_dataset alone"
+                )
+        return price
 
     def require_metric(self, metrics: Mapping[str, Any]) -> None:
         """Raise ProblemError where ``metrics`` of an evaluation lack the score."""
@@ -238,35 +212,29 @@ class Task:
                 f"metric: {self.metric} is none of {known}; give compute_metrics another"
             )
 
-    def _require_unseen(self, trainer: BilevelTrainer, name: str, test: Any) -> None:
-        """Raise ProblemError if ``trainer`` has test rows, which its method brings along."""
-        for rows in (trainer.train_dataset, trainer.upper_dataset, trainer.all_rows()):
-            if not {*test.column_names} <= {*getattr(rows, "column_names", ())}:
-                continue
-            if common := shared_rows(test, rows):
-                raise ProblemError(
-                    f"{name}: trains on {len(common)} of {len(test)} test rows; let rows and "
-                    "all_rows return rows of train_dataset alone"
-                )
+    def method_of(self, run: Run) -> Method:
+        """A method of its own for ``run``."""
+        method = copy.deepcopy(self.methods[run.method])
+        return OneLevel(method) if run.kind == "one level" else method
 
     def make(self, run: Run, rows: Sequence[Any], folder: str, **sizes: Any) -> BilevelTrainer:
         """A trainer of ``run``, which writes and shows nothing."""
-        method = copy.deepcopy(self.methods[run.method])
-        if run.kind == "one level":
-            method = OneLevel(method)
-        quiet = {"save_strategy": "no", "eval_strategy": "no", "report_to": [], "seed": run.seed}
-        quiet |= {"output_dir": folder, "disable_tqdm": True, "logging_strategy": "no"}
-        args = copy.copy(self.args)
-        for name, value in (quiet | {"learning_rate": run.rate} | sizes).items():
-            setattr(args, name, value)
+        args, method = copy.copy(self.args), self.method_of(run)
+        changes = {**QUIET, "output_dir": folder, "disable_tqdm": True, "seed": run.seed}
+        changes |= {"data_seed": None, "dataloader_drop_last": False}
+        changes |= {"retrain_arguments": self.retrain_arguments or None}
         upper_rate = 0.0 if run.kind == "frozen" else run.upper_rate
         if upper_rate is not None:
-            args.upper_learning_rate = upper_rate
+            changes["upper_learning_rate"] = upper_rate
+        changes |= {"learning_rate": run.rate, **sizes}
+        # A method's defaults are for what the run leaves open.
+        args.__dict__.update(changes, _user_names={*args.__dict__["_user_names"], *changes})
         set_seed(run.seed)
         model, options = self.base_model(), dict(self.options)
+        set_seed(run.seed)  # which base_model may have changed
         if self.adapter is not None:
             options["peft_config"] = None
-            model = _adapted(model, method.adapter(copy.deepcopy(self.adapter)))
+            model = get_peft_model(model, method.adapter(copy.deepcopy(self.adapter)))
         trainer = self.trainer(
             model,
             args,
@@ -276,85 +244,14 @@ class Task:
             eval_dataset=rows[2],
             **{name: value for name, value in options.items() if value is not None},
         )
+        if run.kind == "one level":
+            trainer.add_callback(Projects(method))
         self.layers = compute_once(trainer, dropout=self.frozen_dropout)
         return trainer
 
 
-def rows_of_phases(trainer: BilevelTrainer) -> tuple[int, int]:
-    """The rows of the first phase of ``trainer`` and of the second, which it may pack."""
-    lower = len(trainer.train_dataset)
-    if trainer.upper is None:
-        return lower, lower
-    if trainer.parent() is Trainer:
-        return lower, len(trainer.all_rows())
-    return lower, len(trainer.retraining(trainer.args).train_dataset)
-
-
-class OneLevel(Method):
-    """The variables of both levels of ``method`` in one level, on all rows.
-
-    The ablation that shows whether two levels are what helps.
-    """
-
-    def __init__(self, method: Method) -> None:
-        self.method, self.tags = method, method.tags
-        self.defaults = {k: v for k, v in method.defaults.items() if k != "hypergradient"}
-        for name in ("adapter", "rows", "all_rows", "prepare", "after_upper_step", "finish"):
-            setattr(self, name, getattr(method, name))
-
-    def read_rows(self, model: Any, rows: Any, collate: Any) -> None:
-        """As ``method``'s; the class has it, since a trainer asks the class."""
-        self.method.read_rows(model, rows, collate)
-
-    def lower(self, model: Any, task_loss: TaskLoss) -> Problem:
-        """The lower level's loss over the variables of both levels."""
-        return _Together(self.method.lower(model, task_loss), self.method.upper(model, task_loss))
-
-
-class _Together(Problem):
-    def __init__(self, lower: Problem, upper: Problem) -> None:
-        self.lower = lower
-        pairs = [(n, x) for each in (lower, upper) for n, x in zip(each.names, each.variables)]
-        super().__init__(pairs, name=f"{lower.name} in one level")
-
-    def loss(self, batch: Any) -> Any:
-        return self.lower.loss(batch)
-
-
-class _Clock(TrainerCallback):
-    """The time at the end of each step, beside the passes that ``counter`` has counted."""
-
-    def __init__(self, counter: PassCounter) -> None:
-        self.counter, self.ends = counter, list[tuple[float, float]]()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.ends.append((time.perf_counter(), self.counter.passes))
-
-    def seconds_a_pass(self) -> float:
-        """Without the first step, which allocates."""
-        (begin, first), *_, (end, last) = self.ends
-        return (end - begin) / (last - first)
-
-
-def _adapted(model: Any, config: Any) -> Any:
-    from peft import get_peft_model
-
-    return get_peft_model(model, config)
-
-
-def peak_memory() -> Callable[[], float]:
-    """A function that returns the peak memory since now in MB: the device's, or the process's."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return lambda: torch.cuda.max_memory_allocated() / 1e6
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-    def peak() -> float:
-        with suppress(OSError):
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("VmHWM"):
-                    return int(line.split()[1]) / 1e3
-        return float("nan")
-
-    return peak
+def _without_sizes(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a second training, without its rate, its length and its batch."""
+    decided = {"learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size"}
+    decided |= {"gradient_accumulation_steps"}
+    return {name: value for name, value in arguments.items() if name not in decided}

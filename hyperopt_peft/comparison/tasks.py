@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from statistics import fmean
 
-from hyperopt_peft.comparison.result import ABLATIONS, Comparison, Row, shown
-from hyperopt_peft.comparison.store import Store
-from hyperopt_peft.comparison.task import Kind
+from hyperopt_peft.comparison.result import Comparison, Row
+from hyperopt_peft.comparison.store import Result, Store
+from hyperopt_peft.comparison.task import ABLATIONS, Kind
 from hyperopt_peft.errors import ProblemError
 
 
@@ -51,7 +49,8 @@ class AcrossTasks(Comparison):
             )
         name, first = next(iter(comparisons.items()))
         for other, each in comparisons.items():
-            if _shared_by_all(each) != _shared_by_all(first):
+            one, two = ([*x.plan.methods, x.passes, x.plan.lower_is_better] for x in (each, first))
+            if one != two:
                 raise ProblemError(
                     f"comparisons: {other} and {name} differ in the methods, the passes, or in "
                     "which scores are better; compare the same on each task"
@@ -70,9 +69,7 @@ class AcrossTasks(Comparison):
         for name, kind in self.plan.candidates():
             means = self.scores(name, kind)
             numbers = [f"{score:.4f}" for score in (*means, fmean(means))]
-            gap = self.differences((name, kind), (self.first, "method"))
-            of_first = (name, kind) == (self.first, "method")
-            rows.append([name + ABLATIONS[kind], *numbers, "" if of_first else shown(gap, "+")])
+            rows.append([name + ABLATIONS[kind], *numbers, self._gap(name, kind)])
         return rows
 
     def rates(self) -> list[Row]:
@@ -108,19 +105,8 @@ class AcrossTasks(Comparison):
             f"{len(self.plan.seeds)} seeds, with 95 % intervals over {len(self.comparisons)} tasks"
         )
 
-    def to_csv(self, path: str | Path) -> None:
-        """Write all runs of all tasks, a line each."""
-        runs = [
-            {"task": task, **result}
-            for task, each in self.comparisons.items()
-            for result in each.store.results.values()
+    def results(self) -> list[Result]:
+        """As `Comparison.results`, of all tasks."""
+        return [
+            {"task": task, **x} for task, each in self.comparisons.items() for x in each.results()
         ]
-        with Path(path).open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(runs[0]))
-            writer.writeheader()
-            writer.writerows(runs)
-
-
-def _shared_by_all(comparison: Comparison) -> tuple[list[str], float, bool]:
-    plan = comparison.plan
-    return [*plan.methods], comparison.passes, plan.lower_is_better

@@ -1,4 +1,4 @@
-"""What a run must have done for its score to count: moved its variables, and left a plain model."""
+"""What a run must have done for its score to count: changed logits, and left a plain model."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.trainer.tags import without
 from hyperopt_peft.utils.models import evaluating
 
 #: The test rows whose logits `Method.finish` should not change.
 ROWS = 8
+#: Of the logits of a batch, those that are looked at: a language model has millions.
+ENTRIES = 100_000
 
 
 class Watch:
@@ -26,14 +29,10 @@ class Watch:
     """
 
     def __init__(self, trainer: Any, name: str) -> None:
-        self.trainer, self.name, self.change, self.moved = trainer, name, 0.0, False
-        self.before = [(x, x.detach().clone()) for each in trainer.levels for x in each.variables]
-        self.finish, self.after_search = trainer.method.finish, trainer.method.after_search
-        trainer.method.finish, trainer.method.after_search = self._finish, self._after_search
-
-    def _after_search(self, model: Any) -> None:
-        self.moved = self._has_moved()  # a second phase may have a model of its own
-        self.after_search(model)
+        self.trainer, self.name, self.change = trainer, name, 0.0
+        self.finish = trainer.method.finish
+        vars(trainer.method)["finish"] = self._finish
+        self.before = self._logits(trainer.model)
 
     def _finish(self, model: Any) -> Any:
         first = self._logits(model)
@@ -46,22 +45,19 @@ class Watch:
     def _logits(self, model: Any) -> Tensor:
         rows = self.trainer.eval_dataset
         loader = self.trainer.get_eval_dataloader(rows.select(range(min(len(rows), ROWS))))
-        tags = {*self.trainer.tags}
         with torch.no_grad(), evaluating(model):
-            batches = ({k: v for k, v in batch.items() if k not in tags} for batch in loader)
-            logits = [model(**batch).logits.flatten() for batch in batches]
+            batches = (without(batch, self.trainer.tags) for batch in loader)
+            logits = [model(**batch).logits.flatten()[:ENTRIES] for batch in batches]
         return torch.cat(logits).float()
 
-    def _has_moved(self) -> bool:
-        return not all(torch.equal(variable, value) for variable, value in self.before)
-
     def check(self) -> None:
-        """Raise ProblemError where no variable has moved, or a parametrisation is left."""
-        if not (self.moved or self._has_moved()):
-            raise ProblemError(
-                f"{self.name}: the training has changed none of its variables; let a loss read them"
-            )
+        """Raise ProblemError where no logit has changed, or a parametrisation is left."""
         model = (self.trainer.retrainer or self.trainer).model
+        if torch.equal(self._logits(model), self.before):
+            raise ProblemError(
+                f"{self.name}: the training has changed no logit; let a loss read its variables, "
+                "and finish keep what they learned"
+            )
         for place, module in model.named_modules():
             if hasattr(module, "parametrizations"):
                 raise ProblemError(

@@ -62,15 +62,13 @@ def labels_are_shifted(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     return _SHIFTED[model]
 
 
-def row_losses(
-    model: Any, batch: Mapping[str, Any], *, twice: bool = False
-) -> tuple[Tensor, Tensor]:
+def row_losses(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """The summed loss of each row, ``(n,)``, and how many labels the row has, ``(n,)``.
 
     Arguments and errors are those of `label_losses`. The model's own loss is the sum of all by the
     count of all.
     """
-    each = label_losses(model, batch, twice=twice)
+    each = label_losses(model, batch)
     losses, counts = (x.reshape(len(x), -1).sum(1) for x in each)
     return losses, counts
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from hyperopt_peft.utils.models import base_model
+
 
 class PassCounter(TrainerCallback):
     """Counts the passes of a training, and its seconds; both phases of a method are one training.
@@ -23,11 +25,10 @@ class PassCounter(TrainerCallback):
     pass too, and counts them twice. Forward passes without a gradient count nothing. A batch whose
     rows are joined to one, without padding, counts as a whole micro-batch.
 
-    Args:
-        limit: the passes after which the training ends.
-
     Attributes:
         passes: the count since `begin`.
+        limit: the passes after which the training ends.
+        unit: the rows of a pass, by default those of a lower step.
         joined: whether a batch had its rows joined to one.
 
     Example:
@@ -42,8 +43,9 @@ class PassCounter(TrainerCallback):
         1.5
     """
 
-    def __init__(self, limit: float = math.inf) -> None:
-        self.limit, self.joined, self._paused = limit, False, False
+    def __init__(self) -> None:
+        self.limit, self.joined, self._paused = math.inf, False, False
+        self.unit: int | None = None
         self._hook: Any = None
         self.begin()
 
@@ -60,8 +62,8 @@ class PassCounter(TrainerCallback):
     ) -> None:
         """Count the passes of ``model`` from now on."""
         self._micro = args.train_batch_size
-        self._batch = self._micro * args.gradient_accumulation_steps
-        self._hook = model.register_forward_hook(self._passed, with_kwargs=True)
+        self._batch = self.unit or self._micro * args.gradient_accumulation_steps
+        self._hook = base_model(model).register_forward_hook(self._passed, with_kwargs=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """End the training at the limit, up to rounding."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
 from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from transformers.utils import logging
 
 #: Arguments with which a Trainer evaluates, logs, reports and saves nothing.
 QUIET = {
@@ -37,11 +39,25 @@ def quiet(args: Any, folder: str, kind: Any = None, **changes: Any) -> Any:
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """No bars of `datasets` in the body, where a trainer of TRL shows one for each map."""
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()
+    """No bars of `datasets` and `transformers` in the body, where every run would show its own.
+
+    PEFT reads `is_gradient_checkpointing` of every model, of which Transformers warns each time.
+    """
+    libraries = (
+        (are_progress_bars_disabled(), disable_progress_bars, enable_progress_bars),
+        (
+            not logging.is_progress_bar_enabled(),
+            logging.disable_progress_bar,
+            logging.enable_progress_bar,
+        ),
+    )
+    for _, disable, _ in libraries:
+        disable()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".is_gradient_checkpointing.", FutureWarning)
+            yield
     finally:
-        if shown:
-            enable_progress_bars()
+        for disabled, _, enable in libraries:
+            if not disabled:
+                enable()

@@ -110,14 +110,11 @@ def smooth(x: Sequence[float], y: Sequence[float], share: float = 0.1) -> tuple[
     return np.asarray(x[width - 1 :]), np.convolve(y, np.ones(width) / width, mode="valid")
 
 
-def level_curves(
-    history: Iterable[Mapping[str, Any]], path: str | Path | None = None, share: float = 0.05
-) -> Any:
-    """The losses of both levels over a run.
+def level_curves(history: Iterable[Mapping[str, Any]], path: str | Path | None = None) -> Any:
+    """The losses of both levels over a run, each smoothed over a twentieth of it.
 
     Args:
         history: ``Engine.history``, or ``trainer.state.log_history``.
-        share: the share of a curve over which it is smoothed.
 
     Example:
         >>> history = [{"upper_loss": 1 / k, "lower_loss": 2 / k} for k in range(1, 30)]
@@ -131,7 +128,7 @@ def level_curves(
         with_key = [(k + 1, record) for k, record in enumerate(records) if key in record]
         if with_key:
             x = [record.get("step", number) for number, record in with_key]
-            curves[name] = smooth(x, [record[key] for _, record in with_key], share)
+            curves[name] = smooth(x, [record[key] for _, record in with_key], 0.05)
     step = "upper step" if any("lower_loss" in record for record in records) else "lower step"
     return lines({"": curves}, path, xlabel=step, ylabel="loss")
 

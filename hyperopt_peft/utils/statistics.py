@@ -30,7 +30,7 @@ def is_tie(values: Sequence[float]) -> bool:
         (False, True, True)
     """
     mean, half = mean_and_half(values)
-    return abs(mean) <= half or half == 0
+    return abs(mean) <= half or half < 1e-9  # of equal differences, up to rounding
 
 
 def error_of(values: Sequence[float]) -> float:

@@ -134,6 +134,6 @@ def _differences(name: str, saved: Any, current: Any) -> Iterator[tuple[str, Any
         yield name, saved, current
 
 
-def _short(value: Any, limit: int = 100) -> str:
+def _short(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+    return text if len(text) <= 100 else f"{text[:97]}..."

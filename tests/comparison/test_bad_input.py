@@ -97,7 +97,7 @@ def undefined(outputs: Any) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("methods", "options", "message"),
     [
-        ({"m": Idle()}, {}, "m: the training has changed none of its variables"),
+        ({"m": Idle()}, {}, "m: the training has changed no logit"),
         ({"m": Parametrised()}, {}, "m: finish leaves a parametrisation at .*lora_A"),
         ({"m": Greedy()}, {"passes": 20}, "m: its 20 passes ended after"),
         ({"m": Peeks()}, {}, "m: trains on 3 of 20 test rows"),

@@ -20,6 +20,7 @@ from hyperopt_peft.comparison import Comparison
 from hyperopt_peft.comparison.folds import Rows
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Run, Task
+from hyperopt_peft.problems import BiLoRA
 from tests.support.comparisons import METHODS, compared, parts_of
 from tests.support.trainers import data
 
@@ -90,6 +91,15 @@ def test_a_product_of_second_derivatives_is_paid_for() -> None:
         assert 74 <= result["passes"] <= 86  # one upper step has up to six
         steps[name[:2]] = result["steps"][0]
     assert steps["cg"] < 0.6 * steps["di"]
+
+
+def test_a_method_without_a_second_training_spends_all_on_its_search() -> None:
+    """By its own defaults."""
+    rows = Rows(data(rows=30), None, data(rows=20, seed=5))
+    task = Task({"BiLoRA": BiLoRA()}, *parts_of("classes"), rows, 40, "loss")
+    run = Run("BiLoRA", "method", 0, 6e-2, 1e-2)
+    result = task.run(run, task.price(run))
+    assert len(result["steps"]) == 1 and 34 <= result["passes"] <= 41  # less than a cycle
 
 
 def test_killed_twice_it_goes_on_with_the_same_lines(

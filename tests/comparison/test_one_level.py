@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from hyperopt_peft.comparison.task import OneLevel
+from hyperopt_peft.comparison.ablations import OneLevel
 from hyperopt_peft.problems import SEAL, RowWeights, Sources
 from tests.support.methods import method_trainer
 from tests.support.trainers import data

@@ -1,0 +1,58 @@
+"""The ablation that shows whether two levels are what helps: all variables in one of them."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+from transformers import TrainerCallback
+
+from hyperopt_peft.core.problem import Problem, TaskLoss
+from hyperopt_peft.trainer.method import Method
+
+
+class OneLevel(Method):
+    """The variables of both levels of ``method`` in one level, on all rows."""
+
+    def __init__(self, method: Method) -> None:
+        self.method, self.tags = method, method.tags
+        self.defaults = {k: v for k, v in method.defaults.items() if k != "hypergradient"}
+        for name in ("adapter", "rows", "prepare", "after_upper_step", "finish"):
+            setattr(self, name, getattr(method, name))
+
+    def all_rows(self, train: Any, upper: Any) -> Any:
+        """As ``method``'s; all of them where those are chosen by what a search has learned."""
+        with suppress(AttributeError):
+            return self.method.all_rows(train, upper)
+        return super().all_rows(train, upper)
+
+    def read_rows(self, model: Any, rows: Any, collate: Any) -> None:
+        """As ``method``'s; the class has it, since a trainer asks the class."""
+        self.method.read_rows(model, rows, collate)
+
+    def lower(self, model: Any, task_loss: TaskLoss) -> Problem:
+        """The lower level's loss over the variables of both levels."""
+        return _Together(self.method.lower(model, task_loss), self.method.upper(model, task_loss))
+
+
+class _Together(Problem):
+    def __init__(self, lower: Problem, upper: Problem) -> None:
+        self.lower = lower
+        pairs = [(n, x) for each in (lower, upper) for n, x in zip(each.names, each.variables)]
+        super().__init__(pairs, name=f"{lower.name} in one level")
+        if (prior := lower.prior) is not None:
+            self.prior = lambda variables: prior(variables[: len(lower.variables)])
+
+    def loss(self, batch: Any) -> Any:
+        return self.lower.loss(batch)
+
+
+class Projects(TrainerCallback):
+    """Calls a method's ``after_upper_step`` after each step, which moves its upper variables."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Project."""
+        self.method.project()

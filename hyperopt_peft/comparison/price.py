@@ -1,0 +1,161 @@
+"""What runs cost: passes, one forward and backward over a training batch, seconds and memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.trainer.passes import PassCounter
+
+
+def rows_of(steps: int, rows: int, batch: int) -> int:
+    """The rows that ``steps`` steps read of ``rows`` rows; an epoch's last batch may be smaller.
+
+    Example:
+        >>> [rows_of(steps, 10, 4) for steps in (2, 3, 4)]
+        [8, 10, 14]
+    """
+    epochs, rest = divmod(steps, -(-rows // batch))
+    return epochs * rows + min(rest * batch, rows)
+
+
+def steps_for(allowed: float, rows: int, batch: int) -> int:
+    """The most steps that read at most ``allowed`` rows.
+
+    Example:
+        >>> [steps_for(allowed, 10, 4) for allowed in (7, 8, 10, 14)]
+        [1, 2, 3, 4]
+    """
+    epochs, rest = divmod(int(allowed), rows)
+    return epochs * -(-rows // batch) + rest // batch
+
+
+@dataclass(frozen=True)
+class Price:
+    """What the steps of a method cost.
+
+    Attributes:
+        unit: the rows of a pass, the same for all methods.
+        batch: the rows of a lower step.
+        lower, everything: the rows of the first phase, and of the second one.
+        every: the lower steps from one upper step to the next; 0 without an upper level.
+        upper: the rows that an upper step sends through the model beside those of its lower step.
+        again: whether a second training follows.
+        start, a_pass: the seconds before the first step, and those of a pass.
+    """
+
+    unit: int
+    batch: int
+    lower: int
+    everything: int
+    every: int = 0
+    upper: float = 0.0
+    again: bool = False
+    start: float = 0.0
+    a_pass: float = 0.0
+
+    def spent(self, steps: Sequence[int]) -> dict[str, float]:
+        """The passes of ``steps``: of lower steps, of upper steps, and of the second training."""
+        return {name: rows / self.unit for name, rows in self._rows(*steps).items()}
+
+    def _rows(self, search: int, again: int = 0) -> dict[str, float]:
+        return {
+            "lower steps": rows_of(search, self.lower, self.batch),
+            "upper steps": search // self.every * self.upper if self.every else 0,
+            "second training": rows_of(again, self.everything, self.batch),
+        }
+
+    def steps(self, passes: float) -> list[int]:
+        """The steps of each phase of a run of ``passes`` passes.
+
+        Both phases have about as many. The search ends with an upper step; without a second phase
+        it ends with the lower steps that are left.
+
+        Example:
+            >>> Price(10, 10, lower=80, everything=100, every=4, upper=20, again=True).steps(300)
+            [120, 120]
+        """
+        allowed = passes * self.unit
+        if not self.every:
+            return [steps_for(allowed, self.lower, self.batch)]
+        a_cycle = sum(self._rows(self.every, self.every if self.again else 0).values())
+        search = max(1, int(allowed // a_cycle)) * self.every
+        left = allowed - sum(self._rows(search).values())
+        if self.again:
+            return [search, steps_for(left, self.everything, self.batch)]
+        return [search + min(self.every - 1, int(max(0, left) // self.batch))]
+
+
+def measured(trainer: Any, start: float, unit: int) -> Price:
+    """The price of the steps of ``trainer``, by its first two upper steps, or four lower ones.
+
+    Args:
+        trainer: before its training, which it does.
+        start: the seconds that a run takes before.
+        unit: the rows of a pass.
+
+    Raises:
+        ProblemError: the steps send no row through the model.
+    """
+    trainer.passes.unit = unit
+    args, passes, again = trainer.args, trainer.passes, trainer.has_second_phase
+    every = 0 if trainer.upper is None else args.lower_steps
+    args.max_steps, args.retrain = 2 * every or 4, "none"
+    trainer.add_callback(clock := _Clock(passes))
+    trainer.train()
+    lower = everything = len(trainer.train_dataset)
+    if every and trainer.parent() is Trainer:
+        everything = len(trainer.all_rows())
+    elif every:  # which may be packed
+        everything = len(trainer.retraining(args).train_dataset)
+    batch = args.train_batch_size * args.gradient_accumulation_steps
+    if passes.joined:  # each batch counts as a whole one
+        lower, everything = (-(-rows // batch) * batch for rows in (lower, everything))
+    (begin, first), *_, (end, last) = clock.ends  # without the first step, which allocates
+    if last == first:
+        raise ProblemError(
+            "passes: a step sends no row through the model itself, so that none can be counted; "
+            "let the losses call the model"
+        )
+    if every != 1:  # a row may be several for the model, as the pairs of DPO
+        copies = max(1, round(first * unit / min(batch, lower)))
+        batch, lower, everything = batch * copies, lower * copies, everything * copies
+    upper = (passes.passes * unit - rows_of(2 * every, lower, batch)) / 2 if every else 0.0
+    a_pass = (end - begin) / (last - first)
+    return Price(unit, batch, lower, everything, every, upper, again, start, a_pass)
+
+
+class _Clock(TrainerCallback):
+    """The time at the end of each step, beside the passes that ``counter`` has counted."""
+
+    def __init__(self, counter: PassCounter) -> None:
+        self.counter, self.ends = counter, list[tuple[float, float]]()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.ends.append((time.perf_counter(), self.counter.passes))
+
+
+def peak_memory() -> Callable[[], float]:
+    """A function that returns the peak memory since now in MB: the device's, or the process's."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return lambda: torch.cuda.max_memory_allocated() / 1e6
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def peak() -> float:
+        with suppress(OSError):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM"):
+                    return int(line.split()[1]) / 1e3
+        return float("nan")
+
+    return peak

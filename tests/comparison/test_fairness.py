@@ -1,0 +1,102 @@
+"""Whatever a method, a metric or a user's model does, methods are compared alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hyperopt_peft import Method, ProblemError, compare_methods
+from hyperopt_peft.comparison.folds import Rows
+from hyperopt_peft.comparison.task import Run, Task
+from hyperopt_peft.problems import LoRA
+from tests.support.comparisons import compared, parts_of
+from tests.support.trainers import base_model, data
+
+
+def task(methods: Any) -> Task:
+    """What runs of ``methods`` share."""
+    rows = Rows(data(rows=30), None, data(rows=20, seed=5))
+    return Task(methods, *parts_of("classes"), rows, 40, "loss")
+
+
+@pytest.mark.parametrize(("name", "lower"), [("mse", True), ("score", False)])
+def test_the_direction_of_a_score_is_that_of_its_name(name: str, lower: bool) -> None:
+    numbers = iter(range(1000))
+    comparison = compared(
+        {"LoRA": LoRA()},
+        metric=name,
+        compute_metrics=lambda _: {name: float(next(numbers))},
+        rates=(1e-2, 6e-2),
+    )
+    tried = dict(
+        (run.rate, score)
+        for run, score in comparison.plan.at_every_rate(comparison.store, "LoRA", "method")
+    )
+    best = comparison.plan.chosen(comparison.store, "LoRA", "method").rate
+    assert tried[best] == (min if lower else max)(tried.values())
+    assert ("lower is better" in str(comparison)) == lower
+
+
+@dataclass
+class Bounded(Method):
+    """A factor u ≥ 0 of the loss, which descent would take below; with rates of its own."""
+
+    defaults = MappingProxyType(
+        {"learning_rate": 1e-3, "upper_learning_rate": 0.5, "hypergradient": "darts"}
+    )
+
+    def prepare(self, model: Any) -> None:
+        self.factor = torch.ones((), requires_grad=True)
+
+    def upper_variables(self, model: Any) -> dict[str, Tensor]:
+        return {"factor": self.factor}
+
+    def lower_loss(self, model: Any, batch: Any, task_loss: Any) -> Any:
+        return self.factor * task_loss(batch)
+
+    def after_upper_step(self) -> None:
+        self.factor.clamp_(min=0.9)
+
+
+def test_a_rate_of_the_grid_is_not_that_of_the_method(tmp_path: Path) -> None:
+    run = Run("m", "method", 0, 5e-5, 1e-3)
+    whole = task({"m": Bounded()})
+    args = whole.make(run, whole.data.of(0, False), str(tmp_path), max_steps=4).args
+    assert (args.learning_rate, args.upper_learning_rate) == (5e-5, 1e-3)
+
+
+def test_one_level_keeps_the_bounds_of_a_method(tmp_path: Path) -> None:
+    whole = task({"m": Bounded()})
+    run = Run("m", "one level", 0, 0.5)
+    trainer = whole.make(run, whole.data.of(0, False), str(tmp_path), max_steps=4)
+    trainer.train()
+    assert float(trainer.method.method.factor.detach()) == pytest.approx(0.9)
+
+
+def test_seeds_are_other_starts_of_a_model_that_seeds_itself(tmp_path: Path) -> None:
+    whole = task({"m": LoRA()})
+    starts = []
+    for seed in (0, 1):
+        run = Run("m", "method", seed, 1e-3)
+        model = whole.make(run, whole.data.of(seed, False), str(tmp_path), max_steps=4).model
+        starts.append(next(p for n, p in model.named_parameters() if "lora_A" in n).detach())
+    assert not torch.equal(*starts)
+
+
+def test_a_store_is_of_one_model_and_one_score(tmp_path: Path) -> None:
+    def other(outputs: Any) -> dict[str, float]:
+        return {"accuracy": 0.5}
+
+    compared({"LoRA": LoRA()}, folder=tmp_path)
+    with pytest.raises(ProblemError, match="compute_metrics"):
+        compared({"LoRA": LoRA()}, folder=tmp_path, compute_metrics=other)
+    model, (_, *others) = base_model(), parts_of("classes")
+    rows = {"train_dataset": data(rows=30), "test_dataset": data(rows=20, seed=5), "passes": 12}
+    with pytest.raises(ProblemError, match="base_model: returns one model again"):
+        compare_methods({"LoRA": LoRA()}, lambda: model, *others, folder=tmp_path / "2", **rows)
