@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import hashlib
 import math
@@ -99,6 +100,7 @@ class Task:
             ProblemError: the run took more passes than its budget; the metric is unknown; as
                 `BilevelTrainer`.
         """
+        freeze_imports()
         begin = time.perf_counter()
         planned = price.steps(self.passes)
         sizes: dict[str, Any] = {"max_steps": planned[0]}
@@ -248,6 +250,13 @@ class Task:
             trainer.add_callback(Projects(method))
         self.layers = compute_once(trainer, dropout=self.frozen_dropout)
         return trainer
+
+
+@functools.cache
+def freeze_imports() -> None:
+    """Every training collects garbage twice; what was imported, most of its time, is none."""
+    gc.collect()
+    gc.freeze()
 
 
 def _without_sizes(arguments: Mapping[str, Any]) -> dict[str, Any]:
