@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from peft import get_peft_model
 from transformers import set_seed
@@ -143,7 +143,7 @@ class Task:
     @property
     def retrain_arguments(self) -> dict[str, Any]:
         """Those that are given for a second training, without what the comparison decides."""
-        return _without_sizes(self.args.retrain_arguments or {})
+        return _without_sizes(cast(Mapping[str, Any], self.args.retrain_arguments or {}))
 
     @no_bars()
     def fingerprint(self) -> str:
