@@ -145,7 +145,8 @@ def adapters(arguments: Arguments, data: Tweets, output: Path) -> dict[str, floa
     say(f"1. {comparison.heading()}")
     say(aligned([row[:3] + row[5:7] for row in comparison.table()]))
     for sentence in comparison.sentences():
-        say(sentence)
+        if sentence not in comparison.remarks():  # on rates, rows and frozen layers
+            say(sentence)
     comparison.plot(output / "adapters.png")
     return {name: fmean(comparison.scores(name)) for name in METHODS}
 

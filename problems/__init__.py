@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hyperopt_peft.core.task_level import TaskLevel as TaskLevel
+    from hyperopt_peft.problems.agreement import Agreement as Agreement
     from hyperopt_peft.problems.autolora import AutoLoRA as AutoLoRA
     from hyperopt_peft.problems.baselines import DoRA as DoRA
     from hyperopt_peft.problems.baselines import GivenWeights as GivenWeights
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from hyperopt_peft.problems.class_priors import FrequencyWeights as FrequencyWeights
     from hyperopt_peft.problems.class_priors import LogitAdjustment as LogitAdjustment
     from hyperopt_peft.problems.class_priors import TunedAdjustment as TunedAdjustment
-    from hyperopt_peft.problems.data_plans import Agreement as Agreement
     from hyperopt_peft.problems.data_plans import EqualSources as EqualSources
     from hyperopt_peft.problems.data_plans import SomeSources as SomeSources
     from hyperopt_peft.problems.find import find_method as find_method
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from hyperopt_peft.problems.weight_net import WeightNet as WeightNet
 
 _MODULES = {
-    "Agreement": "problems.data_plans",
+    "Agreement": "problems.agreement",
     "AutoLoRA": "problems.autolora",
     "BiDoRA": "problems.bidora",
     "BiLoRA": "problems.bilora",

@@ -15,13 +15,10 @@ from torch import Tensor
 
 from hyperopt_peft.core.examples import WeightedRows
 from hyperopt_peft.core.problem import TaskLoss
-from hyperopt_peft.engine.fit import lbfgs
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems.features import features_of
-from hyperopt_peft.problems.head import Head, l2_penalty
 from hyperopt_peft.trainer.data import joined, require_examples
 from hyperopt_peft.trainer.method import Method
-from hyperopt_peft.trainer.tags import label_counts, without
+from hyperopt_peft.trainer.tags import label_counts
 
 SOURCE, TRUSTED = "source", "trusted"
 
@@ -131,51 +128,3 @@ class SomeSources(Method):
             return upper
         rows = train.select([k for k, value in enumerate(values) if value in self.chosen])
         return super().all_rows(rows, upper)
-
-
-@dataclass
-class Agreement(EqualSources):
-    """A row of source k has the weight q_k, the source's agreement with a model of trusted rows.
-
-    The model is a linear head on frozen features, fitted to the trusted rows, and q_k the share of
-    the source's labels that it predicts, with one right and C − 1 wrong ones more for C classes. A
-    trusted row has the weight 1.
-
-    Args:
-        log_odds: whether the weight is log(q_k/(1 − q_k)·(C − 1)), as in naive Bayes, by the
-            largest; a source below 0 is left out.
-
-    Raises:
-        ProblemError: a row has no class, or there are no trusted rows.
-
-    Example:
-        >>> Agreement(log_odds=True)
-        Agreement(column='source', log_odds=True)
-    """
-
-    log_odds: bool = False
-
-    def read_rows(self, model: Any, rows: Any, collate: Callable[[Sequence[Any]], Any]) -> None:
-        """Fit the head to the trusted rows, and count what it predicts of the others."""
-        super().read_rows(model, rows, collate)
-        source = torch.tensor(rows[SOURCE][:])
-        made = features_of(model, rows, lambda chosen: without(collate(chosen), self.tags))
-        if self.names[-1] != TRUSTED or made.labels.shape != source.shape:
-            raise ProblemError("upper_dataset: Agreement needs trusted rows, and a class a row")
-        made, classes = made.standardized(), max(2, 1 + int(made.labels.max()))
-        head, size = Head(made.x.shape[1], classes), len(self.names)
-        level = WeightedRows(head, lambda batch: torch.ones(len(batch["labels"])))
-        level.prior = l2_penalty()
-        lbfgs(level, made.select((source == size - 1).nonzero()[:, 0]).batch())
-        right = head(made.x).logits.argmax(1) == made.labels
-        numbers = source.bincount(minlength=size) + classes
-        q = ((source[right].bincount(minlength=size) + 1) / numbers)[:-1]
-        if self.log_odds:
-            q = (q / (1 - q) * (classes - 1)).log().clamp(min=0)
-            q = q / q.max().clamp(min=1e-6)
-        self.agreement = torch.cat([q, torch.ones(1)])
-
-    def p(self) -> Tensor:
-        """The share of each source, ``(K,)``: its weight times its labels, by their sum."""
-        mass = self.agreement * self.counts
-        return mass / mass.sum()

@@ -77,14 +77,14 @@ def compute_once(trainer: Any, *, dropout: bool = True) -> str:
     once = _Once(layers, below)
     with torch.no_grad(), evaluating(model):
         plain = model(**alone).logits
-        once.install(base_model(model))
+        once.install(model)
         model(**batch)  # from which the states of the row alone are
         known = model(**alone).logits
     mask = alone.get("attention_mask")
     if mask is not None and plain.shape[:2] == mask.shape:  # a padding's state is not kept
         plain, known = plain[mask.bool()], known[mask.bool()]
     rounding = torch.finfo(plain.dtype).eps ** 0.5 * float(plain.abs().max())
-    if not once.known or float((known - plain).abs().max()) > rounding:
+    if not once.used or float((known - plain).abs().max()) > rounding:
         once.remove()
         return (
             "every layer is computed in each pass: one reads more than the text of its row, such "
@@ -102,6 +102,7 @@ class _Once:
     def __init__(self, layers: Sequence[nn.Module], count: int) -> None:
         self.layers, self.count = layers, count
         self.known, self.keys, self.mask = False, list[Any](), torch.empty(0)
+        self.used = False
         self.inner = [{**layer._modules} for layer in layers[:count]]
         self.use({})
 
@@ -113,10 +114,13 @@ class _Once:
         """Itself: a copy of the model, such as a method's teacher, has the same frozen layers."""
         return self
 
-    def install(self, base: nn.Module) -> None:
-        """Put the hooks."""
+    def install(self, model: nn.Module) -> None:
+        """Put the hooks; older PEFT calls no hook of the base model inside."""
         self.hooks = [
-            base.register_forward_pre_hook(self._begin, with_kwargs=True),
+            *(
+                each.register_forward_pre_hook(self._begin, with_kwargs=True)
+                for each in {model, base_model(model)}
+            ),
             self.layers[self.count].register_forward_pre_hook(self._enter, with_kwargs=True),
         ]
         for layer in self.layers[: self.count]:
@@ -159,17 +163,19 @@ class _Once:
         return passed
 
     def _enter(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        if not self.keys:
+        keys, self.used = self.keys, self.known
+        self.keys, self.known = [], False  # for a pass that begins at another module
+        if not keys:
             return None
         states = args[0] if args else kwargs["hidden_states"]
-        if not self.known:
-            for key, row, kept in zip(self.keys, states, self.mask, strict=True):
+        if not self.used:
+            for key, row, kept in zip(keys, states, self.mask, strict=True):
                 if key not in self.states and self.bytes < LIMIT:
                     self.states[key] = row[kept].detach().clone()
                     self.bytes += self.states[key].nbytes
             return None
         states = torch.zeros_like(states)
-        states[self.mask] = torch.cat([self.states[key] for key in self.keys])
+        states[self.mask] = torch.cat([self.states[key] for key in keys])
         return ((states, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": states})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import hashlib
 import math
@@ -12,7 +13,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from peft import get_peft_model
 from transformers import set_seed
@@ -99,6 +100,7 @@ class Task:
             ProblemError: the run took more passes than its budget; the metric is unknown; as
                 `BilevelTrainer`.
         """
+        freeze_imports()
         begin = time.perf_counter()
         planned = price.steps(self.passes)
         sizes: dict[str, Any] = {"max_steps": planned[0]}
@@ -141,7 +143,7 @@ class Task:
     @property
     def retrain_arguments(self) -> dict[str, Any]:
         """Those that are given for a second training, without what the comparison decides."""
-        return _without_sizes(self.args.retrain_arguments or {})
+        return _without_sizes(cast(Mapping[str, Any], self.args.retrain_arguments or {}))
 
     @no_bars()
     def fingerprint(self) -> str:
@@ -248,6 +250,13 @@ class Task:
             trainer.add_callback(Projects(method))
         self.layers = compute_once(trainer, dropout=self.frozen_dropout)
         return trainer
+
+
+@functools.cache
+def freeze_imports() -> None:
+    """Every training collects garbage twice; what was imported, most of its time, is none."""
+    gc.collect()
+    gc.freeze()
 
 
 def _without_sizes(arguments: Mapping[str, Any]) -> dict[str, Any]:

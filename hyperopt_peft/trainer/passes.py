@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import weakref
 from collections import UserDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -46,7 +47,8 @@ class PassCounter(TrainerCallback):
     def __init__(self) -> None:
         self.limit, self.joined, self._paused = math.inf, False, False
         self.unit: int | None = None
-        self._hook: Any = None
+        self._last: Any = lambda: None
+        self._hooks: list[Any] = []
         self.begin()
 
     def begin(self, passes: float = 0.0, seconds: float = 0.0) -> None:
@@ -63,7 +65,8 @@ class PassCounter(TrainerCallback):
         """Count the passes of ``model`` from now on."""
         self._micro = args.train_batch_size
         self._batch = self.unit or self._micro * args.gradient_accumulation_steps
-        self._hook = base_model(model).register_forward_hook(self._passed, with_kwargs=True)
+        for each in {model, base_model(model)}:  # of which older PEFT calls the hooks of one
+            self._hooks.append(each.register_forward_hook(self._passed, with_kwargs=True))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """End the training at the limit, up to rounding."""
@@ -71,8 +74,9 @@ class PassCounter(TrainerCallback):
 
     def end(self) -> None:
         """Count no longer."""
-        if self._hook is not None:
-            self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -88,8 +92,9 @@ class PassCounter(TrainerCallback):
             return
         read = _first(args) if args else _first(kwargs.values())
         followed = _first((output,), gradient=True)
-        if read is None or followed is None:
+        if read is None or followed is None or followed is self._last():
             return
+        self._last = weakref.ref(followed)
         rows, before = len(read), False
         if rows == 1 and kwargs.get("position_ids") is not None:  # as TRL's padding_free
             self.joined, rows = True, self._micro

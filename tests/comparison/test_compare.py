@@ -58,7 +58,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
 
     def count(module: Any, *args: Any, **kwargs: Any) -> Any:
         output = forward(module, *args, **kwargs)
-        if type(module).__name__ == "BertForSequenceClassification" and torch.is_grad_enabled():
+        if (
+            type(module).__name__ == "PeftModelForSequenceClassification"
+            and torch.is_grad_enabled()
+        ):
             output.logits.register_hook(lambda g: counted.append(len(g)))
         return output
 
