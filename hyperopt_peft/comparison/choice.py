@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
 from statistics import fmean
@@ -30,13 +30,14 @@ class Plan:
     development: Sequence[int]
     seeds: Sequence[int]
     lower_is_better: bool
+    ablations: Collection[str] | None = None
 
     def candidates(self) -> list[tuple[str, Kind]]:
-        """The methods, each with its ablations where it has an upper level."""
+        """The methods, with the ablations of those that have an upper level."""
         found: list[tuple[str, Kind]] = []
         for name, method in self.methods.items():
             found.append((name, "method"))
-            if has_upper_level(method):
+            if has_upper_level(method) and (self.ablations is None or name in self.ablations):
                 found += [(name, "frozen"), (name, "one level")]
         return found
 

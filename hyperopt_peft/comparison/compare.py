@@ -53,6 +53,7 @@ def compare_methods(
     upper_rates: Sequence[float] = UPPER_RATES,
     development: Iterable[int] = range(100, 103),
     held_out: float = 0.2,
+    ablations: Iterable[str] | None = None,
     frozen_dropout: bool = True,
     folder: str | Path | None = None,
     jobs: int = 1,
@@ -97,6 +98,8 @@ def compare_methods(
         development: the seeds of the runs that choose the rates.
         held_out: the share of the trusted rows, or without those of the training rows, that scores
             these runs.
+        ablations: the methods whose ablations are trained, where two trainings more of each are
+            too dear; by default all.
         frozen_dropout: whether lower layers that nothing trains keep the dropout that the model
             gives them. Without dropout they are computed once a text, several times faster.
         folder: keeps the finished runs, from which a killed comparison goes on.
@@ -167,7 +170,10 @@ def compare_methods(
         rates, upper_rates = (0.0,), (RATE,)
     if lower_is_better is None:
         lower_is_better = metric.lower().endswith(LOWER_IS_BETTER)
-    plan = Plan(known, rates, upper_rates, development, seeds, lower_is_better)
+    ablated = None if ablations is None else frozenset(ablations)
+    if unknown := (ablated or frozenset()) - {*known}:
+        raise ProblemError(f"ablations: {sorted(unknown)} are no methods; there are {sorted(known)}")
+    plan = Plan(known, rates, upper_rates, development, seeds, lower_is_better, ablated)
     where, (number, count) = None if folder is None else Path(folder), part
     store = Store(
         where, settings_of(task) if where else {}, "" if count == 1 else f"-{number}-of-{count}"

@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 from hyperopt_peft.comparison.choice import Plan
 from hyperopt_peft.comparison.store import Result, Store
 from hyperopt_peft.comparison.task import ABLATIONS, Kind
-from hyperopt_peft.trainer.method import has_upper_level
 from hyperopt_peft.utils.plots import intervals
 from hyperopt_peft.utils.statistics import detectable, error_of, is_tie, mean_and_half
 from hyperopt_peft.utils.tables import aligned, html_table, latex
@@ -113,10 +112,11 @@ class Comparison:
     def sentences(self) -> list[str]:
         """What the differences say of each method but the first, and of its upper level."""
         found = []
-        for name, method in self.plan.methods.items():
+        ablated = {name for name, kind in self.plan.candidates() if kind == "frozen"}
+        for name in self.plan.methods:
             if name != self.first:
                 found.append(self._beside_first(name))
-            if has_upper_level(method):
+            if name in ablated:
                 found.append(self._by_parts(name))
         return found + self.remarks()
 

@@ -7,7 +7,7 @@ from statistics import fmean
 
 from benchmarks import pages
 from benchmarks.measure import table
-from benchmarks.study.cells import CELLS, TASKS, stored
+from benchmarks.methods.cells import CELLS, TASKS, stored
 from hyperopt_peft.comparison import AcrossTasks, Comparison
 from hyperopt_peft.comparison.result import shown
 from hyperopt_peft.comparison.task import ABLATIONS, Kind

@@ -56,7 +56,7 @@ def compared(
     """
     from text_data import quiet
 
-    from benchmarks.study.tasks import collate, score, task
+    from benchmarks.methods.tasks import collate, score, task
 
     torch.set_num_threads(1)
     keep_memory()

@@ -16,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[0] = str(HERE.parents[1])
 
-from benchmarks.study.cells import CELLS, QUICK, TASKS, compared, folder  # noqa: E402
+from benchmarks.methods.cells import CELLS, QUICK, TASKS, compared, folder  # noqa: E402
 from hyperopt_peft.comparison import AcrossTasks  # noqa: E402
 
 
@@ -31,7 +31,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.command == "report":
-        from benchmarks.study.report import report
+        from benchmarks.methods.report import report
 
         report(check=options.check)
     elif options.quick:
