@@ -57,7 +57,9 @@ def compared(name: str, where: Path | None, *, rows: int = ROWS, **options: Any)
     keep_memory()
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     train, test = (
-        Dataset.from_dict({**tokenizer(texts, truncation=True, max_length=LENGTH), "labels": labels})
+        Dataset.from_dict(
+            {**tokenizer(texts, truncation=True, max_length=LENGTH), "labels": labels}
+        )
         for texts, labels in parts(name, rows)
     )
     settings = {"seeds": SEEDS, "development": DEVELOPMENT, "upper_rates": UPPER_RATES}
