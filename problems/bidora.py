@@ -50,7 +50,7 @@ class BiDoRA(Method):
     fast_dora: bool = True
 
     # Equal in quality to the published one, which has darts and an upper step after each lower
-    # one, and cheaper (benchmarks/study).
+    # one, and cheaper (benchmarks/methods).
     defaults = MappingProxyType({"hypergradient": "direct", "lower_steps": 4})
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The tasks of the study: their rows, the model before it has an adapter, and the score."""
+"""The tasks: their rows, the model before it has an adapter, and the score."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pandas
 import torch
 from datasets import Dataset
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from text_data import load_model, tweets
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -37,6 +37,8 @@ class Task:
         classes: the number of classes.
         metric: the name of the score, higher is better.
         trusted: rows of the upper level, where the training rows do not give it theirs.
+        model: makes the model with a new head, drawn from the current seed; by default `Encoder`.
+        collate: makes a batch.
     """
 
     train: Dataset
@@ -44,11 +46,13 @@ class Task:
     classes: int
     metric: str = "accuracy"
     trusted: Dataset | None = None
+    model: Callable[[], Any] | None = None
+    collate: Callable[[Any], Any] = lambda rows: collate(rows)
 
     @property
-    def base_model(self) -> Callable[[], Encoder]:
-        """Makes the model with a new head, drawn from the current seed."""
-        return partial(Encoder, self.classes, pool=self.metric != "f1")
+    def base_model(self) -> Callable[[], Any]:
+        """``model``, or what makes an `Encoder`."""
+        return self.model or partial(Encoder, self.classes, pool=self.metric != "f1")
 
 
 class Encoder(nn.Module):
@@ -106,14 +110,16 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 
 
 def score(outputs: Any) -> dict[str, float]:
-    """The accuracy, and the mean F1 of the classes that the rows have.
+    """Accuracy, mean F1 of the classes that the rows have, and Matthews correlation.
 
     Of tokens the micro-averaged F1 of all tags but the last one, O.
     """
     truth, guess = outputs.label_ids, outputs.predictions.argmax(-1)
     if truth.ndim == 1:
         macro = f1_score(truth, guess, labels=list({*truth}), average="macro", zero_division=0)
-        return {"accuracy": float(accuracy_score(truth, guess)), "macro_f1": float(macro)}
+        scores = {"accuracy": accuracy_score(truth, guess), "macro_f1": macro}
+        scores["matthews"] = matthews_corrcoef(truth, guess)
+        return {name: float(value) for name, value in scores.items()}
     truth, guess = truth[truth != IGNORED], guess[truth != IGNORED]
     named = list(range(int(truth.max())))
     return {"f1": float(f1_score(truth, guess, labels=named, average="micro"))}

@@ -22,7 +22,7 @@ SLOW = [
     "estimators noise --quick",
     "attribution scores --quick --parts methods cost memory suspects",
     "attribution trainers --quick",
-    "study run --quick",
+    "methods run --quick",
 ]
 
 
@@ -38,7 +38,7 @@ def test_a_script_runs(words: str) -> None:
     assert done.stdout
 
 
-@pytest.mark.parametrize("folder", ["study", "attribution"])
+@pytest.mark.parametrize("folder", ["methods", "attribution"])
 def test_a_page_has_the_tables_of_the_results(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     main = ROOT / "benchmarks" / folder / "__main__.py"
     monkeypatch.setattr(sys, "path", [*sys.path])

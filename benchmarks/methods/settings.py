@@ -1,0 +1,235 @@
+"""The settings: methods with one purpose and the plain ways, on tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from benchmarks.methods.rows import first_rows, of_mpnet, of_sources, wrong_labels
+from benchmarks.methods.tasks import Task, task
+from hyperopt_peft import BiDoRA, Method
+from hyperopt_peft.comparison.choice import RATES, UPPER_RATES, Plan
+from hyperopt_peft.problems import (
+    SEAL,
+    Agreement,
+    AutoLoRA,
+    BiLoRA,
+    ClassOffsets,
+    DoRA,
+    EqualSources,
+    FrequencyWeights,
+    GivenWeights,
+    LayerDecay,
+    LayerScales,
+    LogitAdjustment,
+    LoRA,
+    RowWeights,
+    S3Delta,
+    SomeSources,
+    Sources,
+    TrustedRepeated,
+    TunedAdjustment,
+)
+
+#: Of MiniLM's last layer: queries and values, and all linear layers.
+ATTENTION, LINEAR = r".*layer\.5\..*\.(query|value)", r".*layer\.5\..*\.(query|key|value|dense)"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Methods with one purpose, and where they are compared.
+
+    Attributes:
+        rows: makes a task by its name.
+        methods: makes them; the first one is what the others are compared with.
+        ablations: the methods whose ablations are trained; None for all.
+        targets: the layers that have an adapter.
+        dropout: whether frozen layers keep theirs; without it they are computed once.
+        rates, upper_rates, development, seeds: of `compare_methods`.
+    """
+
+    tasks: tuple[str, ...]
+    rows: Callable[[str], Task]
+    methods: Callable[[], dict[str, Method]]
+    ablations: tuple[str, ...] | None
+    targets: str = ATTENTION
+    passes: float = 200
+    batch: int = 8
+    dropout: bool = False
+    rates: Sequence[float] = (2e-3, 6e-3, 2e-2)
+    upper_rates: Sequence[float] = (3e-3, 3e-2, 3e-1)
+    development: Sequence[int] = (100, 101)
+    seeds: Sequence[int] = range(5)
+
+    @property
+    def plan(self) -> Plan:
+        """The runs."""
+        grids = self.rates, self.upper_rates, self.development, self.seeds
+        return Plan(self.methods(), *grids, False, self.ablations)
+
+
+@dataclass
+class KeptRows(GivenWeights):
+    """The rows whose ``column`` is 1, and the trusted ones."""
+
+    column: str = "weight"
+
+    def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:
+        """With the column as weights."""
+        return super().rows(train.rename_column(self.column, "weight"), upper)
+
+
+@dataclass
+class DecayedLoRA(LoRA):
+    """LoRA with a weight decay of the optimizer."""
+
+    decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Ask for the decay."""
+        super().__post_init__()
+        with_arguments(self, weight_decay=self.decay)
+
+
+def with_arguments(method: Method, **arguments: Any) -> Method:
+    """``method`` with other arguments of a training."""
+    method.__dict__["defaults"] = {**method.defaults, **arguments}
+    return method
+
+
+@dataclass
+class ScaledLoRA(LoRA):
+    """LoRA with α times ``factor``."""
+
+    factor: float = 4.0
+
+    def adapter(self, config: Any) -> Any:
+        """Set α."""
+        config.lora_alpha *= self.factor
+        return super().adapter(config)
+
+
+@dataclass
+class RankedLoRA(LoRA):
+    """LoRA of half the rank, and so of half the parameters."""
+
+    def adapter(self, config: Any) -> Any:
+        """Set r and α, whose ratio stays."""
+        config.r, config.lora_alpha = config.r // 2, config.lora_alpha / 2
+        return super().adapter(config)
+
+
+def magnitudes(batch: int) -> dict[str, Method]:
+    """BiDoRA in two forms, and DoRA and LoRA; the published one has as many upper steps."""
+    batches = {"lower_steps": 1, "per_device_upper_batch_size": batch}
+    published = with_arguments(BiDoRA.published(), **batches)
+    return {"LoRA": LoRA(), "DoRA": DoRA(), "BiDoRA": BiDoRA(), "BiDoRA, published": published}
+
+
+#: Upper batches of 64 rows have most classes; a training then has few upper steps.
+CLASSES: dict[str, Any] = {"per_device_upper_batch_size": 64, "lower_steps": 8}
+SETTINGS = {
+    "magnitudes": Setting(
+        ("trec", "sst2", "tweets", "tags"),
+        partial(first_rows, count=300),
+        partial(magnitudes, batch=8),
+        None,
+        passes=300,
+        rates=RATES,
+        upper_rates=UPPER_RATES,
+        development=(100, 101, 102),
+    ),
+    "magnitudes, base size": Setting(
+        ("cola", "sst2"),
+        of_mpnet,
+        partial(magnitudes, batch=16),
+        ("BiDoRA",),
+        r".*attn\.(q|k|v)",
+        passes=187.5,
+        batch=16,
+        dropout=True,
+        rates=(3e-4, 1e-3, 3e-3),
+        upper_rates=(3e-3, 3e-2),
+        development=(100,),
+        seeds=range(3),
+    ),
+    "few rows": Setting(
+        ("tweets", "sst2"),
+        partial(first_rows, count=100),
+        lambda: {
+            "LoRA": LoRA(),
+            "DoRA": DoRA(),
+            "LoRA, weight decay 0.1": DecayedLoRA(),
+            "BiDoRA": BiDoRA(),
+            "BiLoRA": BiLoRA(gamma=0.1),
+            "LayerDecay": LayerDecay(),
+            "LayerDecay, one for all layers": LayerDecay(shared=True),
+        },
+        ("BiDoRA", "BiLoRA", "LayerDecay"),
+        LINEAR,
+    ),
+    "ranks and layers": Setting(
+        ("tweets", "sst2"),
+        partial(first_rows, count=100),
+        lambda: {
+            "LoRA": LoRA(),
+            "LoRA, r = 4": RankedLoRA(),
+            "AutoLoRA": AutoLoRA(decay=0.05),
+            "AutoLoRA, random terms": AutoLoRA(decay=0.05, choose="random"),
+            "AutoLoRA, largest terms": AutoLoRA(decay=0.05, choose="sizes"),
+            "S3Delta": S3Delta(),
+            "S3Delta, random layers": S3Delta(choose="random"),
+            "S3Delta, largest layers": S3Delta(choose="sizes"),
+        },
+        ("AutoLoRA", "S3Delta"),
+        LINEAR,
+    ),
+    "rare classes": Setting(
+        ("newsgroups", "reuters"),
+        partial(task, length=24),
+        lambda: {
+            "LoRA": LoRA(),
+            "LoRA, α = 64": ScaledLoRA(),
+            "logit adjustment": LogitAdjustment(),
+            "inverse-frequency weights": FrequencyWeights(),
+            "logit adjustment, τ learned": with_arguments(TunedAdjustment(), **CLASSES),
+            "ClassOffsets": with_arguments(ClassOffsets(factor=True), **CLASSES),
+            "LayerScales": LayerScales(),
+        },
+        ("ClassOffsets", "LayerScales"),
+        LINEAR,
+        passes=300,
+    ),
+    "wrong labels": Setting(
+        ("tweets", "trec"),
+        wrong_labels,
+        lambda: {
+            "LoRA": LoRA(),
+            "trusted rows alone": SomeSources(),
+            "trusted rows 10 times": TrustedRepeated(),
+            "loss under a trusted model": KeptRows("by_loss"),
+            "suspicion": KeptRows("by_doubt"),
+            "RowWeights": RowWeights(),
+            "SEAL": SEAL(),
+        },
+        ("RowWeights", "SEAL"),
+    ),
+    "sources": Setting(
+        ("questions", "raters"),
+        of_sources,
+        lambda: {
+            "LoRA": LoRA(),
+            "each source alike": EqualSources(),
+            "trusted rows alone": SomeSources(),
+            "trusted rows 10 times": TrustedRepeated(),
+            "weights by agreement": Agreement(log_odds=True),
+            "Sources": Sources(),
+            "ScaleBiO": Sources.published("scalebio"),
+            "FastMix": Sources.published("fastmix"),
+            "DreamPRM": Sources.published("dreamprm"),
+        },
+        ("Sources",),
+    ),
+}

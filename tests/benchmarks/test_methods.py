@@ -1,0 +1,83 @@
+"""The methods: disjoint parts, the scores, and tables from stores alone."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.methods import report, runs
+from benchmarks.methods.settings import SETTINGS
+from benchmarks.methods.tasks import disjoint, score
+from hyperopt_peft.comparison.store import Store
+from hyperopt_peft.comparison.task import Run
+
+
+def test_no_row_is_alike_in_two_parts() -> None:
+    rows = [{"input_ids": ids} for ids in ([1, 2], [3], [1, 2, 4], [5], [3], [6], [1, 2])]
+    found = disjoint(rows[:3], rows[3:5], rows[5:])
+    assert found == [rows[:3], [rows[3]], [rows[5]]]
+
+
+@pytest.mark.parametrize(
+    ("truth", "guess", "expected"),
+    [
+        ([0, 1, 1], [0, 1, 0], {"accuracy": 2 / 3, "macro_f1": 2 / 3, "matthews": 0.5}),
+        ([0, 0, 1], [0, 0, 2], {"macro_f1": 0.5}),
+        # Of tags 0 and 1 two are right, one is missed, one is wrongly found; 2 is O, -100 no word.
+        ([[0, 1, -100], [2, 1, 2]], [[0, 1, 0], [0, 2, 2]], {"f1": 2 / 3}),
+    ],
+)
+def test_the_score(truth: list[Any], guess: list[Any], expected: dict[str, float]) -> None:
+    found = score(SimpleNamespace(label_ids=np.array(truth), predictions=np.eye(3)[guess]))
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+
+
+def result(run: Run) -> dict[str, Any]:
+    """A made-up result: a rate of .002 is best, as is an upper rate of .1; seeds differ."""
+    best = 0.5 + 0.1 * (run.rate == 2e-3) + 0.1 * (run.upper_rate == 1e-1)
+    spent = {"passes": 300.0, "seconds": 5.0, "memory": 1.0, "spent": {"lower steps": 300.0}}
+    return {**asdict(run), "score": best + 0.01 * run.seed, "finish": 0.0, "layers": "", **spent}
+
+
+def test_tables_need_all_runs_of_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
+    plan = SETTINGS["magnitudes"].plan
+    for name in ("trec", "tags"):
+        before = report.complete("magnitudes")
+        store = Store(runs.folder("magnitudes", name), {"metric": "accuracy", "passes": 300})
+        for stage in (lambda _: plan.first_rates(), plan.next_rates, plan.reported):
+            assert [*report.complete("magnitudes")] == [*before]
+            for run in store.missing(stage(store)):
+                store.add(result(run))
+    found = report.complete("magnitudes")
+    assert [*found] == ["trec", "tags"]
+    rows = {row["method"]: row for row in report.scores(found)}
+    assert rows["LoRA"]["tags"] == "62.0 ± 2.0" and rows["LoRA"]["− LoRA"] == "–"
+    assert rows["BiDoRA"]["− LoRA"] == "+10.0 ± 0.0"
+    assert rows["BiDoRA, upper level frozen"]["mean"] == "62.0"
+    tried = {row["method"]: row for row in report.rates(found)}
+    assert tried["BiDoRA"]["upper 0.1"] == "171.0" and tried["LoRA"]["upper 0.1"] == "–"
+    assert report.prices(found)[2]["trec"] == "0.002 (0.1)"
+    assert "### Magnitudes" in report.details("magnitudes", found)
+
+
+def test_the_best_plain_way_is_chosen_by_held_out_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
+    setting = SETTINGS["sources"]
+    store = Store(runs.folder("sources", "raters"), {"metric": "accuracy", "passes": 200})
+    for stage in (lambda _: setting.plan.first_rates(), setting.plan.next_rates):
+        for run in store.missing(stage(store)):
+            way = run.method == "each source alike"
+            store.add(result(run) | {"score": 0.9 if way else 0.5})
+    for run in store.missing(setting.plan.reported(store)):
+        store.add(result(run) | {"score": 0.1 * len(run.method) / 10})
+    (row,) = report.summary("sources", report.complete("sources"))
+    assert row["− best plain way"] == "−10.0 ± 0.0 (each source alike)"
+    assert row["− LoRA"] == "+3.0 ± 0.0" and row["− frozen"] == "+0.0 ± 0.0"
