@@ -1,4 +1,4 @@
-"""The variables of both levels in one level, of methods that choose their rows."""
+"""The ablations: both levels' variables in one level, and those of some methods alone."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from hyperopt_peft.comparison.ablations import OneLevel
-from hyperopt_peft.problems import SEAL, RowWeights, Sources
+from hyperopt_peft.problems import SEAL, BiDoRA, LoRA, RowWeights, Sources
+from tests.support.comparisons import compared
 from tests.support.methods import method_trainer
 from tests.support.trainers import data
 
@@ -22,3 +23,11 @@ def test_it_has_all_rows_once(tmp_path: Path, method: Any) -> None:
     assert len(run.train_dataset) == 30 and run.upper is None
     run.train()
     assert method.logits.detach().count_nonzero() > 0
+
+
+def test_ablations_of_some_methods_alone() -> None:
+    methods = {"LoRA": LoRA(), "BiDoRA": BiDoRA(), "published": BiDoRA.published()}
+    found = compared(methods, ablations=["BiDoRA"])
+    names = ["LoRA", "BiDoRA", "BiDoRA, upper level frozen", "BiDoRA, one level", "published"]
+    assert [row[0] for row in found.table()[1:]] == names
+    assert sum("is the sum of" in sentence for sentence in found.sentences()) == 1
