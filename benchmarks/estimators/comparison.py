@@ -5,7 +5,7 @@
     python benchmarks/estimators comparison --write benchmarks/results/comparison.json
 
 The first measures all; the second some, whose rows it puts into FILE; the third writes
-docs/comparison.md and the README's table from the file, and measures nothing. Problems: see
+results/comparison.md and the README's table from the file, and measures nothing. Problems: see
 levels.py. Other libraries: peers.py.
 
 Errors are relative to the exact hypergradient at the same point (on BiDoRA: to a long MINRES
@@ -33,7 +33,7 @@ from benchmarks.estimators.levels import METHODS, Levels, encoder_problem, small
 from benchmarks.estimators.peers import Peer, peers
 from benchmarks.measure import arguments, report, table
 from benchmarks.memory import peak_memory
-from benchmarks.pages import DOCS, ROOT, between, machine_line
+from benchmarks.pages import DOCS, RESULTS, ROOT, between, machine_line
 from hyperopt_peft import Problem, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import Vector, dot, get_estimator, registered
 from hyperopt_peft.hypergradients.estimate import open_oracle
@@ -248,7 +248,7 @@ def short_table(rows: list[Row]) -> str:
 
 
 def page_table(content: Row) -> str:
-    """The tables of docs/comparison.md from a file of measurements."""
+    """The tables of results/comparison.md from a file of measurements."""
     (rows,), details = content["tables"].values(), content["details"]
     # The fault of another library's estimator, after a colon, is in the page's own words.
     rows = [
@@ -269,10 +269,12 @@ def page_table(content: Row) -> str:
 
 
 def write_pages(file: Path) -> None:
-    """docs/comparison.md, and the table of a few estimators in README.md."""
+    """All tables, and that of a few estimators in README.md and on the page."""
     content = json.loads(file.read_text())
     (rows,) = content["tables"].values()
-    texts = {DOCS / "comparison.md": page_table(content), ROOT / "README.md": short_table(rows)}
+    short = short_table(rows)
+    texts = {RESULTS / "comparison.md": page_table(content)}
+    texts |= {DOCS / "comparison.md": short, ROOT / "README.md": short}
     for path, text in texts.items():
         path.write_text(between(path.read_text(), text, "estimator"))
 
