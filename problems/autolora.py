@@ -10,6 +10,7 @@ all data. Zhang et al. 2024, arXiv:2403.09113, which has no decay.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
@@ -20,12 +21,15 @@ from torch import Tensor
 from hyperopt_peft.adapters.gains import (
     GainedLayer,
     add_gains,
+    drawn,
     gain_variables,
     gained_layers,
     keep_terms,
+    largest,
     squares,
 )
 from hyperopt_peft.core.problem import TaskLoss
+from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.common import regularised, require_weight
 from hyperopt_peft.trainer.method import Method
 
@@ -42,17 +46,20 @@ class AutoLoRA(Method):
     needs large factors, whose decay is costly.
 
     The second phase is from scratch by default, as published. With ``retrain="warm"`` or
-    ``"none"`` the remaining terms keep what the search has learned.
+    ``"none"`` the remaining terms keep what the search has learned; those of a control have equal
+    weights.
 
     Args:
         threshold: the least p of a term that remains; a layer's largest always does.
+        share: the share of all terms that remains, those of largest p, in place of ``threshold``.
+            Equal ones are drawn by the run's seed.
         decay: of A and B at the lower level.
-        choose: what decides where the ranks are, of which ``threshold`` gives the sum. As
-            controls, the norms of the trained terms, which with an upper rate of 0 is magnitude
-            pruning of LoRA, or a draw by the run's seed.
+        choose: what decides which terms remain; their number is as before. As controls, the norms
+            of the trained terms, or a draw by the run's seed. With an upper rate of 0 and a
+            ``share`` the norms are magnitude pruning of LoRA.
 
     Raises:
-        ProblemError: the decay is negative; later, as `add_gains`.
+        ProblemError: the decay is negative, or ``share`` no share; later, as `add_gains`.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -69,6 +76,7 @@ class AutoLoRA(Method):
     """
 
     threshold: float = 1.0
+    share: float | None = None
     decay: float = 0.0
     choose: Literal["weights", "sizes", "random"] = "weights"
 
@@ -77,6 +85,8 @@ class AutoLoRA(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_weight("decay", self.decay)
+        if self.share is not None and not 0 < self.share <= 1:
+            raise ProblemError(f"share: must be in (0, 1], or None, got {self.share}")
 
     @property
     def absorbed(self) -> bool:
@@ -100,29 +110,32 @@ class AutoLoRA(Method):
         """Of a control: let the weights be those of the terms that it keeps, as many together."""
         if self.choose == "weights":
             return
-        layers, draw = gained_layers(model), torch.Generator()
-        draw.manual_seed(torch.initial_seed() % 2**63)
-        count, scores = sum(int(self._kept(each).sum()) for each in layers), []
-        for each in layers:
-            size = each.gain.values() * each.b.norm(dim=0) * each.a.norm(dim=1)
-            drawn = torch.rand(size.shape, generator=draw)
-            scores.append(drawn if self.choose == "random" else size.float().cpu())
-            scores[-1][scores[-1].argmax()] = torch.inf  # a layer's largest remains
-        least = torch.cat(scores).topk(count).values.min()
-        for each, score in zip(layers, scores, strict=True):
-            each.gain.u.copy_(torch.where(score >= least, 0.0, -50.0).view_as(each.gain.u))
+        layers = gained_layers(model)
+        count = sum(int(keep.sum()) for keep in self._kept(layers))
+        scores = [
+            (each.gain.values() * each.b.norm(dim=0) * each.a.norm(dim=1)).float().cpu()
+            for each in layers
+        ]
+        if self.choose == "random":
+            numbers = drawn(sum(map(len, scores)))
+            scores = list(numbers.split([len(score) for score in scores]))
+        for each, keep in zip(layers, largest(scores, count), strict=True):
+            each.gain.u.copy_(torch.where(keep, 0.0, -50.0).view_as(each.gain.u))
 
     def finish(self, model: Any) -> Any:
         """A model with a new adapter of the terms that remain; ``ranks`` has their numbers."""
-        kept = {each.name: self._kept(each) for each in gained_layers(model)}
+        layers = gained_layers(model)
+        kept = dict(zip([each.name for each in layers], self._kept(layers), strict=True))
         #: The rank of each layer, by its name in the base model.
         self.ranks = {name: int(keep.sum()) for name, keep in kept.items()}
         return keep_terms(model, kept)
 
-    def _kept(self, layer: GainedLayer) -> Tensor:
-        """Which terms of a layer remain, ``(r,)``."""
-        p = layer.gain.values()
-        return p >= min(self.threshold, float(p.max())) - ROUNDING
+    def _kept(self, layers: Sequence[GainedLayer]) -> list[Tensor]:
+        """Which terms of each layer remain, ``(r,)`` each."""
+        weights = [each.gain.values() for each in layers]
+        if self.share is None:
+            return [p >= min(self.threshold, float(p.max())) - ROUNDING for p in weights]
+        return largest(weights, round(self.share * sum(map(len, weights))))
 
 
 def _weights(alpha: Tensor) -> Tensor:

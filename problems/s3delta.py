@@ -8,8 +8,8 @@ z_l = σ(logit p_l + logit U) with U uniform in (0, 1), a draw of the binary con
 in evaluation z_l = p_l. Then the layers of largest p within the budget are trained from scratch.
 Hu et al. 2022, arXiv:2206.07382, whose gates are of other kinds of adapters too.
 
-The shift of α that meets the budget is made after each upper step, where the published code makes
-it in each pass, without its derivative, and takes from the gradient the part that changes Σ p_l.
+The shift of α that meets the budget is made after each upper step; the published code makes it in
+each pass.
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hyperopt_peft.adapters.gains import add_gains, gain_variables, gained_layers, keep_terms
+from hyperopt_peft.adapters.gains import add_gains, drawn, gain_variables, gained_layers, keep_terms
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.method import Method
+from hyperopt_peft.utils.distributed import gather
 
 
 @dataclass
 class S3Delta(Method):
     """Gates above, A, B and head below; then an adapter in some layers.
 
-    **Where every layer's gate is its mean, a solved lower level absorbs the gates**, as with
-    `LayerScales`. A layer's draws of z leave a dependence on p. A gate has no gradient where B = 0.
+    **Where gates are not drawn, a solved lower level absorbs them**, as with `LayerScales`. A gate
+    has no gradient where B = 0.
 
     Args:
-        share: of the adapter's parameters that remain.
+        share: the share of the adapter's parameters that remains.
         beta: β. A small one has gates near 0 and 1, whose derivative is small.
         sampled: whether gates are drawn in training.
-        choose: what decides which layers remain. As controls, the norm of the trained p·BA, or a
-            draw by the run's seed, which the published code has too.
+        choose: what decides which layers remain; equal gates are drawn by the run's seed. As
+            controls, the norm of the trained p·BA, or a draw.
 
     Raises:
         ProblemError: ``share`` is no share, or too small for any layer; β is not positive; later,
@@ -88,8 +89,8 @@ class S3Delta(Method):
         layers = add_gains(model, mean, columns=False, in_training=draw)
         self._sizes = torch.tensor([float(x.a.numel() + x.b.numel()) for x in layers])
         if self._sizes.min() > self.share * self._sizes.sum():
-            raise ProblemError(f"share: {self.share} of the adapter is less than any of its layers")
-        self._u = [each.gain.u for each in layers]
+            raise ProblemError(f"share: {self.share} is less than any layer's; give a larger one")
+        self._gains = [each.gain for each in layers]
         self.project()
 
     def upper_variables(self, model: Any) -> dict[str, Tensor]:
@@ -98,14 +99,15 @@ class S3Delta(Method):
 
     def after_upper_step(self) -> None:
         """Shift α, so that Σ n_l·p_l is the budget."""
-        alpha = torch.stack([u.detach().flatten()[0].cpu() for u in self._u]).double()
+        variables = [gain.u for gain in self._gains]
+        alpha = torch.cat([gather(u.detach()).flatten().cpu() for u in variables]).double()
         sizes = self._sizes.double()
         low, high = alpha.min() - 40 * self.beta, alpha.max() + 40 * self.beta
         for _ in range(100):  # p falls with the shift
             shift = (low + high) / 2
             above = sizes @ ((alpha - shift) / self.beta).sigmoid() > self.share * sizes.sum()
             low, high = (shift, high) if above else (low, shift)
-        for u in self._u:
+        for u in variables:
             u.sub_(float(shift))
 
     def gates(self, model: Any) -> dict[str, float]:
@@ -116,9 +118,8 @@ class S3Delta(Method):
         """Of a control: let the order of α be its own."""
         if self.choose == "gates":
             return
-        layers, draw = gained_layers(model), torch.Generator()
-        draw.manual_seed(torch.initial_seed() % 2**63)
-        scores = torch.rand(len(layers), generator=draw)
+        layers = gained_layers(model)
+        scores = drawn(len(layers))
         if self.choose == "sizes":
             sizes = [each.gain.values().item() * (each.b @ each.a).norm() for each in layers]
             scores = torch.tensor([float(size) for size in sizes])
@@ -131,7 +132,8 @@ class S3Delta(Method):
         alpha = torch.tensor([float(each.gain.u.detach()) for each in layers])
         #: The layers that have an adapter, by name in the base model.
         self.layers = []
-        for k in alpha.argsort(descending=True, stable=True).tolist():
+        order = drawn(len(layers)).argsort()
+        for k in order[alpha[order].argsort(descending=True, stable=True)].tolist():
             if self._sizes[k] <= budget:
                 self.layers.append(layers[k].name)
                 budget -= float(self._sizes[k])

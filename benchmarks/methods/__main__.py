@@ -1,6 +1,6 @@
 """What is each bilevel method worth? Settings × tasks, each a call of `compare_methods`.
 
-python benchmarks/methods run                          # all; goes on from their stores
+python benchmarks/methods run                          # all that are not complete
 python benchmarks/methods run --settings "few rows"    # one setting
 python benchmarks/methods run --quick                  # two that are not kept, in a minute
 python benchmarks/methods report                       # the pages' tables, from the stores alone
@@ -16,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[1] / "examples")]
 
-from benchmarks.methods.runs import QUICK, compared, folder  # noqa: E402
+from benchmarks.methods.runs import QUICK, compared, folder, stored  # noqa: E402
 from benchmarks.methods.settings import SETTINGS  # noqa: E402
 
 
@@ -40,7 +40,9 @@ def main() -> None:
     else:
         for name in options.settings:
             for task in SETTINGS[name].tasks:
-                print(f"{name}, {task}\n{compared(name, task, folder(name, task))}\n", flush=True)
+                if not stored(name, task):
+                    found = compared(name, task, folder(name, task))
+                    print(f"{name}, {task}\n{found}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from benchmarks.methods.settings import SETTINGS
 from hyperopt_peft.comparison import AcrossTasks, Comparison
 from hyperopt_peft.comparison.result import shown
 from hyperopt_peft.comparison.task import ABLATIONS, Kind
-from hyperopt_peft.trainer.method import has_upper_level
 
 TABLES = pages.RESULTS / "methods.md"
 PAGE, FIGURE = pages.DOCS / "results.md", pages.DOCS / "results.png"
@@ -48,13 +47,13 @@ def complete(name: str) -> dict[str, Comparison]:
 
 
 def summary(name: str, tasks: Mapping[str, Comparison]) -> Iterator[Row]:
-    """Of each method with an upper level the differences to the plain ways and to its ablations."""
-    plan = SETTINGS[name].plan
-    plain = [each for each, method in plan.methods.items() if not has_upper_level(method)]
-    for method in plan.ablations or ():
+    """Of each published method the differences to the other ways and to its ablations."""
+    setting = SETTINGS[name]
+    others = [each for each in setting.plan.methods if each not in setting.papers]
+    for method in setting.papers:
         for task, each in tasks.items():
             # By the held-out rows, as a user would choose; the test rows judge the choice.
-            best = max(plain, key=lambda way, c=each: held_out(c, way))
+            best = max(others, key=lambda way, c=each: held_out(c, way))
             ways: dict[str, Way] = {
                 f"− {each.first}": (each.first, "method"),
                 "− frozen": (method, "frozen"),
@@ -63,9 +62,11 @@ def summary(name: str, tasks: Mapping[str, Comparison]) -> Iterator[Row]:
             row = {"setting, task": f"{name}, {task}", "method": method}
             row["score"] = points(each.scores(method))
             for head, way in ways.items():
-                row[head] = points(each.differences((method, "method"), way), "+")
+                known = way in each.plan.candidates()
+                gaps = each.differences((method, "method"), way) if known else []
+                row[head] = points(gaps, "+") if known else "–"
             gaps = each.differences((method, "method"), (best, "method"))
-            row["− best plain way"] = f"{points(gaps, '+')} ({best})"
+            row["− best other way"] = f"{points(gaps, '+')} ({best})"
             yield row
 
 

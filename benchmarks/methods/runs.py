@@ -57,6 +57,7 @@ def compared(setting: str, task: str, where: Path | None, **options: Any) -> Com
         test_dataset=here.test,
         metric=here.metric,
         ablations=plan.ablations,
+        held_out=chosen.held_out,
         frozen_dropout=chosen.dropout,
         folder=where,
         data_collator=here.collate,

@@ -7,6 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
 from benchmarks.methods.rows import first_rows, of_mpnet, of_sources, wrong_labels
 from benchmarks.methods.tasks import Task, task
 from hyperopt_peft import BiDoRA, Method
@@ -20,7 +26,6 @@ from hyperopt_peft.problems import (
     DoRA,
     EqualSources,
     FrequencyWeights,
-    GivenWeights,
     LayerDecay,
     LayerScales,
     LogitAdjustment,
@@ -44,7 +49,9 @@ class Setting:
     Attributes:
         rows: makes a task by its name.
         methods: makes them; the first one is what the others are compared with.
+        papers: those of the methods that are published bilevel ones; the others stand beside them.
         ablations: the methods whose ablations are trained; None for all.
+        held_out: the share of the trusted rows, or of the training rows, that chooses the rates.
         targets: the layers that have an adapter.
         dropout: whether frozen layers keep theirs; without it they are computed once.
         rates, upper_rates, development, seeds: of `compare_methods`.
@@ -53,11 +60,13 @@ class Setting:
     tasks: tuple[str, ...]
     rows: Callable[[str], Task]
     methods: Callable[[], dict[str, Method]]
+    papers: tuple[str, ...]
     ablations: tuple[str, ...] | None
     targets: str = ATTENTION
     passes: float = 200
     batch: int = 8
     dropout: bool = False
+    held_out: float = 0.2
     rates: Sequence[float] = (2e-3, 6e-3, 2e-2)
     upper_rates: Sequence[float] = (3e-3, 3e-2, 3e-1)
     development: Sequence[int] = (100, 101)
@@ -71,14 +80,28 @@ class Setting:
 
 
 @dataclass
-class KeptRows(GivenWeights):
-    """The rows whose ``column`` is 1, and the trusted ones."""
+class KeptRows(LoRA):
+    """LoRA on the trusted rows, and on 80 % of the others: those of most likely labels.
 
-    column: str = "weight"
+    By ``trusted`` a label is likely to a head on frozen features that is trained on the trusted
+    rows, else to one that is trained on the other folds of the rows themselves.
+    """
 
-    def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:
-        """With the column as weights."""
-        return super().rows(train.rename_column(self.column, "weight"), upper)
+    trusted: bool = True
+
+    def all_rows(self, train: Any, upper: Any) -> Any:
+        """Those that remain, and the trusted ones."""
+        head = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
+        x, labels = np.array(train["features"][:]), np.array(train["target"][:])
+        if self.trusted:
+            classes = head.fit(upper["features"][:], upper["target"][:]).classes_
+            found = head.predict_proba(x)
+        else:
+            classes = np.unique(labels)
+            found = cross_val_predict(head, x, labels, cv=5, method="predict_proba")
+        likely = (found * (labels[:, None] == classes)).sum(1)
+        kept = np.sort(np.argsort(-likely, kind="stable")[: round(0.8 * len(likely))])
+        return super().all_rows(train.select(kept), upper)
 
 
 @dataclass
@@ -122,7 +145,7 @@ class RankedLoRA(LoRA):
 
 
 def magnitudes(batch: int) -> dict[str, Method]:
-    """BiDoRA in two forms, and DoRA and LoRA; the published one has as many upper steps."""
+    """LoRA, DoRA and two forms of BiDoRA; the published one has an upper step a lower step."""
     batches = {"lower_steps": 1, "per_device_upper_batch_size": batch}
     published = with_arguments(BiDoRA.published(), **batches)
     return {"LoRA": LoRA(), "DoRA": DoRA(), "BiDoRA": BiDoRA(), "BiDoRA, published": published}
@@ -135,6 +158,7 @@ SETTINGS = {
         ("trec", "sst2", "tweets", "tags"),
         partial(first_rows, count=300),
         partial(magnitudes, batch=8),
+        ("BiDoRA", "BiDoRA, published"),
         None,
         passes=300,
         rates=RATES,
@@ -145,6 +169,7 @@ SETTINGS = {
         ("cola", "sst2"),
         of_mpnet,
         partial(magnitudes, batch=16),
+        ("BiDoRA", "BiDoRA, published"),
         ("BiDoRA",),
         r".*attn\.(q|k|v)",
         passes=187.5,
@@ -162,11 +187,13 @@ SETTINGS = {
             "LoRA": LoRA(),
             "DoRA": DoRA(),
             "LoRA, weight decay 0.1": DecayedLoRA(),
+            "LoRA, weight decay 1": DecayedLoRA(decay=1.0),
             "BiDoRA": BiDoRA(),
             "BiLoRA": BiLoRA(gamma=0.1),
             "LayerDecay": LayerDecay(),
             "LayerDecay, one for all layers": LayerDecay(shared=True),
         },
+        ("BiDoRA", "BiLoRA", "LayerDecay"),
         ("BiDoRA", "BiLoRA", "LayerDecay"),
         LINEAR,
     ),
@@ -176,14 +203,16 @@ SETTINGS = {
         lambda: {
             "LoRA": LoRA(),
             "LoRA, r = 4": RankedLoRA(),
-            "AutoLoRA": AutoLoRA(decay=0.05),
-            "AutoLoRA, random terms": AutoLoRA(decay=0.05, choose="random"),
-            "AutoLoRA, largest terms": AutoLoRA(decay=0.05, choose="sizes"),
+            "AutoLoRA": AutoLoRA(),
+            "AutoLoRA, decay, half of the terms": AutoLoRA(decay=0.05, share=0.5),
+            "random terms": AutoLoRA(share=0.5, choose="random"),
+            "largest terms": AutoLoRA(share=0.5, choose="sizes"),
             "S3Delta": S3Delta(),
-            "S3Delta, random layers": S3Delta(choose="random"),
-            "S3Delta, largest layers": S3Delta(choose="sizes"),
+            "random layers": S3Delta(choose="random"),
+            "largest layers": S3Delta(choose="sizes"),
         },
-        ("AutoLoRA", "S3Delta"),
+        ("AutoLoRA", "AutoLoRA, decay, half of the terms", "S3Delta"),
+        ("AutoLoRA", "AutoLoRA, decay, half of the terms", "largest terms", "S3Delta"),
         LINEAR,
     ),
     "rare classes": Setting(
@@ -192,12 +221,16 @@ SETTINGS = {
         lambda: {
             "LoRA": LoRA(),
             "LoRA, α = 64": ScaledLoRA(),
+            "LoRA, α = 4": ScaledLoRA(factor=0.25),
             "logit adjustment": LogitAdjustment(),
+            "logit adjustment, τ = 0.5": LogitAdjustment(tau=0.5),
             "inverse-frequency weights": FrequencyWeights(),
+            "inverse-frequency weights, root": FrequencyWeights(power=0.5),
             "logit adjustment, τ learned": with_arguments(TunedAdjustment(), **CLASSES),
             "ClassOffsets": with_arguments(ClassOffsets(factor=True), **CLASSES),
             "LayerScales": LayerScales(),
         },
+        ("ClassOffsets", "LayerScales"),
         ("ClassOffsets", "LayerScales"),
         LINEAR,
         passes=300,
@@ -209,15 +242,17 @@ SETTINGS = {
             "LoRA": LoRA(),
             "trusted rows alone": SomeSources(),
             "trusted rows 10 times": TrustedRepeated(),
-            "loss under a trusted model": KeptRows("by_loss"),
-            "suspicion": KeptRows("by_doubt"),
+            "loss under a trusted model": KeptRows(),
+            "suspicion": KeptRows(trusted=False),
             "RowWeights": RowWeights(),
             "SEAL": SEAL(),
         },
         ("RowWeights", "SEAL"),
+        ("RowWeights", "SEAL"),
+        held_out=0.4,
     ),
     "sources": Setting(
-        ("questions", "raters"),
+        ("questions", "movies"),
         of_sources,
         lambda: {
             "LoRA": LoRA(),
@@ -230,6 +265,8 @@ SETTINGS = {
             "FastMix": Sources.published("fastmix"),
             "DreamPRM": Sources.published("dreamprm"),
         },
+        ("Sources", "ScaleBiO", "FastMix", "DreamPRM"),
         ("Sources",),
+        held_out=0.4,
     ),
 }

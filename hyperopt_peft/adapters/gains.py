@@ -7,7 +7,7 @@ method learns u and folds g away in the end, since stock PEFT loads no parametri
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -155,6 +155,24 @@ def keep_terms(peft_model: PeftModel, kept: Mapping[str, Tensor]) -> PeftModel:
         for new, old in zip(factors(layer, adapter), terms[path], strict=True):
             new.copy_(old)
     return plain
+
+
+def drawn(count: int) -> Tensor:
+    """``count`` numbers in [0, 1) by the seed of the run, the same at each call."""
+    generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+    return torch.rand(count, generator=generator)
+
+
+def largest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Masks of the ``count`` largest scores of all layers, at least one a layer; ties are drawn."""
+    values = [score.detach().double().cpu().clone() for score in scores]
+    for value in values:
+        value[value.argmax()] = torch.inf
+    flat, numbers = torch.cat(values), drawn(sum(map(len, values))).argsort()
+    best = numbers[flat[numbers].argsort(descending=True, stable=True)][: max(count, len(values))]
+    mask = torch.zeros(len(flat), dtype=torch.bool).index_fill_(0, best, True)
+    sizes = [len(value) for value in values]
+    return [m.to(score.device) for m, score in zip(mask.split(sizes), scores, strict=True)]
 
 
 def squares(peft_model: PeftModel) -> Tensor:

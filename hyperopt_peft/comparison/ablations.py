@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 
 from transformers import TrainerCallback
@@ -21,10 +20,8 @@ class OneLevel(Method):
             setattr(self, name, getattr(method, name))
 
     def all_rows(self, train: Any, upper: Any) -> Any:
-        """As ``method``'s; all of them where those are chosen by what a search has learned."""
-        with suppress(AttributeError):
-            return self.method.all_rows(train, upper)
-        return super().all_rows(train, upper)
+        """As ``method``'s."""
+        return self.method.all_rows(train, upper)
 
     def read_rows(self, model: Any, rows: Any, collate: Any) -> None:
         """As ``method``'s; the class has it, since a trainer asks the class."""

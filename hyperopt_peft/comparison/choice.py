@@ -33,12 +33,17 @@ class Plan:
     ablations: Collection[str] | None = None
 
     def candidates(self) -> list[tuple[str, Kind]]:
-        """The methods, with the ablations of those that have an upper level."""
+        """The methods, with the ablations of those that have an upper level.
+
+        Where a training from scratch follows a search, one level has no training to follow it.
+        """
         found: list[tuple[str, Kind]] = []
         for name, method in self.methods.items():
             found.append((name, "method"))
             if has_upper_level(method) and (self.ablations is None or name in self.ablations):
-                found += [(name, "frozen"), (name, "one level")]
+                found.append((name, "frozen"))
+                if method.defaults.get("retrain") != "scratch":
+                    found.append((name, "one level"))
         return found
 
     def count(self, name: str, kind: Kind) -> int:

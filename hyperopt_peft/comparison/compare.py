@@ -26,7 +26,7 @@ from hyperopt_peft.comparison.work import Work, require_pickled
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.find import find_method
 from hyperopt_peft.trainer.fingerprint import data_fingerprint
-from hyperopt_peft.trainer.method import Method
+from hyperopt_peft.trainer.method import Method, has_upper_level
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 
 #: How the names of scores end that are better where they are lower.
@@ -69,7 +69,8 @@ def compare_methods(
     upper batches, estimators and second phases included, and its phases are sized to take them.
     Rates are chosen for each method by its mean score on rows that are held out from the training
     rows, on seeds of their own. Each method with an upper level is trained in two further ways:
-    with its upper variables frozen, and with all variables in one level on all rows.
+    with its upper variables frozen, and with all variables in one level on all rows. The latter is
+    left out where the search is followed by a training from scratch.
 
     With ``folds`` the trusted rows score: seed s is scored on fold s mod K of the division s // K
     into K folds, and trains with the others. Rates are then chosen on a further part of the trusted
@@ -171,8 +172,11 @@ def compare_methods(
     if lower_is_better is None:
         lower_is_better = metric.lower().endswith(LOWER_IS_BETTER)
     ablated = None if ablations is None else frozenset(ablations)
-    if unknown := (ablated or frozenset()) - {*known}:
-        raise ProblemError(f"ablations: {sorted(unknown)} are no methods; there are {sorted(known)}")
+    two_levels = {name for name, method in known.items() if has_upper_level(method)}
+    if wrong := sorted((ablated or frozenset()) - two_levels):
+        raise ProblemError(
+            f"ablations: {wrong} are no methods with an upper level; those are {sorted(two_levels)}"
+        )
     plan = Plan(known, rates, upper_rates, development, seeds, lower_is_better, ablated)
     where, (number, count) = None if folder is None else Path(folder), part
     store = Store(

@@ -134,16 +134,19 @@ class Comparison:
 
     def _by_parts(self, name: str) -> str:
         """The difference to the first method as a sum over the ablations between the two."""
-        ways: list[tuple[str, Kind]] = [(name, "method"), (name, "frozen"), (name, "one level")]
+        ways = [way for way in self.plan.candidates() if way[0] == name]
         parts = ["the upper level", "the split of the rows, fewer steps and the rate"]
         if name != self.first:
             ways.append((self.first, "method"))
             parts.append("the variables, the adapter and the rate")
+            if (name, "one level") not in ways:
+                parts[1:] = ["the split of the rows, fewer steps, the adapter and the rate"]
         terms = []
-        for part, one, other in zip(parts, ways[:-1], ways[1:], strict=True):
+        for part, one, other in zip(parts, ways[:-1], ways[1:]):
             gaps = self.differences(one, other)
             terms.append(f"{shown(gaps, '+')} by {part}{', a tie' if is_tie(gaps) else ''}")
-        whole = f"{name} − {self.first if name != self.first else 'the same in one level'}"
+        last = self.first if name != self.first else f"the same{ABLATIONS[ways[-1][1]]}"
+        whole = f"{name} − {last}"
         return "\n  ".join([f"{whole} is the sum of", *terms])
 
     def _edges(self) -> list[str]:

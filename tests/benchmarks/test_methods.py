@@ -71,13 +71,14 @@ def test_the_best_plain_way_is_chosen_by_held_out_rows(
 ) -> None:
     monkeypatch.setattr(runs, "RESULTS", tmp_path)
     setting = SETTINGS["sources"]
-    store = Store(runs.folder("sources", "raters"), {"metric": "accuracy", "passes": 200})
+    store = Store(runs.folder("sources", "movies"), {"metric": "accuracy", "passes": 200})
     for stage in (lambda _: setting.plan.first_rates(), setting.plan.next_rates):
         for run in store.missing(stage(store)):
             way = run.method == "each source alike"
             store.add(result(run) | {"score": 0.9 if way else 0.5})
     for run in store.missing(setting.plan.reported(store)):
         store.add(result(run) | {"score": 0.1 * len(run.method) / 10})
-    (row,) = report.summary("sources", report.complete("sources"))
-    assert row["− best plain way"] == "−10.0 ± 0.0 (each source alike)"
+    row, *others = report.summary("sources", report.complete("sources"))
+    assert len(others) == 3 and others[0]["− frozen"] == "–"
+    assert row["− best other way"] == "−10.0 ± 0.0 (each source alike)"
     assert row["− LoRA"] == "+3.0 ± 0.0" and row["− frozen"] == "+0.0 ± 0.0"

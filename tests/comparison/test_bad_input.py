@@ -109,7 +109,7 @@ def undefined(outputs: Any) -> dict[str, float]:
         (ONE, {"seeds": [0, 100]}, r"development: the seeds \[100\] are reported"),
         (ONE, {"passes": 1}, "passes: 1 leave LoRA a phase of"),
         ({}, {}, "methods: there is none"),
-        (ONE, {"ablations": ["DoRA"]}, r"ablations: \['DoRA'\] are no methods"),
+        (ONE, {"ablations": ["LoRA"]}, r"ablations: \['LoRA'\] are no methods with an upper"),
         (ONE, {"test_dataset": data(rows=30)}, "all of its rows are training rows"),
         (ONE, {"test_dataset": TEST.select([])}, "test_dataset has no examples"),
         (ONE, {"test_dataset": TEST.to_list()}, "test_dataset: must be a datasets.Dataset"),

@@ -31,5 +31,6 @@ def test_a_method_is_compared(name: str) -> None:
     comparison = compared({"LoRA": LoRA(), name: method}, **options)
     head, *rows = comparison.table()
     passes = [float(row[head.index("passes")]) for row in rows]
-    assert len(rows) == 4 and all(45 <= each <= 50 for each in passes)
+    scratch = method.defaults.get("retrain") == "scratch"
+    assert len(rows) == 4 - scratch and all(45 <= each <= 50 for each in passes)
     assert any("absorbs" in each for each in comparison.sentences()) == method.absorbed

@@ -199,27 +199,56 @@ def test_autolora_selects_ranks_and_keeps_what_remains() -> None:
     assert method.ranks == {"layer.0": 2, "layer.1": 1}
 
 
-@pytest.mark.parametrize("choose", ["sizes", "random"])
-@pytest.mark.parametrize("kind", [AutoLoRA, S3Delta])
-def test_controls_have_the_budget_of_what_is_learned(kind: Any, choose: Any) -> None:
-    """The largest updates remain, or draws of the seed."""
-    made = []
-    for _ in range(2):
-        torch.manual_seed(3)
-        model, method = two_layers(r=3), kind(choose=choose)
-        method.prepare(model)
-        with torch.no_grad():
-            model.base_model.model.second.lora_A.default.weight *= 100
-            if kind is AutoLoRA:  # two and one of three terms are above the mean
-                first, second = method.upper_variables(model).values()
-                first += torch.tensor([[0.2, 0.2, -0.9]])
-                second += torch.tensor([[0.9, -0.2, -0.2]])
-            method.after_search(model)
-        ranks = {path: layer.r["default"] for path, layer in lora_layers(method.finish(model))}
-        made.append({path.rpartition(".")[2]: rank for path, rank in ranks.items()})
-    assert made[0] == made[1] and sum(made[0].values()) == 3
-    if choose == "sizes":
-        assert made[0] == ({"first": 1, "second": 2} if kind is AutoLoRA else {"second": 3})
+#: Of either method three of six terms remain; the second layer's update is the larger one.
+BUDGETS: Any = {AutoLoRA: {}, S3Delta: {"share": 0.6}}
+
+
+def remaining(method: Any, learned: Any = (), seed: int = 3) -> dict[str, int]:
+    """The ranks of `two_layers` after a search that has learned these upper variables."""
+    model = two_layers(r=3)
+    torch.manual_seed(seed)
+    method.prepare(model)
+    with torch.no_grad():
+        model.base_model.model.second.lora_A.default.weight *= 100
+        for variable, value in zip(method.upper_variables(model).values(), learned):
+            variable += torch.tensor(value)
+        method.after_search(model)
+    ranks = {path: layer.r["default"] for path, layer in lora_layers(method.finish(model))}
+    return {path.rpartition(".")[2]: rank for path, rank in ranks.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "learned", "weights", "sizes"),
+    [  # two and one of three terms are above the mean; the first layer's gate is open
+        (
+            AutoLoRA,
+            ([[0.2, 0.2, -0.9]], [[0.9, -0.2, -0.2]]),
+            {"first": 2, "second": 1},
+            {"first": 1, "second": 2},
+        ),
+        (S3Delta, ([[2.0]], [[-2.0]]), {"first": 3}, {"second": 3}),
+        (S3Delta, ([[0.0]], [[0.0]]), None, {"second": 3}),
+    ],
+)
+def test_controls_have_the_budget_of_what_is_learned(
+    kind: Any, learned: Any, weights: Any, sizes: Any
+) -> None:
+    options = BUDGETS[kind]
+    assert weights is None or remaining(kind(**options), learned) == weights
+    assert remaining(kind(choose="sizes", **options), learned) == sizes
+    drawn = [remaining(kind(choose="random", **options), learned, seed) for seed in range(12)]
+    assert len({str(each) for each in drawn}) == 2  # a layer's largest term always remains
+    assert all(sum(each.values()) == 3 for each in drawn)
+    assert drawn[5] == remaining(kind(choose="random", **options), learned, 5)
+
+
+def test_equal_weights_are_drawn() -> None:
+    """As in an ablation without an upper level: of a share of the terms, or of gates."""
+    for method in (AutoLoRA(share=0.5), S3Delta(share=0.6)):
+        found = [remaining(method, seed=seed) for seed in range(12)]
+        assert len({str(each) for each in found}) == 2 and found[5] == remaining(method, seed=5)
+    assert remaining(AutoLoRA(share=0.5, choose="sizes")) == {"first": 1, "second": 2}
+    assert remaining(AutoLoRA()) == {"first": 3, "second": 3}
 
 
 @pytest.mark.parametrize("kind", [AutoLoRA, S3Delta])
