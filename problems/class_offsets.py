@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from hyperopt_peft.core.labels import ENTRIES, WEIGHT, require_labels
 from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.core.problem import TaskLoss
+from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.method import Method
 
 
@@ -35,6 +36,9 @@ class ClassOffsets(Method):
 
     Args:
         factor: whether a factor 2σ(Δ) of each class's logit is learned too.
+
+    Raises:
+        ProblemError: labels are no classes.
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
@@ -98,9 +102,20 @@ def balanced_loss(model: Any, batch: Any) -> Tensor:
     return cross_entropy(logits, labels, 1 / counts.clamp(min=1).to(logits.dtype))
 
 
+def class_labels(batch: Any) -> Tensor:
+    """The labels of ``batch``; raises ProblemError where they are no classes."""
+    labels = require_labels(batch)
+    if labels.is_floating_point():
+        raise ProblemError(
+            f"labels: must be numbers of classes, got {labels.dtype}; choose a method that does "
+            "not count classes"
+        )
+    return labels
+
+
 def logits_and_labels(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
     """The logits of each label, (n, classes), in float32 or wider, and the labels, (n,)."""
-    labels = require_labels(batch)
+    labels = class_labels(batch)
     inputs = {name: x for name, x in batch.items() if name not in ("labels", *ENTRIES)}
     logits = model(**inputs).logits.flatten(0, -2)
     return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.flatten()

@@ -5,8 +5,7 @@
     FrequencyWeights    min over w   mean of v_y·CE(z; D),   v_y in proportion to π_y^−power
 
 z are the logits of the model w, π the classes' shares of the training labels. τ = 1 is
-Bayes-optimal for balanced accuracy. Menon et al. 2021, arXiv:2007.07314. They stand beside
-`ClassOffsets`, which learns an offset for each class in place of τ.
+Bayes-optimal for balanced accuracy, Menon et al. 2021, arXiv:2007.07314; see also `ClassOffsets`.
 """
 
 from __future__ import annotations
@@ -21,10 +20,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.data import DataLoader
 
-from hyperopt_peft.core.labels import WEIGHT, require_labels
+from hyperopt_peft.core.labels import WEIGHT
 from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.core.problem import TaskLoss
-from hyperopt_peft.problems.class_offsets import balanced_loss, logits_and_labels
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.problems.class_offsets import balanced_loss, class_labels, logits_and_labels
+from hyperopt_peft.problems.common import require_finite
 from hyperopt_peft.trainer.method import Method
 
 
@@ -33,15 +34,20 @@ class _Counting(Method):
         """Count the labels of each class."""
         counts = torch.zeros(0, dtype=torch.int64)
         for batch in DataLoader(rows, 256, collate_fn=collate):
-            labels = require_labels(batch)
+            labels = class_labels(batch)
             new = labels[labels != IGNORED].bincount(minlength=len(counts))
             counts = new + pad(counts, (0, len(new) - len(counts)))
         self.counts = counts
 
+    def class_counts(self, logits: Tensor) -> Tensor:
+        """The number of labels of each class of ``logits``."""
+        if not hasattr(self, "counts"):
+            raise ProblemError("labels: they are not counted; call read_rows first")
+        return pad(self.counts, (0, logits.shape[-1] - len(self.counts))).to(logits)
+
     def class_shares(self, logits: Tensor) -> Tensor:
         """π of each class of ``logits``; a class without a label has that of half a label."""
-        counts = pad(self.counts, (0, logits.shape[-1] - len(self.counts))).to(logits)
-        return counts.clamp(min=0.5) / counts.sum()
+        return self.class_counts(logits).clamp(min=0.5) / self.counts.sum()
 
 
 @dataclass
@@ -51,6 +57,9 @@ class LogitAdjustment(_Counting):
     Args:
         tau: τ.
 
+    Raises:
+        ProblemError: ``tau`` is not finite; labels are no classes, or are not counted.
+
     Example:
         >>> method = LogitAdjustment()
         >>> method.counts = torch.tensor([3, 1])
@@ -59,6 +68,10 @@ class LogitAdjustment(_Counting):
     """
 
     tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_finite("tau", self.tau)
 
     def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Tensor:
         """The cross entropy of z + τ·log π."""
@@ -87,7 +100,7 @@ class TunedAdjustment(LogitAdjustment):
     def prepare(self, model: Any) -> None:
         """Make τ."""
         device = next(model.parameters()).device
-        self.learned = torch.tensor(self.tau, device=device, requires_grad=True)
+        self.learned = torch.tensor(float(self.tau), device=device, requires_grad=True)
 
     def upper_variables(self, model: Any) -> dict[str, Tensor]:
         """τ."""
@@ -108,6 +121,9 @@ class FrequencyWeights(_Counting):
     Args:
         power: 1 counts the classes alike, 0 the labels.
 
+    Raises:
+        ProblemError: ``power`` is not finite; as `LogitAdjustment`.
+
     Example:
         >>> method = FrequencyWeights()
         >>> method.counts = torch.tensor([3, 1])
@@ -117,11 +133,14 @@ class FrequencyWeights(_Counting):
 
     power: float = 1.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_finite("power", self.power)
+
     def weights(self, logits: Tensor) -> Tensor:
         """v of each class of ``logits``."""
-        shares = self.class_shares(logits)
-        weights = shares**-self.power
-        return weights / (weights * shares).sum()
+        counts, weights = self.class_counts(logits), self.class_shares(logits) ** -self.power
+        return weights * counts.sum() / (weights * counts).sum()
 
     def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Tensor:
         """The mean of v_y·CE over the labels."""

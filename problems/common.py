@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,14 +18,25 @@ def require_weight(name: str, value: float) -> None:
         raise ProblemError(f"{name}: must be finite and not negative, got {value}")
 
 
+def require_finite(name: str, value: float) -> None:
+    """Raise ProblemError if the option ``name`` is NaN or infinite."""
+    if not math.isfinite(value):
+        raise ProblemError(f"{name}: must be finite, got {value}")
+
+
+def require_unsharded(model: Any, advice: str) -> None:
+    """Raise ProblemError with ``advice`` if FSDP2 shards ``model``, for a method with a penalty."""
+    if is_sharded(*model.parameters()):
+        raise ProblemError(
+            "penalty: it reads parameters outside of the model's forward pass, where FSDP2 has "
+            f"shards only; {advice}"
+        )
+
+
 def regularised(task: Any, weight: float, penalty: Callable[[Any], Tensor], model: Any) -> Any:
     """L + weight·penalty(model), with both terms as metrics; L alone where ``weight`` is 0."""
     if weight == 0:
         return task
-    if is_sharded(*model.parameters()):
-        raise ProblemError(
-            "penalty: it reads parameters outside of the model's forward pass, where FSDP2 has "
-            "shards only; set its weight to 0"
-        )
+    require_unsharded(model, "set its weight to 0")
     value = penalty(model)
     return {"loss": task + weight * value, "task_loss": task, "penalty": value}

@@ -5,7 +5,7 @@
 
 w_l are the trained factors A and B of layer l; the head has no decay. The variables are those of
 LiFT, arXiv:2606.16243, which finds a direction by a linear programme from the gradients of both
-levels; here any estimator takes the implicit term. Where L is a square and A is fixed, w*(u) is
+levels; here an estimator with an implicit term does. Where L is a square and A is fixed, w*(u) is
 ridge regression.
 """
 
@@ -21,7 +21,8 @@ from torch import Tensor
 from hyperopt_peft.adapters.gains import PREFIX
 from hyperopt_peft.adapters.layers import factors, lora_layers
 from hyperopt_peft.core.problem import TaskLoss
-from hyperopt_peft.problems.common import regularised
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.problems.common import regularised, require_finite, require_unsharded
 from hyperopt_peft.trainer.method import Method
 
 
@@ -37,7 +38,8 @@ class LayerDecay(Method):
         shared: whether all layers have the same u.
 
     Raises:
-        ProblemError: the model has no LoRA layer; FSDP2 shards the adapter.
+        ProblemError: ``start`` is not finite; the model has no LoRA layer that trains; FSDP2
+            shards the adapter.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -58,9 +60,18 @@ class LayerDecay(Method):
         {"hypergradient": "minres:steps=5,damping=0.1", "upper_learning_rate": 0.1}
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_finite("start", self.start)
+
     def prepare(self, model: Any) -> None:
         """Make u of each layer, or one."""
         layers = trained_factors(model)
+        if not layers:
+            raise ProblemError(
+                "model: no LoRA factor is trainable; load the adapter with "
+                "PeftModel.from_pretrained(..., is_trainable=True)"
+            )
         like = next(iter(layers.values()))[0]
         dtype = torch.promote_types(like.dtype, torch.float32)
         start = torch.full((1 if self.shared else len(layers),), self.start, dtype=dtype)
@@ -73,6 +84,7 @@ class LayerDecay(Method):
 
     def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Any:
         """L + ½ Σ e^(u_l)·‖w_l‖², both metrics too."""
+        require_unsharded(model, "train without FSDP2")
         return regularised(task_loss(batch), 1.0, self.penalty, model)
 
     def penalty(self, model: Any) -> Tensor:

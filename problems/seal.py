@@ -4,16 +4,17 @@
     w:       a step on    c·L(w; trusted rows) + (1 − c)·1/n Σ_i σ_i ℓ_i(w)
     ω:       a step on    1/n Σ_i σ_i(ω) ℓ_i(w),   σ = n·softmax(ω)
 
-ω is a logit for each of n training rows. The steps are a penalty method without the value
-function's term, and so **both descend one loss**, that of w: at fixed w its minimum over ω is the
-row of least ℓ_i. With c near 1 the weights rank the rows by their loss under a model of the trusted
-rows, an ablation of one line. Shen et al. 2025, arXiv:2410.07471; github:hanshen95/SEAL, in which c
-falls over the epochs from 1 to .94, for which `Method` has no hook. `RowWeights` is the bilevel
-problem itself.
+ω is a logit for each of n training rows; where rows have several labels, means are over labels. The
+steps are a penalty method without the value function's term, and so **both descend one loss**, that
+of w: at fixed w its minimum over ω is the row of least ℓ_i. With c near 1 the weights rank the rows
+by their loss under a model of the trusted rows, an ablation of one line. Shen et al. 2025,
+arXiv:2410.07471; github:hanshen95/SEAL, in which c falls over the epochs from 1 to .94, for which
+`Method` has no hook. `RowWeights` is the bilevel problem itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
@@ -26,12 +27,14 @@ from hyperopt_peft.core.problem import Problem, TaskLoss
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.row_weights import RowWeights
 from hyperopt_peft.trainer.data import joined
-from hyperopt_peft.trainer.tags import INDEX
+from hyperopt_peft.trainer.tags import INDEX, label_counts
 
 
 @dataclass
 class SEAL(RowWeights):
     """Logits of rows above, adapter and head below; then a training on the best rows alone.
+
+    The second phase is from scratch by default, as published.
 
     The upper level's batches are of training rows, and the lower level's of all rows. A lower
     batch without a trusted row has no first term.
@@ -58,7 +61,7 @@ class SEAL(RowWeights):
     trust: float = 0.97
 
     # The estimator is part of the method.
-    defaults = MappingProxyType({"hypergradient": "direct", "lower_steps": 1})
+    defaults = MappingProxyType({"hypergradient": "direct", "lower_steps": 1, "retrain": "scratch"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,13 +71,24 @@ class SEAL(RowWeights):
     def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:
         """All rows for the lower level, the training rows for the upper one."""
         super().rows(train, upper)
-        self.trusted = len(upper)
+        # Until `read_rows` counts them, each row has one label.
+        self.labels, self.counted = (len(train), len(upper)), False
         return joined(train_dataset=train, upper_dataset=upper), train
 
+    def read_rows(self, model: Any, rows: Any, collate: Callable[[Sequence[Any]], Any]) -> None:
+        """Count the labels of the training and of the trusted rows, before the search."""
+        if not self.counted:
+            counts = label_counts(INDEX, sum(self.labels), model, rows, collate)
+            n, m = (int(part.sum()) for part in counts.tensor_split([self.count]))
+            self.labels, self.counted = (n, m), True
+
     def lower_weights(self, batch: Any) -> Tensor:
-        """The weight of each row of a batch of all rows; of a trusted one c·(n + m)/m."""
-        n, m = self.count, self.trusted
-        trusted = (batch[INDEX] >= n).to(self.logits)
+        """The weight of each row of a batch of all rows; c·N/M of a trusted one.
+
+        N is the number of all labels, and M of those of trusted rows.
+        """
+        n, m = (max(count, 1) for count in self.labels)
+        trusted = (batch[INDEX] >= self.count).to(self.logits)
         weights = (1 - self.trust) * (n + m) / n * self.weights(batch)
         return weights.lerp(torch.full_like(weights, self.trust * (n + m) / m), trusted)
 

@@ -28,6 +28,7 @@ from torch.nn.functional import softplus
 from hyperopt_peft.core.examples import WeightedRows
 from hyperopt_peft.core.prior import GaussianPrior
 from hyperopt_peft.core.problem import Problem, TaskLoss
+from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.data_plans import EqualSources
 from hyperopt_peft.trainer.data import require_examples
 
@@ -74,10 +75,15 @@ class Sources(EqualSources):
     def published(cls, paper: Literal["scalebio", "fastmix", "dreamprm"], **options: Any) -> Self:
         """Form, estimator and steps of a paper, without a prior.
 
+        Raises:
+            ProblemError: an unknown ``paper``; as the class.
+
         Example:
             >>> Sources.published("dreamprm").defaults["lower_steps"]
             5
         """
+        if paper not in PUBLISHED:
+            raise ProblemError(f"paper: unknown {paper!r}; choose from {', '.join(PUBLISHED)}")
         form, defaults = PUBLISHED[paper]
         method = cls(**{"form": form, "prior": 0.0, **options})
         method.__dict__["defaults"] = defaults

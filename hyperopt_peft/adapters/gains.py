@@ -132,8 +132,8 @@ def keep_terms(peft_model: PeftModel, kept: Mapping[str, Tensor]) -> PeftModel:
     """The base model with a new adapter: some rank-1 terms of layers with a gain, folded.
 
     Args:
-        kept: a mask ``(r,)`` for each layer, by its name in the base model; a layer of which
-            nothing is kept has no adapter. The scale s of a layer stays.
+        kept: a mask ``(r,)`` for each layer, by its name in the base model; a layer without
+            kept terms has no adapter. The scale s of a layer stays.
     """
     adapter = active_adapter(peft_model)
     config: Any = deepcopy(peft_model.peft_config[adapter])

@@ -253,6 +253,25 @@ def test_variables_that_the_lower_level_absorbs(absorbed, several):
     assert kinds(check, "error", "warning") == (["absorbed"] if found else ["noisy hypergradient"])
 
 
+def test_a_small_penalty_leaves_little_of_the_hypergradient():
+    """f has λ/2·‖w‖² too: F depends on u in proportion to λ."""
+    pair = Pair()
+    pair.upper.function = lambda batch: (pair.u * pair.w - batch).square().sum()
+    pair.lower.function = lambda _: (
+        (pair.u * pair.w - 1).square().sum() / 2 + penalty / 2 * pair.w.square().sum()
+    )
+    batches = torch.tensor([[2.0, 1.5, -1.0], [3.0, 3.0, 5.0]], dtype=torch.float64)
+    for penalty, found in ((3e-3, True), (0.3, False)):
+        u = pair.u.detach()
+        pair.w.data = u / (u.square() + penalty)
+        check = pair.check(upper_batch=batches[0], upper_batches=batches)
+        assert check.curvature.remainder > 1e-4
+        assert ("absorbed" in kinds(check, "warning")) == found
+        if found:
+            finding = finding_of(check, "absorbed")
+            assert "hardly depends" in finding.words and "larger penalty" in finding.advice
+
+
 def test_far_from_stationary_is_the_change_of_the_hypergradient():
     quadratic = moved(program(0), 1.0)
     upper, lower = quadratic.levels()

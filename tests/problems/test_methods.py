@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -280,7 +281,7 @@ def test_a_control_resumes(tmp_path: Path, method: Any, stop: Any) -> None:
     require_same_end(tmp_path, stop, make=make)
 
 
-@pytest.mark.parametrize("method", [ClassOffsets(), TunedAdjustment(tau=0.2)], ids=repr)
+@pytest.mark.parametrize("method", [ClassOffsets(), TunedAdjustment(tau=0)], ids=repr)
 def test_class_offsets_undo_the_imbalance(method: Any) -> None:
     """Two Gaussian classes 9:1: the offsets of solved levels are log priors and a constant."""
     torch.manual_seed(0)
@@ -329,8 +330,9 @@ def test_classes_are_counted_and_weighted() -> None:
         method.read_rows(model, rows, default_data_collator)
         assert method.counts.tolist() == [3, 1]
     found = weighted.lower_loss(model, batch, lambda _: torch.zeros(()))
-    first = weighted.weights(torch.zeros(1, 3))[0]  # a class without a label has some share too
-    torch.testing.assert_close(found / first, (losses[:3].sum() + 3 * losses[3]) / 4)
+    torch.testing.assert_close(found, (2 / 3 * losses[:3].sum() + 2 * losses[3]) / 4)
+    weights = weighted.weights(torch.zeros(1, 3))
+    assert weights[batch["labels"]].mean() == pytest.approx(1) and weights.isfinite().all()
     logits = model(input_ids=ids).logits + 2 * torch.tensor([3.0, 1.0, 0.5]).div(4).log()
     found = adjusted.lower_loss(model, batch, lambda _: torch.zeros(()))
     torch.testing.assert_close(found, cross_entropy(logits, batch["labels"]))
@@ -369,7 +371,31 @@ def twice() -> Any:
     LayerScales().prepare(model)
 
 
+def frozen() -> Any:
+    model = peft_model(dora=False)
+    model.requires_grad_(False)
+    return model
+
+
+def numbers(method: Any) -> Any:
+    """A lower loss of labels that are no classes."""
+    method.prepare(base_model())
+    batch = {"input_ids": torch.ones(2, 4).long(), "labels": torch.ones(2)}
+    return method.lower_loss(base_model(), batch, None)
+
+
+def read(method: Any) -> Any:
+    method.read_rows(None, [{"labels": 0.5}], default_data_collator)
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
+    "tau": (lambda: TunedAdjustment(tau=math.nan), "tau: must be finite"),
+    "power": (lambda: FrequencyWeights(power=math.inf), "power: must be finite"),
+    "start": (lambda: LayerDecay(start=-math.inf), "start: must be finite"),
+    "frozen": (lambda: LayerDecay().prepare(frozen()), "model: no LoRA factor"),
+    "no counts": (lambda: LogitAdjustment().class_shares(torch.ones(1, 2)), "call read_rows"),
+    "numbers read": (lambda: read(FrequencyWeights()), "labels: must be numbers of classes"),
+    "numbers": (lambda: numbers(ClassOffsets()), "labels: must be numbers of classes"),
     "no adapter": (lambda: BiLoRA().prepare(base_model()), "peft_model: "),
     "no levels": (lambda: Direction(base_model()), "peft_model: "),
     "magnitudes": (lambda: BiLoRA().prepare(peft_model()), "DoraLinearVariant.*use_dora"),

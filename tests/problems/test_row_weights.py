@@ -9,7 +9,9 @@ from torch.nn.functional import cross_entropy
 
 from hyperopt_peft import Engine, ProblemError, hypergradient
 from hyperopt_peft.core.data import DataStream
+from hyperopt_peft.core.labels import label_losses
 from hyperopt_peft.problems import SEAL, RowWeights, WeightNet
+from hyperopt_peft.trainer.tags import without
 from tests.support.methods import method_trainer
 from tests.support.trainers import data
 from tests.support.weighted_levels import Linear, central_difference, regularised, rows, value
@@ -93,9 +95,30 @@ def test_seal_trains_anew_on_the_best_rows_alone(tmp_path: Path) -> None:
     trusted, method = {"upper_dataset": data(rows=5, seed=1)}, SEAL(keep=0.5)
     run = method_trainer(tmp_path, method=method, options=trusted, hypergradient="direct")
     assert (len(run.train_dataset), len(run.upper_dataset)) == (29, 24)
+    assert run.args.retrain == "scratch"
     run.train()
     best = set(method.logits.topk(12).indices.tolist())
     assert set(run.retrainer.train_dataset["index"][:]) == best and len(best) == 12
+
+
+def test_seal_s_means_are_over_labels(tmp_path: Path) -> None:
+    """Training rows of one label and trusted rows of all; the second phase counts none."""
+    train, trusted = data("tokens", 8), data("tokens", 3, seed=1)
+    one = [[labels[0]] + [-100] * (len(labels) - 1) for labels in train["labels"][:]]
+    train = train.remove_columns("labels").add_column("labels", one)
+    method, options = SEAL(trust=0.7), {"train_dataset": train, "upper_dataset": trusted}
+    run = method_trainer(tmp_path, method=method, task="tokens", options=options, max_steps=2)
+    batch = run.data_collator([run.train_dataset[row] for row in range(11)])
+    run.model.eval()
+    method.logits.data = torch.linspace(-1, 1, 8)
+    losses, scored = label_losses(run.model, without(batch, ["index"]))
+    assert scored[:8].sum() == 8 < scored[8:].sum()
+    sigma = method.row_weights()
+    expected = 0.7 * losses[8:].sum() / scored[8:].sum() + 0.3 * (sigma @ losses[:8].sum(1)) / 8
+    torch.testing.assert_close(run.lower.loss(batch)["loss"], expected)
+    counted = method.labels
+    run.train()
+    assert method.labels == counted
 
 
 REFUSED: dict[str, tuple[Any, str]] = {

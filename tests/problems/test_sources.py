@@ -228,6 +228,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "cut texts": (lambda d: over_trl(d, layout="wrapped"), "packing_strategy.*'bfd'"),
     "one source": (lambda d: trainer(d, data=rows(9, 1)), "column 'source': .*two or more"),
     "no trusted rows": (lambda d: trainer(d, trusted=False), "upper_dataset: "),
+    "an unknown paper": (lambda _: Sources.published("x"), "'x'.*scalebio, fastmix, dreamprm"),
     "trusted rows in both": (lambda d: trainer(d, trusted=sources().select(range(5))), "5 of 5"),
 }
 
