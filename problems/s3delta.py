@@ -8,8 +8,7 @@ z_l = σ(logit p_l + logit U) with U uniform in (0, 1), a draw of the binary con
 in evaluation z_l = p_l. Then the layers of largest p within the budget are trained from scratch.
 Hu et al. 2022, arXiv:2206.07382, whose gates are of other kinds of adapters too.
 
-The shift of α that meets the budget is made after each upper step; the published code makes it in
-each pass.
+α is shifted to the budget after each upper step; the published code does so in each pass.
 """
 
 from __future__ import annotations
