@@ -5,14 +5,21 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import random
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas
-from text_data import rated_tweets
+import torch
+from datasets import Dataset
+from text_data import load_model, model_path, quiet, rated_tweets
+from transformers import AutoTokenizer, DataCollatorWithPadding
+
+from hyperopt_peft.problems.features import features_of
 
 DOWNLOADS = Path(__file__).parent.parent / "outputs/downloads"
 SOURCE = "vaderSentiment-3.3.2"
@@ -36,6 +43,15 @@ def one_rater(domain: str, seed: int) -> pandas.DataFrame:
     label is that of their mean, the noisy one that of one rating, drawn with ``seed``; within ±0.5
     of 0 is neutral. Hutto & Gilbert 2014, VADER, ICWSM.
     """
+    table = rated(domain)
+    noisy = table.ratings.map(np.random.RandomState(seed).choice)
+    clean = table.ratings.map(np.mean)
+    table = table.assign(noisy=class_of(noisy), clean=class_of(clean))[["text", "noisy", "clean"]]
+    return table.drop_duplicates("text")
+
+
+def rated(domain: str) -> pandas.DataFrame:
+    """Sentences of ``domain``, ``text``, and the list of each one's ``ratings``, in order."""
     files = archive()
     read = {"sep": "\t", "header": None, "quoting": 3, "index_col": 0}
     texts, ratings = (
@@ -45,12 +61,42 @@ def one_rater(domain: str, seed: int) -> pandas.DataFrame:
             ("anonDataRatings", ["id", "mean", "deviation", "ratings"]),
         )
     )
-    table = texts[["text"]].join(ratings["ratings"].map(json.loads), how="inner")
-    random = np.random.RandomState(seed)
-    noisy = table.ratings.map(random.choice)
-    clean = table.ratings.map(np.mean)
-    table = table.assign(noisy=class_of(noisy), clean=class_of(clean))[["text", "noisy", "clean"]]
-    return table.drop_duplicates("text")
+    return texts[["text"]].join(ratings["ratings"].map(json.loads), how="inner")
+
+
+def raters(blocks: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Blocks of 30 movie sentences: MiniLM's features ``(30, d)``, classes ``(persons, 30)``.
+
+    The same persons rate the sentences of a block, in one order. Class 1 is a strong rating, from 2
+    either way: the file is sorted by sentiment, so that most blocks are of one sign.
+    """
+    quiet()
+    table = rated("movies")
+    step = len(table) // 30 // blocks
+    table = table[np.arange(len(table)) // 30 % step == 0][: 30 * blocks]
+    tokenizer = AutoTokenizer.from_pretrained(model_path("minilm"))
+    tokens = tokenizer(table.text.tolist(), truncation=True, max_length=40)
+    rows = Dataset.from_dict({**tokens, "labels": [0] * len(table)})
+    found = features_of(load_model("minilm", ["-"]), rows, DataCollatorWithPadding(tokenizer))
+    parts = np.array_split(table.ratings, blocks)
+    classes = (torch.tensor(part.tolist()).T.abs().ge(2).long() for part in parts)
+    return [*zip(found.standardized().x.split(30), classes)]
+
+
+def draw_raters(blocks: Any, numbers: random.Random) -> tuple[Any, Any]:
+    """Known persons, one of each block of one half, and new ones, two of each other block.
+
+    Each part is three ways to hold out ratings, each of them ten of every person to train on and
+    the other twenty: features ``(persons, ratings, d)`` and classes.
+    """
+    blocks, half = numbers.sample(blocks, len(blocks)), len(blocks) // 2
+    parts = []
+    for some, count in ((blocks[:half], 1), (blocks[half:], 2)):
+        rows = [(x, y[k]) for x, y in some for k in numbers.sample(range(len(y)), count)]
+        order = torch.tensor(numbers.sample(range(30), 30))
+        ways = [[torch.stack(part)[:, order.roll(k)] for part in zip(*rows)] for k in (0, 10, 20)]
+        parts.append([([x[:, :10], y[:, :10]], [x[:, 10:], y[:, 10:]]) for x, y in ways])
+    return parts[0], parts[1]
 
 
 def rater_agreement() -> pandas.DataFrame:

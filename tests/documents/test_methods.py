@@ -1,9 +1,6 @@
 """The mathematics of examples/methods/hyperparameters.py."""
 
-import importlib.util
-import sys
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,17 +12,10 @@ from torch.func import functional_call
 
 from hyperopt_peft import Engine
 from hyperopt_peft.adapters.gains import gained_layers
+from tests.support.examples import example
 
-FILE = Path(__file__).parents[2] / "examples/methods/hyperparameters.py"
+EXAMPLE = example("methods/hyperparameters.py")
 SGD = partial(torch.optim.SGD, lr=1.0, momentum=0.5)
-
-
-def example() -> Any:
-    spec = importlib.util.spec_from_file_location("example_hyperparameters", FILE)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Sum(nn.Module):
@@ -47,7 +37,7 @@ def base() -> Any:
 def tuned() -> tuple[Any, ...]:
     """The method, its model, and its levels away from their start."""
     config = LoraConfig(r=2, lora_alpha=4, target_modules=["first", "second"])
-    model, method = get_peft_model(base(), config), example().Hyperparameters(decay=0.2)
+    model, method = get_peft_model(base(), config), EXAMPLE.Hyperparameters(decay=0.2)
     x, z = torch.randn(2, 2, 8, 8, dtype=torch.float64)
     batches = [{"x": x[k], "z": z[k], "y": x[k] @ torch.randn(8, 6).double()} for k in (0, 1)]
     options: Any = {"data": [[batch] for batch in batches], "optimizers": [SGD, SGD]}
