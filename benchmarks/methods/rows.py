@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from benchmarks.methods.tasks import DATA, Task, collate, rows_of_texts, task
+from benchmarks.methods.tasks import DATA, Task, collate, disjoint, rows_of_texts, task
 from benchmarks.sources import draw, texts_of
 from hyperopt_peft.problems.features import features_of
 
@@ -40,11 +40,12 @@ def wrong_labels(name: str) -> Task:
         if drawn.random() < 0.3:
             others = [each for each in range(here.classes) if each != row["target"]]
             row["target"] = drawn.choice(others)
-    data = Dataset.from_list(rows)
+    trusted, train = disjoint(rows[300:], rows[:300])
+    data = Dataset.from_list([*train, *trusted])
     x = features_of(here.base_model(), data, collate).x
-    data = data.add_column("features", x.tolist())
-    parts = {"train": data.select(range(300)), "trusted": data.select(range(300, 360))}
-    return replace(here, **parts)
+    data, count = data.add_column("features", x.tolist()), len(train)
+    parts = {"train": range(count), "trusted": range(count, len(data))}
+    return replace(here, **{name: data.select(each) for name, each in parts.items()})
 
 
 def of_sources(name: str) -> Task:
@@ -60,8 +61,8 @@ def of_sources(name: str) -> Task:
     ]
     random.shuffle(named)
     clean = [[{**rows[row], "target": labels[row]} for row in each] for each in (trusted, test)]
-    trusted, test = map(Dataset.from_list, clean)
-    return Task(Dataset.from_list(named), test, 1 + max(labels), trusted=trusted)
+    test, trusted, train = map(Dataset.from_list, disjoint(clean[1], clean[0], named))
+    return Task(train, test, 1 + max(labels), trusted=trusted)
 
 
 def of_mpnet(name: str) -> Task:
