@@ -92,7 +92,8 @@ class Encoder(nn.Module):
 
 @cache
 def _pretrained() -> Any:
-    bert = load_model("minilm", ["no", "yes"]).bert
+    with torch.random.fork_rng():  # else the first model of a process has another head
+        bert = load_model("minilm", ["no", "yes"]).bert
     bert.pooler = None
     return bert
 
