@@ -38,6 +38,8 @@ from hyperopt_peft.problems import (
     TunedAdjustment,
 )
 
+#: Where small rates are best, for few or doubtful rows.
+LOW_RATES = (6e-4, 2e-3, 6e-3, 2e-2)
 #: Of MiniLM's last layer: queries and values, and all linear layers.
 ATTENTION, LINEAR = r".*layer\.5\..*\.(query|value)", r".*layer\.5\..*\.(query|key|value|dense)"
 
@@ -196,6 +198,7 @@ SETTINGS = {
         ("BiDoRA", "BiLoRA", "LayerDecay"),
         ("BiDoRA", "BiLoRA", "LayerDecay"),
         LINEAR,
+        rates=LOW_RATES,
     ),
     "ranks and layers": Setting(
         ("tweets", "sst2"),
@@ -249,6 +252,7 @@ SETTINGS = {
         },
         ("RowWeights", "SEAL"),
         ("RowWeights", "SEAL"),
+        rates=LOW_RATES,
         held_out=0.4,
     ),
     "sources": Setting(
@@ -267,6 +271,7 @@ SETTINGS = {
         },
         ("Sources", "ScaleBiO", "FastMix", "DreamPRM"),
         ("Sources",),
+        rates=LOW_RATES,
         held_out=0.4,
     ),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,17 @@ class Price:
             "second training": rows_of(again, self.everything, self.batch),
         }
 
+    def of_run(self, steps: Sequence[int], passes: float) -> Price:
+        """With the mean cost of the upper steps of a run, which took ``passes``.
+
+        Example:
+            >>> Price(10, 10, lower=80, everything=100, every=2, upper=20).of_run([40], 80).upper
+            20.0
+        """
+        rows = self._rows(*steps) | {"upper steps": 0}
+        upper = (passes * self.unit - sum(rows.values())) / max(1, steps[0] // (self.every or 1))
+        return replace(self, upper=upper)
+
     def steps(self, passes: float) -> list[int]:
         """The steps of each phase of a run of ``passes`` passes.
 
@@ -109,6 +120,7 @@ def measured(trainer: Any, start: float, unit: int) -> Price:
     args, passes, again = trainer.args, trainer.passes, trainer.has_second_phase
     every = 0 if trainer.upper is None else args.lower_steps
     args.max_steps, args.retrain = 2 * every or 4, "none"
+    args.warmup_steps = 0  # an estimator may do nothing at a rate of 0
     trainer.add_callback(clock := _Clock(passes))
     trainer.train()
     lower = everything = len(trainer.train_dataset)

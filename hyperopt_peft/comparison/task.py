@@ -90,19 +90,33 @@ class Task:
     frozen_dropout: bool = True
     layers: str = ""
 
-    @no_bars()
     def run(self, run: Run, price: Price) -> dict[str, Any]:
         """Train and score; the entries of ``run`` with score, passes, seconds and steps.
 
-        The score is NaN where a loss is not finite.
+        Where upper steps grow dearer, as those of a solver with a tolerance, the budget ends before
+        the steps; the run is then done again with fewer of them. The score is NaN where a loss is
+        not finite.
 
         Raises:
             ProblemError: the run took more passes than its budget; the metric is unknown; as
                 `BilevelTrainer`.
         """
+        for _ in range(3 if price.every else 1):
+            planned = price.steps(self.passes)
+            result = self._trained(run, price, planned)
+            if math.isnan(result["score"]) or sum(result["steps"]) >= 0.8 * sum(planned):
+                return result
+            price = price.of_run(result["steps"], result["passes"])
+        raise ProblemError(
+            f"{run.method}: its {self.passes:g} passes ended after {sum(result['steps'])} of "
+            f"{sum(planned)} steps, since later steps send more rows through the model than the "
+            "first ones"
+        )
+
+    @no_bars()
+    def _trained(self, run: Run, price: Price, planned: Sequence[int]) -> dict[str, Any]:
         freeze_imports()
         begin = time.perf_counter()
-        planned = price.steps(self.passes)
         sizes: dict[str, Any] = {"max_steps": planned[0]}
         if price.again:
             own = self.methods[run.method].defaults.get("retrain_arguments") or {}
@@ -118,12 +132,6 @@ class Task:
                 watch.check()
                 metrics = (trainer.retrainer or trainer).evaluate()
         steps = [x.state.global_step for x in (trainer, trainer.retrainer) if x is not None]
-        if metrics and sum(steps) < 0.8 * sum(planned):
-            raise ProblemError(
-                f"{run.method}: its {self.passes:g} passes ended after {sum(steps)} of "
-                f"{sum(planned)} steps, since later steps send more rows through the model than "
-                "the first ones"
-            )
         return self.line(
             run,
             metrics,

@@ -14,7 +14,7 @@ from torch import Tensor
 from hyperopt_peft import Method, ProblemError, compare_methods
 from hyperopt_peft.comparison.folds import Rows
 from hyperopt_peft.comparison.task import Run, Task
-from hyperopt_peft.problems import LoRA
+from hyperopt_peft.problems import LoRA, S3Delta
 from tests.support.comparisons import compared, parts_of
 from tests.support.trainers import base_model, data
 
@@ -100,3 +100,31 @@ def test_a_store_is_of_one_model_and_one_score(tmp_path: Path) -> None:
     rows = {"train_dataset": data(rows=30), "test_dataset": data(rows=20, seed=5), "passes": 12}
     with pytest.raises(ProblemError, match="base_model: returns one model again"):
         compare_methods({"LoRA": LoRA()}, lambda: model, *others, folder=tmp_path / "2", **rows)
+
+
+class Dearer(Method):
+    """Its upper loss takes ever more passes, as a solver with a tolerance may."""
+
+    defaults = MappingProxyType({"hypergradient": "direct", "lower_steps": 2})
+    calls = 0
+
+    def upper_variables(self, model: Any) -> dict[str, Tensor]:
+        return {n: x for n, x in model.named_parameters() if n.endswith("lora_A.default.weight")}
+
+    def upper_loss(self, model: Any, batch: Any, task_loss: Any) -> Any:
+        self.calls += 1
+        return torch.stack([task_loss(batch) for _ in range(min(12, self.calls))]).mean()
+
+
+def test_a_method_whose_steps_grow_dearer_has_fewer_of_them() -> None:
+    """Its two phases are done, within the budget and most of it."""
+    found = compared({"LoRA": LoRA(), "m": Dearer()}, passes=60, ablations=[])
+    for result in found.results():
+        assert 42 <= result["passes"] <= 60 and all(result["steps"])
+
+
+def test_a_price_is_that_of_a_rate_above_0() -> None:
+    """Where the first steps of a warm-up have a rate of 0, the estimator does nothing."""
+    methods, arguments = {"LoRA": LoRA(), "m": S3Delta()}, {"warmup_steps": 0.5}
+    found = compared(methods, arguments=arguments, passes=50, ablations=[])
+    assert all(45 <= result["passes"] <= 50 for result in found.results())
