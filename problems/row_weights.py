@@ -53,7 +53,8 @@ class RowWeights(Method):
     form: Literal["sigmoid", "softmax"] = "sigmoid"
 
     tags = (INDEX,)
-    defaults = MappingProxyType({"hypergradient": "darts:product=dots"})
+    # After each lower step an upper one leaves too few steps at an equal price (benchmarks/methods).
+    defaults = MappingProxyType({"hypergradient": "darts:product=dots", "lower_steps": 4})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -69,7 +69,8 @@ class Sources(EqualSources):
     prior: float | None = None
     form: Literal["softmax", "softplus"] = "softmax"
 
-    defaults = MappingProxyType({"hypergradient": "darts:product=dots"})
+    # After each lower step an upper one leaves too few steps at an equal price (benchmarks/methods).
+    defaults = MappingProxyType({"hypergradient": "darts:product=dots", "lower_steps": 4})
 
     @classmethod
     def published(cls, paper: Literal["scalebio", "fastmix", "dreamprm"], **options: Any) -> Self:

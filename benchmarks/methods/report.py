@@ -35,6 +35,8 @@ def report(*, check: bool) -> None:
     pages.write(PAGE, {name: sections.get(name, none) for name in names}, check=check)
     zoo = [row for name in found if name not in MAGNITUDES for row in summary(name, found[name])]
     pages.write(ZOO, {"methods": f"{table(zoo)}\n" if zoo else none}, check=check)
+    short = f"{table(by_method(zoo))}\n" if zoo else none
+    pages.write(pages.ROOT / "README.md", {"methods": short}, check=check)
     texts = "\n".join(details(name, tasks) for name, tasks in found.items())
     pages.write(TABLES, {"methods": texts or none}, check=check)
     if MAGNITUDES[0] in found and not check:
@@ -68,6 +70,19 @@ def summary(name: str, tasks: Mapping[str, Comparison]) -> Iterator[Row]:
             gaps = each.differences((method, "method"), (best, "method"))
             row["− best other way"] = f"{points(gaps, '+')} ({best})"
             yield row
+
+
+def by_method(rows: Iterable[Row]) -> list[Row]:
+    """The rows of `summary` with a method's tasks in one line."""
+    joined: dict[str, Row] = {}
+    for row in rows:
+        setting, _, task = row["setting, task"].partition(", ")
+        line = joined.setdefault(row["method"], {"method": row["method"], "on": f"{setting}:"})
+        line["on"] += f"{',' * (line['on'][-1] != ':')} {task}"
+        for head in ("− LoRA", "− frozen", "− best other way"):
+            value = row[head].partition(" (")[0]
+            line[head] = ", ".join(filter(None, [line.get(head), value]))
+    return list(joined.values())
 
 
 def held_out(comparison: Comparison, name: str) -> float:
