@@ -16,7 +16,8 @@ from hyperopt_peft.comparison.task import ABLATIONS, Kind
 TABLES = pages.RESULTS / "methods.md"
 PAGE, FIGURE = pages.DOCS / "results.md", pages.DOCS / "results.png"
 ZOO = pages.DOCS / "methods.md"
-MAGNITUDES = ("magnitudes", "magnitudes, base size")
+#: The settings on BiDoRA's page, and the names of their tables.
+OF_PAGE = {"magnitudes": "results", "magnitudes, base size": "base size"}
 Row = dict[str, str]
 Way = tuple[str, Kind]
 
@@ -29,18 +30,18 @@ def report(*, check: bool) -> None:
     """
     found = {name: tasks for name in SETTINGS if (tasks := complete(name))}
     none = "No setting is complete yet.\n"
-    of_page = [scores(found[name]) for name in MAGNITUDES if name in found]
-    names = ("results", "base size")
-    sections = {name: f"{table(rows)}\n" for name, rows in zip(names, of_page)}
-    pages.write(PAGE, {name: sections.get(name, none) for name in names}, check=check)
-    zoo = [row for name in found if name not in MAGNITUDES for row in summary(name, found[name])]
+    sections = {
+        mark: f"{table(scores(found[name]))}\n" for name, mark in OF_PAGE.items() if name in found
+    }
+    pages.write(PAGE, sections or {"results": none}, check=check)
+    zoo = [row for name in found if name not in OF_PAGE for row in summary(name, found[name])]
     pages.write(ZOO, {"methods": f"{table(zoo)}\n" if zoo else none}, check=check)
     short = f"{table(by_method(zoo))}\n" if zoo else none
     pages.write(pages.ROOT / "README.md", {"methods": short}, check=check)
     texts = "\n".join(details(name, tasks) for name, tasks in found.items())
     pages.write(TABLES, {"methods": texts or none}, check=check)
-    if MAGNITUDES[0] in found and not check:
-        AcrossTasks(found[MAGNITUDES[0]]).plot(FIGURE)
+    if "magnitudes" in found and not check:
+        AcrossTasks(found["magnitudes"]).plot(FIGURE)
 
 
 def complete(name: str) -> dict[str, Comparison]:
