@@ -35,11 +35,12 @@ def report(*, check: bool) -> None:
     }
     pages.write(PAGE, sections or {"results": none}, check=check)
     zoo = [row for name in found if name not in OF_PAGE for row in summary(name, found[name])]
-    pages.write(ZOO, {"methods": f"{table(zoo)}\n" if zoo else none}, check=check)
     short = f"{table(by_method(zoo))}\n" if zoo else none
-    pages.write(pages.ROOT / "README.md", {"methods": short}, check=check)
-    texts = "\n".join(details(name, tasks) for name, tasks in found.items())
-    pages.write(TABLES, {"methods": texts or none}, check=check)
+    for path in (ZOO, pages.ROOT / "README.md"):
+        pages.write(path, {"methods": short}, check=check)
+    texts = [details(name, tasks) for name, tasks in found.items()]
+    texts = [f"### The published methods\n\n{table(zoo)}\n" if zoo else none, *texts]
+    pages.write(TABLES, {"methods": "\n".join(texts)}, check=check)
     if "magnitudes" in found and not check:
         AcrossTasks(found["magnitudes"]).plot(FIGURE)
 
