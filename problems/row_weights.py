@@ -53,7 +53,7 @@ class RowWeights(Method):
     form: Literal["sigmoid", "softmax"] = "sigmoid"
 
     tags = (INDEX,)
-    # After each lower step an upper one leaves too few steps at an equal price (benchmarks/methods).
+    # An upper step after each lower one leaves too few steps at equal price (benchmarks/methods).
     defaults = MappingProxyType({"hypergradient": "darts:product=dots", "lower_steps": 4})
 
     def __post_init__(self) -> None:

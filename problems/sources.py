@@ -69,7 +69,7 @@ class Sources(EqualSources):
     prior: float | None = None
     form: Literal["softmax", "softplus"] = "softmax"
 
-    # After each lower step an upper one leaves too few steps at an equal price (benchmarks/methods).
+    # An upper step after each lower one leaves too few steps at equal price (benchmarks/methods).
     defaults = MappingProxyType({"hypergradient": "darts:product=dots", "lower_steps": 4})
 
     @classmethod
