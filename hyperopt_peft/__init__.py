@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hyperopt_peft.attribution.attribute import attribute
+    from hyperopt_peft.attribution.why import why
     from hyperopt_peft.comparison.compare import compare_methods
     from hyperopt_peft.core.problem import Problem
     from hyperopt_peft.diagnostics.check import check_problem
@@ -46,6 +47,7 @@ _MODULES = {
     "hypergradient": "hypergradients",
     "register": "hypergradients",
     "split_dataset": "trainer.data",
+    "why": "attribution.why",
 }
 
 __all__ = [
@@ -70,6 +72,7 @@ __all__ = [
     "hypergradient",
     "register",
     "split_dataset",
+    "why",
 ]
 
 

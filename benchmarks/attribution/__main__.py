@@ -12,7 +12,8 @@ run_script(
     {
         "scores": "every method on texts: retrainings, cost, memory, wrong labels (90 minutes)",
         "trainers": "the same through a Trainer, on token tags and documents (30 minutes)",
-        "uses": "what acting on scores gains, and what an order of batches changes",
+        "uses": "what acting on scores gains",
+        "heads": "layers that a head reads, and the rows behind a prediction",
         "report": "all tables of the runs",
     },
 )

@@ -3,12 +3,11 @@
     python benchmarks/attribution uses
 
 Sentences with the label of one rater are trained on; evaluation and test rows have the label of
-many (`rated_text`). Parts: ``kinds``, a removal by score where the evaluation rows are of the same
-domain as the training rows, where they are of another one, and where a fifth of the training labels
-is made wrong; beside the simple ways: training on the evaluation rows too, once or five times each,
-or on these alone, half of the steps, and leaving out by the loss or by suspicion; ``orders``,
-scores that are averaged over runs with other orders of batches, against retrainings from which rows
-are physically left out. LoRA, pooler and head in MiniLM's last two layers, on the states of the
+many (`rated_text`). A removal by score where the evaluation rows are of the same domain as the
+training rows, where they are of another one, and where a fifth of the training labels is made
+wrong, on three data sets; beside the simple ways: training on the evaluation rows too, once or five
+times each, or on these alone, half of the steps, and leaving out by the loss or by suspicion.
+LoRA, pooler and head in MiniLM's last two layers, on the states of the
 frozen ones; a call of `attribute` a run, and all settings are those of the smooth run in `scores`.
 """
 
@@ -16,7 +15,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -29,34 +29,36 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification
 
-from benchmarks.attribution.runs import random_rows
-from benchmarks.attribution.scores import SMOOTH, predicted, rounded
+from benchmarks.attribution.scores import SMOOTH
 from benchmarks.attribution.tables import SHARE
 from benchmarks.attribution.trainers import States, Task, last_layers
 from benchmarks.last_layers import tokens
 from benchmarks.measure import show
-from benchmarks.pages import DOCS, RESULTS, ROOT
+from benchmarks.methods.tasks import TABLES
+from benchmarks.pages import RESULTS
 from benchmarks.store import Row, Store, opened, run_parser
 from hyperopt_peft import attribute
-from hyperopt_peft.attribution import ScoreCheck
+from hyperopt_peft.attribution import head
+from hyperopt_peft.problems.features import Features, features_of
 from hyperopt_peft.utils.statistics import mean_and_half
 
-SEEDS, LENGTH = (0, 1, 2, 3, 4), 12
+#: Seeds below 100 chose the settings.
+SEEDS, LENGTH = (100, 101, 102, 103, 104), 12
 #: Rows of training, evaluation and test.
 TRAIN, ABOVE, TEST = 300, 60, 400
 #: By cell: the domains of the training rows, and that of evaluation and test rows.
 CELLS = {
     "another domain": (("nyt", "amazon", "tweets"), "movies"),
     "same domain": (("movies",), "movies"),
-    "wrong labels": (("tweets",), "tweets"),
+    "wrong labels: tweets": (("tweets",), "tweets"),
+    "wrong labels: TREC": (("trec",), "trec"),
+    "wrong labels: SST-2": (("sst2",), "sst2"),
 }
-#: The cell with wrong labels, and their share; as many rows are left out there.
+#: How cells with wrong labels begin, and the share of these; as many rows are left out there.
 WRONG_LABELS, WRONG = "wrong labels", 0.2
 #: The simplest use of evaluation rows, and the same with more of them.
 TOO, REPEATED, REPEATS = "evaluation rows too", "evaluation rows too, five times each", 5
-#: The cells of each part.
-PARTS = {"kinds": list(CELLS), "orders": ["same domain"]}
-REMOVED, ORDERS, RETRAININGS, FOLDS = 0.1, 3, 12, 5
+REMOVED, RETRAININGS, FOLDS = 0.1, 12, 5
 LORA = LoraConfig(
     task_type="SEQ_CLS",
     r=8,
@@ -69,33 +71,43 @@ LORA = LoraConfig(
 def drawn(cell: str, seed: int) -> pandas.DataFrame:
     """``text`` and ``label`` of the rows of ``seed``: training, evaluation, then test."""
     domains, target = CELLS[cell]
-    tables = {name: one_rater(name, seed=0) for name in {*domains, target}}
+    tables = {name: table_of(name) for name in {*domains, target}}
     order = {name: table.sample(frac=1, random_state=seed) for name, table in tables.items()}
     judged = order[target].iloc[: ABOVE + TEST]
     rest = {name: table.drop(judged.index, errors="ignore") for name, table in order.items()}
     rest[target] = order[target].iloc[ABOVE + TEST :]
     each = TRAIN // len(domains)
     train = pandas.concat([rest[name].iloc[:each] for name in domains])
-    if cell == WRONG_LABELS:
-        labels = with_wrong(torch.tensor(train.clean.to_numpy()), seed)
+    if cell.startswith(WRONG_LABELS):
+        classes = int(tables[target].clean.max()) + 1
+        labels = with_wrong(torch.tensor(train.clean.to_numpy()), classes, seed)
         train = train.assign(noisy=labels.numpy())
     parts = [train.assign(label=train.noisy), judged.assign(label=judged.clean)]
     return pandas.concat(parts, ignore_index=True)[["text", "label"]]
 
 
-def with_wrong(labels: Tensor, seed: int) -> Tensor:
-    """``labels`` of three classes, a share `WRONG` of them another one, drawn by ``seed``."""
+def table_of(name: str) -> pandas.DataFrame:
+    """``text``, ``noisy`` and ``clean`` labels, of raters; of TREC and SST-2 both are the same."""
+    if name not in TABLES:
+        return one_rater(name, seed=0)
+    table = pandas.concat(TABLES[name]()).drop_duplicates("text")
+    return table.assign(noisy=table.label, clean=table.label)
+
+
+def with_wrong(labels: Tensor, classes: int, seed: int) -> Tensor:
+    """``labels``, a share `WRONG` of them another of the ``classes``, drawn by ``seed``."""
     source = torch.Generator().manual_seed(seed)
     out = torch.randperm(len(labels), generator=source)[: round(WRONG * len(labels))]
-    moved = torch.randint(1, 3, (len(out),), generator=source)
-    return labels.index_copy(0, out, (labels[out] + moved) % 3)
+    moved = torch.randint(1, classes, (len(out),), generator=source)
+    return labels.index_copy(0, out, (labels[out] + moved) % classes)
 
 
 def task(cell: str, seed: int, quick: bool) -> Task:
     """The cell's rows and model."""
     table = drawn(cell, seed)
     inputs, labels = tokens(list(table.text), LENGTH), torch.tensor(table.label.to_numpy())
-    base, states = last_layers(AutoModelForSequenceClassification, 3, inputs, seed)
+    classes = max(3, int(labels.max()) + 1)
+    base, states = last_layers(AutoModelForSequenceClassification, classes, inputs, seed)
     recipe = replace(SMOOTH, epochs=1.0) if quick else SMOOTH
     return Task("MiniLM", base, LORA, States(states, inputs.attention_mask, labels), TRAIN, recipe)
 
@@ -125,11 +137,13 @@ def kinds(runs: Store, cell: str, seed: int, quick: bool) -> None:
 def measured(job: Task, cell: str, seed: int, count: int) -> Row:
     """The ways but the last one, and ``count`` retrainings of the check."""
     row: Row = {}
-    trainer, share = job.trainer(seed), WRONG if cell == WRONG_LABELS else REMOVED
+    trainer, share = job.trainer(seed), WRONG if cell.startswith(WRONG_LABELS) else REMOVED
     options: dict[str, Any] = {"evaluation": EVALUATION, "progress": False}
-    head = attribute(trainer, model="head", **options)
+    on_head = attribute(trainer, model="head", **options)
+    with last_layer_alone():
+        other = attribute(trainer, model="head", **options)
     result = attribute(trainer, **options)
-    check = head.check(count, share=SHARE, seed=seed)
+    check = on_head.check(count, share=SHARE, seed=seed)
     row["check of the head"] = {"lds": check.lds, "slope": check.slope}
     setup: Any = result._setup
     measure = setup.test(JUDGES)
@@ -143,26 +157,46 @@ def measured(job: Task, cell: str, seed: int, count: int) -> Row:
         "without rows of highest loss": removal.highest_loss,
         "without random rows": mean_of(removal.random),
     }
-    suspect = head.suspects(FOLDS, seed=seed).confidence.argsort()[: removal.count]
+    suspect, of_last = (
+        each.suspects(FOLDS, seed=seed).confidence.argsort()[: removal.count].tolist()
+        for each in (on_head, other)
+    )
     for name, out in {
-        "without rows by the head's score": head.ends(removal.count)[0],
-        "without rows by suspicion, on the head": suspect.tolist(),
+        "without rows by the head's score": on_head.ends(removal.count)[0],
+        "the same, the last layer's features alone": other.ends(removal.count)[0],
+        "without rows by suspicion, on the head": suspect,
+        "the same, the last layer's features alone ": of_last,
     }.items():
         with setup.run.without(out):
             ways[name] = measure()
-    kept = head.without(share)
+    kept = on_head.without(share)
     both = Dataset.from_dict({"row": [*kept, *EVALUATION["row"]]})
     ways["without rows by the head's score, evaluation rows too"] = trained(job, seed, both)
     with setup.run.repeated(result.weights()):
         ways["weights by score"] = measure()
     row["ways"] = ways
-    on_head = head.removal(share, JUDGES, draws=2, seed=seed)
+    removed = on_head.removal(share, JUDGES, draws=2, seed=seed)
     row["ways of the head"] = {
-        "plain": on_head.plain,
-        TOO: on_head.with_evaluation,
-        "without rows by score": on_head.without,
+        "plain": removed.plain,
+        TOO: removed.with_evaluation,
+        "without rows by score": removed.without,
     }
     return row
+
+
+@contextmanager
+def last_layer_alone() -> Iterator[None]:
+    """Within the body heads read the last layer's features, which are the last third."""
+
+    def last_third(*args: Any, **options: Any) -> Features:
+        found = features_of(*args, **options)
+        return replace(found, x=found.x[:, -(found.x.shape[1] // 3) :])
+
+    head.features_of = last_third
+    try:
+        yield
+    finally:
+        head.features_of = features_of
 
 
 def trained(
@@ -183,40 +217,6 @@ def trained(
 def mean_of(numbers: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The mean of each number."""
     return {name: statistics.fmean(one[name] for one in numbers) for name in numbers[0]}
-
-
-def orders(runs: Store, cell: str, seed: int, quick: bool) -> None:
-    """The changes of Φ without random rows: by weight 0 and physically, and what scores predict."""
-    row = runs.entry(part="orders", cell=cell, seed=seed)
-    if "physical" in row:
-        return
-    job, count = task(cell, seed, quick), 5 if quick else RETRAININGS
-    masks = random_rows(TRAIN, SHARE, count, seed)
-    options: dict[str, Any] = {"evaluation": EVALUATION, "progress": False}
-    row["head"] = predicted(attribute(job.trainer(seed), model="head", **options).scores, masks)
-    row["predicted"], results = [], []
-    for number in range(ORDERS):
-        trainer = job.trainer(seed)
-        trainer.args.data_seed = 1000 * number + seed  # the same model in another order
-        results.append(attribute(trainer, **options))
-        row["predicted"].append(rounded(predicted(results[-1].scores, masks)))
-    setup: Any = results[0]._setup
-    row["weight 0"] = []
-    for out in masks:
-        with setup.run.without(out):
-            row["weight 0"].append(setup.evaluation.values()["all"] - results[0].values["all"])
-    row["physical"] = [physical(job, seed, out) - results[0].values["all"] for out in masks]
-    runs.save(row)
-
-
-def physical(job: Task, seed: int, out: Tensor) -> float:
-    """Φ after a training from whose data set the rows ``out`` are missing."""
-    trainer = job.trainer(seed)
-    trainer.args.data_seed = seed
-    left = [row for row in range(TRAIN) if row not in set(out.tolist())]
-    trainer.train_dataset = Dataset.from_dict({"row": left})
-    trainer.train()
-    return float(trainer.evaluate(EVALUATION)["eval_loss"])
 
 
 def gains_table(rows: Sequence[Row], key: str) -> list[Row]:
@@ -247,39 +247,8 @@ def checks_table(rows: Sequence[Row]) -> list[Row]:
     return table
 
 
-def orders_table(rows: Sequence[Row]) -> list[Row]:
-    """LDS and slope against both kinds of retraining."""
-    table = []
-    for count in (*range(1, ORDERS + 1), 0) if rows else ():
-        line: Row = {"scores": f"of {count} order{'s' * (count > 1)}" if count else "of the head"}
-        for kind, title in (("weight 0", "by weight 0"), ("physical", "from the data set")):
-            checks = [
-                ScoreCheck(_predicted(row, count), _tensor(row[kind]), None, SHARE) for row in rows
-            ]
-            for name, shown in (("lds", "LDS"), ("slope", "slope")):
-                mean, half = mean_and_half([getattr(check, name) for check in checks])
-                line[f"left out {title}: {shown}"] = f"{mean:.2f} ± {half:.2f}"
-        table.append(line)
-    spread = [float(_tensor(row["physical"]).std() / _predicted(row, 1).std()) for row in rows]
-    if spread:
-        print(f"spread of changes from the data set ÷ predicted: {statistics.fmean(spread):.2f}")
-    return table
-
-
-def _tensor(numbers: Sequence[float]) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float64)
-
-
-def _predicted(row: Row, count: int) -> Tensor:
-    """The mean prediction of ``count`` orders; 0 for the head's."""
-    return _tensor(row["predicted"][:count]).mean(0) if count else _tensor(row["head"])
-
-
 #: The tables of pages, by the marks of their places.
-OF_PAGES = {
-    DOCS / "attribution.md": {"uses": "The adapter on test rows"},
-    ROOT / "benchmarks/README.md": {"orders": "Orders of batches"},
-}
+OF_PAGES = {RESULTS / "attribution.md": {"uses": "The adapter on test rows"}}
 
 
 def tables_of(runs: Store) -> dict[str, list[Row]]:
@@ -288,25 +257,18 @@ def tables_of(runs: Store) -> dict[str, list[Row]]:
         "The adapter on test rows": gains_table(runs.of("kinds"), "ways"),
         "The head on test rows": gains_table(runs.of("kinds"), "ways of the head"),
         "The head's scores against its own retrainings": checks_table(runs.of("kinds")),
-        "Orders of batches": orders_table(runs.of("orders")),
     }
     return {title: rows for title, rows in tables.items() if rows}
 
 
 def main() -> None:
     """Run what is missing in the file, and summarise all of it."""
-    parts = {"kinds": kinds, "orders": orders}
     title = __doc__.partition("\n")[0]
-    options = run_parser(title, RESULTS / "attribution_uses.jsonl", parts).parse_args()
+    options = run_parser(title, RESULTS / "attribution_uses.jsonl").parse_args()
     runs = opened(options)
-    for part in options.parts:
-        for cell in PARTS[part]:
-            for seed in SEEDS[:1] if options.quick else SEEDS:
-                parts[part](runs, cell, seed, options.quick)
-                print(part, cell, seed, flush=True)
+    for cell in CELLS:
+        for seed in SEEDS[:1] if options.quick else SEEDS:
+            kinds(runs, cell, seed, options.quick)
+            print(cell, seed, flush=True)
     show(tables_of(runs))
     runs.finish()
-
-
-if __name__ == "__main__":
-    main()

@@ -13,8 +13,9 @@ more features than rows, turns with each row, so that derivatives say little of 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -38,10 +39,10 @@ from hyperopt_peft.problems.head import (
     require_labels_of_a_head,
 )
 from hyperopt_peft.trainer.tags import without
-from hyperopt_peft.utils.restore import perturbed
+from hyperopt_peft.utils.restore import assign_, perturbed
 
 #: The values of λ to choose from, and the folds of the choice.
-PENALTIES, FOLDS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01), 5
+PENALTIES, FOLDS = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01), 5
 #: The largest entry of the gradient at a minimum, in float64: below the share of a single row.
 TOLERANCE, STEPS = 1e-7, 2000
 #: The same in the choice of λ.
@@ -59,23 +60,47 @@ def batch_of(features: Features) -> dict[str, Tensor]:
     return {**features.batch(), ROW: features.row}
 
 
-def chosen_l2(head: Head, features: Features, count: int, progress: bool = False) -> float:
-    """λ by cross-validation on the ``count`` training rows, see above; ``head`` stays."""
+def held_out_losses(head: Head, features: Features, count: int, progress: bool = False) -> Tensor:
+    """The held-out loss of each label for the first k of `PENALTIES`, ``(k, m)``; ``head`` stays.
+
+    It ends with the first λ whose mean is more than a standard error above the least: a smaller λ
+    is worse still, and takes the most steps.
+    """
     folds = KFold(min(FOLDS, count), shuffle=True, random_state=0).split(range(count))
     parts = [[features.select(torch.from_numpy(rows)) for rows in fold] for fold in folds]
-    of_penalties = []
-    with perturbed((head.weight, head.bias)):
-        for l2 in tqdm(PENALTIES, "head", disable=not progress):
-            level, held_out = level_of(head, head.weight.new_ones(count), l2), []
-            for train, others in parts:  # each from the last minimum
+    variables, losses = (head.weight, head.bias), list[Tensor]()
+    points = [[x.detach().clone() for x in variables] for _ in parts]  # of no other fold's rows
+    for l2 in tqdm(PENALTIES, "head", disable=not progress):
+        level, held_out = level_of(head, head.weight.new_ones(count), l2), []
+        for (train, others), point in zip(parts, points, strict=True):
+            with perturbed(variables):
+                assign_(variables, point)
                 lbfgs(level, batch_of(train), tolerance=ROUGHLY)
+                point[:] = [x.detach().clone() for x in variables]
                 with torch.no_grad():
                     held_out.append(ModelOnRows(head).losses(batch_of(others))[0])
-            of_penalties.append(torch.cat(held_out))
-    losses = torch.stack(of_penalties)
-    mean, best = losses.mean(1), losses[int(losses.mean(1).argmin())]
-    limit = best.mean() + best.std() / len(best) ** 0.5
-    return PENALTIES[int((mean <= limit).nonzero()[0])]
+        losses.append(torch.cat(held_out))
+        if losses[-1].mean() > highest(losses):
+            break
+    return torch.stack(losses)
+
+
+def highest(losses: Sequence[Tensor]) -> float:
+    """The least mean of ``losses`` and its standard error."""
+    least = min(losses, key=lambda each: float(each.mean()))
+    return float(least.mean() + least.std() / len(least) ** 0.5)
+
+
+def chosen_l2(
+    head: Head, features: Features, count: int, progress: bool = False, *, largest: bool = True
+) -> float:
+    """λ by cross-validation on the ``count`` training rows, see above; ``head`` stays.
+
+    Of those within a standard error of the least loss the ``largest``, or else the smallest.
+    """
+    losses = held_out_losses(head, features, count, progress)
+    good = losses.mean(1) <= highest(list(losses))
+    return PENALTIES[int(good.nonzero()[0 if largest else -1])]
 
 
 class HeadTraining(Training):
@@ -117,12 +142,23 @@ class HeadTraining(Training):
             yield
 
 
-def setup_from_head(
-    trainer: Any, evaluation: Any, slices: str | None, *, progress: bool
-) -> RetrainingSetup:
-    """Train a head on the features of ``trainer``'s rows; its model stays. See `attribute`."""
-    require_trainer(trainer)
-    data = TrainerData.read(trainer, evaluation, slices)
+@dataclass(frozen=True)
+class TrainedHead:
+    """A head at its minimum on a Trainer's training rows, and how other rows are read.
+
+    Attributes:
+        training: the training; its features are standardised.
+        read: the features of other rows, by the mean and deviation of the training rows.
+    """
+
+    training: HeadTraining
+    read: Callable[[NumberedRows], Features]
+
+
+def train_head(
+    trainer: Any, data: TrainerData, *, progress: bool, largest: bool = True
+) -> TrainedHead:
+    """Train a head on the features of ``trainer``'s rows; its model stays. See `chosen_l2`."""
     model, count = trainer.model, len(data.train_rows)
     (first,) = data.batches(data.train_rows, [0])
     require_labels_of_a_head(model, without(first, data.collate.tags))
@@ -140,24 +176,35 @@ def setup_from_head(
         return Features(found.x.double(), labels, found.row)
 
     raw = features(data.train_rows)
-    train, above = raw.standardized(), features(data.evaluation_rows).standardized(raw)
+    train = raw.standardized()
     head = head_of(model, train)
-    training = HeadTraining(head, train, count, chosen_l2(head, train, count, progress))
-    on_rows = training.on_rows
+    training = HeadTraining(
+        head, train, count, chosen_l2(head, train, count, progress, largest=largest)
+    )
+    return TrainedHead(training, lambda rows: features(rows).standardized(raw))
+
+
+def setup_from_head(
+    trainer: Any, evaluation: Any, slices: str | None, *, progress: bool
+) -> RetrainingSetup:
+    """Train a head on the features of ``trainer``'s rows; its model stays. See `attribute`."""
+    require_trainer(trainer)
+    data = TrainerData.read(trainer, evaluation, slices)
+    head = train_head(trainer, data, progress=progress)
+    training, on_rows = head.training, head.training.on_rows
+    train, above = training.features, head.read(data.evaluation_rows)
     of_slices = {
         name: on_rows.mean([batch_of(above.select(torch.tensor(rows)))])
         for name, rows in data.groups.items()
     }
-    whole_rows = train.labels.dtype == torch.int64 and len(train.row) == count
+    whole_rows = train.labels.dtype == torch.int64 and len(train.row) == len(data.train_rows)
     return RetrainingSetup(
         training,
         Evaluation(training.weights, of_slices),
         data.shares,
         training.level,
         lambda: batch_of(train),
-        test=lambda test: partial(
-            on_rows.measured, [batch_of(features(data.test_rows(test)).standardized(raw))]
-        ),
+        test=lambda test: partial(on_rows.measured, [batch_of(head.read(data.test_rows(test)))]),
         enlarged=lambda seed: training.enlarged(above),
         probabilities=lambda rows: on_rows.probabilities([batch_of(train)])[rows],
         labels=train.labels if whole_rows else None,

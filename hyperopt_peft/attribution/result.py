@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from hyperopt_peft.attribution.removal import Removal, remove
 from hyperopt_peft.attribution.suspects import Suspects, suspects
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.plots import row_scores
-from hyperopt_peft.utils.tables import printable
+from hyperopt_peft.utils.tables import cells, write_csv
 
 #: What tables and pictures say before a check.
 UNCHECKED = "unchecked: call check() before relying on them"
@@ -165,11 +164,18 @@ class Attribution:
             lines += [f"{self.scores[row]:+11.2e} {self.line(row)}" for row in rows]
         return "\n".join(lines if self.checked else [*lines, f"these scores are {UNCHECKED}"])
 
-    def to_csv(self, path: str | Path, extra: Mapping[str, Sequence[Any]] | None = None) -> None:
+    def to_csv(
+        self,
+        path: str | Path,
+        extra: Mapping[str, Sequence[Any]] | None = None,
+        *,
+        escape_formulas: bool = False,
+    ) -> None:
         """Write row, the data's columns, score, rank, weight, training loss and scores of slices.
 
         A column of the data with one of these names is written as ``data_…``; ``extra`` has more
-        columns, by name.
+        columns, by name. With ``escape_formulas`` a text that begins with one of = + - @, which a
+        spreadsheet would run, has an apostrophe before it.
         """
         slices = {f"score_{name}": values.tolist() for name, values in self.by_slice.items()}
         results: dict[str, Sequence[Any]] = {
@@ -185,13 +191,8 @@ class Attribution:
             for name, values in self.columns.items()
         }
         table = {"row": self.numbers, **data, **results}
-        try:
-            with Path(path).open("w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                writer.writerow(table)
-                writer.writerows(zip(*table.values(), strict=True))
-        except OSError as error:
-            raise ProblemError(f"{path}: cannot be written ({error.strerror})") from error
+        rows = zip(*table.values(), strict=True)
+        write_csv(path, table, rows, escape_formulas=escape_formulas)
 
     def plot(self, path: str | Path | None = None, count: int = 10) -> Any:
         """A matplotlib figure: the distribution of the scores, and ``count`` rows at both ends.
@@ -205,9 +206,7 @@ class Attribution:
 
     def line(self, row: int, width: int = 80) -> str:
         """The number and the columns of ``row``, each column at most ``width`` characters."""
-        cells = [printable(" ".join(str(v[row]).split())) for v in self.columns.values()]
-        cells = [x if len(x) <= width else f"{x[: width - 1]}…" for x in cells]
-        return f"{self.numbers[row]:6d}  {' | '.join(cells)}".rstrip()
+        return f"{self.numbers[row]:6d}  {cells(self.columns, row, width)}".rstrip()
 
     def _count(self, share: float) -> int:
         if not 0 < share < 1:

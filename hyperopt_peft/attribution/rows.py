@@ -87,12 +87,14 @@ class ModelOnRows:
         first = without(batches[0], self.tags)
         if labels[0].is_floating_point() or labels_are_shifted(self.model, first):
             return numbers
-        right = count = 0
-        for batch, classes in zip(batches, labels, strict=True):
-            scored = classes != IGNORED
-            right += int((self.logits(batch).argmax(-1) == classes)[scored].sum())
-            count += int(scored.sum())
-        return {**numbers, "accuracy": right / count}
+        classes = torch.cat([x[x != IGNORED] for x in labels])
+        right = self.of_labels(batches).argmax(-1) == classes
+        return {**numbers, "accuracy": float(right.double().mean())}
+
+    @torch.no_grad()
+    def of_labels(self, batches: Sequence[Any]) -> Tensor:
+        """The logits of each row, or token, that has a label, ``(m, classes)``."""
+        return torch.cat([self.logits(x)[x["labels"] != IGNORED] for x in batches])
 
     @torch.no_grad()
     def probabilities(self, batches: Sequence[Any]) -> Tensor:

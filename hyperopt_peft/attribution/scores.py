@@ -75,6 +75,8 @@ class RetrainingSetup:
         probabilities: for a classifier with one class a row, a function from rows to the class
             probabilities.
         labels: likewise, the class of each row, ``(n,)``.
+        logits: a function that returns the logits of each label of the evaluation rows,
+            ``(m, classes)``.
         columns: of the rows, to show.
     """
 
@@ -87,6 +89,7 @@ class RetrainingSetup:
     enlarged: Callable[[int], AbstractContextManager[None]] | None = None
     probabilities: Callable[[Sequence[int]], Tensor] | None = None
     labels: Tensor | None = None
+    logits: Callable[[], Tensor] | None = None
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     progress: bool = False
 

@@ -107,6 +107,7 @@ def _setup(runner: RecordedTrainer, run: Run, data: TrainerData) -> RetrainingSe
         enlarged=partial(_enlarged, run, model, data) if enlarged else None,
         probabilities=lambda rows: model.probabilities(data.batches(data.train_rows, rows)),
         labels=classes_of_rows(data.batches(data.train_rows)),
+        logits=lambda: model.of_labels(data.batches(data.evaluation_rows)),
         columns=shown_columns(data.train),
     )
 

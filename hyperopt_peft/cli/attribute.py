@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,10 +12,12 @@ from typing import Any, Literal
 from datasets import Dataset
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft import attribute
+from hyperopt_peft import attribute, why
 from hyperopt_peft.adapters import use_fast_dora
 from hyperopt_peft.attribution import Attribution
 from hyperopt_peft.attribution.estimators import parse_estimator
+from hyperopt_peft.attribution.reasons import Reasons
+from hyperopt_peft.attribution.suspects import Suspects
 from hyperopt_peft.cli.options import OutputArguments
 from hyperopt_peft.cli.plan import Work, plan, whole
 from hyperopt_peft.cli.report import Report
@@ -32,6 +34,7 @@ from hyperopt_peft.cli.train import save_adapter
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import shared
 from hyperopt_peft.utils import distributed
+from hyperopt_peft.utils.tables import aligned
 
 ROW, SLICE, UNROLLED = "row", "slice", "unrolled"
 #: The trainings without random rows of `retrain_without`.
@@ -55,6 +58,10 @@ class AttributeArguments(OutputArguments):
     check: int = HfArg(default=0, help="retrainings without random rows that check the scores")
     slices: str | None = HfArg(default=None, help="an evaluation column, whose values get scores")
     suspects: int = HfArg(default=0, help="folds of the search for wrong labels, a training each")
+    why: list[str] | None = HfArg(
+        default=None,
+        help="rows, with or without a label: the fewest training rows behind each one's prediction",
+    )
     retrain_without: float | None = HfArg(
         default=None, help="the share of the rows to train without, those that hurt most"
     )
@@ -63,6 +70,9 @@ class AttributeArguments(OutputArguments):
         help="judges retrain_without; if not given eval_fraction of the training examples",
     )
     method: str = HfArg(default="lora", help="as the option of train; rows of both levels count")
+    escape_formulas: bool = HfArg(
+        default=False, help="write texts that begin with = + - @ so that no spreadsheet runs them"
+    )
     memory_limit: float = HfArg(default=1.0, help="GiB that the run's checkpoints may take")
 
     def __post_init__(self) -> None:
@@ -87,12 +97,15 @@ def run(argv: Sequence[str]) -> None:
         raise ProblemError(f"suspects: needs a class label per row; {chosen.model.task} has none")
     if chosen.model.task == SFT and command.retrain_without is not None:
         raise ProblemError("retrain_without: is not of task sft; train without rows by TRL")
+    if command.why and not chosen.model.task.endswith("classification"):
+        raise ProblemError(f"why: needs classes of rows or tokens; {chosen.model.task} has none")
     command.require_output(args)
     without = replace(data, eval_fraction=0.0)
     setup, test = split(command, prepare(chosen.model, without, args, chosen.method), data)
+    explained, shown = rows_to_explain(command.why, setup) if command.why else (None, {})
     trainer = setup.trainer(args, chosen.method)
     if command.dry_run:
-        print(planned(command, setup, trainer))
+        print(planned(command, setup, trainer, len(explained or ())))
         return
     if chosen.name == "dora":
         use_fast_dora(trainer.model)  # with the norm in the graph, as an exact derivative needs
@@ -116,7 +129,14 @@ def run(argv: Sequence[str]) -> None:
     page = Report("attribute", "", chosen.options, curves={"Losses": trainer.state.log_history})
     page.pictures = {"Scores of the training rows": "attribution.png"}
     scored = Scored(result, command, page, output if first else None)
-    for text in scored.paragraphs(test, args.seed):
+
+    def reasons() -> Reasons:
+        fresh, on_adapter = setup.trainer(args, chosen.method), command.score_model == "adapter"
+        found = why(fresh, explained, adapter=on_adapter, progress=sys.stderr.isatty())
+        told = {"columns": result.columns, "numbers": result.numbers, "explained": shown}
+        return replace(found, **told)
+
+    for text in scored.paragraphs(test, args.seed, reasons if explained else None):
         if first:
             print(f"{text}\n", flush=True)
     if first:
@@ -156,14 +176,29 @@ def split(
     return replace(setup, train=train.sort(ROW), evaluation=evaluation), test
 
 
-def planned(command: AttributeArguments, setup: Setup, trainer: Any) -> str:
-    """The trainings in lines, and their time."""
+def rows_to_explain(files: Sequence[str], setup: Setup) -> tuple[Dataset, dict[str, list[Any]]]:
+    """The encoded rows of ``files``, and the columns to show of them.
+
+    Rows without a label column have the first class, which is not shown.
+    """
+    rows, label = read_files(files, "why"), setup.encoder.columns[-1]
+    unlabelled = label not in rows.column_names and setup.args.task == "text-classification"
+    if unlabelled:
+        rows = rows.add_column(label, [setup.encoder.names[0]] * len(rows))
+    encoded = setup.encoder.encode(rows, "the rows of why")
+    names = [name for name in setup.encoder.columns if name != label or not unlabelled]
+    return encoded, {name: rows[name][:] for name in names}
+
+
+def planned(command: AttributeArguments, setup: Setup, trainer: Any, explained: int = 0) -> str:
+    """The trainings in lines, and their time; ``explained`` rows each retrain an adapter."""
     rows, evaluation = len(setup.train), len(setup.evaluation or ())
     line = f"examples: {rows} training, {evaluation} evaluation"
     batches = rows / trainer.args.per_device_train_batch_size
     if command.score_model == "head":
         # A pass forward alone is a third of one with the way back.
-        works = [Work("features", 1, 0, (1 + evaluation / rows) * batches / 3)]
+        twice = 2 if explained else 1  # the rows to explain have a head of their own
+        works = [Work("features", twice, 0, (1 + evaluation / rows) * batches / 3)]
         return f"{line}; heads are trained in seconds\n{plan(works, trainer)}"
     training = whole(trainer, "training")
     # Scores by a whole run cost two trainings (docs/attribution.md), else passes over rows.
@@ -173,6 +208,7 @@ def planned(command: AttributeArguments, setup: Setup, trainer: Any) -> str:
     counts = {
         "check": command.check and command.check + 1,
         "suspects": command.suspects,
+        "why": explained and explained + 1,
         "retrain_without": 4 + DRAWS if command.retrain_without else 0,
     }
     works += [replace(training, name=name, trainings=n) for name, n in counts.items() if n]
@@ -199,7 +235,9 @@ class Scored:
         self.verdicts += [verdict] * bool(verdict)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.result.to_csv(self.folder / "attribution.csv", self.columns)
+            escape = self.command.escape_formulas
+            path = self.folder / "attribution.csv"
+            self.result.to_csv(path, self.columns, escape_formulas=escape)
             self.result.plot(self.folder / "attribution.png", SHOWN)
             record = json.dumps(self.record, indent=1)
             (self.folder / "attribution.json").write_text(f"{record}\n")
@@ -209,7 +247,9 @@ class Scored:
             self.page.write(self.folder)
         return text
 
-    def paragraphs(self, test: Dataset | None, seed: int) -> Iterator[str]:
+    def paragraphs(
+        self, test: Dataset | None, seed: int, reasons: Callable[[], Reasons] | None = None
+    ) -> Iterator[str]:
         """The paragraphs that are printed; all but the first two train again."""
         result, command = self.result, self.command
         of_run: dict[str, Any] = {"settings": result.settings, "evaluation_loss": result.values}
@@ -226,17 +266,33 @@ class Scored:
         if command.suspects:
             yield self._cost("suspects", command.suspects)
             suspects = result.suspects(command.suspects, seed=seed)
-            flagged = [int(row in suspects.flagged) for row in range(len(result.scores))]
-            self.columns = {"suspect": flagged, "label_confidence": suspects.confidence.tolist()}
-            doubtful = [result.line(row) for row in suspects.flagged[:SHOWN]]
-            text = "\n".join([f"suspects: {suspects}", *doubtful])
+            flagged = {*suspects.flagged}
+            marks = [int(row in flagged) for row in range(len(result.scores))]
+            self.columns = {"suspect": marks, "label_confidence": suspects.confidence.tolist()}
+            text = f"suspects: {suspects}\n{self._evidence(suspects)}".rstrip()
             yield self.write(text, suspects=suspects.record())
+        if reasons is not None:
+            found = reasons()
+            if self.folder is not None:
+                found.to_csv(self.folder / "why.csv", escape_formulas=command.escape_formulas)
+                found.plot(self.folder / "why.png")
+                self.page.pictures = {**self.page.pictures, "Why these predictions": "why.png"}
+            yield self.write(f"why:\n{found}")
         if test is not None and command.retrain_without is not None:
             yield self._cost("retrain_without", 4 + DRAWS)
             removal = result.removal(command.retrain_without, test, draws=DRAWS, seed=seed)
             text = f"on {len(test)} rows that neither training nor scores saw:\n{removal}"
             record = asdict(removal) | {"verdict": removal.verdict}
             yield self.write(text, removal.verdict, removal=record)
+
+    def _evidence(self, suspects: Suspects) -> str:
+        """The most doubtful rows, with the place that each has by suspicion, by loss, by score."""
+        result, ranks = self.result, self.result.ranks().tolist()
+        by_loss = result.losses.nan_to_num(-1.0).argsort(descending=True).argsort() + 1
+        lines = [["the most doubtful rows", "by suspicion", "by loss", "by score"]]
+        for place, row in enumerate(suspects.flagged[:SHOWN]):
+            lines.append([result.line(row), place + 1, int(by_loss[row]), ranks[row]])
+        return aligned(lines) if suspects.flagged else ""
 
     def _cost(self, name: str, trainings: int, more: str = "") -> str:
         minutes = trainings * self.result.settings["seconds"] / 60

@@ -203,3 +203,23 @@ def row_scores(
             panel.xaxis.set_major_formatter("{x:.2g}")
         figure.supxlabel(note, fontsize=10)
     return figure
+
+
+def row_groups(groups: Mapping[str, Mapping[str, float]], path: str | Path | None = None) -> Any:
+    """Bars of rows in panels, one below another.
+
+    Args:
+        groups: by the title of a panel, the score of each row by its text.
+    """
+    counts = [max(1, len(rows)) for rows in groups.values()] or [1]
+    size = (11, sum(0.9 + 0.24 * count for count in counts))
+    options: dict[str, Any] = {"height_ratios": counts, "squeeze": False}
+    with drawing(path, *size, rows=len(counts), **options) as (_, grid):
+        for panel, (title, rows) in zip(grid.flat, groups.items(), strict=False):
+            panel.barh(range(len(rows)), list(rows.values()), color=BLUE)
+            panel.set_yticks(range(len(rows)), list(rows), fontsize=8, parse_math=False)
+            panel.set_title(title, loc="left", fontsize=9, parse_math=False)
+            panel.grid(axis="y", visible=False)
+            panel.invert_yaxis()
+            panel.xaxis.set_major_formatter("{x:.2g}")
+    return grid.flat[0].figure

@@ -1,11 +1,15 @@
-"""Tables as text, LaTeX and HTML, and text that a terminal shows as it is."""
+"""Tables as text, CSV, LaTeX and HTML, and text that a terminal shows as it is."""
 
 from __future__ import annotations
 
+import csv
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from hyperopt_peft.errors import ProblemError
 
 #: Controls but tab and newline, marks of direction, invisible characters but joiners, surrogates.
 UNSAFE = re.compile(
@@ -22,6 +26,48 @@ def printable(text: str) -> str:
         \x1b[31mred\x1b[0m, and \u202eturned around
     """
     return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def cells(columns: Mapping[str, Sequence[Any]], row: int, width: int = 80) -> str:
+    """The entries of ``row`` in ``columns`` on one line, each at most ``width`` characters.
+
+    Example:
+        >>> cells({"text": ["ab c", "d"], "tags": [["x", "y"], []]}, 0)
+        'ab c | x y'
+    """
+    entries = (values[row] for values in columns.values())
+    words = (" ".join(map(str, x)) if isinstance(x, list) else str(x) for x in entries)
+    texts = [printable(" ".join(text.split())) for text in words]
+    return " | ".join(text if len(text) <= width else f"{text[: width - 1]}…" for text in texts)
+
+
+def write_csv(
+    path: str | Path,
+    heads: Iterable[str],
+    rows: Iterable[Sequence[Any]],
+    *,
+    escape_formulas: bool = False,
+) -> None:
+    """Write ``heads`` and ``rows`` to the file ``path``.
+
+    A spreadsheet takes a text that begins with one of = + - @ for a formula and runs it. With
+    ``escape_formulas`` such a text begins with an apostrophe in the file, which spreadsheets do not
+    show and other programs read as a part of the text. Numbers stay as they are.
+
+    Raises:
+        ProblemError: the file cannot be written.
+    """
+
+    def escaped(cell: Any) -> Any:
+        formula = isinstance(cell, str) and cell.lstrip("\t\r\n ").startswith(("=", "+", "-", "@"))
+        return f"'{cell}" if escape_formulas and formula else cell
+
+    try:
+        with Path(path).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerows(map(escaped, row) for row in (heads, *rows))
+    except OSError as error:
+        raise ProblemError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def aligned(rows: Sequence[Sequence[Any]]) -> str:

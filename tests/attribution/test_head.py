@@ -1,5 +1,6 @@
 """Scores on a head: the derivative of its minimum, and what they predict of other minima."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,13 @@ from transformers import Trainer, TrainingArguments
 from hyperopt_peft import attribute
 from hyperopt_peft.attribution.check import check_scores
 from hyperopt_peft.attribution.estimators import HEAD_ESTIMATOR, parse_estimator
-from hyperopt_peft.attribution.head import HeadTraining, batch_of, chosen_l2
+from hyperopt_peft.attribution.head import (
+    PENALTIES,
+    HeadTraining,
+    batch_of,
+    chosen_l2,
+    held_out_losses,
+)
 from hyperopt_peft.attribution.scores import Evaluation, RetrainingSetup, scores
 from hyperopt_peft.problems.features import Features
 from hyperopt_peft.problems.head import Head
@@ -76,8 +83,19 @@ def test_the_penalty_follows_the_rows() -> None:
     """Small where the classes are linear in the features, the largest where they are random."""
     head = Head(6, 3, dtype=torch.float64)
     linear, random = features(300, noise=0.01), features(60, noise=100.0)
-    assert chosen_l2(head, linear, 300) < 0.1 and chosen_l2(head, random, 60) == 10.0
+    assert chosen_l2(head, linear, 300) < 0.1 and chosen_l2(head, random, 60) == max(PENALTIES)
+    assert chosen_l2(head, random, 60, largest=False) < chosen_l2(head, random, 60)
     assert not head.weight.any()
+
+
+def test_held_out_rows_have_trained_no_head_that_predicts_them() -> None:
+    """Labels that have nothing to do with 80 features are no better predicted than by chance."""
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 80, generator=source, dtype=torch.float64)
+    labels = torch.randint(3, (60,), generator=source)
+    head, rows = Head(80, 3, dtype=torch.float64), Features(x, labels, torch.arange(60))
+    losses = held_out_losses(head, rows, 60)
+    assert losses.shape[1] == 60 and bool((losses.mean(1) > math.log(3)).all())
 
 
 def test_the_trainer_and_its_model_stay(tmp_path: Path) -> None:

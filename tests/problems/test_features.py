@@ -29,7 +29,7 @@ def padded(count: int = 10) -> Dataset:
 
 
 def test_a_row_is_the_mean_of_its_tokens_without_dropout() -> None:
-    """Padding does not count, and model and random state are as they were."""
+    """Of three layers; padding does not count, and model and random state are as they were."""
     rows, model = padded(), peft_model("classes").train()
     before = torch.get_rng_state()
     made = features_of(model, rows, default_data_collator, batch_size=4)
@@ -38,8 +38,10 @@ def test_a_row_is_the_mean_of_its_tokens_without_dropout() -> None:
     model.eval()
     for row in range(len(rows)):
         ids = torch.tensor([rows[row]["input_ids"][: row % LENGTH + 1]])
-        states = base_model(model).bert(ids).last_hidden_state[0]
-        torch.testing.assert_close(made.x[row], states.mean(0))
+        layers = base_model(model).bert(ids, output_hidden_states=True).hidden_states
+        last = len(layers) - 1
+        chosen = [layers[k][0].mean(0) for k in sorted({last // 3, 2 * last // 3, last})]
+        torch.testing.assert_close(made.x[row], torch.cat(chosen))
     assert made.labels.tolist() == rows["labels"][:] and made.row.tolist() == list(range(10))
 
 
@@ -50,7 +52,7 @@ def test_a_token_has_what_the_model_s_own_head_reads() -> None:
     batch = default_data_collator(list(rows))
     scored = batch["labels"] != -100
     logits = model(**batch).logits[scored]
-    torch.testing.assert_close(base_model(model).classifier(made.x), logits)
+    torch.testing.assert_close(base_model(model).classifier(made.x[:, -8:]), logits)
     assert torch.equal(made.labels, batch["labels"][scored])
     assert torch.equal(made.row, scored.nonzero()[:, 0])
 
@@ -59,7 +61,7 @@ def test_a_tuned_prompt_s_states_are_left_out() -> None:
     config = PromptTuningConfig("TOKEN_CLS", num_virtual_tokens=3)
     model = get_peft_model(trainers.base_model("tokens", dropout=0.0), config)
     made = features_of(model, ragged("tokens", 9), default_data_collator)
-    assert made.x.shape == (len(made.labels), 8)
+    assert made.x.shape == (len(made.labels), 24)
 
 
 def test_numbers_and_several_labels_a_row() -> None:
@@ -69,7 +71,7 @@ def test_numbers_and_several_labels_a_row() -> None:
     several = data("classes", 5).remove_columns("labels")
     several = several.add_column("labels", [[1.0, 0.0, 1.0]] * 5)
     made = of("classes", several)
-    assert made.x.shape == (5, 8) and made.labels.shape == (5, 3)
+    assert made.x.shape == (5, 24) and made.labels.shape == (5, 3)
 
 
 def test_an_encoder_decoder_s_states_are_the_encoder_s() -> None:
@@ -87,7 +89,7 @@ def test_an_encoder_decoder_s_states_are_the_encoder_s() -> None:
     made = features_of(model, rows, default_data_collator)
     model.eval()
     states = model.model.encoder(torch.tensor([rows[2]["input_ids"][:3]])).last_hidden_state
-    torch.testing.assert_close(made.x[2], states[0].mean(0))
+    torch.testing.assert_close(made.x[2, -8:], states[0].mean(0))
 
 
 def test_standardized_features_have_mean_0_and_deviation_1() -> None:

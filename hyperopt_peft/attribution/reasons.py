@@ -1,0 +1,140 @@
+"""`Reasons`: the training rows behind predictions, as text, a table and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hyperopt_peft.utils.plots import row_groups
+from hyperopt_peft.utils.tables import cells, write_csv
+
+#: The rows of a set in texts, and in a panel of a picture; the panels of a picture.
+SHOWN, PANELS = 10, 4
+
+
+@dataclass(frozen=True)
+class Reason:
+    """The fewest training rows found whose removal changes the prediction of one row or token.
+
+    Attributes:
+        row: the number of the explained row.
+        token: the number of the token among those of the row that have a label; None of a class a
+            row.
+        predicted: the class that the head predicts, by its number.
+        becomes: the class that it predicts without ``rows``; None where no set was found.
+        rows: the numbers of the training rows to remove, those of the largest scores first.
+        scores: dΦ/dv of each of ``rows``; Φ rises by so much for each unit of the row's weight.
+        margin: Φ, the logit of ``predicted`` minus log Σ exp of the other logits.
+        searched: the largest number of rows that a search removes.
+        adapter: the class that the adapter predicts after a training on all rows, and after one
+            without ``rows``; None where it was not trained.
+    """
+
+    row: int
+    token: int | None
+    predicted: int
+    becomes: int | None
+    rows: list[int]
+    scores: list[float]
+    margin: float
+    searched: int
+    adapter: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Reasons(Sequence[Reason]):
+    """A `Reason` for each explained row, or token.
+
+    Attributes:
+        reasons: in the order of the rows.
+        names: the name of each class by its number.
+        columns: of the training rows, to show.
+        explained: of the explained rows, to show.
+        numbers: by which texts and tables name each training row, by default its place.
+
+    Example:
+        >>> reason = Reason(0, None, 1, 0, [1], [0.9], 0.5, 2)
+        >>> texts = {"text": ["bad", "great"], "label": ["no", "yes"]}
+        >>> print(Reasons([reason], {0: "no", 1: "yes"}, texts, {"text": ["great film"]}))
+        row 0: great film
+          predicted yes; no without this training row:
+             1  great | yes
+    """
+
+    reasons: list[Reason]
+    names: Mapping[int, str]
+    columns: Mapping[str, Sequence[Any]]
+    explained: Mapping[str, Sequence[Any]]
+    numbers: Sequence[int] = ()
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.reasons[place]
+
+    def __str__(self) -> str:
+        return "\n".join(map(self.text, self.reasons))
+
+    def name(self, label: int | None) -> str:
+        """The name of the class ``label``."""
+        return "" if label is None else str(self.names.get(label, label))
+
+    def text(self, reason: Reason, shown: int = SHOWN) -> str:
+        """``reason`` in lines, with up to ``shown`` of its training rows."""
+        lines, count = [self.title(reason)], len(reason.rows)
+        begin = f"  predicted {self.name(reason.predicted)}"
+        if reason.becomes is None:
+            return f"{lines[0]}\n{begin}, even without the {reason.searched} rows that hold it most"
+        rows = "this training row" if count == 1 else f"these {count} training rows"
+        lines.append(f"{begin}; {self.name(reason.becomes)} without {rows}:")
+        lines += [f"  {self.line(row)}" for row in reason.rows[:shown]]
+        lines += [f"       … and {count - shown} more"] * (count > shown)
+        if reason.adapter is not None:
+            first, then = map(self.name, reason.adapter)
+            lines.append(f"  the adapter: {first}; {then} without them")
+        return "\n".join(lines)
+
+    def title(self, reason: Reason, width: int = 80) -> str:
+        """The number of the explained row, its token and its columns."""
+        words = [x[reason.row] for x in self.explained.values() if isinstance(x[reason.row], list)]
+        text, token = cells(self.explained, reason.row, width), ""
+        if reason.token is not None:
+            token = f", token {reason.token}"
+            token += f" ({words[0][reason.token]})" if words else ""
+        return f"row {reason.row}{token}: {text}".removesuffix(": ")
+
+    def line(self, row: int, width: int = 80) -> str:
+        """The number and the columns of the training row ``row``."""
+        number = self.numbers[row] if self.numbers else row
+        return f"{number:6d}  {cells(self.columns, row, width)}".rstrip()
+
+    def to_csv(self, path: str | Path, *, escape_formulas: bool = False) -> None:
+        """Write a line for each pair of an explained and a training row; see `write_csv`."""
+        lines = []
+        for reason in self.reasons:
+            of_adapter = map(self.name, reason.adapter or (None, None))
+            begin = (reason.row, reason.token, self.name(reason.predicted))
+            begin = (*begin, self.name(reason.becomes), *of_adapter)
+            for row, score in zip(reason.rows or [None], reason.scores or [None]):
+                shown = [None if row is None else values[row] for values in self.columns.values()]
+                number = self.numbers[row] if self.numbers and row is not None else row
+                lines.append((*begin, number, score, *shown))
+        heads = ("explained", "token", "predicted", "becomes", "adapter", "adapter_becomes")
+        names = [*heads, "row", "score", *(f"data_{x}" if x in heads else x for x in self.columns)]
+        write_csv(path, names, lines, escape_formulas=escape_formulas)
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """A matplotlib figure of the first explained rows, each with its training rows.
+
+        It is also written to the file ``path``, whose suffix gives the format.
+        """
+        groups = {}
+        for reason in [each for each in self.reasons if each.rows][:PANELS]:
+            moves = f"predicted {self.name(reason.predicted)}, without these {len(reason.rows)} "
+            title = f"{self.title(reason, 90)}\n{moves}training rows {self.name(reason.becomes)}"
+            texts = [self.line(row, 70) for row in reason.rows[:SHOWN]]
+            groups[title] = dict(zip(texts, reason.scores))
+        return row_groups(groups, path)
