@@ -6,9 +6,10 @@
 
 LoRA is trained on tweets, some of whose labels are wrong. Every tweet gets a score: how the loss on
 other tweets would change if the tweet counted more; first on a head, in seconds, then of the
-adapter's own training. Retrainings check the scores; out-of-fold confidence looks for wrong labels;
-and a training without the tweets that hurt most is judged on tweets that nothing has seen, beside
-one on the evaluation tweets too. Each option of `transformers.TrainingArguments` is a flag.
+adapter's own training. Wrong predictions of the head have the fewest tweets without which they are
+others, and out-of-fold confidence looks for wrong labels. Retrainings check the scores, and a
+training without the tweets that hurt most is judged on tweets that nothing has seen, beside one on
+the evaluation tweets too. Each option of `transformers.TrainingArguments` is a flag.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ from transformers import (
 )
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft import attribute
+from hyperopt_peft import attribute, why
+from hyperopt_peft.attribution.reasons import Reasons
+from hyperopt_peft.utils.plots import row_groups
 
 
 @dataclass
@@ -49,12 +52,13 @@ class Arguments:
     train_size: int = HfArg(default=128, help="training tweets")
     evaluation_size: int = HfArg(default=96, help="tweets whose loss is explained")
     test_size: int = HfArg(default=400, help="tweets that judge the removal")
+    explained: int = HfArg(default=40, help="test tweets of which wrong predictions are explained")
     wrong: float = HfArg(default=0.2, help="share of the training labels that are made wrong")
     max_length: int = HfArg(default=20, help="tokens a tweet")
     rank: int = HfArg(default=8, help="rank r of B·A")
     estimator: str = HfArg(default="unrolled", help="how rows are scored; see docs/attribution.md")
     retrainings: int = HfArg(default=6, help="of the check")
-    folds: int = HfArg(default=3, help="of the search for wrong labels")
+    folds: int = HfArg(default=5, help="of the search for wrong labels, on the head")
     remove: float = HfArg(default=0.1, help="share of the rows to train without")
     quick: bool = HfArg(default=False, help="48 training tweets, 6 steps, 5 retrainings, 2 folds")
 
@@ -99,12 +103,26 @@ def parts_of(arguments: Arguments, seed: int) -> tuple[Dataset, Dataset, Dataset
     return train, evaluation, test, wrong
 
 
+def explain(reasons: Reasons, labels: list[int], wrong: torch.Tensor, output: Path) -> None:
+    """Print and draw the fewest tweets behind each wrong prediction, short sets first."""
+    found = [each for each in reasons if each.predicted != labels[each.row] and each.rows]
+    found = sorted(found, key=lambda each: len(each.rows))
+    behind = [row for each in found for row in each.rows]
+    print(replace(reasons, reasons=found[:3]))
+    if behind:
+        share = float(wrong[behind].double().mean())
+        print(f"{len(found)} wrong predictions; of the tweets behind them {share:.0%} have a wrong")
+        print(f"label, of all training tweets {float(wrong.double().mean()):.0%}\n")
+    output.mkdir(parents=True, exist_ok=True)
+    replace(reasons, reasons=found[:3]).plot(output / "why.png")
+
+
 def main() -> None:
     """Train, score, check, search, remove; print what came out."""
     arguments, training = HfArgumentParser((Arguments, Training)).parse_args_into_dataclasses()
     if arguments.quick:
         small = {"train_size": 48, "evaluation_size": 32, "test_size": 48}
-        arguments = replace(arguments, **small, retrainings=5, folds=2)
+        arguments = replace(arguments, **small, retrainings=5, folds=2, explained=16)
         training.max_steps = 6
     quiet()
     train, evaluation, test, wrong = parts_of(arguments, training.seed)
@@ -128,13 +146,17 @@ def main() -> None:
     )
     quick = attribute(trainer, model="head")
     print(f"scores on a head, λ = {quick.settings['l2']:g}: {quick.check(20)}\n")
+    output, told = Path(training.output_dir), test.select(range(arguments.explained))
+    explain(why(trainer, told), told["label"][:], wrong, output)
     result = attribute(trainer, estimator=arguments.estimator)
     print(f"{len(train)} tweets, {int(wrong.sum())} wrong labels; Φ = {result.values['all']:.4f}")
     print(result.table(5))
 
-    suspects = result.suspects(arguments.folds, seed=training.seed)
-    output = Path(training.output_dir)
+    suspects = quick.suspects(arguments.folds, seed=training.seed)
     flagged = [int(row in suspects.flagged) for row in range(len(train))]
+    doubts = {result.line(row, 70): float(1 - suspects.confidence[row]) for row in suspects.flagged}
+    worst, label = dict([*doubts.items()][:8]), "1 − confidence in the given label"
+    row_groups({"the most doubtful labels": worst}, output / "suspects.png", label)
     result.to_csv(output / "attribution.csv", {"suspect": flagged, "wrong": wrong.int().tolist()})
     result.plot(output / "attribution.png", 8)
     seen = ~result.scores.isnan()

@@ -1,4 +1,4 @@
-"""Print the tables of the runs, and write those of `uses` into their pages, or check them.
+"""Print the tables of the runs, and write those of `uses` and `heads` into their page, or check it.
 
 python benchmarks/attribution report --check
 """
@@ -8,14 +8,14 @@ from __future__ import annotations
 import argparse
 
 from benchmarks import pages
-from benchmarks.attribution import uses
+from benchmarks.attribution import heads, uses
 from benchmarks.attribution.tables import tables_of, targets_of
 from benchmarks.measure import show, table
 from benchmarks.store import MEASURED, Store
 
 
 def main() -> None:
-    """The tables of the three files of runs."""
+    """The tables of all files of runs."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="exit with 1 where the page differs")
     options = parser.parse_args()
@@ -24,8 +24,9 @@ def main() -> None:
         tables = tables_of(store)
         show(tables, targets_of(tables))
         print(f"\n{pages.machine_line(store.by_key[MEASURED])}")
-    tables = uses.tables_of(Store(pages.RESULTS / "attribution_uses.jsonl"))
-    show(tables)
-    for page, titles in uses.OF_PAGES.items():
-        sections = {name: f"{table(tables[title])}\n" for name, title in titles.items()}
-        pages.write(page, sections, check=options.check)
+    sections = {}
+    for part, titles in ((uses, uses.OF_PAGE), (heads, heads.OF_PAGE)):
+        tables = part.tables_of(Store(part.RUNS))
+        show(tables)
+        sections |= {name: f"{table(tables[title])}\n" for name, title in titles.items()}
+    pages.write(pages.RESULTS / "attribution.md", sections, check=options.check)

@@ -49,10 +49,10 @@ TRAIN, ABOVE, TEST = 300, 60, 400
 #: By cell: the domains of the training rows, and that of evaluation and test rows.
 CELLS = {
     "another domain": (("nyt", "amazon", "tweets"), "movies"),
-    "same domain": (("movies",), "movies"),
     "wrong labels: tweets": (("tweets",), "tweets"),
     "wrong labels: TREC": (("trec",), "trec"),
     "wrong labels: SST-2": (("sst2",), "sst2"),
+    "same domain": (("movies",), "movies"),
 }
 #: How cells with wrong labels begin, and the share of these; as many rows are left out there.
 WRONG_LABELS, WRONG = "wrong labels", 0.2
@@ -247,8 +247,9 @@ def checks_table(rows: Sequence[Row]) -> list[Row]:
     return table
 
 
-#: The tables of pages, by the marks of their places.
-OF_PAGES = {RESULTS / "attribution.md": {"uses": "The adapter on test rows"}}
+#: The tables of the page, by the marks of their places.
+OF_PAGE = {"uses": "The adapter on test rows"}
+RUNS = RESULTS / "attribution_uses.jsonl"
 
 
 def tables_of(runs: Store) -> dict[str, list[Row]]:
@@ -264,7 +265,7 @@ def tables_of(runs: Store) -> dict[str, list[Row]]:
 def main() -> None:
     """Run what is missing in the file, and summarise all of it."""
     title = __doc__.partition("\n")[0]
-    options = run_parser(title, RESULTS / "attribution_uses.jsonl").parse_args()
+    options = run_parser(title, RUNS).parse_args()
     runs = opened(options)
     for cell in CELLS:
         for seed in SEEDS[:1] if options.quick else SEEDS:

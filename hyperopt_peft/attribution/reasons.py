@@ -88,8 +88,7 @@ class Reasons(Sequence[Reason]):
         begin = f"  predicted {self.name(reason.predicted)}"
         if reason.becomes is None:
             return f"{lines[0]}\n{begin}, even without the {reason.searched} rows that hold it most"
-        rows = "this training row" if count == 1 else f"these {count} training rows"
-        lines.append(f"{begin}; {self.name(reason.becomes)} without {rows}:")
+        lines.append(f"{begin}; {self.name(reason.becomes)} without {self._rows(reason)}:")
         lines += [f"  {self.line(row)}" for row in reason.rows[:shown]]
         lines += [f"       … and {count - shown} more"] * (count > shown)
         if reason.adapter is not None:
@@ -105,6 +104,10 @@ class Reasons(Sequence[Reason]):
             token = f", token {reason.token}"
             token += f" ({words[0][reason.token]})" if words else ""
         return f"row {reason.row}{token}: {text}".removesuffix(": ")
+
+    def _rows(self, reason: Reason) -> str:
+        count = len(reason.rows)
+        return "this training row" if count == 1 else f"these {count} training rows"
 
     def line(self, row: int, width: int = 80) -> str:
         """The number and the columns of the training row ``row``."""
@@ -133,8 +136,8 @@ class Reasons(Sequence[Reason]):
         """
         groups = {}
         for reason in [each for each in self.reasons if each.rows][:PANELS]:
-            moves = f"predicted {self.name(reason.predicted)}, without these {len(reason.rows)} "
-            title = f"{self.title(reason, 90)}\n{moves}training rows {self.name(reason.becomes)}"
+            move = f"predicted {self.name(reason.predicted)}; {self.name(reason.becomes)} without"
+            title = f"{self.title(reason, 55)}\n{move} {self._rows(reason)}"
             texts = [self.line(row, 70) for row in reason.rows[:SHOWN]]
             groups[title] = dict(zip(texts, reason.scores))
-        return row_groups(groups, path)
+        return row_groups(groups, path, "how much a row raises the margin of the predicted class")

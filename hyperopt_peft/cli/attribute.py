@@ -34,6 +34,7 @@ from hyperopt_peft.cli.train import save_adapter
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import shared
 from hyperopt_peft.utils import distributed
+from hyperopt_peft.utils.plots import row_groups
 from hyperopt_peft.utils.tables import aligned
 
 ROW, SLICE, UNROLLED = "row", "slice", "unrolled"
@@ -186,6 +187,11 @@ def rows_to_explain(files: Sequence[str], setup: Setup) -> tuple[Dataset, dict[s
     if unlabelled:
         rows = rows.add_column(label, [setup.encoder.names[0]] * len(rows))
     encoded = setup.encoder.encode(rows, "the rows of why")
+    if common := shared(encoded, setup.train):
+        raise ProblemError(
+            f"why: {common} of {len(encoded)} rows are training examples, which would explain "
+            "themselves; remove them"
+        )
     names = [name for name in setup.encoder.columns if name != label or not unlabelled]
     return encoded, {name: rows[name][:] for name in names}
 
@@ -270,6 +276,12 @@ class Scored:
             marks = [int(row in flagged) for row in range(len(result.scores))]
             self.columns = {"suspect": marks, "label_confidence": suspects.confidence.tolist()}
             text = f"suspects: {suspects}\n{self._evidence(suspects)}".rstrip()
+            if self.folder is not None and flagged:
+                confidence, worst = suspects.confidence, suspects.flagged[:SHOWN]
+                doubts = {result.line(row, 70): 1 - float(confidence[row]) for row in worst}
+                groups, path = {"the most doubtful labels": doubts}, self.folder / "suspects.png"
+                row_groups(groups, path, "1 − confidence in the given label")
+                self.page.pictures = {**self.page.pictures, "Doubtful labels": "suspects.png"}
             yield self.write(text, suspects=suspects.record())
         if reasons is not None:
             found = reasons()

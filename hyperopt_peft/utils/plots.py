@@ -205,14 +205,17 @@ def row_scores(
     return figure
 
 
-def row_groups(groups: Mapping[str, Mapping[str, float]], path: str | Path | None = None) -> Any:
+def row_groups(
+    groups: Mapping[str, Mapping[str, float]], path: str | Path | None = None, label: str = ""
+) -> Any:
     """Bars of rows in panels, one below another.
 
     Args:
         groups: by the title of a panel, the score of each row by its text.
+        label: of the scores.
     """
     counts = [max(1, len(rows)) for rows in groups.values()] or [1]
-    size = (11, sum(0.9 + 0.24 * count for count in counts))
+    size = (11, 0.2 + sum(0.9 + 0.24 * count for count in counts))
     options: dict[str, Any] = {"height_ratios": counts, "squeeze": False}
     with drawing(path, *size, rows=len(counts), **options) as (_, grid):
         for panel, (title, rows) in zip(grid.flat, groups.items(), strict=False):
@@ -222,4 +225,6 @@ def row_groups(groups: Mapping[str, Mapping[str, float]], path: str | Path | Non
             panel.grid(axis="y", visible=False)
             panel.invert_yaxis()
             panel.xaxis.set_major_formatter("{x:.2g}")
+            panel.tick_params(axis="x", labelsize=8)
+        grid.flat[-1].set_xlabel(label, fontsize=9)
     return grid.flat[0].figure

@@ -83,7 +83,7 @@ def test_sets_are_smaller_than_those_of_random_rows_of_the_class() -> None:
 
 
 def test_a_row_with_a_wrong_label_is_why_its_neighbour_is_wrong() -> None:
-    """Two clusters, and a row in the first one with the second one's label, beside the explained."""
+    """Two clusters; a row of the first one has the second one's label and the explained x."""
     source = torch.Generator().manual_seed(0)
     x = 0.3 * torch.randn(40, 5, generator=source, dtype=torch.float64)
     labels = torch.arange(40) % 2

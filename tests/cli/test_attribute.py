@@ -76,6 +76,65 @@ def test_scores_on_a_head_train_no_adapter(
     assert not (tmp_path / "out/adapter_config.json").exists()
 
 
+def test_why_with_and_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file, a picture and a paragraph; a row without a label has none to show."""
+    told = [{"text": row["text"]} for row in rows(number=3, seed=5)]
+    bare = write(tmp_path / "bare.jsonl", told)
+    run("attribute", **options(tmp_path, score_model="head", why=bare))
+    with (tmp_path / "out/why.csv").open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert {line["explained"] for line in lines} == {"0", "1", "2"}
+    names = {row["label"] for row in rows()}
+    assert {line["predicted"] for line in lines} <= names
+    for line in lines:
+        if line["row"]:
+            assert line["text"] == rows()[int(line["row"])]["text"] and line["becomes"] in names
+    assert (tmp_path / "out/why.png").exists()
+    printed = capsys.readouterr().out
+    assert f"row 0: {told[0]['text']}\n  predicted" in printed
+    page = (tmp_path / "out/report.md").read_text()
+    assert "(why.png)" in page and "  predicted " in page
+    labelled = write(tmp_path / "labelled.jsonl", rows(number=2, seed=5))
+    changes = {"why": labelled, "max_steps": 2, "overwrite_output_dir": True}
+    run("attribute", **options(tmp_path, **changes))  # the adapter is trained without each set
+    printed = capsys.readouterr().out
+    assert f"{told[0]['text']} | {rows(number=1, seed=5)[0]['label']}" in printed
+    sets = re.findall("without (this|these .*) training row", printed)
+    assert printed.count("the adapter: ") == len(sets) > 0
+
+
+def test_tags_are_explained_by_their_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = "token-classification"
+    path = write(tmp_path / "told.jsonl", rows(task, number=3, seed=5))
+    run("attribute", **options(tmp_path, task, score_model="head", why=path))
+    word = rows(task, number=3, seed=5)[0]["tokens"]
+    printed = capsys.readouterr().out
+    assert re.search(rf"row 0, token \d+ \(({'|'.join(map(re.escape, word))})\): ", printed)
+
+
+def test_doubtful_rows_have_their_places_by_three_measures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And formulas get an apostrophe in the file where that is wanted."""
+    table = rows()
+    table[3] = {**table[3], "text": f"=1+{table[3]['text']}"}
+    path = write(tmp_path / "formula.jsonl", table)
+    chosen = {"train_file": path, "score_model": "head", "suspects": 3}
+    run("attribute", **options(tmp_path, **chosen, escape_formulas=True))
+    assert written(tmp_path)[3]["text"] == f"'{table[3]['text']}"
+    printed = capsys.readouterr().out
+    flagged = [line for line in written(tmp_path) if line["suspect"] == "1"]
+    assert ("by suspicion" in printed) == bool(flagged) == (tmp_path / "out/suspects.png").exists()
+    for line in flagged:
+        place = rf"^ +{line['row']}  .*  \d+ +\d+ +{line['rank']}$"
+        assert len(flagged) > 10 or re.search(place, printed, re.MULTILINE)
+    again = {"train_file": path, "score_model": "head", "overwrite_output_dir": True}
+    run("attribute", **options(tmp_path, **again))
+    assert written(tmp_path)[3]["text"] == table[3]["text"]
+
+
 def test_rows_of_others_write_no_controls_to_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,6 +221,8 @@ def test_rows_of_both_levels_of_bidora(tmp_path: Path) -> None:
         ({"memory_limit": 1e-9}, r"memory_limit: .* more than the limit"),
         ({"optim": "adafactor"}, "Adafactor"),
         ({"method": "bidora", "hypergradient": "darts"}, "derivative of darts is not known"),
+        ({"why": "none.csv"}, "why: there is no file none.csv"),
+        ({"why": "copy"}, "24 of 24 rows are training examples, which would explain"),
     ],
 )
 def test_bad_runs_are_named(
