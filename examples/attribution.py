@@ -40,7 +40,7 @@ from transformers import (
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import attribute, why
-from hyperopt_peft.attribution.reasons import Reasons
+from hyperopt_peft.attribution import Reasons
 from hyperopt_peft.utils.plots import row_groups
 
 

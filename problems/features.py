@@ -129,7 +129,8 @@ def _states(model: Any, batch: dict[str, Any], count: int, *, encoder: bool = Fa
     layers = getattr(output, "encoder_hidden_states", None) if encoder else None
     layers = layers or getattr(output, "hidden_states", None) or ()
     last = len(layers) - 1
-    chosen = [layers[k] for k in sorted({last // 3, 2 * last // 3, last})] if layers else [None]
+    numbers = sorted({last // 3, 2 * last // 3, last})
+    chosen: list[Any] = [layers[k] for k in numbers] if layers else [None]
     if any(not isinstance(x, Tensor) or x.dim() != 3 or len(x) != count for x in chosen):
         raise ProblemError(
             f"{type(base_model(model)).__name__}: returns no states of a row's tokens, so that a "

@@ -119,12 +119,14 @@ class Reasons(Sequence[Reason]):
         lines = []
         for reason in self.reasons:
             of_adapter = map(self.name, reason.adapter or (None, None))
-            begin = (reason.row, reason.token, self.name(reason.predicted))
-            begin = (*begin, self.name(reason.becomes), *of_adapter)
-            for row, score in zip(reason.rows or [None], reason.scores or [None]):
-                shown = [None if row is None else values[row] for values in self.columns.values()]
-                number = self.numbers[row] if self.numbers and row is not None else row
+            classes = self.name(reason.predicted), self.name(reason.becomes)
+            begin = (reason.row, reason.token, *classes, *of_adapter)
+            for row, score in zip(reason.rows, reason.scores, strict=True):
+                number = self.numbers[row] if self.numbers else row
+                shown = [values[row] for values in self.columns.values()]
                 lines.append((*begin, number, score, *shown))
+            if not reason.rows:
+                lines.append((*begin, *[None] * (2 + len(self.columns))))
         heads = ("explained", "token", "predicted", "becomes", "adapter", "adapter_becomes")
         names = [*heads, "row", "score", *(f"data_{x}" if x in heads else x for x in self.columns)]
         write_csv(path, names, lines, escape_formulas=escape_formulas)

@@ -14,9 +14,8 @@ from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import attribute, why
 from hyperopt_peft.adapters import use_fast_dora
-from hyperopt_peft.attribution import Attribution
+from hyperopt_peft.attribution import Attribution, Reasons
 from hyperopt_peft.attribution.estimators import parse_estimator
-from hyperopt_peft.attribution.reasons import Reasons
 from hyperopt_peft.attribution.suspects import Suspects
 from hyperopt_peft.cli.options import OutputArguments
 from hyperopt_peft.cli.plan import Work, plan, whole
@@ -134,8 +133,8 @@ def run(argv: Sequence[str]) -> None:
     def reasons() -> Reasons:
         fresh, on_adapter = setup.trainer(args, chosen.method), command.score_model == "adapter"
         found = why(fresh, explained, adapter=on_adapter, progress=sys.stderr.isatty())
-        told = {"columns": result.columns, "numbers": result.numbers, "explained": shown}
-        return replace(found, **told)
+        columns, numbers = result.columns, result.numbers
+        return replace(found, columns=columns, numbers=numbers, explained=shown)
 
     for text in scored.paragraphs(test, args.seed, reasons if explained else None):
         if first:
@@ -301,7 +300,7 @@ class Scored:
         """The most doubtful rows, with the place that each has by suspicion, by loss, by score."""
         result, ranks = self.result, self.result.ranks().tolist()
         by_loss = result.losses.nan_to_num(-1.0).argsort(descending=True).argsort() + 1
-        lines = [["the most doubtful rows", "by suspicion", "by loss", "by score"]]
+        lines: list[list[Any]] = [["the most doubtful rows", "by suspicion", "by loss", "by score"]]
         for place, row in enumerate(suspects.flagged[:SHOWN]):
             lines.append([result.line(row), place + 1, int(by_loss[row]), ranks[row]])
         return aligned(lines) if suspects.flagged else ""
