@@ -73,7 +73,8 @@ def features_of(
     A row has the mean of the states over the tokens of ``attention_mask``, of an encoder-decoder
     model those of the encoder. Where each token has a label, a token that is scored has its own
     states. The last features are those of the last layer. The model is in evaluation mode, and its
-    adapter as it is. The features take 4·m·d bytes of memory, d three times the model's width.
+    adapter as it is. The features take 4·m·d bytes of memory; d is up to three times the model's
+    width.
 
     Args:
         model: a model of Transformers, with or without a PEFT adapter.
@@ -127,15 +128,17 @@ def _states(model: Any, batch: dict[str, Any], count: int, *, encoder: bool = Fa
     with model_reads(batch):
         output = model(**batch, output_hidden_states=True)
     layers = getattr(output, "encoder_hidden_states", None) if encoder else None
-    layers = layers or getattr(output, "hidden_states", None) or ()
-    last = len(layers) - 1
-    numbers = sorted({last // 3, 2 * last // 3, last})
-    chosen: list[Any] = [layers[k] for k in numbers] if layers else [None]
-    if any(not isinstance(x, Tensor) or x.dim() != 3 or len(x) != count for x in chosen):
+    layers = layers or getattr(output, "hidden_states", None) or (None,)
+    end = len(layers) - 1
+    last = layers[end]
+    if not isinstance(last, Tensor) or last.dim() != 3 or len(last) != count:
         raise ProblemError(
             f"{type(base_model(model)).__name__}: returns no states of a row's tokens, so that a "
             "head has no features to read; train the adapter in its place"
         )
-    states = torch.cat(chosen, -1)
+    chosen = [layers[k] for k in sorted({end // 3, 2 * end // 3} - {end})]
+    # Some models have fewer tokens in later layers.
+    like = [x for x in chosen if isinstance(x, Tensor) and x.shape[:2] == last.shape[:2]]
+    states = torch.cat([*like, last], -1)
     read = batch.get("attention_mask", batch.get("input_ids"))
     return states if read is None else states[:, -read.shape[1] :]  # without a tuned prompt's

@@ -28,10 +28,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from benchmarks.attribution.tables import SHARE
-from benchmarks.attribution.uses import FOLDS, WRONG, table_of
+from benchmarks.attribution.uses import FOLDS, WRONG, table_of, with_wrong
 from benchmarks.last_layers import first_tokens, tagged_tweets, tokens
 from benchmarks.measure import show
-from benchmarks.methods.tasks import DATA
 from benchmarks.pages import RESULTS
 from benchmarks.store import Row, Store, opened, run_parser
 from hyperopt_peft.attribution import Attribution, ScoreCheck
@@ -59,7 +58,7 @@ TEXTS, TAGS, POOL, TEST, LENGTH = (300, 100), (150, 60), 2000, 600, 24
 LAYERS = {"last": (6,), "three": (2, 4, 6), "all": tuple(range(7)), "best": ()}
 #: The tasks of each part.
 PARTS = {
-    "layers": ("tweets", "movies", "trec", "sst2", "entities", "diseases"),
+    "layers": ("tweets", "trec", "sst2", "entities"),
     "why": ("tweets", "trec", "sst2"),
 }
 #: Explained rows of a seed, and the margins that these have: neither a toss-up nor out of reach.
@@ -70,10 +69,6 @@ def texts_of(name: str) -> tuple[list[Any], list[Any]]:
     """Texts and classes, or lists of words and their tags."""
     if name == "entities":
         tagged = tagged_tweets()
-    elif name == "diseases":
-        parts = (DATA / "bc5cdr/train.tsv").read_text().split("\n\n")
-        tagged = [[line.split("\t")[:2] for line in part.splitlines()] for part in parts]
-        tagged = [row for row in tagged if 4 < len(row) <= LENGTH]
     else:
         table = table_of(name)
         return table.text.tolist(), table.clean.tolist()
@@ -110,7 +105,7 @@ def drawn(name: str, seed: int) -> list[Features]:
     whole = pool(name)
     source = torch.Generator().manual_seed(seed)
     order = torch.randperm(int(whole.row.max()) + 1, generator=source)
-    train, above = TAGS if name in ("entities", "diseases") else TEXTS
+    train, above = TAGS if name == "entities" else TEXTS
     parts, rest = list[Features](), order[train + above :]
     for part in (order[:train], order[train : train + above], rest[:TEST]):
         place = torch.full((len(order),), -1)
@@ -127,21 +122,23 @@ def reading(parts: Sequence[Features], layers: Sequence[int]) -> list[Features]:
     return [each.standardized(raw[0]) for each in raw]
 
 
-def with_wrong(train: Features, seed: int) -> tuple[Features, Tensor]:
-    """A share `WRONG` of the rows with wrong labels, and which these are.
+def wrong_labels(train: Features, seed: int) -> tuple[Features, Tensor]:
+    """A share `WRONG` of the rows with wrong labels, and which rows have one.
 
-    A wrong class is any other one; the tags of wrong rows are exchanged among them.
+    A wrong class is any other one. Of tags those of the entities in these rows are exchanged among
+    them, so that some stay as they are.
     """
-    count, source = int(train.row.max()) + 1, torch.Generator().manual_seed(seed)
-    wrong = torch.zeros(count, dtype=torch.bool)
-    wrong[torch.randperm(count, generator=source)[: round(WRONG * count)]] = True
-    labels, out = train.labels.clone(), wrong[train.row]
-    classes, moved = int(labels.max()) + 1, int(out.sum())
+    count = int(train.row.max()) + 1
     if len(train.row) == count:
-        labels[out] += torch.randint(1, classes, (moved,), generator=source)
-        labels %= classes
+        labels = with_wrong(train.labels, int(train.labels.max()) + 1, seed)
     else:
-        labels[out] = labels[out][torch.randperm(moved, generator=source)]
+        source, out = torch.Generator().manual_seed(seed), torch.zeros(count, dtype=torch.bool)
+        out[torch.randperm(count, generator=source)[: round(WRONG * count)]] = True
+        entity = (out[train.row] & (train.labels != train.labels.max())).nonzero()[:, 0]
+        order = torch.randperm(len(entity), generator=source)
+        labels = train.labels.index_copy(0, entity, train.labels[entity[order]])
+    wrong = torch.zeros(count, dtype=torch.bool)
+    wrong[train.row[labels != train.labels]] = True
     return replace(train, labels=labels), wrong
 
 
@@ -180,7 +177,7 @@ def layers(runs: Store, name: str, seed: int) -> None:
     row = runs.entry(part="layers", task=name, seed=seed)
     parts, ways = drawn(name, seed), row.setdefault("ways", {})
     classes = int(pool(name).labels.max()) + 1
-    noisy, wrong = with_wrong(parts[0], seed)
+    noisy, wrong = wrong_labels(parts[0], seed)
     for way, chosen in LAYERS.items():
         if way in ways:
             continue
@@ -207,6 +204,7 @@ def layers(runs: Store, name: str, seed: int) -> None:
             "wrong labels": accuracy(training, test),
             "right labels": accuracy(head_on(reading(parts[:1], chosen)[0], classes), test),
             "found": {by: float(x.double().mean()) for by, x in found.items()},
+            "wrong": float(wrong.double().mean()),
             "lds": check.lds,
             "slope": check.slope,
             "newton": newton_slope(training, result, check, seed),
@@ -311,7 +309,7 @@ def layers_table(rows: Sequence[Row]) -> list[Row]:
         for way in LAYERS:
             ways = [row["ways"][way] for row in rows if row["task"] == task]
             line: Row = {"task": task, "layers": way}
-            for name in ("right labels", "wrong labels"):
+            for name in ("wrong", "right labels", "wrong labels"):
                 line[name] = statistics.fmean(each[name] for each in ways)
             for by in ("score", "suspicion", "loss"):
                 found = [each["found"][by] for each in ways if by in each["found"]]

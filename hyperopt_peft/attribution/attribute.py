@@ -8,7 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hyperopt_peft.attribution.estimators import HEAD_ESTIMATOR, parse_estimator
+from hyperopt_peft.attribution.estimators import (
+    HEAD_ESTIMATOR,
+    parse_estimator,
+    require_known_derivative,
+)
 from hyperopt_peft.attribution.levels import setup_from_levels
 from hyperopt_peft.attribution.result import Attribution
 from hyperopt_peft.attribution.scores import scores
@@ -16,7 +20,6 @@ from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine.engine import Engine
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.estimator import Estimator
-from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.utils.autograd import uncompiled
 
 
@@ -111,7 +114,7 @@ def attribute(
             "row_weights, training_steps: a Trainer has rows and steps of its own; leave them out"
         )
     if not on_head and getattr(training, "upper", None) is not None:
-        _check_bilevel(training, parsed.differentiates_run)
+        require_known_derivative(training, parsed.differentiates_run)
     options: dict[str, Any] = {
         "differentiated": parsed.differentiates_run,
         "memory_limit": memory_limit,
@@ -153,17 +156,3 @@ def attribute(
         _setup=setup,
         _estimator=parsed,
     )
-
-
-def _check_bilevel(training: Any, differentiates_run: bool) -> None:
-    """Raise ProblemError for a run of two levels whose derivative is not known."""
-    if not differentiates_run:
-        raise ProblemError(
-            "estimator: a bilevel run is at the minimum of no single loss at its end; choose "
-            "unrolled"
-        )
-    if not isinstance(training.estimator, Direct):
-        raise ProblemError(
-            f"hypergradient: the derivative of {training.estimator.name} is not known; give a "
-            'bilevel run hypergradient="direct", or attribute the training of one level'
-        )

@@ -1,14 +1,16 @@
-"""Which estimators give a score for each row."""
+"""Which estimators give a score for each row, and of which runs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.implicit.solver import Solver
 from hyperopt_peft.hypergradients.registry import get_estimator, with_options
 from hyperopt_peft.hypergradients.unrolled.darts import DARTS
+from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.hypergradients.unrolled.reverse import Unrolled
 
 #: For a head at its minimum: conjugate gradients with exact products, to a residual of 1e-6.
@@ -45,3 +47,17 @@ def parse_estimator(estimator: str | Estimator) -> ScoreEstimator:
             "run), an implicit solver such as minres, nystrom or cg, or gradient"
         )
     return ScoreEstimator(parsed, name)
+
+
+def require_known_derivative(training: Any, differentiates_run: bool = True) -> None:
+    """Raise ProblemError for a run of two levels whose derivative is not known."""
+    if not differentiates_run:
+        raise ProblemError(
+            "estimator: a bilevel run is at the minimum of no single loss at its end; choose "
+            "unrolled"
+        )
+    if not isinstance(training.estimator, Direct):
+        raise ProblemError(
+            f"hypergradient: the derivative of {training.estimator.name} is not known; give a "
+            'bilevel run hypergradient="direct", or attribute the training of one level'
+        )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hyperopt_peft.utils.plots import row_groups
-from hyperopt_peft.utils.tables import cells, write_csv
+from hyperopt_peft.utils.tables import cells, printable, write_csv
 
 #: The rows of a set in texts, and in a panel of a picture; the panels of a picture.
 SHOWN, PANELS = 10, 4
@@ -16,7 +16,7 @@ SHOWN, PANELS = 10, 4
 
 @dataclass(frozen=True)
 class Reason:
-    """The fewest training rows found whose removal changes the prediction of one row or token.
+    """Few training rows whose removal changes the prediction of one row or token.
 
     Attributes:
         row: the number of the explained row.
@@ -79,8 +79,8 @@ class Reasons(Sequence[Reason]):
         return "\n".join(map(self.text, self.reasons))
 
     def name(self, label: int | None) -> str:
-        """The name of the class ``label``."""
-        return "" if label is None else str(self.names.get(label, label))
+        """The name of the class ``label``, for a terminal."""
+        return "" if label is None else printable(str(self.names.get(label, label)))
 
     def text(self, reason: Reason, shown: int = SHOWN) -> str:
         """``reason`` in lines, with up to ``shown`` of its training rows."""
@@ -102,7 +102,7 @@ class Reasons(Sequence[Reason]):
         text, token = cells(self.explained, reason.row, width), ""
         if reason.token is not None:
             token = f", token {reason.token}"
-            token += f" ({words[0][reason.token]})" if words else ""
+            token += f" ({printable(str(words[0][reason.token]))})" if words else ""
         return f"row {reason.row}{token}: {text}".removesuffix(": ")
 
     def _rows(self, reason: Reason) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -87,14 +87,14 @@ class ModelOnRows:
         first = without(batches[0], self.tags)
         if labels[0].is_floating_point() or labels_are_shifted(self.model, first):
             return numbers
-        classes = torch.cat([x[x != IGNORED] for x in labels])
-        right = self.of_labels(batches).argmax(-1) == classes
-        return {**numbers, "accuracy": float(right.double().mean())}
+        right = self.of_labels(batches).argmax(-1) == (classes := torch.cat(_entries(labels)))
+        return {**numbers, "accuracy": float(right[classes != IGNORED].float().mean())}
 
     @torch.no_grad()
     def of_labels(self, batches: Sequence[Any]) -> Tensor:
-        """The logits of each row, or token, that has a label, ``(m, classes)``."""
-        return torch.cat([self.logits(x)[x["labels"] != IGNORED] for x in batches])
+        """The logits of each row, or of each token that has a label, ``(m, classes)``."""
+        logits = map(self.logits, batches)
+        return torch.cat(_entries([x["labels"] for x in batches], logits))
 
     @torch.no_grad()
     def probabilities(self, batches: Sequence[Any]) -> Tensor:
@@ -106,6 +106,12 @@ class ModelOnRows:
         self.model.eval()
         logits: Tensor = self.model(**without(batch, (*self.tags, "labels"))).logits
         return logits
+
+
+def _entries(labels: Iterable[Tensor], values: Iterable[Tensor] | None = None) -> list[Tensor]:
+    """Of ``values``, by default the labels: each row's, or those of tokens that have a label."""
+    pairs = zip(labels, labels if values is None else values, strict=True)
+    return [value if label.dim() == 1 else value[label != IGNORED] for label, value in pairs]
 
 
 def classes_of_rows(batches: Sequence[Any]) -> Tensor | None:

@@ -75,8 +75,8 @@ class RetrainingSetup:
         probabilities: for a classifier with one class a row, a function from rows to the class
             probabilities.
         labels: likewise, the class of each row, ``(n,)``.
-        logits: a function that returns the logits of each label of the evaluation rows,
-            ``(m, classes)``.
+        logits: a function that returns the logits of each evaluation row, or of each token that has
+            a label, ``(m, classes)``.
         columns: of the rows, to show.
     """
 

@@ -61,7 +61,7 @@ def setup_from_trainer(
     ``twice`` says whether the estimator differentiates gradients of the training loss; ``run`` are
     arguments of `Run`.
     """
-    _check_trainer(trainer)
+    require_attributable(trainer)
     data = TrainerData.read(trainer, evaluation, slices)
     random_state = _new_model(trainer)
     require_float32(trainer.model)
@@ -150,9 +150,14 @@ def require_trainer(trainer: Any) -> None:
         )
 
 
-def _check_trainer(trainer: Any) -> None:
-    """Raise ProblemError where the trainer trains in a way that is not known here."""
+def require_attributable(trainer: Any) -> None:
+    """Raise ProblemError where the trainer has trained, or trains in a way that is not known."""
     require_trainer(trainer)
+    if trainer.state.global_step and trainer.model_init is None:
+        raise ProblemError(
+            "training: attribute() must see training from its first step; give a new trainer, or "
+            "one with model_init"
+        )
     method = method_of(trainer)
     for name in ("finish", "after_upper_step", "after_search"):
         if getattr(type(method), name) is not getattr(Method, name):
@@ -239,9 +244,4 @@ def _new_model(trainer: Any) -> RandomState | None:
         enable_full_determinism(seed) if trainer.args.full_determinism else set_seed(seed)
         trainer.model = trainer.model_wrapped = trainer.call_model_init().to(trainer.args.device)
         return RandomState.capture([trainer.args.device])
-    if trainer.state.global_step:
-        raise ProblemError(
-            "training: attribute() must see training from its first step; give a new trainer, or "
-            "one with model_init"
-        )
     return None

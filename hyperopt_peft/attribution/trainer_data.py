@@ -166,5 +166,6 @@ def shown_columns(data: Any) -> dict[str, Sequence[Any]]:
         if getattr(feature, "dtype", "") in ("string", "large_string") or name == label
     }
     if label and isinstance(data.features[label], datasets.ClassLabel):
-        shown[label] = [data.features[label].int2str(value) for value in shown[label]]
+        name = data.features[label].int2str
+        shown[label] = [name(value) if value >= 0 else "" for value in shown[label]]
     return shown

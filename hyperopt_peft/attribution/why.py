@@ -1,4 +1,4 @@
-"""`why`: the fewest training rows whose removal changes a prediction.
+"""`why`: few training rows whose removal changes a prediction.
 
 The training rows are ordered by how much they hold a prediction up: by the derivative of its margin
 with respect to their weights, one solve with the Hessian of the head's loss for each prediction.
@@ -15,23 +15,32 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hyperopt_peft.attribution.estimators import HEAD_ESTIMATOR, parse_estimator
+from hyperopt_peft.attribution.estimators import (
+    HEAD_ESTIMATOR,
+    parse_estimator,
+    require_known_derivative,
+)
 from hyperopt_peft.attribution.head import HeadTraining, batch_of, train_head
 from hyperopt_peft.attribution.reasons import Reason, Reasons
 from hyperopt_peft.attribution.scores import Evaluation, RetrainingSetup, scores
-from hyperopt_peft.attribution.trainer import require_trainer, setup_from_trainer
+from hyperopt_peft.attribution.trainer import (
+    require_attributable,
+    require_trainer,
+    setup_from_trainer,
+)
 from hyperopt_peft.attribution.trainer_data import TrainerData, shown_columns
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.features import Features
 from hyperopt_peft.utils.models import base_model
 
-#: The share of the training rows that a search removes at most, and the largest entry of the
-#: gradient in it: a tenth of the steps and the same sets.
-MOST, SEARCH = 0.5, 1e-5
+#: The share of the training rows that a search removes at most.
+MOST = 0.5
+#: The largest entry of the gradient in a search, and in the trainings that verify its end.
+TOLERANCES = 1e-5, 1e-6
 
 
 def why(trainer: Any, rows: Any = None, *, adapter: bool = False, progress: bool = True) -> Reasons:
-    """For each of ``rows`` the fewest training rows whose removal changes its prediction.
+    """For each of ``rows`` few training rows whose removal changes its prediction.
 
     The prediction is that of a linear head on the features that the Trainer's model, as it is,
     makes of the rows. The head is at the minimum of a convex loss, whose λ is the smallest that
@@ -54,7 +63,8 @@ def why(trainer: Any, rows: Any = None, *, adapter: bool = False, progress: bool
 
     Raises:
         ProblemError: no rows, or all of them are trained on; labels that are not one class a row or
-            a token; with ``adapter``, a Trainer that has trained already.
+            a token; with ``adapter``, a Trainer that has trained already, or that `attribute`
+            refuses.
         NonFiniteError: a training diverges.
 
     Example:
@@ -63,17 +73,23 @@ def why(trainer: Any, rows: Any = None, *, adapter: bool = False, progress: bool
         >>> print(reasons)  # doctest: +SKIP
     """
     require_trainer(trainer)
+    if adapter:
+        require_attributable(trainer)
+        if getattr(trainer, "upper", None) is not None:
+            require_known_derivative(trainer)
     data = TrainerData.read(trainer, rows, None)
+    (first,) = data.batches(data.train_rows, [0])
+    if torch.as_tensor(first.get("labels", 0)).is_floating_point():
+        raise ProblemError("rows: a prediction of classes can be explained; these are numbers")
     head = train_head(trainer, data, progress=progress, largest=False)
     places = head.read(data.evaluation_rows)
-    if places.labels.dtype != torch.int64:
-        raise ProblemError("rows: a prediction of classes can be explained; these are numbers")
     chosen = explained(head.training, places)
     bar = tqdm(chosen, "why", disable=not progress)
     found = [reason_for(head.training, places, place) for place in bar]
     if adapter:
         found = _with_adapter(trainer, rows, chosen, found, progress)
-    names = getattr(base_model(trainer.model).config, "id2label", None) or {}
+    config = getattr(base_model(trainer.model), "config", None)
+    names = getattr(config, "id2label", None) or {}
     return Reasons(found, names, shown_columns(data.train), shown_columns(data.evaluation))
 
 
@@ -149,20 +165,21 @@ def fewest(
     """How many rows of ``order`` to remove until ``x`` ``(1, d)`` has another class, and which.
 
     With one row fewer the prediction is as it was. None where even `MOST` of the rows do not
-    suffice. The search retrains the head to the tolerance `SEARCH`; its end is verified to the
-    head's own one, to which the search is done again where the two disagree.
+    suffice. The end of the search is verified by trainings to a lower tolerance; where these
+    disagree, the search is done again to it.
     """
     limit, predicted = _limit(training, order), _predicted(training, x)
-    training.tolerance = SEARCH
     try:
+        training.tolerance, verified = TOLERANCES
         found = _search(training, x, order, guess)
+        training.tolerance = verified
+        count = found[0] if found else limit
+        after = _without(training, x, order[:count])
+        before = _without(training, x, order[: count - 1]) if found else predicted
+        if before != predicted or (after == predicted) == bool(found):
+            return _search(training, x, order, guess)
     finally:
         del training.tolerance  # back to that of the class
-    count = found[0] if found else limit
-    after = _without(training, x, order[:count])
-    before = _without(training, x, order[: count - 1]) if found else predicted
-    if before != predicted or (after == predicted) == bool(found):
-        return _search(training, x, order, guess)
     return (count, after) if found else None
 
 

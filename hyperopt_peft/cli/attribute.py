@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from datasets import Dataset
 from transformers.hf_argparser import HfArg
 
@@ -60,7 +61,8 @@ class AttributeArguments(OutputArguments):
     suspects: int = HfArg(default=0, help="folds of the search for wrong labels, a training each")
     why: list[str] | None = HfArg(
         default=None,
-        help="rows, with or without a label: the fewest training rows behind each one's prediction",
+        help="rows of which each prediction has the few training rows behind it shown; those of "
+        "text-classification need no label",
     )
     retrain_without: float | None = HfArg(
         default=None, help="the share of the rows to train without, those that hurt most"
@@ -103,12 +105,17 @@ def run(argv: Sequence[str]) -> None:
     without = replace(data, eval_fraction=0.0)
     setup, test = split(command, prepare(chosen.model, without, args, chosen.method), data)
     explained, shown = rows_to_explain(command.why, setup) if command.why else (None, {})
-    trainer = setup.trainer(args, chosen.method)
+
+    def new_trainer() -> Any:
+        made = setup.trainer(args, chosen.method)
+        if chosen.name == "dora":
+            use_fast_dora(made.model)  # with the norm in the graph, as an exact derivative needs
+        return made
+
+    trainer = new_trainer()
     if command.dry_run:
         print(planned(command, setup, trainer, len(explained or ())))
         return
-    if chosen.name == "dora":
-        use_fast_dora(trainer.model)  # with the norm in the graph, as an exact derivative needs
     result = attribute(
         trainer,
         model=command.score_model,
@@ -131,12 +138,14 @@ def run(argv: Sequence[str]) -> None:
     scored = Scored(result, command, page, output if first else None)
 
     def reasons() -> Reasons:
-        fresh, on_adapter = setup.trainer(args, chosen.method), command.score_model == "adapter"
+        fresh, on_adapter = new_trainer(), command.score_model == "adapter"
         found = why(fresh, explained, adapter=on_adapter, progress=sys.stderr.isatty())
         columns, numbers = result.columns, result.numbers
         return replace(found, columns=columns, numbers=numbers, explained=shown)
 
-    for text in scored.paragraphs(test, args.seed, reasons if explained else None):
+    for text in scored.paragraphs(
+        test, args.seed, reasons if explained else None, len(explained or ())
+    ):
         if first:
             print(f"{text}\n", flush=True)
     if first:
@@ -186,13 +195,23 @@ def rows_to_explain(files: Sequence[str], setup: Setup) -> tuple[Dataset, dict[s
     if unlabelled:
         rows = rows.add_column(label, [setup.encoder.names[0]] * len(rows))
     encoded = setup.encoder.encode(rows, "the rows of why")
-    if common := shared(encoded, setup.train):
+    texts = encoded.remove_columns("labels")
+    of_levels = [part for part in (setup.train, setup.upper) if part is not None]
+    if common := sum(shared(texts, part) for part in of_levels):
         raise ProblemError(
             f"why: {common} of {len(encoded)} rows are training examples, which would explain "
             "themselves; remove them"
         )
     names = [name for name in setup.encoder.columns if name != label or not unlabelled]
-    return encoded, {name: rows[name][:] for name in names}
+    shown = {name: rows[name][:] for name in names}
+    for name, column in shown.items():
+        if isinstance(column[0], list):  # of words or tags: those of which the model reads a token
+            found = setup.encoder.tokenizer(
+                rows[setup.encoder.columns[0]][:], is_split_into_words=True
+            )
+            kept = [sorted({*found.word_ids(row)} - {None}) for row in range(len(rows))]
+            shown[name] = [[x[k] for k in ks] for x, ks in zip(column, kept, strict=True)]
+    return encoded, shown
 
 
 def planned(command: AttributeArguments, setup: Setup, trainer: Any, explained: int = 0) -> str:
@@ -204,7 +223,8 @@ def planned(command: AttributeArguments, setup: Setup, trainer: Any, explained: 
         # A pass forward alone is a third of one with the way back.
         twice = 2 if explained else 1  # the rows to explain have a head of their own
         works = [Work("features", twice, 0, (1 + evaluation / rows) * batches / 3)]
-        return f"{line}; heads are trained in seconds\n{plan(works, trainer)}"
+        searches = f", and {explained} predictions explained in some seconds each" * bool(explained)
+        return f"{line}; heads are trained in seconds{searches}\n{plan(works, trainer)}"
     training = whole(trainer, "training")
     # Scores by a whole run cost two trainings (docs/attribution.md), else passes over rows.
     unrolled = (command.estimator or UNROLLED).startswith(UNROLLED)
@@ -253,7 +273,11 @@ class Scored:
         return text
 
     def paragraphs(
-        self, test: Dataset | None, seed: int, reasons: Callable[[], Reasons] | None = None
+        self,
+        test: Dataset | None,
+        seed: int,
+        reasons: Callable[[], Reasons] | None = None,
+        explained: int = 0,
     ) -> Iterator[str]:
         """The paragraphs that are printed; all but the first two train again."""
         result, command = self.result, self.command
@@ -283,11 +307,15 @@ class Scored:
                 self.page.pictures = {**self.page.pictures, "Doubtful labels": "suspects.png"}
             yield self.write(text, suspects=suspects.record())
         if reasons is not None:
+            if command.score_model == "adapter":
+                yield self._cost("why", explained + 1)
             found = reasons()
             if self.folder is not None:
                 found.to_csv(self.folder / "why.csv", escape_formulas=command.escape_formulas)
-                found.plot(self.folder / "why.png")
-                self.page.pictures = {**self.page.pictures, "Why these predictions": "why.png"}
+                if any(reason.rows for reason in found):
+                    found.plot(self.folder / "why.png")
+                    pictures = {**self.page.pictures, "Why these predictions": "why.png"}
+                    self.page.pictures = pictures
             yield self.write(f"why:\n{found}")
         if test is not None and command.retrain_without is not None:
             yield self._cost("retrain_without", 4 + DRAWS)
@@ -301,8 +329,10 @@ class Scored:
         result, ranks = self.result, self.result.ranks().tolist()
         by_loss = result.losses.nan_to_num(-1.0).argsort(descending=True).argsort() + 1
         lines: list[list[Any]] = [["the most doubtful rows", "by suspicion", "by loss", "by score"]]
-        for place, row in enumerate(suspects.flagged[:SHOWN]):
-            lines.append([result.line(row), place + 1, int(by_loss[row]), ranks[row]])
+        by_suspicion = suspects.confidence.nan_to_num(torch.inf).argsort().argsort() + 1
+        for row in suspects.flagged[:SHOWN]:
+            places = int(by_suspicion[row]), int(by_loss[row]), ranks[row]
+            lines.append([result.line(row), *places])
         return aligned(lines) if suspects.flagged else ""
 
     def _cost(self, name: str, trainings: int, more: str = "") -> str:

@@ -9,9 +9,10 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from transformers import Trainer, TrainingArguments
 
-from hyperopt_peft import ProblemError, why
+from hyperopt_peft import BiDoRA, BilevelTrainer, BilevelTrainingArguments, ProblemError, why
 from hyperopt_peft.attribution.head import HeadTraining
 from hyperopt_peft.attribution.reasons import Reason, Reasons
+from hyperopt_peft.attribution.trainer import setup_from_trainer
 from hyperopt_peft.attribution.why import explained, fewest, reason_for
 from hyperopt_peft.problems.features import Features
 from hyperopt_peft.problems.head import Head
@@ -23,7 +24,7 @@ L2 = 0.1
 
 def trainer(folder: Path, kind: str, train: Any, rows: Any, **options: Any) -> Trainer:
     args = TrainingArguments(
-        str(folder), report_to="none", use_cpu=True, max_steps=8, learning_rate=0.05
+        str(folder), report_to="none", use_cpu=True, max_steps=30, learning_rate=0.1
     )
     model = peft_model(kind, dora=False)
     return Trainer(model, args, train_dataset=train, eval_dataset=rows, **options)
@@ -118,8 +119,14 @@ def test_of_tags_wrong_tokens_are_explained_and_else_the_least_sure() -> None:
 
 
 def test_with_a_trainer_and_its_adapter(tmp_path: Path) -> None:
-    """The head leaves the model as it is; the adapter is trained on all rows at the end."""
+    """The head leaves the model as it is. The adapter is trained on all rows, and without each set.
+
+    One row has no label: its prediction is explained too.
+    """
     train, rows = data("classes", 30), data("classes", 6, seed=1)
+    rows = rows.map(
+        lambda row, number: {"labels": -100 if number == 2 else row["labels"]}, with_indices=True
+    )
     watched, unchanged = (trainer(tmp_path, "classes", train, rows) for _ in range(2))
     reasons = why(watched, progress=False)
     require_equal(watched.model, unchanged.model, 0.0)
@@ -127,12 +134,36 @@ def test_with_a_trainer_and_its_adapter(tmp_path: Path) -> None:
     assert all(reason.adapter is None for reason in reasons)
     both = why(watched, rows, adapter=True, progress=False)
     assert [each.rows for each in both] == [each.rows for each in reasons]
-    plain = trainer(tmp_path, "classes", train, rows)
-    plain.train()
-    guess = plain.predict(rows).predictions.argmax(1)
+    options: dict[str, Any] = {"twice": False, "differentiated": False, "memory_limit": 1.0}
+    again = trainer(tmp_path, "classes", train, rows)
+    setup = setup_from_trainer(again, rows, None, progress=False, **options)
+    logits, changed = setup.logits, 0
+    assert logits is not None
+    before = logits().argmax(1)
     for reason in both:
-        if reason.rows:
-            assert reason.adapter is not None and reason.adapter[0] == guess[reason.row]
+        if not reason.rows:
+            continue
+        with setup.run.without(reason.rows):
+            after = int(logits()[reason.row].argmax())
+        assert reason.adapter == (int(before[reason.row]), after)
+        changed += after != before[reason.row]
+    assert changed  # so that a training on all rows would be seen
+
+
+def test_what_an_adapter_s_run_cannot_repeat_is_refused_first(tmp_path: Path) -> None:
+    """A trainer that has trained, and two levels whose upper step has no known derivative."""
+    train, rows = data("classes", 30), data("classes", 6, seed=1)
+    trained = trainer(tmp_path, "classes", train, rows)
+    trained.train()
+    with pytest.raises(ProblemError, match="from its first step"):
+        why(trained, adapter=True, progress=False)
+    args = BilevelTrainingArguments(
+        str(tmp_path), report_to="none", use_cpu=True, max_steps=4, hypergradient="minres"
+    )
+    sets = {"train_dataset": train, "eval_dataset": rows}
+    bilevel = BilevelTrainer(peft_model("classes"), args, method=BiDoRA(), **sets)
+    with pytest.raises(ProblemError, match="derivative of minres is not known"):
+        why(bilevel, adapter=True, progress=False)
 
 
 def test_tags_of_a_trainer_and_a_file(tmp_path: Path) -> None:
@@ -162,9 +193,11 @@ def test_numbers_and_rows_that_are_trained_on_are_refused(tmp_path: Path) -> Non
 def test_text_names_rows_and_words() -> None:
     """With the token's word, the number of the rows, and what the adapter predicts."""
     reason = Reason(0, 1, 1, 0, list(range(12)), [1.0] * 12, 0.5, 20, (1, 0))
-    shown = {"tokens": [["in", "London"]]}
+    shown = {"tokens": [["in", "London\x1b[31m"]]}
     columns = {"text": [f"text {k}\x1b[31m" for k in range(12)]}
     text = str(Reasons([reason], {0: "O", 1: "place"}, columns, shown, [k + 7 for k in range(12)]))
-    assert text.startswith("row 0, token 1 (London): in London\n  predicted place; O without these")
+    assert text.startswith(
+        "row 0, token 1 (London\\x1b[31m): in London\\x1b[31m\n  predicted place; O without these"
+    )
     assert "     7  text 0\\x1b[31m" in text and "and 2 more" in text
     assert text.endswith("the adapter: place; O without them")

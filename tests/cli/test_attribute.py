@@ -125,11 +125,17 @@ def test_doubtful_rows_have_their_places_by_three_measures(
     run("attribute", **options(tmp_path, **chosen, escape_formulas=True))
     assert written(tmp_path)[3]["text"] == f"'{table[3]['text']}"
     printed = capsys.readouterr().out
-    flagged = [line for line in written(tmp_path) if line["suspect"] == "1"]
-    assert ("by suspicion" in printed) == bool(flagged) == (tmp_path / "out/suspects.png").exists()
-    for line in flagged:
-        place = rf"^ +{line['row']}  .*  \d+ +\d+ +{line['rank']}$"
-        assert len(flagged) > 10 or re.search(place, printed, re.MULTILINE)
+    assert "by suspicion" in printed and (tmp_path / "out/suspects.png").exists()
+    lines = re.findall(r"^ +(\d+)  .*?  +(\d+) +(\d+) +(\d+)$", printed, re.MULTILINE)
+    assert lines and len(lines) <= 10
+    by_row = {line["row"]: line for line in written(tmp_path)}
+    confidence = sorted(float(line["label_confidence"]) for line in by_row.values())
+    loss = sorted((float(line["training_loss"]) for line in by_row.values()), reverse=True)
+    for row, *places in lines:
+        line = by_row[row]
+        assert line["suspect"] == "1" and places[2] == line["rank"]
+        assert confidence[int(places[0]) - 1] == float(line["label_confidence"])
+        assert loss[int(places[1]) - 1] == float(line["training_loss"])
     again = {"train_file": path, "score_model": "head", "overwrite_output_dir": True}
     run("attribute", **options(tmp_path, **again))
     assert written(tmp_path)[3]["text"] == table[3]["text"]
@@ -223,12 +229,15 @@ def test_rows_of_both_levels_of_bidora(tmp_path: Path) -> None:
         ({"method": "bidora", "hypergradient": "darts"}, "derivative of darts is not known"),
         ({"why": "none.csv"}, "why: there is no file none.csv"),
         ({"why": "copy"}, "24 of 24 rows are training examples, which would explain"),
+        ({"why": "bare"}, "24 of 24 rows are training examples, which would explain"),
     ],
 )
 def test_bad_runs_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: str
 ) -> None:
     files = {"train": tmp_path / "train.jsonl", "copy": tmp_path / "copy.jsonl"}
+    files["bare"] = tmp_path / "bare.jsonl"
     write(files["copy"], rows())
+    write(files["bare"], [{"text": row["text"]} for row in rows()])
     named = {name: files.get(value, value) for name, value in changes.items()}
     refused(capsys, "attribute", options(tmp_path, **named), words)
