@@ -22,6 +22,7 @@ SLOW = [
     "estimators noise --quick",
     "attribution scores --quick --parts methods cost memory suspects",
     "attribution trainers --quick",
+    "attribution heads --quick",
     "methods run --quick",
 ]
 
