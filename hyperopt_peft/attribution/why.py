@@ -68,9 +68,18 @@ def why(trainer: Any, rows: Any = None, *, adapter: bool = False, progress: bool
         NonFiniteError: a training diverges.
 
     Example:
-        >>> from hyperopt_peft import why
-        >>> reasons = why(trainer, few_rows)  # doctest: +SKIP
-        >>> print(reasons)  # doctest: +SKIP
+        >>> from datasets import Dataset
+        >>> from transformers import BertConfig, BertForSequenceClassification, Trainer
+        >>> from transformers import TrainingArguments
+        >>> size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> config = BertConfig(vocab_size=9, intermediate_size=8, **size)
+        >>> columns = {"input_ids": [[k] * 3 for k in range(1, 9)], "labels": [0, 1] * 4}
+        >>> rows = Dataset.from_dict(columns)
+        >>> parts = {"train_dataset": rows.select(range(6)), "eval_dataset": rows.select([6, 7])}
+        >>> args = TrainingArguments("out", report_to="none")
+        >>> trainer = Trainer(BertForSequenceClassification(config), args, **parts)
+        >>> [reason.row for reason in why(trainer, progress=False)]
+        [0, 1]
     """
     require_trainer(trainer)
     if adapter:
