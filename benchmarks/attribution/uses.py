@@ -6,7 +6,7 @@ Training sentences have the label of one rater, evaluation and test rows the lab
 (`rated_text`). Rows are removed by score in three kinds of cells: evaluation rows of the same
 domain, of another domain, and a fifth of the training labels made wrong (three data sets). The
 alternatives are training on the evaluation rows too, once or five times each; training on these
-only, with half of the steps; and removal by loss or by suspicion. LoRA, pooler and head are in
+only; half of the steps; and removal by loss or by suspicion. LoRA, pooler and head are in
 MiniLM's last two layers, on the states of the frozen ones. A run is one call of `attribute`, with
 the settings of the smooth run in `scores`.
 """
