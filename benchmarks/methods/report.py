@@ -59,7 +59,7 @@ def summary(name: str, tasks: Mapping[str, Comparison]) -> Iterator[Row]:
     for method in setting.papers:
         for task, each in tasks.items():
             # By the held-out rows, as a user would choose; the test rows judge the choice.
-            best = max(others, key=lambda name, c=each: held_out(c, name))
+            best = max(others, key=lambda other, c=each: held_out(c, other))
             references: dict[str, Candidate] = {
                 f"− {each.first}": (each.first, "method"),
                 "− frozen": (method, "frozen"),
