@@ -258,7 +258,7 @@ class DifferenceProduct(Product):
         *moves: tuple[tuple[Tensor, ...], Sequence[Tensor], Vector],
     ) -> Vector:
         """A difference of ∂f/∂variables; ``moves`` are (tensors, their values, a direction)."""
-        square = reductions.summed([inner(along, along) for _, _, along in moves])
+        square = reductions.total([inner(along, along) for _, _, along in moves])
         # The factor epsilon/‖v‖ may overflow float32 for a tiny v; its square root does not.
         root = (self._length / square.sqrt()).sqrt()
         root = torch.where(square > 0, root, 0.0)  # v = 0
@@ -311,7 +311,7 @@ def default_epsilon(
     """
     delta = machine_epsilon((*point, *beside)) ** ((2 / 3) ** differences)
     order = 2 if scheme == "central" else 1
-    length: Tensor = reductions.summed(reductions.squares(point)).sqrt()
+    length: Tensor = reductions.total(reductions.squares(point)).sqrt()
     return (1 + length).mul(delta).pow(1 / (1 + order))
 
 

@@ -249,7 +249,7 @@ REFUSED: list[tuple[str, Any]] = [
         "use_reentrant",
         trained(gradient_checkpointing=True, gradient_checkpointing_kwargs=CHECKPOINTED),
     ),
-    ("output_dir: .* is no folder to write to", below_a_file),
+    ("output_dir: .* is not a writable folder", below_a_file),
     ("no complete checkpoint", trained(resume=True)),
     ("nowhere", trained(resume="nowhere")),
     # Levels.

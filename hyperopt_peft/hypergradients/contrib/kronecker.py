@@ -51,7 +51,7 @@ class Fisher:
     """
 
     def __init__(self, blocks: Sequence[Block], damping: float | None) -> None:
-        total = reductions.summed([block.values.double().sum() for block in blocks])
+        total = reductions.total([block.values.double().sum() for block in blocks])
         mean = total / sum(block.values.numel() for block in blocks)
         mean = torch.where(mean > 0, mean, 1.0)
         self._blocks, self._damping = blocks, damping
