@@ -24,17 +24,7 @@ EstimatorT = TypeVar("EstimatorT", bound=Estimator)
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered estimator.
-
-    Attributes:
-        estimator: the class.
-        kind: ``"direct"`` omits the implicit term; ``"identity"`` replaces H⁻¹ by ξI;
-            ``"implicit"`` solves with H, so that scaling f has no effect; ``"unrolled"``
-            differentiates optimizer steps; ``"penalty"`` minimises f + νF, with an error of O(ν) or
-            O(ν²).
-        tolerance: the largest relative error on quadratic programs with condition number 10, with
-            default options in float64; None for a biased estimator. The tests check it.
-    """
+    """A registered estimator; see `register`."""
 
     estimator: type[Estimator]
     kind: Kind
@@ -49,8 +39,13 @@ def register(name: str, *, kind: Kind, tolerance: float | None = None) -> Callab
 
     Args:
         name: the name, without a colon.
-        kind: see `Entry`.
-        tolerance: see `Entry`; required for the kinds implicit and penalty.
+        kind: ``"direct"`` omits the implicit term; ``"identity"`` replaces H⁻¹ by ξI;
+            ``"implicit"`` solves with H, so that scaling f has no effect; ``"unrolled"``
+            differentiates optimizer steps; ``"penalty"`` minimises f + νF, with an error of O(ν) or
+            O(ν²).
+        tolerance: the largest relative error on quadratic programs with condition number 10, with
+            default options in float64, which tests check; None for a biased estimator. The kinds
+            implicit and penalty require it.
 
     Raises:
         ProblemError: the name is registered already; the kind is unknown; or a required tolerance

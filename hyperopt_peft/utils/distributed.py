@@ -41,10 +41,7 @@ def rank() -> int:
 
 
 def rank_key() -> tuple[int, ...]:
-    """The part of a random seed that differs between processes; empty in process 0.
-
-    Process 0 of a distributed run thus has the same random numbers as a run of one process.
-    """
+    """The part of a seed that differs between processes; empty in process 0, as in a single one."""
     return (rank(),) if rank() else ()
 
 
@@ -220,10 +217,7 @@ def shards(module: nn.Module) -> bool:
 
 @contextmanager
 def seen_parameters() -> Iterator[list[Tensor]]:
-    """The sharded parameters of the modules whose forward pass runs in the body.
-
-    A backward pass writes their gradients although they are not in autograd's graph.
-    """
+    """The sharded parameters of modules that run in the body; autograd's graph lacks them."""
     sharded: list[Tensor] = []
 
     def see(module: nn.Module, _inputs: object) -> None:

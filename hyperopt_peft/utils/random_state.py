@@ -75,10 +75,7 @@ def replay(state: RandomState) -> Iterator[None]:
 
 
 class MT19937(np.random.MT19937):
-    """NumPy's usual generator with a state that is read or written in 1 µs instead of 60 µs.
-
-    A replay does so four times, and a small loss takes only 100 µs.
-    """
+    """NumPy's usual generator; a replay reads and writes its state in 1 µs each, not 60."""
 
     @property
     def memory(self) -> Any:

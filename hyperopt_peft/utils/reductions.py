@@ -60,10 +60,7 @@ def total(scalars: Sequence[Tensor]) -> Tensor:
 
 
 def dot_product(a: Tensor, b: Tensor) -> Tensor:
-    """⟨a, b⟩ of two tensors, a float64 scalar.
-
-    A CPU widens more than ``BLOCK`` entries in blocks.
-    """
+    """⟨a, b⟩ of two tensors, a float64 scalar; a CPU widens ``BLOCK`` entries at a time."""
     if b is a:
         return squares([a])[0]
     a, b = a.detach().flatten(), b.detach().flatten()

@@ -126,11 +126,8 @@ def _of_matmul(
 
 @contextmanager
 def linear_calls(variables: Sequence[Tensor]) -> Iterator[LinearCalls]:
-    """Record the linear maps of forward and backward passes in the body.
-
-    A global module hook makes layers that are one autograd function, such as `use_fast_dora`'s, use
-    PyTorch's operations, which can be recorded.
-    """
+    """Record the linear maps of forward and backward passes in the body."""
+    # With a hook, layers that are one autograd function (`use_fast_dora`) run PyTorch's operations.
     hook = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: None)
     try:
         with LinearCalls(variables) as calls:

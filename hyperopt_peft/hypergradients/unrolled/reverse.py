@@ -95,10 +95,7 @@ class Unrolled(Estimator):
 
 
 def last_steps(oracle: Oracle, count: int) -> tuple[DifferentiableStep, Sequence[StepRecord]]:
-    """The lower optimizer's step as a function, and the recorded lower steps, in order.
-
-    Outside training this function simulates ``count`` steps on the oracle's lower batch.
-    """
+    """The lower optimizer's step as a function, and the recorded (or ``count`` simulated) steps."""
     last = oracle.history[-1].optimizer if oracle.history else None
     state = last or oracle.lower.optimizer_snapshot(with_state=True)
     optimizer = DifferentiableStep(oracle.lower, state)
