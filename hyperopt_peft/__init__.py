@@ -1,7 +1,7 @@
 """Bilevel optimisation for parameter-efficient fine-tuning.
 
-A name is imported when it is used: ``import hyperopt_peft`` alone loads no PyTorch, and a program
-with an `Engine` and two `Problem`\\ s loads no transformers.
+Names are imported on first use: ``import hyperopt_peft`` alone does not load PyTorch, and an
+`Engine` with two levels does not load transformers.
 """
 
 from importlib import import_module

@@ -5,8 +5,8 @@
     python benchmarks/estimators comparison --write benchmarks/results/comparison.json
 
 The first command measures all estimators. The second measures some and replaces their rows in FILE.
-The third measures nothing: it writes results/comparison.md and the README's table from FILE. The
-problems are in levels.py, other libraries in peers.py.
+The third measures nothing: it writes results/comparison.md and the tables of README.md and
+docs/mathematics.md from FILE. The problems are in levels.py, other libraries in peers.py.
 
 Errors are relative to the exact hypergradient at the same point (on BiDoRA: to a long MINRES
 solve). "100·f" is the error on A with f multiplied by 100, which changes neither w* nor dF/du.
@@ -241,6 +241,22 @@ def _short(row: Row) -> Row:
     }
 
 
+def estimator_table(rows: list[Row]) -> str:
+    """The table of docs/mathematics.md: formulas, when to use them, and errors."""
+    errors = _errors(rows)
+    return table(
+        [
+            {
+                "estimator": f"`{n}`",
+                "v, or the estimate": v,
+                "use it when": when,
+                "error": errors[n],
+            }
+            for n, (v, when) in USE.items()
+        ]
+    )
+
+
 def short_table(rows: list[Row]) -> str:
     """The README's table of a few of this library's estimators."""
     few = [_short(row) for row in rows if row["estimator"] in FEW]
@@ -272,9 +288,8 @@ def write_pages(file: Path) -> None:
     """Write all tables to results/comparison.md; the short one to README.md and docs."""
     content = json.loads(file.read_text())
     (rows,) = content["tables"].values()
-    short = short_table(rows)
-    texts = {RESULTS / "comparison.md": page_table(content)}
-    texts |= {DOCS / "comparison.md": short, ROOT / "README.md": short}
+    texts = {RESULTS / "comparison.md": page_table(content), ROOT / "README.md": short_table(rows)}
+    texts |= {DOCS / "mathematics.md": estimator_table(rows)}
     for path, text in texts.items():
         path.write_text(between(path.read_text(), text, "estimator"))
 
