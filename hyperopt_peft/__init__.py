@@ -4,6 +4,7 @@ A name is imported when it is used: ``import hyperopt_peft`` alone loads no PyTo
 with an `Engine` and two `Problem`\\ s loads no transformers.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from hyperopt_peft.trainer.data import split_dataset
     from hyperopt_peft.trainer.method import Method
     from hyperopt_peft.trainer.trainer import BilevelTrainer, bilevel
+    from hyperopt_peft.utils.versions import show_versions
+
+# PEFT imports bitsandbytes, which warns of a kernel for CPUs that is not installed.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _MODULES = {
     "BiDoRA": "problems.bidora",
@@ -46,6 +51,7 @@ _MODULES = {
     "compare_methods": "comparison.compare",
     "hypergradient": "hypergradients",
     "register": "hypergradients",
+    "show_versions": "utils.versions",
     "split_dataset": "trainer.data",
     "why": "attribution.why",
 }
@@ -71,6 +77,7 @@ __all__ = [
     "compare_methods",
     "hypergradient",
     "register",
+    "show_versions",
     "split_dataset",
     "why",
 ]

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,10 +27,10 @@ from hyperopt_peft.problems.find import find_method
 from hyperopt_peft.trainer.fingerprint import data_fingerprint
 from hyperopt_peft.trainer.method import Method, has_upper_level
 from hyperopt_peft.trainer.trainer import BilevelTrainer
+from hyperopt_peft.utils.versions import versions
 
 #: How the names of scores end that are better where they are lower.
 LOWER_IS_BETTER = ("loss", "error", "mse", "mae", "perplexity", "wer", "cer", "ece", "brier")
-PACKAGES = ("hyperopt-peft", "torch", "transformers", "peft")
 
 
 def compare_methods(
@@ -227,7 +226,7 @@ def settings_of(task: Task) -> dict[str, Any]:
         "retrain_arguments": task.retrain_arguments,
         "base_model": task.fingerprint(),
         "options": {name: code_of(value) for name, value in task.options.items()},
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions(),
         "train_dataset": data_fingerprint(data.train),
         "upper_dataset": data_fingerprint(data.upper),
         "test_dataset": data_fingerprint(data.test),

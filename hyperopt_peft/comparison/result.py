@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import html
 import math
 import tempfile
@@ -18,7 +17,8 @@ from hyperopt_peft.comparison.store import Result, Store
 from hyperopt_peft.comparison.task import ABLATIONS, Kind
 from hyperopt_peft.utils.plots import intervals
 from hyperopt_peft.utils.statistics import detectable, error_of, is_tie, mean_and_half
-from hyperopt_peft.utils.tables import aligned, html_table, latex
+from hyperopt_peft.utils.tables import aligned, html_table, latex, write_csv
+from hyperopt_peft.utils.versions import versions
 
 Row = list[str]
 STYLE = "body{font:16px sans-serif;max-width:60em;margin:2em auto;overflow-x:auto}"
@@ -222,19 +222,30 @@ class Comparison:
     def __str__(self) -> str:
         return "\n".join([self.heading(), "", aligned(self.table()), "", *self.sentences()])
 
-    def plot(self, path: str | Path) -> None:
-        """Draw the differences to the first method with their intervals."""
+    def plot(self, path: str | Path | None = None) -> Any:
+        """A matplotlib figure: the differences to the first method with their intervals.
+
+        Args:
+            path: the file to write too; its suffix, such as ``.pdf`` or ``.png``, is the format.
+        """
         first, *others = self.plan.candidates()
         gaps = {}
         for name, kind in others:
             middle, half = mean_and_half(self.differences((name, kind), first))
             gaps[name + ABLATIONS[kind]] = (middle, middle - half, middle + half)
         title = f"{self.metric} − that of {self.first}, paired, 95 % intervals"
-        intervals({title: gaps}, Path(path), zero=[title])
+        return intervals({title: gaps}, path, zero=[title])
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """The versions of the packages with which the runs were done."""
+        found: dict[str, str] = self.store.settings.get("versions") or versions()
+        return found
 
     def to_latex(self) -> str:
-        """The scores as a LaTeX table of the package booktabs."""
-        return latex(self.table()) + "\n"
+        """The scores as a LaTeX table of the package booktabs, below the versions as a comment."""
+        notes = self.heading(), ", ".join(map(" ".join, self.versions.items()))
+        return "\n".join([*(f"% {note}" for note in notes), latex(self.table()), ""])
 
     def to_html(self, path: str | Path) -> None:
         """Write a page that needs no other file: scores, sentences, picture, rates and passes."""
@@ -250,6 +261,7 @@ class Comparison:
             f'<img alt="Differences to {html.escape(self.first)}" src="data:image/png;base64,',
             f'{drawn}">',
             *(f"<h2>{heading}</h2>{html_table(rows)}" for heading, rows in others),
+            f"<h2>Versions</h2>{html_table([[*self.versions], [*self.versions.values()]])}",
         ]
         Path(path).write_text("\n".join(parts), encoding="utf-8")
 
@@ -258,12 +270,23 @@ class Comparison:
         return [*self.store.results.values()]
 
     def to_csv(self, path: str | Path) -> None:
-        """Write all runs, a line each."""
-        results = self.results()
-        with Path(path).open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(results[0]))
-            writer.writeheader()
-            writer.writerows(results)
+        """Write all runs, one line each, with a column for each metric and each use of passes.
+
+        Raises:
+            ProblemError: the file cannot be written.
+        """
+        rows = [*map(_flat, self.results())]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        write_csv(path, names, ([row.get(name) for name in names] for row in rows))
+
+
+def _flat(result: Result) -> Result:
+    """``result`` with the entries of its mappings as entries of their own."""
+    flat: Result = {}
+    for name, value in result.items():
+        inner = value.items() if isinstance(value, Mapping) else None
+        flat |= {name: value} if inner is None else {f"{name}: {key}": x for key, x in inner}
+    return flat
 
 
 def _rates(run: Mapping[str, Any]) -> Row:

@@ -1,0 +1,53 @@
+"""The versions of the packages that a result depends on."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+PACKAGES = (
+    "hyperopt-peft",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "trl",
+    "bitsandbytes",
+)
+
+
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """The version of each of ``packages`` that is installed.
+
+    Example:
+        >>> list(versions(["torch", "not-installed"]))
+        ['torch']
+    """
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def versions_line() -> str:
+    """The versions of `PACKAGES` and of Python in one line."""
+    found = {**versions(), "Python": platform.python_version()}
+    return ", ".join(f"{name} {number}" for name, number in found.items())
+
+
+def show_versions() -> None:
+    """Print the versions of `PACKAGES`, of Python and of the platform, for a report of a bug.
+
+    Example:
+        >>> show_versions()
+        hyperopt-peft ...
+        platform      ...
+    """
+    found = {**versions(), "Python": platform.python_version(), "platform": platform.platform()}
+    for name, number in found.items():
+        print(f"{name:13} {number}")
