@@ -1,7 +1,8 @@
 """Bilevel optimisation for parameter-efficient fine-tuning.
 
 A name is imported when it is used: ``import hyperopt_peft`` alone loads no PyTorch, and a program
-with an `Engine` and two `Problem`\\ s loads no transformers.
+with an `Engine` and two `Problem`\\ s loads no transformers. `hyperopt_peft.problems`, the methods, is
+the folder ``problems/`` of the repository.
 """
 
 import logging

@@ -137,7 +137,7 @@ class Penalty(InnerRuns):
     that is left at w, which γ would multiply, cancels in the difference.
 
     At most ``inner_steps`` gradient steps from the last upper step's z − w find z. Shen & Chen
-    2023, arXiv:2302.05185; Liu et al. 2022, arXiv:2209.08709.
+    2023, arXiv:2302.05185; Ye et al. 2022, arXiv:2209.08709.
 
     Example:
         >>> from hyperopt_peft.hypergradients import get_estimator
