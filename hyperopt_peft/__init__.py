@@ -1,8 +1,8 @@
 """Bilevel optimisation for parameter-efficient fine-tuning.
 
 A name is imported when it is used: ``import hyperopt_peft`` alone loads no PyTorch, and a program
-with an `Engine` and two `Problem`\\ s loads no transformers. `hyperopt_peft.problems`, the methods, is
-the folder ``problems/`` of the repository.
+with an `Engine` and two `Problem`\\ s loads no transformers. The methods, `hyperopt_peft.problems`,
+are in the folder ``problems/`` of the repository.
 """
 
 import logging

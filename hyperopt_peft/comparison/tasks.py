@@ -100,7 +100,7 @@ class AcrossTasks(Comparison):
         ]
 
     def heading(self) -> str:
-        """What the table shows."""
+        """The score, the budget and the repetitions, in a line."""
         return (
             f"{self.metric} on the test rows, {self.passes:g} passes a run, means of "
             f"{len(self.plan.seeds)} seeds, with 95 % intervals over {len(self.comparisons)} tasks"

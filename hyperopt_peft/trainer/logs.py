@@ -10,8 +10,7 @@ from transformers import PrinterCallback, ProgressCallback
 from hyperopt_peft.utils import distributed
 
 #: The numbers of a printed line; all others are in the Trainer's state.
-PRINTED = ("loss", "upper_loss", "implicit_ratio")
-PRINTED += ("grad_norm", "upper_grad_norm", "learning_rate")
+PRINTED = ("loss", "upper_loss", "implicit_ratio", "grad_norm", "upper_grad_norm", "learning_rate")
 PRINTED_AT_END = ("train_loss", "train_runtime")
 #: The ends of an evaluation's numbers that say nothing of the model.
 TIMINGS = ("_runtime", "_per_second", "_time")

@@ -6,25 +6,13 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = (
-    "hyperopt-peft",
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "datasets",
-    "trl",
-    "bitsandbytes",
-)
+PACKAGES = """
+hyperopt-peft torch transformers peft accelerate datasets trl bitsandbytes
+""".split()  # noqa: SIM905
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """The version of each of ``packages`` that is installed.
-
-    Example:
-        >>> list(versions(["torch", "not-installed"]))
-        ['torch']
-    """
+    """The version of each of ``packages`` that is installed."""
     found = {}
     for name in packages:
         try:
@@ -32,12 +20,6 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def versions_line() -> str:
-    """The versions of `PACKAGES` and of Python in one line."""
-    found = {**versions(), "Python": platform.python_version()}
-    return ", ".join(f"{name} {number}" for name, number in found.items())
 
 
 def show_versions() -> None:
