@@ -26,9 +26,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from datasets import Dataset
+from hyperopt_peft import attribute, why
+from hyperopt_peft.attribution import Reasons
+from hyperopt_peft.utils.plots import row_groups
 from peft import LoraConfig, get_peft_model
 from sklearn.metrics import roc_auc_score
-from text_data import load_model, model_path, quiet, tweets
 from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -39,9 +41,7 @@ from transformers import (
 )
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft import attribute, why
-from hyperopt_peft.attribution import Reasons
-from hyperopt_peft.utils.plots import row_groups
+from text_data import load_model, model_path, quiet, tweets
 
 
 @dataclass

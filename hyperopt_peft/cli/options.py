@@ -18,7 +18,6 @@ from inspect import getdoc
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 import yaml
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg, HfArgumentParser
@@ -221,8 +220,6 @@ def _parser(types: Sequence[Any], method: type[Method] | None) -> _Parser:
     defaults: dict[str, Any] = {}
     if "learning_rate" in names:
         defaults = {"logging_steps": LOGGING_STEPS, "disable_tqdm": not sys.stderr.isatty()}
-        # Without an accelerator PyTorch warns of each loader.
-        defaults["dataloader_pin_memory"] = torch.accelerator.is_available()
     if method is not None:
         for name in names_of([method]) & names:
             raise ProblemError(
