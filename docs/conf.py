@@ -1,6 +1,7 @@
-"""Sphinx builds the site from the Markdown pages here: ``python -m sphinx -W docs outputs/site``.
+"""Sphinx builds the site: ``python -m sphinx -W docs outputs/site``.
 
-The docstrings are in Google's style, with a name of the package between single backticks.
+Notebooks are shown with the outputs that are committed; none is executed. The docstrings are in
+Google's style, with a name of the package between single backticks.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ project = "hyperopt-peft"
 version = release = installed(project)
 copyright = "the authors of hyperopt-peft; Apache-2.0"
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
 exclude_patterns = ["upstream"]
+nb_execution_mode = "off"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 html_theme = "furo"
@@ -65,7 +67,8 @@ def named_pages(
 
 def pages_elsewhere(app: Sphinx, name: str, source: list[str]) -> None:
     """A Markdown file outside this folder is a file to download, like any other file there."""
-    source[0] = re.sub(r"\]\((\.\./[^)#]*\.md)\)", r"](path:\1)", source[0])
+    if not name.startswith("notebooks/"):
+        source[0] = re.sub(r"\]\((\.\./[^)#]*\.md)\)", r"](path:\1)", source[0])
 
 
 def setup(app: Sphinx) -> None:
