@@ -65,14 +65,19 @@ def named_pages(
     lines[:] = [re.sub(r"docs/([\w-]+)\.md", r":doc:`/\1`", line) for line in lines]
 
 
-def pages_elsewhere(app: Sphinx, name: str, source: list[str]) -> None:
-    """A Markdown file outside this folder is a file to download, like any other file there."""
+def adapted(app: Sphinx, name: str, source: list[str]) -> None:
+    """A figure with its interval stays on one line of a table.
+
+    A Markdown file outside this folder is a file to download, like any other file there.
+    """
+    text = re.sub(r"(?m)^\|.*", lambda row: row[0].replace(" ± ", "\u00a0±\u00a0"), source[0])
     if not name.startswith("notebooks/"):
-        source[0] = re.sub(r"\]\((\.\./[^)#]*\.md)\)", r"](path:\1)", source[0])
+        text = re.sub(r"\]\((\.\./[^)#]*\.md)\)", r"](path:\1)", text)
+    source[0] = text
 
 
 def setup(app: Sphinx) -> None:
     """Connect the hooks above."""
-    app.connect("source-read", pages_elsewhere)
+    app.connect("source-read", adapted)
     app.connect("autodoc-process-signature", own_arguments)
     app.connect("autodoc-process-docstring", named_pages)
