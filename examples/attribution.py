@@ -159,6 +159,7 @@ def main() -> None:
     worst, label = dict([*doubts.items()][:8]), "1 − confidence in the given label"
     row_groups({"the most doubtful labels": worst}, output / "suspects.png", label)
     result.to_csv(output / "attribution.csv", {"suspect": flagged, "wrong": wrong.int().tolist()})
+    checked = result.check(arguments.retrainings, seed=training.seed)
     result.plot(output / "attribution.png", 8)
     seen = ~result.scores.isnan()
     measures = {
@@ -173,7 +174,6 @@ def main() -> None:
     for name, area in areas.items():
         print(f"| {name} | {area:.3f} |")
 
-    checked = result.check(arguments.retrainings, seed=training.seed)
     print(f"\n{checked}")
     removal = result.removal(arguments.remove, test, draws=2, seed=training.seed)
     print(f"\non {len(test)} test tweets:\n{removal}")

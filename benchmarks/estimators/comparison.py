@@ -4,9 +4,9 @@
     python benchmarks/estimators comparison --json FILE --methods kfac:steps=10
     python benchmarks/estimators comparison --write benchmarks/results/comparison.json
 
-The first measures all; the second measures some, and puts their rows into FILE. The third measures
-nothing, and writes results/comparison.md and the tables of README.md and docs/mathematics.md from
-the file. Problems: see levels.py. Other libraries: peers.py.
+The first command measures all estimators. The second measures some and replaces their rows in FILE.
+The third measures nothing: it writes results/comparison.md and the tables of README.md and
+docs/mathematics.md from FILE. The problems are in levels.py, other libraries in peers.py.
 
 Errors are relative to the exact hypergradient at the same point (on BiDoRA: to a long MINRES
 solve). "100·f" is the error on A with f multiplied by 100, which changes neither w* nor dF/du.
