@@ -16,7 +16,7 @@ class ProblemError(ValueError):
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss, a gradient or a curvature is NaN or infinite.
+    """A loss, a gradient or a curvature is NaN or infinite, or a training has diverged.
 
     Example:
         >>> from hyperopt_peft import Engine

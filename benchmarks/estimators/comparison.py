@@ -1,16 +1,16 @@
-"""Every estimator on four problems: how right, how noisy, how dear, and what breaks it.
+"""Every estimator on four problems: error, noise, cost, and what breaks it.
 
     python benchmarks/estimators comparison --json benchmarks/results/comparison.json
     python benchmarks/estimators comparison --json FILE --methods kfac:steps=10
     python benchmarks/estimators comparison --write benchmarks/results/comparison.json
 
-The first measures all; the second measures some, and puts their rows into FILE. The third measures
-nothing, and writes results/comparison.md and the tables of README.md and docs/mathematics.md from
-the file. Problems: see levels.py. Other libraries: peers.py.
+The first command measures all estimators. The second measures some and replaces their rows in FILE.
+The third measures nothing: it writes results/comparison.md and the tables of README.md and
+docs/mathematics.md from FILE. The problems are in levels.py, other libraries in peers.py.
 
 Errors are relative to the exact hypergradient at the same point (on BiDoRA: to a long MINRES
-solve). "100·f" is the error on A after f has been multiplied by 100, which moves neither w* nor
-dF/du. Minibatches are of 64, of both levels' data: noise.py says what the three columns are.
+solve). "100·f" is the error on A with f multiplied by 100, which changes neither w* nor dF/du.
+Minibatches have 64 rows of each level's data; noise.py explains the three columns.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Row = dict[str, Any]
 
 
 def against(truth: Vector, result: Vector | str) -> Row:
-    """Error and cosine of ``result``, or why there is none."""
+    """Error and cosine of ``result``, or the reason why there is no result."""
     if isinstance(result, str):
         return {"error": result, "cosine": None}
     length = result.norm()
@@ -76,7 +76,7 @@ class Scaled(Problem):
 
 
 def scaled(methods: Mapping[str, str | Peer]) -> dict[str, Row]:
-    """The error on A after f has been multiplied by 100."""
+    """The error on A with f multiplied by 100."""
     upper, lower = small_problems()["A"]
     truth = Vector(hypergradient(upper, lower, "exact"))
     levels = upper, Scaled(lower, 100.0)
@@ -87,7 +87,7 @@ def scaled(methods: Mapping[str, str | Peer]) -> dict[str, Row]:
 
 
 def noisy(methods: Mapping[str, str | Peer], draws: int) -> dict[str, Row]:
-    """Error, bias and spread of the estimates of B over minibatches: see noise.py."""
+    """Error, bias and spread of the estimates on B over minibatches; see noise.py."""
     upper, lower = noise.levels()
     noise.minimise(lower)
     batches = noise.Draws(len(lower.data.y), len(upper.data.y_val))
@@ -135,7 +135,7 @@ def two_processes(methods: Mapping[str, str | Peer]) -> dict[str, Row]:
 
 
 def measured(quick: bool, names: Sequence[str]) -> tuple[list[Row], Row]:
-    """The rows of the methods ``names``, and what else is to be known."""
+    """The rows of the methods ``names``, and facts about the problems."""
     others, missing = peers()
     methods: dict[str, str | Peer] = {name: others.get(name, name) for name in names}
     parts = [small(methods), scaled(methods), noisy(methods, 5 if quick else 100)]
@@ -160,7 +160,7 @@ def measured(quick: bool, names: Sequence[str]) -> tuple[list[Row], Row]:
 
 
 def merged(measured: list[Row], new: list[Row]) -> list[Row]:
-    """The rows of both, ``new`` ones in place of others of their name; peers are last."""
+    """The rows of both; ``new`` rows replace old ones of the same name, and peers come last."""
     rows = {row["estimator"]: row for row in (*measured, *new)}
     ours = [rows.pop(name) for name in METHODS if name in rows]
     return [*ours, *rows.values()]
@@ -169,11 +169,10 @@ def merged(measured: list[Row], new: list[Row]) -> list[Row]:
 BREAKS = {"SDPA": "error", "bf16": "cosine", "DDP": "error", "FSDP2": "error"}
 SECTIONS: dict[str, tuple[str, dict[str, str]]] = {
     "Right at the lower minimum": (
-        "Relative error to the exact hypergradient on A, B and C, where all of this library but "
-        "`direct` have a cosine above .9; on BiDoRA error and cosine to a long solve, at a point "
-        "that is close to "
-        "the minimum but not at it. *100·f*: the error on A after f has been multiplied by 100, "
-        "which changes neither w* nor dF/du.",
+        "A, B, C: relative error to the exact hypergradient; there every estimator of this library "
+        "but `direct` has a cosine above .9. BiDoRA: error and cosine to a long solve, at a point "
+        "close to the minimum. *100·f*: the error on A with f multiplied by 100, which changes "
+        "neither w* nor dF/du.",
         {
             **{f"{p}: error": p for p in "ABC"},
             "BiDoRA: error": "BiDoRA",
@@ -182,21 +181,22 @@ SECTIONS: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "Minibatches and cost": (
-        "Minibatches: 100 batches of 64 of both levels' data on B, for `warm` after 250 upper "
-        "steps. The error of one estimate, that of their mean, and their standard deviation, on "
-        "the images of each batch. Cost of one hypergradient on MiniLM: forward+backward passes + "
-        "second backward passes, milliseconds of processor time, and memory above what was held.",
+        "Minibatches: 100 batches of 64 rows of each level's data on B (for `warm` after 250 upper "
+        "steps): the error of one estimate, the error of their mean (bias) and their standard "
+        "deviation (spread), on the images of each batch. Cost of one hypergradient on MiniLM: "
+        "forward+backward passes + second backward passes, milliseconds of processor time, and "
+        "additional memory.",
         {
             **{f"B, batch 64: {c}": c for c in ("error", "bias", "spread")},
             **{c: c for c in ("passes", "ms", "MB")},
         },
     ),
     "What breaks it": (
-        "SDPA: stock attention against eager attention, on a small BERT without dropout (its "
-        "kernel has no second derivative). bf16: cosine of the estimate under autocast to that in "
-        "float32. DDP and FSDP2: two processes with half of each batch each, against one process, "
-        "float64. Of this library the worst estimator in each column; where FSDP2 refuses one, "
-        "the error says what to use instead.",
+        "SDPA: error with stock attention, whose kernel has no second derivative, against eager "
+        "attention, on a small BERT without dropout. bf16: cosine of the estimate under autocast "
+        "to the one in float32. DDP and FSDP2: error of two processes, each with half of each "
+        "batch, against one process, in float64. The row of this library has its worst estimator "
+        "in each column. If FSDP2 refuses an estimator, the error names one to use instead.",
         {
             "SDPA: error": "SDPA",
             "bf16: cosine": "bf16",
@@ -273,7 +273,7 @@ AVOID = {
 
 
 def _worst(rows: list[Row]) -> list[Row]:
-    """This library's worst number in each column of `BREAKS` as one row, and the peers' rows."""
+    """One row with this library's worst number in each column of `BREAKS`, and the peers' rows."""
     ours = [row for row in rows if row["kind"] != "peer"]
     worst: Row = {"estimator": "all of this library", "kind": "peer"}
     for setting, number in BREAKS.items():
@@ -284,7 +284,7 @@ def _worst(rows: list[Row]) -> list[Row]:
 
 
 def _columns(rows: list[Row], columns: Mapping[str, str]) -> str:
-    """A table of some columns under other names; a row without a value is left out."""
+    """A table of some columns, renamed; rows without a value are left out."""
     named = [
         row | {"estimator": row["estimator"] if row["kind"] == "peer" else f"`{row['estimator']}`"}
         for row in rows
@@ -347,9 +347,9 @@ def _errors(rows: list[Row]) -> dict[str, str]:
 
 
 def page_table(content: Row) -> str:
-    """The tables of results/comparison.md from a file of measurements."""
+    """The tables of results/comparison.md, from a file of measurements."""
     (rows,), details = content["tables"].values(), content["details"]
-    # The fault of another library's estimator, after a colon, is in the page's own words.
+    # The page itself explains the faults of other libraries' estimators, named after a colon.
     rows = [
         row | {"estimator": row["estimator"].partition(":")[0]}
         if row["estimator"].startswith("Betty")
@@ -378,7 +378,7 @@ def write_pages(file: Path) -> None:
 
 
 def main() -> None:
-    """Measure and report; or write the pages from a file of measurements."""
+    """Measure and report, or write the pages from a file of measurements."""
     if sys.argv[1:2] == ["--write"]:
         write_pages(Path(sys.argv[2]))
         return

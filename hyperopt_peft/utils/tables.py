@@ -1,9 +1,8 @@
-"""Tables as text, CSV, LaTeX and HTML, and text that is safe for a terminal."""
+"""Tables as text, CSV and LaTeX, and text that is safe for a terminal."""
 
 from __future__ import annotations
 
 import csv
-import html
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -112,17 +111,3 @@ def _latex(cell: str) -> str:
     signs |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     signs |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
     return "".join(signs.get(letter, letter) for letter in cell)
-
-
-def html_table(rows: Sequence[Sequence[str]]) -> str:
-    """``rows`` of cells, the heads first, as an HTML table.
-
-    Example:
-        >>> html_table([["method", "F1"], ["<mine>", "0.5"]])
-        '<table><tr><th>method<th>F1</tr><tr><td>&lt;mine&gt;<td>0.5</tr></table>'
-    """
-    lines = []
-    for kind, row in zip(["th", *["td"] * len(rows)], rows, strict=False):
-        cells = "".join(f"<{kind}>{html.escape(printable(cell))}" for cell in row)
-        lines.append(f"<tr>{cells}</tr>")
-    return f"<table>{''.join(lines)}</table>"

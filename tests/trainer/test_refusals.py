@@ -222,7 +222,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("train_dataset.*DataCollatorWithPadding", trained({TRAIN: RAGGED})),
     ("upper_dataset.*WithPadding", trained({**APART, UPPER: RAGGED}, lower_steps=1)),
     (
-        "train_dataset.*columns of text",
+        "train_dataset.*text columns",
         trained({TRAIN: TEXT, "data_collator": as_tensors}, remove_unused_columns=False),
     ),
     # Models.

@@ -138,7 +138,7 @@ class Penalty(InnerRuns):
     gradient of f at w, which γ would multiply, cancels.
 
     At most ``inner_steps`` gradient steps, which start from the last upper step's z − w, find z.
-    Shen & Chen 2023, arXiv:2302.05185; Liu et al. 2022, arXiv:2209.08709.
+    Shen & Chen 2023, arXiv:2302.05185; Ye et al. 2022, arXiv:2209.08709.
 
     Example:
         >>> from hyperopt_peft.hypergradients import get_estimator
