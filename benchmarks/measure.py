@@ -15,12 +15,13 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from hyperopt_peft.utils.versions import versions
 
 PACKAGES = (
     "torch",
@@ -186,7 +187,7 @@ def show(tables: Mapping[str, Sequence[Mapping[str, Any]]], targets: Sequence[Ta
 def environment(device: str = "cpu") -> dict[str, Any]:
     """The versions of the packages, the commit of this one, and the machine."""
     return {
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": versions(PACKAGES),
         "commit": _commit(),
         "machine": {
             "processor": platform.processor() or platform.machine(),
@@ -197,13 +198,6 @@ def environment(device: str = "cpu") -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:

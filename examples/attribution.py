@@ -26,9 +26,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from datasets import Dataset
+from hyperopt_peft import attribute, why
+from hyperopt_peft.attribution import Reasons
+from hyperopt_peft.utils.plots import row_groups
 from peft import LoraConfig, get_peft_model
 from sklearn.metrics import roc_auc_score
-from text_data import load_model, model_path, quiet, tweets
 from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -39,9 +41,7 @@ from transformers import (
 )
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft import attribute, why
-from hyperopt_peft.attribution import Reasons
-from hyperopt_peft.utils.plots import row_groups
+from text_data import load_model, model_path, quiet, tweets
 
 
 @dataclass
@@ -159,6 +159,7 @@ def main() -> None:
     worst, label = dict([*doubts.items()][:8]), "1 − confidence in the given label"
     row_groups({"the most doubtful labels": worst}, output / "suspects.png", label)
     result.to_csv(output / "attribution.csv", {"suspect": flagged, "wrong": wrong.int().tolist()})
+    checked = result.check(arguments.retrainings, seed=training.seed)
     result.plot(output / "attribution.png", 8)
     seen = ~result.scores.isnan()
     measures = {
@@ -173,7 +174,6 @@ def main() -> None:
     for name, area in areas.items():
         print(f"| {name} | {area:.3f} |")
 
-    checked = result.check(arguments.retrainings, seed=training.seed)
     print(f"\n{checked}")
     removal = result.removal(arguments.remove, test, draws=2, seed=training.seed)
     print(f"\non {len(test)} test tweets:\n{removal}")

@@ -25,16 +25,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
-from peft import LoraConfig, get_peft_model
-from text_data import load_model, model_path, quiet, tweets
-from tqdm.auto import tqdm
-from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, set_seed
-from transformers.hf_argparser import HfArg
-
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, attribute, compare_methods
 from hyperopt_peft.comparison.frozen_layers import compute_once
 from hyperopt_peft.problems import BiDoRA, DoRA, LoRA
 from hyperopt_peft.utils.tables import aligned
+from peft import LoraConfig, get_peft_model
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, set_seed
+from transformers.hf_argparser import HfArg
+
+from text_data import load_model, model_path, quiet, tweets
 
 METHODS = {"LoRA": LoRA(), "DoRA": DoRA(), "BiDoRA": BiDoRA()}
 CLASSES = ["negative", "neutral", "positive"]
@@ -113,7 +113,6 @@ def arguments_of(arguments: Arguments) -> BilevelTrainingArguments:
         save_strategy="no",
         report_to="none",
         seed=arguments.seed,
-        dataloader_pin_memory=False,
         disable_tqdm=False,
     )
 

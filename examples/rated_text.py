@@ -16,10 +16,10 @@ import numpy as np
 import pandas
 import torch
 from datasets import Dataset
-from text_data import load_model, model_path, quiet, rated_tweets
+from hyperopt_peft.problems.features import features_of
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
-from hyperopt_peft.problems.features import features_of
+from text_data import load_model, model_path, quiet, rated_tweets
 
 DOWNLOADS = Path(__file__).parent.parent / "outputs/downloads"
 SOURCE = "vaderSentiment-3.3.2"

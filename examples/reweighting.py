@@ -24,16 +24,16 @@ import numpy as np
 import pandas
 import torch
 from datasets import ClassLabel, Dataset, concatenate_datasets
-from peft import LoraConfig, get_peft_model
-from rated_text import NAMES, one_rater, rater_agreement
-from sklearn.metrics import roc_auc_score
-from text_data import load_model, model_path, quiet
-from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, set_seed
-from transformers.hf_argparser import HfArg
-
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
 from hyperopt_peft.core.labels import row_losses
 from hyperopt_peft.problems import LoRA, RowWeights, WeightNet
+from peft import LoraConfig, get_peft_model
+from sklearn.metrics import roc_auc_score
+from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, set_seed
+from transformers.hf_argparser import HfArg
+
+from rated_text import NAMES, one_rater, rater_agreement
+from text_data import load_model, model_path, quiet
 
 METHODS = ("clean alone", "noisy", "noisy + clean", "reweighted")
 

@@ -6,8 +6,9 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from text_data import model_path
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from text_data import model_path
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

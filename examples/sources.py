@@ -16,11 +16,11 @@ from itertools import pairwise
 from typing import Any
 
 from datasets import Dataset
-from text_data import load_model, model_path, quiet, tweets
+from hyperopt_peft import BilevelTrainingArguments, compare_methods, problems
 from transformers import AutoTokenizer, HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft import BilevelTrainingArguments, compare_methods, problems
+from text_data import load_model, model_path, quiet, tweets
 
 #: For each source, a function from the right label to the label that the source gives.
 LABELLERS: dict[str, Any] = {

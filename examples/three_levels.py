@@ -12,13 +12,12 @@ diabetes, with the squares and products of its ten features.
 import argparse
 
 import torch
+from hyperopt_peft import Engine, Nested, Problem
+from hyperopt_peft.engine import minimize
 from sklearn.datasets import load_diabetes
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from torch.optim import SGD, Adam
-
-from hyperopt_peft import Engine, Nested, Problem
-from hyperopt_peft.engine import minimize
 
 SIZES = {"train": 100, "first": 50, "second": 100}  # the other 192 are for the test
 

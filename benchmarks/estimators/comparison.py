@@ -5,8 +5,8 @@
     python benchmarks/estimators comparison --write benchmarks/results/comparison.json
 
 The first command measures all estimators. The second measures some and replaces their rows in FILE.
-The third measures nothing: it writes results/comparison.md and the README's table from FILE. The
-problems are in levels.py, other libraries in peers.py.
+The third measures nothing: it writes results/comparison.md and the tables of README.md and
+docs/mathematics.md from FILE. The problems are in levels.py, other libraries in peers.py.
 
 Errors are relative to the exact hypergradient at the same point (on BiDoRA: to a long MINRES
 solve). "100·f" is the error on A with f multiplied by 100, which changes neither w* nor dF/du.
@@ -205,9 +205,71 @@ SECTIONS: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
 }
-# The README's rows: one estimator of each kind.
-FEW = ["direct", "darts:xi=1.0", "cg:steps=10", "minres:steps=10", "warm"]
-SHORT = ["A: error", "B: error", "BiDoRA: error", "BiDoRA: cosine", "passes"]
+# The formula of each estimator, with a reference of docs/mathematics.md, and when to use it.
+USE = {
+    "direct": ("∂F/∂u", "F depends on u itself, and time is short"),
+    "darts:xi=1.0": (
+        "v = ξ·b [6]",
+        "the model is large; for weights of rows or sources with `product=dots`",
+    ),
+    "fastmix": ("`darts` with the output layer's weight in place of w [21]", "as `darts`, cheaper"),
+    "sama": (
+        "v = Db, D = −(∂w'/∂g)ᵀ for the last lower optimizer step g ↦ w' [14]",
+        "as `darts`, with Adam at the lower level",
+    ),
+    "unrolled:steps=10": (
+        "reverse mode through the last K optimizer steps [7, 8]",
+        "w is far from its minimum, or u sets the lower learning rate or decay",
+    ),
+    "forward:steps=10,limit=64": (
+        "forward mode through the last K steps, or the whole run with `carry=true` [7]",
+        "as `unrolled`, for up to about 30 entries of u",
+    ),
+    "neumann:terms=20": ("v = η Σ (I − ηH)ᵏ b, k = 0 … K [5]", "you repeat a paper that uses it"),
+    "cg:steps=10": (
+        "Krylov space; H positive definite [2, 3]",
+        "w is near its minimum, and f is convex there",
+    ),
+    "cg:steps=10,product=difference": (
+        "as `cg`, with first-order passes only [9]",
+        "as `cg`, and the loss has no second derivative, as with fused attention",
+    ),
+    "minres:steps=10": (
+        "Krylov space; H may be indefinite [4]",
+        "as `cg`, and curvature may be negative, as in a network; the default",
+    ),
+    "nystrom:rank=10,steps=10": (
+        "`cg` preconditioned by (HΩ)(ΩᵀHΩ)⁻¹(HΩ)ᵀ, Ω with `rank` random columns [15]",
+        "a few eigenvalues of H are far larger than the others",
+    ),
+    "kfac:steps=10": (
+        "`cg` preconditioned by EK-FAC of the linear layers [19]",
+        "`cg` needs many steps, and w is in linear layers",
+    ),
+    "warm": (
+        "v ← v − a(Hv − b), continued from the last upper step [12, 13]",
+        "batches are small, and upper steps are many",
+    ),
+    "f2sa:inner_steps=15,tolerance=1e-05": (
+        "[∂(f + νF)/∂u at w_ν − ∂(f − νF)/∂u at w_−ν]/2ν, w_±ν minimises f ± νF [16, 17]",
+        "the loss has no second derivative, and errors matter more than passes",
+    ),
+    "penalty:inner_steps=15,tolerance=1e-05": (
+        "∂F/∂u + γ[∂f/∂u at w − ∂f/∂u at z], z minimises f − F/γ [18]",
+        "as `f2sa`, at a third of the passes",
+    ),
+    "exact": ("dense solve in float64, n products", "as a reference, up to 5,000 lower unknowns"),
+}
+# The README's rows: when not to use them.
+AVOID = {
+    "direct": "F does not read u: the estimate is 0",
+    "darts:xi=1.0": "errors matter: the implicit term is proportional to ξ and to the scale of f",
+    "unrolled:steps=10": "memory is short: it holds w and the optimizer's state of every step",
+    "cg:steps=10": "curvature is negative: it stops early; use `minres`, or add `damping`",
+    "cg:steps=10,product=difference": "the model has no room for passes in float32",
+    "minres:steps=10": "the loss has no second derivative: add `product=difference`",
+    "warm": "u moves fast, or there is only one upper step",
+}
 
 
 def _worst(rows: list[Row]) -> list[Row]:
@@ -241,10 +303,47 @@ def _short(row: Row) -> Row:
     }
 
 
+def estimator_table(rows: list[Row]) -> str:
+    """The table of docs/mathematics.md: formulas, when to use them, and errors."""
+    errors = _errors(rows)
+    return table(
+        [
+            {
+                "estimator": f"`{n}`",
+                "v, or the estimate": v,
+                "use it when": when,
+                "error": errors[n],
+            }
+            for n, (v, when) in USE.items()
+        ]
+    )
+
+
 def short_table(rows: list[Row]) -> str:
-    """The README's table of a few of this library's estimators."""
-    few = [_short(row) for row in rows if row["estimator"] in FEW]
-    return _columns(few, {"kind": "kind", **{column: column for column in SHORT}})
+    """The README's table: a few estimators, with passes of one lower and one upper step."""
+    errors = _errors(rows)
+    return table(
+        [
+            {
+                "estimator": f"`{name}`",
+                "use it when": USE[name][1],
+                "do not use it when": avoid,
+                "passes": get_estimator(name).cost(),
+                "error": errors[name],
+            }
+            for name, avoid in AVOID.items()
+        ]
+    )
+
+
+def _errors(rows: list[Row]) -> dict[str, str]:
+    """The errors on B, in percent; a dash where an estimator was not measured or refused."""
+    errors = {row["estimator"]: row["B: error"] for row in rows}
+    numbers = {name: errors.get(name) for name in USE}
+    return {
+        name: f"{float(f'{100 * error:.2g}'):g} %" if isinstance(error, float) else "–"
+        for name, error in numbers.items()
+    }
 
 
 def page_table(content: Row) -> str:
@@ -269,12 +368,11 @@ def page_table(content: Row) -> str:
 
 
 def write_pages(file: Path) -> None:
-    """Write all tables to results/comparison.md; the short one to README.md and docs."""
+    """Write the tables of all three pages."""
     content = json.loads(file.read_text())
     (rows,) = content["tables"].values()
-    short = short_table(rows)
-    texts = {RESULTS / "comparison.md": page_table(content)}
-    texts |= {DOCS / "comparison.md": short, ROOT / "README.md": short}
+    texts = {RESULTS / "comparison.md": page_table(content), ROOT / "README.md": short_table(rows)}
+    texts |= {DOCS / "mathematics.md": estimator_table(rows)}
     for path, text in texts.items():
         path.write_text(between(path.read_text(), text, "estimator"))
 

@@ -15,7 +15,6 @@ from hyperopt_peft.comparison.task import ABLATIONS, Kind
 
 TABLES = pages.RESULTS / "methods.md"
 PAGE, FIGURE = pages.DOCS / "results.md", pages.DOCS / "results.png"
-ZOO = pages.DOCS / "methods.md"
 #: The settings on BiDoRA's page, and the names of their tables.
 OF_PAGE = {"magnitudes": "results", "magnitudes, base size": "base size"}
 Row = dict[str, str]
@@ -38,8 +37,7 @@ def report(*, check: bool) -> None:
     pages.write(PAGE, sections or {"results": none}, check=check)
     zoo = [row for name in settings if name not in OF_PAGE for row in summary(name, settings[name])]
     short = f"{table(by_method(zoo))}\n" if zoo else none
-    for path in (ZOO, pages.ROOT / "README.md"):
-        pages.write(path, {"methods": short}, check=check)
+    pages.write(pages.ROOT / "README.md", {"methods": short}, check=check)
     texts = [details(name, tasks) for name, tasks in settings.items()]
     texts = [f"### The published methods\n\n{table(zoo)}\n" if zoo else none, *texts]
     pages.write(TABLES, {"methods": "\n".join(texts)}, check=check)

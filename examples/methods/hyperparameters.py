@@ -30,15 +30,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
-from transformers import HfArgumentParser, set_seed
-from transformers.hf_argparser import HfArg
-
 from hyperopt_peft import Engine, Method, Problem
 from hyperopt_peft.adapters.gains import add_gains, gain_variables, gained_layers, remove_gains
 from hyperopt_peft.engine import fit
 from hyperopt_peft.utils.models import trainable
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import HfArgumentParser, set_seed
+from transformers.hf_argparser import HfArg
 
 
 @dataclass

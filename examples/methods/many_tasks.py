@@ -18,7 +18,6 @@ import sys
 from pathlib import Path
 
 import torch
-
 from hyperopt_peft import Engine, Problem
 from hyperopt_peft.engine.fit import lbfgs
 from hyperopt_peft.problems.head import l2_penalty

@@ -59,6 +59,9 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         default=DEFAULT,
         help="hypergradient estimator, with options: cg:steps=5,damping=1.0",
     )
+    logging_steps: float = HfArg(
+        default=10, help="steps from one line of the log to the next, or their share of all steps"
+    )
     lower_steps: int = HfArg(
         default=1, help="optimizer steps of the lower level for each update of the upper level"
     )
@@ -113,6 +116,8 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # PyTorch warns of each loader that pins memory without an accelerator.
+        self.dataloader_pin_memory &= torch.accelerator.is_available()
         given: Any = self.retrain_arguments
         given = dict(json.loads(given) if isinstance(given, str) else given or {})
         hints = get_type_hints(type(self))

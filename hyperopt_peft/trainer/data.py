@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
@@ -65,21 +66,40 @@ def split_dataset(
     features = Features({"row": Value("int64"), "class": labels})  # a cast would show a bar
     rows = Dataset.from_dict(columns, features=features)
     where = f"cannot give {upper_fraction:.0%} of {len(train)} training examples to the upper level"
-    try:
-        split = rows.train_test_split(
-            test_size=upper_fraction, seed=seed, stratify_by_column="class" if names else None
-        )
-    except ValueError as error:
-        raise ProblemError(f"{where}: {error}") from error
-    for level, side in (("lower", "train"), ("upper", "test")):
-        present = set(split[side]["class"]) if names else set()
+    split = stratified(rows, upper_fraction, seed, "class" if names else None, where)
+    for level, side in zip(("lower", "upper"), split, strict=True):
+        present = set(side["class"]) if names else set()
         for number, name in enumerate(names):
             if number not in present:
                 raise ProblemError(
                     f"{where}: class {name!r} has only {values.count(name)} examples, and the "
                     f"{level} level would get none; change upper_fraction or the data"
                 )
-    return train.select(split["train"]["row"][:]), train.select(split["test"]["row"][:])
+    lower, upper = (train.select(side["row"][:]) for side in split)
+    return lower, upper
+
+
+def stratified(
+    rows: Dataset, fraction: float, seed: int, column: str | None, where: str
+) -> tuple[Dataset, Dataset]:
+    """Split off a ``fraction`` of ``rows``, with equal shares of the classes in ``column``.
+
+    Raises:
+        ProblemError: the split is impossible; the message begins with ``where``.
+    """
+    if column is not None:
+        counts = Counter[int](rows[column][:])
+        if rare := [number for number, count in counts.items() if count < 2]:
+            name = rows.features[column].int2str(rare[0])
+            raise ProblemError(
+                f"{where}: the class {name!r} has 1 row, and both parts need one; add rows or "
+                "remove the row"
+            )
+    try:
+        parts = rows.train_test_split(test_size=fraction, seed=seed, stratify_by_column=column)
+    except ValueError as error:
+        raise ProblemError(f"{where}: {error}") from error
+    return parts["train"], parts["test"]
 
 
 def data_of_levels(

@@ -10,7 +10,7 @@ from transformers import PrinterCallback, ProgressCallback
 from hyperopt_peft.utils import distributed
 
 #: The numbers in a printed line; all others are in the Trainer's state.
-PRINTED = ("loss", "upper_loss", "grad_norm", "upper_grad_norm", "learning_rate")
+PRINTED = ("loss", "upper_loss", "implicit_ratio", "grad_norm", "upper_grad_norm", "learning_rate")
 PRINTED_AT_END = ("train_loss", "train_runtime")
 #: The name endings of an evaluation's timings, which are not printed.
 TIMINGS = ("_runtime", "_per_second", "_time")
