@@ -52,9 +52,14 @@ python_use_unqualified_type_names = True
 def own_arguments(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str, returned: str
 ) -> tuple[str, str] | None:
-    """Arguments that derive from Transformers' have more than a hundred: their own are listed."""
+    """Arguments that derive from Transformers' have more than a hundred: their own are listed.
+
+    Private arguments are left out, and a default that a function makes is "…".
+    """
     if what == "class" and issubclass(obj, TrainingArguments):
         return "(output_dir, …)", returned
+    if signature and "<factory>" in signature:
+        return re.sub(r", _\w+: [^,)]*", "", signature).replace("<factory>", "..."), returned
     return None
 
 
