@@ -54,13 +54,14 @@ def own_arguments(
 ) -> tuple[str, str] | None:
     """Arguments that derive from Transformers' have more than a hundred: their own are listed.
 
-    Private arguments are left out, and a default that a function makes is "…".
+    Private arguments and bounds of numbers are left out; a default that a function makes is "...".
     """
     if what == "class" and issubclass(obj, TrainingArguments):
         return "(output_dir, …)", returned
-    if signature and "<factory>" in signature:
-        return re.sub(r", _\w+: [^,)]*", "", signature).replace("<factory>", "..."), returned
-    return None
+    if signature:
+        signature = re.sub(r"~?(?:typing\.)?Annotated\[([^,]*), [^\]]*\]", r"\1", signature)
+        signature = re.sub(r", _\w+: [^,)]*", "", signature).replace("<factory>", "...")
+    return signature, returned
 
 
 def named_pages(
