@@ -6,13 +6,11 @@ import platform
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from hyperopt_peft.utils.plots import LOSSES, level_curves
-
-PACKAGES = ("hyperopt-peft", "torch", "transformers", "peft", "datasets")
+from hyperopt_peft.utils.versions import versions
 
 
 @dataclass
@@ -52,7 +50,7 @@ class Report:
         """The page."""
         again = [f"hyperopt-peft {self.command}"]
         again += [shlex.join([f"--{name}", *words]) for name, words in self.options.items()]
-        versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+        found = ", ".join(map(" ".join, versions().items()))
         parts = [f"# {again[0]}", self.subtitle, f"**{self.verdict}**"]
         for title, (heads, *rows) in self.tables.items():
             lines = [heads, ["---"] * len(heads), *rows]
@@ -61,4 +59,4 @@ class Report:
         parts += [f"![{caption}]({path})" for caption, path in pictures.items()]
         for title, text in {**self.texts, "The same run again": " \\\n  ".join(again)}.items():
             parts += [f"## {title}", f"~~~~\n{text}\n~~~~"]
-        return "\n\n".join([*parts, f"Python {platform.python_version()}, {versions}\n"])
+        return "\n\n".join([*parts, f"Python {platform.python_version()}, {found}\n"])
