@@ -78,7 +78,7 @@ def adapted(app: Sphinx, name: str, source: list[str]) -> None:
     """
     text = re.sub(r"(?m)^\|.*", lambda row: row[0].replace(" ± ", "\u00a0±\u00a0"), source[0])
     if not name.startswith("notebooks/"):
-        text = re.sub(r"\]\((\.\./[^)#]*\.md)\)", r"](path:\1)", text)
+        text = re.sub(r"\]\((\.\./[^)#]*\.md)(?:#[^)]*)?\)", r"](path:\1)", text)
     source[0] = text
 
 
