@@ -1,8 +1,8 @@
 """Bilevel optimisation for parameter-efficient fine-tuning.
 
-A name is imported when it is used: ``import hyperopt_peft`` alone loads no PyTorch, and a program
-with an `Engine` and two `Problem`\\ s loads no transformers. The methods, `hyperopt_peft.problems`,
-are in the folder ``problems/`` of the repository.
+Names are imported on first use: ``import hyperopt_peft`` alone does not load PyTorch, and an
+`Engine` with two levels does not load transformers. The methods, `hyperopt_peft.problems`, are in
+the folder ``problems/`` of the repository.
 """
 
 import logging
