@@ -95,10 +95,7 @@ def run(argv: Sequence[str]) -> None:
     entries = [_line(*x) for x in options(command, files, len(rows), found) if x[1] is not None]
     run_it = f"hyperopt-peft {command.command} {target}"
     head = f"# {found.task} on {', '.join(files)}: {run_it}\n# All options: {run_it} --help\n"
-    try:
-        target.write_text("\n".join([head, *entries, ""]), encoding="utf-8")
-    except OSError as error:
-        raise ProblemError(f"{target}: cannot be written ({error.strerror})") from error
+    target.write_text("\n".join([head, *entries, ""]), encoding="utf-8")
     wide = f" (the first {MOST_COLUMNS} and those with a usual name were read)"
     print(f"{', '.join(files)}: {len(rows)} rows; columns {_some(names)}", end="")
     print(wide if len(names) >= MOST_COLUMNS else "")

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except SystemExit:  # after --help
         return 0
-    except (ProblemError, NonFiniteError) as error:
+    except (ProblemError, NonFiniteError, OSError) as error:
         message, status = " ".join(str(error).split()), 2 - isinstance(error, NonFiniteError)
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):

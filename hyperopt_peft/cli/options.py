@@ -74,14 +74,16 @@ class OutputArguments(RunArguments):
         if self.dry_run:
             args.output_dir = cache_folder()
             return None
+        if not args.output_dir:
+            raise ProblemError("output_dir: is empty; name a folder")
         checkpoint = self._checkpoint(args)
         if args.process_index == 0:
             held = lock(Path(args.output_dir), shared=shared)
             weakref.finalize(self, os.close, held)  # not later than the process ends
         return checkpoint
 
-    def _checkpoint(self, args: TrainingArguments) -> str | bool | None:
-        folder, asked = Path(args.output_dir or ""), checkpoint_of(args)
+    def _checkpoint(self, args: Any) -> str | bool | None:
+        folder, asked = Path(args.output_dir), checkpoint_of(args)
         require_writable(folder)
         last = asked.lower() == "true"
         if last and next(valid_checkpoints(folder, folder / "retrain"), None) is not None:

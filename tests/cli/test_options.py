@@ -120,7 +120,7 @@ def test_bad_options_are_refused(tmp_path: Path, text: str, argv: str, words: st
         ("train", {"output_dir": "/dev/null/below"}, "output_dir: /dev/null is no folder"),
         ("attribute", {"output_dir": "/dev/null"}, "output_dir: /dev/null is no folder"),
         ("train", {"train_file": None}, "train_file: give either train_file or dataset"),
-        ("train", {"eval_split": "b"}, "eval_split: is of a dataset"),
+        ("train", {"eval_split": "b"}, "eval_split: needs a dataset"),
         ("train", {"load_in_4bit": True, "task": "seq2seq"}, "load_in_4bit: .*got task seq2seq"),
         ("compare", {"methods": ["lora", "bidorra"]}, "'bidora'"),
         ("check", {"estimators": ["drts"]}, "'drts'.*'darts'"),

@@ -54,20 +54,21 @@ class ExampleData:
         if bool(self.train_file) == bool(self.dataset):
             raise ProblemError("train_file: give either train_file or dataset")
         if self.eval_split and (self.eval_file or not self.dataset):
-            raise ProblemError("eval_split: is of a dataset, and in place of eval_file")
+            raise ProblemError("eval_split: needs a dataset and no eval_file; leave one out")
+        if not 0 <= self.eval_fraction < 1:
+            raise ProblemError(f"eval_fraction: must be in [0, 1), got {self.eval_fraction}")
 
     def read(self, columns: Collection[str] = ()) -> tuple[Dataset, Dataset | None, Dataset | None]:
         """The examples for training, the upper level and evaluation; None where not given.
 
         Those of several training files have the column `SOURCE` if it is one of ``columns``.
         """
-        by_source = {"by_source": SOURCE in columns}
-        train = self._part("train_file", "train_split", **by_source)
+        train = self._part("train_file", "train_split", by_source=SOURCE in columns)
         return train, self._part("upper_file"), self._part("eval_file", "eval_split")
 
-    def _part(self, files: str, split: str = "", **options: bool) -> Any:
+    def _part(self, files: str, split: str = "", *, by_source: bool = False) -> Any:
         if paths := getattr(self, files):
-            return read_files(paths, files, **options)
+            return read_files(paths, files, by_source=by_source)
         if part := getattr(self, split, None):
             name = f"{part} of {self.dataset}"
             return _load(split, name, self.dataset, self.dataset_config, split=part)
@@ -216,5 +217,5 @@ def require_columns(data: Dataset, columns: Sequence[str], where: str) -> None:
 def hold_out(train: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     """The training and the evaluation part of ``train``, stratified if the labels are classes."""
     column = "labels" if isinstance(train.features.get("labels"), ClassLabel) else None
-    where = f"eval_fraction: {fraction} of {len(train)} examples cannot be held out; give eval_file"
+    where = f"eval_fraction: {fraction} of {len(train)} examples cannot be held out"
     return stratified(train, fraction, 0, column, where)
