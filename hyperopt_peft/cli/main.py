@@ -20,7 +20,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as a shell has it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that ``argv`` (by default the process's own) names; the exit status.
+    """Run the command in ``argv``, by default the process's arguments; returns the exit status.
 
     The status is 0; 1 if a training diverged, 2 after a wrong option or bad data, and 130 after
     Ctrl-C, each with one line on stderr.
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(name: str, options: Sequence[str]) -> None:
     """Import the command, which takes seconds, and run it."""
-    # Of a kernel that is not installed, said to each user of Transformers with bitsandbytes.
+    # Transformers with bitsandbytes warns every user of a kernel that is not installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if sys.stderr.isatty():
         print("loading PyTorch and Transformers …", file=sys.stderr)
@@ -64,7 +64,7 @@ def _run(name: str, options: Sequence[str]) -> None:
 
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
-    # Rows and names are of files that others wrote.
+    # Rows and names come from files that others wrote, and may have escape sequences.
     with warnings.catch_warnings(), redirect_stdout(Printable(sys.stdout)):
         # A user of the command line cannot act on renamings in PEFT and Transformers.
         warnings.simplefilter("ignore", FutureWarning)
@@ -88,5 +88,7 @@ class Printable:
 def usage() -> str:
     """The commands and their summaries."""
     commands = "\n".join(f"  {name:11}{summary}" for name, summary in COMMANDS.items())
-    last = "hyperopt-peft COMMAND --help lists the options of one; --version."
+    last = (
+        "hyperopt-peft COMMAND --help lists the options of a command; --version prints the version."
+    )
     return f"usage: hyperopt-peft COMMAND [config.yaml] [options]\n\n{commands}\n\n{last}"

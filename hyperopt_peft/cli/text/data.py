@@ -1,4 +1,4 @@
-"""Training and evaluation examples from local files or a data set of the hub, and checks."""
+"""Training and evaluation examples: read from files or a data set of the hub, and checked."""
 
 from __future__ import annotations
 
@@ -37,17 +37,18 @@ class ExampleData:
     _argument_group_name = "data"
 
     train_file: list[str] | None = HfArg(default=None, help="CSV, TSV, JSON, JSONL or Parquet")
-    dataset: str | None = HfArg(default=None, help="of the hub or a folder, in place of train_file")
+    dataset: str | None = HfArg(default=None, help="a data set of the hub, or a folder")
     dataset_config: str | None = HfArg(default=None, help="the data set's configuration")
     train_split: str = HfArg(default="train", help="the data set's part to train on")
     upper_file: list[str] | None = HfArg(
         default=None,
-        help="of the upper level; if not given upper_fraction of the training examples",
+        help="the upper level's examples; by default upper_fraction of the training examples",
     )
     eval_file: list[str] | None = HfArg(default=None, help="files that are never trained on")
     eval_split: str | None = HfArg(default=None, help="the data set's part to evaluate on")
     eval_fraction: float = HfArg(
-        default=0.1, help="share of the training examples to hold out if no others are given; or 0"
+        default=0.1,
+        help="share of the training examples to hold out without eval_file or eval_split; 0: none",
     )
 
     def __post_init__(self) -> None:
@@ -61,7 +62,7 @@ class ExampleData:
     def read(self, columns: Collection[str] = ()) -> tuple[Dataset, Dataset | None, Dataset | None]:
         """The examples for training, the upper level and evaluation; None where not given.
 
-        Those of several training files have the column `SOURCE` if it is one of ``columns``.
+        Rows from several training files get the column `SOURCE` if ``columns`` has it.
         """
         train = self._part("train_file", "train_split", by_source=SOURCE in columns)
         return train, self._part("upper_file"), self._part("eval_file", "eval_split")
@@ -81,15 +82,20 @@ class DataArguments(ExampleData):
 
     text_columns: list[str] = HfArg(
         default_factory=lambda: ["text"],
-        help="the text; two for pairs of texts; the source for seq2seq; the prompt, or all of the "
-        "text, for causal-lm",
+        help="column with the text, or two for pairs; for seq2seq the source; for causal-lm the "
+        "prompt or all of the text",
     )
-    label_column: str = HfArg(default="label", help="classes, numbers, or lists of tags")
-    tokens_column: str = HfArg(default="tokens", help="lists of words, for token-classification")
+    label_column: str = HfArg(
+        default="label", help="column with classes, numbers, or lists of tags"
+    )
+    tokens_column: str = HfArg(
+        default="tokens", help="column with lists of words, for token-classification"
+    )
     target_column: str | None = HfArg(
-        default=None, help="the text to produce, for seq2seq and, after a prompt, for causal-lm"
+        default=None,
+        help="column with the text to produce: for seq2seq, and for causal-lm after a prompt",
     )
-    max_length: int = HfArg(default=128, help="tokens an example; longer ones are cut")
+    max_length: int = HfArg(default=128, help="tokens in an example; longer ones are cut")
 
     def columns(self, task: str) -> list[str]:
         """The columns that ``task`` reads."""
