@@ -1,4 +1,4 @@
-"""The options, the data, the model and the trainer of the commands that train."""
+"""Options, data, model and trainer for the commands that train."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from hyperopt_peft.trainer.tags import INDEX
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 
 logger = logging.get_logger(__name__)
-#: The options of the commands that train on files.
+#: The options of every command that trains.
 SHARED = (ModelArguments, DataArguments, BilevelTrainingArguments)
 
 
 @dataclass
 class Chosen:
-    """The options of a run; ``options`` and the method's ``name`` are as they were given."""
+    """The options of a run; ``options`` and the method's ``name`` are as the user gave them."""
 
     name: str
     command: Any
@@ -60,9 +60,9 @@ def choose(
     method: str | None = None,
     besides: Collection[str] = (),
 ) -> Chosen:
-    """The options in ``argv`` of the command ``name``, whose own are the fields of ``kind``.
+    """The options in ``argv`` for the command ``name``, whose own options are ``kind``'s fields.
 
-    ``method`` is in place of the option ``method``; ``besides`` are names that are not read.
+    ``method`` replaces the option ``method``; names in ``besides`` are ignored.
     """
     of_file, flags = divided(name, argv)
     given = {**of_file, **flags}
@@ -153,7 +153,7 @@ class Setup:
         return sft_trainer() if self.args.task == SFT else BilevelTrainer
 
     def options(self, model: Any) -> dict[str, Any]:
-        """The arguments of a trainer of ``model`` that follow from the task."""
+        """The arguments for a trainer of ``model`` that depend on the task."""
         options: dict[str, Any] = {"processing_class": self.encoder.tokenizer}
         if self.task.metrics is not None:  # TRL has metrics and a collator of its own
             options["compute_metrics"] = self.task.metrics
