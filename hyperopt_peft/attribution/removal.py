@@ -64,7 +64,8 @@ class Removal:
             text += f"; training on the evaluation rows too moves it by {other:+.4f}"
         return text
 
-    def __str__(self) -> str:
+    def table(self) -> list[list[str]]:
+        """Cells: the heads, then a row for each training."""
         rows = [
             ("on all rows", self.plain),
             (f"without {self.count} rows by score", self.without),
@@ -74,7 +75,10 @@ class Removal:
         if self.with_evaluation is not None:
             rows.append(("as many passes, evaluation rows too", self.with_evaluation))
         cells = [[title, *(f"{x:.4f}" for x in numbers.values())] for title, numbers in rows]
-        return f"{aligned([['training', *self.plain], *cells])}\n{self.verdict}"
+        return [["training", *self.plain], *cells]
+
+    def __str__(self) -> str:
+        return f"{self.verdict}\n{aligned(self.table())}"
 
 
 def remove(

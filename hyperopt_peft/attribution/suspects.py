@@ -20,7 +20,7 @@ from hyperopt_peft.errors import ProblemError
 SLIGHT = 0.2
 CLEANLAB = "cleanlab's confident learning"
 MOST_PROBABLE = "the most probable class"
-INSTALL = 'cleanlab flags fewer, and is not installed: pip install "hyperopt-peft[cleanlab]"'
+INSTALL = 'pip install "hyperopt-peft[cleanlab]" flags fewer rows'
 
 
 @dataclass(frozen=True)
@@ -54,20 +54,29 @@ class Suspects:
 
     @property
     def verdict(self) -> str:
-        """How well the folds predict the labels, and how many may be wrong."""
-        text = (
-            f"out of fold {self.accuracy:.0%} of the labels are predicted (kappa {self.kappa:.2f})"
-        )
+        """How many labels may be wrong, or why none can be flagged."""
         if self.kappa <= SLIGHT:
             return (
-                f"{text}, which is near chance:\nsuch a model cannot tell a wrong label, and none "
-                "is flagged; train for longer, or on more rows"
+                "no label is flagged: models that train on the other rows predict the labels "
+                "hardly better than chance; train for longer, or on more rows"
             )
-        text = f"{text}; {len(self.flagged)} labels may be wrong, by {self.method}"
-        return text if self.method == CLEANLAB else f"{text}\n{INSTALL}"
+        return f"{len(self.flagged)} labels may be wrong{self.advice}"
+
+    @property
+    def advice(self) -> str:
+        """How to flag fewer rows, where that is possible."""
+        return "" if self.method == CLEANLAB else f"; {INSTALL}"
+
+    @property
+    def numbers(self) -> str:
+        """How well models predict the labels of rows on which they did not train."""
+        return (
+            f"labels of held-out rows predicted: {self.accuracy:.0%}, kappa {self.kappa:.2f} (0 is "
+            f"chance, 1 is all); rows flagged by {self.method}"
+        )
 
     def __str__(self) -> str:
-        return self.verdict
+        return f"{self.verdict}\n{self.numbers}"
 
 
 def suspects(setup: RetrainingSetup, folds: int, seed: int) -> Suspects:

@@ -17,6 +17,7 @@ from hyperopt_peft.comparison import compare_methods
 from hyperopt_peft.comparison.choice import RATES, UPPER_RATES
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.find import find_method
+from hyperopt_peft.utils.tables import aligned
 
 METHODS = ["lora", "dora", "bidora"]
 
@@ -87,6 +88,14 @@ def run(argv: Sequence[str]) -> None:
         raise ProblemError("eval_fraction: compare needs evaluation examples; give eval_file")
     if command.folds and setup.upper is None:
         raise ProblemError("folds: are of trusted examples; give upper_file")
+    judge, option = setup.evaluation_rows, "eval_file"
+    if command.folds:
+        judge, option = setup.upper_rows, "upper_file"
+    if known := setup.scored_by(judge):
+        raise ProblemError(
+            f"{option}: {known} of {len(judge or ())} rows have scored the training rows, and "
+            "cannot judge the use of these scores; give other rows, or a train_file without scores"
+        )
     output = Path(args.output_dir)
     if command.overwrite_output_dir and not command.dry_run and int(count) == 1:
         for path in output.glob("runs*.jsonl"):
@@ -121,16 +130,19 @@ def run(argv: Sequence[str]) -> None:
     comparison.plot(output / "comparison.png")
     (output / "comparison.tex").write_text(comparison.to_latex())
     comparison.to_csv(output / "runs.csv")
-    note, *sentences = comparison.heading(), *comparison.sentences()
+    heading, sentences = comparison.heading(), comparison.sentences()
     if command.folds:
-        sentences.append(comparison.recommendation())
-        print(f"\n{sentences[-1]}")
-    page = Report(
-        "compare",
-        note,
-        plain.options,
-        tables=comparison.tables(),
-        texts={"Findings": "\n".join(sentences)},
-        pictures={"Differences": "comparison.png"},
-    )
-    print(f"\n{comparison}\n{page.write(output)} has all of it")
+        sentences.insert(0, comparison.recommendation())
+    scores, *others = comparison.tables().items()
+    page = Report("compare", "\n".join(sentences), plain.options)
+    page.sections = {heading: [[row[k] for k in shown_columns(scores[1])] for row in scores[1]]}
+    page.pictures = {"Differences": "comparison.png"}
+    page.details = dict([scores, *others])
+    table = scores[1] if command.details else page.sections[heading]
+    print(f"\n{page.verdict}\n\n{heading}\n{aligned(table)}")
+    print(f"\n{page.write(output)} has the differences in a picture")
+
+
+def shown_columns(table: Sequence[Sequence[str]]) -> list[int]:
+    """The columns of the answer; the others are of rates and of cost."""
+    return [k for k, name in enumerate(table[0]) if k < 3 or name == "seconds"]

@@ -36,7 +36,7 @@ Options = dict[str, list[str]]
 #: Files and folders in ``output_dir`` that are the results of a run.
 RESULTS = (
     "adapter_config.json",
-    "report.md",
+    "report.html",
     "checkpoint-*",
     "retrain/checkpoint-*",
 )
@@ -54,6 +54,7 @@ class RunArguments:
 
     dry_run: bool = HfArg(default=False, help="print the plan and minutes; train nothing")
     plugin: list[str] | None = HfArg(default=None, help="files to import, which add estimators")
+    details: bool = HfArg(default=False, help="print the numbers for experts too")
 
 
 @dataclass

@@ -18,12 +18,9 @@ from hyperopt_peft.comparison.store import Result, Store
 from hyperopt_peft.comparison.task import ABLATIONS, Kind
 from hyperopt_peft.utils.plots import intervals
 from hyperopt_peft.utils.statistics import detectable, error_of, is_tie, mean_and_half
-from hyperopt_peft.utils.tables import aligned, html_table, latex
+from hyperopt_peft.utils.tables import aligned, html_page, html_table, latex
 
 Row = list[str]
-STYLE = "body{font:16px sans-serif;max-width:60em;margin:2em auto;overflow-x:auto}"
-STYLE += "td,th{padding:.2em .6em;text-align:right}td:first-child,th:first-child{text-align:left}"
-STYLE += "p{white-space:pre-line}img{max-width:100%}"
 
 
 @dataclass
@@ -243,15 +240,13 @@ class Comparison:
             drawn = b64encode(picture.read_bytes()).decode()
         scores, *others = self.tables().items()
         parts = [
-            f"<!doctype html><meta charset=utf-8><title>{html.escape(self.metric)}</title>",
-            f"<style>{STYLE}</style><h1>{html.escape(self.heading())}</h1>",
             html_table(scores[1]),
-            *(f"<p>{html.escape(sentence)}</p>" for sentence in self.sentences()),
+            *(f"<pre>{html.escape(sentence)}</pre>" for sentence in self.sentences()),
             f'<img alt="Differences to {html.escape(self.first)}" src="data:image/png;base64,',
             f'{drawn}">',
             *(f"<h2>{heading}</h2>{html_table(rows)}" for heading, rows in others),
         ]
-        Path(path).write_text("\n".join(parts), encoding="utf-8")
+        Path(path).write_text(html_page(self.heading(), parts), encoding="utf-8")
 
     def results(self) -> list[Result]:
         """The entries of all runs, as the store has them."""

@@ -114,15 +114,34 @@ def _latex(cell: str) -> str:
     return "".join(signs.get(letter, letter) for letter in cell)
 
 
-def html_table(rows: Sequence[Sequence[str]]) -> str:
+#: Tables scroll sideways inside their own box, so that a narrow screen shows the page whole.
+STYLE = """body{font:16px/1.4 sans-serif;max-width:72em;margin:1em auto;padding:0 .8em}
+table{border-collapse:collapse}td,th{padding:.2em .8em .2em 0;text-align:left;white-space:nowrap}
+p{white-space:pre-line}.table{overflow-x:auto}pre{white-space:pre-wrap;overflow-wrap:anywhere}img{max-width:100%}"""
+
+
+def html_page(title: str, parts: Iterable[str]) -> str:
+    """A page that is read at any width, of ``parts`` in HTML under ``title``, a text.
+
+    Example:
+        >>> html_page("a < b", ["<p>true"]).splitlines()[-1]
+        '<p>true'
+    """
+    title = html.escape(printable(title))
+    head = f"<!doctype html><meta charset=utf-8><title>{title}</title>"
+    view = "<meta name=viewport content='width=device-width'>"
+    return "\n".join([f"{head}{view}<style>{STYLE}</style>", f"<h1>{title}</h1>", *parts])
+
+
+def html_table(rows: Sequence[Sequence[Any]]) -> str:
     """``rows`` of cells, the heads first, as an HTML table.
 
     Example:
-        >>> html_table([["method", "F1"], ["<mine>", "0.5"]])
-        '<table><tr><th>method<th>F1</tr><tr><td>&lt;mine&gt;<td>0.5</tr></table>'
+        >>> html_table([["method", "F1"], ["<mine>", "0.5"]])[:51]
+        '<div class=table><table><tr><th>method<th>F1</tr><tr>'
     """
     lines = []
     for kind, row in zip(["th", *["td"] * len(rows)], rows, strict=False):
-        cells = "".join(f"<{kind}>{html.escape(printable(cell))}" for cell in row)
+        cells = "".join(f"<{kind}>{html.escape(printable(str(cell)))}" for cell in row)
         lines.append(f"<tr>{cells}</tr>")
-    return f"<table>{''.join(lines)}</table>"
+    return f"<div class=table><table>{''.join(lines)}</table></div>"

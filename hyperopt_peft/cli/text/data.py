@@ -86,6 +86,9 @@ class DataArguments(ExampleData):
     target_column: str | None = HfArg(
         default=None, help="the text to produce, for seq2seq and, after a prompt, for causal-lm"
     )
+    corrections: list[str] | None = HfArg(
+        default=None, help="suspects.csv with corrected labels, which replace those of train_file"
+    )
     max_length: int = HfArg(default=128, help="tokens an example; longer ones are cut")
 
     def columns(self, task: str) -> list[str]:

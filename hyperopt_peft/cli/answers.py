@@ -1,0 +1,208 @@
+"""What `attribute` prints, and the page and files that it writes, as soon as each part is known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from hyperopt_peft.attribution import Attribution, Reasons
+from hyperopt_peft.attribution.suspects import Suspects
+from hyperopt_peft.cli.report import Report
+from hyperopt_peft.cli.text import judges
+from hyperopt_peft.utils.tables import aligned, cells, write_csv
+
+#: The trainings without random rows of `retrain_without`.
+DRAWS = 5
+#: The rows in a table, and at each end of the picture.
+SHOWN = 10
+EVIDENCE = ("likely label", "label confidence", "training loss", "score")
+TERMS = """likely label: the guess of models that did not train on the row; judge by the text
+label confidence: the probability that these models give to the row's own label
+training loss: high where the training could not fit the row
+score: how much the loss on the evaluation rows rises where the row counts more; above 0 it hurts"""
+
+
+@dataclass
+class Answers:
+    """The answers about the scores ``result``.
+
+    Attributes:
+        page: the report; its sections are added here.
+        folder: of the files; None in all processes but one.
+        marks: of the evaluation rows, see `judges`.
+        classes: the label as the files have it, by its number.
+        again: the command that trains on corrected labels.
+    """
+
+    result: Attribution
+    command: Any
+    page: Report
+    folder: Path | None
+    marks: set[str]
+    classes: Mapping[int, Any]
+    again: str
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, sections: Mapping[str, Any], **record: Any) -> None:
+        """Write the files again, with ``sections`` at the end of the page."""
+        self.record |= record
+        self.page.sections = {**self.page.sections, **sections}
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        marks = judges.as_column(self.marks, len(self.result.scores))
+        columns = {**self.columns, judges.COLUMN: marks}
+        escape = self.command.escape_formulas
+        self.result.to_csv(self.folder / "attribution.csv", columns, escape_formulas=escape)
+        self.result.plot(self.folder / "attribution.png", SHOWN)
+        (self.folder / "attribution.json").write_text(f"{json.dumps(self.record, indent=1)}\n")
+        self.page.write(self.folder)
+
+    def paragraphs(
+        self,
+        test: Dataset | None,
+        seed: int,
+        reasons: Callable[[], Reasons] | None = None,
+        explained: int = 0,
+    ) -> Iterator[str]:
+        """The paragraphs to print, the first of which says what to do."""
+        result, command = self.result, self.command
+        self._detail("Run", self._run())
+        self.page.verdict = self._hurting()
+        self.write({}, settings=result.settings, evaluation_loss=result.values)
+        if command.suspects:
+            yield from self._cost("suspects", command.suspects)
+            yield self._suspects(result.suspects(command.suspects, seed=seed))
+        else:
+            yield self.page.verdict
+        trust = f"unknown: --check 20 tells, by 20 trainings ({self._minutes(20)})"
+        if command.check:
+            yield from self._cost("check", command.check)
+            check = result.check(command.check, seed=seed)
+            trust = check.verdict
+            by_slice = (f"{name}: {one}" for name, one in check.by_slice.items())
+            self._detail("Check", "\n".join([str(check), *by_slice]))
+            self.record["check"] = check.record()
+        parts: dict[str, Any] = {"Can the scores be trusted?": trust}
+        for title, rows in zip(("hurt", "help"), result.ends(SHOWN), strict=True):
+            lines = [[*self._cells(row), f"{result.scores[row]:+.2e}"] for row in rows]
+            parts[f"Rows that {title} most"] = [["row", *result.columns, "score"], *lines]
+        self.write(parts)
+        yield f"can the scores be trusted? {trust}"
+        yield result.table(SHOWN).partition("\nthese scores are")[0]
+        if reasons is not None:
+            if command.score_model == "adapter":
+                yield from self._cost("why", explained + 1)
+            yield self._reasons(reasons())
+        if test is not None and command.retrain_without is not None:
+            yield from self._cost("retrain_without", 4 + DRAWS)
+            removal = result.removal(command.retrain_without, test, draws=DRAWS, seed=seed)
+            title = (
+                f"Without rows that hurt, on {len(test)} rows that neither training nor scores saw"
+            )
+            parts = {title: removal.verdict, "Trainings without rows": removal.table()}
+            self.write(parts, removal=asdict(removal) | {"verdict": removal.verdict})
+            yield f"{title.lower()}:\n{removal}"
+        if command.details:
+            yield "\n\n".join(map(str, self.page.details.values()))
+
+    def _suspects(self, suspects: Suspects) -> str:
+        """Add the doubtful labels to page and files; what to do about them."""
+        flagged, confidence = suspects.flagged, suspects.confidence.tolist()
+        marks = {*flagged}
+        self.columns["suspect"] = [int(row in marks) for row in range(len(confidence))]
+        self.columns["label_confidence"] = confidence
+        self._detail("Search for wrong labels", suspects.numbers)
+        likely = [self.classes[k] for k in suspects.probabilities.argmax(1).tolist()]
+        losses, scores = self.result.losses.tolist(), self.result.scores.tolist()
+        evidence = {
+            row: (likely[row], confidence[row], losses[row], scores[row]) for row in flagged
+        }
+        if not flagged:
+            self.page.verdict = text = f"{suspects.verdict}\n{self._hurting()}"
+            self.write({}, suspects=suspects.record())
+            return text
+        label = [*self.result.columns][-1]
+        self.page.verdict = (
+            f"Read the {len(flagged)} of {len(scores)} rows whose labels may be wrong, in "
+            f"suspects.csv, worst first; stop where the labels are right. Correct the column "
+            f"{label!r}, and train again:"
+        )
+        if self.folder is not None:
+            data = self.result.columns.values()
+            lines = list[tuple[Any, ...]]()
+            for row, mark in zip(flagged, judges.as_column(self.marks, len(flagged)), strict=True):
+                own = (values[row] for values in data)
+                lines.append((self.result.numbers[row], *own, *evidence[row], mark))
+            heads = [name.replace(" ", "_") for name in EVIDENCE]
+            names = ["row", *self.result.columns, *heads, judges.COLUMN]
+            escape = self.command.escape_formulas
+            write_csv(self.folder / "suspects.csv", names, lines, escape_formulas=escape)
+        shown = {
+            row: [guess, f"{sure:.2f}", f"{loss:.2f}", f"{score:+.1e}"]
+            for row, (guess, sure, loss, score) in [*evidence.items()][:SHOWN]
+        }
+        table = [["row", *self.result.columns, *EVIDENCE]]
+        table += [[*self._cells(row), *more] for row, more in shown.items()]
+        parts = {"Train again": self.again, "The most doubtful labels": table, "Terms": TERMS}
+        self.write(parts, suspects=suspects.record())
+        rows = [["the most doubtful rows", *EVIDENCE]]
+        rows += [[self.result.line(row, 60), *more] for row, more in shown.items()]
+        advice = suspects.advice.removeprefix("; ")
+        return f"{self.page.verdict}\n  {self.again}\n{advice}\n{aligned(rows)}\n\n{TERMS}"
+
+    def _reasons(self, found: Reasons) -> str:
+        if self.folder is not None:
+            escape = self.command.escape_formulas
+            found.to_csv(self.folder / "why.csv", escape_formulas=escape)
+            if any(reason.rows for reason in found):
+                found.plot(self.folder / "why.png")
+                self.page.pictures = {**self.page.pictures, "Why these predictions": "why.png"}
+        self.write({"Why these predictions": str(found)})
+        return f"why:\n{found}"
+
+    def _cells(self, row: int) -> list[Any]:
+        each = [cells({name: values}, row, 60) for name, values in self.result.columns.items()]
+        return [self.result.numbers[row], *each]
+
+    def _detail(self, title: str, text: str) -> None:
+        self.page.details = {**self.page.details, title: text}
+
+    def _minutes(self, trainings: int) -> str:
+        return f"about {trainings * self.result.settings['seconds'] / 60:.1f} minutes"
+
+    def _cost(self, name: str, trainings: int) -> Iterator[str]:
+        """A line before what takes a minute or more."""
+        if trainings * self.result.settings["seconds"] >= 60:
+            yield f"{name}: {trainings} trainings, {self._minutes(trainings)}"
+
+    def _hurting(self) -> str:
+        """How many rows hurt, and what to do about them."""
+        scores, unseen = self.result.scores, self.result.settings["unseen"]
+        text = (
+            f"Read the rows that hurt most: {int((scores > 0).sum())} of {len(scores) - unseen} "
+            "training rows raise the loss on the evaluation rows (score > 0)"
+        )
+        return text + f"; {unseen} were never trained on: train for longer" * bool(unseen)
+
+    def _run(self) -> str:
+        """The numbers of the run and of the solver."""
+        settings = self.result.settings
+        phi = ", ".join(f"{name} {value:.4f}" for name, value in self.result.values.items())
+        trained = f"{settings['steps']} steps"
+        if self.command.score_model == "head":
+            trained = f"a linear head at its minimum, with the penalty λ = {settings['l2']:g}"
+        lines = [
+            f"{settings['rows']} training rows, {trained}, {settings['variables']:,} parameters; "
+            f"scores by {settings['estimator']}",
+            f"loss on the evaluation rows: {phi}",
+        ]
+        if residuals := settings["residuals"].values():
+            lines.append(f"largest relative residual of the solver: {max(residuals):.2g}")
+        return "\n".join([*lines, *(f"note: {note}" for note in settings["notes"])])
