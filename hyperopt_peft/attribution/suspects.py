@@ -60,12 +60,12 @@ class Suspects:
                 "no label is flagged: models that train on the other rows predict the labels "
                 "hardly better than chance; train for longer, or on more rows"
             )
-        return f"{len(self.flagged)} labels may be wrong{self.advice}"
+        return "; ".join([f"{len(self.flagged)} labels may be wrong", *filter(None, [self.advice])])
 
     @property
     def advice(self) -> str:
         """How to flag fewer rows, where that is possible."""
-        return "" if self.method == CLEANLAB else f"; {INSTALL}"
+        return "" if self.method == CLEANLAB else INSTALL
 
     @property
     def numbers(self) -> str:

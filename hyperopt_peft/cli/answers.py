@@ -12,27 +12,27 @@ from datasets import Dataset
 
 from hyperopt_peft.attribution import Attribution, Reasons
 from hyperopt_peft.attribution.suspects import Suspects
-from hyperopt_peft.cli.report import Report
+from hyperopt_peft.cli.report import Report, as_text
 from hyperopt_peft.cli.text import judges
-from hyperopt_peft.utils.tables import aligned, cells, write_csv
+from hyperopt_peft.utils.tables import cells, write_csv
 
 #: The trainings without random rows of `retrain_without`.
 DRAWS = 5
 #: The rows in a table, and at each end of the picture.
 SHOWN = 10
-EVIDENCE = ("likely label", "label confidence", "training loss", "score")
-TERMS = """likely label: the guess of models that did not train on the row; judge by the text
-label confidence: the probability that these models give to the row's own label
-training loss: high where the training could not fit the row
+EVIDENCE = ["likely_label", "label_confidence", "training_loss", "score"]
+TERMS = """likely_label: the guess of models that did not train on the row; judge by the text
+label_confidence: the probability that these models give to the row's own label
+training_loss: high where the training could not fit the row
 score: how much the loss on the evaluation rows rises where the row counts more; above 0 it hurts"""
 
 
 @dataclass
 class Answers:
-    """The answers about the scores ``result``.
+    """The answers from the scores in ``result``.
 
     Attributes:
-        page: the report; its sections are added here.
+        page: the report, which gets the sections.
         folder: of the files; None in all processes but one.
         marks: of the evaluation rows, see `judges`.
         classes: the label as the files have it, by its number.
@@ -49,21 +49,6 @@ class Answers:
     columns: dict[str, list[Any]] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
 
-    def write(self, sections: Mapping[str, Any], **record: Any) -> None:
-        """Write the files again, with ``sections`` at the end of the page."""
-        self.record |= record
-        self.page.sections = {**self.page.sections, **sections}
-        if self.folder is None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        marks = judges.as_column(self.marks, len(self.result.scores))
-        columns = {**self.columns, judges.COLUMN: marks}
-        escape = self.command.escape_formulas
-        self.result.to_csv(self.folder / "attribution.csv", columns, escape_formulas=escape)
-        self.result.plot(self.folder / "attribution.png", SHOWN)
-        (self.folder / "attribution.json").write_text(f"{json.dumps(self.record, indent=1)}\n")
-        self.page.write(self.folder)
-
     def paragraphs(
         self,
         test: Dataset | None,
@@ -73,29 +58,25 @@ class Answers:
     ) -> Iterator[str]:
         """The paragraphs to print, the first of which says what to do."""
         result, command = self.result, self.command
-        self._detail("Run", self._run())
         self.page.verdict = self._hurting()
-        self.write({}, settings=result.settings, evaluation_loss=result.values)
+        self.page.details = {"Run": self._run()}
+        text = self.add({}, settings=result.settings, evaluation_loss=result.values)
         if command.suspects:
             yield from self._cost("suspects", command.suspects)
-            yield self._suspects(result.suspects(command.suspects, seed=seed))
-        else:
-            yield self.page.verdict
+            text = self._suspects(result.suspects(command.suspects, seed=seed))
+        yield f"{self.page.verdict}\n{text}".rstrip()
         trust = f"unknown: --check 20 tells, by 20 trainings ({self._minutes(20)})"
         if command.check:
             yield from self._cost("check", command.check)
             check = result.check(command.check, seed=seed)
-            trust = check.verdict
+            trust, self.record["check"] = check.verdict, check.record()
             by_slice = (f"{name}: {one}" for name, one in check.by_slice.items())
-            self._detail("Check", "\n".join([str(check), *by_slice]))
-            self.record["check"] = check.record()
+            self.page.details |= {"Check": "\n".join([str(check), *by_slice])}
         parts: dict[str, Any] = {"Can the scores be trusted?": trust}
-        for title, rows in zip(("hurt", "help"), result.ends(SHOWN), strict=True):
-            lines = [[*self._cells(row), f"{result.scores[row]:+.2e}"] for row in rows]
-            parts[f"Rows that {title} most"] = [["row", *result.columns, "score"], *lines]
-        self.write(parts)
-        yield f"can the scores be trusted? {trust}"
-        yield result.table(SHOWN).partition("\nthese scores are")[0]
+        for name, rows in zip(("hurt", "help"), result.ends(SHOWN), strict=True):
+            lines = [[*self._cells(row), f"{result.scores[row]:+.1e}"] for row in rows]
+            parts[f"Rows that {name} most"] = [["row", *result.columns, "score"], *lines]
+        yield self.add(parts)
         if reasons is not None:
             if command.score_model == "adapter":
                 yield from self._cost("why", explained + 1)
@@ -104,58 +85,58 @@ class Answers:
             yield from self._cost("retrain_without", 4 + DRAWS)
             removal = result.removal(command.retrain_without, test, draws=DRAWS, seed=seed)
             title = (
-                f"Without rows that hurt, on {len(test)} rows that neither training nor scores saw"
+                f"Trained without rows, on {len(test)} rows that neither training nor scores saw"
             )
-            parts = {title: removal.verdict, "Trainings without rows": removal.table()}
-            self.write(parts, removal=asdict(removal) | {"verdict": removal.verdict})
-            yield f"{title.lower()}:\n{removal}"
+            parts = {title: removal.table(), "Is there a gain?": removal.verdict}
+            yield self.add(parts, removal=asdict(removal) | {"verdict": removal.verdict})
         if command.details:
-            yield "\n\n".join(map(str, self.page.details.values()))
+            yield as_text(self.page.details)
+
+    def add(self, sections: Mapping[str, Any], **record: Any) -> str:
+        """Write the files again, with ``sections`` at the end of the page; these as text."""
+        self.record |= record
+        self.page.sections = {**self.page.sections, **sections}
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            marks = judges.as_column(self.marks, len(self.result.scores))
+            columns = {**self.columns, judges.COLUMN: marks}
+            escape = self.command.escape_formulas
+            self.result.to_csv(self.folder / "attribution.csv", columns, escape_formulas=escape)
+            self.result.plot(self.folder / "attribution.png", SHOWN)
+            (self.folder / "attribution.json").write_text(f"{json.dumps(self.record, indent=1)}\n")
+            self.page.write(self.folder)
+        return as_text(sections)
 
     def _suspects(self, suspects: Suspects) -> str:
         """Add the doubtful labels to page and files; what to do about them."""
-        flagged, confidence = suspects.flagged, suspects.confidence.tolist()
-        marks = {*flagged}
-        self.columns["suspect"] = [int(row in marks) for row in range(len(confidence))]
+        result, flagged = self.result, suspects.flagged
+        confidence, losses = suspects.confidence.tolist(), result.losses.tolist()
+        marked = {*flagged}
+        self.columns["suspect"] = [int(row in marked) for row in range(len(confidence))]
         self.columns["label_confidence"] = confidence
-        self._detail("Search for wrong labels", suspects.numbers)
-        likely = [self.classes[k] for k in suspects.probabilities.argmax(1).tolist()]
-        losses, scores = self.result.losses.tolist(), self.result.scores.tolist()
-        evidence = {
-            row: (likely[row], confidence[row], losses[row], scores[row]) for row in flagged
-        }
+        self.page.details |= {"Search for wrong labels": suspects.numbers}
         if not flagged:
-            self.page.verdict = text = f"{suspects.verdict}\n{self._hurting()}"
-            self.write({}, suspects=suspects.record())
-            return text
-        label = [*self.result.columns][-1]
-        self.page.verdict = (
-            f"Read the {len(flagged)} of {len(scores)} rows whose labels may be wrong, in "
-            f"suspects.csv, worst first; stop where the labels are right. Correct the column "
-            f"{label!r}, and train again:"
-        )
+            return self.add({"Wrong labels": suspects.verdict}, suspects=suspects.record())
+        guesses = suspects.probabilities.argmax(1).tolist()
+        lines, table = list[list[Any]](), [["row", *result.columns, *EVIDENCE]]
+        for row, mark in zip(flagged, judges.as_column(self.marks, len(flagged)), strict=True):
+            guess, score = self.classes[guesses[row]], float(result.scores[row])
+            own = [values[row] for values in result.columns.values()]
+            evidence = [guess, confidence[row], losses[row], score]
+            lines.append([result.numbers[row], *own, *evidence, mark])
+            shown = guess, f"{confidence[row]:.2f}", f"{losses[row]:.2f}", f"{score:+.1e}"
+            table.append([*self._cells(row), *shown])
         if self.folder is not None:
-            data = self.result.columns.values()
-            lines = list[tuple[Any, ...]]()
-            for row, mark in zip(flagged, judges.as_column(self.marks, len(flagged)), strict=True):
-                own = (values[row] for values in data)
-                lines.append((self.result.numbers[row], *own, *evidence[row], mark))
-            heads = [name.replace(" ", "_") for name in EVIDENCE]
-            names = ["row", *self.result.columns, *heads, judges.COLUMN]
-            escape = self.command.escape_formulas
-            write_csv(self.folder / "suspects.csv", names, lines, escape_formulas=escape)
-        shown = {
-            row: [guess, f"{sure:.2f}", f"{loss:.2f}", f"{score:+.1e}"]
-            for row, (guess, sure, loss, score) in [*evidence.items()][:SHOWN]
-        }
-        table = [["row", *self.result.columns, *EVIDENCE]]
-        table += [[*self._cells(row), *more] for row, more in shown.items()]
-        parts = {"Train again": self.again, "The most doubtful labels": table, "Terms": TERMS}
-        self.write(parts, suspects=suspects.record())
-        rows = [["the most doubtful rows", *EVIDENCE]]
-        rows += [[self.result.line(row, 60), *more] for row, more in shown.items()]
-        advice = suspects.advice.removeprefix("; ")
-        return f"{self.page.verdict}\n  {self.again}\n{advice}\n{aligned(rows)}\n\n{TERMS}"
+            path, names = self.folder / "suspects.csv", [*table[0], judges.COLUMN]
+            write_csv(path, names, lines, escape_formulas=self.command.escape_formulas)
+        self.page.verdict = (
+            f"Read the {len(flagged)} of {len(confidence)} rows whose labels may be wrong, in "
+            f"suspects.csv, worst first; stop where the labels are right. Correct the column "
+            f"{[*result.columns][-1]!r}, and train again."
+        )
+        parts = {"Train again": self.again, "The most doubtful labels": table[: SHOWN + 1]}
+        parts["Terms"] = TERMS + f"\n{suspects.advice}" * bool(suspects.advice)
+        return self.add(parts, suspects=suspects.record())
 
     def _reasons(self, found: Reasons) -> str:
         if self.folder is not None:
@@ -164,15 +145,11 @@ class Answers:
             if any(reason.rows for reason in found):
                 found.plot(self.folder / "why.png")
                 self.page.pictures = {**self.page.pictures, "Why these predictions": "why.png"}
-        self.write({"Why these predictions": str(found)})
-        return f"why:\n{found}"
+        return self.add({"Why these predictions": str(found)})
 
     def _cells(self, row: int) -> list[Any]:
-        each = [cells({name: values}, row, 60) for name, values in self.result.columns.items()]
+        each = (cells({name: values}, row, 60) for name, values in self.result.columns.items())
         return [self.result.numbers[row], *each]
-
-    def _detail(self, title: str, text: str) -> None:
-        self.page.details = {**self.page.details, title: text}
 
     def _minutes(self, trainings: int) -> str:
         return f"about {trainings * self.result.settings['seconds'] / 60:.1f} minutes"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hyperopt_peft.utils.plots import LOSSES, level_curves
-from hyperopt_peft.utils.tables import html_page, html_table, printable
+from hyperopt_peft.utils.tables import aligned, html_page, html_table, printable
 
 PACKAGES = ("hyperopt-peft", "torch", "transformers", "peft", "datasets")
 #: Texts, or rows of cells of which the first has the heads, by title.
@@ -38,7 +38,7 @@ class Report:
     sections: Sections = field(default_factory=dict)
     pictures: Mapping[str, str] = field(default_factory=dict)
     curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
-    details: Sections = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
 
     def write(self, folder: str | Path) -> Path:
         """Write the page and the curves to ``folder``; the path of the page."""
@@ -70,6 +70,12 @@ class Report:
         ]
         parts += ["<details><summary>Details</summary>", *_parts({**self.details, **last})]
         return html_page(again[0], [*parts, "</details>\n"])
+
+
+def as_text(sections: Sections) -> str:
+    """``sections`` for a terminal."""
+    shown = (x if isinstance(x, str) else aligned(x) for x in sections.values())
+    return "\n\n".join(f"{title}\n{text}" for title, text in zip(sections, shown))
 
 
 def _parts(sections: Sections) -> list[str]:
