@@ -18,16 +18,16 @@ Numbers = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Removal:
-    """What a test set says of training without some rows: numbers such as ``loss``, by name.
+    """Numbers on a test set, such as ``loss``, by name, after trainings without some rows.
 
     Attributes:
-        count: how many rows were left out.
+        count: the number of rows left out.
         plain: after the training on all rows.
-        without: without the rows that the scores say hurt most.
+        without: without the rows of the largest scores.
         highest_loss: without as many rows of the highest mean training loss.
         random: without as many random rows, once for each draw.
-        with_evaluation: after as many passes over the training and the evaluation rows, the
-            simplest other use of these; None where they are not known as rows, and for two levels.
+        with_evaluation: after as many passes over the training and the evaluation rows; None if
+            the evaluation rows are not known, and for two levels.
 
     Example:
         >>> plain, less, more = {"loss": 1.0}, {"loss": 0.9}, {"loss": 1.05}

@@ -1,4 +1,4 @@
-"""Rows whose labels may be wrong, by the predictions of models that did not train on them."""
+"""Rows whose labels may be wrong, by predictions of models that did not train on these rows."""
 
 from __future__ import annotations
 
@@ -25,19 +25,18 @@ INSTALL = 'pip install "hyperopt-peft[cleanlab]" flags fewer rows'
 
 @dataclass(frozen=True)
 class Suspects:
-    """How doubtful the label of each row is; a lower ``confidence`` is more doubtful.
+    """How doubtful the label of each row is.
 
     Attributes:
-        confidence: cleanlab's label quality from out-of-fold probabilities (Northcutt et al. 2021,
-            arXiv:1911.00068), or the probability of the given label without cleanlab, ``(n,)``;
-            NaN for a row without a label.
-        flagged: the rows that cleanlab takes for wrong, most doubtful first; without cleanlab the
-            rows whose label is not the most probable class; none where ``kappa`` is `SLIGHT`.
-        probabilities: of each class, by the folds that did not train on the row, ``(n, classes)``.
-        accuracy: the share of the labels that are the most probable class, out of fold.
-        kappa: how far ``accuracy`` is above chance, from 0 to 1 (Cohen 1960,
-            doi:10.1177/001316446002000104).
-        method: what flagged the rows.
+        confidence: the probability of the given label, or cleanlab's label quality (Northcutt et
+            al. 2021, arXiv:1911.00068), ``(n,)``; low is doubtful, NaN is a row without a label.
+        flagged: the rows that cleanlab flags, most doubtful first; without cleanlab the rows whose
+            label is not the most probable class; none if ``kappa`` is at most `SLIGHT`.
+        probabilities: of each class, from the fold without the row, ``(n, classes)``.
+        accuracy: the share of the labels that are the most probable class.
+        kappa: how far ``accuracy`` is above chance: 0 at chance, 1 if all labels are predicted
+            (Cohen 1960, doi:10.1177/001316446002000104).
+        method: the rule that flagged the rows.
     """
 
     confidence: Tensor

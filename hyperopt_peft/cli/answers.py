@@ -1,4 +1,4 @@
-"""What `attribute` prints, and the page and files that it writes, as soon as each part is known."""
+"""The printed lines, the page and the files of `attribute`, as soon as each part is known."""
 
 from __future__ import annotations
 

@@ -165,7 +165,9 @@ def train_again(argv: Sequence[str], chosen: Chosen, output: Path) -> str:
     """The command that trains on the same data with corrected labels, into another folder."""
     _, flags = divided("attribute", argv)
     file = [argv[0]] if argv and not argv[0].startswith("-") else []
-    names = {*names_of(train.TYPES), *names_of([type(chosen.method)])}
+    names = {*names_of(train.TYPES), *names_of([type(chosen.method)])} - {
+        *names_of([OutputArguments])
+    }
     words = {name: values for name, values in flags.items() if name in names}
     words |= {"method": [chosen.name], "corrections": [f"{output}/suspects.csv"]}
     words |= {"output_dir": [f"{output}-corrected"]}
