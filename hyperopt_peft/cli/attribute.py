@@ -6,7 +6,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -241,13 +240,12 @@ def planned(command: AttributeArguments, setup: Setup, trainer: Any, explained: 
     rows, evaluation = len(setup.train), len(setup.evaluation or ())
     line = f"examples: {rows} training, {evaluation} evaluation"
     batches = rows / trainer.args.per_device_train_batch_size
-    minutes = partial(plan, trainer=trainer, details=command.details)
     if command.score_model == "head":
         # A pass forward alone is a third of one with the way back.
         twice = 2 if explained else 1  # the rows to explain have a head of their own
         works = [Work("features", twice, 0, (1 + evaluation / rows) * batches / 3)]
         searches = f", and {explained} predictions explained in some seconds each" * bool(explained)
-        return f"{line}; heads are trained in seconds{searches}\n{minutes(works)}"
+        return f"{line}; heads are trained in seconds{searches}\n{plan(works, trainer)}"
     training = whole(trainer, "training")
     # Scores by a whole run cost two trainings (docs/attribution.md), else passes over rows.
     unrolled = (command.estimator or UNROLLED).startswith(UNROLLED)
@@ -260,4 +258,4 @@ def planned(command: AttributeArguments, setup: Setup, trainer: Any, explained: 
         "retrain_without": 4 + DRAWS if command.retrain_without else 0,
     }
     works += [replace(training, name=name, trainings=n) for name, n in counts.items() if n]
-    return f"{line}\n{minutes(works)}"
+    return f"{line}\n{plan(works, trainer)}"

@@ -96,7 +96,7 @@ def run(argv: Sequence[str]) -> None:
     if command.dry_run:
         works = [whole(trainer, "search")] * bool(command.search_steps)
         works += planned(command, args.learning_rate)
-        print(plan(works, trainer, details=command.details))
+        print(plan(works, trainer))
         return
     if command.search_steps:
         trainer.train()

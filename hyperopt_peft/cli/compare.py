@@ -10,14 +10,13 @@ from typing import Literal
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.cli.options import OutputArguments, divided, names_of
-from hyperopt_peft.cli.report import Report
+from hyperopt_peft.cli.report import Report, as_text
 from hyperopt_peft.cli.text import models
 from hyperopt_peft.cli.text.setup import SHARED, choose, prepare
 from hyperopt_peft.comparison import compare_methods
 from hyperopt_peft.comparison.choice import RATES, UPPER_RATES
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.find import find_method
-from hyperopt_peft.utils.tables import aligned
 
 METHODS = ["lora", "dora", "bidora"]
 
@@ -133,16 +132,9 @@ def run(argv: Sequence[str]) -> None:
     heading, sentences = comparison.heading(), comparison.sentences()
     if command.folds:
         sentences.insert(0, comparison.recommendation())
-    scores, *others = comparison.tables().items()
-    page = Report("compare", "\n".join(sentences), plain.options)
-    page.sections = {heading: [[row[k] for k in shown_columns(scores[1])] for row in scores[1]]}
+    page = Report("compare", "\n".join(sentences), plain.options, details=comparison.tables())
+    table = comparison.table()
+    page.sections = {heading: [[*row[:3], row[-2]] for row in table]}  # without rates and memory
     page.pictures = {"Differences": "comparison.png"}
-    page.details = dict([scores, *others])
-    table = scores[1] if command.details else page.sections[heading]
-    print(f"\n{page.verdict}\n\n{heading}\n{aligned(table)}")
+    print(f"\n{page.verdict}\n\n{as_text({heading: table} if command.details else page.sections)}")
     print(f"\n{page.write(output)} has the differences in a picture")
-
-
-def shown_columns(table: Sequence[Sequence[str]]) -> list[int]:
-    """The columns of the answer; the others are of rates and of cost."""
-    return [k for k, name in enumerate(table[0]) if k < 3 or name == "seconds"]

@@ -28,17 +28,13 @@ class Work:
     passes: float
 
 
-def plan(works: Sequence[Work], trainer: Any, *, details: bool = False) -> str:
-    """``works`` and their time in a table; ``details`` are how the time was estimated."""
+def plan(works: Sequence[Work], trainer: Any) -> str:
+    """``works`` and their time in a table, by a timed pass of ``trainer``."""
     seconds = seconds_a_pass(trainer)
     minutes = [work.trainings * work.passes * seconds / 60 for work in works]
     rows: list[Sequence[Any]] = [("", "trainings", "steps", "minutes")]
     rows += [(w.name, w.trainings, w.steps or "", f"{m:.1f}") for w, m in zip(works, minutes)]
-    lines = [aligned(rows), f"together about {sum(minutes):.1f} minutes without evaluation"]
-    if details:
-        passes = ", ".join(f"{work.name} {work.passes:.0f}" for work in works)
-        lines.append(f"passes over a batch: {passes}; {seconds:.2f} seconds each")
-    return "\n".join(lines)
+    return f"{aligned(rows)}\ntogether about {sum(minutes):.1f} minutes without evaluation"
 
 
 def seconds_a_pass(trainer: Any) -> float:

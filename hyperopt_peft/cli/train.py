@@ -44,7 +44,7 @@ def run(argv: Sequence[str]) -> None:
     works = phases(trainer)
     if command.dry_run:
         print(levels(setup, trainer))
-        print(plan(works, trainer, details=command.details))
+        print(plan(works, trainer))
         return
     if trainer.is_world_process_zero():  # the lines of two phases look alike
         if setup.changed is not None:
@@ -55,8 +55,8 @@ def run(argv: Sequence[str]) -> None:
     save(trainer, evaluation)
     if trainer.is_world_process_zero():
         page = report(trainer, setup, evaluation, chosen)
-        print(f"{page.verdict}\nthe adapter and {page.write(args.output_dir).name} are in ", end="")
-        print(args.output_dir)
+        page.write(args.output_dir)
+        print(f"{page.verdict}\nthe adapter and report.html are in {args.output_dir}")
     trainer.end_training()
 
 
