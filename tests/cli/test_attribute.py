@@ -71,7 +71,7 @@ def test_scores_on_a_head_train_no_adapter(
     run("attribute", **chosen)
     table, printed = written(tmp_path), capsys.readouterr().out
     assert all(line["rank"] != "0" for line in table)
-    assert "can the scores be trusted? " in printed and "retraining" in printed
+    assert "Can the scores be trusted?" in printed and "retraining" in printed
     page, _, folded = (tmp_path / "out/report.html").read_text().partition("<details>")
     for expert in ("λ", "LDS", "cg:steps", "residual"):
         assert expert in folded and expert not in page and expert not in printed
