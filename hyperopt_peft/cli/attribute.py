@@ -126,6 +126,7 @@ def run(argv: Sequence[str]) -> None:
         memory_limit=command.memory_limit,
         progress=sys.stderr.isatty(),
     )
+    setup.require_sane(max(result.values.values()))
     # TRL leaves rows out whose labels are cut off.
     numbered = trainer.train_dataset if chosen.model.task == SFT else setup.train
     result.numbers = numbered[ROW][:]

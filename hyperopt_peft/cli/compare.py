@@ -74,7 +74,7 @@ def run(argv: Sequence[str]) -> None:
     plain = choose("compare", CompareArguments, argv, "lora", besides)  # without defaults
     command, args = plain.command, plain.args
     args.__dict__["_user_names"] &= {*plain.options}  # a method's defaults are for the others
-    command.require_output(args)
+    command.require_output(args, shared=True)
     number, slash, count = command.run.partition("/")
     if not (slash and number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
         raise ProblemError(f"run: must be K/N with 1 ≤ K ≤ N, got {command.run}")

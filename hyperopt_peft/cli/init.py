@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft.cli.guess import Guess, guess
+from hyperopt_peft.cli.guess import MOST_COLUMNS, Guess, guess, require_header, searched
 from hyperopt_peft.cli.options import parse
 from hyperopt_peft.cli.text import TaskName
-from hyperopt_peft.cli.text.data import read_files
+from hyperopt_peft.cli.text.data import EVALUATION, read_files, require_columns
+from hyperopt_peft.cli.text.encode import class_names, named, warn_of_one_class
 from hyperopt_peft.errors import ProblemError
 
 #: A small model for each task; the first is for all others.
@@ -70,8 +72,26 @@ def run(argv: Sequence[str]) -> None:
     target = Path(command.config_file)
     if target.exists() and not command.overwrite:
         raise ProblemError(f"{target}: is there already; give --overwrite or another --config_file")
-    rows = read_files(files, "file")
+    if command.command == "attribute" and not command.eval_file:
+        raise ProblemError(
+            "eval_file: attribute scores the rows by rows that you trust; give --eval_file with "
+            "about a hundred rows whose labels you have checked"
+        )
+    given = [*(command.text_columns or []), *filter(None, [command.label_column])]
+    select = partial(searched, given=given)
+    rows = read_files(files, "file", select=select)
+    names = rows.column_names
+    if not given and files[0].lower().endswith((".csv", ".tsv")):
+        require_header(rows, files[0])
     found = guess(rows, command.task, command.text_columns, command.label_column)
+    columns = [*found.texts, *filter(None, [found.label])]
+    if command.eval_file:
+        evaluation = read_files(command.eval_file, "eval_file", select=select)
+        require_columns(evaluation, columns, EVALUATION)
+        if found.task == "text-classification" and found.label:
+            classes = class_names(rows, found.label)
+            evaluation = named(evaluation, found.label, classes, EVALUATION)
+            warn_of_one_class(evaluation, found.label, EVALUATION)
     entries = [_line(*x) for x in options(command, files, len(rows), found) if x[1] is not None]
     run_it = f"hyperopt-peft {command.command} {target}"
     head = f"# {found.task} on {', '.join(files)}: {run_it}\n# All options: {run_it} --help\n"
@@ -79,11 +99,20 @@ def run(argv: Sequence[str]) -> None:
         target.write_text("\n".join([head, *entries, ""]), encoding="utf-8")
     except OSError as error:
         raise ProblemError(f"{target}: cannot be written ({error.strerror})") from error
-    names = ", ".join(map(str, rows.column_names))
-    print(f"{', '.join(files)}: {len(rows)} rows; columns {names}\n")
-    print("\n".join(entries))
+    wide = f" (the first {MOST_COLUMNS} and those with a usual name were read)"
+    print(f"{', '.join(files)}: {len(rows)} rows; columns {_some(names)}", end="")
+    print(wide if len(names) >= MOST_COLUMNS else "")
+    if found.label is None and found.task == "causal-lm":
+        print("no column looks like a label, a few words or numbers: the texts alone are learned")
+    if unused := [name for name in names if name not in columns]:
+        print(f"not used: {_some(unused)}")
+    print("\n" + "\n".join(entries))
     print("\nif this is wrong, give --task, --text_columns or --label_column")
     print(f"{target} is written; next:\n  {run_it} --dry_run\n  {run_it}")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:20]) + ", …" * (len(names) > 20)
 
 
 def options(

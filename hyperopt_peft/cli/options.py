@@ -7,10 +7,13 @@ options of that command alone, and an option of another command is not read.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
+import weakref
 from argparse import SUPPRESS, Action, HelpFormatter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from importlib import import_module
@@ -18,7 +21,6 @@ from inspect import getdoc
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 import yaml
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg, HfArgumentParser
@@ -63,14 +65,22 @@ class OutputArguments(RunArguments):
 
     overwrite_output_dir: bool = HfArg(default=False, help="replace the results of an earlier run")
 
-    def require_output(self, args: TrainingArguments) -> str | bool | None:
-        """The checkpoint to resume, True for the last complete one, or None; nothing is created.
+    def require_output(self, args: Any, *, shared: bool = False) -> str | bool | None:
+        """Lock ``output_dir``; the checkpoint to resume, True for the last complete one, or None.
 
-        A dry run gets an ``output_dir`` of its own, since a Trainer makes the folder.
+        Several processes can hold a ``shared`` lock. A dry run gets another ``output_dir``, since a
+        Trainer makes the folder.
         """
         if self.dry_run:
             args.output_dir = cache_folder()
             return None
+        checkpoint = self._checkpoint(args)
+        if args.process_index == 0:
+            held = lock(Path(args.output_dir), shared=shared)
+            weakref.finalize(self, os.close, held)  # not later than the process ends
+        return checkpoint
+
+    def _checkpoint(self, args: TrainingArguments) -> str | bool | None:
         folder, asked = Path(args.output_dir or ""), checkpoint_of(args)
         require_writable(folder)
         last = asked.lower() == "true"
@@ -88,6 +98,31 @@ class OutputArguments(RunArguments):
         if last:
             print(f"{folder} has no complete checkpoint: a new run")
         return None if last else asked or None
+
+
+def lock(folder: Path, *, shared: bool = False) -> int:
+    """The descriptor of the lock file in ``folder``, which is made; other processes are locked out.
+
+    The system drops the lock when the file is closed or the process ends, SIGKILL included. Forked
+    processes, such as those of a data loader, do not hold the lock.
+
+    Raises:
+        ProblemError: another process has the lock, and one of the two is not ``shared``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    with suppress(ImportError, OSError):  # Windows, and file systems without locks
+        import fcntl
+
+        try:
+            fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            os.close(file)
+            raise ProblemError(
+                f"output_dir: another run is writing to {folder}; wait until it ends, or name "
+                "another folder"
+            ) from error
+    return file
 
 
 def checkpoint_of(args: TrainingArguments) -> str:
@@ -222,8 +257,6 @@ def _parser(types: Sequence[Any], method: type[Method] | None) -> _Parser:
     defaults: dict[str, Any] = {}
     if "learning_rate" in names:
         defaults = {"logging_steps": LOGGING_STEPS, "disable_tqdm": not sys.stderr.isatty()}
-        # Without an accelerator PyTorch warns of each loader.
-        defaults["dataloader_pin_memory"] = torch.accelerator.is_available()
     if method is not None:
         for name in names_of([method]) & names:
             raise ProblemError(

@@ -7,16 +7,20 @@ import platform
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from hyperopt_peft.utils.plots import LOSSES, level_curves
-from hyperopt_peft.utils.tables import aligned, html_page, html_table, printable
+from hyperopt_peft.utils.tables import aligned, printable
+from hyperopt_peft.utils.versions import versions
 
-PACKAGES = ("hyperopt-peft", "torch", "transformers", "peft", "datasets")
 #: Texts, or rows of cells of which the first has the heads, by title.
 Sections = Mapping[str, str | Sequence[Sequence[Any]]]
+#: Tables scroll sideways in a box of their own, so that a narrow screen shows the page whole.
+STYLE = """body{font:16px/1.4 sans-serif;max-width:72em;margin:1em auto;padding:0 .8em}
+table{border-collapse:collapse}td,th{padding:.2em .8em .2em 0;text-align:left;white-space:nowrap}
+p{white-space:pre-line}.table{overflow-x:auto}img{max-width:100%}
+pre{white-space:pre-wrap;overflow-wrap:anywhere}"""
 
 
 @dataclass
@@ -56,20 +60,22 @@ class Report:
         """The page."""
         again = [f"hyperopt-peft {self.command}"]
         again += [shlex.join([f"--{name}", *words]) for name, words in self.options.items()]
-        versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+        found = ", ".join(map(" ".join, versions().items()))
         last = {
             "The same run again": " \\\n  ".join(again),
-            "Versions": f"Python {platform.python_version()}, {versions}",
+            "Versions": f"Python {platform.python_version()}, {found}",
         }
-        parts = [f"<p>{_escaped(self.subtitle)}"] * bool(self.subtitle)
-        parts.append(f"<p><b>{_escaped(self.verdict)}</b>")
-        parts += _parts(self.sections)
+        head = f"<!doctype html><meta charset=utf-8><title>{again[0]}</title>"
+        view = "<meta name=viewport content='width=device-width'>"
+        parts = [f"{head}{view}<style>{STYLE}</style>", f"<h1>{again[0]}</h1>"]
+        parts += [f"<p>{_escaped(self.subtitle)}"] * bool(self.subtitle)
+        parts += [f"<p><b>{_escaped(self.verdict)}</b>", *_parts(self.sections)]
         parts += [
             f'<p><img src="{html.escape(path)}" alt="{html.escape(caption)}">'
             for caption, path in pictures.items()
         ]
         parts += ["<details><summary>Details</summary>", *_parts({**self.details, **last})]
-        return html_page(again[0], [*parts, "</details>\n"])
+        return "\n".join([*parts, "</details>\n"])
 
 
 def as_text(sections: Sections) -> str:
@@ -82,10 +88,17 @@ def _parts(sections: Sections) -> list[str]:
     parts = []
     for title, content in sections.items():
         text = isinstance(content, str)
-        shown = f"<pre>{_escaped(content)}</pre>" if text else html_table(content)
+        shown = f"<pre>{_escaped(content)}</pre>" if text else _table(content)
         parts.append(f"<h2>{_escaped(title)}</h2>\n{shown}")
     return parts
 
 
+def _table(rows: Any) -> str:
+    kinds = ["th", *["td"] * (len(rows) - 1)]
+    cells = ("".join(f"<{kind}>{_escaped(cell)}" for cell in row) for kind, row in zip(kinds, rows))
+    lines = "".join(f"<tr>{line}</tr>" for line in cells)
+    return f"<div class=table><table>{lines}</table></div>"
+
+
 def _escaped(text: Any) -> str:
-    return html.escape(printable(text))
+    return html.escape(printable(str(text)))

@@ -52,6 +52,8 @@ def run(argv: Sequence[str]) -> None:
         print(", then ".join(f"{work.name}: {work.steps} steps" for work in works), flush=True)
     trainer.train(checkpoint)
     evaluation = {} if setup.evaluation is None else trainer.evaluate()
+    trained = _last_metrics(trainer.retrainer or trainer)
+    setup.require_sane(evaluation.get("eval_loss", trained["train_loss"]))
     save(trainer, evaluation)
     if trainer.is_world_process_zero():
         page = report(trainer, setup, evaluation, chosen)

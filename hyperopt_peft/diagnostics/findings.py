@@ -12,7 +12,7 @@ Severity = Literal["error", "warning"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One finding: its ``kind``, the name of the ``level``, a description, and advice.
+    """One finding: its kind, the name of the level, a description (``words``), and advice.
 
     The severity is ``"error"`` if training fails or hypergradients are wrong, and ``"warning"`` if
     hypergradients are inaccurate or useless.
@@ -32,9 +32,9 @@ class Finding:
 class Check:
     """The findings, by severity, and two measurements, which an error may prevent.
 
-    ``signal_to_noise`` of the hypergradient is None without several batches of a level, and ∞
-    where the hypergradients of all batches are equal. ``not_compared`` says why derivatives were
-    not compared with differences, and is empty where they were.
+    ``signal_to_noise`` of the hypergradient is None without several batches of a level, and ∞ if
+    the hypergradients of all batches are equal. ``not_compared`` says why derivatives were not
+    compared with differences; it is empty if they were.
     """
 
     findings: tuple[Finding, ...]
@@ -44,7 +44,7 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was found."""
+        """Whether there are no findings."""
         return not self.findings
 
     def measurements(self) -> list[str]:
@@ -57,5 +57,5 @@ class Check:
         return lines
 
     def __str__(self) -> str:
-        found = [*map(str, self.findings)] or ["nothing was found"]
+        found = [*map(str, self.findings)] or ["no problem was found"]
         return "\n".join([*found, *self.measurements()])

@@ -1,9 +1,8 @@
-"""Tables as text, CSV, LaTeX and HTML, and text that a terminal shows as it is."""
+"""Tables as text, CSV and LaTeX, and text that is safe for a terminal."""
 
 from __future__ import annotations
 
 import csv
-import html
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from hyperopt_peft.errors import ProblemError
 
-#: Controls but tab and newline, marks of direction, invisible characters but joiners, surrogates.
+#: Control characters except tab and newline, direction marks, invisible characters, surrogates.
 UNSAFE = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
     r"\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
@@ -21,13 +20,13 @@ WORD = re.compile(r"[^\W\d_]{2}")
 
 
 def printable(text: str) -> str:
-    r"""``text`` with each character escaped that changes what a terminal shows of the others.
+    r"""``text`` with an escape for each character that changes how a terminal shows the others.
 
     Example:
         >>> print(printable("\x1b[31mred\x1b[0m, and \u202eturned around"))
         \x1b[31mred\x1b[0m, and \u202eturned around
     """
-    return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def cells(columns: Mapping[str, Sequence[Any]], row: int, width: int = 80) -> str:
@@ -52,9 +51,9 @@ def write_csv(
 ) -> None:
     """Write ``heads`` and ``rows`` to the file ``path``.
 
-    A spreadsheet takes a text that begins with one of = + - @ for a formula and runs it. With
-    ``escape_formulas`` such a text begins with an apostrophe in the file, which spreadsheets do not
-    show and other programs read as a part of the text. Numbers stay as they are.
+    A spreadsheet runs text that begins with = + - or @ as a formula. ``escape_formulas`` puts an
+    apostrophe before such text; spreadsheets hide it, and other programs read it as text. Numbers
+    do not change.
 
     Raises:
         ProblemError: the file cannot be written.
@@ -73,7 +72,7 @@ def write_csv(
 
 
 def aligned(rows: Sequence[Sequence[Any]]) -> str:
-    """``rows`` of cells, the heads first, in columns; numbers end at the right, words begin left.
+    """``rows`` of cells, the heads first; columns without a word are right-aligned.
 
     Example:
         >>> print(aligned([["method", "loss"], ["lora", 0.125], ["dora", "–"]]))
@@ -117,36 +116,3 @@ def _latex(cell: str) -> str:
     signs |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     signs |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
     return "".join(signs.get(letter, letter) for letter in cell)
-
-
-#: Tables scroll sideways inside their own box, so that a narrow screen shows the page whole.
-STYLE = """body{font:16px/1.4 sans-serif;max-width:72em;margin:1em auto;padding:0 .8em}
-table{border-collapse:collapse}td,th{padding:.2em .8em .2em 0;text-align:left;white-space:nowrap}
-p{white-space:pre-line}.table{overflow-x:auto}pre{white-space:pre-wrap;overflow-wrap:anywhere}img{max-width:100%}"""
-
-
-def html_page(title: str, parts: Iterable[str]) -> str:
-    """A page that is read at any width, of ``parts`` in HTML under ``title``, a text.
-
-    Example:
-        >>> html_page("a < b", ["<p>true"]).splitlines()[-1]
-        '<p>true'
-    """
-    title = html.escape(printable(title))
-    head = f"<!doctype html><meta charset=utf-8><title>{title}</title>"
-    view = "<meta name=viewport content='width=device-width'>"
-    return "\n".join([f"{head}{view}<style>{STYLE}</style>", f"<h1>{title}</h1>", *parts])
-
-
-def html_table(rows: Sequence[Sequence[Any]]) -> str:
-    """``rows`` of cells, the heads first, as an HTML table.
-
-    Example:
-        >>> html_table([["<mine>"]])
-        '<div class=table><table><tr><th>&lt;mine&gt;</tr></table></div>'
-    """
-    lines = []
-    for kind, row in zip(["th", *["td"] * len(rows)], rows, strict=False):
-        cells = "".join(f"<{kind}>{html.escape(printable(str(cell)))}" for cell in row)
-        lines.append(f"<tr>{cells}</tr>")
-    return f"<div class=table><table>{''.join(lines)}</table></div>"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import csv
 import shutil
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -16,10 +17,11 @@ from typing import Any
 from datasets import ClassLabel, Dataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
 from datasets.utils import logging
-from pandas.errors import ParserWarning  # type: ignore[import-untyped]
+from pandas.errors import EmptyDataError, ParserWarning  # type: ignore[import-untyped]
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.errors import ProblemError, did_you_mean
+from hyperopt_peft.trainer.data import stratified
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 TRAIN, UPPER = "the training examples", "the upper level's examples"
@@ -109,12 +111,19 @@ class DataArguments(ExampleData):
         return columns
 
 
-def read_files(paths: Sequence[str], option: str, *, by_source: bool = False) -> Dataset:
-    """The rows of all ``paths``, in order; ``option`` has the paths, and is named in errors.
+def read_files(
+    paths: Sequence[str],
+    option: str,
+    *,
+    by_source: bool = False,
+    select: Callable[[list[str]], list[str]] = list,
+) -> Dataset:
+    """The rows of all ``paths``, in order; errors name ``option``, which has the paths.
 
-    With ``by_source`` several files without a column `SOURCE` get one, of the files' names.
+    With ``by_source`` several files without a column `SOURCE` get one, with the files' names.
+    ``select`` maps the columns of a CSV or TSV file to those that are read.
     """
-    tables = [_read_file(Path(path), option) for path in paths]
+    tables = [_read_file(path, option, select) for path in paths]
     if by_source and len(paths) > 1 and SOURCE not in tables[0].column_names:
         tables = [rows.add_column(SOURCE, [x] * len(rows)) for x, rows in zip(paths, tables)]
     try:
@@ -125,7 +134,10 @@ def read_files(paths: Sequence[str], option: str, *, by_source: bool = False) ->
         ) from error
 
 
-def _read_file(path: Path, option: str) -> Dataset:
+def _read_file(name: str, option: str, select: Callable[[list[str]], list[str]]) -> Dataset:
+    path = Path(name)
+    if not name:
+        raise ProblemError(f"{option}: the file name is empty; name a file or leave {option} out")
     suffix = path.suffix.lower()
     if suffix not in FORMATS:
         raise ProblemError(f"{option}: {path} is not of a known format; use {', '.join(FORMATS)}")
@@ -137,33 +149,48 @@ def _read_file(path: Path, option: str) -> Dataset:
         # would otherwise shift all columns by one.
         options |= {"keep_default_na": False, "na_values": [""], "index_col": False}
         options["sep"] = sep = "\t" if suffix == ".tsv" else ","
-        heads = ""
-        with suppress(OSError), path.open(encoding="utf-8", errors="replace") as file:
-            heads = file.readline()
-        if sep not in heads and (other := next((mark for mark in ";\t|" if mark in heads), None)):
-            raise ProblemError(
-                f"{option}: {path} has {other!r} between its columns; write it with {sep!r}"
-            )
+        names = _header(path, option, sep)
+        if len(columns := select(names)) < len(names):
+            options["usecols"] = columns
     return _load(option, str(path), FORMATS[suffix], split="train", **options)
+
+
+def _header(path: Path, option: str, mark: str) -> list[str]:
+    """The names of the columns of a CSV file, which ``mark`` separates."""
+    names = list[str]()
+    with suppress(OSError, csv.Error), path.open(encoding="utf-8-sig", errors="replace") as file:
+        names = next((row for row in csv.reader(file, delimiter=mark) if row), [])
+    if len(names) == 1 and (other := next((each for each in ";\t|," if each in names[0]), None)):
+        raise ProblemError(f"{option}: {path} has {other!r} between its columns; use {mark!r}")
+    if twice := next((name for name in names if name and names.count(name) > 1), None):
+        raise ProblemError(f"{option}: {path} has two columns {twice!r}; rename or remove one")
+    return names
 
 
 def _load(option: str, name: str, *source: Any, **options: Any) -> Dataset:
     level = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # the exception says it in one line
+    wrong = "has no rows; give another"
     try:
         with warnings.catch_warnings(action="error", category=ParserWarning):
             rows = load_dataset(*source, **options)
     except (DatasetsError, ValueError, OSError, StopIteration) as error:
-        empty = isinstance(error, StopIteration) or "corresponds to no data" in str(error)
-        reason = "it has no rows" if empty else error.__cause__ or error
-        raise ProblemError(
-            f"{option}: {name} cannot be read: {reason}; correct the name, or the data: UTF-8, the "
-            "same columns in each row, values of one type in a column"
-        ) from error
+        cause = error.__cause__ or error
+        if isinstance(cause, UnicodeDecodeError):
+            wrong = "is not encoded as UTF-8; save it as UTF-8 (in a spreadsheet: CSV UTF-8)"
+        elif not (
+            isinstance(cause, StopIteration | EmptyDataError)
+            or "corresponds to no data" in str(error)
+        ):
+            wrong = (
+                f"cannot be read: {cause}; correct the name, or the data: the same columns in each "
+                "row, values of one type in a column"
+            )
+        raise ProblemError(f"{option}: {name} {wrong}") from error
     finally:
         logging.set_verbosity(level)
     if not len(rows):
-        raise ProblemError(f"{option}: {name} has no rows; give another")
+        raise ProblemError(f"{option}: {name} {wrong}")
     return rows
 
 
@@ -192,11 +219,5 @@ def require_columns(data: Dataset, columns: Sequence[str], where: str) -> None:
 def hold_out(train: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     """The training and the evaluation part of ``train``, stratified if the labels are classes."""
     column = "labels" if isinstance(train.features.get("labels"), ClassLabel) else None
-    try:
-        parts = train.train_test_split(test_size=fraction, seed=0, stratify_by_column=column)
-    except ValueError as error:
-        raise ProblemError(
-            f"eval_fraction: {fraction} of {len(train)} examples cannot be held out ({error}); "
-            "change eval_fraction or the examples, or give eval_file"
-        ) from error
-    return parts["train"], parts["test"]
+    where = f"eval_fraction: {fraction} of {len(train)} examples cannot be held out; give eval_file"
+    return stratified(train, fraction, 0, column, where)

@@ -165,6 +165,9 @@ def adapter_config(model: Any, args: ModelArguments, task: Task) -> LoraConfig:
 
 def add_adapter(model: Any, args: ModelArguments, task: Task, method: Method) -> Any:
     """``model`` in train mode with a new adapter for ``method``; A depends on the current seed."""
+    largest = max(min(p.shape) for p in model.parameters() if p.ndim == 2)
+    if args.rank > largest:
+        raise ProblemError(f"rank: must be at most {largest} for this model, got {args.rank}")
     try:
         config = method.adapter(adapter_config(model, args, task))
         return get_peft_model(model, config).train()

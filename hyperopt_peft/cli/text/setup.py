@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +24,11 @@ from hyperopt_peft.cli.text.data import (
     hold_out,
     require_columns,
 )
-from hyperopt_peft.cli.text.encode import Encoder, class_names
+from hyperopt_peft.cli.text.encode import Encoder, class_names, warn_of_one_class
 from hyperopt_peft.cli.text.models import ModelArguments
 from hyperopt_peft.cli.text.sft import Conversations, sft_trainer
 from hyperopt_peft.cli.text.tasks import TASKS, Task
-from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.problems.find import find_method, import_file
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.data import shared
@@ -146,6 +147,20 @@ class Setup:
         except (ValueError, RuntimeError, OSError) as error:  # a logger is not installed, say
             raise ProblemError(str(error)) from error
 
+    def require_sane(self, loss: float) -> None:
+        """Raise NonFiniteError if ``loss`` is NaN or beyond 10 times the loss of a guess."""
+        if self.task.classes:
+            guess = math.log(self.config.num_labels)
+        elif self.args.task == "regression":  # the guess is 0
+            guess = sum(float(label) ** 2 for label in self.train["labels"]) / len(self.train)
+        else:
+            guess = math.log(len(self.encoder.tokenizer))
+        if not loss <= 10 * max(guess, 1.0):
+            raise NonFiniteError(
+                f"the training diverged: the loss is {loss:.2g} and that of a guess {guess:.2g}; "
+                "no adapter is written; lower learning_rate"
+            )
+
     def trainer_class(self) -> type[BilevelTrainer]:
         """The class of the task's trainer."""
         return sft_trainer() if self.args.task == SFT else BilevelTrainer
@@ -203,6 +218,9 @@ def prepare(args: ModelArguments, data: Any, training: Any, *methods: Method) ->
         train, evaluation = hold_out(train.add_column(PLACE, range(len(train))), data.eval_fraction)
         evaluation_rows = rows.select(evaluation[PLACE])
         train, evaluation = train.remove_columns(PLACE), evaluation.remove_columns([PLACE, *read])
+    for part, where in ((upper, UPPER), (evaluation, EVALUATION)):
+        if part is not None and args.task == "text-classification":
+            warn_of_one_class(part, "labels", where)
     parts = train, upper, evaluation, rows, upper_rows, evaluation_rows
     return Setup(args, task, config, encoder, *parts, frozenset(marks), changed)
 
