@@ -38,7 +38,7 @@ Options = dict[str, list[str]]
 #: Files and folders in ``output_dir`` that are the results of a run.
 RESULTS = (
     "adapter_config.json",
-    "report.md",
+    "report.html",
     "checkpoint-*",
     "retrain/checkpoint-*",
 )
@@ -70,6 +70,7 @@ class RunArguments:
     plugin: list[str] | None = HfArg(
         default=None, help="Python files to import, which can register estimators"
     )
+    details: bool = HfArg(default=False, help="print the numbers for experts too")
 
 
 @dataclass
