@@ -163,7 +163,7 @@ def require_plain(layer: lora.LoraLayer, adapter_name: str, name: str | None = N
     """Check that ``layer`` computes with V = W0 + s·B·A and that W0 can be read.
 
     Args:
-        name: what an error calls the layer; its class by default.
+        name: the layer's name in errors; its class by default.
 
     Raises:
         ProblemError: the layer type is unknown; its base layer is quantised or has a forward pass

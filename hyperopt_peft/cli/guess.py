@@ -162,7 +162,7 @@ def _label(rows: Dataset, besides: Collection[str], task: str | None) -> str | N
         if named := [known[name] for name in LABELS if name in known]:
             return named[0]
     if len(candidates) == 1:
-        return candidates[0]
+        return str(candidates[0])
     if not candidates and task is None:
         return None
     which = " or ".join(candidates[:5]) + " or …" * (len(candidates) > 5)

@@ -357,7 +357,7 @@ class Problem:
     def require_single(self, reason: str) -> None:
         """Raise ProblemError with ``reason`` if the level has lower levels."""
         if self.nested:
-            raise ProblemError(f"{self.name}: the level is Nested, with levels below: {reason}")
+            raise ProblemError(f"{self.name}: the level is Nested and has lower levels: {reason}")
 
     def optimizer_snapshot(self, *, with_state: bool) -> dict[str, Any]:
         """The optimizer's kind, options and, optionally, state; see `optimizer_state_copy`."""

@@ -281,7 +281,7 @@ class Engine:
 def _check_solved(lower: Problem, estimator: Estimator) -> None:
     """Raise ProblemError if ``lower`` or ``estimator`` needs optimizer steps of the lower level."""
     where = 'lower_steps="minimum"'
-    lower.require_single(f"{where} solves one level")
+    lower.require_single(f"{where} solves one level; give a number of steps")
     if lower.optimizer is not None:
         raise ProblemError(
             f"{lower.name}: {where} does not use the level's optimizer; remove the optimizer, or "

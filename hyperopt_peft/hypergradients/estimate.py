@@ -91,8 +91,8 @@ def check_estimator(estimator: Estimator, upper: Problem, lower: Problem) -> Non
         lower.require_single(f"{estimator.name}: {NO_EXACT_PRODUCT}")
     if needs.history > 1:
         lower.require_single(
-            f"{estimator.name} needs the last {needs.history} steps, and the levels below have "
-            "moved since; choose steps=1, or a solver"
+            f"{estimator.name} needs the last {needs.history} steps, and its lower levels "
+            "have moved since; choose steps=1, or a solver"
         )
 
 

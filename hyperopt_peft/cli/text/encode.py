@@ -1,4 +1,4 @@
-"""Encoding of rows of texts as token numbers and labels, one function for each task."""
+"""Rows of texts encoded as token numbers and labels, by a function for each task."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def _check_labels(labels: list[int]) -> None:
 
 
 def _number(label: Any) -> float:
-    """NaN for no number; one entry that is none makes a column of a file one of text."""
+    """``label`` as a number, or NaN; one entry that is no number makes a file's column text."""
     try:
         return float(label)
     except (TypeError, ValueError):
@@ -159,7 +159,7 @@ def check_each(
 
 
 def class_names(data: Dataset, column: str) -> tuple[str, ...]:
-    """The classes in ``column``, of examples or of lists of tags, sorted as numbers or as words."""
+    """The classes in a column of classes or of lists of tags, sorted as numbers or as words."""
     (inner, lists), values = _inner(data, column), data[column][:]
     if isinstance(inner, ClassLabel):
         return tuple(inner.names)

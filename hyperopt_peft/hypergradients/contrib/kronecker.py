@@ -74,8 +74,8 @@ class Fisher:
 def empirical_fisher(samples: Samples, like: Sequence[Tensor]) -> list[Block]:
     """The blocks of the layers in ``samples``, over variables shaped ``like``.
 
-    With δ = ∂f_i/∂y and inputs x, the right basis has the eigenvectors of mean xxᵀ and the left one
-    those of the mean over rows of Σ_t δδᵀ; a dimension above ``MAX_SIDE`` uses the identity. The
+    With δ = ∂f_i/∂y and inputs x, the bases are the eigenvectors of mean xxᵀ (right) and of the
+    mean over rows of Σ_t δδᵀ (left); a dimension above ``MAX_SIDE`` uses the identity. The
     eigenvalues are the second moments of the rows' gradients Σ_t δxᵀ in these bases. A variable
     belongs to one layer only, preferably a ``torch.nn.functional.linear``. Means include all
     processes.

@@ -72,7 +72,7 @@ class DifferentiableStep:
     def vjp(
         self, step: StepRecord, adjoint: Vector, moment_adjoint: Sequence[Tensor] | None = None
     ) -> tuple[Vector, Vector, list[Tensor], list[Tensor]]:
-        """Cotangents of (w, g, moments, options) from those of (w', moments'), None being zero."""
+        """Cotangents of (w, g, moments, options), given cotangents of (w', moments') or None."""
         clipping = self._clipping(step)
         leaves = [[x.requires_grad_() for x in group] for group in self._inputs(step, clipping)]
         point, moments = self._apply(step, *leaves)
