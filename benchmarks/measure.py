@@ -70,18 +70,22 @@ def arguments(description: str, **more: int | list[str]) -> argparse.Namespace:
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu", warmup: int = 1
+    runs: Mapping[str, Callable[[], object]],
+    repeats: int,
+    device: str = "cpu",
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """The seconds of each run in ``repeats`` rounds, which take all runs in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(-warmup, repeats):
         for name, run in runs.items():
             _wait(device)
-            begin = time.perf_counter()
+            begin = clock()
             run()
             _wait(device)
             if repeat >= 0:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(clock() - begin)
     return seconds
 
 

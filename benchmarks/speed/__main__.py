@@ -11,6 +11,7 @@ run_script(
     "speed",
     {
         "timing": "step, layer and MLP iteration in one process; writes results/speed.json",
+        "floor": "iterations beside the same passes in bare PyTorch, in CPU time of one thread",
         "dora_layer": "the DoRA layer alone: widths, dropout, kept activations, equality",
         "language": "memory and time of a language model's steps; results/speed_language.json",
         "gpu": "layer, steps, dot products, attribution and 4 bits on one GPU, in nine minutes",

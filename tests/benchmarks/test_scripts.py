@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 SLOW = [
     "speed timing --quick",
     "speed dora_layer --quick",
+    "speed floor --quick",
     "speed language --quick",
     "speed gpu --device cpu --small --threads 1",
     "speed on_paper --quick",
