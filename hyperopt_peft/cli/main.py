@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -53,8 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(name: str, options: Sequence[str]) -> None:
     """Import the command, which takes seconds, and run it."""
-    # Transformers with bitsandbytes warns every user of a kernel that is not installed.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if sys.stderr.isatty():
         print("loading PyTorch and Transformers …", file=sys.stderr)
     module = import_module(f"hyperopt_peft.cli.{name}")

@@ -21,7 +21,6 @@ from inspect import getdoc
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 import yaml
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg, HfArgumentParser
@@ -39,7 +38,7 @@ Options = dict[str, list[str]]
 #: Files and folders in ``output_dir`` that are the results of a run.
 RESULTS = (
     "adapter_config.json",
-    "report.md",
+    "report.html",
     "checkpoint-*",
     "retrain/checkpoint-*",
 )
@@ -71,6 +70,7 @@ class RunArguments:
     plugin: list[str] | None = HfArg(
         default=None, help="Python files to import, which can register estimators"
     )
+    details: bool = HfArg(default=False, help="print the numbers for experts too")
 
 
 @dataclass
@@ -273,8 +273,6 @@ def _parser(types: Sequence[Any], method: type[Method] | None) -> _Parser:
     defaults: dict[str, Any] = {}
     if "learning_rate" in names:
         defaults = {"logging_steps": LOGGING_STEPS, "disable_tqdm": not sys.stderr.isatty()}
-        # Without an accelerator PyTorch warns of each loader.
-        defaults["dataloader_pin_memory"] = torch.accelerator.is_available()
     if method is not None:
         for name in names_of([method]) & names:
             raise ProblemError(

@@ -140,7 +140,7 @@ def test_a_class_of_a_file_with_its_options(
     run("train", **options, weight="1e-3", hypergradient="cg:steps=2")
     settings = json.loads((tmp_path / "out/bilevel_settings.json").read_text())
     assert settings["hypergradient"] == "cg:steps=2"
-    assert "--weight 1e-3" in (tmp_path / "out/report.md").read_text()
+    assert "--weight 1e-3" in (tmp_path / "out/report.html").read_text()
     assert main(["train", "--method", method, "--help"]) == 0
     assert "of the squares of the weights" in capsys.readouterr().out
     run("train", **{**options, "method": f"{file}:Plain", "overwrite_output_dir": True})

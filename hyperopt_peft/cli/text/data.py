@@ -95,6 +95,9 @@ class DataArguments(ExampleData):
         default=None,
         help="column with the text to produce: for seq2seq, and for causal-lm after a prompt",
     )
+    corrections: list[str] | None = HfArg(
+        default=None, help="suspects.csv with corrected labels, which replace those of train_file"
+    )
     max_length: int = HfArg(default=128, help="tokens in an example; longer ones are cut")
 
     def columns(self, task: str) -> list[str]:
