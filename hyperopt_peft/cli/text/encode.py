@@ -78,7 +78,7 @@ class Encoder:
                 )
         elif self.task in ("causal-lm", "seq2seq"):
             texts.append(last)
-        elif not self.names and not math.isfinite(_number(label)):
+        elif not self.names and not math.isfinite(number(label)):
             raise ProblemError(f"the label {label!r} is no finite number; correct or remove it")
         for column in texts:
             if not isinstance(row[column], str) or not row[column].strip():
@@ -90,8 +90,8 @@ class Encoder:
         return self.tokenizer(*texts, truncation=True, max_length=self.args.max_length, **options)
 
     def _labelled(self, batch: Batch) -> Batch:
-        number: Callable[[Any], float] = self.names.index if self.names else _number
-        labels = [number(label) for label in batch[self.args.label_column]]
+        label_number: Callable[[Any], float] = self.names.index if self.names else number
+        labels = [label_number(label) for label in batch[self.args.label_column]]
         return {**self._tokens(*map(batch.get, self.args.text_columns)), "labels": labels}
 
     def _tags(self, batch: Batch) -> Batch:
@@ -139,7 +139,7 @@ def _check_labels(labels: list[int]) -> None:
         raise ProblemError("there is no token to predict; remove it")
 
 
-def _number(label: Any) -> float:
+def number(label: Any) -> float:
     """``label`` as a number, or NaN; one entry that is no number makes a file's column text."""
     try:
         return float(label)
