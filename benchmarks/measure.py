@@ -29,6 +29,9 @@ PACKAGES = (
     "betty-ml",
     "torchopt",
     "optuna",
+    "trl",
+    "bitsandbytes",
+    "flash_attn",
 )
 
 
@@ -72,15 +75,27 @@ def interleaved(
     runs: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu", warmup: int = 1
 ) -> dict[str, list[float]]:
     """Seconds of each run, ``repeats`` rounds of all of them in turn, after ``warmup`` rounds."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+
+    def timed(name: str) -> float:
+        wait(device)
+        begin = time.perf_counter()
+        runs[name]()
+        wait(device)
+        return time.perf_counter() - begin
+
+    return rounds(list(runs), timed, repeats, warmup)
+
+
+def rounds(
+    names: Sequence[str], seconds_of: Callable[[str], float], repeats: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """As `interleaved`, for runs that return their own seconds."""
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     for repeat in range(-warmup, repeats):
-        for name, run in runs.items():
-            _wait(device)
-            begin = time.perf_counter()
-            run()
-            _wait(device)
+        for name in names:
+            of_run = seconds_of(name)
             if repeat >= 0:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(of_run)
     return seconds
 
 
@@ -97,7 +112,8 @@ def keep_memory() -> bool:
     return bool(library.mallopt(mmap_max, 0) and library.mallopt(trim_threshold, 2**31 - 1))
 
 
-def _wait(device: str) -> None:
+def wait(device: str) -> None:
+    """Wait for the work of a GPU."""
     if device != "cpu":
         torch.cuda.synchronize(device)
 
@@ -106,6 +122,14 @@ def ratio(seconds: Mapping[str, Sequence[float]], name: str, unit: str) -> float
     """The median, over the rounds, of the time of ``name`` in times of ``unit``."""
     pairs = zip(seconds[name], seconds[unit], strict=True)
     return statistics.median(one / other for one, other in pairs)
+
+
+def table_of(seconds: Mapping[str, Sequence[float]], unit: str) -> list[dict[str, Any]]:
+    """A row for each run: the median of its seconds, and its `ratio` to ``unit``."""
+    return [
+        {"run": name, "s": statistics.median(each), f"÷ {unit}": ratio(seconds, name, unit)}
+        for name, each in seconds.items()
+    ]
 
 
 def kept_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:
