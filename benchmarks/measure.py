@@ -15,12 +15,13 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from hyperopt_peft.utils.versions import versions
 
 PACKAGES = (
     "torch",
@@ -37,7 +38,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Target:
-    """A number to reach: ``value`` at most ``target``, or at least where ``at_least``."""
+    """A number to reach: ``value`` at most ``target``, or at least ``target`` if ``at_least``."""
 
     name: str
     value: float
@@ -51,9 +52,9 @@ class Target:
 
 
 def arguments(description: str, **more: int | list[str]) -> argparse.Namespace:
-    """``--json FILE``, ``--quick``, ``--threads N`` and ``--device``; sets the threads.
+    """Parse ``--json FILE``, ``--quick``, ``--threads N`` and ``--device``, and set the threads.
 
-    ``more`` are further ones by their defaults: False, a whole number, or some of a list of names.
+    ``more`` has further options with their defaults: False, an integer, or a list of names.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="write all measurements to this file")
@@ -74,7 +75,7 @@ def arguments(description: str, **more: int | list[str]) -> argparse.Namespace:
 def interleaved(
     runs: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu", warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each run, ``repeats`` rounds of all of them in turn, after ``warmup`` rounds."""
+    """The seconds of each run in ``repeats`` rounds, which take all runs in turn."""
 
     def timed(name: str) -> float:
         wait(device)
@@ -100,10 +101,10 @@ def rounds(
 
 
 def keep_memory() -> bool:
-    """From here on the C library keeps freed memory; False where it is not glibc.
+    """Make the C library keep freed memory from now on; False if the library is not glibc.
 
-    By default it returns the free top of its heap to the system. Whether a training step then
-    pays for page faults, some 2 µs for 4 KiB, hangs on what lies at the top at that moment.
+    By default glibc returns the free top of its heap to the system. A later training step may then
+    pay for page faults, about 2 µs for 4 KiB, depending on the heap's layout.
     """
     library = ctypes.CDLL(None)
     if not hasattr(library, "mallopt"):
@@ -119,7 +120,7 @@ def wait(device: str) -> None:
 
 
 def ratio(seconds: Mapping[str, Sequence[float]], name: str, unit: str) -> float:
-    """The median, over the rounds, of the time of ``name`` in times of ``unit``."""
+    """The median, over the rounds, of the time of ``name`` divided by the time of ``unit``."""
     pairs = zip(seconds[name], seconds[unit], strict=True)
     return statistics.median(one / other for one, other in pairs)
 
@@ -147,7 +148,7 @@ def kept_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
         result = forward()
-    # What a part of the graph held that is gone by now (a norm that was detached) is not kept.
+    # Tensors of a part of the graph that has been freed (a detached norm) are gone by now.
     storages = [saved.tensor.untyped_storage() for saved in tensors]
     total = sum({x._cdata: x.nbytes() for x in storages if x._cdata not in owned}.values())
     del result
@@ -210,7 +211,7 @@ def show(tables: Mapping[str, Sequence[Mapping[str, Any]]], targets: Sequence[Ta
 def environment(device: str = "cpu") -> dict[str, Any]:
     """The versions of the packages, the commit of this one, and the machine."""
     return {
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": versions(PACKAGES),
         "commit": _commit(),
         "machine": {
             "processor": platform.processor() or platform.machine(),
@@ -221,13 +222,6 @@ def environment(device: str = "cpu") -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 def peak_memory(run: Callable[[], object], device: torch.device) -> int:
     """The peak memory of ``run`` on ``device`` in bytes, above the memory in use before.
 
-    On CUDA the value is the allocator's. Elsewhere it is the sum of the live storages that
-    operations return, without memory that an operation uses internally.
+    On CUDA the allocator reports it. Elsewhere it is the sum of the live storages that operations
+    return, without memory that an operation uses internally.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -48,7 +48,7 @@ def minilm(
     """MiniLM in train mode with an adapter, whose B is not zero, so that all gradients flow.
 
     Args:
-        dropout: of the adapter; the model keeps its own, 0.1.
+        dropout: the adapter's dropout; the model has its own, 0.1.
     """
     model = encoder()
     if method != "full fine-tuning":

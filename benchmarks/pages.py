@@ -1,4 +1,4 @@
-"""Tables between two marks of a page in docs, written from the results or checked against them."""
+"""Writes tables between two marks of a page in docs, or checks them against the results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write(path: Path, sections: Mapping[str, str], *, check: bool) -> None:
     """Put each section between its marks.
 
     Raises:
-        SystemExit: with ``check``, where the page would change; nothing is written then.
+        SystemExit: with ``check``, if the page would change; nothing is written then.
     """
     page = path.read_text()
     for name, text in sections.items():
@@ -53,7 +53,7 @@ def titled(tables: Mapping[str, Sequence[Mapping[str, Any]]], measured: Mapping[
 
 
 def machine_line(measured: Mapping[str, Any]) -> str:
-    """A sentence on what `measure.environment` has found."""
+    """A sentence about the machine and the versions, from `measure.environment`."""
     machine = measured["machine"]
     found = {**measured["versions"], "hyperopt-peft at commit": measured.get("commit")}
     versions = ", ".join(f"{name} {v}" for name, v in found.items() if v)

@@ -1,12 +1,12 @@
-"""How far is the recommended way to train on sources from the best one?
+"""How far is the recommended mixture of sources from the best one?
 
-    python benchmarks/sources.py FOLDER    # ten minutes of a core; goes on from its file
+    python benchmarks/sources.py FOLDER    # ten minutes of a core; continues its file
 
-A cell is a task, a number of trusted rows, and a draw of sources. Each way trains a head on
-MiniLM's features. A rule sees five folds of the trusted rows; 500 test rows measure its way. It is
-chosen on tweets with simulated sources and sentences of four domains that single persons rate, and
-measured on questions with labelling functions and movie reviews with simulated sources (trec/ and
-sst2/ in FOLDER).
+A cell is a task, a number of trusted rows, and a draw of sources. Each mixture trains a head on
+MiniLM's features. A rule chooses a mixture by five folds of the trusted rows; 500 test rows measure
+the choice. The rule was developed on tweets with simulated sources and on sentences of four domains
+with single raters. New cells measure it: questions with labelling functions and movie reviews with
+simulated sources (trec/ and sst2/ in FOLDER).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Draw = tuple[dict[str, list[tuple[int, int]]], list[int], list[int]]
 
 
 def texts_of(name: str, data: Path) -> tuple[list[str], list[int], Any]:
-    """Texts, right labels, and the task's further labels: of a person, or of functions."""
+    """Texts, right labels, and the task's further labels by a person or by functions."""
     if name == "tweets":
         table = tweets().to_pandas().sample(2000, random_state=0)
         return list(table.text), table.label.tolist(), None
@@ -96,7 +96,7 @@ def accuracy(outputs: Any) -> dict[str, float]:
 
 
 def measured(x: torch.Tensor, labels: list[int], cell: Draw) -> dict[str, Any]:
-    """The losses on the folds and the test accuracy of every way."""
+    """The losses on the folds and the test accuracy of every mixture."""
     sources, *both = cell
     rows = [(row, label, name) for name, pairs in sources.items() for row, label in pairs]
     columns = zip(("head_row", "labels", "source"), map(list, zip(*rows)), strict=True)
@@ -105,7 +105,7 @@ def measured(x: torch.Tensor, labels: list[int], cell: Draw) -> dict[str, Any]:
         for each in both
     )
     others = {name: [each for each in sources if each != name] for name in sources}
-    ways: dict[str, Any] = {
+    mixtures: dict[str, Any] = {
         "each source alike": problems.EqualSources(),
         "everything, equal weights": problems.LoRA(),
         "trusted rows 10 times": problems.TrustedRepeated(times=10),
@@ -121,38 +121,38 @@ def measured(x: torch.Tensor, labels: list[int], cell: Draw) -> dict[str, Any]:
     options |= {"upper_dataset": trusted, "compute_metrics": accuracy, "progress": False}
     judged: dict[str, dict[str, Any]] = {"loss": {"folds": 5}}
     judged["accuracy"] = {"test_dataset": test, "seeds": range(2)}
-    model, found = lambda: OnFeatures(x, head), dict[str, Any]()
+    model, scores = lambda: OnFeatures(x, head), dict[str, Any]()
     for metric, more in judged.items():
-        result = compare_methods(ways, model, None, args, metric=metric, **options, **more)
-        found[metric] = {way: result.scores(way) for way in ways}
-    return found
+        result = compare_methods(mixtures, model, None, args, metric=metric, **options, **more)
+        scores[metric] = {name: result.scores(name) for name in mixtures}
+    return scores
 
 
 def recommended(losses: dict[str, list[float]], within: float) -> str:
-    """The first way whose mean is at most ``within`` paired standard errors above the lowest."""
+    """The first mixture whose mean is at most ``within`` paired errors above the lowest mean."""
     best = min(losses.values(), key=fmean)
-    gaps = {way: [a - b for a, b in zip(each, best)] for way, each in losses.items()}
-    return next(way for way, gap in gaps.items() if fmean(gap) <= within * error_of(gap))
+    gaps = {name: [a - b for a, b in zip(each, best)] for name, each in losses.items()}
+    return next(name for name, gap in gaps.items() if fmean(gap) <= within * error_of(gap))
 
 
 def report(cells: list[Any]) -> str:
-    """How far each rule, and each way, is behind the best way's accuracy; mean and worst."""
-    ways = [way for way in cells[0]["loss"] if not way.startswith("without")]
-    choices: dict[str, Any] = {way: lambda cell, way=way: way for way in ways}
+    """A table: the distance of each rule, and each mixture, to the best mixture's accuracy."""
+    mixtures = [name for name in cells[0]["loss"] if not name.startswith("without")]
+    choices: dict[str, Any] = {name: lambda cell, name=name: name for name in mixtures}
     choices |= {n: lambda cell, k=k: recommended(cell["loss"], k) for n, k in RULES.items()}
     lines = ["| choice | development, mean | worst | new, mean | worst |", "|---" * 5 + "|"]
     for name, choice in choices.items():
-        regrets: dict[str, list[float]] = {"development": [], "new": []}
+        gaps: dict[str, list[float]] = {"development": [], "new": []}
         for cell in cells:
-            means = {way: fmean(values) for way, values in cell["accuracy"].items()}
-            regrets[TASKS[cell["task"]]].append(max(means.values()) - means[choice(cell)])
-        of_groups = (f"{fmean(each):.3f} | {max(each):.3f}" for each in regrets.values() if each)
+            means = {mixture: fmean(values) for mixture, values in cell["accuracy"].items()}
+            gaps[TASKS[cell["task"]]].append(max(means.values()) - means[choice(cell)])
+        of_groups = (f"{fmean(each):.3f} | {max(each):.3f}" for each in gaps.values() if each)
         lines.append(f"| {name} | {' | '.join(of_groups)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Do the cells that the file lacks, and print the table."""
+    """Run the cells that the file lacks, and print the table."""
     quiet()
     cells = [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
     for name in TASKS:

@@ -1,4 +1,4 @@
-"""Results that are appended to a file, one line for each, so that a benchmark can go on."""
+"""Results in a file, one line each, so that an interrupted benchmark can continue."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ import torch
 from benchmarks.measure import environment, keep_memory
 
 Row = dict[str, Any]
-#: The key of the entry that has versions and machine.
+#: The key of the entry with versions and machine.
 MEASURED = "measured"
 
 
 class Store:
-    """The entries of a ``.jsonl`` file by their ``key``; of two lines of one key the last one wins.
+    """The entries of a ``.jsonl`` file by their ``key``; a later line replaces an earlier one.
 
-    A line that a killed process left unfinished is skipped. Several processes may append to one
-    file.
+    An unfinished line of a killed process is skipped. Several processes may append to one file.
 
     Args:
-        path: the file, which need not exist; None keeps all in memory.
+        path: the file, which need not exist; None stores entries in memory only.
 
     Example:
         >>> store = Store(None)
@@ -41,7 +40,7 @@ class Store:
         self.reload()
 
     def reload(self) -> None:
-        """Read what other processes have appended."""
+        """Read the lines that other processes have appended."""
         if self.path is None or not self.path.exists():
             return
         for line in self.path.read_text().splitlines():
@@ -65,7 +64,7 @@ class Store:
         return self.by_key.get(key)
 
     def entry(self, **fields: Any) -> Row:
-        """The entry that these fields name; a new one is in the file once it is saved."""
+        """The entry with these fields; a new entry is written by `save`."""
         key = json.dumps(fields, sort_keys=True, ensure_ascii=False)
         return self.by_key.setdefault(key, {"key": key, **fields})
 
@@ -86,9 +85,9 @@ class Store:
         return bytes(file.read(1))
 
     def finish(self, device: str = "cpu") -> None:
-        """Add the entry ``measured``, versions and machine, and leave one line for each entry.
+        """Add an entry with versions and machine, and rewrite the file with one line per entry.
 
-        No other process may be appending.
+        No other process may append at the same time.
         """
         self.save({"key": MEASURED, **environment(device)})
         if self.path is None:
@@ -102,13 +101,13 @@ class Store:
 def run_parser(
     description: str, results: Path, parts: Iterable[str] = ()
 ) -> argparse.ArgumentParser:
-    """``--results FILE``, ``--quick`` and ``--parts``, for benchmarks that go on from a file."""
+    """A parser of ``--results FILE``, ``--quick`` and ``--parts``, for benchmarks with a store."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
-        "--results", type=Path, default=results, help="all runs (a .jsonl file); goes on from it"
+        "--results", type=Path, default=results, help="file of all runs (.jsonl), to be continued"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="a few short runs, which are printed and not kept"
+        "--quick", action="store_true", help="a few short runs, which are printed and not stored"
     )
     if parts := list(parts):
         parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
@@ -116,7 +115,7 @@ def run_parser(
 
 
 def opened(options: argparse.Namespace) -> Store:
-    """The store that the options name, with one thread and without progress bars."""
+    """Open the store that the options name; use one thread and no progress bars."""
     from text_data import quiet
 
     torch.set_num_threads(1)

@@ -1,6 +1,7 @@
-"""Sphinx builds the site from the Markdown pages here: ``python -m sphinx -W docs outputs/site``.
+"""Sphinx builds the site: ``python -m sphinx -W docs outputs/site``.
 
-The docstrings are in Google's style, with a name of the package between single backticks.
+Notebooks are shown with the outputs that are committed; none is executed. The docstrings are in
+Google's style, with a name of the package between single backticks.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ project = "hyperopt-peft"
 version = release = installed(project)
 copyright = "the authors of hyperopt-peft; Apache-2.0"
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
 exclude_patterns = ["upstream"]
+nb_execution_mode = "off"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 html_theme = "furo"
@@ -50,10 +52,16 @@ python_use_unqualified_type_names = True
 def own_arguments(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str, returned: str
 ) -> tuple[str, str] | None:
-    """Arguments that derive from Transformers' have more than a hundred: their own are listed."""
+    """Arguments that derive from Transformers' have more than a hundred: their own are listed.
+
+    Private arguments and bounds of numbers are left out; a default that a function makes is "...".
+    """
     if what == "class" and issubclass(obj, TrainingArguments):
         return "(output_dir, …)", returned
-    return None
+    if signature:
+        signature = re.sub(r"~?(?:typing\.)?Annotated\[([^,]*), [^\]]*\]", r"\1", signature)
+        signature = re.sub(r", _\w+: [^,)]*", "", signature).replace("<factory>", "...")
+    return signature, returned
 
 
 def named_pages(
@@ -63,13 +71,19 @@ def named_pages(
     lines[:] = [re.sub(r"docs/([\w-]+)\.md", r":doc:`/\1`", line) for line in lines]
 
 
-def pages_elsewhere(app: Sphinx, name: str, source: list[str]) -> None:
-    """A Markdown file outside this folder is a file to download, like any other file there."""
-    source[0] = re.sub(r"\]\((\.\./[^)#]*\.md)\)", r"](path:\1)", source[0])
+def adapted(app: Sphinx, name: str, source: list[str]) -> None:
+    """A figure with its interval stays on one line of a table.
+
+    A Markdown file outside this folder is a file to download, like any other file there.
+    """
+    text = re.sub(r"(?m)^\|.*", lambda row: row[0].replace(" ± ", "\u00a0±\u00a0"), source[0])
+    if not name.startswith("notebooks/"):
+        text = re.sub(r"\]\((\.\./[^)#]*\.md)(?:#[^)]*)?\)", r"](path:\1)", text)
+    source[0] = text
 
 
 def setup(app: Sphinx) -> None:
     """Connect the hooks above."""
-    app.connect("source-read", pages_elsewhere)
+    app.connect("source-read", adapted)
     app.connect("autodoc-process-signature", own_arguments)
     app.connect("autodoc-process-docstring", named_pages)

@@ -4,12 +4,12 @@
     python examples/attribution.py --quick    # the same, smaller
     python examples/attribution.py --estimator minres:damping=0.01
 
-LoRA is trained on tweets, some of whose labels are wrong. Every tweet gets a score: how the loss on
-other tweets would change if the tweet counted more; first on a head, in seconds, then of the
-adapter's own training. Wrong predictions of the head have the fewest tweets without which they are
-others, and out-of-fold confidence looks for wrong labels. Retrainings check the scores, and a
-training without the tweets that hurt most is judged on tweets that nothing has seen, beside one on
-the evaluation tweets too. Each option of `transformers.TrainingArguments` is a flag.
+LoRA is trained on tweets, some with wrong labels. Every training tweet gets a score: the change of
+the loss on other tweets if it counted more. A head gives the first scores, in seconds; the
+adapter's own training the second ones, checked by retrainings. For wrong predictions the script
+finds the training tweets behind them; out-of-fold confidence finds wrong labels. At the end the
+adapter is trained without the tweets that hurt most, and judged on unseen tweets. Each option of
+`transformers.TrainingArguments` is a flag.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from datasets import Dataset
+from hyperopt_peft import attribute, why
+from hyperopt_peft.attribution import Reasons
+from hyperopt_peft.utils.plots import row_groups
 from peft import LoraConfig, get_peft_model
 from sklearn.metrics import roc_auc_score
-from text_data import load_model, model_path, quiet, tweets
 from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -39,26 +41,24 @@ from transformers import (
 )
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft import attribute, why
-from hyperopt_peft.attribution import Reasons
-from hyperopt_peft.utils.plots import row_groups
+from text_data import load_model, model_path, quiet, tweets
 
 
 @dataclass
 class Arguments:
-    """What to train on, and what to do with the scores."""
+    """The data, the scores and their use."""
 
     model: str = HfArg(default="minilm", help="minilm (its package), a folder, or a hub name")
     train_size: int = HfArg(default=128, help="training tweets")
     evaluation_size: int = HfArg(default=96, help="tweets whose loss is explained")
     test_size: int = HfArg(default=400, help="tweets that judge the removal")
-    explained: int = HfArg(default=40, help="test tweets of which wrong predictions are explained")
+    explained: int = HfArg(default=40, help="test tweets whose wrong predictions are explained")
     wrong: float = HfArg(default=0.2, help="share of the training labels that are made wrong")
     max_length: int = HfArg(default=20, help="tokens a tweet")
     rank: int = HfArg(default=8, help="rank r of B·A")
     estimator: str = HfArg(default="unrolled", help="how rows are scored; see docs/attribution.md")
-    retrainings: int = HfArg(default=6, help="of the check")
-    folds: int = HfArg(default=5, help="of the search for wrong labels, on the head")
+    retrainings: int = HfArg(default=6, help="number of retrainings that check the scores")
+    folds: int = HfArg(default=5, help="number of folds in the search for wrong labels")
     remove: float = HfArg(default=0.1, help="share of the rows to train without")
     quick: bool = HfArg(default=False, help="48 training tweets, 6 steps, 5 retrainings, 2 folds")
 
@@ -105,20 +105,20 @@ def parts_of(arguments: Arguments, seed: int) -> tuple[Dataset, Dataset, Dataset
 
 def explain(reasons: Reasons, labels: list[int], wrong: torch.Tensor, output: Path) -> None:
     """Print and draw the fewest tweets behind each wrong prediction, short sets first."""
-    found = [each for each in reasons if each.predicted != labels[each.row] and each.rows]
-    found = sorted(found, key=lambda each: len(each.rows))
-    behind = [row for each in found for row in each.rows]
-    print(replace(reasons, reasons=found[:3]))
+    errors = [each for each in reasons if each.predicted != labels[each.row] and each.rows]
+    errors = sorted(errors, key=lambda each: len(each.rows))
+    behind = [row for each in errors for row in each.rows]
+    print(replace(reasons, reasons=errors[:3]))
     if behind:
         share = float(wrong[behind].double().mean())
-        print(f"{len(found)} wrong predictions; of the tweets behind them {share:.0%} have a wrong")
-        print(f"label, of all training tweets {float(wrong.double().mean()):.0%}\n")
+        print(f"{len(errors)} wrong predictions; wrong labels: {share:.0%} of the tweets behind,")
+        print(f"{float(wrong.double().mean()):.0%} of all training tweets\n")
     output.mkdir(parents=True, exist_ok=True)
-    replace(reasons, reasons=found[:3]).plot(output / "why.png")
+    replace(reasons, reasons=errors[:3]).plot(output / "why.png")
 
 
 def main() -> None:
-    """Train, score, check, search, remove; print what came out."""
+    """Train, score, check, search and remove; print the results."""
     arguments, training = HfArgumentParser((Arguments, Training)).parse_args_into_dataclasses()
     if arguments.quick:
         small = {"train_size": 48, "evaluation_size": 32, "test_size": 48}
@@ -147,8 +147,8 @@ def main() -> None:
     quick = attribute(trainer, model="head")
     print(f"scores on a head, λ = {quick.settings['l2']:g}: {quick.check(20)}\n")
     output = Path(training.output_dir)
-    told = test.select(range(min(arguments.explained, len(test))))
-    explain(why(trainer, told), told["label"][:], wrong, output)
+    explained = test.select(range(min(arguments.explained, len(test))))
+    explain(why(trainer, explained), explained["label"][:], wrong, output)
     result = attribute(trainer, estimator=arguments.estimator)
     print(f"{len(train)} tweets, {int(wrong.sum())} wrong labels; Φ = {result.values['all']:.4f}")
     print(result.table(5))
@@ -159,6 +159,7 @@ def main() -> None:
     worst, label = dict([*doubts.items()][:8]), "1 − confidence in the given label"
     row_groups({"the most doubtful labels": worst}, output / "suspects.png", label)
     result.to_csv(output / "attribution.csv", {"suspect": flagged, "wrong": wrong.int().tolist()})
+    checked = result.check(arguments.retrainings, seed=training.seed)
     result.plot(output / "attribution.png", 8)
     seen = ~result.scores.isnan()
     measures = {
@@ -173,7 +174,6 @@ def main() -> None:
     for name, area in areas.items():
         print(f"| {name} | {area:.3f} |")
 
-    checked = result.check(arguments.retrainings, seed=training.seed)
     print(f"\n{checked}")
     removal = result.removal(arguments.remove, test, draws=2, seed=training.seed)
     print(f"\non {len(test)} test tweets:\n{removal}")

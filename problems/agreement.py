@@ -41,7 +41,7 @@ class Agreement(EqualSources):
     log_odds: bool = False
 
     def read_rows(self, model: Any, rows: Any, collate: Callable[[Sequence[Any]], Any]) -> None:
-        """Fit the head to the trusted rows, and count what it predicts of the others."""
+        """Fit the head to the trusted rows, and count its predictions for the others."""
         super().read_rows(model, rows, collate)
         source = torch.tensor(rows[SOURCE][:])
         made = features_of(model, rows, lambda chosen: without(collate(chosen), self.tags))

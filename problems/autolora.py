@@ -46,17 +46,16 @@ class AutoLoRA(Method):
     needs large factors, whose decay is costly.
 
     The second phase is from scratch by default, as published. With ``retrain="warm"`` or
-    ``"none"`` the remaining terms keep what the search has learned; those of a control have equal
-    weights.
+    ``"none"`` the remaining terms keep their learned weights; a control gives them equal ones.
 
     Args:
         threshold: the least p of a term that remains; a layer's largest always does.
-        share: the share of all terms that remains, those of largest p, in place of ``threshold``.
-            Equal ones are drawn by the run's seed.
-        decay: of A and B at the lower level.
-        choose: what decides which terms remain; their number is as before. As controls, the norms
-            of the trained terms, or a draw by the run's seed. With an upper rate of 0 and a
-            ``share`` the norms are magnitude pruning of LoRA.
+        share: in place of ``threshold`` the share of terms that remains, with the largest p. The
+            run's seed draws among equal ones.
+        decay: the weight decay of A and B at the lower level.
+        choose: the criterion for the same number of terms: p, or as a control the norm of the
+            trained terms, or a draw by the run's seed. With an upper rate of 0 and a ``share`` the
+            norm is magnitude pruning of LoRA.
 
     Raises:
         ProblemError: the decay is negative, or ``share`` no share; later, as `add_gains`.
@@ -107,7 +106,7 @@ class AutoLoRA(Method):
         return regularised(task_loss(batch), decay, squares, model)
 
     def after_search(self, model: Any) -> None:
-        """Of a control: let the weights be those of the terms that it keeps, as many together."""
+        """For a control, give weights to the same number of terms by its own criterion."""
         if self.choose == "weights":
             return
         layers = gained_layers(model)

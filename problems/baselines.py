@@ -25,8 +25,8 @@ from hyperopt_peft.trainer.method import Method
 class LoRA(Method):
     """One level over all trainable parameters, on the rows of both levels.
 
-    The batches, logs, checkpoints and resuming are those of the bilevel methods, so that a
-    comparison compares methods. An adapter that the model has already is trained as it is.
+    Batches, logs, checkpoints and resuming are the same as in bilevel methods, so that a comparison
+    is fair. An adapter that the model already has is trained as it is.
 
     Example:
         >>> from peft import LoraConfig
@@ -71,7 +71,7 @@ class DoRA(Method):
 
 @dataclass
 class TrustedRepeated(Method):
-    """All rows alike, with the rows of ``upper_dataset`` repeated ``times`` times.
+    """All rows with equal weights, and the rows of ``upper_dataset`` ``times`` times.
 
     Example:
         >>> from datasets import Dataset
@@ -93,7 +93,7 @@ class TrustedRepeated(Method):
 
 @dataclass
 class GivenWeights(Method):
-    """All rows, each with a weight that is given, such as that which attribution writes.
+    """All rows, each with a given weight, for example the one that `attribute` writes.
 
     The loss is Σ v_i ℓ_i/N over rows with N labels together: a weight of 0 leaves a row out and the
     batches as they are.

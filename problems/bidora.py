@@ -49,8 +49,8 @@ class BiDoRA(Method):
     norm_grad: Literal["full", "detach"] = "full"
     fast_dora: bool = True
 
-    # Equal in quality to the published one, which has darts and an upper step after each lower
-    # one, and cheaper (benchmarks/methods).
+    # As good as the published defaults, darts and an upper step after each lower one, and cheaper
+    # (benchmarks/methods).
     defaults = MappingProxyType({"hypergradient": "direct", "lower_steps": 4})
 
     def __post_init__(self) -> None:

@@ -5,8 +5,8 @@
 
 The weight of a layer is W' = W0 + s·P Λ Q with a diagonal Λ. R = Σ over layers of
 ‖PᵀP − I‖² + ‖QQᵀ − I‖² is 0 where P has orthonormal columns and Q orthonormal rows. D_train and
-D_val are disjoint parts of the training set. Qiang et al. 2024, arXiv:2403.13037, variant with real
-values in Λ; of those with a softmax and with values near 0 and 1 the scale is not known.
+D_val are disjoint parts of the training set. Qiang et al. 2024, arXiv:2403.13037, the variant with
+real values in Λ; the scale of the other variants (softmax, nearly binary) is not known.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class BiLoRA(Method):
 
     A trained adapter starts at the singular value decomposition of B·A, a new one at Λ = 0 with
     random P: R is at its minimum then, and ∂L/∂Λ is not zero. Without R a solved lower level
-    absorbs every Λ, and the hypergradient is 0. A second phase, of which the paper has none,
-    trains the plain adapter.
+    absorbs every Λ, and the hypergradient is 0. A second phase, which the paper lacks, trains the
+    plain adapter.
 
     Args:
         gamma: γ, the weight of R.

@@ -1,6 +1,6 @@
-"""Class offsets: what a training adds to each class's logit, learned on validation data.
+"""Class offsets: a learned number is added to each class's logit in training.
 
-    upper: min over l, Δ       CE(z; D_val), each class counted alike
+    upper: min over l, Δ       CE(z; D_val) with the same weight for each class
     lower: w*(l, Δ) = argmin over w             CE(2σ(Δ)⊙z + l; D_train)
 
 z are the logits of the model w. A frequent class gets a larger offset in training, so that the
@@ -28,11 +28,11 @@ from hyperopt_peft.trainer.method import Method
 
 @dataclass
 class ClassOffsets(Method):
-    """Offsets of the classes above, all of the adapter below; then these alone, on all rows.
+    """Offsets of the classes above, the adapter below; then the adapter alone, on all rows.
 
-    The upper loss counts the classes of a *batch* alike: let ``per_device_upper_batch_size`` be
-    many times their number. The saved model has plain logits; ``offsets`` and ``factors`` stay
-    with the method, and ``compute_loss`` of a Trainer is not called.
+    The upper loss gives the classes of a *batch* equal weights: let ``per_device_upper_batch_size``
+    be many times their number. The saved model has plain logits; ``offsets`` and ``factors`` stay
+    with the method. ``compute_loss`` of a Trainer is not called.
 
     Args:
         factor: whether a factor 2σ(Δ) of each class's logit is learned too.
@@ -91,7 +91,7 @@ class ClassOffsets(Method):
         return cross_entropy(logits, labels) * weight
 
     def upper_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Tensor:
-        """The cross entropy of z, each class of the batch, or of a piece of it, counted alike."""
+        """The cross entropy of z with equal weights for the classes of the batch or piece."""
         return balanced_loss(model, batch)
 
 

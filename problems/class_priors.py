@@ -1,7 +1,7 @@
-"""Rare classes with few variables or none: logits adjusted by the classes' shares, and weights.
+"""Simple methods for rare classes: adjusted logits, and weights of classes.
 
     LogitAdjustment     min over w   CE(z + τ·log π; D)
-    TunedAdjustment     min over τ   CE(z; D_val), each class counted alike; w*(τ) as above
+    TunedAdjustment     min over τ   CE(z; D_val), equal weights of classes; w*(τ) as above
     FrequencyWeights    min over w   mean of v_y·CE(z; D),   v_y in proportion to π_y^−power
 
 z are the logits of the model w, π the classes' shares of the training labels. τ = 1 is
@@ -46,7 +46,7 @@ class _Counting(Method):
         return pad(self.counts, (0, logits.shape[-1] - len(self.counts))).to(logits)
 
     def class_shares(self, logits: Tensor) -> Tensor:
-        """π of each class of ``logits``; a class without a label has that of half a label."""
+        """π of each class of ``logits``; a class without a label counts as half a label."""
         return self.class_counts(logits).clamp(min=0.5) / self.counts.sum()
 
 
@@ -107,7 +107,7 @@ class TunedAdjustment(LogitAdjustment):
         return {"tau": self.learned}
 
     def upper_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Tensor:
-        """The cross entropy of z, each class of the batch counted alike."""
+        """The cross entropy of z with equal weights for the classes of the batch."""
         return balanced_loss(model, batch)
 
     def _tau(self) -> Tensor:
@@ -119,7 +119,7 @@ class FrequencyWeights(_Counting):
     """One level over the adapter with labels weighted by their class; the mean weight is 1.
 
     Args:
-        power: 1 counts the classes alike, 0 the labels.
+        power: 1 gives classes equal weights, 0 gives labels equal weights.
 
     Raises:
         ProblemError: ``power`` is not finite; as `LogitAdjustment`.

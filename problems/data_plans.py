@@ -1,4 +1,4 @@
-"""Simple ways to train on sources and a few trusted rows: methods without an upper level.
+"""Baselines for data sources and a few trusted rows, without an upper level.
 
 min over the adapter w   Σ_k p_k L_k(w),   L_k the mean loss of source k
 """
@@ -25,7 +25,7 @@ SOURCE, TRUSTED = "source", "trusted"
 
 @dataclass
 class EqualSources(Method):
-    """Each source has the same share p_k = 1/K; the rows of ``upper_dataset`` are one source more.
+    """Each source has the same share p_k = 1/K; the rows of ``upper_dataset`` are a further source.
 
     Args:
         column: the column of the training rows that names the source of each.
@@ -44,7 +44,7 @@ class EqualSources(Method):
     tags = (SOURCE,)
 
     def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:
-        """All rows, with the number of their source; and the trusted ones."""
+        """All rows with the numbers of their sources, and the trusted rows."""
         columns = getattr(train, "column_names", None) or ()
         given = train[self.column][:] if self.column in columns else []
         if None in given:
@@ -68,7 +68,7 @@ class EqualSources(Method):
         return rows.add_column(SOURCE, numbers, feature=Value("int64"))
 
     def all_rows(self, train: Any, upper: Any) -> Any:
-        """Those of the lower level, which include the trusted ones."""
+        """The rows of the lower level, which include the trusted rows."""
         return train
 
     def read_rows(self, model: Any, rows: Any, collate: Callable[[Sequence[Any]], Any]) -> None:
@@ -96,10 +96,10 @@ class EqualSources(Method):
 
 @dataclass
 class SomeSources(Method):
-    """All rows of some sources alike, and the rows of ``upper_dataset``.
+    """The rows of some sources and of ``upper_dataset``, with equal weights.
 
     Args:
-        chosen: the sources; without one the trusted rows are trained on alone.
+        chosen: the sources; if empty, the method trains on the trusted rows alone.
         column: as for `EqualSources`.
 
     Raises:

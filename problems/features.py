@@ -1,8 +1,8 @@
 """Features from a frozen model: one vector per row, or per labelled token.
 
-They are the states of three layers, side by side: those at a third and two thirds of the depth, and
-the last. A head on these has fewer wrong predictions than one on the last layer, and finds more
-wrong labels; the states of all layers bring nothing more (benchmarks/results/attribution.md).
+The features are the hidden states of three layers, concatenated: at a third and two thirds of the
+depth, and the last. A head on them makes fewer errors than a head on the last layer, and finds more
+wrong labels; further layers bring nothing more (benchmarks/results/attribution.md).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Features:
     def standardized(self, like: Features | None = None) -> Features:
         """x with mean 0 and deviation 1 in each feature, so that one λ suits every model.
 
-        Mean and deviation are those of ``like``, by default of these rows.
+        Mean and deviation are computed from ``like``, by default from these rows.
         """
         deviation, mean = torch.std_mean((like or self).x, 0, correction=0)
         return Features((self.x - mean) / deviation.clamp(min=1e-6), self.labels, self.row)
@@ -78,13 +78,12 @@ def features_of(
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     progress: bool = False,
 ) -> Features:
-    """The features of ``rows``: the states that ``model`` makes of them, of three layers.
+    """The hidden states of three layers of ``model`` for ``rows``, the last layer last.
 
-    A row has the mean of the states over the tokens of ``attention_mask``, of an encoder-decoder
-    model those of the encoder. Where each token has a label, a token that is scored has its own
-    states. The last features are those of the last layer. The model is in evaluation mode, and its
-    adapter as it is. The features are on the CPU in float32 and take 4·m·d bytes; d is up to three
-    times the model's width.
+    A row has the mean of the states over the tokens of ``attention_mask``; an encoder-decoder model
+    gives the states of its encoder. If tokens have labels, each labelled token has its own states.
+    The model is in evaluation mode with its adapter active. The features are on the CPU in float32
+    and take 4·m·d bytes; d is up to three times the model's width.
 
     Args:
         model: a model of Transformers, with or without a PEFT adapter.

@@ -39,7 +39,7 @@ class Head(nn.Module):
         dtype, device: of W and b, those of the features.
 
     Example:
-        The model of an Engine's lower level, here on two sources of which one is wrong:
+        The model of an Engine's lower level, for two sources, one of them with wrong labels:
 
         >>> from hyperopt_peft import Engine
         >>> from hyperopt_peft.core.examples import WeightedRows
@@ -82,7 +82,7 @@ class Head(nn.Module):
 
 
 def head_of(model: Any, features: Features) -> Head:
-    """The head of 0 for the labels of ``features``, which ``model`` has made."""
+    """A head of zeros for the labels of ``features``, made by ``model``."""
     config, labels = getattr(base_model(model), "config", None), features.labels
     outputs = labels.shape[1] if labels.dim() > 1 else 1
     if not labels.is_floating_point():
@@ -110,7 +110,7 @@ def require_head(model: Any, batch: Any) -> None:
 
 
 def problem_type_of(config: Any, labels: Tensor) -> str | None:
-    """The ``problem_type`` of ``config``; unset, what Transformers takes ``labels`` for."""
+    """The ``problem_type`` of ``config``; if unset, as Transformers infers it from ``labels``."""
     kind: str | None = getattr(config, "problem_type", None)
     several = labels.is_floating_point() and labels.dim() > 1 and labels.shape[1] > 1
     return MULTI_LABEL if kind is None and several else kind

@@ -3,10 +3,9 @@
     upper: min over u          L(w*(u); D_val)
     lower: w*(u) = argmin over w   L(w; D_train) + ½ Σ_l e^(u_l)·‖w_l‖²
 
-w_l are the trained factors A and B of layer l; the head has no decay. The variables are those of
-LiFT, arXiv:2606.16243, which finds a direction by a linear programme from the gradients of both
-levels; here an estimator with an implicit term does. Where L is a square and A is fixed, w*(u) is
-ridge regression.
+w_l are the trained factors A and B of layer l; the head has no decay. LiFT, arXiv:2606.16243, has
+the same variables, and moves them by a linear programme; here an estimator with an implicit term
+moves them. If L is a squared error and A is fixed, w*(u) is ridge regression.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     upper: min over u   L(w*(u); trusted rows)
     lower: w*(u) = argmin over adapter and head w   1/N Σ_i v_i(u) ℓ_i(w)
 
-ℓ_i is the loss of row i, or of a label of it where texts are packed, N the number of labels.
-v_i = 2σ(u_i): Franceschi et al. 2017, arXiv:1703.01785 §5.1. v_i = n·softmax(u)_i, whose mean is 1:
-Shen et al. 2025, arXiv:2410.07471; their estimator and second phase are those of `SEAL`.
+ℓ_i is the loss of row i (of each of its labels where texts are packed), N the number of labels.
+v_i = 2σ(u_i): Franceschi et al. 2017, arXiv:1703.01785 §5.1. v_i = n·softmax(u)_i, with mean 1:
+Shen et al. 2025, arXiv:2410.07471; `SEAL` has their estimator and second phase.
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ class RowWeights(Method):
     """A weight for each training row; the second phase trains on the best rows and the trusted.
 
     Args:
-        keep: the share of rows that the second phase keeps, those of largest weight, with equal
-            weights; None for all rows with the weights that were learned.
-        form: v of u. With "softmax" a step moves the weight of every row, also of those outside
-            of its batch.
+        keep: the share of rows, by largest weight, on which the second phase trains with equal
+            weights; None for all rows with their learned weights.
+        form: v of u. With "softmax" each step moves the weights of all rows, not only of its batch.
 
     Raises:
         ProblemError: there are no trusted rows, ``upper_dataset``; ``keep`` is no share; the

@@ -1,4 +1,4 @@
-"""S3Delta: which layers have an adapter, from gates learned on validation data.
+"""S3Delta: chooses the layers with an adapter, by gates learned on validation data.
 
     upper: min over α          L(A*, B*, z(α); D_val),   Σ_l n_l·p_l = share·Σ_l n_l
     lower: A*, B*(α) = argmin over A, B, head   L(A, B, z(α); D_train)
@@ -6,7 +6,7 @@
 The update of layer l is ΔW_l = z_l·s·B_l A_l with p_l = σ(α_l/β) and n_l parameters. In training
 z_l = σ(logit p_l + logit U) with U uniform in (0, 1), a draw of the binary concrete distribution;
 in evaluation z_l = p_l. Then the layers of largest p within the budget are trained from scratch.
-Hu et al. 2022, arXiv:2206.07382, whose gates are of other kinds of adapters too.
+Hu et al. 2022, arXiv:2206.07382, who have gates for other kinds of adapters too.
 
 α is shifted to the budget after each upper step; the published code does so in each pass.
 """
@@ -37,10 +37,10 @@ class S3Delta(Method):
 
     Args:
         share: the share of the adapter's parameters that remains.
-        beta: β. A small one has gates near 0 and 1, whose derivative is small.
+        beta: β. If it is small, gates are near 0 and 1 and have small derivatives.
         sampled: whether gates are drawn in training.
-        choose: what decides which layers remain; equal gates are drawn by the run's seed. As
-            controls, the norm of the trained p·BA, or a draw.
+        choose: the criterion for the layers that remain: p, or as a control the norm of the trained
+            p·BA, or a draw. The run's seed draws among equal gates.
 
     Raises:
         ProblemError: ``share`` is no share, or too small for any layer; β is not positive; later,
@@ -114,7 +114,7 @@ class S3Delta(Method):
         return {each.name: each.gain.values().item() for each in gained_layers(model)}
 
     def after_search(self, model: Any) -> None:
-        """Of a control: let the order of α be its own."""
+        """For a control, order α by its criterion."""
         if self.choose == "gates":
             return
         layers = gained_layers(model)

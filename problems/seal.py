@@ -1,4 +1,4 @@
-"""SEAL: the training rows that agree with trusted ones, as its authors' code finds them.
+"""SEAL: chooses the training rows that agree with trusted rows, as its published code does.
 
     bilevel: min over ω   L(w*(ω); trusted rows),   w*(ω) = argmin over w   1/n Σ_i σ_i ℓ_i(w)
     w:       a step on    c·L(w; trusted rows) + (1 − c)·1/n Σ_i σ_i ℓ_i(w)
@@ -8,8 +8,8 @@
 steps are a penalty method without the value function's term, and so **both descend one loss**, that
 of w: at fixed w its minimum over ω is the row of least ℓ_i. With c near 1 the weights rank the rows
 by their loss under a model of the trusted rows, an ablation of one line. Shen et al. 2025,
-arXiv:2410.07471; github:hanshen95/SEAL, in which c falls over the epochs from 1 to .94, for which
-`Method` has no hook. `RowWeights` is the bilevel problem itself.
+arXiv:2410.07471; github:hanshen95/SEAL, where c falls over the epochs from 1 to .94 (`Method` has
+no hook for it). `RowWeights` is the bilevel problem itself.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class SEAL(RowWeights):
     def lower_weights(self, batch: Any) -> Tensor:
         """The weight of each row of a batch of all rows; c·N/M of a trusted one.
 
-        N is the number of all labels, and M of those of trusted rows.
+        N is the number of all labels, M the number of labels of trusted rows.
         """
         n, m = (max(count, 1) for count in self.labels)
         trusted = (batch[INDEX] >= self.count).to(self.logits)
@@ -103,7 +103,7 @@ class SEAL(RowWeights):
         return WeightedRows(model, self.weights, self.upper_variables(model), tags=self.tags)
 
     def all_rows(self, train: Any, upper: Any) -> Any:
-        """The training rows of largest weight, or all of them; before a search those below too."""
+        """The training rows of largest weight, or all; before a search the lower level's rows."""
         if not hasattr(self, "logits"):
             return train
         return upper if self.keep is None else self.best_rows(upper)

@@ -3,16 +3,16 @@
     upper: min over u   L(w*(u); trusted rows) + ½·τ·mean‖u‖²
     lower: w*(u) = argmin over the adapter w   Σ_k p_k L_k(w),   p = softmax(u)
 
-L_k is the mean loss of source k over its labels. The trusted rows are the last source. Label i of
-source k(i) thus has the weight v_k = p_k·N/n_k in the mean over all N labels, of which source k has
-n_k: the mean weight is 1, so that the weights cannot act as a learning rate. Published are:
+L_k is the mean loss of source k over its n_k labels. The trusted rows are the last source. Each
+label of source k has the weight v_k = p_k·N/n_k in the mean over all N labels. The mean weight is
+1, so that the weights cannot act as a learning rate. Published variants:
 
     ScaleBiO   arXiv:2406.19976   softmax         a penalty, γ = 10 to 100; w trains on trusted rows
     FastMix    arXiv:2606.14971   softmax         dot products of the output layer's gradients
     DreamPRM   arXiv:2505.20241   softplus/Σ      darts with ξ = 1 after five lower steps
 
-FastMix samples with the shares in place of weighting. DreamPRM's losses, of a process reward model,
-are left out. In the last two papers the trusted rows are no source.
+FastMix samples by the shares instead of weighting. DreamPRM's losses for a process reward model are
+left out. In the last two papers the trusted rows are no source.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""What should a head read, and why has it its predictions?
+"""Which features should a head read, and which rows are behind its predictions?
 
     python benchmarks/attribution heads
 
-Heads on features of MiniLM before training, of texts and of tags. Parts: ``layers``, heads on the
-last layer, on three layers, as `features_of` has them, on all seven, and on the layer of the least
-held-out loss: accuracy on 600 test rows, and with a fifth of the labels wrong the share of these
-among the worst tenth by score, suspicion and loss, and the LDS; ``why``, the fewest training rows
-whose removal changes a prediction, by the order of `why`, by products of gradients, by the nearest
-rows of the predicted class, and by random ones, each verified by retraining.
+Heads on features of MiniLM before training, for texts and tags, in two parts. ``layers``: heads on
+the last layer, on three layers (as `features_of` has them), on all seven, and on the layer with the
+least held-out loss. Measured are the accuracy on 600 test rows, the share of wrong labels among the
+worst tenth by score, suspicion and loss (with a fifth of the labels wrong), and the LDS. ``why``:
+the fewest training rows whose removal changes a prediction, in the order of `why`, of gradient
+products, of the nearest rows of the predicted class, and at random; retraining verifies each set.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ from hyperopt_peft.problems.head import Head
 from hyperopt_peft.utils.restore import perturbed
 from hyperopt_peft.utils.statistics import mean_and_half
 
-#: Seeds below 100 choose: the layers that a head reads, and how λ of `why` is chosen.
+#: Seeds below 100 were used to choose the layers that a head reads, and the λ of `why`.
 SEEDS = {"layers": (0, 1, 2, 3, 4), "why": (100, 101, 102, 103, 104)}
-#: Rows of training and evaluation, of texts and of tags; of the pool and the test; tokens a row.
+#: Numbers of training and evaluation rows (texts, tags), of pool and test rows, of tokens per row.
 TEXTS, TAGS, POOL, TEST, LENGTH = (300, 100), (150, 60), 2000, 600, 24
-#: By name, which of the seven states a head reads.
+#: By name, the states, out of seven, that a head reads.
 LAYERS = {"last": (6,), "three": (2, 4, 6), "all": tuple(range(7)), "best": ()}
 #: The tasks of each part.
 PARTS = {
     "layers": ("tweets", "trec", "sst2", "entities"),
     "why": ("tweets", "trec", "sst2"),
 }
-#: Explained rows of a seed, and the margins that these have: neither a toss-up nor out of reach.
+#: Explained rows per seed, and the range of their margins: neither a toss-up nor out of reach.
 EXPLAINED, MARGINS = 15, (0.1, 2.5)
 
 
@@ -125,8 +125,8 @@ def reading(parts: Sequence[Features], layers: Sequence[int]) -> list[Features]:
 def wrong_labels(train: Features, seed: int) -> tuple[Features, Tensor]:
     """A share `WRONG` of the rows with wrong labels, and which rows have one.
 
-    A wrong class is any other one. Of tags those of the entities in these rows are exchanged among
-    them, so that some stay as they are.
+    For texts the wrong class is any other one. For tags the entities' tags in these rows are
+    permuted, so that some do not change.
     """
     count = int(train.row.max()) + 1
     if len(train.row) == count:
@@ -143,13 +143,13 @@ def wrong_labels(train: Features, seed: int) -> tuple[Features, Tensor]:
 
 
 def head_on(train: Features, classes: int, *, largest: bool = True) -> HeadTraining:
-    """A head at the minimum of ``train``, as in `attribute`; in `why` λ is not the ``largest``."""
+    """A head at the minimum of ``train``, as in `attribute`; `why` has ``largest=False`` for λ."""
     head, count = Head(train.x.shape[1], classes, dtype=torch.float64), int(train.row.max()) + 1
     return HeadTraining(head, train, count, chosen_l2(head, train, count, largest=largest))
 
 
 def accuracy(training: HeadTraining, test: Features) -> float:
-    """Of classes; of tags the micro-averaged F1 of all but the last one, O."""
+    """The accuracy; for tags the micro-averaged F1 without the last tag, O."""
     guess = training.on_rows.of_labels([batch_of(test)]).argmax(1)
     if len(test.row) == int(test.row.max()) + 1:
         return float((guess == test.labels).double().mean())
@@ -173,7 +173,7 @@ def setup_of(training: HeadTraining, phi: Any) -> RetrainingSetup:
 
 
 def layers(runs: Store, name: str, seed: int) -> None:
-    """What heads on each choice of layers are worth."""
+    """Measure heads on each choice of layers."""
     row = runs.entry(part="layers", task=name, seed=seed)
     parts, ways = drawn(name, seed), row.setdefault("ways", {})
     classes = int(pool(name).labels.max()) + 1
@@ -223,9 +223,9 @@ def held_out(train: Features, classes: int) -> float:
 def newton_slope(
     training: HeadTraining, result: Attribution, check: ScoreCheck, seed: int
 ) -> float:
-    """The slope of the check's actual changes on those of a Newton step without the rows.
+    """The slope of the check's actual changes on the changes after a Newton step without the rows.
 
-    The step has the Hessian of the rows that stay, so that it costs about as much as a retraining.
+    The step uses the Hessian of the remaining rows, so that it costs about as much as a retraining.
     """
     setup, count, predicted = result._setup, len(training.weights), []
     before, source = setup.evaluation.values()["all"], torch.Generator().manual_seed(seed)
@@ -261,7 +261,7 @@ def newton_step(training: HeadTraining) -> list[Tensor]:
 
 
 def why(runs: Store, name: str, seed: int) -> None:
-    """How many rows must go, by each order, until a prediction changes."""
+    """For each order, the number of rows to remove until a prediction changes."""
     row = runs.entry(part="why", task=name, seed=seed)
     if "sizes" in row:
         return
@@ -287,7 +287,7 @@ def why(runs: Store, name: str, seed: int) -> None:
 def other_orders(
     training: HeadTraining, places: Features, place: int, predicted: int
 ) -> dict[str, Tensor]:
-    """The training rows in the orders that `why` is compared with."""
+    """The training rows in the other orders, with which `why` is compared."""
     x, head, train = places.x[place : place + 1], training.on_rows.model, training.features
     here = torch.tensor([predicted])
     setup = setup_of(training, lambda: margins(head(x).logits, here)[0])
@@ -321,7 +321,7 @@ def layers_table(rows: Sequence[Row]) -> list[Row]:
 
 
 def why_table(rows: Sequence[Row]) -> list[Row]:
-    """By task: rows of a set, and how many times as many another order needs."""
+    """By task: the rows in a set, and how many times as many each other order needs."""
     table = []
     for task in dict.fromkeys(row["task"] for row in rows):
         chosen = [row for row in rows if row["task"] == task]
@@ -355,7 +355,7 @@ def tables_of(runs: Store) -> dict[str, list[Row]]:
 
 
 def main() -> None:
-    """Run what is missing in the file, and summarise all of it."""
+    """Run the missing entries of the file, and summarise all."""
     title = (__doc__ or "").partition("\n")[0]
     options = run_parser(title, RUNS, PARTS).parse_args()
     runs, make = opened(options), {"layers": layers, "why": why}

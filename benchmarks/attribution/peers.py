@@ -1,4 +1,4 @@
-"""Other libraries' and papers' scores of the training rows of a run, in the sign of `attribute`.
+"""Scores of training rows by other libraries and papers, with the sign of `attribute`.
 
 On a CPU Bergson runs without the CUDA packages that its wheel names: ``pip install --no-deps
 bergson jaxtyping wadler-lindig ml_dtypes natsort petname simple-parsing docstring-parser``.
@@ -32,7 +32,7 @@ from hyperopt_peft.problems.head import Head
 
 
 def datainf(setting: RetrainingSetup) -> Tensor:
-    """DataInf (Kwon et al. 2024, arXiv:2310.00902, Eq. 5), a layer a variable, ``(n,)``."""
+    """DataInf (Kwon et al. 2024, arXiv:2310.00902, Eq. 5), each variable as a layer, ``(n,)``."""
     lower: Any = setting.run.levels[0]
     (parts,) = setting.evaluation.slices.values()
     above = setting.evaluation.gradient(parts, lower.variables).gradient
@@ -63,7 +63,7 @@ def datainf_layer(rows: Tensor, wanted: Tensor) -> Tensor:
 
 
 def head(setting: RetrainingSetup) -> Tensor:
-    """The scores of a head on the base model's features, as of ``attribute(model="head")``."""
+    """The scores of a head on the base model's features, as with ``attribute(model="head")``."""
     lower: Any = setting.run.levels[0]
     rows, body = lower.rows, LastLayers(load_model("minilm", ["no", "yes"]))
     body.classifier, both = nn.Identity(), torch.cat([rows.train, rows.above])
@@ -82,7 +82,7 @@ def head(setting: RetrainingSetup) -> Tensor:
 
 
 def kronfluence(setting: RetrainingSetup) -> Tensor:
-    """EK-FAC by kronfluence with its defaults, of the trained layers, ``(n,)``."""
+    """EK-FAC of the trained layers, by kronfluence with its defaults, ``(n,)``."""
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments
     from kronfluence.task import Task
@@ -128,7 +128,7 @@ def kronfluence(setting: RetrainingSetup) -> Tensor:
 
 
 class Batches:
-    """The batches of a run with a weight for each row, as a data stream of Bergson."""
+    """A run's batches with a weight for each row, as a data stream for Bergson."""
 
     def __init__(self, run: Run) -> None:
         self.micro = [step[0].batch for step in run.steps]
@@ -146,10 +146,10 @@ class Batches:
 
 
 def magic(trainer: Any) -> tuple[Tensor, float]:
-    """Bergson's scores of a Trainer's run of AdamW on a causal language model; and the seconds.
+    """Bergson's scores of a Trainer's AdamW run on a causal language model, and the seconds.
 
-    The trainer has ``model_init``. Bergson trains on the same batches, at the same rates. Below its
-    root Adam has 1e-16, without which the zero gradients of LoRA's first step give NaN.
+    The trainer has ``model_init``. Bergson trains on the same batches, at the same rates. Adam adds
+    1e-16 under its root, since the zero gradients of LoRA's first step would give NaN.
     """
     import torchopt
     from bergson.magic import BackwardState
@@ -188,7 +188,7 @@ def magic(trainer: Any) -> tuple[Tensor, float]:
 
 
 def peers() -> dict[str, Any]:
-    """The peers that are installed, by name."""
+    """The installed peers by name."""
     installed = {"kronfluence (EK-FAC)": kronfluence} if find_spec("kronfluence") else {}
     return {HEAD: head, "DataInf": datainf, **installed}
 

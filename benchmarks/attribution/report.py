@@ -1,4 +1,4 @@
-"""Print the tables of the runs, and write those of `uses` and `heads` into their page, or check it.
+"""Prints the tables of the runs; writes those of `uses` and `heads` into their page, or checks it.
 
 python benchmarks/attribution report --check
 """
@@ -15,7 +15,7 @@ from benchmarks.store import MEASURED, Store
 
 
 def main() -> None:
-    """The tables of all files of runs."""
+    """Print or write the tables of all runs."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="exit with 1 where the page differs")
     options = parser.parse_args()

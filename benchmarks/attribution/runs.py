@@ -1,4 +1,4 @@
-"""The runs of `scores`: texts, the model, ways to train, and leaving rows out."""
+"""The runs of `scores`: texts, the model, recipes of training, and retraining without rows."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from hyperopt_peft.trainer.step import Accumulated, MicroBatch
 from hyperopt_peft.utils.random_state import RandomState
 
 TRAIN, ABOVE, CHUNK, LENGTH = 300, 100, 60, 12
-#: Settings are chosen on these seeds, whose rows no other seed draws.
+#: Settings are chosen with these seeds, whose rows no other seed draws.
 DEVELOPMENT_SEEDS = (100, 101)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a run trains: AdamW without dropout, at a constant rate where ``warm_up`` is 0.
+    """The settings of a run: AdamW without dropout, at a constant rate if ``warm_up`` is 0.
 
-    ``warm_up`` is the share of the steps in which the rate rises from 0; it then falls to 0.
+    Otherwise the rate rises from 0 in the share ``warm_up`` of the steps, and then falls to 0.
     """
 
     batch: int = 16
@@ -50,7 +50,7 @@ class Recipe:
         return round(self.epochs * math.ceil(TRAIN / self.batch))
 
     def factor(self, step: int) -> float:
-        """The share of the rate that ``step`` has, counted from 0."""
+        """The factor of the peak rate at ``step``, counted from 0."""
         if not self.warm_up:
             return 1.0
         rising = max(1, round(self.warm_up * self.steps))
@@ -68,7 +68,7 @@ def _raters(domain: str) -> pandas.DataFrame:
     return table.assign(label=table.noisy)
 
 
-#: Texts by task, with columns ``text`` and ``label``; of raters also ``clean``.
+#: Texts by task, with columns ``text`` and ``label``; rated ones also have ``clean``.
 TASKS = {
     "tweets": _tweets,
     "movies": movies,
@@ -79,7 +79,7 @@ TASKS = {
 
 @cache
 def encoded(task: str) -> tuple[States, Tensor | None]:
-    """Rows of a task, of which the first half is of development; and the clean labels if known."""
+    """A task's rows, the first half for development, and their clean labels if known."""
     table = TASKS[task]()
     table = table.sample(min(1200, len(table)), random_state=0)
     clean = torch.tensor(table.clean.to_numpy()) if "clean" in table else None
@@ -92,9 +92,9 @@ class Rows:
 
     Attributes:
         train: the numbers of the training rows in ``states``, ``(n,)``.
-        above: those of the evaluation rows.
-        labels: the labels that the training rows are trained with, ``(n,)``.
-        wrong: which of these are known to be wrong, ``(n,)``.
+        above: the numbers of the evaluation rows.
+        labels: the labels of the training rows in training, ``(n,)``.
+        wrong: whether a label is known to be wrong, ``(n,)``.
     """
 
     states: States
@@ -105,12 +105,12 @@ class Rows:
 
     @property
     def classes(self) -> int:
-        """How many classes the task has."""
+        """The number of classes."""
         return int(self.states.labels.max()) + 1
 
 
 def draw(task: str, seed: int, noise: str = "none", share: float = 0.0) -> Rows:
-    """The rows of ``seed``, a ``share`` of the training labels replaced by `planted` noise."""
+    """The rows of ``seed``, with a ``share`` of the training labels replaced by `planted` noise."""
     states, clean = encoded(task)
     half, source = len(states.labels) // 2, torch.Generator().manual_seed(seed)
     order = torch.randperm(half, generator=source)
@@ -118,7 +118,7 @@ def draw(task: str, seed: int, noise: str = "none", share: float = 0.0) -> Rows:
     chosen, above = order[:TRAIN], order[TRAIN : TRAIN + ABOVE]
     noisy = states.labels[chosen]
     if clean is not None:
-        judged = replace(states, labels=clean)  # Φ is of rows with right labels in every case
+        judged = replace(states, labels=clean)  # Φ always has rows with right labels
         return Rows(judged, chosen, above, noisy, noisy != clean[chosen])
     labels = planted(noisy, int(states.labels.max()) + 1, noise, share, source)
     return Rows(states, chosen, above, labels, labels != noisy)
@@ -127,10 +127,10 @@ def draw(task: str, seed: int, noise: str = "none", share: float = 0.0) -> Rows:
 def planted(
     labels: Tensor, classes: int, noise: str, share: float, source: torch.Generator
 ) -> Tensor:
-    """``labels`` with ``share`` of them wrong: ``uniform``, or ``class-dependent``.
+    """``labels`` with a ``share`` of wrong ones: ``uniform``, or ``class-dependent``.
 
-    A class-dependent one turns the rows of the first class into the second, and so on in a circle,
-    twice as often in the even classes as in the odd ones.
+    Class-dependent noise changes a class into the next one, and the last into the first, twice as
+    often for even classes as for odd ones.
     """
     if noise == "none" or not share:
         return labels
@@ -147,7 +147,7 @@ def planted(
 
 
 class RowWeighted(Problem):
-    """1/B Σ v_i ℓ_i over a batch of the numbers of training rows."""
+    """1/B Σ v_i ℓ_i over a batch, which has the numbers of B training rows."""
 
     def __init__(self, model: nn.Module, rows: Rows, recipe: Recipe, seed: int) -> None:
         self.model, self.rows = model, rows
@@ -165,7 +165,7 @@ class RowWeighted(Problem):
         super().__init__(named, data=data, optimizer=optimizer, scheduler=schedule)
 
     def logits(self, index: Tensor) -> Tensor:
-        """The logits of rows of the task, in batches without columns of padding alone."""
+        """The logits of the rows ``index``, in batches without all-padding columns."""
         inputs = self.rows.states.inputs(index)
         length = int(inputs["mask"].sum(1).max())
         logits: Tensor = self.model(inputs["states"][:, :length], inputs["mask"][:, :length]).logits
@@ -180,7 +180,7 @@ class RowWeighted(Problem):
 
 
 def level(rows: Rows, recipe: Recipe, seed: int) -> RowWeighted:
-    """A new adapter on MiniLM's last two layers and a head, about to be trained."""
+    """The level of a new adapter on MiniLM's last two layers and a head, before training."""
     torch.manual_seed(seed)
     config = LoraConfig(
         r=8,
@@ -225,7 +225,7 @@ def trained(
 
 
 def part_of_mean(lower: RowWeighted, index: Tensor) -> Tensor:
-    """The share of the evaluation rows ``index`` in their mean loss, without dropout."""
+    """The part of Φ that the evaluation rows ``index`` contribute, without dropout."""
     mode = lower.model.training
     lower.model.eval()
     loss = cross_entropy(
@@ -236,7 +236,7 @@ def part_of_mean(lower: RowWeighted, index: Tensor) -> Tensor:
 
 
 def actual(setting: RetrainingSetup, masks: Sequence[Tensor]) -> Tensor:
-    """The change of Φ in each retraining without the rows of a mask, ``(R,)``."""
+    """The change of Φ when retrained without the rows of each mask, ``(R,)``."""
     before, changes = setting.evaluation.values()["all"], []
     for out in masks:
         with setting.run.without(out):
@@ -245,6 +245,6 @@ def actual(setting: RetrainingSetup, masks: Sequence[Tensor]) -> Tensor:
 
 
 def random_rows(count: int, share: float, retrainings: int, seed: int) -> list[Tensor]:
-    """The rows that each retraining leaves out."""
+    """The rows to leave out in each retraining."""
     source, size = torch.Generator().manual_seed(seed), round(share * count)
     return [torch.randperm(count, generator=source)[:size] for _ in range(retrainings)]

@@ -3,11 +3,11 @@
     python benchmarks/attribution scores
 
 Tweets and movie sentences, LoRA in the last two layers of MiniLM on cached states of the layers
-below (`runs`). Parts: ``smooth``, on development seeds and rows alone, which change
-makes a run smooth; ``methods``, every method against the same retrainings; ``cost``; ``suspects``.
-A run is an entry of the file, saved after every few retrainings: an interrupted
-benchmark goes on from it, and a method that is added later needs no new retrainings.
-Seconds are those of one thread's processor time, which other processes do not lengthen.
+below (`runs`). Parts: ``smooth``, which change makes a run smooth (development rows and seeds);
+``methods``, every method against the same retrainings; ``cost``; ``suspects``. Each run is an entry
+of the file, saved after every few retrainings, so that an interrupted benchmark continues, and a
+method that is added later needs no new retrainings. Seconds are processor time of one thread, which
+other processes do not lengthen.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ CHANGES = {
     "smooth, with dropout": replace(SMOOTH, dropout=0.1),
 }
 SETTINGS = {"rough": ROUGH, "smooth": SMOOTH}
-#: Of the solvers: chosen on the development seeds among these, by the LDS of ``minres``.
+#: Dampings of the solvers, among which the LDS of ``minres`` on development seeds chooses.
 DAMPINGS = (0.01, 0.1, 1.0)
 DAMPING = 0.1
 PERTURBATION = 0.1
@@ -73,7 +73,7 @@ LONG, BATCH_OF_LONG = 1000, 4
 
 
 def methods() -> list[str]:
-    """The names of all methods and of the peers that are installed."""
+    """The names of all methods and of the installed peers."""
     return [
         WHOLE,
         *(f"{name}:steps=5,damping={DAMPING:g}" for name in ("minres", "cg")),
@@ -85,7 +85,7 @@ def methods() -> list[str]:
 
 
 def by_name(setting: RetrainingSetup, name: str) -> tuple[Tensor, Mapping[str, float]]:
-    """The scores of a method or a peer, and of a method its passes in trainings."""
+    """The scores of a method or peer, and a method's passes in units of a training."""
     if name in peers():
         return peers()[name](setting), {}
     estimator = parse_estimator(name)
@@ -114,7 +114,7 @@ class Trained:
 
 
 def retrain(runs: Store, row: Row, run: Trained, seed: int, retrainings: int) -> list[Tensor]:
-    """Fill up the entry's changes of Φ in retrainings; returns the rows that each leaves out."""
+    """Add missing retrainings' changes of Φ to the entry; return the rows that each leaves out."""
     masks = random_rows(TRAIN, SHARE, retrainings, seed)
     changes = row.setdefault("actual", [])
     while len(changes) < retrainings:
@@ -126,17 +126,17 @@ def retrain(runs: Store, row: Row, run: Trained, seed: int, retrainings: int) ->
 
 
 def predicted(values: Tensor, masks: Sequence[Tensor]) -> list[float]:
-    """The changes of Φ that scores predict: minus the sum over the rows left out."""
+    """The changes of Φ that scores predict: minus their sum over the rows left out."""
     return [-float(values[out].sum()) for out in masks]
 
 
 def rounded(values: Iterable[float]) -> list[float]:
-    """``values`` with eight digits, for a file."""
+    """``values`` rounded to eight digits, for a file."""
     return [float(f"{value:.8g}") for value in values]
 
 
 def score(runs: Store, row: Row, run: Trained, names: Sequence[str], masks: list[Tensor]) -> None:
-    """Fill up the entry with what the methods ``names`` predict, and what they cost."""
+    """Add the predictions and costs of the methods ``names`` to the entry."""
     measured = row.setdefault("methods", {})
     for name in names:
         if len(measured.get(name, {}).get("predicted", ())) >= len(masks):
@@ -159,7 +159,7 @@ def score(runs: Store, row: Row, run: Trained, names: Sequence[str], masks: list
 
 
 def smooth(runs: Store, quick: bool) -> None:
-    """Which change makes a run smooth, and the solvers' damping, on development seeds."""
+    """Measure which change makes a run smooth, and dampings, on development seeds."""
     for task, seed in zip(TASKS, DEVELOPMENT_SEEDS):
         for name, recipe in CHANGES.items():
             row = runs.entry(part="smooth", task=task, seed=seed, recipe=repr(recipe))
@@ -176,7 +176,7 @@ def smooth(runs: Store, quick: bool) -> None:
 
 
 def compare(runs: Store, quick: bool) -> None:
-    """Every method against the same retrainings."""
+    """Measure every method against the same retrainings."""
     for seed in SEEDS[:1] if quick else SEEDS:
         for setting, recipe in SETTINGS.items():
             for task in TASKS[:1] if quick else TASKS:
@@ -194,7 +194,7 @@ def compare(runs: Store, quick: bool) -> None:
 
 
 def cost(runs: Store, quick: bool) -> None:
-    """Passes, time and memory of the whole run."""
+    """Measure passes, time and memory of differentiating the whole run."""
     for name, recipe in SETTINGS.items():
         recipe = replace(recipe, epochs=1.0) if quick else recipe
         row = runs.entry(part="cost", task="tweets", recipe=repr(recipe))
@@ -220,7 +220,7 @@ def cost(runs: Store, quick: bool) -> None:
 
 
 def memory(runs: Store, quick: bool) -> None:
-    """The peak memory of each method on a run, with all activations."""
+    """Measure the peak memory of each method on a run, with all activations."""
     recipe = replace(SMOOTH, epochs=1.0) if quick else SMOOTH
     row, run = runs.entry(part="memory", recipe=repr(recipe)), Trained(draw("tweets", 0), recipe, 0)
     sizes = row.setdefault("adapters", {})
@@ -236,7 +236,7 @@ def memory(runs: Store, quick: bool) -> None:
 
 
 def timed(recipe: Recipe, memory_limit: float) -> Row:
-    """Seconds of a plain training and of training and scores; the latter's passes in trainings."""
+    """Seconds of a training without and with scores, and the passes with scores, in trainings."""
     lower = level(draw("tweets", 0), recipe, 0)
     begin = time.process_time()
     for _ in range(recipe.steps):
@@ -252,7 +252,7 @@ def timed(recipe: Recipe, memory_limit: float) -> Row:
 
 
 def peak(recipe: Recipe, memory_limit: float) -> int:
-    """The peak memory of training and scores in bytes, every row as long as the longest."""
+    """The peak memory of training and scores in bytes; every row has the longest length."""
     rows = draw("tweets", 0)
     full_length = replace(rows.states, mask=torch.ones_like(rows.states.mask))
     lower = level(replace(rows, states=full_length), recipe, 0)
@@ -262,7 +262,7 @@ def peak(recipe: Recipe, memory_limit: float) -> int:
 
 
 def find(runs: Store, quick: bool) -> None:
-    """Which ranking finds wrong labels."""
+    """Measure which ranking finds wrong labels."""
     kinds = [(noise, share) for noise in ("uniform", "class-dependent") for share in SHARES]
     cases = [(task, *kind) for task in TASKS for kind in kinds]
     cases += [(f"raters of {task}", "real", 0.0) for task in TASKS]
@@ -278,7 +278,7 @@ def find(runs: Store, quick: bool) -> None:
 
 
 def ranked(run: Trained) -> Row:
-    """The area under the curve of each ranking of the wrong labels."""
+    """The area under the curve with which each ranking finds wrong labels."""
     assert isinstance(run.rows, Rows)
     setting, wrong, labels = run.setting, run.rows.wrong, run.rows.labels
     by_run, gradient = (by_name(setting, name)[0] for name in (WHOLE, "gradient"))
@@ -307,7 +307,7 @@ def ranked(run: Trained) -> Row:
 
 
 def main() -> None:
-    """Run what is missing in the file, and summarise all of it."""
+    """Run the missing entries of the file, and summarise all."""
     title = __doc__.partition("\n")[0]
     options = run_parser(title, RESULTS / "attribution.jsonl", PARTS).parse_args()
     runs = opened(options)

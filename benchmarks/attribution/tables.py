@@ -1,4 +1,4 @@
-"""The entries of the attribution benchmarks, with the tables and targets of them."""
+"""Tables and targets from the entries of the attribution benchmarks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WHOLE = "unrolled"
 HEAD = "head"
 #: MAGIC (arXiv:2503.13751) by Bergson (arXiv:2606.11660), the same derivative.
 MAGIC = "Bergson (MAGIC)"
-#: The parts of `trainers.py`, with the titles of their tables.
+#: The titles of the tables of `trainers.py`, by part.
 TRAINERS = {
     "tags": "Token tags (a Trainer, smooth setting; costs with the training)",
     "documents": "Documents (a Trainer, smooth setting; costs with the training)",
@@ -29,7 +29,7 @@ TRAINERS = {
 
 
 def check(row: Row, name: str) -> ScoreCheck:
-    """What an entry's retrainings say of the method ``name``."""
+    """The check of the method ``name`` against an entry's retrainings."""
     predicted = torch.tensor(row["methods"][name]["predicted"], dtype=torch.float64)
     truth = torch.tensor(row["actual"], dtype=torch.float64)
     smooth = row.get("metasmoothness") if name == WHOLE else None
@@ -37,12 +37,12 @@ def check(row: Row, name: str) -> ScoreCheck:
 
 
 def lds(result: ScoreCheck) -> float:
-    """The LDS; 0 where all predictions are equal, as of a solve that ended at 0."""
+    """The LDS, or 0 if all predictions are equal, for example after a solve that ended at 0."""
     return 0.0 if math.isnan(result.lds) else result.lds
 
 
 def mean(values: Iterable[float]) -> float | None:
-    """The mean, None of nothing."""
+    """The mean, or None if there are no values."""
     numbers = list(values)
     return statistics.fmean(numbers) if numbers else None
 
@@ -127,7 +127,7 @@ def suspects_table(rows: Sequence[Row]) -> list[Row]:
 
 
 def cost_table(rows: Sequence[Row]) -> list[Row]:
-    """A row for each length of the run; everything in trainings, memory in adapter sizes."""
+    """A row for each length of the run; costs in trainings, memory in adapter sizes."""
     return [
         {
             "run": row["setting"],
@@ -161,7 +161,7 @@ def tables_of(runs: Store) -> dict[str, list[Row]]:
 
 
 def targets_of(tables: Mapping[str, Sequence[Row]]) -> list[Target]:
-    """The targets of what has been measured."""
+    """The targets, with the measured values."""
     targets = []
     settings = {"Rough setting": TASKS, "Smooth setting": TASKS}
     for title, tasks in (settings | {title: (part,) for part, title in TRAINERS.items()}).items():

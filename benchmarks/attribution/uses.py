@@ -1,14 +1,14 @@
-"""What do scores gain, beside the simplest other use of the same evaluation rows?
+"""What do scores gain, compared with simple uses of the same evaluation rows?
 
     python benchmarks/attribution uses
 
-Sentences with the label of one rater are trained on; evaluation and test rows have the label of
-many (`rated_text`). A removal by score where the evaluation rows are of the same domain as the
-training rows, where they are of another one, and where a fifth of the training labels is made
-wrong, on three data sets; beside the simple ways: training on the evaluation rows too, once or five
-times each, or on these alone, half of the steps, and leaving out by the loss or by suspicion.
-LoRA, pooler and head in MiniLM's last two layers, on the states of the
-frozen ones; a call of `attribute` a run, and all settings are those of the smooth run in `scores`.
+Training sentences have the label of one rater, evaluation and test rows the label of many
+(`rated_text`). Rows are removed by score in three kinds of cells: evaluation rows of the same
+domain, of another domain, and a fifth of the training labels made wrong (three data sets). The
+alternatives are training on the evaluation rows too, once or five times each; training on these
+only; half of the steps; and removal by loss or by suspicion. LoRA, pooler and head are in
+MiniLM's last two layers, on the states of the frozen ones. A run is one call of `attribute`, with
+the settings of the smooth run in `scores`.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from hyperopt_peft.utils.statistics import mean_and_half
 
 #: Seeds below 100 chose the settings.
 SEEDS, LENGTH = (100, 101, 102, 103, 104), 12
-#: Rows of training, evaluation and test.
+#: Numbers of training, evaluation and test rows.
 TRAIN, ABOVE, TEST = 300, 60, 400
-#: By cell: the domains of the training rows, and that of evaluation and test rows.
+#: By cell: the domains of the training rows, and the domain of evaluation and test rows.
 CELLS = {
     "another domain": (("nyt", "amazon", "tweets"), "movies"),
     "wrong labels: tweets": (("tweets",), "tweets"),
@@ -54,9 +54,9 @@ CELLS = {
     "wrong labels: SST-2": (("sst2",), "sst2"),
     "same domain": (("movies",), "movies"),
 }
-#: How cells with wrong labels begin, and the share of these; as many rows are left out there.
+#: The prefix of cells with wrong labels, and their share; as many rows are left out there.
 WRONG_LABELS, WRONG = "wrong labels", 0.2
-#: The simplest use of evaluation rows, and the same with more of them.
+#: The simplest uses of evaluation rows.
 TOO, REPEATED, REPEATS = "evaluation rows too", "evaluation rows too, five times each", 5
 REMOVED, RETRAININGS, FOLDS = 0.1, 12, 5
 LORA = LoraConfig(
@@ -87,7 +87,7 @@ def drawn(cell: str, seed: int) -> pandas.DataFrame:
 
 
 def table_of(name: str) -> pandas.DataFrame:
-    """``text``, ``noisy`` and ``clean`` labels, of raters; of TREC and SST-2 both are the same."""
+    """``text``, ``noisy`` and ``clean`` labels by raters; for TREC and SST-2 both are equal."""
     if name not in TABLES:
         return one_rater(name, seed=0)
     table = pandas.concat(TABLES[name]()).drop_duplicates("text")
@@ -95,7 +95,7 @@ def table_of(name: str) -> pandas.DataFrame:
 
 
 def with_wrong(labels: Tensor, classes: int, seed: int) -> Tensor:
-    """``labels``, a share `WRONG` of them another of the ``classes``, drawn by ``seed``."""
+    """``labels`` with a share `WRONG` replaced by another of the ``classes``, drawn by ``seed``."""
     source = torch.Generator().manual_seed(seed)
     out = torch.randperm(len(labels), generator=source)[: round(WRONG * len(labels))]
     moved = torch.randint(1, classes, (len(out),), generator=source)
@@ -122,7 +122,7 @@ JUDGES = numbered(TRAIN + ABOVE, TRAIN + ABOVE + TEST)
 
 
 def kinds(runs: Store, cell: str, seed: int, quick: bool) -> None:
-    """What test rows say after each way, and what the check says of the scores."""
+    """Add the test results of each training set, and the check of the scores, to an entry."""
     row = runs.entry(part="kinds", cell=cell, seed=seed)
     if REPEATED in row.get("ways", ()):
         return
@@ -135,7 +135,7 @@ def kinds(runs: Store, cell: str, seed: int, quick: bool) -> None:
 
 
 def measured(job: Task, cell: str, seed: int, count: int) -> Row:
-    """The ways but the last one, and ``count`` retrainings of the check."""
+    """Measure all training sets but the last one, and ``count`` retrainings of the check."""
     row: Row = {}
     trainer, share = job.trainer(seed), WRONG if cell.startswith(WRONG_LABELS) else REMOVED
     options: dict[str, Any] = {"evaluation": EVALUATION, "progress": False}
@@ -186,7 +186,7 @@ def measured(job: Task, cell: str, seed: int, count: int) -> Row:
 
 @contextmanager
 def last_layer_alone() -> Iterator[None]:
-    """Within the body heads read the last layer's features, which are the last third."""
+    """Let heads in the body read the last layer's features only, the last third of all."""
 
     def last_third(*args: Any, **options: Any) -> Features:
         found = features_of(*args, **options)
@@ -202,7 +202,7 @@ def last_layer_alone() -> Iterator[None]:
 def trained(
     job: Task, seed: int, rows: Dataset | None = None, *, shorter: int = 1
 ) -> dict[str, float]:
-    """What test rows say after the steps of the recipe, or fewer, on ``rows`` in place of all."""
+    """The test results after the recipe's steps, or fewer, on ``rows`` in place of all."""
     trainer = job.trainer(seed)
     steps = round(job.recipe.epochs * math.ceil(TRAIN / job.recipe.batch))
     trainer.args.max_steps = max(1, steps // shorter)
@@ -220,7 +220,7 @@ def mean_of(numbers: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def gains_table(rows: Sequence[Row], key: str) -> list[Row]:
-    """By way the accuracy minus that of plain training, ± half of a 95 % interval."""
+    """By training set, the accuracy minus plain training's, ± half of a 95 % interval."""
     cells = list(dict.fromkeys(row["cell"] for row in rows))
     table = []
     ways = [way for row in rows[:1] for way in row[key] if way not in ("plain", REPEATED)]
@@ -237,7 +237,7 @@ def gains_table(rows: Sequence[Row], key: str) -> list[Row]:
 
 
 def checks_table(rows: Sequence[Row]) -> list[Row]:
-    """LDS and slope of the head's scores against its own retrainings."""
+    """The LDS and slope of the head's scores against its own retrainings."""
     table = []
     for cell in dict.fromkeys(row["cell"] for row in rows):
         checks = [row["check of the head"] for row in rows if row["cell"] == cell]
@@ -263,7 +263,7 @@ def tables_of(runs: Store) -> dict[str, list[Row]]:
 
 
 def main() -> None:
-    """Run what is missing in the file, and summarise all of it."""
+    """Run the missing entries of the file, and summarise all."""
     title = __doc__.partition("\n")[0]
     options = run_parser(title, RUNS).parse_args()
     runs = opened(options)

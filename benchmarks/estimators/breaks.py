@@ -118,7 +118,7 @@ def network(kind: str, rank: int, processes: int) -> Levels:
 
 
 def found(method: str | Peer, levels: Levels, passes: Passes | None = None) -> Vector | str:
-    """The hypergradient, or in a few words why there is none; ``passes`` counts what it took."""
+    """The hypergradient, or the short reason why there is none; ``passes`` counts its passes."""
     try:
         if not isinstance(method, str):
             return Vector(gather(x) for x in method(*levels))
@@ -133,7 +133,7 @@ def found(method: str | Peer, levels: Levels, passes: Passes | None = None) -> V
 
 
 def refusal(error: Exception) -> str:
-    """The first words of what an estimator says where it refuses."""
+    """The first words of an estimator's refusal."""
     return "refused: " + re.split("[;,(]", str(error).split(": ", 1)[-1])[0]
 
 

@@ -1,16 +1,16 @@
-"""Every estimator on four problems: how right, how noisy, how dear, and what breaks it.
+"""Every estimator on four problems: error, noise, cost, and what breaks it.
 
     python benchmarks/estimators comparison --json benchmarks/results/comparison.json
     python benchmarks/estimators comparison --json FILE --methods kfac:steps=10
     python benchmarks/estimators comparison --write benchmarks/results/comparison.json
 
-The first measures all; the second some, whose rows it puts into FILE; the third writes
-results/comparison.md and the README's table from the file, and measures nothing. Problems: see
-levels.py. Other libraries: peers.py.
+The first command measures all estimators. The second measures some and replaces their rows in FILE.
+The third measures nothing: it writes results/comparison.md and the tables of README.md and
+docs/mathematics.md from FILE. The problems are in levels.py, other libraries in peers.py.
 
 Errors are relative to the exact hypergradient at the same point (on BiDoRA: to a long MINRES
-solve). "100·f" is the error on A after f has been multiplied by 100, which moves neither w* nor
-dF/du. Minibatches are of 64, of both levels' data: noise.py says what the three columns are.
+solve). "100·f" is the error on A with f multiplied by 100, which changes neither w* nor dF/du.
+Minibatches have 64 rows of each level's data; noise.py explains the three columns.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Row = dict[str, Any]
 
 
 def against(truth: Vector, result: Vector | str) -> Row:
-    """Error and cosine of ``result``, or why there is none."""
+    """Error and cosine of ``result``, or the reason why there is no result."""
     if isinstance(result, str):
         return {"error": result, "cosine": None}
     length = result.norm()
@@ -76,7 +76,7 @@ class Scaled(Problem):
 
 
 def scaled(methods: Mapping[str, str | Peer]) -> dict[str, Row]:
-    """The error on A after f has been multiplied by 100."""
+    """The error on A with f multiplied by 100."""
     upper, lower = small_problems()["A"]
     truth = Vector(hypergradient(upper, lower, "exact"))
     levels = upper, Scaled(lower, 100.0)
@@ -87,7 +87,7 @@ def scaled(methods: Mapping[str, str | Peer]) -> dict[str, Row]:
 
 
 def noisy(methods: Mapping[str, str | Peer], draws: int) -> dict[str, Row]:
-    """Error, bias and spread of the estimates of B over minibatches: see noise.py."""
+    """Error, bias and spread of the estimates on B over minibatches; see noise.py."""
     upper, lower = noise.levels()
     noise.minimise(lower)
     batches = noise.Draws(len(lower.data.y), len(upper.data.y_val))
@@ -135,7 +135,7 @@ def two_processes(methods: Mapping[str, str | Peer]) -> dict[str, Row]:
 
 
 def measured(quick: bool, names: Sequence[str]) -> tuple[list[Row], Row]:
-    """The rows of the methods ``names``, and what else is to be known."""
+    """The rows of the methods ``names``, and facts about the problems."""
     others, missing = peers()
     methods: dict[str, str | Peer] = {name: others.get(name, name) for name in names}
     parts = [small(methods), scaled(methods), noisy(methods, 5 if quick else 100)]
@@ -160,7 +160,7 @@ def measured(quick: bool, names: Sequence[str]) -> tuple[list[Row], Row]:
 
 
 def merged(measured: list[Row], new: list[Row]) -> list[Row]:
-    """The rows of both, ``new`` ones in place of others of their name; peers are last."""
+    """The rows of both; ``new`` rows replace old ones of the same name, and peers come last."""
     rows = {row["estimator"]: row for row in (*measured, *new)}
     ours = [rows.pop(name) for name in METHODS if name in rows]
     return [*ours, *rows.values()]
@@ -169,11 +169,10 @@ def merged(measured: list[Row], new: list[Row]) -> list[Row]:
 BREAKS = {"SDPA": "error", "bf16": "cosine", "DDP": "error", "FSDP2": "error"}
 SECTIONS: dict[str, tuple[str, dict[str, str]]] = {
     "Right at the lower minimum": (
-        "Relative error to the exact hypergradient on A, B and C, where all of this library but "
-        "`direct` have a cosine above .9; on BiDoRA error and cosine to a long solve, at a point "
-        "that is close to "
-        "the minimum but not at it. *100·f*: the error on A after f has been multiplied by 100, "
-        "which changes neither w* nor dF/du.",
+        "A, B, C: relative error to the exact hypergradient; there every estimator of this library "
+        "but `direct` has a cosine above .9. BiDoRA: error and cosine to a long solve, at a point "
+        "close to the minimum. *100·f*: the error on A with f multiplied by 100, which changes "
+        "neither w* nor dF/du.",
         {
             **{f"{p}: error": p for p in "ABC"},
             "BiDoRA: error": "BiDoRA",
@@ -182,21 +181,22 @@ SECTIONS: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "Minibatches and cost": (
-        "Minibatches: 100 batches of 64 of both levels' data on B, for `warm` after 250 upper "
-        "steps. The error of one estimate, that of their mean, and their standard deviation, on "
-        "the images of each batch. Cost of one hypergradient on MiniLM: forward+backward passes + "
-        "second backward passes, milliseconds of processor time, and memory above what was held.",
+        "Minibatches: 100 batches of 64 rows of each level's data on B (for `warm` after 250 upper "
+        "steps): the error of one estimate, the error of their mean (bias) and their standard "
+        "deviation (spread), on the images of each batch. Cost of one hypergradient on MiniLM: "
+        "forward+backward passes + second backward passes, milliseconds of processor time, and "
+        "additional memory.",
         {
             **{f"B, batch 64: {c}": c for c in ("error", "bias", "spread")},
             **{c: c for c in ("passes", "ms", "MB")},
         },
     ),
     "What breaks it": (
-        "SDPA: stock attention against eager attention, on a small BERT without dropout (its "
-        "kernel has no second derivative). bf16: cosine of the estimate under autocast to that in "
-        "float32. DDP and FSDP2: two processes with half of each batch each, against one process, "
-        "float64. Of this library the worst estimator in each column; where FSDP2 refuses one, "
-        "the error says what to use instead.",
+        "SDPA: error with stock attention, whose kernel has no second derivative, against eager "
+        "attention, on a small BERT without dropout. bf16: cosine of the estimate under autocast "
+        "to the one in float32. DDP and FSDP2: error of two processes, each with half of each "
+        "batch, against one process, in float64. The row of this library has its worst estimator "
+        "in each column. If FSDP2 refuses an estimator, the error names one to use instead.",
         {
             "SDPA: error": "SDPA",
             "bf16: cosine": "bf16",
@@ -205,13 +205,75 @@ SECTIONS: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
 }
-# The README's rows: one for each way to think of the implicit term.
-FEW = ["direct", "darts:xi=1.0", "cg:steps=10", "minres:steps=10", "warm"]
-SHORT = ["A: error", "B: error", "BiDoRA: error", "BiDoRA: cosine", "passes"]
+# The formula of each estimator, with a reference of docs/mathematics.md, and when to use it.
+USE = {
+    "direct": ("∂F/∂u", "F depends on u itself, and time is short"),
+    "darts:xi=1.0": (
+        "v = ξ·b [6]",
+        "the model is large; for weights of rows or sources with `product=dots`",
+    ),
+    "fastmix": ("`darts` with the output layer's weight in place of w [21]", "as `darts`, cheaper"),
+    "sama": (
+        "v = Db, D = −(∂w'/∂g)ᵀ for the last lower optimizer step g ↦ w' [14]",
+        "as `darts`, with Adam at the lower level",
+    ),
+    "unrolled:steps=10": (
+        "reverse mode through the last K optimizer steps [7, 8]",
+        "w is far from its minimum, or u sets the lower learning rate or decay",
+    ),
+    "forward:steps=10,limit=64": (
+        "forward mode through the last K steps, or the whole run with `carry=true` [7]",
+        "as `unrolled`, for up to about 30 entries of u",
+    ),
+    "neumann:terms=20": ("v = η Σ (I − ηH)ᵏ b, k = 0 … K [5]", "you repeat a paper that uses it"),
+    "cg:steps=10": (
+        "Krylov space; H positive definite [2, 3]",
+        "w is near its minimum, and f is convex there",
+    ),
+    "cg:steps=10,product=difference": (
+        "as `cg`, with first-order passes only [9]",
+        "as `cg`, and the loss has no second derivative, as with fused attention",
+    ),
+    "minres:steps=10": (
+        "Krylov space; H may be indefinite [4]",
+        "as `cg`, and curvature may be negative, as in a network; the default",
+    ),
+    "nystrom:rank=10,steps=10": (
+        "`cg` preconditioned by (HΩ)(ΩᵀHΩ)⁻¹(HΩ)ᵀ, Ω with `rank` random columns [15]",
+        "a few eigenvalues of H are far larger than the others",
+    ),
+    "kfac:steps=10": (
+        "`cg` preconditioned by EK-FAC of the linear layers [19]",
+        "`cg` needs many steps, and w is in linear layers",
+    ),
+    "warm": (
+        "v ← v − a(Hv − b), continued from the last upper step [12, 13]",
+        "batches are small, and upper steps are many",
+    ),
+    "f2sa:inner_steps=15,tolerance=1e-05": (
+        "[∂(f + νF)/∂u at w_ν − ∂(f − νF)/∂u at w_−ν]/2ν, w_±ν minimises f ± νF [16, 17]",
+        "the loss has no second derivative, and errors matter more than passes",
+    ),
+    "penalty:inner_steps=15,tolerance=1e-05": (
+        "∂F/∂u + γ[∂f/∂u at w − ∂f/∂u at z], z minimises f − F/γ [18]",
+        "as `f2sa`, at a third of the passes",
+    ),
+    "exact": ("dense solve in float64, n products", "as a reference, up to 5,000 lower unknowns"),
+}
+# The README's rows: when not to use them.
+AVOID = {
+    "direct": "F does not read u: the estimate is 0",
+    "darts:xi=1.0": "errors matter: the implicit term is proportional to ξ and to the scale of f",
+    "unrolled:steps=10": "memory is short: it keeps every step; a Trainer keeps one",
+    "cg:steps=10": "curvature is negative: it stops early; use `minres`, or add `damping`",
+    "cg:steps=10,product=difference": "the model has no room for passes in float32",
+    "minres:steps=10": "the loss has no second derivative: add `product=difference`",
+    "warm": "u moves fast, or there is only one upper step",
+}
 
 
 def _worst(rows: list[Row]) -> list[Row]:
-    """This library's worst number in each column of `BREAKS` as one row, and the peers' rows."""
+    """One row with this library's worst number in each column of `BREAKS`, and the peers' rows."""
     ours = [row for row in rows if row["kind"] != "peer"]
     worst: Row = {"estimator": "all of this library", "kind": "peer"}
     for setting, number in BREAKS.items():
@@ -222,7 +284,7 @@ def _worst(rows: list[Row]) -> list[Row]:
 
 
 def _columns(rows: list[Row], columns: Mapping[str, str]) -> str:
-    """A table of some columns under other names; a row without a value is left out."""
+    """A table of some columns, renamed; rows without a value are left out."""
     named = [
         row | {"estimator": row["estimator"] if row["kind"] == "peer" else f"`{row['estimator']}`"}
         for row in rows
@@ -241,16 +303,53 @@ def _short(row: Row) -> Row:
     }
 
 
+def estimator_table(rows: list[Row]) -> str:
+    """The table of docs/mathematics.md: formulas, when to use them, and errors."""
+    errors = _errors(rows)
+    return table(
+        [
+            {
+                "estimator": f"`{n}`",
+                "v, or the estimate": v,
+                "use it when": when,
+                "error": errors[n],
+            }
+            for n, (v, when) in USE.items()
+        ]
+    )
+
+
 def short_table(rows: list[Row]) -> str:
-    """The README's table: a few of this library's estimators."""
-    few = [_short(row) for row in rows if row["estimator"] in FEW]
-    return _columns(few, {"kind": "kind", **{column: column for column in SHORT}})
+    """The README's table: a few estimators, with passes of one lower and one upper step."""
+    errors = _errors(rows)
+    return table(
+        [
+            {
+                "estimator": f"`{name}`",
+                "use it when": USE[name][1],
+                "do not use it when": avoid,
+                "passes": get_estimator(name).cost(),
+                "error": errors[name],
+            }
+            for name, avoid in AVOID.items()
+        ]
+    )
+
+
+def _errors(rows: list[Row]) -> dict[str, str]:
+    """The errors on B, in percent; a dash where an estimator was not measured or refused."""
+    errors = {row["estimator"]: row["B: error"] for row in rows}
+    numbers = {name: errors.get(name) for name in USE}
+    return {
+        name: f"{float(f'{100 * error:.2g}'):g} %" if isinstance(error, float) else "–"
+        for name, error in numbers.items()
+    }
 
 
 def page_table(content: Row) -> str:
-    """The tables of results/comparison.md from a file of measurements."""
+    """The tables of results/comparison.md, from a file of measurements."""
     (rows,), details = content["tables"].values(), content["details"]
-    # The fault of another library's estimator, after a colon, is in the page's own words.
+    # The page itself explains the faults of other libraries' estimators, named after a colon.
     rows = [
         row | {"estimator": row["estimator"].partition(":")[0]}
         if row["estimator"].startswith("Betty")
@@ -269,18 +368,17 @@ def page_table(content: Row) -> str:
 
 
 def write_pages(file: Path) -> None:
-    """All tables, and that of a few estimators in README.md and on the page."""
+    """Write the tables of all three pages."""
     content = json.loads(file.read_text())
     (rows,) = content["tables"].values()
-    short = short_table(rows)
-    texts = {RESULTS / "comparison.md": page_table(content)}
-    texts |= {DOCS / "comparison.md": short, ROOT / "README.md": short}
+    texts = {RESULTS / "comparison.md": page_table(content), ROOT / "README.md": short_table(rows)}
+    texts |= {DOCS / "mathematics.md": estimator_table(rows)}
     for path, text in texts.items():
         path.write_text(between(path.read_text(), text, "estimator"))
 
 
 def main() -> None:
-    """Measure and report; or write the pages from a file of measurements."""
+    """Measure and report, or write the pages from a file of measurements."""
     if sys.argv[1:2] == ["--write"]:
         write_pages(Path(sys.argv[2]))
         return

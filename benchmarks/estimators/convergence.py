@@ -1,12 +1,12 @@
-"""The value function against oracle calls: how fast each estimator brings a bilevel program down.
+"""The value function against oracle calls: how fast does each estimator lower it?
 
     python benchmarks/estimators convergence --json benchmarks/results/convergence.json
 
 Problems A (penalties of a logistic regression, in the box [−12, 6]) and B (weights of noisy
-images), full batch, float64, the same two optimizers for every estimator: Adam below on A, gradient
-descent on B, Adam above. A call is a forward+backward pass or a second backward pass of either
-loss; the lower steps count. The value is F(u, w*(u)), with w* found by Newton's method on A and
-L-BFGS on B, which do not count.
+images), full batch, float64. Every estimator has the same two optimizers: Adam at the lower level
+of A, gradient descent at that of B, Adam at the upper levels. A call is a forward+backward pass or
+a second backward pass of either loss, lower steps included. The value is F(u, w*(u)), where
+Newton's method (A) or L-BFGS (B) computes w*; these do not count.
 
 ``--json`` also draws docs/convergence.png.
 """
@@ -47,7 +47,7 @@ FIGURE = DOCS / "convergence.png"
 
 
 def problem_a() -> tuple[Any, Any, Any]:
-    """Levels and what keeps the penalties in their box."""
+    """The levels, and a projection of the penalties onto their box."""
     upper, lower = logistic.breast_cancer()
     # The penalties come to span eight orders of magnitude, too many for one step length.
     lower.optimizer = torch.optim.Adam(lower.variables, lr=0.02)
@@ -61,13 +61,13 @@ def problem_a() -> tuple[Any, Any, Any]:
 
 
 def problem_b() -> tuple[Any, Any, Any]:
-    """Levels; the weights are free."""
+    """The levels; the weights have no bounds."""
     upper, lower = hypercleaning.digits()
     return upper, lower, lambda: None
 
 
 def value(upper: Any, lower: Any) -> float:
-    """F(u, w*(u)); w is put back."""
+    """F(u, w*(u)); then w is restored."""
     with perturbed(lower.variables):
         if isinstance(lower, logistic.Logistic):
             newton(lower)
@@ -77,7 +77,7 @@ def value(upper: Any, lower: Any) -> float:
 
 
 def newton(level: logistic.Logistic) -> None:
-    """Move w, ``(d,)``, to the minimum, by steps that are halved until the loss falls."""
+    """Move w, ``(d,)``, to the minimum by Newton steps, each halved until the loss falls."""
     w = level.w
     for _ in range(100):
         loss = level.loss(None)
@@ -95,7 +95,7 @@ def newton(level: logistic.Logistic) -> None:
 
 
 def curve(make: Any, method: str, calls: int) -> tuple[list[tuple[int, float]], Any]:
-    """(oracle calls so far, value) about thirty times within ``calls``; the upper level."""
+    """About thirty points (oracle calls so far, value) within ``calls``, and the upper level."""
     upper, lower, project = make()
     points, spent = [(0, value(upper, lower))], 0
     try:
@@ -112,7 +112,7 @@ def curve(make: Any, method: str, calls: int) -> tuple[list[tuple[int, float]], 
 
 
 def main() -> None:
-    """Run all, print the values, draw the figure."""
+    """Run all estimators, print the values and draw the figure."""
     options = arguments("the value function against oracle calls", calls=20_000)
     calls = 100 if options.quick else options.calls
     problems = {"A": problem_a, "B": problem_b}
@@ -139,7 +139,7 @@ def main() -> None:
 
 
 def draw(curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> None:
-    """One panel a problem."""
+    """Draw one panel for each problem."""
     panels = {
         f"Problem {key}": {
             method: tuple(zip(*points, strict=True))

@@ -2,15 +2,16 @@
 
     python benchmarks/estimators fidelity --json fidelity.json
 
-MiniLM with DoRA on query and value as in BiDoRA: magnitudes above, A, B and head below. Each
-estimator's implicit term (the hypergradient less ∂F/∂u, which would hide the error) is held against
-the exact mixed product, ``darts:product=exact``, in float32 with the same dropout masks.
+MiniLM with DoRA on query and value as in BiDoRA: the upper level has the magnitudes, the lower one
+A, B and head. Each estimator's implicit term (the hypergradient minus ∂F/∂u, which would hide the
+error) is compared with the exact mixed product, ``darts:product=exact``, in float32 with the same
+dropout masks.
 
-All estimators start from the same ∂F/∂w, of the same masks, so that only the product is judged.
+All estimators start from the same ∂F/∂w with the same masks, so that only the product is judged.
 In bfloat16 (autocast) ∂F/∂w itself is rounded; the row ``darts:product=exact`` has no other error.
 
 A spread is the standard deviation over the draws of masks, in units of the norm of the mean of the
-exact terms. (In units of its own mean, an estimate that is nothing but noise would show √n.)
+exact terms. (In units of its own mean, pure noise would have a spread of √n.)
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ Method = Callable[[Problem, Problem, int], Vector]
 
 
 class Level(Problem):
-    """The model's loss over some of its parameters, in bfloat16 where ``autocast``."""
+    """The model's loss over some of its parameters; in bfloat16 with ``autocast``."""
 
     def __init__(self, model: Any, variables: Any, batch: Any, *, autocast: bool) -> None:
         self.model, self.autocast = model, autocast
@@ -72,7 +73,7 @@ def levels(model: Any, *, autocast: bool) -> tuple[Problem, Problem]:
 
 
 def implicit(method: str) -> Method:
-    """The implicit term of a method of this library, all passes with the masks of the seed."""
+    """The implicit term by an estimator of this library; all passes have the seed's masks."""
 
     def run(upper: Problem, lower: Problem, seed: int) -> Vector:
         total = Vector(hypergradient(upper, lower, method, seed=seed))
@@ -85,9 +86,9 @@ def implicit(method: str) -> Method:
 def lower_point(
     upper: Problem, lower: Problem, seed: int
 ) -> Iterator[tuple[Sequence[Tensor], Vector]]:
-    """w and ∂F/∂w with the masks that `implicit` has for this seed; w may be moved in the body.
+    """w and ∂F/∂w with the masks of `implicit` for this seed; the body may move w.
 
-    The passes of the body draw new masks, from a generator that is a function of the seed too.
+    Passes in the body draw new masks, from a generator that the seed determines too.
     """
     with open_oracle(upper, lower, seed=seed).open() as oracle:
         b = oracle.upper_gradient.b
@@ -97,7 +98,7 @@ def lower_point(
 
 
 def independent_masks(upper: Problem, lower: Problem, seed: int) -> Vector:
-    """The two-sided difference of ``darts``, written as a loop that leaves dropout to itself."""
+    """The two-sided difference of ``darts`` as a plain loop: each pass has new dropout masks."""
     with lower_point(upper, lower, seed) as (point, b):
         epsilon = float(default_epsilon(point))
         sides = []
@@ -109,7 +110,7 @@ def independent_masks(upper: Problem, lower: Problem, seed: int) -> Vector:
 
 
 def of_betty(upper: Problem, lower: Problem, seed: int) -> Vector:
-    """Betty's ``darts`` with its default epsilon; two-sided, its H⁻¹ is the identity too."""
+    """Betty's ``darts`` with its default epsilon: also two-sided, and with H⁻¹ = I."""
     with lower_point(upper, lower, seed) as (_, b):
         below = SimpleNamespace(
             meta_trainable_parameters=lambda: lower.variables,
@@ -134,13 +135,13 @@ def mean(estimates: Sequence[Vector]) -> Vector:
 
 
 def deviation(estimates: Sequence[Vector]) -> float:
-    """The standard deviation over the draws of masks, a length."""
+    """The standard deviation over the draws of masks, as a norm."""
     centre = mean(estimates)
     return math.sqrt(statistics.fmean((h - centre).norm() ** 2 for h in estimates))
 
 
 def measure(dropout: float, draws: int) -> tuple[list[Row], list[Row]]:
-    """All methods in both precisions with one dropout; the rows, and each draw's numbers."""
+    """Run all methods in both precisions with one dropout; return rows, and each draw's numbers."""
     model = minilm("fast full", dropout=dropout, targets=["query", "value"])
     for module in model.modules():
         if isinstance(module, nn.Dropout):  # attention reads its own module's p
@@ -170,7 +171,7 @@ def measure(dropout: float, draws: int) -> tuple[list[Row], list[Row]]:
 
 
 def main() -> None:
-    """Measure, print, and write JSON where asked for."""
+    """Measure and print; write JSON if asked to."""
     options = arguments("the implicit term against the exact one, under dropout and in bfloat16")
     if options.device != "cpu":  # a GPU draws other masks for another dtype or attention kernel
         raise SystemExit("fidelity.py compares precisions mask by mask, which needs --device cpu")

@@ -1,8 +1,9 @@
-"""The problems of `comparison`, ready to be asked for hypergradients.
+"""The problems of `comparison`, at the points where hypergradients are computed.
 
 A, B and C are at the minimum of their lower level, in float64. "BiDoRA" is MiniLM on real tweets:
-magnitudes above; A, B and head below, with ½λ‖w − w0‖², without which the lower level of a small
-training set has no minimum, and trained until its gradient is small.
+the upper level has the magnitudes, the lower level A, B and head. Its lower loss has a term
+½λ‖w − w0‖², since without that a small training set has no minimum, and it is trained until the
+gradient is small.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Proximal(Direction):
         self.strength, self.start = strength, [w.detach().clone() for w in self.variables]
 
     def loss(self, batch: Any) -> Tensor:
-        """The task loss and the distance from the start."""
+        """The task loss plus ½λ‖w − w0‖²."""
         moved = zip(self.variables, self.start, strict=True)
         distance = sum((w - w0).square().sum() for w, w0 in moved)
         task: Tensor = self.task_loss(batch)
@@ -72,9 +73,9 @@ class Proximal(Direction):
 
 
 def encoder_problem(steps: int, strength: float = 0.2) -> tuple[Levels, float]:
-    """BiDoRA on MiniLM and two batches of tweets after ``steps`` lower steps; their last ‖∂f/∂w‖.
+    """BiDoRA on MiniLM and two batches of tweets after ``steps`` lower steps, and the last ‖∂f/∂w‖.
 
-    In eval mode: the problem is to be one function, and dropout is fidelity.py's subject.
+    The model is in eval mode, without dropout; fidelity.py is about dropout.
     """
     data = load_data("tweets", "minilm", train_size=64, test_size=64, max_length=16, seed=0)
     batches = data.batches(data.train, 8, shuffle=False)

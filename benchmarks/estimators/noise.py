@@ -2,21 +2,19 @@
 
     python benchmarks/estimators noise --json noise.json
 
-Digits hyper-cleaning (problem B), its 800 noisy images below and 400 clean ones above, at a minimum
-of the lower level. Batches of 64 are drawn anew for each estimate, of the lower data, of the upper
-data, or of both; the reference is the exact hypergradient of all data. A lower batch says nothing
-of the weights of images that are not in it, and 800/64 times as much of those that are; so an
-estimate is held against the reference on the images of its batch, times 64/800, which leaves
-v ≈ H⁻¹b as the only error.
+Digits hyper-cleaning (problem B): the lower level has 800 noisy images, the upper level 400 clean
+ones, at a minimum of the lower level. Each estimate draws new batches of 64 from the lower data,
+the upper data, or both; the reference is the exact hypergradient of all data. A lower batch has
+gradients only for the weights of its own images, 800/64 times too large. So an estimate is compared
+with the reference on the images of its batch, times 64/800, and v ≈ H⁻¹b is the only error left.
 
-*error*: of one estimate, the median. *bias*: of the mean over all draws; the *sampling error* of
-that mean is what the bias comes to, on average, for an estimator that has none (and more where an
-estimate hangs on those before it). *spread*: the standard deviation over the draws. All in units of
-the norm of the reference. An estimator that keeps a state comes into its steady state first.
+*error*: the median error of one estimate. *bias*: the error of the mean over all draws; an unbiased
+estimator has on average the *sampling error* (more, if estimates depend on earlier ones).
+*spread*: the standard deviation over the draws. All are in units of the norm of the reference. An
+estimator with a state first runs into its steady state.
 
-The last table is of training: both levels in batches of 64. Then the lower level is minimised on
-all of its data; F, its least and greatest value over the seeds, and the accuracy on test images are
-those of the minimum.
+The last table trains both levels in batches of 64, then minimises the lower level on all of its
+data. F, its range over the seeds, and the accuracy on test images are those of that minimum.
 """
 
 from __future__ import annotations
@@ -78,7 +76,7 @@ class UpperRows(CleanImages):
 
 
 def levels() -> tuple[UpperRows, LowerRows]:
-    """Both levels at their start, W and x zero, with shuffled batches of row numbers."""
+    """Both levels at their initial values W = x = 0, with shuffled batches of row numbers."""
     _, below = digits()
     upper = UpperRows(below.sample_logits, below.w, below.data)
     lower = LowerRows(below.w, below.sample_logits, below.data)
@@ -113,7 +111,7 @@ class Draws:
     upper: int | None
 
     def draw(self, random: torch.Generator) -> tuple[Tensor | None, Tensor | None]:
-        """Row numbers of a lower and an upper batch; None is all of the data."""
+        """Row numbers of a lower and an upper batch; None stands for all data."""
         rows = [
             None if size is None else torch.randperm(size, generator=random)[:SIZE]
             for size in (self.lower, self.upper)
@@ -189,7 +187,7 @@ def training(method: str, steps: int, seeds: int) -> Row:
 
 
 def rows_of(measure: Callable[[str], Row], methods: Sequence[str], title: str) -> list[Row]:
-    """A row for each method; one that cannot do it is named on the terminal, and left out."""
+    """A row for each method; methods that fail are printed and left out."""
     rows = []
     for method in methods:
         try:
@@ -200,7 +198,7 @@ def rows_of(measure: Callable[[str], Row], methods: Sequence[str], title: str) -
 
 
 def main() -> None:
-    """Measure, print, and write JSON where asked for."""
+    """Measure and print; write JSON if asked to."""
     options = arguments("error, bias and spread of the estimators under minibatch noise")
     count, settle, steps, seeds = (60, 40, 60, 1) if options.quick else (250, 250, 300, 3)
     methods = sorted({*registered(), *OPTIONS} - SKIPPED)

@@ -1,7 +1,7 @@
-"""Hypergradients of other libraries, and of the plainest loops, for any two Problems.
+"""Hypergradients of other libraries, and of plain loops, for any two Problems.
 
-Each is what the library's own function returns for the same losses and the same ∂F/∂w. Betty's
-wheel refuses newer interpreters, so it is installed on its own:
+Each library's own function gets the same losses and the same ∂F/∂w. Betty's wheel refuses newer
+interpreters, so it is installed separately:
 ``pip install --no-deps --ignore-requires-python betty-ml==0.2.1``.
 """
 
@@ -50,7 +50,7 @@ def betty(method: str, options: dict[str, Any], upper: Problem, lower: Problem) 
         _strategy="default",
     )
     above = SimpleNamespace(trainable_parameters=lambda: upper.variables)
-    with perturbed(lower.variables):  # what it leaves displaced would falsify the next one's
+    with perturbed(lower.variables):  # Betty may leave them displaced
         return direct + Vector(jvp_fn_mapping[method](b, below, above, False))
 
 
@@ -63,7 +63,7 @@ def torchopt_cg(steps: int, upper: Problem, lower: Problem) -> Vector:
 
 
 def plain(solve: Callable[..., Sequence[Tensor]], upper: Problem, lower: Problem) -> Vector:
-    """A loop of a few lines, as in hypertorch: one kept graph, no checks."""
+    """A loop of a few lines, as in hypertorch: one retained graph, no checks."""
     return _solved(solve, upper, lower)
 
 
@@ -89,7 +89,7 @@ def fixed_point(step: float, terms: int, matvec: Any, b: Sequence[Tensor]) -> li
 
 
 def independent_difference(upper: Problem, lower: Problem) -> Vector:
-    """A central difference as usually written, ε = 0.01/‖b‖, each pass with its own masks."""
+    """The usual central difference, ε = 0.01/‖b‖; each pass has its own dropout masks."""
     direct, b = _parts(upper, lower)
     length = Vector(b).norm()
     sides = []
@@ -104,7 +104,7 @@ def independent_difference(upper: Problem, lower: Problem) -> Vector:
 def conjugate_gradients(
     product: Callable[[Sequence[Tensor]], Sequence[Tensor]], b: Sequence[Tensor], steps: int
 ) -> list[Tensor]:
-    """Hestenes and Stiefel's recurrence from zero, with no test of any kind."""
+    """Hestenes and Stiefel's recurrence from zero, without any test."""
 
     def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> Any:
         return sum((a * c).sum() for a, c in zip(x, y))
@@ -122,7 +122,7 @@ def conjugate_gradients(
 
 
 def peers() -> tuple[dict[str, Peer], list[str]]:
-    """Every peer that is installed, by name with what is known to be wrong; those that are not."""
+    """The installed peers, by a name with their known fault, and the missing ones."""
     installed: dict[str, Peer] = {
         "loop: difference, ε = 0.01/‖b‖": independent_difference,
         "loop: fixed point (20), step 0.1": partial(plain, partial(fixed_point, 0.1, 20)),

@@ -1,10 +1,10 @@
-"""What is each bilevel method worth? Settings × tasks, each a call of `compare_methods`.
+"""What is each bilevel method worth? One call of `compare_methods` for each setting and task.
 
-python benchmarks/methods run                          # all that are not complete
+python benchmarks/methods run                          # all incomplete settings
 python benchmarks/methods run --settings "few rows"    # one setting
-python benchmarks/methods run --quick                  # two that are not kept, in a minute
-python benchmarks/methods report                       # the pages' tables, from the stores alone
-python benchmarks/methods report --check               # do they differ from those committed?
+python benchmarks/methods run --quick                  # a minute of short runs, not stored
+python benchmarks/methods report                       # writes the pages' tables from the stores
+python benchmarks/methods report --check               # checks the committed tables
 """
 
 from __future__ import annotations
@@ -25,10 +25,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("command", choices=("run", "report"))
     parser.add_argument("--settings", nargs="+", default=[*SETTINGS], choices=SETTINGS)
-    parser.add_argument("--quick", action="store_true", help="a few short runs, not kept")
-    parser.add_argument(
-        "--check", action="store_true", help="exit with 1 where a page would change"
-    )
+    parser.add_argument("--quick", action="store_true", help="a few short runs, not stored")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a page would change")
     options = parser.parse_args()
     if options.command == "report":
         from benchmarks.methods.report import report

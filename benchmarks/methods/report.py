@@ -1,4 +1,4 @@
-"""The pages' tables and the figure, from the stores alone."""
+"""Writes the pages' tables and the figure from the stores."""
 
 from __future__ import annotations
 
@@ -15,85 +15,85 @@ from hyperopt_peft.comparison.task import ABLATIONS, Kind
 
 TABLES = pages.RESULTS / "methods.md"
 PAGE, FIGURE = pages.DOCS / "results.md", pages.DOCS / "results.png"
-ZOO = pages.DOCS / "methods.md"
 #: The settings on BiDoRA's page, and the names of their tables.
 OF_PAGE = {"magnitudes": "results", "magnitudes, base size": "base size"}
 Row = dict[str, str]
-Way = tuple[str, Kind]
+Candidate = tuple[str, Kind]
 
 
 def report(*, check: bool) -> None:
     """Write the tables between the marks of the pages, and the figure.
 
     Raises:
-        SystemExit: with ``check``, where a page would change; nothing is written then.
+        SystemExit: with ``check``, if a page would change; nothing is written then.
     """
-    found = {name: tasks for name in SETTINGS if (tasks := complete(name))}
+    settings = {name: tasks for name in SETTINGS if (tasks := complete(name))}
     none = "No setting is complete yet.\n"
     sections = {
-        mark: f"{table(scores(found[name]))}\n" for name, mark in OF_PAGE.items() if name in found
+        mark: f"{table(scores(settings[name]))}\n"
+        for name, mark in OF_PAGE.items()
+        if name in settings
     }
     pages.write(PAGE, sections or {"results": none}, check=check)
-    zoo = [row for name in found if name not in OF_PAGE for row in summary(name, found[name])]
+    zoo = [row for name in settings if name not in OF_PAGE for row in summary(name, settings[name])]
     short = f"{table(by_method(zoo))}\n" if zoo else none
-    for path in (ZOO, pages.ROOT / "README.md"):
-        pages.write(path, {"methods": short}, check=check)
-    texts = [details(name, tasks) for name, tasks in found.items()]
+    pages.write(pages.ROOT / "README.md", {"methods": short}, check=check)
+    texts = [details(name, tasks) for name, tasks in settings.items()]
     texts = [f"### The published methods\n\n{table(zoo)}\n" if zoo else none, *texts]
     pages.write(TABLES, {"methods": "\n".join(texts)}, check=check)
-    if "magnitudes" in found and not check:
-        AcrossTasks(found["magnitudes"]).plot(FIGURE)
+    if "magnitudes" in settings and not check:
+        AcrossTasks(settings["magnitudes"]).plot(FIGURE)
 
 
 def complete(name: str) -> dict[str, Comparison]:
-    """The tasks of a setting whose runs are all there."""
+    """The tasks of a setting of which all runs are stored."""
     return {task: each for task in SETTINGS[name].tasks if (each := stored(name, task))}
 
 
 def summary(name: str, tasks: Mapping[str, Comparison]) -> Iterator[Row]:
-    """Of each published method the differences to the other ways and to its ablations."""
+    """For each published method, the differences to other methods and to its ablations."""
     setting = SETTINGS[name]
     others = [each for each in setting.plan.methods if each not in setting.papers]
     for method in setting.papers:
         for task, each in tasks.items():
             # By the held-out rows, as a user would choose; the test rows judge the choice.
-            best = max(others, key=lambda way, c=each: held_out(c, way))
-            ways: dict[str, Way] = {
+            best = max(others, key=lambda other, c=each: held_out(c, other))
+            references: dict[str, Candidate] = {
                 f"− {each.first}": (each.first, "method"),
                 "− frozen": (method, "frozen"),
                 "− one level": (method, "one level"),
             }
             row = {"setting, task": f"{name}, {task}", "method": method}
             row["score"] = points(each.scores(method))
-            for head, way in ways.items():
-                known = way in each.plan.candidates()
-                gaps = each.differences((method, "method"), way) if known else []
-                row[head] = points(gaps, "+") if known else "–"
+            for head, reference in references.items():
+                trained = reference in each.plan.candidates()
+                gaps = each.differences((method, "method"), reference) if trained else []
+                row[head] = points(gaps, "+") if trained else "–"
             gaps = each.differences((method, "method"), (best, "method"))
-            row["− best other way"] = f"{points(gaps, '+')} ({best})"
+            row["− best other method"] = f"{points(gaps, '+')} ({best})"
             yield row
 
 
 def by_method(rows: Iterable[Row]) -> list[Row]:
-    """The rows of `summary` with a method's tasks in one line."""
+    """The rows of `summary`, with one line for all tasks of a method."""
     joined: dict[str, Row] = {}
     for row in rows:
         setting, _, task = row["setting, task"].partition(", ")
         line = joined.setdefault(row["method"], {"method": row["method"], "on": f"{setting}:"})
         line["on"] += f"{',' * (line['on'][-1] != ':')} {task}"
-        for head in ("− LoRA", "− frozen", "− best other way"):
+        for head in ("− LoRA", "− frozen", "− best other method"):
             value = row[head].partition(" (")[0]
             line[head] = ", ".join(filter(None, [line.get(head), value]))
     return list(joined.values())
 
 
 def held_out(comparison: Comparison, name: str) -> float:
-    """The held-out score of a method at its rates."""
+    """The held-out score of a method at its chosen rates."""
     return max(x for _, x in comparison.plan.at_every_rate(comparison.store, name, "method"))
 
 
 def scores(tasks: Mapping[str, Comparison]) -> list[Row]:
-    """The score on each task in points, with the interval over its seeds; from two on the mean."""
+    """The scores on each task in points, with intervals over seeds; the mean of several tasks."""
     first = next(iter(tasks.values()))
     joined = AcrossTasks(tasks) if len(tasks) > 1 else None
     rows = []
@@ -110,12 +110,12 @@ def scores(tasks: Mapping[str, Comparison]) -> list[Row]:
 
 
 def points(values: Iterable[float], sign: str = "") -> str:
-    """Mean ± half of the interval in points of per cent."""
+    """Mean ± half of the interval, in percentage points."""
     return shown([100 * value for value in values], sign, 1)
 
 
 def details(name: str, tasks: Mapping[str, Comparison]) -> str:
-    """The scores of a setting, the sentences, the held-out scores, the chosen rates, the price."""
+    """A setting's scores, sentences, held-out scores, chosen rates and prices."""
     sentences = []
     for task, each in tasks.items():
         lines = (sentence.replace("\n  ", "\n  - ") for sentence in each.sentences())

@@ -1,4 +1,4 @@
-"""Rows of the settings: few ones, wrong labels, sources of unknown worth, those of MPNet."""
+"""The settings' rows: few rows, wrong labels, sources of unknown quality, and rows for MPNet."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def first_rows(name: str, count: int) -> Task:
 
 
 def wrong_labels(name: str) -> Task:
-    """300 rows, 30 % of them with a wrong label, and 60 trusted ones; all with frozen features."""
+    """300 rows, 30 % with a wrong label, and 60 trusted rows; all have frozen features."""
     here, drawn = task(name), random.Random(0)
     rows = here.train.select(range(360)).to_list()
     for row in rows[:300]:
@@ -50,7 +50,7 @@ def wrong_labels(name: str) -> Task:
 
 
 def of_sources(name: str) -> Task:
-    """Sources of unknown worth, and 60 trusted rows."""
+    """Sources of unknown quality, and 60 trusted rows."""
     random.seed(0)
     texts, labels, more = texts_of(name, DATA)
     sources, trusted, test = draw(labels, more, 60)

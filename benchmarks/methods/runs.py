@@ -1,4 +1,4 @@
-"""The comparison of a setting on a task: its runs, and what their store has."""
+"""The comparison of a setting on a task, run or read from its store."""
 
 from __future__ import annotations
 
@@ -18,20 +18,19 @@ from hyperopt_peft.comparison.store import SETTINGS as HEAD
 from hyperopt_peft.comparison.store import Store
 
 RESULTS = Path(__file__).parents[1] / "results/methods"
-#: Arguments of a comparison of a minute.
+#: Arguments of a comparison that takes a minute.
 QUICK: dict[str, Any] = {"rates": (2e-2,), "upper_rates": (1e-2,), "seeds": (0, 1), "passes": 60}
 
 
 def folder(setting: str, task: str) -> Path:
-    """Where the runs of a setting on a task are."""
+    """The folder of the runs of a setting on a task."""
     return RESULTS / setting.replace(", ", "-").replace(" ", "-") / task
 
 
 def compared(setting: str, task: str, where: Path | None, **options: Any) -> Comparison:
-    """The comparison of a setting on a task, kept in the folder ``where``.
+    """Run the comparison of a setting on a task, stored in the folder ``where``.
 
-    Args:
-        options: arguments of `compare_methods` that differ.
+    ``options`` are arguments of `compare_methods` that replace the setting's.
     """
     from text_data import quiet
 
@@ -67,7 +66,7 @@ def compared(setting: str, task: str, where: Path | None, **options: Any) -> Com
 
 
 def stored(setting: str, task: str) -> Comparison | None:
-    """The comparison from its store alone; None before all runs are there."""
+    """The comparison from its store, or None if runs are missing."""
     path = folder(setting, task) / "runs.jsonl"
     if not path.exists():
         return None
@@ -75,6 +74,6 @@ def stored(setting: str, task: str) -> Comparison | None:
         settings = json.loads(next(file))[HEAD]
     plan, store = SETTINGS[setting].plan, Store(path.parent, settings)
     for stage in (lambda _: plan.first_rates(), plan.next_rates, plan.reported):
-        if store.missing(stage(store)):  # on whose results the next stage depends
+        if store.missing(stage(store)):  # the next stage depends on these results
             return None
     return Comparison(plan, store, settings["metric"], settings["passes"])

@@ -1,4 +1,4 @@
-"""The settings: methods with one purpose and the plain ways, on tasks."""
+"""The settings: methods for one purpose, beside plain methods, on tasks."""
 
 from __future__ import annotations
 
@@ -38,25 +38,25 @@ from hyperopt_peft.problems import (
     TunedAdjustment,
 )
 
-#: Where small rates are best, for few or doubtful rows.
+#: Rates for few or doubtful rows, where small rates are best.
 LOW_RATES = (6e-4, 2e-3, 6e-3, 2e-2)
-#: Of MiniLM's last layer: queries and values, and all linear layers.
+#: Layers with an adapter in MiniLM's last layer: queries and values, or all linear layers.
 ATTENTION, LINEAR = r".*layer\.5\..*\.(query|value)", r".*layer\.5\..*\.(query|key|value|dense)"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Methods with one purpose, and where they are compared.
+    """Methods for one purpose, with the tasks and budget of their comparison.
 
     Attributes:
         rows: makes a task by its name.
-        methods: makes them; the first one is what the others are compared with.
-        papers: those of the methods that are published bilevel ones; the others stand beside them.
+        methods: makes the methods; the others are compared with the first one.
+        papers: the published bilevel methods among them; the others are simple alternatives.
         ablations: the methods whose ablations are trained; None for all.
         held_out: the share of the trusted rows, or of the training rows, that chooses the rates.
         targets: the layers that have an adapter.
-        dropout: whether frozen layers keep theirs; without it they are computed once.
-        rates, upper_rates, development, seeds: of `compare_methods`.
+        dropout: whether frozen layers have dropout; without it they are computed once.
+        rates, upper_rates, development, seeds: arguments of `compare_methods`.
     """
 
     tasks: tuple[str, ...]
@@ -76,23 +76,23 @@ class Setting:
 
     @property
     def plan(self) -> Plan:
-        """The runs."""
+        """The runs of the comparison."""
         grids = self.rates, self.upper_rates, self.development, self.seeds
         return Plan(self.methods(), *grids, False, self.ablations)
 
 
 @dataclass
 class KeptRows(LoRA):
-    """LoRA on the trusted rows, and on 80 % of the others: those of most likely labels.
+    """LoRA on the trusted rows, and on the 80 % of the other rows with the most likely labels.
 
-    By ``trusted`` a label is likely to a head on frozen features that is trained on the trusted
-    rows, else to one that is trained on the other folds of the rows themselves.
+    A head on frozen features gives the likelihood. With ``trusted`` the head is trained on the
+    trusted rows, else on the other folds of the rows themselves.
     """
 
     trusted: bool = True
 
     def all_rows(self, train: Any, upper: Any) -> Any:
-        """Those that remain, and the trusted ones."""
+        """The rows with likely labels, and the trusted rows."""
         head = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
         x, labels = np.array(train["features"][:]), np.array(train["target"][:])
         if self.trusted:
@@ -108,18 +108,18 @@ class KeptRows(LoRA):
 
 @dataclass
 class DecayedLoRA(LoRA):
-    """LoRA with a weight decay of the optimizer."""
+    """LoRA with weight decay in the optimizer."""
 
     decay: float = 0.1
 
     def __post_init__(self) -> None:
-        """Ask for the decay."""
+        """Set the weight decay."""
         super().__post_init__()
         with_arguments(self, weight_decay=self.decay)
 
 
 def with_arguments(method: Method, **arguments: Any) -> Method:
-    """``method`` with other arguments of a training."""
+    """``method`` with other default training arguments."""
     method.__dict__["defaults"] = {**method.defaults, **arguments}
     return method
 
@@ -138,22 +138,22 @@ class ScaledLoRA(LoRA):
 
 @dataclass
 class RankedLoRA(LoRA):
-    """LoRA of half the rank, and so of half the parameters."""
+    """LoRA of half the rank, and so with half the parameters."""
 
     def adapter(self, config: Any) -> Any:
-        """Set r and α, whose ratio stays."""
+        """Halve r and α; their ratio does not change."""
         config.r, config.lora_alpha = config.r // 2, config.lora_alpha / 2
         return super().adapter(config)
 
 
 def magnitudes(batch: int) -> dict[str, Method]:
-    """LoRA, DoRA and two forms of BiDoRA; the published one has an upper step a lower step."""
+    """LoRA, DoRA and two forms of BiDoRA; the published one has lower_steps=1."""
     batches = {"lower_steps": 1, "per_device_upper_batch_size": batch}
     published = with_arguments(BiDoRA.published(), **batches)
     return {"LoRA": LoRA(), "DoRA": DoRA(), "BiDoRA": BiDoRA(), "BiDoRA, published": published}
 
 
-#: Upper batches of 64 rows have most classes; a training then has few upper steps.
+#: Upper batches of 64 rows contain most classes; a training then has few upper steps.
 CLASSES: dict[str, Any] = {"per_device_upper_batch_size": 64, "lower_steps": 8}
 SETTINGS = {
     "magnitudes": Setting(

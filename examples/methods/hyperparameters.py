@@ -1,4 +1,4 @@
-"""Decays, scales and the learning rate of a LoRA adapter, learnt while the adapter is trained.
+"""Learns decays, scales and the learning rate of a LoRA adapter while the adapter is trained.
 
     python examples/methods/hyperparameters.py            # MiniLM and tweets, no network
     python examples/methods/hyperparameters.py --quick    # the same, smaller
@@ -6,8 +6,7 @@
         --hypergradient forward:steps=2,carry=true
 
 A method in one file: a parametrisation of the adapter, two levels, and a comparison with fixed
-hyper-parameters. θ_l = (A_l, B_l) are the factors of layer l, whose update is
-exp(s_l)·(α/r)·B_l·A_l:
+hyper-parameters. Layer l has factors θ_l = (A_l, B_l) and the update exp(s_l)·(α/r)·B_l·A_l:
 
     upper: min over d, s, η     L(θ*, s; validation data)
     lower: θ*(d, s, η) = the result of the optimizer at learning rate η for
@@ -31,27 +30,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hyperopt_peft import Engine, Method, Problem
+from hyperopt_peft.adapters.gains import add_gains, gain_variables, gained_layers, remove_gains
+from hyperopt_peft.engine import fit
+from hyperopt_peft.utils.models import trainable
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft import Engine, Method, Problem
-from hyperopt_peft.adapters.gains import add_gains, gain_variables, gained_layers, remove_gains
-from hyperopt_peft.engine import fit
-from hyperopt_peft.utils.models import trainable
-
 
 @dataclass
 class Hyperparameters(Method):
-    """d, s and log η above, of which ``learn`` names some; the rest stay at their start."""
+    """The upper level learns those of d, s and log η that ``learn`` names; the others are fixed."""
 
     learn: Collection[str] = ("decay", "scale", "rate")
     decay: float = 1e-2
     learning_rate: float = 1e-3
 
     def prepare(self, model: Any) -> None:
-        """Let B be exp(s)·B, s = 0, and make d and log η."""
+        """Replace B by exp(s)·B with s = 0, and create d and log η."""
         layers = add_gains(model, torch.exp, columns=False)
         like = layers[0].gain.u.detach()
         self.log_rate = like.new_tensor(math.log(self.learning_rate)).requires_grad_()
@@ -60,7 +58,7 @@ class Hyperparameters(Method):
         }
 
     def upper_variables(self, model: Any) -> dict[str, Tensor]:
-        """What is learned, by name; all are logarithms."""
+        """The learned variables by name; all are logarithms."""
         named: dict[str, Tensor] = {}
         if "decay" in self.learn:
             named |= {f"{name}.decay": d for name, d in self.log_decays.items()}
@@ -69,11 +67,11 @@ class Hyperparameters(Method):
         return named | ({"learning_rate": self.log_rate} if "rate" in self.learn else {})
 
     def lower(self, model: Any, task_loss: Any) -> Problem:
-        """`Regularised` of ``model``."""
+        """The level `Regularised` over ``model``."""
         return Regularised(self, model, task_loss)
 
     def finish(self, model: Any) -> Any:
-        """``model`` with exp(s)·B as B."""
+        """Fold exp(s) into B."""
         remove_gains(model)
         return model
 
@@ -87,7 +85,7 @@ class Regularised(Problem):
         super().__init__(trainable(model, without=[*gains]))
 
     def loss(self, batch: Any) -> dict[str, Tensor]:
-        """L + ½ Σ_l exp(d_l)·‖θ_l‖²; L is a metric too."""
+        """L + ½ Σ_l exp(d_l)·‖θ_l‖², with L as a metric."""
         loss = task = self.task_loss(batch)
         for each in gained_layers(self.model):
             decay = self.method.log_decays[each.name].exp()
@@ -107,34 +105,34 @@ def values(level: Problem) -> dict[str, float]:
 
 @dataclass
 class Arguments:
-    """What to learn, on what, and where to write."""
+    """The learned hyper-parameters, the data and the training."""
 
     model: str = HfArg(default="minilm", help="minilm (its package), a folder, or a hub name")
     dataset: str = HfArg(default="tweets", help="tweets (its package), a folder, or a hub name")
     train_size: int = HfArg(default=500, help="training examples, for both levels together")
     test_size: int = HfArg(default=1000, help="test examples at most")
     max_length: int = HfArg(default=40, help="tokens an example")
-    rank: int = HfArg(default=8, help="of the adapter on query and value; alpha is twice that")
+    rank: int = HfArg(default=8, help="rank of the adapter on query and value; alpha is twice that")
     learn: list[str] = HfArg(
         default_factory=lambda: ["decay", "scale", "rate"], help="some of decay, scale and rate"
     )
-    decay: float = HfArg(default=1e-3, help="where the decays start")
-    learning_rate: float = HfArg(default=5e-5, help="where the learning rate starts")
-    picked_rate: float = HfArg(default=2e-3, help="the learning rate picked by hand")
-    upper_learning_rate: float = HfArg(default=0.1, help="of all of these's logarithms")
+    decay: float = HfArg(default=1e-3, help="initial value of the decays")
+    learning_rate: float = HfArg(default=5e-5, help="initial value of the learning rate")
+    picked_rate: float = HfArg(default=2e-3, help="learning rate picked by hand, for comparison")
+    upper_learning_rate: float = HfArg(default=0.1, help="learning rate of all logarithms")
     hypergradient: str = HfArg(default="unrolled:steps=1", help="unrolled or forward")
     lower_steps: int = HfArg(default=2, help="lower steps between upper steps")
     steps: int = HfArg(default=120, help="lower steps of each training")
     batch_size: int = HfArg(default=8, help="examples a batch, at each level")
-    seed: int = HfArg(default=0, help="of data, head, A, order and dropout")
+    seed: int = HfArg(default=0, help="seed of data, head, A, order and dropout")
     output_dir: str = HfArg(default="outputs/hyperparameters", help="where the results are written")
     quick: bool = HfArg(default=False, help="120 training and 100 test examples, 8 steps")
 
 
 def main() -> None:
-    """Learn on halves of the data, train anew on all, compare with fixed values, write."""
+    """Learn on halves of the data, train anew on all of it, and compare with fixed values."""
     sys.path.append(str(Path(__file__).parents[1]))
-    from text_data import load_data, load_model, logits_of, quiet  # of the folder above
+    from text_data import load_data, load_model, logits_of, quiet  # from the folder above
 
     (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     if arguments.quick:
@@ -184,19 +182,19 @@ def main() -> None:
     engine.callbacks.append(lambda *_: path.append(values(upper)))
     engine.run(steps // arguments.lower_steps)
     learnt = values(upper)
-    print("\n| learnt | at the start | on the way | at the end |\n| --- | --- | --- | --- |")
+    print("\n| learnt | at the start | halfway | at the end |\n| --- | --- | --- | --- |")
     for name in learnt:
         along = (f"{path[i][name]:.2e}" for i in (0, len(path) // 2, -1))
         print(f"| {name} | {' | '.join(along)} |")
 
     print("\n| hyper-parameters | test accuracy |\n| --- | --- |", flush=True)
     rows = [tested("learnt, first training on one half", searched)]
-    plans = {
+    rates = {
         "learnt, trained anew": learnt.get("learning_rate", start),
-        "of the start": start,
+        "initial values": start,
         "learning rate picked by hand": arguments.picked_rate,
     }
-    for name, rate in plans.items():
+    for name, rate in rates.items():
         model, start_of, lower = levels(rate, data.train, data.train)
         if name == "learnt, trained anew":
             for new, old in zip(start_of.variables, upper.variables, strict=True):

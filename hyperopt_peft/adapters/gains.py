@@ -1,7 +1,7 @@
 """A learned gain on the update of LoRA layers: ΔW = s·B·diag(g)·A with g = g(u).
 
-The gain is a parametrisation of PEFT's own B, so that forward pass and dropout stay PEFT's. A
-method learns u and folds g away in the end, since stock PEFT loads no parametrisation.
+The gain is a parametrisation of B, so that the forward pass and dropout remain PEFT's. After
+training, a method folds g into B, since stock PEFT loads no parametrisation.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from hyperopt_peft.adapters import peft_internals
 from hyperopt_peft.adapters.layers import active_adapter, factors, lora_layers
 from hyperopt_peft.errors import ProblemError
 
-PREFIX = "base_model.model."  # of the base model's names in a PeftModel
+PREFIX = "base_model.model."  # of a base module's name in a PeftModel
 
 
 class Gain(nn.Module):
-    """B ↦ B·diag(g(u)); u has shape (1, r, 1, …), or (1, 1, 1, …) for one gain of all columns.
+    """B ↦ B·diag(g(u)); u has shape (1, r, 1, …), or (1, 1, 1, …) for one gain for all columns.
 
-    In training mode g may be another function, such as a draw.
+    In training mode g may be another function, such as a random draw.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Gain(nn.Module):
 
 @dataclass(frozen=True)
 class GainedLayer:
-    """A LoRA layer by its name in the base model, A (r, in), and B without the gain, (out, r)."""
+    """A LoRA layer, its name in the base model, A (r, in), and B without the gain, (out, r)."""
 
     name: str
     layer: LoraLayer
@@ -67,16 +67,16 @@ def add_gains(
     columns: bool,
     in_training: Callable[[Tensor], Tensor] | None = None,
 ) -> list[GainedLayer]:
-    """Give every layer of the active LoRA adapter a gain g(u), u = 0.
+    """Give every layer of the active LoRA adapter a gain g(u), with u = 0.
 
     Args:
-        function: g of u.
-        columns: whether each column of B has a u; else a layer has one.
-        in_training: g in training mode, if it is another one.
+        function: g.
+        columns: whether each column of B has its own u; else each layer has one.
+        in_training: g in training mode, if it differs.
 
     Raises:
-        ProblemError: as `lora_layers`; or a layer is no plain LoRA on a linear layer or a
-            convolution, or has a gain already. Nothing has changed.
+        ProblemError: as `lora_layers`; or a layer is not plain LoRA on a linear layer or a
+            convolution, or already has a gain. Nothing has changed.
     """
     adapter, layers = active_adapter(peft_model), lora_layers(peft_model)
     for name, layer in layers:
@@ -85,20 +85,20 @@ def add_gains(
             kind = type(variant or layer).__name__
             raise ProblemError(
                 f"{name}: is a {kind}, and a gain needs plain LoRA on linear layers or "
-                "convolutions; create the adapter without use_dora and leave the others out"
+                "convolutions; create the adapter without use_dora and without other layers"
             )
         if parametrize.is_parametrized(layer.lora_B[adapter]):
-            raise ProblemError(f"{name}: has a gain already; make the model anew")
+            raise ProblemError(f"{name}: has a gain already; load the model again")
     for _, layer in layers:
         b: Any = layer.lora_B[adapter]
-        # As many dimensions as B: PEFT assumes that a flat parameter of lora_B is a broken B.
+        # u has as many dimensions as B: PEFT treats a flat parameter in lora_B as a broken B.
         u = b.weight.new_zeros(1, b.weight.shape[1] if columns else 1, *[1] * (b.weight.ndim - 2))
         parametrize.register_parametrization(b, "weight", Gain(u, function, in_training))
     return gained_layers(peft_model)
 
 
 def gained_layers(peft_model: PeftModel) -> list[GainedLayer]:
-    """The layers with a gain, in model order; there is none after `remove_gains`."""
+    """The layers with a gain, in model order; empty after `remove_gains`."""
     adapter, gained = active_adapter(peft_model), []
     for name, layer in lora_layers(peft_model):
         b: Any = dict(layer.lora_B).get(adapter)
@@ -110,13 +110,13 @@ def gained_layers(peft_model: PeftModel) -> list[GainedLayer]:
 
 
 def gain_variables(peft_model: PeftModel) -> dict[str, Tensor]:
-    """u of every layer, by the layer's name in the base model."""
+    """The u of every layer, by the layer's name in the base model."""
     return {f"{each.name}.gain": each.gain.u for each in gained_layers(peft_model)}
 
 
 @torch.no_grad()
 def remove_gains(peft_model: PeftModel, *, fold: bool = True) -> None:
-    """Leave B·diag(g) as B in every layer, or B alone."""
+    """Remove the gain of every layer; ``fold`` replaces B by B·diag(g)."""
     adapter = active_adapter(peft_model)
     for each in gained_layers(peft_model):
         b: Any = each.layer.lora_B[adapter]
@@ -128,12 +128,12 @@ def remove_gains(peft_model: PeftModel, *, fold: bool = True) -> None:
 
 
 @torch.no_grad()
-def keep_terms(peft_model: PeftModel, kept: Mapping[str, Tensor]) -> PeftModel:
-    """The base model with a new adapter: some rank-1 terms of layers with a gain, folded.
+def keep_terms(peft_model: PeftModel, masks: Mapping[str, Tensor]) -> PeftModel:
+    """The base model with a new adapter of some rank-1 terms, the gains folded in.
 
     Args:
-        kept: a mask ``(r,)`` for each layer, by its name in the base model; a layer without
-            kept terms has no adapter. The scale s of a layer stays.
+        masks: the terms of each layer, ``(r,)``, by its name in the base model. A layer without
+            terms gets no adapter. The scale s of a layer does not change.
     """
     adapter = active_adapter(peft_model)
     config: Any = deepcopy(peft_model.peft_config[adapter])
@@ -141,13 +141,13 @@ def keep_terms(peft_model: PeftModel, kept: Mapping[str, Tensor]) -> PeftModel:
     terms, scales = {}, {}
     for path, layer in lora_layers(peft_model):
         name = path.removeprefix(PREFIX)
-        if rank := int(kept[name].sum()):
+        if rank := int(masks[name].sum()):
             a, b = factors(layer, adapter)
-            terms[path] = a[kept[name]], b[:, kept[name]]
+            terms[path] = a[masks[name]], b[:, masks[name]]
             scales[name] = rank, layer.scaling[adapter]
-    if len(scales) < len(kept):
+    if len(scales) < len(masks):
         config.target_modules = "|".join(map(re.escape, scales))
-        config.layers_to_transform = config.layers_pattern = None  # which need a list of modules
+        config.layers_to_transform = config.layers_pattern = None  # these need a list of modules
     set_layers(config, scales)
     config.init_lora_weights = True
     plain = get_peft_model(peft_model.unload(), config, adapter_name=adapter)
@@ -158,36 +158,36 @@ def keep_terms(peft_model: PeftModel, kept: Mapping[str, Tensor]) -> PeftModel:
 
 
 def drawn(count: int) -> Tensor:
-    """``count`` numbers in [0, 1) by the seed of the run, the same at each call."""
+    """``count`` random numbers in [0, 1), a function of the run's seed: equal at each call."""
     generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
     return torch.rand(count, generator=generator)
 
 
 def largest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Masks of the ``count`` largest scores of all layers, at least one a layer; ties are drawn."""
+    """Masks of the ``count`` largest scores, at least one in each layer; ties are random."""
     values = [score.detach().double().cpu().clone() for score in scores]
     for value in values:
         value[value.argmax()] = torch.inf
-    flat, numbers = torch.cat(values), drawn(sum(map(len, values))).argsort()
-    best = numbers[flat[numbers].argsort(descending=True, stable=True)][: max(count, len(values))]
+    flat, order = torch.cat(values), drawn(sum(map(len, values))).argsort()
+    best = order[flat[order].argsort(descending=True, stable=True)][: max(count, len(values))]
     mask = torch.zeros(len(flat), dtype=torch.bool).index_fill_(0, best, True)
     sizes = [len(value) for value in values]
     return [m.to(score.device) for m, score in zip(mask.split(sizes), scores, strict=True)]
 
 
 def squares(peft_model: PeftModel) -> Tensor:
-    """½ Σ ‖A‖² + ‖B‖² over the layers with a gain, B without it; a scalar."""
+    """½ Σ ‖A‖² + ‖B‖² over the layers with a gain, for B without its gain; a scalar."""
     terms = [x.square().sum() / 2 for each in gained_layers(peft_model) for x in (each.a, each.b)]
     return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
 
 def set_layers(config: Any, layers: Mapping[str, tuple[int, float]]) -> dict[str, float]:
-    """Let a LoraConfig have the rank and the scale s that ``layers`` has for each layer's name.
+    """Set the rank and the scale s of each layer in a LoraConfig, from ``layers`` by name.
 
     Returns:
-        Each s as PEFT computes it of the config.
+        Each s as PEFT will compute it.
     """
-    # PEFT matches a key, a regular expression, with the end of a name.
+    # PEFT matches a key as a regular expression with the end of a name.
     keys = {name: f"^{re.escape(name)}" for name in layers}
     root = 0.5 if config.use_rslora else 1
     config.rank_pattern = {keys[name]: rank for name, (rank, _) in layers.items()}

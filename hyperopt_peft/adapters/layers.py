@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers, read as matrices, and their parameters.
+"""PEFT's LoRA layers as matrices, and their parameters.
 
 For a frozen weight W0 of shape (out, in), factors B (out, r) and A (r, in) and a scale s:
 
@@ -6,8 +6,8 @@ For a frozen weight W0 of shape (out, in), factors B (out, r) and A (r, in) and 
     n  = ‖V_j‖ for row j    row norm
     W' = m ⊙ V / n          effective weight; m: magnitude, one entry per row
 
-This is DoRA (arXiv:2402.09353, Eq. 5) with one magnitude per output row, as PEFT has it. Every
-layer type is laid out so that an entry of m belongs to a row of V:
+This is DoRA (arXiv:2402.09353, Eq. 5) with one magnitude per output row, as in PEFT. For every
+layer type an entry of m belongs to a row of V:
 
     layer             rows of V                columns of V
     Linear, Conv1D    output features          input features
@@ -36,10 +36,10 @@ READABLE_LAYERS = (lora.Linear, lora.Embedding, lora.Conv1d, lora.Conv2d, lora.C
 
 
 def active_adapter(peft_model: PeftModel) -> str:
-    """The name of the active adapter, on which all functions of this folder work.
+    """The name of the active adapter; all functions of `hyperopt_peft.adapters` work on it.
 
     Raises:
-        ProblemError: ``peft_model`` is no PeftModel, or not exactly one adapter is active.
+        ProblemError: ``peft_model`` is not a PeftModel, or not exactly one adapter is active.
     """
     if not isinstance(peft_model, PeftModel):
         raise ProblemError(
@@ -55,7 +55,7 @@ def active_adapter(peft_model: PeftModel) -> str:
 
 
 def lora_layers(peft_model: PeftModel) -> list[tuple[str, lora.LoraLayer]]:
-    """The name and module of every LoRA layer of the active adapter, in model order.
+    """The names and modules of the LoRA layers of the active adapter, in model order.
 
     Raises:
         ProblemError: as `active_adapter`; the adapter has no LoRA layer; or a layer is merged.
@@ -110,8 +110,8 @@ def dora_layers(peft_model: PeftModel) -> list[tuple[str, lora.LoraLayer]]:
 class ParameterSplit(NamedTuple):
     """The trainable parameters of a PeftModel in three groups, each in model order.
 
-    ``magnitudes`` are m of every DoRA layer, ``directions`` the factors A and B, and ``rest`` every
-    other trainable parameter, such as a task head. Names are those of ``named_parameters()``.
+    ``magnitudes`` has the m of every DoRA layer, ``directions`` the factors A and B, and ``rest``
+    the other trainable parameters, such as a task head. Names are as in ``named_parameters()``.
 
     Example:
         >>> ParameterSplit({}, {}, {}).magnitudes
@@ -126,8 +126,8 @@ class ParameterSplit(NamedTuple):
 def split_parameters(peft_model: PeftModel) -> ParameterSplit:
     """Split the trainable parameters into magnitudes, directions and the rest.
 
-    The split of BiDoRA (arXiv:2410.09758): magnitudes at the upper level, directions and the
-    rest at the lower. Works for every layer type that PEFT has DoRA for.
+    BiDoRA (arXiv:2410.09758) uses this split: magnitudes at the upper level, directions and the
+    rest at the lower level. It works for every layer type for which PEFT has DoRA.
 
     Raises:
         ProblemError: as `dora_layers`; or a magnitude or a direction is frozen.
@@ -163,23 +163,23 @@ def require_plain(layer: lora.LoraLayer, adapter_name: str, name: str | None = N
     """Check that ``layer`` computes with V = W0 + s·B·A and that W0 can be read.
 
     Args:
-        name: what an error calls the layer; its class by default.
+        name: the layer's name in errors; its class by default.
 
     Raises:
-        ProblemError: the layer type is unknown, its base layer is quantised or computes something
-            of its own, its convolution is grouped, dilated or not zero-padded, or the adapter
-            uses a LoRA variant other than DoRA.
+        ProblemError: the layer type is unknown; its base layer is quantised or has a forward pass
+            of its own; its convolution is grouped, dilated or not zero-padded; or the adapter uses
+            a LoRA variant other than DoRA.
     """
     name = name or f"lora.{type(layer).__name__}"
     base: Any = layer.get_base_layer()
     if not isinstance(layer, READABLE_LAYERS) or not _is_plain(layer, base):
         raise ProblemError(
             f"{name}: adapts a {type(base).__name__}, whose weight cannot be read as W0; load the "
-            "model unquantised, or have only nn.Linear, Conv1D, nn.Embedding and nn.Conv in "
+            "model unquantised, or use only nn.Linear, Conv1D, nn.Embedding and nn.Conv in "
             "target_modules"
         )
-    # PEFT builds lora_A without groups, dilation or padding mode, so what it computes there is
-    # not a convolution with W0 + s·B·A.
+    # PEFT builds lora_A without groups, dilation or padding mode, so that the adapted layer is not
+    # a convolution with W0 + s·B·A.
     if isinstance(base, CONVOLUTIONS) and (
         base.groups != 1 or any(step != 1 for step in base.dilation) or base.padding_mode != "zeros"
     ):
@@ -208,7 +208,7 @@ def base_weight(layer: lora.LoraLayer) -> Tensor:
 def direction(layer: lora.LoraLayer, adapter_name: str) -> Tensor:
     """V = W0 + s·B·A, (out, in), differentiable in A and B (arXiv:2402.09353, Eq. 5).
 
-    The dtype is float32 or wider, also under autocast. `require_plain` says whether V is defined.
+    The dtype is float32 or wider, even under autocast. `require_plain` checks that V is defined.
     """
     w0, (a, b) = base_weight(layer), factors(layer, adapter_name)
     dtype = reduce(torch.promote_types, (w0.dtype, a.dtype, b.dtype, torch.float32))
@@ -244,7 +244,7 @@ def _is_plain(layer: lora.LoraLayer, base: Any) -> bool:
     plain = next((kind for kind in PLAIN_MODULES if isinstance(base, kind)), None)
     if plain is None:
         return False
-    # A quantised or rescaled layer is often a subclass with a forward of its own. PEFT knows one
+    # A quantised or rescaled layer is often a subclass with its own forward pass. PEFT supports one
     # of them, the embedding with a fixed scale, and applies the scale to the adapter as well.
     scaled = isinstance(layer, lora.Embedding) and peft_internals.embed_scale(layer) is not None
     if type(base).forward is not plain.forward and not scaled:
@@ -261,7 +261,7 @@ def is_dora(model: Any) -> bool:
 
 
 def adapter_settings(model: Any) -> dict[str, Any]:
-    """The adapter and its options, in which a checkpoint and the next run must agree."""
+    """The adapter's type and options, which must be equal in a checkpoint and a resumed run."""
     config = model.peft_config[active_adapter(model)]
     names = ("lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
     return {

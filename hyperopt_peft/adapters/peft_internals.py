@@ -1,8 +1,8 @@
-"""Names that PEFT and accelerate use but do not promise: all of them, for all of this library.
+"""All private names of PEFT and accelerate that this library uses.
 
-PEFT says of the methods of a ``LoraVariant`` that they are "prone to change and should thus
-considered to be private". No public interface replaces the forward pass of a LoRA layer.
-tests/contract/test_peft.py fails with the name that a new release has moved.
+PEFT calls the methods of a ``LoraVariant`` "prone to change and should thus considered to be
+private", but no public interface replaces the forward pass of a LoRA layer. If a release moves a
+name, tests/contract/test_peft.py fails with it.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from torch import Tensor, nn
 
 
 def variant(layer: LoraLayer, adapter_name: str) -> LoraVariant | None:
-    """The object that computes and merges ``layer``; None for plain LoRA."""
+    """The object that runs and merges ``layer``; None for plain LoRA."""
     return layer.lora_variant.get(adapter_name)
 
 
 def set_variant(layer: LoraLayer, adapter_name: str, value: LoraVariant) -> None:
-    """Give ``layer`` another forward pass and other merging."""
+    """Replace the object that runs and merges ``layer``."""
     clear_dora_cache(layer, adapter_name)
     layer.lora_variant[adapter_name] = value
 
 
 def variants(layer: Any) -> list[LoraVariant]:
-    """The variants of all adapters of ``layer``, plain LoRA left out."""
+    """The variants of all adapters of ``layer`` except plain LoRA."""
     return list(layer.lora_variant.values())
 
 
@@ -58,7 +58,7 @@ def convolution(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def is_caching(layer: LoraLayer) -> bool:
-    """Whether ``peft.helpers.DoraCaching`` (PEFT 0.19) lets ``layer`` keep B·A and the norm."""
+    """Whether ``peft.helpers.DoraCaching`` (PEFT 0.19) makes ``layer`` cache B·A and the norm."""
     return getattr(dora, "ENABLE_DORA_CACHING", False) and not layer.training
 
 
@@ -71,5 +71,5 @@ def clear_dora_cache(layer: LoraLayer, adapter_name: str) -> None:
 
 
 def is_placed(module: nn.Module) -> bool:
-    """Whether accelerate has placed ``module`` on a device, and replaced its forward for that."""
+    """Whether accelerate has placed ``module`` on a device, and wrapped its forward for that."""
     return hasattr(module, "_hf_hook")

@@ -10,9 +10,10 @@ from hyperopt_peft.adapters.layers import active_adapter, direction, lora_layers
 
 
 def gram_penalty(peft_model: PeftModel) -> Tensor:
-    """Mean over the adapted modules of ‖DᵀD − I‖_F, D the column-normalised direction V.
+    """The mean over adapted layers of ‖DᵀD − I‖_F, where D is V with columns of unit norm.
 
-    The result is a scalar, twice differentiable in A and B. The paper's code has weight γ = 1e-5.
+    V is the direction W0 + s·B·A. The result is a scalar, twice differentiable in A and B. The
+    code of the paper weights it by γ = 1e-5.
 
     Raises:
         ProblemError: as `lora_layers` and `require_plain`.
@@ -33,13 +34,10 @@ def gram_penalty(peft_model: PeftModel) -> Tensor:
 
 
 def gram(v: Tensor) -> Tensor:
-    """‖DᵀD − I‖_F, a scalar, for V of shape (out, in) and D = V with unit columns.
+    """‖DᵀD − I‖_F, a scalar, for V of shape (out, in), where D is V with unit columns.
 
-    For out < in the smaller Gram matrix is used,
-
-        ‖DᵀD − I‖² = ‖DDᵀ‖² − 2·tr(DᵀD) + in ≥ in − out.
-
-    A zero column of V is zero in D and has zero gradient.
+    A zero column of V is zero in D and has zero gradient. For out < in the smaller Gram matrix is
+    used: ‖DᵀD − I‖² = ‖DDᵀ‖² − 2·tr(DᵀD) + in ≥ in − out.
     """
     out_features, in_features = v.shape
     # Squares and a guarded root, because a norm has no second derivative at a zero column.

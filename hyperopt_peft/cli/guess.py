@@ -1,15 +1,19 @@
-"""The task and the columns of a user's table, guessed from its names and types."""
+"""A guess of a table's task and columns, from the columns' names, types and values."""
 
 from __future__ import annotations
 
-from collections import Counter
+import re
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 from datasets import ClassLabel, Dataset, Value
 
 from hyperopt_peft.cli.text import SFT
 from hyperopt_peft.cli.text.data import TRAIN, require_columns
+from hyperopt_peft.cli.text.encode import class_names
 from hyperopt_peft.errors import ProblemError
 
 TEXTS = ("text", "tweet", "sentence", "review", "content", "comment", "message", "question")
@@ -18,11 +22,15 @@ TAGS = ("ner_tags", "tags", "pos_tags", "labels", "label")
 CONVERSATIONS = (("messages",), ("prompt", "completion"), ("text",))
 PROMPTS = (("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
 PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
+USUAL = {*TEXTS, *LABELS, *TAGS, "tokens", "words"}.union(*CONVERSATIONS, *PROMPTS, *PAIRS)
 MOST_CLASSES = 100
+#: A wider table is searched in its first columns and in those with a usual name.
+MOST_COLUMNS = 500
+NO_LABEL = "give --label_column to name another, or --task causal-lm to learn the texts alone"
 
 
 class Guess(NamedTuple):
-    """What a table is for: the task, its columns, and in words the classes with their counts."""
+    """The task of a table and its columns; ``classes`` has the classes and their counts."""
 
     task: str
     texts: list[str]
@@ -31,10 +39,19 @@ class Guess(NamedTuple):
 
 
 def guess(rows: Dataset, task: str | None, texts: list[str] | None, label: str | None) -> Guess:
-    """The task and the columns of ``rows``; what is given is not guessed."""
+    """Guess the task and the columns of ``rows`` where they are None.
+
+    Raises:
+        ProblemError: no column fits, several fit, or the label column cannot be learned.
+
+    Example:
+        >>> table = {"text": [f"row {k}" for k in range(20)], "mood": ["good", "bad"] * 10}
+        >>> guess(Dataset.from_dict(table), None, None, None).label
+        'mood'
+    """
     require_columns(rows, [label] if label else [], TRAIN)
-    names = rows.column_names
-    lists = [name for name in names if not isinstance(rows.features[name], Value | ClassLabel)]
+    names, features = rows.column_names, rows.features  # each access copies the features
+    lists = [name for name in names if not isinstance(features[name], Value | ClassLabel)]
     prompts = _first(names, PROMPTS)
     if task is None and ("messages" in names or prompts or len(lists) > 1):
         task = "causal-lm" if prompts else "token-classification"
@@ -58,16 +75,40 @@ def guess(rows: Dataset, task: str | None, texts: list[str] | None, label: str |
         option = "text_columns" if texts is None else "label_column"
         raise ProblemError(f"task {task}: none of {', '.join(names)} fits; give --{option}")
     require_columns(rows, [*texts, *filter(None, [label])], TRAIN)
-    if task != "text-classification":
+    if task != "text-classification" or label is None:
         return Guess(task, texts, label)
-    counts = Counter[Any](rows[label]).most_common()
+    try:
+        class_names(rows, label)
+    except ProblemError as error:
+        raise ProblemError(f"label_column: {error}, or {NO_LABEL}") from error
+    counts = sorted(_counts(rows, label).items(), key=lambda entry: -entry[1])
     if rare := [str(name) for name, count in counts if count < 5]:
         raise ProblemError(
-            f"label_column: {label} has fewer than 5 rows of {', '.join(rare[:5])}, of which "
-            "none can be held out; remove these rows, join classes, or name another column"
+            f"label_column: {label} has {len(counts)} classes, and fewer than 5 rows of "
+            f"{', '.join(rare[:5])}, so that none can be held out; remove these rows, join "
+            f"classes, or {NO_LABEL}"
         )
     most = ", ".join(f"{name} {count}" for name, count in counts[:4]) + ", …" * (len(counts) > 4)
     return Guess(task, texts, label, f"{len(counts)} classes: {most}")
+
+
+def searched(names: list[str], given: Collection[str]) -> list[str]:
+    """The columns of a file that are read for a guess; ``given`` are the user's."""
+    likely = USUAL.union(given)
+    return [name for k, name in enumerate(names) if k < MOST_COLUMNS or name.lower() in likely]
+
+
+def require_header(rows: Dataset, file: str) -> None:
+    """Raise ProblemError if the columns of ``file`` are named as values are: it has no header."""
+    for name, column in zip(rows.column_names, rows.data.columns):
+        with suppress(pa.ArrowNotImplementedError):  # of a nested type
+            same = pc.any(pc.equal(column.cast(pa.string()), name)).as_py()
+            if (same and name.lower() not in USUAL) or re.fullmatch(r"-?\d+\.\d+", name):
+                raise ProblemError(
+                    f"file: {file} seems to have no header, since a column is named {name!r} like "
+                    "a value; write the columns' names in its first line (text,label), or give "
+                    "--text_columns and --label_column"
+                )
 
 
 def _first(names: Collection[str], layouts: Sequence[Sequence[str]]) -> list[str] | None:
@@ -75,44 +116,82 @@ def _first(names: Collection[str], layouts: Sequence[Sequence[str]]) -> list[str
     return next(([*layout] for layout in layouts if {*layout} <= {*names}), None)
 
 
+def _counts(rows: Dataset, name: str) -> dict[Any, int]:
+    """The rows of each value of a column, in the order of the first of each."""
+    counts = rows.data.column(name).value_counts()
+    return dict(zip(*(counts.field(k).to_pylist() for k in range(2)), strict=True))
+
+
+def _different(rows: Dataset, name: str) -> int:
+    """The number of different values of a column, without None."""
+    return int(pc.count_distinct(rows.data.column(name)).as_py())
+
+
 def _texts(rows: Dataset, label: str | None) -> list[str]:
-    """The column that looks most like texts, different in most rows: by name, then the longest."""
+    """The text column, different in most rows: by its name, then by the length of its texts."""
     lengths = {
         name: sum(map(len, filter(None, rows[name][:500])))
         for name, feature in rows.features.items()
         if getattr(feature, "dtype", "") in ("string", "large_string")
         and name != label
-        and len(set(rows[name])) * 2 > len(rows)
+        and _different(rows, name) * 2 > len(rows)
     }
     if not lengths:
         raise ProblemError(
-            f"text_columns: none of {', '.join(rows.column_names)} looks like texts, different in "
-            "most rows; name one with --text_columns"
+            f"text_columns: none of {', '.join(rows.column_names[:20])} looks like texts, "
+            "different in most rows; name one with --text_columns"
         )
     return [min(lengths, key=lambda name: (name.lower() not in TEXTS, -lengths[name]))]
 
 
 def _label(rows: Dataset, besides: Collection[str], task: str | None) -> str | None:
-    """The column to predict; None if there is none and ``task`` does not ask for one."""
-    few = min(MOST_CLASSES, max(2, len(rows) // 4))
+    """The column to predict; None if no column has a usual name, classes or fractions.
+
+    A column with a usual name is the label even if it cannot be learned, so that an error says so.
+    """
+    few, features = _most_classes(rows), rows.features
     rest = [name for name in rows.column_names if name not in besides]
     kinds = ("float", "int") if task == "regression" else ("float",)
-    numbers = [name for name in rest if rows.features[name].dtype.startswith(kinds)]
-    classes = [name for name in rest if 2 <= len({*rows[name]} - {None}) <= few]
+    numbers = [name for name in rest if features[name].dtype.startswith(kinds)]
+    classes = [name for name in rest if 2 <= _different(rows, name) <= few]
     if task is not None:
         numbers, classes = (numbers, []) if task == "regression" else ([], classes)
     candidates = list(dict.fromkeys([*classes, *numbers]))
-    known: dict[str, str] = {name.lower(): name for name in candidates}
-    named = [known[name] for name in LABELS if name in known]
-    if named or len(candidates) == 1:
-        return (named or candidates)[0]
+    for columns in (candidates, rest):
+        known: dict[str, str] = {name.lower(): name for name in columns}
+        if named := [known[name] for name in LABELS if name in known]:
+            return named[0]
+    if len(candidates) == 1:
+        return str(candidates[0])
     if not candidates and task is None:
         return None
-    which = " or ".join(candidates) or f"none of {', '.join(rest) or 'no further columns'}"
+    which = " or ".join(candidates[:5]) + " or …" * (len(candidates) > 5)
+    which = which or f"none of {', '.join(rest[:20]) or 'no further columns'}"
     raise ProblemError(f"label_column: could be {which}; name it with --label_column")
 
 
+def _most_classes(rows: Dataset) -> int:
+    return min(MOST_CLASSES, max(2, len(rows) // 4))
+
+
 def _task_of_label(rows: Dataset, label: str) -> str:
-    kind, many = rows.features[label].dtype, len(set(rows[label])) > MOST_CLASSES
-    numeric = kind.startswith("float") or (kind.startswith("int") and many)
-    return "regression" if numeric else "text-classification"
+    """Regression for fractions and for many whole numbers, classification for the rest."""
+    kind, many = rows.features[label].dtype, _different(rows, label) > _most_classes(rows)
+    if kind.startswith("float") or (kind.startswith("int") and many):
+        return "regression"
+    if many and kind in ("string", "large_string"):
+        values = [str(value).strip() for value in rows[label][:1000]]
+        wrong = [row for row, value in enumerate(values) if not _is_number(value)]
+        if wrong and len(wrong) * 2 < len(values):
+            raise ProblemError(
+                f"label_column: {label} has {values[wrong[0]]!r} in row {wrong[0]} (from 0) among "
+                f"numbers; correct the row, or {NO_LABEL}"
+            )
+    return "text-classification"
+
+
+def _is_number(text: str) -> bool:
+    with suppress(ValueError):
+        float(text)
+        return True
+    return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,9 +19,10 @@ INTERRUPTED = 130  # 128 + SIGINT, as a shell has it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that ``argv`` (by default the process's own) names; the exit status.
+    """Run the command in ``argv``, by default the process's arguments; returns the exit status.
 
-    It is 0; 2 after an error of the user's, 130 after Ctrl-C, both with one line on stderr.
+    The status is 0; 1 if a training diverged, 2 after a wrong option or bad data, and 130 after
+    Ctrl-C, each with one line on stderr.
     """
     name, *options = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help", "--version"):
@@ -35,8 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except SystemExit:  # after --help
         return 0
-    except (ProblemError, NonFiniteError) as error:
-        message, status = " ".join(str(error).split()), 2
+    except (ProblemError, NonFiniteError, OSError) as error:
+        message, status = " ".join(str(error).split()), 2 - isinstance(error, NonFiniteError)
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        message, status = "out of memory; lower per_device_train_batch_size, max_length or rank", 1
     except KeyboardInterrupt:
         message, status = "interrupted", INTERRUPTED
     # This deletes the trainer, whose progress bar then ends its line.
@@ -48,8 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(name: str, options: Sequence[str]) -> None:
     """Import the command, which takes seconds, and run it."""
-    # Of a kernel that is not installed, said to each user of Transformers with bitsandbytes.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if sys.stderr.isatty():
         print("loading PyTorch and Transformers …", file=sys.stderr)
     module = import_module(f"hyperopt_peft.cli.{name}")
@@ -59,7 +61,7 @@ def _run(name: str, options: Sequence[str]) -> None:
 
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
-    # Rows and names are of files that others wrote.
+    # Rows and names come from files that others wrote, and may have escape sequences.
     with warnings.catch_warnings(), redirect_stdout(Printable(sys.stdout)):
         # A user of the command line cannot act on renamings in PEFT and Transformers.
         warnings.simplefilter("ignore", FutureWarning)
@@ -83,5 +85,7 @@ class Printable:
 def usage() -> str:
     """The commands and their summaries."""
     commands = "\n".join(f"  {name:11}{summary}" for name, summary in COMMANDS.items())
-    last = "hyperopt-peft COMMAND --help lists the options of one; --version."
+    last = (
+        "hyperopt-peft COMMAND --help lists the options of a command; --version prints the version."
+    )
     return f"usage: hyperopt-peft COMMAND [config.yaml] [options]\n\n{commands}\n\n{last}"

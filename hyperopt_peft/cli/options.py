@@ -1,16 +1,19 @@
-"""Options of a YAML file, of flags or of both, and the parser that makes dataclasses of them.
+"""Options from a YAML file and from flags, and the parser that turns options into dataclasses.
 
-Flags override the file. One file may serve all commands: a mapping under a command's name has
-options of that command alone, and an option of another command is not read.
+Flags override the file. One file can serve all commands: a mapping under a command's name has
+options for that command alone, and options of other commands are ignored.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
+import weakref
 from argparse import SUPPRESS, Action, HelpFormatter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from importlib import import_module
@@ -18,7 +21,6 @@ from inspect import getdoc
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 import yaml
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg, HfArgumentParser
@@ -36,13 +38,25 @@ Options = dict[str, list[str]]
 #: Files and folders in ``output_dir`` that are the results of a run.
 RESULTS = (
     "adapter_config.json",
-    "report.md",
+    "report.html",
     "checkpoint-*",
     "retrain/checkpoint-*",
 )
-#: The arguments of `transformers.TrainingArguments` in a page of help; ``--help_all`` has the rest.
-COMMON = """output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size seed
-bf16 gradient_accumulation_steps use_cpu logging_steps resume_from_checkpoint report_to"""
+#: The fields of `transformers.TrainingArguments` in a page of help; ``--help_all`` has the rest.
+COMMON = {
+    "output_dir": "the folder of the results",
+    "learning_rate": "peak learning rate, with linear decay",
+    "num_train_epochs": "passes over the training examples",
+    "max_steps": "optimizer steps, in place of num_train_epochs if positive",
+    "per_device_train_batch_size": "examples in a batch on each device",
+    "gradient_accumulation_steps": "batches in an optimizer step",
+    "seed": "seed of the start, the split and the order of examples",
+    "bf16": "compute in bfloat16 where float32 is not needed",
+    "use_cpu": "use no accelerator",
+    "logging_steps": "steps from log line to log line, or their share of all steps",
+    "report_to": "loggers such as tensorboard or wandb; all, or none",
+    "resume_from_checkpoint": "a checkpoint of an earlier run; true: the last one in output_dir",
+}
 LOGGING_STEPS = 0.05  # a share of all steps
 
 
@@ -52,8 +66,11 @@ class RunArguments:
 
     _argument_group_name = "command"
 
-    dry_run: bool = HfArg(default=False, help="print the plan and minutes; train nothing")
-    plugin: list[str] | None = HfArg(default=None, help="files to import, which add estimators")
+    dry_run: bool = HfArg(default=False, help="print steps and minutes; train nothing")
+    plugin: list[str] | None = HfArg(
+        default=None, help="Python files to import, which can register estimators"
+    )
+    details: bool = HfArg(default=False, help="print the numbers for experts too")
 
 
 @dataclass
@@ -62,15 +79,25 @@ class OutputArguments(RunArguments):
 
     overwrite_output_dir: bool = HfArg(default=False, help="replace the results of an earlier run")
 
-    def require_output(self, args: TrainingArguments) -> str | bool | None:
-        """The checkpoint to resume, True for the last complete one, or None; nothing is created.
+    def require_output(self, args: Any, *, shared: bool = False) -> str | bool | None:
+        """Lock ``output_dir``; the checkpoint to resume, True for the last complete one, or None.
 
-        A dry run gets an ``output_dir`` of its own, since a Trainer makes the folder.
+        Several processes can hold a ``shared`` lock. A dry run gets another ``output_dir``, since a
+        Trainer makes the folder.
         """
         if self.dry_run:
             args.output_dir = cache_folder()
             return None
-        folder, asked = Path(args.output_dir or ""), checkpoint_of(args)
+        if not args.output_dir:
+            raise ProblemError("output_dir: is empty; name a folder")
+        checkpoint = self._checkpoint(args)
+        if args.process_index == 0:
+            held = lock(Path(args.output_dir), shared=shared)
+            weakref.finalize(self, os.close, held)  # not later than the process ends
+        return checkpoint
+
+    def _checkpoint(self, args: Any) -> str | bool | None:
+        folder, asked = Path(args.output_dir), checkpoint_of(args)
         require_writable(folder)
         last = asked.lower() == "true"
         if last and next(valid_checkpoints(folder, folder / "retrain"), None) is not None:
@@ -89,6 +116,31 @@ class OutputArguments(RunArguments):
         return None if last else asked or None
 
 
+def lock(folder: Path, *, shared: bool = False) -> int:
+    """The descriptor of the lock file in ``folder``, which is made; other processes are locked out.
+
+    The system drops the lock when the file is closed or the process ends, SIGKILL included. Forked
+    processes, such as those of a data loader, do not hold the lock.
+
+    Raises:
+        ProblemError: another process has the lock, and one of the two is not ``shared``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    with suppress(ImportError, OSError):  # Windows, and file systems without locks
+        import fcntl
+
+        try:
+            fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            os.close(file)
+            raise ProblemError(
+                f"output_dir: another run is writing to {folder}; wait until it ends, or name "
+                "another folder"
+            ) from error
+    return file
+
+
 def checkpoint_of(args: TrainingArguments) -> str:
     """The checkpoint to resume, "" for none."""
     asked = str(args.resume_from_checkpoint)
@@ -96,7 +148,7 @@ def checkpoint_of(args: TrainingArguments) -> str:
 
 
 def divided(command: str, argv: Sequence[str]) -> tuple[Options, Options]:
-    """The options of the YAML file, if ``argv`` begins with one, and those of the flags."""
+    """The options in the YAML file, if ``argv`` begins with one, and the options in the flags."""
     of_file, flags, values = Options(), Options(), list[str]()
     if argv and not argv[0].startswith("-"):
         of_file, argv = _options_in(Path(argv[0]), command), argv[1:]
@@ -163,10 +215,10 @@ def parse(
     Args:
         command: the subcommand, a key of `COMMANDS`.
         types: dataclasses whose fields are the options, each with its help.
-        argv: a YAML file (optional), then flags. Options of the file that are of other commands,
-            tasks or methods are not read; such a flag is an error.
-        method: a class whose fields are options too, and whose defaults are those of the run.
-        besides: further names, which are not read.
+        argv: a YAML file (optional), then flags. Options in the file for other commands, tasks or
+            methods are ignored; such a flag is an error.
+        method: a class whose fields are options too, and whose defaults are the run's.
+        besides: further names, which are ignored.
     """
     of_file, flags = divided(command, argv)
     parser = _parser(types, method)
@@ -180,10 +232,10 @@ def parse(
         owners = _owners(command, name, names)
         if name in flags:
             raise ProblemError(
-                f"--{name}: an option of {owners}, which this run does not read; leave it out"
+                f"--{name}: is an option of {owners}, and not of this run; leave it out"
             )
     if foreign:
-        text = f"{', '.join(foreign)}: of other commands, tasks or methods, and not read"
+        text = f"ignored, for other commands, tasks or methods: {', '.join(foreign)}"
         print(f"hyperopt-peft {command}: {text}", file=sys.stderr)
     try:
         *parsed, rest = parser.parse_args_into_dataclasses(
@@ -204,7 +256,7 @@ class _Parser(HfArgumentParser):
 
 
 class _Format(HelpFormatter):
-    """An option by one name, with its default unless that is nothing."""
+    """One name for each option, with the default unless it is empty."""
 
     def _format_action_invocation(self, action: Action) -> str:
         values = "" if action.nargs == 0 else self._format_args(action, "VALUE")
@@ -221,8 +273,6 @@ def _parser(types: Sequence[Any], method: type[Method] | None) -> _Parser:
     defaults: dict[str, Any] = {}
     if "learning_rate" in names:
         defaults = {"logging_steps": LOGGING_STEPS, "disable_tqdm": not sys.stderr.isatty()}
-        # Without an accelerator PyTorch warns of each loader.
-        defaults["dataloader_pin_memory"] = torch.accelerator.is_available()
     if method is not None:
         for name in names_of([method]) & names:
             raise ProblemError(
@@ -267,13 +317,17 @@ def _owners(command: str, name: str, names: Collection[str]) -> str:
 
 def _page(command: str, parser: _Parser, *, everything: bool) -> str:
     """The help of ``command``; with ``everything`` all arguments of Transformers too."""
-    hidden = set() if everything else names_of([TrainingArguments]) - {*COMMON.split()}
+    hidden = set() if everything else names_of([TrainingArguments]) - {*COMMON}
     for action in parser._actions:
         if action.dest in hidden or action.option_strings[0].startswith("--no_"):
             action.help = SUPPRESS
+        elif action.dest in COMMON:
+            action.help = COMMON[action.dest]
         elif not action.help:
             action.help = _documented(parser.dataclass_types[-1], action.dest)
     usage = "FILE [FILE ...] [options]" if command == "init" else "[config.yaml] [options]"
+    parser._action_groups = [*parser._action_groups[2:], parser._action_groups[1]]
+    parser._action_groups[-1].title = "training"
     parser.usage, parser.description = f"hyperopt-peft {command} {usage}", f"{COMMANDS[command]}."
     if hidden & names_of(parser.dataclass_types):
         parser.epilog = "--help_all lists the other fields of transformers.TrainingArguments too."
@@ -281,7 +335,11 @@ def _page(command: str, parser: _Parser, *, everything: bool) -> str:
 
 
 def _documented(kind: type, name: str) -> str:
-    """What the docstring of ``kind`` says of its argument ``name``."""
+    """The entry of the argument ``name`` in the docstring of ``kind``."""
     entry = rf"^    {name}: (.*?)(?=\n    \S|\n\n|\Z)"
     found = re.findall(entry, getdoc(kind) or "", re.DOTALL | re.MULTILINE)
-    return " ".join(found[0].split()).rstrip(".").replace("%", "%%") if found else "of the method"
+    return (
+        " ".join(found[0].split()).rstrip(".").replace("%", "%%")
+        if found
+        else "an option of the method"
+    )

@@ -1,4 +1,4 @@
-"""The ablation that shows whether two levels are what helps: all variables in one of them."""
+"""The ablation without a second level: all variables train together."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class OneLevel(Method):
         return self.method.all_rows(train, upper)
 
     def read_rows(self, model: Any, rows: Any, collate: Any) -> None:
-        """As ``method``'s; the class has it, since a trainer asks the class."""
+        """As ``method``'s; a method of the class, where the trainer looks for an override."""
         self.method.read_rows(model, rows, collate)
 
     def lower(self, model: Any, task_loss: TaskLoss) -> Problem:
@@ -45,7 +45,7 @@ class _Together(Problem):
 
 
 class Projects(TrainerCallback):
-    """Calls a method's ``after_upper_step`` after each step, which moves its upper variables."""
+    """Calls a method's ``after_upper_step`` after each step, since every step moves u."""
 
     def __init__(self, method: Method) -> None:
         self.method = method

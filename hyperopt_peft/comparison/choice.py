@@ -1,4 +1,4 @@
-"""The runs of a comparison: those that choose the rates, then those that are reported."""
+"""The runs of a comparison: the runs that choose the rates, then the reported runs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ UPPER_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 @dataclass(frozen=True)
 class Plan:
-    """Which runs a comparison has, by arguments of `compare_methods`.
-
-    The first upper rate is the middle one of its grid.
-    """
+    """The runs of a comparison; attributes are arguments of `compare_methods`."""
 
     methods: Mapping[str, Method]
     rates: Sequence[float]
@@ -33,9 +30,9 @@ class Plan:
     ablations: Collection[str] | None = None
 
     def candidates(self) -> list[tuple[str, Kind]]:
-        """The methods, with the ablations of those that have an upper level.
+        """The methods, each followed by its ablations.
 
-        Where a training from scratch follows a search, one level has no training to follow it.
+        A method whose search is followed by a training from scratch has no form with one level.
         """
         found: list[tuple[str, Kind]] = []
         for name, method in self.methods.items():
@@ -54,9 +51,9 @@ class Plan:
         return grid + len(self.seeds)
 
     def first_rates(self) -> list[Run]:
-        """The runs that choose each method's rate, the upper rate in the middle of its grid.
+        """The runs that choose each method's rate; the upper rate is the middle of its grid.
 
-        A method with its upper variables frozen has the method's rate. One rate is no choice.
+        The form with a frozen upper level has the rate of the method. A grid of one has no runs.
         """
         if len(self.rates) == 1:
             return []
@@ -75,7 +72,7 @@ class Plan:
         ]
 
     def next_rates(self, store: Store) -> list[Run]:
-        """The runs that choose each upper rate, with the rate that the first ones chose."""
+        """The runs that choose each upper rate, at the rate that `first_rates` chose."""
         runs = []
         for name, method in self.methods.items():
             if has_upper_level(method) and len(self.upper_rates) > 1:
@@ -104,14 +101,14 @@ class Plan:
         return [run for name, kind in self.candidates() for run in self.runs_of(store, name, kind)]
 
     def runs_of(self, store: Store, name: str, kind: Kind) -> list[Run]:
-        """The reported runs of a method or an ablation, a seed each."""
+        """The reported runs of a method or an ablation, one for each seed."""
         best = replace(self.chosen(store, name, kind), development=False)
         return [replace(best, seed=seed) for seed in self.seeds]
 
     def _best(self, runs: Sequence[Run], store: Store) -> Run:
-        """The first run of the rates with the best mean score; of one rate, it has none.
+        """The first run at the rates of the best mean score, where NaN and infinity are the worst.
 
-        A score that is not finite is the worst.
+        With one pair of rates no score is needed.
         """
         if len({(run.rate, run.upper_rate) for run in runs}) == 1:
             return runs[0]

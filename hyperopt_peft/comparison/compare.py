@@ -1,4 +1,4 @@
-"""`compare_methods`: is a method better than the simple ways, at equal price?"""
+"""`compare_methods`: is a method better than simple baselines at equal cost?"""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,10 +27,10 @@ from hyperopt_peft.problems.find import find_method
 from hyperopt_peft.trainer.fingerprint import data_fingerprint
 from hyperopt_peft.trainer.method import Method, has_upper_level
 from hyperopt_peft.trainer.trainer import BilevelTrainer
+from hyperopt_peft.utils.versions import versions
 
 #: How the names of scores end that are better where they are lower.
 LOWER_IS_BETTER = ("loss", "error", "mse", "mae", "perplexity", "wer", "cer", "ece", "brier")
-PACKAGES = ("hyperopt-peft", "torch", "transformers", "peft")
 
 
 def compare_methods(
@@ -67,43 +66,42 @@ def compare_methods(
 
     A pass is one forward and backward over a training batch; each run has ``passes`` of them,
     upper batches, estimators and second phases included, and its phases are sized to take them.
-    Rates are chosen for each method by its mean score on rows that are held out from the training
-    rows, on seeds of their own. Each method with an upper level is trained in two further ways:
-    with its upper variables frozen, and with all variables in one level on all rows. The latter is
-    left out where the search is followed by a training from scratch.
+    The rates of each method have the best mean score on rows held out from the training rows, with
+    other seeds than the reported ones. Each method with an upper level has two ablations: its upper
+    variables frozen, and all variables in one level on all rows. A method whose search is followed
+    by a training from scratch lacks the second one.
 
     With ``folds`` the trusted rows score: seed s is scored on fold s mod K of the division s // K
-    into K folds, and trains with the others. Rates are then chosen on a further part of the trusted
-    rows, with which all reported runs train. With ``model="head"`` a linear head on the features of
-    the frozen base model is trained in place of an adapter, to its minimum: there are no rates to
-    choose and no passes to equalise. Each seed then scores a part of the test rows of its own.
+    into K folds, and trains with the others. The rates are then chosen on a further part of the
+    trusted rows, with which all reported runs train. With ``model="head"`` a linear head on the
+    features of the frozen base model is trained to its minimum in place of an adapter, without
+    rates and passes. Each seed then scores a part of the test rows of its own.
 
     Args:
         methods: by name; the first one is what the others are compared with.
-        base_model: makes a new model without an adapter at each call.
+        base_model: a function that makes a new model without an adapter.
         adapter: the PEFT config, which a method may change.
-        args: the arguments of all runs but rates, lengths, seeds and folders; a second training has
-            the rate and the batch of the first one.
+        args: the arguments of all runs, without rates, lengths, seeds and folders; a second
+            training has the rate and the batch of the first one.
         train_dataset: the rows; a method with an upper level splits them without trusted ones.
         upper_dataset: the trusted rows; a baseline trains on them too, as its ``all_rows`` says.
-        test_dataset: the rows that score; those that are training rows too are left out.
+        test_dataset: the rows that score; training rows among them are left out.
         folds: K, in place of ``test_dataset``.
         model: what is trained.
         passes: the budget of an adapter's run.
         seeds: each is a split, a start and an order of the rows, the same for all methods; by
             default five, or as many as folds.
         metric: the score, a key of ``compute_metrics``, or ``loss``.
-        lower_is_better: of the score; by default of those whose name is that of a loss or an error,
-            such as ``mse`` or ``perplexity``. The heading says which.
+        lower_is_better: whether a lower score is better; by default true for names of losses and
+            errors, such as ``mse`` or ``perplexity``. The heading says so.
         rates, upper_rates: the grids.
         development: the seeds of the runs that choose the rates.
-        held_out: the share of the trusted rows, or without those of the training rows, that scores
-            these runs.
-        ablations: the methods whose ablations are trained, where two trainings more of each are
-            too dear; by default all.
-        frozen_dropout: whether lower layers that nothing trains keep the dropout that the model
-            gives them. Without dropout they are computed once a text, several times faster.
-        folder: keeps the finished runs, from which a killed comparison goes on.
+        held_out: the share of the trusted rows that scores these runs; without trusted rows, of the
+            training rows.
+        ablations: the names of the methods whose ablations are trained; by default all.
+        frozen_dropout: whether frozen layers below the adapter keep the model's dropout. Without
+            dropout they are computed once for each text, which is several times faster.
+        folder: has the finished runs, from which a killed comparison continues.
         jobs: processes, by joblib, whose ``parallel_config`` chooses other backends.
         part: (k, n) for the k-th of n processes that share the runs and ``folder``.
         trainer: the class of the trainer, such as ``bilevel(SFTTrainer)``.
@@ -153,8 +151,10 @@ def compare_methods(
         raise ProblemError(
             f"development: the seeds {sorted(both)} are reported ones too; give others"
         )
-    if passes is None and not on_heads:
-        raise ProblemError("passes: there is no budget; give the passes of a run, such as 300")
+    if not on_heads and not 0 < (passes or 0) < math.inf:
+        raise ProblemError(f"passes: must be the budget of a run, such as 300, got {passes}")
+    if jobs == 0:
+        raise ProblemError("jobs: must be a number of processes, got 0")
     if part != (1, 1) and folder is None:
         raise ProblemError("part: the parts share their runs through a folder; give folder")
     parts = seeds if on_heads and folds is None else ()
@@ -207,7 +207,7 @@ def compare_methods(
 
 
 def settings_of(task: Task) -> dict[str, Any]:
-    """What decides all runs of ``task``, for its store.
+    """The settings on which all runs of ``task`` depend, for its store.
 
     Raises:
         ProblemError: ``base_model`` returns one model again and again.
@@ -227,7 +227,7 @@ def settings_of(task: Task) -> dict[str, Any]:
         "retrain_arguments": task.retrain_arguments,
         "base_model": task.fingerprint(),
         "options": {name: code_of(value) for name, value in task.options.items()},
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions(),
         "train_dataset": data_fingerprint(data.train),
         "upper_dataset": data_fingerprint(data.upper),
         "test_dataset": data_fingerprint(data.test),
@@ -244,7 +244,7 @@ def settings_of(task: Task) -> dict[str, Any]:
 
 
 def code_of(thing: Any) -> str:
-    """The name of a function or class, or of a value's class; with its code, if it is a user's."""
+    """The name of a function, a class or a value's class, with a hash of the code of a user."""
     if not callable(thing) or not hasattr(thing, "__qualname__"):
         thing = type(thing)
     name, module = f"{thing.__module__}.{thing.__qualname__}", sys.modules.get(thing.__module__)

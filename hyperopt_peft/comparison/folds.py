@@ -22,8 +22,8 @@ class Rows:
     Attributes:
         train, upper, test, folds, held_out: as in `compare_methods`.
         spare: whether folds leave a further part out, which scores the development runs alone.
-        parts: the seeds that score a part of ``test`` each, where a training has no random part
-            and seeds would otherwise be equal.
+        parts: the seeds, each of which scores a part of ``test`` of its own; given where the
+            training is not random, so that all seeds would have one score.
     """
 
     train: Any
@@ -35,11 +35,11 @@ class Rows:
     parts: Sequence[int] = ()
 
     def usable(self) -> tuple[Rows, str]:
-        """These, without test rows that train too, and how many those are, in words.
+        """These without test rows that are training rows too, and a sentence with their number.
 
         Raises:
             ProblemError: no test rows or folds, or both; fewer trusted rows than folds; a trusted
-                row in two folds, or in the training rows; no test rows but those that train.
+                row in two folds, or in the training rows; all test rows are training rows.
         """
         if (self.test is None) == (self.folds is None):
             raise ProblemError("test_dataset: give either test_dataset or folds")

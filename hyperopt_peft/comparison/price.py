@@ -1,4 +1,4 @@
-"""What runs cost: passes, one forward and backward over a training batch, seconds and memory."""
+"""The price of a run: passes (forward and backward over a batch), seconds and memory."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def steps_for(allowed: float, rows: int, batch: int) -> int:
 
 @dataclass(frozen=True)
 class Price:
-    """What the steps of a method cost.
+    """The price of the steps of a method.
 
     Attributes:
-        unit: the rows of a pass, the same for all methods.
-        batch: the rows of a lower step.
-        lower, everything: the rows of the first phase, and of the second one.
+        unit: the number of rows in a pass, the same for all methods.
+        batch: the number of rows in a lower step.
+        lower, everything: the number of training rows in the first and in the second phase.
         every: the lower steps from one upper step to the next; 0 without an upper level.
-        upper: the rows that an upper step sends through the model beside those of its lower step.
+        upper: the rows that an upper step sends through the model, without its lower step.
         again: whether a second training follows.
         start, a_pass: the seconds before the first step, and those of a pass.
     """
@@ -63,7 +63,7 @@ class Price:
     a_pass: float = 0.0
 
     def spent(self, steps: Sequence[int]) -> dict[str, float]:
-        """The passes of ``steps``: of lower steps, of upper steps, and of the second training."""
+        """The passes of lower steps, upper steps and the second training."""
         return {name: rows / self.unit for name, rows in self._rows(*steps).items()}
 
     def _rows(self, search: int, again: int = 0) -> dict[str, float]:
@@ -74,7 +74,7 @@ class Price:
         }
 
     def of_run(self, steps: Sequence[int], passes: float) -> Price:
-        """With the mean cost of the upper steps of a run, which took ``passes``.
+        """This price with the mean cost of an upper step in a run that took ``passes``.
 
         Example:
             >>> Price(10, 10, lower=80, everything=100, every=2, upper=20).of_run([40], 80).upper
@@ -87,8 +87,8 @@ class Price:
     def steps(self, passes: float) -> list[int]:
         """The steps of each phase of a run of ``passes`` passes.
 
-        Both phases have about as many. The search ends with an upper step; without a second phase
-        it ends with the lower steps that are left.
+        Both phases have about the same number. The search ends with an upper step; without a second
+        phase it ends with lower steps that use up the rest.
 
         Example:
             >>> Price(10, 10, lower=80, everything=100, every=4, upper=20, again=True).steps(300)
@@ -106,12 +106,12 @@ class Price:
 
 
 def measured(trainer: Any, start: float, unit: int) -> Price:
-    """The price of the steps of ``trainer``, by its first two upper steps, or four lower ones.
+    """The price of the steps of ``trainer``, measured on two upper steps or four lower ones.
 
     Args:
-        trainer: before its training, which it does.
-        start: the seconds that a run takes before.
-        unit: the rows of a pass.
+        trainer: not yet trained; this function trains it.
+        start: the seconds of a run before its training.
+        unit: the number of rows in a pass.
 
     Raises:
         ProblemError: the steps send no row through the model.

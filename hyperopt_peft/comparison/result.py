@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import csv
-import html
 import math
-import tempfile
-from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
+import pandas  # type: ignore[import-untyped]
+
 from hyperopt_peft.comparison.choice import Plan
 from hyperopt_peft.comparison.store import Result, Store
 from hyperopt_peft.comparison.task import ABLATIONS, Kind
 from hyperopt_peft.utils.plots import intervals
 from hyperopt_peft.utils.statistics import detectable, error_of, is_tie, mean_and_half
-from hyperopt_peft.utils.tables import aligned, html_table, latex
+from hyperopt_peft.utils.tables import aligned, latex
+from hyperopt_peft.utils.versions import versions
 
 Row = list[str]
-STYLE = "body{font:16px sans-serif;max-width:60em;margin:2em auto;overflow-x:auto}"
-STYLE += "td,th{padding:.2em .6em;text-align:right}td:first-child,th:first-child{text-align:left}"
-STYLE += "p{white-space:pre-line}img{max-width:100%}"
 
 
 @dataclass
@@ -35,7 +31,7 @@ class Comparison:
         store: the finished runs.
         metric: the name of the score.
         passes: the budget of each run; 0 of heads, which are solved.
-        note: what is to know of the rows.
+        note: a remark on the rows, or nothing.
     """
 
     plan: Plan
@@ -43,7 +39,7 @@ class Comparison:
     metric: str
     passes: float
     note: str = ""
-    #: What the differences are paired by.
+    #: The repetitions by which differences are paired.
     unit: ClassVar[str] = "seeds"
 
     def scores(self, name: str, kind: Kind = "method") -> list[float]:
@@ -68,7 +64,7 @@ class Comparison:
         return text
 
     def differences(self, one: tuple[str, Kind], other: tuple[str, Kind]) -> list[float]:
-        """The score of one way minus that of the other, for each seed."""
+        """For each seed, the score of one method or ablation minus the score of the other."""
         pairs = zip(self.scores(*one), self.scores(*other), strict=True)
         return [first - second for first, second in pairs]
 
@@ -110,7 +106,7 @@ class Comparison:
         return rows
 
     def sentences(self) -> list[str]:
-        """What the differences say of each method but the first, and of its upper level."""
+        """For each method the difference to the first one, its parts, and remarks."""
         found = []
         ablated = {name for name, kind in self.plan.candidates() if kind == "frozen"}
         for name in self.plan.methods:
@@ -150,7 +146,7 @@ class Comparison:
         return "\n  ".join([f"{whole} is the sum of", *terms])
 
     def _edges(self) -> list[str]:
-        """Where a rate has no score, or a chosen one is the first or the last of its grid."""
+        """Rates without a finite score, and chosen rates at an end of their grid."""
         found = []
         for name, kind in self.plan.candidates():
             best = self.plan.chosen(self.store, name, kind)
@@ -172,7 +168,7 @@ class Comparison:
         return found
 
     def remarks(self) -> list[str]:
-        """What is to know of rates, rows and runs beside the scores."""
+        """Remarks on rates, rows and runs."""
         found, layers = [*filter(None, [self.note, *self._edges()])], dict[str, list[str]]()
         for name, method in self.plan.methods.items():
             if method.absorbed:
@@ -193,7 +189,7 @@ class Comparison:
         return found + [k if alike else f"{', '.join(names)}: {k}" for k, names in layers.items()]
 
     def spent(self) -> list[Row]:
-        """The passes of each method, by what they were for; means over seeds."""
+        """The passes of each method, by use; means over seeds."""
         rows: list[Row] = []
         for name, kind in self.plan.candidates():
             results = self._results(name, kind)
@@ -203,14 +199,14 @@ class Comparison:
         return rows
 
     def tables(self) -> dict[str, list[Row]]:
-        """All tables by their headings; those of rates and passes where there is a budget."""
+        """All tables by heading; rates and passes only where runs have a budget."""
         if not self.passes:
             return {"Scores": self.table()}
         others = {"Held-out score at every rate": self.rates(), "Passes": self.spent()}
         return {"Scores": self.table(), **others}
 
     def heading(self) -> str:
-        """What the table shows."""
+        """The score, the rows, the budget and the number of seeds, in a line."""
         rows = "folds of the trusted rows" if self.store.settings.get("folds") else "the test rows"
         better = " (lower is better)" if self.plan.lower_is_better else ""
         passes = f"{self.passes:g} passes a run" if self.passes else "heads at their minimum"
@@ -222,48 +218,37 @@ class Comparison:
     def __str__(self) -> str:
         return "\n".join([self.heading(), "", aligned(self.table()), "", *self.sentences()])
 
-    def plot(self, path: str | Path) -> None:
-        """Draw the differences to the first method with their intervals."""
+    def plot(self, path: str | Path | None = None) -> Any:
+        """A matplotlib figure: the differences to the first method with their intervals.
+
+        Args:
+            path: the file to write too; its suffix, such as ``.pdf`` or ``.png``, is the format.
+        """
         first, *others = self.plan.candidates()
         gaps = {}
         for name, kind in others:
             middle, half = mean_and_half(self.differences((name, kind), first))
             gaps[name + ABLATIONS[kind]] = (middle, middle - half, middle + half)
         title = f"{self.metric} − that of {self.first}, paired, 95 % intervals"
-        intervals({title: gaps}, Path(path), zero=[title])
+        return intervals({title: gaps}, path, zero=[title])
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """The versions of the packages with which the runs were done."""
+        return dict(self.store.settings.get("versions") or versions())
 
     def to_latex(self) -> str:
-        """The scores as a LaTeX table of the package booktabs."""
-        return latex(self.table()) + "\n"
-
-    def to_html(self, path: str | Path) -> None:
-        """Write a page that needs no other file: scores, sentences, picture, rates and passes."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.plot(picture := Path(folder) / "differences.png")
-            drawn = b64encode(picture.read_bytes()).decode()
-        scores, *others = self.tables().items()
-        parts = [
-            f"<!doctype html><meta charset=utf-8><title>{html.escape(self.metric)}</title>",
-            f"<style>{STYLE}</style><h1>{html.escape(self.heading())}</h1>",
-            html_table(scores[1]),
-            *(f"<p>{html.escape(sentence)}</p>" for sentence in self.sentences()),
-            f'<img alt="Differences to {html.escape(self.first)}" src="data:image/png;base64,',
-            f'{drawn}">',
-            *(f"<h2>{heading}</h2>{html_table(rows)}" for heading, rows in others),
-        ]
-        Path(path).write_text("\n".join(parts), encoding="utf-8")
+        """The scores as a LaTeX table of the package booktabs, below the versions as a comment."""
+        notes = self.heading(), ", ".join(map(" ".join, self.versions.items()))
+        return "\n".join([*(f"% {note}" for note in notes), latex(self.table()), ""])
 
     def results(self) -> list[Result]:
-        """The entries of all runs, as the store has them."""
+        """The entries of all runs."""
         return [*self.store.results.values()]
 
     def to_csv(self, path: str | Path) -> None:
-        """Write all runs, a line each."""
-        results = self.results()
-        with Path(path).open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(results[0]))
-            writer.writeheader()
-            writer.writerows(results)
+        """Write all runs, one line each, with columns such as ``metrics.eval_loss``."""
+        pandas.json_normalize(self.results()).to_csv(path, index=False)
 
 
 def _rates(run: Mapping[str, Any]) -> Row:

@@ -1,4 +1,4 @@
-"""Finished runs, a line each, so that a comparison goes on where it was killed."""
+"""Finished runs, one line each, from which a killed comparison continues."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.validation import require_settings
 
 Result = dict[str, Any]
-#: The entry of a file's first line: what all of its runs share.
+#: The key of a file's first line, the settings of all of its runs.
 SETTINGS = "settings"
 
 
 class Store:
     """The results of runs, in the ``runs*.jsonl`` files of a folder.
 
-    Several processes may write, each to a file of its own; all read all. A line that a killed
-    process left unfinished is skipped.
+    Several processes may write, each to a file of its own, and read all files. An unfinished line
+    of a killed process is skipped.
 
     Args:
         folder: where the files are; None keeps all in memory.
-        settings: what all runs share; runs of other settings are refused.
+        settings: the settings that all runs share; runs with others are refused.
         part: the name of this process's file.
 
     Raises:
@@ -52,7 +52,7 @@ class Store:
                     self.results[_run_of(entry)] = entry
 
     def add(self, result: Result) -> None:
-        """Append ``result``, the whole line at once."""
+        """Append the line of ``result`` in one write."""
         self.results[_run_of(result)] = result
         if self.path is None:
             return
@@ -66,7 +66,7 @@ class Store:
             file.write(("\n" * unfinished + text).encode())
 
     def missing(self, runs: Iterable[Run]) -> list[Run]:
-        """Those of ``runs`` without a result, each once."""
+        """The runs without a result, each once."""
         return [run for run in dict.fromkeys(runs) if run not in self.results]
 
     def scores(self, runs: Iterable[Run]) -> list[float]:
@@ -75,7 +75,7 @@ class Store:
 
 
 def _plain(value: Any) -> Any:
-    """A set in an order that is that of every process."""
+    """A set in an order that is the same in every process."""
     return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
 
 

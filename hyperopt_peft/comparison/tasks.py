@@ -56,7 +56,8 @@ class AcrossTasks(Comparison):
                     "which scores are better; compare the same on each task"
                 )
         metrics = dict.fromkeys(each.metric for each in comparisons.values())
-        super().__init__(first.plan, Store(None, {}), " or ".join(metrics), first.passes)
+        store = Store(None, {"versions": first.versions})
+        super().__init__(first.plan, store, " or ".join(metrics), first.passes)
         self.comparisons = dict(comparisons)
 
     def scores(self, name: str, kind: Kind = "method") -> list[float]:
@@ -99,7 +100,7 @@ class AcrossTasks(Comparison):
         ]
 
     def heading(self) -> str:
-        """What the table shows."""
+        """The score, the budget and the repetitions, in a line."""
         return (
             f"{self.metric} on the test rows, {self.passes:g} passes a run, means of "
             f"{len(self.plan.seeds)} seeds, with 95 % intervals over {len(self.comparisons)} tasks"

@@ -1,4 +1,4 @@
-"""What a run must have done for its score to count: changed logits, and left a plain model."""
+"""Checks that a training has changed the logits and has left a plain model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hyperopt_peft.utils.models import evaluating
 
 #: The test rows whose logits `Method.finish` should not change.
 ROWS = 8
-#: Of the logits of a batch, those that are looked at: a language model has millions.
+#: How many logits of a batch are compared: a language model has millions.
 ENTRIES = 100_000
 
 

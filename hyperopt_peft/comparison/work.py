@@ -1,4 +1,4 @@
-"""The work of a comparison: its missing runs, in processes and parts, and how long they take."""
+"""Does the missing runs of a comparison, in processes and parts, and estimates their time."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Work:
     _prices: dict[Any, Price] = field(default_factory=dict)
 
     def do(self, runs: Sequence[Run]) -> None:
-        """Do those of ``runs`` that are missing and this part's.
+        """Do the missing ones of ``runs`` that belong to this part.
 
         Raises:
-            ProblemError: other parts have runs to do, on which the next ones depend.
+            ProblemError: the other parts have not done all of ``runs``, which later runs need.
         """
         number, count = self.part
         missing = set(self.store.missing(runs))
@@ -56,7 +56,7 @@ class Work:
             )
 
     def require_learning(self, plan: Plan) -> None:
-        """Price the reported runs; a phase of hardly any step at the highest rate is an error."""
+        """Raise ProblemError if a phase of a reported run has too few steps to train an adapter."""
         rate = max(plan.rates)
         for name, kind in plan.candidates():
             price = self._price(Run(name, kind, plan.seeds[0], min(plan.rates)))
@@ -69,7 +69,7 @@ class Work:
                 )
 
     def _price(self, run: Run) -> Price:
-        """A frozen upper level costs what a free one does."""
+        """The price of ``run``; with a frozen upper level it is the same."""
         key = run.method, run.kind == "one level", run.development
         if key not in self._prices:
             self._prices[key] = self.task.price(run)
@@ -94,9 +94,9 @@ class Work:
 
 
 def require_pickled(task: Task) -> None:
-    """Raise ProblemError if other processes cannot get ``task``, or let them.
+    """Raise ProblemError if ``task`` cannot be sent to other processes.
 
-    Classes of files that they cannot import by name are pickled by value.
+    Classes that other processes cannot import by name are pickled by value.
     """
     for module in {sys.modules[type(method).__module__] for method in task.methods.values()}:
         if module.__name__.endswith(".py") or not module.__package__:

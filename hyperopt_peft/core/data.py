@@ -1,4 +1,4 @@
-"""An endless stream of a level's batches, which can be resumed."""
+"""An endless, resumable stream of a level's batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hyperopt_peft.utils.random_state import RandomState, replay
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """``batch`` with every tensor on ``device``, also within mappings, lists and tuples."""
+    """``batch`` on ``device``, including the tensors in mappings, lists and tuples."""
     if hasattr(batch, "to"):
         return batch.to(device)
     if isinstance(batch, Mapping):
@@ -29,12 +29,11 @@ def to_device(batch: Any, device: torch.device) -> Any:
 class DataStream:
     """The batches of ``data``, epoch after epoch; any position can be restored.
 
-    A shuffled DataLoader draws its order from PyTorch's CPU generator. Here ``data`` draws from
-    random streams of its own, also of NumPy and Python, seeded by PyTorch's state at construction
-    and by ``name``. The batches then depend neither on `peek` nor on other levels. A generator that
-    was given to the DataLoader or to its sampler is used unchanged.
+    The stream has its own random states of PyTorch, NumPy and Python, seeded by PyTorch's state at
+    construction and by ``name``. The batches therefore depend neither on `peek` nor on other
+    levels. A generator that was given to the DataLoader or to its sampler is used unchanged.
 
-    The order of an epoch is a function of the generator states at its start. ``state_dict``
+    The generator states at the start of an epoch determine the order of the epoch. ``state_dict``
     contains these states and the position in the epoch.
 
     Raises:
@@ -63,7 +62,7 @@ class DataStream:
         return self._peeked[0]
 
     def next(self) -> Any:
-        """The next batch; the first of a new epoch after the last batch of ``data``."""
+        """The next batch; a new epoch begins after the last batch of ``data``."""
         batch = self.peek()
         self._peeked.clear()
         return batch
@@ -71,7 +70,7 @@ class DataStream:
     def ahead(self, count: int) -> list[Any]:
         """The next ``count`` batches; the position does not change.
 
-        Afterwards the batches of the epoch up to the position are read again.
+        To return to the position, the epoch is read again from its start.
         """
         state = self.state_dict()
         batches = [self.next() for _ in range(count)]
@@ -117,7 +116,7 @@ class DataStream:
         raise ProblemError(_empty(self.name))
 
     def _generators(self) -> dict[str, torch.Generator]:
-        """The generators that the loader's and the samplers' order comes from."""
+        """The generators that determine the order of the batches."""
         owners: dict[str, Any] = {"loader": self.data}
         owners |= {key: getattr(self.data, key, None) for key in ("sampler", "batch_sampler")}
         owners["inner_sampler"] = getattr(owners["batch_sampler"], "sampler", None)

@@ -1,4 +1,4 @@
-"""Levels whose loss weights examples; `WeightedRows` weights the loss of rows or labels."""
+"""Levels that weight the losses of examples; `WeightedRows` weights rows or labels."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from hyperopt_peft.utils.models import trainable
 class WeightedExamples(Problem):
     """A level with the loss f = weighted(ℓ_1(w), …, ℓ_G(w); u), ℓ_g the loss of group g.
 
-    A group is an example, or all examples of a source. Upper variables u are read by ``weighted``
-    alone, and w by ``losses`` alone, through ``model``. A subclass defines ``groups``, ``losses``
-    and ``weighted``, from which ``product="dots"`` takes ∂²f/∂u∂w; see `hypergradients.dots`.
+    A group is an example, or all examples of a source. Only ``weighted`` may read the upper
+    variables u, and only ``losses`` may read w, through ``model``. A subclass defines ``groups``,
+    ``losses`` and ``weighted``. ``product="dots"`` uses them for ∂²f/∂u∂w (`hypergradients.dots`).
 
     Example:
         >>> import torch
@@ -49,7 +49,7 @@ class WeightedExamples(Problem):
         return self
 
     def groups(self, batch: Any) -> Tensor:
-        """The number of the group, from 0, of each row ``(n,)``, or of each token ``(n, T)``."""
+        """The group of each row, ``(n,)``, or of each token, ``(n, T)``, as a number from 0."""
         raise ProblemError(f"{self.name}: define groups(self, batch)")
 
     def losses(self, batch: Any) -> Tensor:
@@ -57,7 +57,7 @@ class WeightedExamples(Problem):
         raise ProblemError(f"{self.name}: define losses(self, batch)")
 
     def weighted(self, losses: Tensor, batch: Any) -> Tensor | Mapping[str, Any]:
-        """f of ``losses``, as `Problem.loss` returns it; does not call the model."""
+        """f as a function of ``losses``, in the form of `Problem.loss`, without the model."""
         raise ProblemError(f"{self.name}: define weighted(self, losses, batch)")
 
     def loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
@@ -66,24 +66,24 @@ class WeightedExamples(Problem):
 
 
 class WeightedRows(WeightedExamples):
-    """A level with the loss f = 1/C Σ_i v_i ℓ_i over rows, or over labels, i.
+    """A level with the loss f = 1/C Σ_i v_i ℓ_i over rows or labels i.
 
-    v_i is a weight, ℓ_i the summed loss of row i or the loss of label i, and C the number of labels
-    that are scored. Where all v_i are 1, f is the model's own loss. With the entries of a Trainer
-    (`core.labels`) the mean of f over the micro-batches of a step, also of unequal ones, is that of
-    the step's labels.
+    v_i is a weight, ℓ_i the summed loss of row i or the loss of label i, and C the number of scored
+    labels. If all v_i are 1, f is the model's own loss. A Trainer's entries in the batch
+    (`core.labels`) make the mean of f over the micro-batches of a step the mean over the step's
+    labels, even if the micro-batches differ in size.
 
     Args:
         model: the model, as for `label_losses`.
-        weights: v of a batch: ``(n,)`` for rows, or of the shape ``(n, T)`` of ``labels``.
+        weights: a function from a batch to v: ``(n,)`` for rows, ``(n, T)`` for labels.
         variables: the tensors that the level owns; by default the model's trainable parameters.
-        tags: entries of a batch that ``weights`` reads and the model does not.
+        tags: the entries of a batch that are for ``weights`` and not for the model.
         twice: as for `label_losses`.
         level: arguments of `Problem`: data, optimizer, scheduler, max_grad_norm, name, prior.
 
     Raises:
-        ProblemError: no parameter is trainable; from ``loss`` the weights have another shape, or as
-            `label_losses`.
+        ProblemError: no parameter is trainable. ``loss`` raises it if the weights have another
+            shape, and as `label_losses`.
     """
 
     #: Further numbers to log, by name.
@@ -108,12 +108,12 @@ class WeightedRows(WeightedExamples):
         super().__init__(variables, **level)
 
     def groups(self, batch: Any) -> Tensor:
-        """A number for each row, or label: those that have a weight."""
+        """Each row, or each label, is a group of its own, as the weights are."""
         shape = self._shape(batch)
         return torch.arange(shape.numel(), device=require_labels(batch).device).view(shape)
 
     def losses(self, batch: Any) -> Tensor:
-        """ℓ_i/C, flat, times a Trainer's weight of the micro-batch."""
+        """ℓ_i/C, flat, times the Trainer's weight for the micro-batch."""
         shape = self._shape(batch)
         inputs = {name: value for name, value in batch.items() if name not in self.tags}
         each, scored = label_losses(self.model, inputs, twice=self.twice)
@@ -122,7 +122,7 @@ class WeightedRows(WeightedExamples):
         return each * batch[WEIGHT].to(each) if WEIGHT in batch else each
 
     def weighted(self, losses: Tensor, batch: Any) -> dict[str, Tensor]:
-        """Σ v_i ℓ_i/C; ``task_loss``, where all weights are 1, is a metric."""
+        """Σ v_i ℓ_i/C; the metric ``task_loss`` is the sum with all weights 1."""
         loss = (self.weights(batch).flatten().to(losses) * losses).sum()
         return {"loss": loss, "task_loss": losses.detach().sum(), **self.metrics()}
 
@@ -132,7 +132,7 @@ class WeightedRows(WeightedExamples):
             shape = self.weights(batch).shape
         if shape not in (labels.shape[:1], labels.shape):
             raise ProblemError(
-                f"{self.name}: weights of the shape {tuple(shape)} are neither of the rows nor of "
-                f"the labels {tuple(labels.shape)} of a batch; return one for each"
+                f"{self.name}: weights have shape {tuple(shape)} for labels of shape "
+                f"{tuple(labels.shape)}; return one weight for each row or for each label"
             )
         return shape

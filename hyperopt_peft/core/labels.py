@@ -1,6 +1,6 @@
-"""Labels: which logits a model's loss scores, the loss of each row, and weights of micro-batches.
+"""Losses of a model's labels and rows, the logits they score, and weights of micro-batches.
 
-All functions take the models of Hugging Face: ``model(**batch)`` returns ``loss`` and ``logits``.
+The models are Hugging Face's: ``model(**batch)`` returns ``loss`` and ``logits``.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from hyperopt_peft.utils.autograd import function_modes_off
 from hyperopt_peft.utils.models import base_model, evaluating
 from hyperopt_peft.utils.random_state import RandomState, replay
 
-#: Entries of a micro-batch that a Trainer adds for the loss of a step, the mean over its
-#: micro-batches. A mean over labels is multiplied by ``WEIGHT``, see `label_weights`. A sum over
-#: labels is divided by ``ITEMS``, the labels of the whole step (of all processes, where the Trainer
-#: multiplies the loss by their number), and multiplied by ``MICRO_BATCHES``, their number.
+#: Entries that a Trainer adds to a micro-batch, so that the mean over a step's micro-batches is the
+#: loss of the step. A mean over labels is multiplied by ``WEIGHT`` (`label_weights`). A sum over
+#: labels is divided by ``ITEMS``, the number of labels in the step (in all processes, where the
+#: Trainer multiplies the loss by the number of processes), and multiplied by ``MICRO_BATCHES``.
 WEIGHT, ITEMS, MICRO_BATCHES = ENTRIES = "loss_weight", "num_items_in_batch", "micro_batches"
-#: The argument with which TRL's head returns the log-probabilities of labels without logits.
+#: The argument that makes TRL's head return log-probabilities of the labels, without logits.
 FUSED = "fused_lm_head"
-#: What to do about a loss that is none of the rules of this module.
+#: Advice for a model whose loss follows no rule of this module.
 OWN_LOSS = "write the level as a Problem with a loss of your own"
 
-#: The relative difference of a model's own loss and the mean over labels that is rounding.
+#: A relative difference of this size between a model's loss and the mean over labels is rounding.
 TOLERANCE = 1e-2
 
 _RULES = (False, True)
-# A model is asked once: the answers of some, and the models whose loss is a mean over labels.
+# Caches per model: whether labels are shifted, and which models passed the mean-loss check.
 _SHIFTED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _MEAN: WeakSet[nn.Module] = WeakSet()
 
 
 def labels_are_shifted(model: nn.Module, batch: Mapping[str, Any]) -> bool:
-    """Whether the loss of ``model`` compares the logits of a token with the next token's label.
+    """Whether the loss of ``model`` compares a token's logits with the next token's label.
 
-    No name decides: the model's own loss on ``batch``, with other labels, is differentiated by its
-    logits. At each position the derivative is negative for the class alone that the loss scores
-    there: the position's label, or the next one's. Without a gradient the loss's value decides. The
-    first batch decides for the model; the pass leaves model and random state as they were. Without
-    a label for each token the answer is False.
+    The test differentiates the model's own loss on one row of ``batch``, with other labels, with
+    respect to the logits. At each position the derivative is negative only for the class that the
+    loss scores there: the position's own label, or the next one. If the logits have no gradient,
+    the value of the loss is compared. The result of the first batch is cached for the model. Model
+    and random state are restored. Without a label for each token the result is False.
 
     Raises:
         ProblemError: neither rule fits; the model returns no loss or no logits.
@@ -63,10 +63,10 @@ def labels_are_shifted(model: nn.Module, batch: Mapping[str, Any]) -> bool:
 
 
 def row_losses(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """The summed loss of each row, ``(n,)``, and how many labels the row has, ``(n,)``.
+    """The summed loss of each row, ``(n,)``, and the number of scored labels in it, ``(n,)``.
 
-    Arguments and errors are those of `label_losses`. The model's own loss is the sum of all by the
-    count of all.
+    Arguments and errors: see `label_losses`. The sum of the losses divided by the sum of the counts
+    is the model's own loss.
     """
     each = label_losses(model, batch)
     losses, counts = (x.reshape(len(x), -1).sum(1) for x in each)
@@ -76,24 +76,24 @@ def row_losses(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
 def label_losses(
     model: Any, batch: Mapping[str, Any], *, twice: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each label, of the shape of ``labels``, and whether the label is scored.
+    """The loss of each label, and a mask of the scored labels, both in the shape of ``labels``.
 
-    It is the cross entropy of whole numbers, the squared error of floating-point labels, or the
-    binary cross entropy of these where ``problem_type`` is ``multi_label_classification``. A label
-    of -100 is not scored and has the loss 0; `labels_are_shifted` says which logits predict a
-    token's label. Text must be padded on the right, since a token after padding is predicted as
-    well. The first batch of a model compares the model's own loss with the mean.
+    The loss is the cross entropy for integer labels, and the squared error for floating-point
+    labels, or binary cross entropy if ``problem_type`` is ``multi_label_classification``. A label
+    of -100 is not scored and has loss 0; `labels_are_shifted` says which logits predict a token's
+    label. Pad text on the right, since a token after padding is scored too. A model's first batch
+    checks that the mean over the labels is the model's own loss.
 
     Args:
         model: the model, with or without a PEFT adapter.
-        batch: the model's arguments and ``labels``; a Trainer's `ENTRIES` are not read. A
+        batch: the model's arguments and ``labels``; a Trainer's `ENTRIES` are ignored. A
             sequence-to-sequence model also needs ``decoder_input_ids``.
-        twice: whether the losses are differentiated twice, which those of TRL's fused head cannot
-            be; the model then makes logits.
+        twice: whether the losses are differentiated twice. The losses of TRL's fused head cannot
+            be; the logits are computed instead.
 
     Raises:
-        ProblemError: there are no labels, or labels that do not fit the logits; or the model's own
-            loss is no mean over labels, or has the auxiliary loss of a router.
+        ProblemError: there are no labels, or they do not fit the logits; or the model's own loss
+            is not a mean over labels, or includes the auxiliary loss of a router.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -109,7 +109,7 @@ def label_losses(
     if has_fused_head(model) and not twice:
         with model_reads(batch):
             output = model(**batch, **{FUSED: True})
-        # The first position has no prediction; those of a prompt that is tuned are left out.
+        # The first position has no prediction; the positions of a tuned prompt are cut off.
         scored = pad(output.label_mask, (1, 0))[:, -labels.shape[1] :]
         return pad(-output.log_probs, (1, 0))[:, -labels.shape[1] :], scored
     shifted = labels_are_shifted(model, batch)
@@ -130,9 +130,9 @@ def _require_no_router_loss(model: Any) -> None:
     coefficient = getattr(config, "router_aux_loss_coef", 0.0)
     if coefficient and getattr(config, "output_router_logits", False):
         raise ProblemError(
-            f"router_aux_loss_coef: the loss of {type(base_model(model)).__name__} has the "
-            f"router's auxiliary loss times {coefficient:g}, which is no sum over rows; set 0 in "
-            "the SFTConfig, or output_router_logits=False in the model's configuration"
+            f"router_aux_loss_coef: the loss of {type(base_model(model)).__name__} includes "
+            f"{coefficient:g} times the router's auxiliary loss, which has no part for each row; "
+            "set 0 in the SFTConfig, or output_router_logits=False in the model's configuration"
         )
 
 
@@ -147,7 +147,7 @@ def has_fused_head(model: Any) -> bool:
 
 
 def scored_labels(batch: Any, shifted: bool) -> Tensor | None:
-    """The number of labels of ``batch`` that are scored; None without labels."""
+    """The number of scored labels in ``batch``; None without labels."""
     if not isinstance(batch, Mapping):
         return None
     labels = batch.get("shift_labels")
@@ -159,28 +159,28 @@ def scored_labels(batch: Any, shifted: bool) -> Tensor | None:
 
 
 def label_weights(batches: Sequence[Any], *, shifted: bool) -> list[dict[str, Tensor]]:
-    """The entries of each batch that make a step's loss the mean over all of its labels.
+    """The entries for each batch that make a step's loss the mean over all labels of the step.
 
-    The loss of micro-batch i on process p is the mean over its c_ip labels that are scored. The
-    loss of a step of n micro-batches on P processes is
+    The loss of micro-batch i on process p is the mean over its c_ip scored labels. The loss of a
+    step of n micro-batches on P processes is
 
         1/(nP) Σ_ip weight_ip · loss_ip,   weight_ip = c_ip · nP / Σ c
 
-    There are no entries where a batch has no labels. With ``shifted`` the first label of a row is
-    not scored.
+    If a batch has no labels, no batch gets entries. With ``shifted`` a row's first label is not
+    scored.
     """
     counts = [scored_labels(batch, shifted) for batch in batches]
     counted = [count for count in counts if count is not None]
     if not counted or len(counted) < len(batches):
         return [{} for _ in batches]
-    # Apple's devices have no floats of 64 bits.
+    # Apple's devices have no float64.
     exact = torch.float32 if counted[0].is_mps else torch.float64
     mean = distributed.average(torch.stack(counted).sum().to(exact)) / len(counted)
     return [{WEIGHT: count / mean} for count in counted]
 
 
 def require_labels(batch: Any) -> Tensor:
-    """``batch["labels"]``; raises ProblemError where there is no tensor of labels."""
+    """``batch["labels"]``; raises ProblemError if this is not a tensor."""
     if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
         entries = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise ProblemError(f"labels: the batch must have a tensor of labels, got {entries}")
@@ -190,9 +190,9 @@ def require_labels(batch: Any) -> Tensor:
 
 def _shifted(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     gradient, labels = None, require_labels(batch)
-    # 0, 1, 1, 0, 0, ...: one, two and three positions later the labels are others.
+    # 0, 1, 1, 0, 0, ...: the labels one, two or three positions later differ somewhere.
     pattern = (torch.arange(labels.shape[-1], device=labels.device) + 1) // 2 % 2
-    # One row, since evaluation mode has no gradient checkpoints.
+    # One row saves memory, since gradient checkpointing is off in evaluation mode.
     batch = {key: rows_of(value, len(labels), slice(1)) for key, value in batch.items()}
     labels = pattern[None]
     batch["labels"] = labels
@@ -200,45 +200,45 @@ def _shifted(model: nn.Module, batch: Mapping[str, Any]) -> bool:
         output = _output(model, batch)
         if output.logits.requires_grad:
             (gradient,) = torch.autograd.grad(output.loss, output.logits, allow_unused=True)
-    if gradient is None:  # all parameters are frozen, or the loss is of other logits
+    if gradient is None:  # all parameters are frozen, or the loss does not read these logits
         errors = {shifted: _error_of_mean(model, batch, output, shifted) for shifted in _RULES}
         fitting = [shifted for shifted in _RULES if errors[shifted] <= TOLERANCE]
         fitting.sort(key=lambda shifted: float(errors[shifted]))
-    else:  # a position's cross entropy falls with the logit of its label alone
+    else:  # the cross entropy of a position falls only with the logit of the scored class
         reached, scored = gradient.ne(0).any(-1), gradient.argmin(-1)
         labels = beside_logits(labels, scored.shape[1])
         expected = {False: labels, True: next_labels(labels)}
         fitting = [s for s in _RULES if not (reached & (scored != expected[s])).any()]
     if not fitting:
         raise ProblemError(
-            f"{type(model).__name__}: the loss scores the logits of a token neither by its label "
-            f"nor by the next token's; {OWN_LOSS}"
+            f"{type(model).__name__}: the loss compares a token's logits neither with the token's "
+            f"label nor with the next one; {OWN_LOSS}"
         )
     return fitting[0]
 
 
 def rows_of(value: Any, count: int, which: slice | Tensor) -> Any:
-    """The rows ``which``, a slice or mask, of a column of ``count`` rows; another value itself."""
+    """``value[which]`` if ``value`` is a tensor of ``count`` rows; else ``value`` unchanged."""
     return value[which] if isinstance(value, Tensor) and value.shape[:1] == (count,) else value
 
 
 def _require_mean(model: nn.Module, batch: Mapping[str, Any], shifted: bool) -> None:
     labels = require_labels(batch)
-    batch = {**batch, "labels": labels.where(labels != IGNORED, 0)}  # no mean is over nothing
+    batch = {**batch, "labels": labels.where(labels != IGNORED, 0)}  # so that every row is scored
     with _probing(model), torch.no_grad():
         output = _output(model, batch)
         if _error_of_mean(model, batch, output, shifted) <= TOLERANCE:
             return
     raise ProblemError(
-        f"{type(model).__name__}: the loss of the first batch is {float(output.loss):.4g}, which "
-        "is no mean over the labels, so that a row has no loss of its own; " + OWN_LOSS
+        f"{type(model).__name__}: the loss of the first batch, {float(output.loss):.4g}, is not "
+        "the mean over its labels, so that rows have no losses of their own; " + OWN_LOSS
     )
 
 
 def _error_of_mean(
     model: nn.Module, batch: Mapping[str, Any], output: Any, shifted: bool
 ) -> Tensor:
-    """The relative difference of the model's own loss and the mean over its labels."""
+    """The relative difference between the model's own loss and the mean over its labels."""
     labels, logits = require_labels(batch), output.logits.detach()
     losses, scored = losses_of_logits(model, logits, labels, shifted=shifted)
     mean = losses.sum() / scored.sum().clamp(min=1)
@@ -248,12 +248,12 @@ def _error_of_mean(
 
 def _output(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     parameters = signature(base_model(model).forward).parameters
-    if "labels" in parameters:  # a Trainer's columns may be others' than the model's
+    if "labels" in parameters:  # the Trainer's batch may have further columns
         batch = {key: value for key, value in batch.items() if key in parameters}
     with model_reads(batch):
         output = model(**batch)
         loss, logits = getattr(output, "loss", None), getattr(output, "logits", None)
-        if logits is None:  # with labels TRL's head makes none, from 1.4 to 1.14
+        if logits is None:  # TRL 1.4 to 1.14 returns none if there are labels
             output = model(**{key: value for key, value in batch.items() if key != "labels"})
             logits = getattr(output, "logits", None)
     if not isinstance(loss, Tensor) or not isinstance(logits, Tensor):
@@ -266,20 +266,20 @@ def _output(model: nn.Module, batch: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def model_reads(batch: Mapping[str, Any]) -> Iterator[None]:
-    """Turn the errors of a model that cannot read ``batch`` in the body into a ProblemError."""
+    """Turn an error of the model in the body into a ProblemError that names ``batch``'s entries."""
     try:
         yield
     except (TypeError, ValueError, IndexError) as error:
         raise ProblemError(
-            f"the model has no loss for a batch of {sorted(batch)}: {error}; give the data the "
-            "columns of the model's forward, with valid labels (a sequence-to-sequence model "
-            "needs DataCollatorForSeq2Seq(tokenizer, model))"
+            f"the model has no loss for a batch with {sorted(batch)}: {error}; give the data the "
+            "columns that the model's forward takes, with valid labels (a sequence-to-sequence "
+            "model needs DataCollatorForSeq2Seq(tokenizer, model))"
         ) from error
 
 
 @contextmanager
 def _probing(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, in which heads are not fused; afterwards all is as before."""
+    """Evaluation mode, in which heads are not fused; afterwards all state is restored."""
     try:
         with evaluating(model), function_modes_off(), replay(RandomState.capture()):
             yield

@@ -1,4 +1,4 @@
-"""The loss of each label, of a model's logits."""
+"""The loss of each label, from a model's logits."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from hyperopt_peft.utils.vector import widened
 #: The label of a position that is not scored.
 IGNORED = -100
 MULTI_LABEL = "multi_label_classification"
-#: The most logits of which a cross entropy holds a copy in single precision, 128 MiB.
+#: The most logits that a cross entropy copies to float32 at a time, 128 MiB.
 CHUNK = 2**25
 
 
 def losses_of_logits(
     model: Any, logits: Tensor, labels: Tensor, *, shifted: bool
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each label, 0 where none is scored, and whether it is; both of their shape.
+    """The loss of each label, 0 if not scored, and a mask of the scored labels.
 
-    Half-precision logits are widened, a chunk at a time.
+    Both have the shape of ``labels``. Half-precision logits are widened to float32 in chunks.
 
     Args:
-        model: the model, whose configuration says what numbers are.
+        model: the model; its ``problem_type`` selects the loss of floating-point labels.
         logits: ``(n, C)``, or ``(n, T, C)`` with T or more positions.
-        labels: whole numbers ``(n,)`` or ``(n, T)``, -100 for none, or a number a logit.
-        shifted: whether the logits of a position score the next position's label.
+        labels: integers ``(n,)`` or ``(n, T)``, -100 for none, or a float for each logit.
+        shifted: whether the logits of a position predict the next position's label.
     """
     if labels.is_floating_point():
         return _of_numbers(model, logits, labels)
@@ -42,25 +42,25 @@ def losses_of_logits(
     targets = next_labels(targets) if shifted else targets
     each = _cross_entropy(logits.flatten(0, 1), targets.flatten()).view_as(targets)
     scored = targets != IGNORED
-    if shifted:  # to the place of the label
+    if shifted:  # to the position of the label
         each, scored = pad(each[:, :-1], (1, 0)), pad(scored[:, :-1], (1, 0))
     return each[:, -labels.shape[1] :], scored[:, -labels.shape[1] :]
 
 
 def next_labels(labels: Tensor) -> Tensor:
-    """The label of the next position, for each."""
+    """For each position the label of the next one; -100 for the last."""
     return pad(labels, (0, 1), value=IGNORED)[:, 1:]
 
 
 def beside_logits(labels: Tensor, length: int) -> Tensor:
-    """``labels`` for each of ``length`` logits; prompt tuning adds some before the tokens'."""
+    """``labels`` padded on the left to ``length``: prompt tuning adds positions at the start."""
     return pad(labels, (length - labels.shape[1], 0), value=IGNORED)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """−log softmax(logits)[label] of each row, in single precision or better.
+    """−log softmax(logits)[label] of each row, in float32 or wider.
 
-    Of large logits a chunk alone is widened at a time, in the backward pass again.
+    Large logits are widened in chunks, again in the backward pass.
     """
     size = max(1, CHUNK // logits.shape[-1])
     if len(labels) <= size:

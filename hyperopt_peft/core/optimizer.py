@@ -1,4 +1,4 @@
-"""Optimizer options that are functions of upper variables, and copies of optimizer states."""
+"""Optimizer options as functions of upper variables, and copies of optimizer states."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def write_options(level: Any) -> None:
 
 
 def read_by_options(level: Any) -> set[int]:
-    """The ids of the leaf tensors that the options of ``level`` are functions of."""
+    """The ids of the leaf tensors that the optimizer options of ``level`` depend on."""
     values = [value for group in options_by_group(level) for value in group.values()]
     return {id(leaf) for value in values if value.requires_grad for leaf in graph_leaves(value)}
 
@@ -68,15 +68,15 @@ def _number(level: Any, name: str, value: Tensor | float) -> Tensor:
     if name == "lr" and level.scheduler is not None:
         raise ProblemError(
             f"{level.name}: both the scheduler and optimizer_options set the learning rate; "
-            "leave one out"
+            "remove one of them"
         )
     real = isinstance(value, Tensor) and value.is_floating_point()
     number = torch.as_tensor(value, dtype=None if real else torch.float64)
     if number.numel() != 1 or not (math.isfinite(number.detach()) and number >= 0):
         shown = number.item() if number.numel() == 1 else f"shape {tuple(number.shape)}"
         raise ProblemError(
-            f"{level.name}: {name} in optimizer_options must be a finite number from 0, got "
-            f"{shown}; use the exponential of a variable, which is positive"
+            f"{level.name}: {name} in optimizer_options must be a finite number ≥ 0, got {shown}; "
+            "use the exponential of a variable"
         )
     return number.reshape(())
 
@@ -90,12 +90,12 @@ def optimizer_state_copy(
 ) -> dict[str, Any]:
     """Copies of the options and the state of ``optimizer`` for ``variables``.
 
-    ``options`` replace those of each parameter group.
+    ``options`` has values for each parameter group that replace the group's own.
 
     Returns:
-        ``"kind"``, the optimizer's class; ``"groups"``, the options of each parameter group with
-        some of ``variables``, whose positions are under ``"variables"``; ``"state"``, a mapping
-        from a variable's position to the optimizer's state of the variable (its momentum).
+        ``"kind"``, the optimizer's class; ``"groups"``, the options of each parameter group that
+        holds some of ``variables``, with their positions under ``"variables"``; ``"state"``, the
+        optimizer's state of each variable (such as its momentum), by the variable's position.
     """
     position = {id(variable): index for index, variable in enumerate(variables)}
     groups = [

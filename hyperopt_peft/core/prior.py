@@ -1,4 +1,4 @@
-"""Priors: terms of a level's objective that read its variables and no batch."""
+"""Priors: terms of a level's objective that depend on its variables and on no batch."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.distributed import gather, sharded_like
 from hyperopt_peft.utils.vector import widened
 
-#: A weight τ of `GaussianPrior`, or a function from the variables to a scalar.
+#: The weight τ of a `GaussianPrior`, or a function from the variables to a scalar.
 Prior = float | Callable[[Sequence[Tensor]], Tensor]
 
 
 class GaussianPrior:
     """½·τ·mean‖u − u0‖²; the mean is over all entries of all variables, u0 the initial values.
 
-    The prior is the negative logarithm of a Gaussian around u0, without its constant. For an
-    adapter's own variables it is L2-SP (Li, Grandvalet & Davoine 2018, arXiv:1802.01483, Eq. 2).
+    The prior is the negative logarithm of a Gaussian density around u0, without its constant. On
+    an adapter's variables it is L2-SP (Li, Grandvalet & Davoine 2018, arXiv:1802.01483, Eq. 2).
 
     Args:
-        weight: τ, in units of the loss by squared units of u.
-        variables: u, at the values u0.
+        weight: τ, in units of the loss divided by squared units of u.
+        variables: u; their current values are u0.
 
     Example:
         >>> u = torch.zeros(4)
@@ -51,7 +51,7 @@ class GaussianPrior:
         return {"start": [start.clone() for start in self.start]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore u0 from ``state``, of `state_dict`."""
+        """Restore u0 from a result of `state_dict`."""
         for start, saved in zip(self.start, state["start"], strict=True):
             start.copy_(saved)
 
@@ -64,7 +64,7 @@ def as_prior(
         return prior
     if not is_number(prior) or not 0 <= prior < math.inf:
         raise ProblemError(
-            f"{level}: prior must be a number from 0 or a function of the variables, got {prior!r}"
+            f"{level}: prior must be a number ≥ 0 or a function of the variables, got {prior!r}"
         )
     return GaussianPrior(prior, variables)
 

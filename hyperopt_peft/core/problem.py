@@ -45,9 +45,9 @@ TaskLoss = Callable[[Any], Tensor]
 class LossGradient:
     """A loss at one point, and its gradient.
 
-    ``gradient`` has one entry for each requested variable, in the variable's shape and dtype. An
-    entry is None where the loss does not read the variable. ``norms`` are the 2-norms of the
-    entries, 0 for None. ``metrics`` are the other numbers that the loss returned.
+    ``gradient`` has one entry for each requested variable, in the variable's shape and dtype, or
+    None if the loss does not read the variable. ``norms`` are the 2-norms of the entries, 0 for
+    None. ``metrics`` are the other numbers that the loss returned.
     """
 
     loss: float
@@ -58,25 +58,25 @@ class LossGradient:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step of the lower level, recorded for estimators that look back on steps."""
+    """One optimizer step of the lower level, recorded for estimators that use past steps."""
 
     #: The batch of f.
     batch: Any
     #: The generator states before f was evaluated.
     random_state: RandomState
-    #: Copies of w from before the step.
+    #: Copies of w before the step.
     variables: tuple[Tensor, ...] = ()
     #: ∂f/∂w before clipping; None for a variable that f did not read.
     gradient: tuple[Tensor | None, ...] = ()
-    #: ∂f/∂u from the same backward pass; None where no estimator requires it.
+    #: ∂f/∂u from the same backward pass; None if the estimator does not require it.
     upper_gradient: tuple[Tensor | None, ...] | None = None
-    #: `Problem.optimizer_snapshot` from before the step.
+    #: `Problem.optimizer_snapshot` before the step.
     optimizer: Mapping[str, Any] | None = None
 
 
 @dataclass
 class Evaluated:
-    """What the first uncompiled evaluation of a loss shows; wrappers of a level share it."""
+    """Properties of a loss from its first uncompiled evaluation; a level's wrappers share them."""
 
     #: Whether the loss runs in half precision; None before that evaluation.
     half: bool | None = None
@@ -95,21 +95,21 @@ class Problem:
             ``model.named_parameters()``. Each is a leaf that requires a gradient. For a model
             under FSDP2 they are the parameters after ``fully_shard``, and the loss must read
             these through the model.
-        data: an iterable of batches that can be iterated again, such as a shuffled DataLoader;
-            after its last batch a new epoch begins. Without data the batch is None.
+        data: a re-iterable of batches, such as a shuffled DataLoader; a new epoch begins after its
+            last batch. Without data the batch is None.
         optimizer: a ``torch.optim.Optimizer`` over exactly ``variables``.
         scheduler: a learning rate schedule, stepped after each step of the optimizer.
-        max_grad_norm: the largest 2-norm of a step's gradient; a longer one is scaled down.
-        prior: a term that is added to ``loss`` wherever the level is evaluated. A number τ is
+        max_grad_norm: the largest 2-norm of a step's gradient; a longer gradient is scaled down.
+        prior: a term that is added to ``loss`` in every evaluation. A number τ stands for
             ½·τ·mean‖u − u0‖² (`GaussianPrior`), with the mean over all entries of all variables
-            u, and u0 their values now. A function gets the variables and returns a scalar. The
-            metric ``prior`` has the term, and records of training have the loss without it.
+            u, and u0 their current values. A function takes the variables and returns a scalar.
+            The metric ``prior`` is the term; training records have the loss without it.
         name: the level's name in errors and logs; by default the name of the class.
 
     Raises:
-        ProblemError: a variable is no leaf that requires a gradient, or given twice; the optimizer
-            is over other tensors; the prior is neither a number from 0 nor a function; or the data
-            are empty or can be iterated only once.
+        ProblemError: a variable is not a leaf that requires a gradient, or is given twice; the
+            optimizer holds other tensors; the prior is neither a number ≥ 0 nor a function; or the
+            data are empty or can be iterated only once.
 
     Example:
         >>> class Fit(Problem):
@@ -153,7 +153,7 @@ class Problem:
             check_scheduler(scheduler, optimizer, self.name)
 
     def loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
-        """The level's objective on ``batch``.
+        """The level's objective on ``batch``; a subclass defines this method.
 
         Returns a scalar tensor, or a mapping with the scalar under ``"loss"``, such as a Hugging
         Face ``ModelOutput``. Other entries of the mapping are logged if they are single numbers.
@@ -163,8 +163,8 @@ class Problem:
     def optimizer_options(self) -> Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]:
         """Optimizer options that are functions of upper variables: ``{"lr": self.log_lr.exp()}``.
 
-        The options are ``lr`` (then without a scheduler) and ``weight_decay``, each a single
-        number. One mapping is for all parameter groups; a list has one for each. Each step first
+        The options are ``lr`` (without a scheduler) and ``weight_decay``, each a single number. One
+        mapping applies to all parameter groups; a list has one for each group. Each step first
         writes the values into the groups. ``"unrolled"`` and ``"forward"`` differentiate through
         the options; other estimators raise ProblemError.
         """
@@ -172,12 +172,12 @@ class Problem:
 
     @property
     def examples(self) -> Problem | None:
-        """The `WeightedExamples`: this level, or one that it evaluates; None if there is none."""
+        """The `WeightedExamples` that this level is or evaluates; None if there is none."""
         return None
 
     @property
     def devices(self) -> list[torch.device]:
-        """The devices that hold the variables of this level and of the levels below."""
+        """The devices that hold the variables of this level and of its lower levels."""
         return devices_of(self)
 
     def next_batch(self) -> Any:
@@ -193,9 +193,9 @@ class Problem:
         return to_device(batch, self.variables[0].device)
 
     def evaluate(self, batch: Any) -> tuple[Tensor, dict[str, float]]:
-        """The loss, with the prior and the autograd graph, on this process, and the metrics.
+        """The loss on this process, with the prior and the autograd graph, and the metrics.
 
-        The loss may be NaN or infinite. ``batch`` is on the device that `on_device` moves to.
+        The loss may be NaN or infinite. ``batch`` is on the level's device (`on_device`).
 
         Raises:
             ProblemError: the loss or the prior is no scalar tensor with a gradient, or the loss
@@ -205,12 +205,12 @@ class Problem:
         return sum(losses[1:], losses[0]), distributed.means(metrics)
 
     def terms(self, batch: Any) -> Iterator[tuple[Tensor, dict[str, float]]]:
-        """Losses whose sum is that of `evaluate`, and the metrics of each, whose mean counts.
+        """The loss as a sum of terms, each with its metrics, which `evaluate` averages.
 
-        `gradient` differentiates each before the next is evaluated, so that one graph is in memory
-        at a time. A level whose batch has several parts overrides this method.
+        `gradient` differentiates a term before it evaluates the next one, so that memory holds one
+        graph at a time. A level whose batch has several parts overrides this method.
         """
-        if isinstance(batch, Mapping):  # a loss may remove entries, and is evaluated again
+        if isinstance(batch, Mapping):  # a loss may remove entries, and the batch is used again
             batch = copy(batch)
         try:
             result = self.loss(batch)
@@ -229,8 +229,8 @@ class Problem:
         yield loss, metrics
 
     def _unread(self, loss: Tensor) -> frozenset[str]:
-        """The names of the variables that ``loss`` does not read; none where some are sharded."""
-        if is_sharded(*self.variables):  # autograd's graph has the gathered parameters
+        """The names of the variables that ``loss`` does not read; none if some are sharded."""
+        if is_sharded(*self.variables):  # autograd's graph has the gathered parameters instead
             return frozenset()
         read = set(map(id, graph_leaves(loss)))
         return frozenset(n for n, v in zip(self.names, self.variables) if id(v) not in read)
@@ -238,11 +238,11 @@ class Problem:
     def gradient(self, batch: Any, variables: Sequence[Tensor]) -> LossGradient:
         """The loss on ``batch`` and the gradient with respect to ``variables``.
 
-        ``loss.backward`` is called, so that hooks of a wrapped model run; every ``.grad`` is
-        restored afterwards. Loss and gradient are averages over the processes.
+        The method calls ``loss.backward``, so that hooks of a wrapped model run, and restores every
+        ``.grad`` afterwards. Loss and gradient are averages over the processes.
 
         Raises:
-            ProblemError: as `evaluate`.
+            ProblemError: see `evaluate`.
             NonFiniteError: the loss or a gradient is NaN or infinite, on any process.
         """
         loss, metrics, gradient = self.differentiate(batch, variables)
@@ -252,7 +252,7 @@ class Problem:
     def differentiate(
         self, batch: Any, variables: Sequence[Tensor]
     ) -> tuple[Tensor, dict[str, float], tuple[Tensor | None, ...]]:
-        """As `gradient`, but the loss stays on its device and nothing is checked."""
+        """As `gradient`, but the loss stays on its device and may be NaN or infinite."""
         # A distributed model's reducers wait for the gradients of all of its parameters.
         alone = distributed.world_size() == 1 and not is_sharded(*variables)
         losses, metrics = [], []
@@ -284,7 +284,7 @@ class Problem:
     def require_finite(
         self, loss: Tensor, gradient: Sequence[Tensor | None]
     ) -> tuple[float, tuple[float, ...]]:
-        """The value of ``loss``, and the 2-norm of each entry of ``gradient``, 0 for None."""
+        """The value of ``loss`` and the 2-norms of ``gradient``; raises NonFiniteError."""
         slopes = [slope for slope in gradient if slope is not None]
         value, *squares = to_floats([loss, *squares_of(slopes)])
         if not math.isfinite(value):
@@ -295,10 +295,10 @@ class Problem:
         return value, tuple(0.0 if slope is None else next(norms) for slope in gradient)
 
     def step(self, gradient: Sequence[Tensor | None], norm: float | None = None) -> float:
-        """One step of the optimizer along ``gradient``, then one of the scheduler.
+        """One step of the optimizer along ``gradient``, then one step of the scheduler.
 
-        A variable whose gradient is None does not move. Returns the 2-norm before clipping, which
-        is ``norm`` where the caller knows it.
+        A variable whose gradient is None does not move. Returns the 2-norm of ``gradient`` before
+        clipping; a caller that knows it passes it as ``norm``.
 
         Raises:
             ProblemError: the level has no optimizer.
@@ -325,42 +325,42 @@ class Problem:
         return norm
 
     def clipping(self, norm: float) -> float:
-        """min(1, max_grad_norm/(norm + 1e-6)), the factor of torch's ``clip_grad_norm_``."""
+        """The factor min(1, max_grad_norm/(norm + 1e-6)), as in torch's ``clip_grad_norm_``."""
         limit = self.max_grad_norm
         return 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
 
     @property
     def levels(self) -> tuple[Problem, ...]:
-        """This level, then the levels below, from top to bottom."""
+        """This level, then its lower levels, from top to bottom."""
         return (self,)
 
     @property
     def differences(self) -> int:
-        """The depth of finite differences in ``gradient``: 2 for a difference of differences."""
+        """How deeply finite differences nest in ``gradient``: 2 for a difference of differences."""
         return 0
 
     def anchored(self) -> AbstractContextManager[None]:
-        """Within the body, the levels below follow perturbed variables of the levels above."""
+        """Within the body, lower levels follow perturbations of the variables of higher levels."""
         return nullcontext()
 
     def gradient_above(
         self, upper: Problem, batch: Any, variables: Sequence[Tensor]
     ) -> LossGradient:
-        """The loss on ``batch`` of ``upper``, the level above, and its gradient."""
+        """The loss of ``upper``, the next higher level, on ``batch``, and its gradient."""
         return upper.gradient(batch, variables)
 
     @property
     def nested(self) -> bool:
-        """Whether there are levels below, so that ``loss`` cannot be differentiated twice."""
+        """Whether the level has lower levels, so that ``loss`` cannot be differentiated twice."""
         return len(self.levels) > 1
 
     def require_single(self, reason: str) -> None:
-        """Raise ProblemError where there are levels below: ``reason``, and what to do."""
+        """Raise ProblemError with ``reason`` if the level has lower levels."""
         if self.nested:
-            raise ProblemError(f"{self.name}: the level is Nested, with levels below: {reason}")
+            raise ProblemError(f"{self.name}: the level is Nested and has lower levels: {reason}")
 
     def optimizer_snapshot(self, *, with_state: bool) -> dict[str, Any]:
-        """The optimizer's kind, options and, if asked for, state; see `optimizer_state_copy`."""
+        """The optimizer's kind, options and, optionally, state; see `optimizer_state_copy`."""
         if self.optimizer is None:
             return {"kind": None, "groups": [], "state": {}}
         options = present_options(self)
@@ -369,7 +369,7 @@ class Problem:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of the variables, and the states of optimizer, scheduler and data."""
+        """Copies of the variables, and the states of optimizer, scheduler, data and prior."""
         variables = zip(self.names, self.variables, strict=True)
         return {
             "variables": {name: variable.detach().clone() for name, variable in variables},
@@ -377,11 +377,11 @@ class Problem:
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise ProblemError where ``state`` does not fit this level."""
+        """Raise ProblemError if ``state`` does not fit this level."""
         check_level_state(self, state, self._stateful())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore ``state``, of `state_dict`; raises ProblemError where it does not fit."""
+        """Restore a result of `state_dict`; raises ProblemError if ``state`` does not fit."""
         self.check_state(state)
         with torch.no_grad():
             for name, variable in zip(self.names, self.variables, strict=True):
@@ -390,7 +390,7 @@ class Problem:
             stateful.load_state_dict(deepcopy(state[key]))
 
     def _stateful(self) -> dict[str, Any]:
-        """The objects with a state, by their entry in the level's state."""
+        """The objects with a state, by their key in the level's state."""
         objects = {
             "optimizer": self.optimizer,
             "scheduler": self.scheduler,
@@ -401,7 +401,7 @@ class Problem:
 
 
 def variables_of(*levels: Problem) -> tuple[Tensor, ...]:
-    """The variables of ``levels`` and of all levels below these."""
+    """The variables of ``levels`` and of all their lower levels."""
     return tuple(v for level in levels for each in level.levels for v in each.variables)
 
 

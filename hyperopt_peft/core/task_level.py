@@ -1,4 +1,4 @@
-"""A level with the loss of a task."""
+"""A level whose loss is the loss of a task."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from hyperopt_peft.core.validation import Variables
 
 
 class TaskLevel(Problem):
-    """A level with the loss of a task: ``task_loss(batch)``, by default ``model(**batch).loss``.
+    """A level with the loss ``task_loss(batch)``, by default ``model(**batch).loss``.
 
-    Further arguments are those of `Problem`.
+    For the other arguments see `Problem`.
 
     Example:
         >>> from torch import nn, ones

@@ -26,8 +26,9 @@ def named_variables(variables: Variables, level: str) -> tuple[tuple[str, ...], 
     """The names and the tensors of ``variables``; a tensor without a name gets a number.
 
     Raises:
-        ProblemError: there are no variables; one is no leaf, requires no gradient, is complex or
-            has entries in one place of memory; two share memory; or one name is given twice.
+        ProblemError: there are no variables; a variable is not a leaf, does not require a
+            gradient, is complex, or has entries that share memory; two variables share memory or a
+            name.
     """
     if isinstance(variables, Tensor) or not isinstance(variables, Iterable):
         raise ProblemError(
@@ -45,14 +46,14 @@ def named_variables(variables: Variables, level: str) -> tuple[tuple[str, ...], 
             )
         name, tensor = str(pair[0]), pair[1]
         if not tensor.requires_grad:
-            raise ProblemError(f"{level}: {name} requires no gradient; give requires_grad_() first")
+            raise ProblemError(f"{level}: {name} requires no gradient; call requires_grad_() on it")
         if not tensor.is_leaf:
             raise ProblemError(
                 f"{level}: {name} is computed from other tensors; give the leaf it is computed from"
             )
         if not _stretch(tensor):
             raise ProblemError(
-                f"{level}: several entries of {name} have one place in memory; give a clone() of it"
+                f"{level}: several entries of {name} share memory; give a clone() of it"
             )
         if tensor.is_complex():
             raise ProblemError(f"{level}: {name} is complex; give its real and imaginary parts")
@@ -71,7 +72,7 @@ def named_variables(variables: Variables, level: str) -> tuple[tuple[str, ...], 
 
 
 def shared_memory(named: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None:
-    """The names of two entries that are one tensor or lie in one stretch of memory, or None."""
+    """The names of two entries that are one tensor or share memory, or None."""
     seen: dict[int, str] = {}
     stretches: list[tuple[str, int, int, str]] = []
     for name, tensor in named:
@@ -79,10 +80,10 @@ def shared_memory(named: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None
             return seen[id(tensor)], name
         seen[id(tensor)] = name
         (here,) = to_local([tensor])
-        if start := here.data_ptr():  # 0 of a tensor without entries or without memory
+        if start := here.data_ptr():  # 0 if the tensor has no entries or no memory
             end = start + _stretch(here) * here.element_size()
             stretches.append((str(here.device), start, end, name))
-    # Of stretches sorted by their starts two neighbours overlap if any two do.
+    # Once the stretches are sorted by their starts, two neighbours overlap if any two do.
     for (device, _, end, name), (place, start, _, other) in pairwise(sorted(stretches)):
         if device == place and start < end:
             return name, other
@@ -90,7 +91,7 @@ def shared_memory(named: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None
 
 
 def _stretch(tensor: Tensor) -> int:
-    """The places in memory from the first entry to the last; 0 if two entries may have one."""
+    """The span in memory from the first entry to the last; 0 if entries may share memory."""
     reach = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride < reach:
@@ -103,7 +104,7 @@ def loss_and_metrics(result: Any, level: str) -> tuple[Tensor, dict[str, float]]
     """The loss in ``result`` as a scalar tensor, and the other single numbers in ``result``.
 
     Raises:
-        ProblemError: the loss is no scalar, or depends on no tensor that requires a gradient.
+        ProblemError: the loss is not a scalar, or depends on no tensor that requires a gradient.
     """
     metrics: dict[str, float] = {}
     if isinstance(result, Mapping):
@@ -130,7 +131,7 @@ def loss_and_metrics(result: Any, level: str) -> tuple[Tensor, dict[str, float]]
 def runs_in_half(loss: Tensor, level: str) -> bool | None:
     """Whether a part of the autograd graph of ``loss`` is in half precision.
 
-    None where a function of `torch.compile` hides its part.
+    None if a compiled function hides a part of the graph.
 
     Raises:
         ProblemError: reentrant gradient checkpointing hides the graph.
@@ -149,14 +150,14 @@ def runs_in_half(loss: Tensor, level: str) -> bool | None:
 
 @contextmanager
 def unwritten(*levels: Any) -> Iterator[None]:
-    """Within the body, an evaluation of a loss, no variable of ``levels`` may be written to.
+    """Check that the body, an evaluation of a loss, does not write to a variable of ``levels``.
 
-    Versions are compared, and a write through ``.data`` is not seen. A level with levels below
-    moves variables, and checks its own evaluations.
+    The check compares tensor versions, so that it misses a write through ``.data``. A level with
+    lower levels moves variables itself, and checks its own evaluations.
 
     Raises:
-        ProblemError: the body wrote to a variable, which keeps what was written; or, in a single
-            process, a variable has a post-accumulate hook (DDP registers some in several).
+        ProblemError: the body wrote to a variable, which keeps the new value; or, in a run of one
+            process, a variable has a post-accumulate hook (in several, DDP registers such hooks).
     """
     if any(len(level.levels) > 1 for level in levels):
         levels = ()
@@ -166,7 +167,7 @@ def unwritten(*levels: Any) -> Iterator[None]:
         if x._post_accumulate_grad_hooks:
             raise ProblemError(
                 f"{level}: {name} has a post-accumulate hook, which may change or remove its "
-                "gradient; remove the hook, and leave each step to the level's optimizer"
+                "gradient; remove the hook, and let the level's optimizer do the steps"
             )
     try:
         yield
@@ -177,7 +178,7 @@ def unwritten(*levels: Any) -> Iterator[None]:
 
 
 def rewritten(levels: Sequence[Any], before: Sequence[Tensor]) -> list[str]:
-    """The variables of ``levels`` that have not the values ``before``, by name."""
+    """The names of the variables of ``levels`` whose values differ from ``before``."""
     owned = [
         (f"{level.name}'s {n}", x) for level in levels for n, x in zip(level.names, level.variables)
     ]
@@ -187,25 +188,25 @@ def rewritten(levels: Sequence[Any], before: Sequence[Tensor]) -> list[str]:
 
 
 def missing_input_hint(batch: Any, error: Exception) -> str:
-    """A sentence on the missing input where that is why a loss raised ``error``; else empty."""
+    """A hint if ``error`` of a loss comes from a missing input; else an empty string."""
     if batch is None and "NoneType" in str(error):
-        return f"the loss got no batch ({error}); give the level data, or the call a batch"
+        return f"the loss got no batch ({error}); give the level data, or pass a batch"
     key = error.args[0] if isinstance(error, KeyError) and error.args else None
     if not isinstance(key, str) or not isinstance(batch, Mapping) or key in batch:
         return ""
     return (
         f"the loss reads {key!r}, and the batch has only {', '.join(map(str, batch))}; "
-        "add the column, and set remove_unused_columns=False where the Trainer removes it"
+        "add the column, and set remove_unused_columns=False if the Trainer removes it"
     )
 
 
 def require_read(
     level: Any, gradient: Sequence[Tensor | None], besides: Set[str] | None = None
 ) -> None:
-    """Raise ProblemError where an entry of ``gradient``, one for each variable, is None.
+    """Raise ProblemError if an entry of ``gradient``, one for each variable, is None.
 
-    A variable that the prior alone reads counts as None. ``besides`` has the names of the
-    variables to check, which no other loss reads; None for all.
+    A variable that only the prior reads counts as None. ``besides`` has the names of the variables
+    to check, which no other loss reads; None checks all variables.
     """
     for name, slope in zip(level.names, gradient, strict=True):
         unread = slope is None or name in level.evaluated.unread
@@ -224,7 +225,7 @@ def is_number(value: Any) -> bool:
 
 
 def check_level_state(level: Any, state: Any, stateful: Mapping[str, Any]) -> None:
-    """Raise ProblemError where ``state`` does not fit ``level`` with the objects ``stateful``."""
+    """Raise ProblemError if ``state`` does not fit ``level`` with the objects ``stateful``."""
     expected = {"variables", *stateful}
     if not isinstance(state, Mapping) or set(state) != expected:
         entries = sorted(state) if isinstance(state, Mapping) else type(state).__name__
@@ -246,7 +247,7 @@ def check_level_state(level: Any, state: Any, stateful: Mapping[str, Any]) -> No
 
 
 def _form(state: Mapping[str, Any]) -> Any:
-    """The entries and the shape of the parameter groups, equal for states of one kind."""
+    """The entries and the form of the parameter groups, equal for states of one class."""
     groups = state.get("param_groups", [])
     return set(state), [(len(group["params"]), set(group) - {"params"}) for group in groups]
 

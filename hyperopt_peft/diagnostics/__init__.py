@@ -1,4 +1,4 @@
-"""Checks of a pair of levels, and comparisons of estimators on it."""
+"""Checks of two levels, and comparisons of estimators on them."""
 
 from hyperopt_peft.diagnostics.curvature import spectrum
 from hyperopt_peft.diagnostics.recommend import recommend

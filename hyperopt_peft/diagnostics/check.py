@@ -1,4 +1,4 @@
-"""A check of a pair of levels, with findings in words."""
+"""A check of two levels, with findings in words."""
 
 from __future__ import annotations
 
@@ -46,43 +46,42 @@ def check_problem(
     """Check two levels at the current point, before or after training.
 
     Errors: a tensor that both levels own; a variable that no loss reads; a loss that is not a
-    scalar with a gradient, is not finite, writes to a variable, or is not a function of its batch,
-    the variables and random state; a post-accumulate hook; wrong second derivatives of f.
-    Warnings: a gradient that is not that of its loss (``detach()``, as in PEFT's DoRA, or a hook);
-    no implicit term; f without second derivative; negative curvature; a linear system that
-    ``solver_steps`` steps do not solve; a lower level far from its minimum; an implicit term that
-    cancels the direct one, where the lower variables absorb the upper ones.
+    scalar with a gradient, is not finite, writes to a variable, or does not only depend on its
+    batch, the variables and the random state; a post-accumulate hook; wrong second derivatives of
+    f. Warnings: a gradient that is not the derivative of its loss (because of ``detach()``, as in
+    PEFT's DoRA, or a hook); no implicit term; f without second derivative; negative curvature; a
+    linear system that ``solver_steps`` steps do not solve; a lower level far from its minimum; an
+    implicit term that cancels the direct one, because the lower variables absorb the upper ones.
 
-    Derivatives are compared with central differences in float64, in one random direction. An error
-    of less than a thousandth of a variable's part is not seen, nor one that this batch does not
-    reach, or that is absent in float64. `Check.not_compared` says why they were not compared.
+    Derivatives are compared with central differences in float64, in one random direction. The
+    comparison misses an error below a thousandth of a variable's part, an error that this batch
+    does not reach, and an error that is absent in float64.
 
-    The distance from the lower minimum is measured by the change of the hypergradient by a Newton
-    step on copies of w, divided by ‖direct‖ + ‖implicit‖; above 0.1 it is a warning. It is that of
-    one batch: if f is a mean over data, give a large ``lower_batch``.
+    The distance from the lower minimum is the change of the hypergradient by a Newton step on
+    copies of w, divided by ‖direct‖ + ‖implicit‖; above 0.1 it is a warning. It is measured on one
+    batch: if f is a mean over data, give a large ``lower_batch``.
 
-    `Check.signal_to_noise` is that of a hypergradient from one batch of each level, over several
-    pairs of batches and dropout masks; below 1 it is a warning. `Check.curvature` has a damping
-    for ``cg``, ``minres`` and ``warm``, in the units of this f.
+    `Check.signal_to_noise` describes a hypergradient from one batch of each level; it is measured
+    over several pairs of batches and dropout masks, and below 1 it is a warning. `Check.curvature`
+    recommends a damping for ``cg``, ``minres`` and ``warm``.
 
-    The cost is at most 5·``solver_steps`` second-derivative products and some thirty passes, 12 of
-    these in float64, and for each pair of batches ``solver_steps`` products and three passes, or
-    twice these where the terms cancel.
-    Variables, gradients, buffers, data and random states are bit-identical afterwards.
+    The cost is at most 5·``solver_steps`` second-derivative products and some thirty passes (12 of
+    them in float64), and for each pair of batches ``solver_steps`` products and three passes (twice
+    as many if the terms cancel). All state is restored bit for bit.
 
     Args:
-        upper_batch, lower_batch: the batches; by default the next ones of each level's data. Levels
-            for a Trainer have no data, and need batches.
+        upper_batch, lower_batch: the batches; by default the next batch of each level's data.
+            Levels for a Trainer have no data, and need batches.
         upper_batches, lower_batches: the batches for `Check.signal_to_noise`; by default the next
-            four of each level's data, or the batch above where there are no data. The shorter
-            sequence is repeated; one batch of each level has no ratio.
+            four of each level's data, or the single batch of a level without data. The shorter
+            sequence is repeated. One batch of each level gives no ratio.
         seed: the seed of the losses' random numbers.
         solver_steps: the number of steps of each solver.
         progress: whether to show a progress bar.
 
     Raises:
         ProblemError: ``solver_steps`` is not positive, or `Problem.optimizer_options` are invalid.
-        Exception: any other exception of a loss.
+        Exception: any other exception that a loss raises.
 
     Example:
         >>> from hyperopt_peft import check_problem
@@ -131,21 +130,20 @@ def _pairs(oracle: Oracle, *of_levels: Sequence[Any] | None) -> list[tuple[Any, 
 #: The kinds of findings that are warnings; the others are errors.
 WARNINGS = {"no implicit term", "no mixed derivative", "no double backward", "negative curvature"}
 WARNINGS |= {"ill-conditioned", "far from stationary", "noisy hypergradient", "absorbed"}
-#: ‖direct + implicit‖/‖direct‖, beside at most as much for the solver's residual, below which the
-#: terms cancel.
+#: The terms cancel if ‖direct + implicit‖/‖direct‖ is below this plus min(this, the residual).
 CANCELS = 0.02
-#: What to do about a finding where its words do not depend on numbers.
+#: Advice for findings whose advice does not depend on numbers.
 REMEDIES = {
     "in-place edit": NO_WRITES,
     "not reproducible": "draw from the global generators of PyTorch, NumPy or Python, which are "
-    "replayed, and keep nothing from one call to the next",
+    "replayed, and store nothing between calls",
     "unread variable": "use it in the loss, or do not give it to the level",
-    "no implicit term": "let it read what the lower level trains; as it is, the hypergradient is "
-    "the direct term",
-    "no mixed derivative": "let them act on the lower loss together with its variables; as it is, "
-    "the hypergradient is the direct term",
-    "absorbed": "give the lower loss a penalty that depends on them, such as a decay of what they "
-    "scale, or a larger penalty; compare with a run in which they are frozen",
+    "no implicit term": "let the upper loss read the lower variables; without this the "
+    "hypergradient is the direct term",
+    "no mixed derivative": "let the lower loss combine both levels' variables; without this the "
+    "hypergradient is the direct term",
+    "absorbed": "add a larger penalty on the upper variables, or on weights they scale, to the "
+    "lower loss; compare with a run in which they are frozen",
     "far from stationary": "take more lower steps before the first upper step and before each one",
     "noisy hypergradient": f"try {ADVICE}",
 }
@@ -177,7 +175,7 @@ class _Examination:
             return
         try:
             self.findings += wrong_derivatives(oracle, self.seed)
-        except Exception as error:  # in its own precision the loss has raised none
+        except Exception as error:  # the loss raised none in its own precision
             self.not_compared = f"{type(error).__name__}: {error}"
         exact = not (oracle.lower.nested or self._has_error)
         self._second_order("exact" if exact else "difference")
@@ -196,7 +194,7 @@ class _Examination:
         return (*self.oracle.upper.variables, *self.oracle.lower.variables)
 
     def _first_order(self, level: Problem, batch: Any, random: RandomState) -> LossGradient | None:
-        """Add the findings of a few evaluations of a loss; None if the loss has no gradient."""
+        """Add findings from a few evaluations of a loss; None if the loss has no gradient."""
         evaluation, before = None, len(self.findings)
         try:
             with unwritten(self.oracle.upper, self.oracle.lower):
@@ -209,7 +207,7 @@ class _Examination:
             words, _, advice = str(error).removeprefix(f"{level.name}: ").rpartition("; ")
             kind = "in-place edit" if "a loss writes to" in words else "bad loss"
             self._add(kind, level, words, advice)
-        except RuntimeError as error:  # an edit that autograd itself refuses
+        except RuntimeError as error:  # autograd refuses some edits in place
             if not any(word in str(error) for word in ("in-place", "inplace")):
                 raise
             self._add("in-place edit", level, f"the loss edits a tensor in place: {error}")
@@ -219,14 +217,14 @@ class _Examination:
         if evaluation is None or edited:
             return None
         if self._differs(level, evaluation, self._evaluate(level, batch, random)):
-            words = "two evaluations from one random state differ: the loss keeps a state"
+            words = "two evaluations from one random state differ: the loss has a state of its own"
             self._add("not reproducible", level, words)
         return evaluation
 
     def _evaluate(self, level: Problem, batch: Any, random: RandomState) -> LossGradient:
         lower = self.oracle.lower
         self.oracle.passes.count(gradients=1)
-        with replay(random):  # F too is differentiated through the levels below the lower one
+        with replay(random):  # gradient_above differentiates F through all lower levels
             if level is lower:
                 evaluation = lower.gradient(batch, self._variables)
             else:
@@ -235,14 +233,14 @@ class _Examination:
         return evaluation
 
     def _edited(self) -> list[str]:
-        """The variables that have another value, be it through ``.data``; they get theirs back."""
+        """The variables that have changed, even through ``.data``; their values are restored."""
         edited = rewritten((self.oracle.upper, self.oracle.lower), self.start)
         if edited:
             assign_(self._variables, self.start)
         return edited
 
     def _differs(self, level: Problem, one: LossGradient, other: LossGradient) -> bool:
-        """Whether two evaluations differ by more than the rounding of sums in another order."""
+        """Whether two evaluations differ by more than rounding in another order of summation."""
         a, b = (Vector.of(e.gradient, self._variables) for e in (one, other))
         half = any(each.evaluated.half for each in level.levels)
         epsilon = torch.finfo(torch.bfloat16).eps if half else machine_epsilon(a)
@@ -323,13 +321,13 @@ class _Examination:
         self._noise(product, curvature, absorbed)
 
     def _absorbed(self, product: ProductKind, curvature: Curvature) -> bool:
-        """Whether the terms cancel for every upper batch, and f too is flat in u: a finding."""
+        """Add a finding if the terms cancel for every upper batch and f is nearly flat in u."""
         most, slack = curvature.remainder, CANCELS + min(curvature.residual, CANCELS)
         if not (most < slack and self.envelope < CANCELS):
             return False
         solver, several = MINRES(steps=self.solver_steps, product=product), False
         first = self.oracle.upper_gradient.b
-        for above, _ in self.pairs:  # at the minimum of one of them they cancel on it alone
+        for above, _ in self.pairs:  # on one batch the terms may cancel at its own minimum
             oracle = replace(self.oracle, upper_batch=above)
             several |= (oracle.upper_gradient.b - first).norm() > 0
             estimate = solver.estimate(oracle)
@@ -345,7 +343,7 @@ class _Examination:
         return most < slack
 
     def _noise(self, product: ProductKind, curvature: Curvature, zero: bool) -> None:
-        """Measure the signal-to-noise ratio; a finding where it is below 1 and the signal not 0."""
+        """Measure the signal-to-noise ratio; add a finding if it is below 1, unless ``zero``."""
         solver = MINRES(
             steps=self.solver_steps, damping=curvature.damping(), product=product, tolerance=1e-2
         )

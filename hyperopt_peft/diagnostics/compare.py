@@ -24,7 +24,7 @@ from hyperopt_peft.hypergradients.registry import EstimatorLike, get_estimator, 
 from hyperopt_peft.utils.tables import aligned
 from hyperopt_peft.utils.vector import Vector, dot
 
-#: The reference of one repeat: an estimate is compared with a vector after a projection.
+#: The reference in one repeat: a vector, and the projection of an estimate to its space.
 _Truth = tuple[Vector, Callable[[Vector], Vector]]
 
 
@@ -34,9 +34,9 @@ class ComparisonRow:
 
     Attributes:
         estimator: the name with options.
-        cosine, relative_error, norm_ratio: of the estimate h to the reference t with equal batches
-            and random numbers: ⟨h, t⟩/(‖h‖‖t‖), ‖h − t‖/‖t‖ and ‖h‖/‖t‖.
-        factor: the least-squares factor of the implicit term; ``darts`` has the smallest error at
+        cosine, relative_error, norm_ratio: ⟨h, t⟩/(‖h‖‖t‖), ‖h − t‖/‖t‖ and ‖h‖/‖t‖ for the
+            estimate h and the reference t, with equal batches and random numbers.
+        factor: the least-squares factor for the implicit term: ``darts`` has its smallest error at
             ``factor``·ξ.
         residual: the largest ‖b − Hv‖/‖b‖ of the solver.
         spread: the standard deviation of h over the repeats, divided by the norm of the mean.
@@ -62,7 +62,7 @@ class ComparisonRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A table of `ComparisonRow`s, to print or to read by ``records()``.
+    """A table of `ComparisonRow`s, to print or to read with ``records()``.
 
     ``reference_residual`` is the largest residual of the reference's solves, or the relative error
     of a retraining; None if unknown. ``reference_note`` is the reference's note.
@@ -78,7 +78,8 @@ class Comparison:
         """One plain dict for each estimator."""
         return [asdict(row) for row in self.rows]
 
-    def __str__(self) -> str:
+    def table(self) -> list[Sequence[str]]:
+        """Cells: the heads, then a row for each estimator."""
         head = ("estimator", "cosine", "rel. error", "norm ratio", "factor", "residual", "spread")
         table: list[Sequence[str]] = [(*head, "fwd+bwd", "products", "seconds")]
         for row in self.rows:
@@ -94,15 +95,20 @@ class Comparison:
                 (row.seconds, ".3g"),
             )
             table.append((row.estimator, *(_cell(*number) for number in numbers)))
-        lines = [aligned(table)]
-        said = ((row.estimator, row.problem or row.note) for row in self.rows)
-        lines += [f"{estimator}: {text}" for estimator, text in said if text]
+        return table
+
+    def remarks(self) -> list[str]:
+        """The notes on estimators, and the reference with its error."""
+        notes = ((row.estimator, row.problem or row.note) for row in self.rows)
+        lines = [f"{estimator}: {text}" for estimator, text in notes if text]
         residual = self.reference_residual
         kind = "relative error" if self.reference.startswith(Retraining.name) else "residual"
         accuracy = "" if residual is None else f" ({kind} {residual:.2g})"
         note = f" ({self.reference_note})" if self.reference_note else ""
-        lines.append(f"against {self.reference}{accuracy}{note}; {self.repeats} repeats")
-        return "\n".join(lines)
+        return [*lines, f"against {self.reference}{accuracy}{note}; {self.repeats} repeats"]
+
+    def __str__(self) -> str:
+        return "\n".join([aligned(self.table()), *self.remarks()])
 
 
 def compare_hypergradients(
@@ -119,11 +125,12 @@ def compare_hypergradients(
 ) -> Comparison:
     """Compare the estimates of ``estimators`` at the current point with a reference.
 
-    Each repeat has other random numbers (dropout masks), equal for all estimators. Nothing changes.
+    Each repeat has new random numbers (dropout masks), equal for all estimators. All state is
+    restored afterwards.
 
-    With ``reference="retraining"`` the reference is measured by `Retraining`, along the direct and
-    implicit terms of all estimators and along random directions orthogonal to these
-    (`retraining.Coordinates`). The note has the share of dF/du outside the span of the terms.
+    ``reference="retraining"`` measures dF/du by `Retraining`, along the direct and implicit terms
+    of all estimators and along random directions orthogonal to them. The note reports the share of
+    dF/du outside the span of the terms.
 
     Args:
         estimators: an estimator, its name with options, a function ``(matvec, b) -> v``, or
@@ -132,12 +139,12 @@ def compare_hypergradients(
             ``"cg:steps=200,tolerance=1e-10"``; or ``"retraining:steps=20,directions=4"``.
         repeats: the number of repeats.
         seed: the seed of the random numbers.
-        upper_batch, lower_batch: the batches; by default the next ones of each level's data. Levels
-            for a Trainer have no data, and need batches.
+        upper_batch, lower_batch: the batches; by default the next batch of each level's data.
+            Levels for a Trainer have no data, and need batches.
         progress: whether to show progress bars.
 
     Raises:
-        ProblemError: an estimator is unknown; there is none; or ``repeats`` is below 1.
+        ProblemError: an estimator is unknown; no estimator is given; or ``repeats`` is below 1.
         NonFiniteError: the reference is not finite.
 
     Example:
@@ -198,14 +205,14 @@ def _label(estimator: EstimatorLike) -> str:
 
 
 def get_reference(reference: EstimatorLike) -> Estimator:
-    """The estimator, or the `Retraining`, named by ``reference``."""
+    """The estimator or the `Retraining` that ``reference`` names."""
     if isinstance(reference, str) and reference.partition(":")[0] == Retraining.name:
         return with_options(Retraining, reference.partition(":")[2])
     return get_estimator(reference)
 
 
 def option(estimator: Estimator, name: str) -> float | None:
-    """The option ``name`` of ``estimator``; None if the option is no number or does not exist."""
+    """The option ``name`` of ``estimator``; None if it is not a number or does not exist."""
     value = vars(estimator).get(name)
     return value if isinstance(value, int | float) else None
 

@@ -1,4 +1,4 @@
-"""The lower level's curvature at a point, and the effect of a Newton step."""
+"""The curvature of the lower level at a point, and the effect of a Newton step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hyperopt_peft.utils.restore import assign_, perturbed
 from hyperopt_peft.utils.validation import require_count
 from hyperopt_peft.utils.vector import Vector, dot, machine_epsilon, zeros_like
 
-CONDITION = 10.0
+CONDITION = 10.0  # the condition number that `Spectrum.damping` achieves
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,14 @@ class Spectrum:
 
             (λmax + δ)/(λmin + δ) = κ,   δ = max(0, (λmax − κ·λmin)/(κ − 1))
 
-        δ has the units of H. Five steps of CG or MINRES then leave a residual of a few percent, and
-        H + δI is positive definite even if the true λmin is lower by a tenth of λmax − λmin.
+        δ has the units of H. With this δ, five steps of CG or MINRES leave a residual of a few
+        percent, and H + δI is positive definite even if the true λmin is lower by a tenth of
+        λmax − λmin.
         """
         return max(0.0, (self.largest - CONDITION * self.smallest) / (CONDITION - 1))
 
     def dominated_by(self, damping: float) -> bool:
-        """Whether ``δ ≥ |λ|max``, so that (H + δI)⁻¹ is close to I/δ."""
+        """Whether the damping δ is at least ``|λ|max``, so that (H + δI)⁻¹ is close to I/δ."""
         return damping > 0 and damping >= self.radius
 
 
@@ -78,8 +79,8 @@ class Curvature(Spectrum):
 
     def __str__(self) -> str:
         return (
-            f"eigenvalues of the lower Hessian from {self.smallest:.2g} to {self.largest:.2g} at "
-            f"least, damping {self.damping():.2g} for a condition number of {CONDITION:g}; "
+            f"eigenvalues of the lower Hessian at least from {self.smallest:.2g} to "
+            f"{self.largest:.2g}; damping {self.damping():.2g} for condition number {CONDITION:g}; "
             f"residual {self.residual:.1g}; implicit/direct {self.implicit_ratio:.2g}; a Newton "
             f"step of the lower level changes f from {self.losses[0]:.4g} to {self.losses[1]:.4g} "
             f"and the hypergradient by {self.change:.1%}"
@@ -95,14 +96,14 @@ def spectrum(
     seed: int = 0,
     lanczos_steps: int = 10,
 ) -> Spectrum:
-    """The extreme eigenvalues of the lower Hessian at the current point; nothing changes.
+    """The extreme eigenvalues of the lower Hessian at the current point; restores all state.
 
     Products are exact if f has a second derivative, and differences otherwise.
 
     Args:
         upper_batch, lower_batch: as in `hypergradient`.
         seed: the seed of dropout and of the initial Lanczos vector.
-        lanczos_steps: the number of Lanczos steps, of one product each.
+        lanczos_steps: the number of Lanczos steps; each costs one product.
 
     Raises:
         ProblemError: ``lanczos_steps`` is not positive, or the levels share a tensor.
@@ -138,7 +139,7 @@ def random_like(variables: Any, seed: int) -> Vector:
 def measure_curvature(oracle: Oracle, product: ProductKind, steps: int, seed: int) -> Curvature:
     """The curvature at the point of an open oracle, by at most 5·``steps`` products.
 
-    The caller restores the lower variables, which move.
+    The lower variables move; the caller restores them.
     """
     w = oracle.lower.variables
     gradient = oracle.lower_gradient()
@@ -154,12 +155,12 @@ def measure_curvature(oracle: Oracle, product: ProductKind, steps: int, seed: in
         before = after = _loss(oracle)
         for halvings in range(10):
             assign_(w, start, newton.parts, -(0.5**halvings))
-            torch.clear_autocast_cache()  # of half-precision copies of the previous w
+            torch.clear_autocast_cache()  # it has half-precision copies of the previous w
             after = _loss(oracle)
             if after < before:
                 there = _hypergradient(oracle, MINRES(steps=steps, product=product))
                 break
-        else:  # no step is short enough: this is a minimum, to rounding
+        else:  # no step decreases f: this is a minimum, up to rounding
             after, there = before, here
     torch.clear_autocast_cache()
     size = max(e.direct.norm() + e.implicit.norm() for e in (here, there))
@@ -177,10 +178,10 @@ def measure_curvature(oracle: Oracle, product: ProductKind, steps: int, seed: in
 
 
 def lanczos(matvec: Matvec, start: Vector, steps: int) -> Spectrum:
-    """The extreme eigenvalues of a symmetric matrix in the Krylov space of ``start``.
+    """Estimates of the extreme eigenvalues of a symmetric matrix, within its spectrum.
 
-    They are the eigenvalues of the tridiagonal matrix of ``steps`` Lanczos steps, and lie within
-    the spectrum. Lanczos 1950, doi:10.6028/jres.045.026.
+    They are the extreme eigenvalues of the tridiagonal matrix from ``steps`` Lanczos steps that
+    begin at ``start``. Lanczos 1950, doi:10.6028/jres.045.026.
     """
     q, previous, beta = start / start.norm(), zeros_like(start), 0.0
     diagonal: list[float] = []
@@ -203,7 +204,7 @@ def lanczos(matvec: Matvec, start: Vector, steps: int) -> Spectrum:
 
 
 def _hypergradient(oracle: Oracle, solver: MINRES) -> Estimate:
-    """The estimate at the current w, without a derivative of the lower optimizer's options."""
+    """The estimate at the current w; the lower optimizer's options are constants."""
     result = solver.estimate(replace(oracle))
     if not result.hypergradient.isfinite():
         raise NonFiniteError("the hypergradient is not finite")

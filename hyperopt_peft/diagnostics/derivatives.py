@@ -1,11 +1,11 @@
-"""Gradients of both losses, and second derivatives of f, against central differences in float64.
+"""A comparison of gradients and second derivatives with central differences in float64.
 
     slope      ⟨∂L/∂x, d⟩  and  (L(x + hd) − L(x − hd))/2h              L is F or f, x = (u, w)
     curvature  ∂²f/∂x² d   and  (∂f/∂x(x + hd) − ∂f/∂x(x − hd))/2h
     symmetry   ⟨∂²f/∂x² d, e⟩  and  ⟨d, ∂²f/∂x² e⟩
 
-In float64, h is so short that hardly a kink (ReLU, max, clamp) lies between the ends. A kink in
-between, and rounding, change a difference over 2h too, and are allowed for by that change.
+In float64, h is so short that a kink (ReLU, max, clamp) rarely lies between the ends. Kinks and
+rounding also change a difference over 2h; this change is the tolerance.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from hyperopt_peft.utils.reductions import squares, to_floats
 from hyperopt_peft.utils.restore import assign_, perturbed
 from hyperopt_peft.utils.vector import Vector, dot, normalised
 
-SLOPE, CURVATURE = 1e-5, 1e-3  # relative errors that are a finding
-MARGIN = 10.0  # times the difference of differences over h and 2h
-ROUNDING = 1e-14  # of a loss and a gradient, relative
+SLOPE, CURVATURE = 1e-5, 1e-3  # relative errors above these are findings
+MARGIN = 10.0  # times the change from a difference over h to one over 2h
+ROUNDING = 1e-14  # the relative rounding error of a loss and a gradient
 
 
 def wrong_derivatives(oracle: Oracle, seed: int) -> list[Finding]:
     """Findings at the point of an open oracle, by 11 passes and two products in float64.
 
-    Second derivatives are compared only if gradients are right, and f has a double backward pass.
-    A loss that cannot be evaluated in float64 may raise any exception.
+    Second derivatives are compared only if the gradients are right and f has a double backward
+    pass. A loss that cannot be evaluated in float64 may raise any exception.
     """
     upper, lower = oracle.upper, oracle.lower
     lower.require_single("its gradient is an estimate")
@@ -61,8 +61,8 @@ def wrong_derivatives(oracle: Oracle, seed: int) -> list[Finding]:
             error = MARGIN * abs(near - far) + kink + ROUNDING * abs(losses[0]) / h
             if abs(near - slope) > error + SLOPE * abs(near):
                 words = (
-                    f"the gradient is not that of the loss: in one direction it has the slope "
-                    f"{slope:.4g}, and differences of the loss have {near:.4g}"
+                    f"the gradient is not the derivative of the loss: in one direction it gives "
+                    f"the slope {slope:.4g}, and differences of the loss give {near:.4g}"
                 )
                 advice = (
                     "look for detach(), a straight-through estimate, a hook on a tensor, or a "
@@ -100,23 +100,23 @@ def _wrong_curvature(
     one, two = dot(exact, other), dot(along, of_other)
     if wrong:
         worst, name = max(wrong)
-        words = f"an exact product is {worst:.0%} off from differences of gradients in {name}"
+        words = f"an exact product differs by {worst:.0%} from differences of gradients in {name}"
     elif abs(one - two) > CURVATURE * max(abs(one), abs(two)) + 1e-9 * exact.norm():
         words = f"exact products are not symmetric: ⟨Hx, y⟩ is {one:.4g}, and ⟨x, Hy⟩ {two:.4g}"
     else:
         return []
     advice = (
-        'choose product="difference", or look for a custom autograd function whose backward pass '
-        "is in no_grad() or reads .data, and for weight_norm"
+        'choose product="difference"; look for weight_norm, or a custom autograd function whose '
+        "backward pass is in no_grad() or reads .data"
     )
     return [Finding("wrong second derivative", "error", oracle.lower.name, words, advice)]
 
 
 def _direction(x: Sequence[Tensor], gradient: Vector, seed: int) -> Vector:
-    """A random direction and that of the gradient, with the same length in each variable."""
+    """A random direction plus the gradient's direction, with equal lengths in each variable."""
     parts = []
     for tensor, z, g in zip(x, random_like(x, seed), gradient):
-        if tensor._backward_hooks and g.any():  # a mask is right for the entries that it lets pass
+        if tensor._backward_hooks and g.any():  # a mask is right on the entries that it passes
             z = z * (g != 0)
         parts.append(sum(v / v.norm().clamp(min=1e-300) for v in (z, g)))
     return normalised(Vector(parts))

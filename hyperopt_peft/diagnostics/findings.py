@@ -12,7 +12,7 @@ Severity = Literal["error", "warning"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One finding: its ``kind``, the name of the ``level``, a description, and advice.
+    """One finding: its kind, the name of the level, a description (``words``), and advice.
 
     The severity is ``"error"`` if training fails or hypergradients are wrong, and ``"warning"`` if
     hypergradients are inaccurate or useless.
@@ -32,9 +32,9 @@ class Finding:
 class Check:
     """The findings, by severity, and two measurements, which an error may prevent.
 
-    ``signal_to_noise`` of the hypergradient is None without several batches of a level, and ∞
-    where the hypergradients of all batches are equal. ``not_compared`` says why derivatives were
-    not compared with differences, and is empty where they were.
+    ``signal_to_noise`` of the hypergradient is None without several batches of a level, and ∞ if
+    the hypergradients of all batches are equal. ``not_compared`` says why derivatives were not
+    compared with differences; it is empty if they were.
     """
 
     findings: tuple[Finding, ...]
@@ -44,15 +44,18 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was found."""
+        """Whether there are no findings."""
         return not self.findings
 
-    def __str__(self) -> str:
-        lines = [*map(str, self.findings)] or ["nothing was found"]
-        if self.curvature is not None:
-            lines.append(str(self.curvature))
+    def measurements(self) -> list[str]:
+        """The curvature and the noise in words, and why derivatives were not compared."""
+        lines = [] if self.curvature is None else [str(self.curvature)]
         if self.signal_to_noise is not None:
             lines.append(f"signal-to-noise ratio of the hypergradient {self.signal_to_noise:.2g}")
         if self.not_compared:
             lines.append(f"derivatives were not compared with differences ({self.not_compared})")
-        return "\n".join(lines)
+        return lines
+
+    def __str__(self) -> str:
+        found = [*map(str, self.findings)] or ["no problem was found"]
+        return "\n".join([*found, *self.measurements()])

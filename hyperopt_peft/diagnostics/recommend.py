@@ -17,7 +17,7 @@ MAX_RESIDUAL = 0.1
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The recommended ``estimator``, None if none is close enough, and the ``reasons``.
+    """The recommended estimator, None if none is close enough, and the reasons.
 
     ``xi`` is the ξ ≥ 0 at which ``darts`` is closest to the reference; None without ``darts``.
     """
@@ -33,8 +33,8 @@ class Recommendation:
 def recommend(comparison: Comparison) -> Recommendation:
     """The fastest estimator with a cosine of at least 0.95 and a relative error of at most 0.3.
 
-    The reasons include warnings of a reference that did not converge, and name estimators without a
-    result. The ξ of ``darts`` is the least-squares one, `ComparisonRow.factor` times its own.
+    The reasons warn of a reference that did not converge, and name estimators without a result. The
+    recommended ξ of ``darts`` is the least-squares one, `ComparisonRow.factor` times the ξ it had.
 
     Example:
         >>> from hyperopt_peft import compare_hypergradients
@@ -55,13 +55,12 @@ def recommend(comparison: Comparison) -> Recommendation:
     best = min(near, key=lambda row: row.seconds, default=None)
     if best is not None:
         reasons.append(
-            f"Use {best.estimator}: of {len(near)} within {bounds} it is the quickest, "
+            f"Use {best.estimator}: it is the fastest of {len(near)} within {bounds}, "
             f"{best.seconds:.3g} s ({_errors(best)})."
         )
         if best.estimator.partition(":")[0] == "direct":
             reasons.append(
-                "The implicit term is small here: the upper level may as well be trained without "
-                "it, at the cost of one pass."
+                "The implicit term is small here: direct omits it, at the cost of one pass."
             )
     elif rows:
         closest = min(rows, key=lambda row: row.relative_error)
@@ -70,7 +69,7 @@ def recommend(comparison: Comparison) -> Recommendation:
             f"give it more steps or terms, or use the reference, {comparison.reference}."
         )
     else:
-        reasons.append("No estimator gave a number that can be compared.")
+        reasons.append("No estimator gave a result to compare.")
     xi = next((row.factor * xi for row in rows if (xi := _xi(row)) is not None), math.nan)
     if not math.isnan(xi):
         reasons.append(
@@ -80,7 +79,7 @@ def recommend(comparison: Comparison) -> Recommendation:
             "better than direct."
         )
     reasons += [
-        f"{row.estimator} gave no number: {row.problem}" for row in comparison.rows if row.problem
+        f"{row.estimator} gave no result: {row.problem}" for row in comparison.rows if row.problem
     ]
     estimator = None if best is None else best.estimator
     return Recommendation(estimator, tuple(reasons), None if math.isnan(xi) else max(0.0, xi))
@@ -91,23 +90,23 @@ def _errors(row: ComparisonRow) -> str:
 
 
 def _of_reference(comparison: Comparison) -> list[str]:
-    """What is doubtful in the reference."""
+    """Warnings about the reference."""
     warnings, residual = [], comparison.reference_residual
     retrained = comparison.reference.startswith(Retraining.name)
     if residual is not None and not residual <= MAX_RESIDUAL:
-        of, advice = "residual", "raise its steps or its damping"
+        error, advice = "residual", "raise its steps or its damping"
         if retrained:
-            of, advice = "relative error", "raise its steps or lr, or set its epsilon"
+            error, advice = "relative error", "raise its steps or lr, or set its epsilon"
         warnings.append(
-            f"Warning: the reference is itself uncertain, {of} {residual:.3g} > "
-            f"{MAX_RESIDUAL}, and so is what follows; {advice}."
+            f"Warning: the reference is uncertain ({error} {residual:.3g} > {MAX_RESIDUAL}), as is "
+            f"this recommendation; {advice}."
         )
     if comparison.reference_note and not retrained:
-        warnings.append(f"Warning: of the reference: {comparison.reference_note}.")
+        warnings.append(f"Warning: the reference reports: {comparison.reference_note}.")
     return warnings
 
 
 def _xi(row: ComparisonRow) -> float | None:
-    """The ξ of the row's estimator, if it is darts with a number."""
+    """The ξ of the row's estimator, if it is darts with a numeric ξ."""
     is_darts = row.estimator.partition(":")[0] == "darts"
     return option(get_estimator(row.estimator), "xi") if is_darts else None

@@ -1,4 +1,4 @@
-"""The finite-difference hypergradient, by retrainings of the lower level at perturbed u."""
+"""A finite-difference hypergradient: the lower level is retrained at perturbed u."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Coordinates:
     """dF/du along an orthonormal ``basis`` of m vectors, and along K random directions.
 
     ``slopes`` are ⟨dF/du, q⟩ for each q of ``basis``, then √((n − m)/K)·⟨dF/du, d⟩ for K random d
-    orthogonal to the basis, so that ‖slopes‖² is an unbiased estimate of ‖dF/du‖².
-    ``of_epsilon`` and ``of_length`` are relative, see `Retraining.slopes`.
+    orthogonal to the basis, so that ‖slopes‖² is an unbiased estimate of ‖dF/du‖². ``of_epsilon``
+    and ``of_length`` are the two errors of `Retraining.slopes`, relative to ‖slopes‖.
     """
 
     basis: Sequence[Vector]
@@ -49,8 +49,8 @@ class Coordinates:
     def note(self) -> str:
         """The errors in words."""
         return (
-            f"{self.of_epsilon:.1g} by ε, {self.of_length:.1g} by half of the steps; "
-            f"{self.beyond:.0%} of its norm is outside the span of all methods"
+            f"changes by {self.of_epsilon:.1g} with 2ε, by {self.of_length:.1g} with half of the "
+            f"steps; {self.beyond:.0%} of its norm is outside the span of all estimates"
         )
 
     def project(self, h: Vector) -> Vector:
@@ -64,25 +64,25 @@ class Coordinates:
 
 @dataclass(frozen=True)
 class Retraining(Estimator):
-    """dF/du along directions d, by retrainings of the lower level at perturbed u.
+    """dF/du along directions d, from retraining the lower level at perturbed u.
 
         ⟨dF/du, d⟩ ≈ [F(u + εd, w_K(u + εd)) − F(u − εd, w_K(u − εd))]/2ε
 
-    w_K(u) is the result of ``steps`` steps from the current w, by a copy of the lower optimizer
+    w_K(u) is the result of K = ``steps`` steps from the current w, by a copy of the lower optimizer
     with its state and clipping, or by gradient descent at rate ``lr``. All evaluations of a level
-    have equal batches and dropout masks. The estimate needs no second derivatives and no code of
-    the estimators, so that it can be their reference in `compare_hypergradients`. For small K it is
-    the derivative through K optimizer steps; for large K it tends to the derivative through w*(u).
+    have equal batches and dropout masks. The estimate needs no second derivatives and shares no
+    code with the estimators, so that it can be their reference in `compare_hypergradients`. For
+    small K it is the derivative through K optimizer steps; for large K it tends to the derivative
+    through w*(u).
 
-    The implicit term is measured along ``directions`` random orthonormal d, at most n, and is zero
-    along all others; ``residual`` is the larger one of the two relative errors of `slopes`.
-    ``epsilon`` is ε, a length in the space of u (`default_epsilon` if None).
+    The implicit term is measured along ``directions`` random orthonormal d (at most the number of
+    upper unknowns), and is zero along all others. ``residual`` is the larger of the two relative
+    errors of `slopes`. ``epsilon`` is ε, a length in the space of u (`default_epsilon` if None).
 
-    The cost is 4·``directions``·(``steps`` + 2) forward+backward passes. All state is restored
-    afterwards.
+    The cost is 4·``directions``·(``steps`` + 2) forward+backward passes.
 
     Raises:
-        ProblemError: an option is out of range, or there is neither ``lr`` nor an optimizer.
+        ProblemError: an option is out of range, or there is neither ``lr`` nor a lower optimizer.
         NonFiniteError: the retraining diverges.
 
     Example:
@@ -105,7 +105,7 @@ class Retraining(Estimator):
         """Raise ProblemError if there is neither ``lr`` nor a lower optimizer."""
         self.require(
             self.lr is not None or lower.optimizer is not None,
-            f"{lower.name} has no optimizer to train it with; give an lr",
+            f"{lower.name} has no optimizer to retrain it with; give an lr",
         )
 
     def estimate(self, oracle: Oracle) -> Estimate:
@@ -140,10 +140,9 @@ class Retraining(Estimator):
         """⟨dF/du, d⟩ for K unit vectors d, and two error indicators, each ``(K,)``.
 
         The first error is the change of the slope when ε is doubled: three times the O(ε²) error of
-        the central difference, or its rounding error. The second is the change from half of the
-        steps to all steps. It indicates, and does not bound, the error of a lower level that is not
-        trained to its minimum; slow convergence can make that error much larger. The oracle is
-        open.
+        the central difference, or its rounding error. The second error is the change from half of
+        the steps to all steps. It indicates, but does not bound, the error of an incomplete
+        training, which may be much larger if convergence is slow. The oracle must be open.
         """
         self.check_levels(oracle.upper, oracle.lower)
         u, w = oracle.upper.variables, oracle.lower.variables
@@ -166,7 +165,7 @@ class Retraining(Estimator):
         return full, (doubled - full).abs(), (full - half).abs()
 
     def _losses(self, oracle: Oracle, start: Sequence[Tensor]) -> Tensor:
-        """F after half of the steps from ``start`` and after all of them, ``(2,)`` in float64."""
+        """F after half of the steps from ``start``, and after all steps, ``(2,)`` in float64."""
         lower = oracle.lower
         assign_(lower.variables, start)
         copies = [x.clone() for x in start]
@@ -185,7 +184,7 @@ class Retraining(Estimator):
         return torch.tensor([*losses, _upper_loss(oracle)], dtype=torch.float64)
 
     def _optimizer(self, lower: Problem, copies: Sequence[Tensor]) -> Optimizer:
-        """An optimizer over ``copies``: gradient descent, or a copy of the level's own."""
+        """An optimizer over ``copies``: gradient descent, or a copy of the level's optimizer."""
         if self.lr is not None:
             return torch.optim.SGD(copies, lr=self.lr)
         # accelerate wraps the optimizer
@@ -212,8 +211,8 @@ def random_directions(like: Vector, count: int) -> list[Vector]:
 def orthonormal(vectors: Iterable[Vector], beyond: Sequence[Vector] = ()) -> list[Vector]:
     """Orthonormal vectors that extend the orthonormal ``beyond`` to the span of ``vectors``.
 
-    Gram–Schmidt, applied twice. A vector is omitted if less than 1 % of its norm is outside the
-    span of the previous ones.
+    The method is Gram–Schmidt, applied twice. It omits a vector with less than 1 % of its norm
+    outside the span of the previous ones.
     """
     basis: list[Vector] = []
     for vector in vectors:

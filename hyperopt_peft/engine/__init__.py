@@ -1,4 +1,4 @@
-"""Training without a Trainer: two levels, nested levels, one level, checkpoints."""
+"""Training without a Trainer: two levels, chains of levels, one level; checkpoints."""
 
 from hyperopt_peft.engine.fit import fit, minimize
 

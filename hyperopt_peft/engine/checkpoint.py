@@ -1,7 +1,7 @@
-"""Checkpoints that are complete or are not used.
+"""Checkpoints with a manifest, so that an incomplete one is never used.
 
 The manifest, a JSON file with the hashes of all other files, is written last. A checkpoint is
-complete if its files have these hashes. Files are read without executing code.
+complete if its files have these hashes. Reading a file executes no code.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def failed(folder: Path, error: Exception) -> ProblemError:
-    """Remove ``folder``, whose writing ended in ``error``; returns the exception to raise."""
+    """Remove ``folder``, which could not be written; returns the exception to raise."""
     shutil.rmtree(folder, ignore_errors=True)
     last = last_valid(folder.parent)
     rest = f"the last complete one is {last}" if last else "there is no earlier one"
@@ -38,9 +38,9 @@ def failed(folder: Path, error: Exception) -> ProblemError:
 
 
 def write_manifest(folder: Path, record: Mapping[str, Any]) -> None:
-    """Declare ``folder`` complete: write the hashes of its files, and ``record``, to the manifest.
+    """Declare ``folder`` complete: write the hashes of its files and ``record`` to the manifest.
 
-    It appears in one atomic rename, so that an interrupted write leaves a folder without it.
+    The manifest appears by an atomic rename, so that an interrupted write leaves none.
     """
     files = {path.relative_to(folder).as_posix(): _digest(path) for path in _files(folder)}
     text = json.dumps({**record, "written": time.time(), "files": files}, indent=1)
@@ -53,7 +53,7 @@ def write_manifest(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def verify_manifest(folder: Path) -> dict[str, Any]:
-    """The record in the manifest of ``folder``, after all files were compared with their hashes.
+    """The record in the manifest of ``folder``, after a check of the hashes of all files.
 
     ``"written"`` is the time at which the manifest was written, in seconds.
 
@@ -65,8 +65,8 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
         raise ProblemError(f"{folder}: there is no such checkpoint; give the path of another")
     if not (folder / MANIFEST).is_file():
         raise ProblemError(
-            f"{folder}: the file {MANIFEST} is missing, since writing was interrupted or another "
-            "program wrote the folder; resume from an earlier checkpoint"
+            f"{folder}: no file {MANIFEST} (writing was interrupted, or another program wrote the "
+            "folder); resume from an earlier checkpoint"
         )
     try:
         record = json.loads((folder / MANIFEST).read_text())
@@ -91,7 +91,7 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
 
 
 def valid_checkpoints(*folders: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The complete checkpoints in ``folders`` with their records, the last written one first.
+    """The complete checkpoints in ``folders`` with their records, the newest first.
 
     The order is by time of writing, since an earlier run may have left higher numbers. An
     incomplete checkpoint is skipped with a warning.
@@ -106,17 +106,17 @@ def valid_checkpoints(*folders: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def last_valid(folder: Path) -> Path | None:
-    """The last written complete checkpoint in ``folder``, or None."""
+    """The newest complete checkpoint in ``folder``, or None."""
     return next((path for path, _ in valid_checkpoints(folder)), None)
 
 
 def to_resume(path: str | bool | None, *folders: Path) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint to resume from, and its record; None for a new run.
 
-    ``path`` is that of the checkpoint; True for the last complete one in ``folders``; else None.
+    ``path`` is a checkpoint, True for the newest complete one in ``folders``, or None.
 
     Raises:
-        ProblemError: there is no complete checkpoint, or that of ``path`` is incomplete.
+        ProblemError: there is no complete checkpoint, or the one at ``path`` is incomplete.
     """
     if path is not True:
         return (Path(path), verify_manifest(Path(path))) if path else None
@@ -128,7 +128,7 @@ def to_resume(path: str | bool | None, *folders: Path) -> tuple[Path, dict[str, 
 
 
 def written(folder: Path) -> float:
-    """The time in seconds at which the manifest was written; -∞ without a readable one."""
+    """The time in seconds at which the manifest was written; -∞ if it cannot be read."""
     try:
         return float(json.loads((folder / MANIFEST).read_text())["written"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -138,18 +138,17 @@ def written(folder: Path) -> float:
 def rotate(folder: Path, limit: int | None, best: str | None) -> None:
     """Delete the oldest checkpoints in ``folder`` until ``limit`` are left; None keeps all.
 
-    The newest checkpoint and ``best`` are never deleted. A folder without a manifest is
-    neither counted nor deleted.
+    The newest checkpoint and ``best`` are never deleted. A folder without a manifest is ignored.
     """
     paths = [path for path in _in_order(folder) if (path / MANIFEST).is_file()]
-    spare = [p for p in paths[:-1] if best is None or p.resolve() != Path(best).resolve()]
+    candidates = [p for p in paths[:-1] if best is None or p.resolve() != Path(best).resolve()]
     surplus = len(paths) - limit if limit and limit > 0 else 0
-    for path in spare[: max(0, surplus)]:
+    for path in candidates[: max(0, surplus)]:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write tensors and plain values to the file ``path`` in one atomic replacement.
+    """Write tensors and plain values to the file ``path``, atomically.
 
     Raises:
         ProblemError: the file could not be written; an earlier file at ``path`` is unchanged.
@@ -169,12 +168,12 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_state(path: Path) -> Any:
-    """The tensors and plain values in the file ``path``, of `write_state` or ``torch.save``.
+    """The tensors and plain values in a file by `write_state` or ``torch.save``.
 
     Raises:
         ProblemError: the file does not exist, is damaged, or is a pickle that would execute code.
     """
-    from accelerate.utils import load  # a fifth of PyTorch's own time, for a run that resumes
+    from accelerate.utils import load  # a slow import that only a resumed run needs
 
     try:
         return load(path, map_location="cpu", weights_only=True)
@@ -185,7 +184,7 @@ def read_state(path: Path) -> Any:
             f"{path}: the file is truncated or would execute code, and was not loaded; use a "
             "checkpoint that you wrote yourself"
         ) from error
-    # On a damaged file the unpickler raises exceptions of any kind.
+    # A damaged file makes the unpickler raise exceptions of any kind.
     except Exception as error:
         raise ProblemError(
             f"{path}: the file is damaged ({error}); use an earlier checkpoint"

@@ -1,4 +1,4 @@
-"""The end of an `Engine`'s run where the upper level begins to overfit its rows."""
+"""A callback that ends an `Engine`'s run when the upper level begins to overfit its rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class EarlyStopping:
-    """A callback of `Engine` that ends the run where F on held-out rows no longer falls.
+    """A callback of `Engine` that ends the run when F on held-out rows no longer falls.
 
     After every ``every``-th upper step, the record of the step gets
 
@@ -29,16 +29,14 @@ class EarlyStopping:
     - ``upper_gap``: ``held_out_loss`` minus the mean ``upper_loss`` of the last ``every`` steps;
     - ``upper_snr``: `Engine.upper_snr` of these steps.
 
-    After ``patience`` evaluations without a smaller ``held_out_loss`` the run ends, with the
-    variables of all levels as they were at the smallest one. A run that ends earlier has the
-    variables of its last step; `restore` returns to the best ones. The optimizers are not restored.
-
-    In a Trainer the same idea is Transformers' ``EarlyStoppingCallback`` on ``eval_dataset`` with
-    ``load_best_model_at_end``.
+    After ``patience`` evaluations without a smaller ``held_out_loss`` the run ends, and the
+    variables of all levels are restored to the best evaluation. After a run that ends earlier,
+    `restore` does this. The optimizers are not restored. In a Trainer use Transformers'
+    ``EarlyStoppingCallback`` on ``eval_dataset`` with ``load_best_model_at_end``.
 
     Args:
-        held_out: an iterable of batches that can be iterated again, of rows that no level trains
-            on. Several processes each have batches of their own.
+        held_out: a re-iterable of batches of rows that no level trains on. Each process has its own
+            batches.
         every: the number of upper steps from one evaluation to the next.
         patience: the number of evaluations without improvement that ends the run.
 
@@ -48,7 +46,7 @@ class EarlyStopping:
     Example:
         >>> from hyperopt_peft import Engine
         >>> from hyperopt_peft.problems.textbook.ridge import diabetes
-        >>> stopping = EarlyStopping([None], every=2)  # a batch of a loss that has its rows
+        >>> stopping = EarlyStopping([None], every=2)  # this loss ignores its batch
         >>> engine = Engine(*diabetes(), callbacks=[stopping], progress=False)
         >>> [step["step"] for step in engine.run(5) if "held_out_loss" in step]
         [2, 4]
@@ -63,7 +61,7 @@ class EarlyStopping:
         self._values: list[Tensor] = []
 
     def __call__(self, engine: Engine, record: dict[str, Any]) -> None:
-        """Evaluate after every ``every``-th upper step, and end the run where F has not fallen."""
+        """Evaluate after every ``every``-th upper step, and end the run if F no longer falls."""
         if record["step"] % self.every:
             return
         loss = held_out_loss(engine.upper, engine.lower, self.held_out, seed=engine.seed)
@@ -81,7 +79,7 @@ class EarlyStopping:
             engine.stop()
 
     def restore(self, engine: Engine) -> None:
-        """Move all variables to where ``held_out_loss`` was smallest.
+        """Restore all variables to the evaluation with the smallest ``held_out_loss``.
 
         Raises:
             ProblemError: there was no evaluation.
@@ -93,12 +91,12 @@ class EarlyStopping:
         assign_(variables_of(engine.upper, engine.lower), self._values)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best loss, its step and variables, and the evaluations since."""
+        """The best loss, its step and variables, and the number of evaluations since."""
         numbers = {"best": self.best, "best_step": self.best_step, "failures": self.failures}
         return {**numbers, "values": [value.clone() for value in self._values]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore ``state``, of `state_dict`."""
+        """Restore a result of `state_dict`."""
         self.best, self.best_step = state["best"], state["best_step"]
         self.failures = state["failures"]
         self._values = [value.clone() for value in state["values"]]
@@ -107,9 +105,9 @@ class EarlyStopping:
 def held_out_loss(
     upper: Problem, lower: Problem, batches: Iterable[Any], *, seed: int = 0
 ) -> float:
-    """F without its prior, the mean over ``batches`` and the processes; nothing changes.
+    """The mean of F without its prior over ``batches`` and the processes; nothing changes.
 
-    Dropout masks are a function of ``seed``, so that two losses differ by the variables alone.
+    Dropout masks are a function of ``seed``, so that only the variables change the result.
 
     Raises:
         ProblemError: there are no batches.

@@ -1,4 +1,4 @@
-"""The training loop over two levels."""
+"""The training loop of two levels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hyperopt_peft.utils.validation import require_count, require_settings
 
 Record = dict[str, Any]
 T = TypeVar("T")
-#: The entries of a state.
+#: The entries of an Engine's state.
 ENTRIES = {"settings", "step", "lower_step", "skipped", "upper", "lower", "estimator", "random"}
 ENTRIES |= {"callbacks", "history"}
 
@@ -31,8 +31,8 @@ ENTRIES |= {"callbacks", "history"}
 class Engine:
     """min over u of F(u, w*),  w*(u) = argmin over w of f(u, w): the training of two levels.
 
-    Each upper step u ← step(u, dF/du) follows ``lower_steps`` steps w ← step(w, ∂f/∂w), each by
-    the level's own optimizer, or a solution of the lower level.
+    Before each upper step u ← step(u, dF/du), the lower level takes ``lower_steps`` steps
+    w ← step(w, ∂f/∂w), or is solved to its minimum. Each level has its own optimizer.
 
     Args:
         upper: the level with loss F and variables u.
@@ -40,35 +40,34 @@ class Engine:
         hypergradient: an estimator of dF/du; its name with options (``"cg:steps=20"``); or a
             solver, any function ``(matvec, b) → v`` with v ≈ [∂²f/∂w²]⁻¹ b (`get_estimator`).
         lower_steps: the number of lower steps before each upper step; or ``"minimum"``, for a small
-            level with a deterministic loss and without an optimizer: on each batch L-BFGS takes w
-            to a gradient of at most 1e-4 an entry (`lbfgs`).
+            level with a deterministic loss and no optimizer: L-BFGS minimises each batch's loss
+            until no entry of the gradient exceeds 1e-4 (`lbfgs`).
         warmup_steps: the number of additional lower steps before the first upper step.
-        seed: the seed of F's random numbers (dropout). They are a function of the seed and the
-            step, so that the random numbers of f do not depend on F.
+        seed: the seed of F's random numbers (dropout). They depend only on the seed and the step,
+            so that F does not affect the random numbers of f.
         non_finite: ``"raise"`` raises NonFiniteError on a NaN or infinite loss, gradient or
             curvature; ``"skip"`` omits the step and adds 1 to ``skipped``.
-        callbacks: each is called as ``callback(engine, record)`` after an upper step, and may
-            call ``engine.stop()``, as `EarlyStopping` does. The state of an Engine includes that
-            of callbacks with ``state_dict`` and ``load_state_dict``.
+        callbacks: each is called as ``callback(engine, record)`` after an upper step, and may call
+            ``engine.stop()``, as `EarlyStopping` does. The Engine's state includes the states of
+            callbacks with ``state_dict`` and ``load_state_dict``.
         progress: whether to show a progress bar.
 
     ``history`` has one record for each upper step:
 
-    - ``step``, ``upper_loss`` (F), ``lower_loss`` (f of the last lower step);
+    - ``step``, ``upper_loss`` (F), ``lower_loss`` (f of the last lower step), both without priors;
     - ``upper_grad_norm`` (‖dF/du‖), ``lower_grad_norm`` (‖∂f/∂w‖);
     - ``implicit_ratio`` (‖implicit term‖/‖direct term‖), ``residual``, ``solver_steps`` and
-      ``note`` of the estimator, None where the estimator has none;
+      ``note`` of the estimator, None if it does not report them;
     - ``gradients`` and ``products``, the forward+backward passes and the second backward passes
       of the hypergradient;
-    - the metrics of each loss as ``upper_…`` and ``lower_…``, such as ``upper_prior``: the prior
-      of a level, which ``upper_loss`` and ``lower_loss`` are without.
+    - the metrics of each loss as ``upper_…`` and ``lower_…``, such as ``upper_prior``.
 
     A loss must not write to parameters through ``.data``, which autograd does not record.
 
     Raises:
-        ProblemError: a level has no optimizer, or one that ``"minimum"`` leaves unused; two
-            variables share memory; the estimator or an option is unknown; or, at the first step,
-            no loss reads a variable.
+        ProblemError: a level has no optimizer, or has one although ``"minimum"`` would not use it;
+            two variables share memory; the estimator or an option is unknown; or, at the first
+            step, no loss reads a variable.
 
     Example:
         >>> from hyperopt_peft.problems.textbook.ridge import diabetes
@@ -150,19 +149,19 @@ class Engine:
         self._stopped = True
 
     def upper_snr(self) -> float | None:
-        """The signal-to-noise ratio of the hypergradients since the last call; see `SignalToNoise`.
+        """The signal-to-noise ratio of the hypergradients since the last call (`SignalToNoise`).
 
-        None of fewer than two upper steps, or if all hypergradients are zero. The steps between
-        two calls move u and w, which counts as noise. A ratio below 1 means that the upper level
-        follows noise, or is near its minimum.
+        None after fewer than two upper steps, or if all hypergradients are zero. A change from
+        steps of u and w counts as noise. A ratio below 1 means that the upper level follows noise,
+        or is near its minimum.
         """
         return self._step.signal.read()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that a bit-identical continuation needs, as tensors and plain values.
+        """The state for a bit-identical continuation, as tensors and plain values.
 
-        Tensors that no level owns are not included: buffers (BatchNorm's statistics) and frozen
-        weights must be saved with the model.
+        Save buffers (BatchNorm's statistics) and frozen weights with the model: the state has only
+        tensors that a level owns.
         """
         return {
             "settings": self._settings(),
@@ -178,11 +177,11 @@ class Engine:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore ``state``, of `state_dict`.
+        """Restore a result of `state_dict`.
 
         Raises:
-            ProblemError: ``state`` is incomplete, or that of other levels or other settings;
-                nothing has changed.
+            ProblemError: ``state`` is incomplete, or belongs to other levels or settings; nothing
+                has changed.
         """
         if not isinstance(state, Mapping) or (missing := ENTRIES - state.keys()):
             missing = missing if isinstance(state, Mapping) else ENTRIES
@@ -192,8 +191,8 @@ class Engine:
         require_settings("the state", state["settings"], "this Engine", self._settings())
         if len(state["callbacks"]) != len(self._stateful):
             raise ProblemError(
-                f"callbacks: the state is of {len(state['callbacks'])} callbacks with a state, "
-                f"this Engine has {len(self._stateful)}; give it the same callbacks"
+                f"callbacks: the state has {len(state['callbacks'])} callbacks with a state, this "
+                f"Engine has {len(self._stateful)}; give it the same callbacks"
             )
         self.upper.check_state(state["upper"])
         self.lower.check_state(state["lower"])
@@ -209,7 +208,7 @@ class Engine:
         RandomState(state["random"]).restore()
 
     def save(self, path: str | Path) -> None:
-        """Write ``state_dict()`` to the file ``path`` in one atomic replacement.
+        """Write ``state_dict()`` to the file ``path``, atomically.
 
         Raises:
             ProblemError: the file could not be written; an earlier file at ``path`` is unchanged.
@@ -217,7 +216,7 @@ class Engine:
         checkpoint.write_state(Path(path), self.state_dict())
 
     def load(self, path: str | Path) -> None:
-        """Restore the state in the file ``path``, of `save`, without executing code.
+        """Restore the state from a file by `save`, without executing code.
 
         Raises:
             ProblemError: the file does not exist, is damaged, or has objects other than tensors
@@ -269,7 +268,7 @@ class Engine:
         return record
 
     def _guarded(self, step: Callable[[], T], where: str) -> T | None:
-        """Do ``step``; a NonFiniteError gets the name ``where``, or is counted in ``skipped``."""
+        """Do ``step``; add ``where`` to a NonFiniteError, or count the step in ``skipped``."""
         try:
             return step()
         except NonFiniteError as error:
@@ -280,16 +279,16 @@ class Engine:
 
 
 def _check_solved(lower: Problem, estimator: Estimator) -> None:
-    """Raise ProblemError where a lower level that is solved takes steps that are not its own."""
+    """Raise ProblemError if ``lower`` or ``estimator`` needs optimizer steps of the lower level."""
     where = 'lower_steps="minimum"'
-    lower.require_single(f"{where} solves one level")
+    lower.require_single(f"{where} solves one level; give a number of steps")
     if lower.optimizer is not None:
         raise ProblemError(
-            f"{lower.name}: {where} does not use the level's optimizer; leave it out, or give a "
-            "number of steps"
+            f"{lower.name}: {where} does not use the level's optimizer; remove the optimizer, or "
+            "give a number of steps"
         )
     if estimator.requirements.optimizer_state:
         raise ProblemError(
-            f"{estimator.name}: it needs steps of the lower optimizer, and {where} takes none; "
-            'choose a solver, such as "minres"'
+            f"{estimator.name}: needs steps of the lower optimizer, and {where} takes none; choose "
+            'a solver, such as "minres"'
         )

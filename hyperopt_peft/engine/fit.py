@@ -1,4 +1,4 @@
-"""The training of one level alone: by its optimizer, or by L-BFGS to a minimum."""
+"""Training of a single level, by its optimizer or by L-BFGS to a minimum."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hyperopt_peft.utils.restore import assign_
 def fit(problem: Problem, steps: int, *, progress: bool = True) -> list[dict[str, Any]]:
     """Do ``steps`` optimizer steps of ``problem`` alone; returns a record for each.
 
-    A record has ``step``, ``loss``, ``grad_norm`` and the metrics of the loss; ``prior`` is apart
-    from ``loss``. A `Nested` level also trains the levels below.
+    A record has ``step``, ``loss`` (without the prior), ``grad_norm`` and the metrics of the loss.
+    A `Nested` level also trains its lower levels.
 
     Raises:
         ProblemError: the level has no optimizer.
@@ -48,17 +48,16 @@ def fit(problem: Problem, steps: int, *, progress: bool = True) -> list[dict[str
 def lbfgs(
     problem: Problem, batch: Any = None, *, tolerance: float = 1e-4, max_steps: int = 500
 ) -> int:
-    """Move the variables towards a minimum of the loss on ``batch``, by L-BFGS.
+    """Move the variables from their current values towards a minimum of the loss, by L-BFGS.
 
-    Nocedal 1980, doi:10.1090/S0025-5718-1980-0572855-7, with a strong Wolfe line search; it begins
-    at the present values. The level's optimizer and data are not used. Returns the number of
-    evaluations.
+    Nocedal 1980, doi:10.1090/S0025-5718-1980-0572855-7, with a strong Wolfe line search. The
+    level's optimizer and data are not used. Returns the number of evaluations.
 
     Args:
-        problem: the level, whose loss is deterministic.
-        batch: the batch of each evaluation.
-        tolerance: the largest absolute entry of the gradient at which it ends.
-        max_steps: the most steps; where they do not suffice, the last point is kept.
+        problem: a level with a deterministic loss.
+        batch: the batch of all evaluations.
+        tolerance: the method ends when no entry of the gradient exceeds this.
+        max_steps: the largest number of steps.
 
     Raises:
         NonFiniteError: the loss or the gradient is NaN or infinite; the variables have not moved.
@@ -96,13 +95,13 @@ def lbfgs(
 def minimize(problem: Problem, *, tolerance: float = 1e-10, max_steps: int = 1000) -> float:
     """Move the variables to a minimum of a deterministic loss by L-BFGS; returns the loss.
 
-    The minimisation ends where no entry of the gradient exceeds ``tolerance``. The loss gets the
-    batch None, and includes a prior; the level's optimizer and data are not used. An implicit
-    hypergradient is exact at such a minimum.
+    The method ends when no entry of the gradient exceeds ``tolerance``. The loss gets the batch
+    None, and includes the prior; the level's optimizer and data are not used. The implicit formula
+    for the hypergradient holds at such a minimum.
 
     Raises:
         ProblemError: an entry of the gradient exceeds 1,000 × ``tolerance`` after ``max_steps``;
-            or the level has levels below.
+            or the level is `Nested`.
         NonFiniteError: the loss or the gradient is NaN or infinite.
 
     Example:

@@ -2,8 +2,8 @@
 
     min_u F(u, v*, w*),   v*(u) = argmin_v G(u, v, w*(u, v)),   w*(u, v) = argmin_w f(u, v, w)
 
-is ``Engine(top, Nested(middle, lower), "cg:product=difference")``. The lower level of four levels
-is ``Nested(second, Nested(third, fourth))``.
+is ``Engine(top, Nested(middle, lower), "cg:product=difference")``. Four levels are
+``Engine(first, Nested(second, Nested(third, fourth)), "cg:product=difference")``.
 """
 
 from __future__ import annotations
@@ -40,26 +40,27 @@ class Nested(Problem):
 
         ∂G̃/∂x = ∂G/∂x − ∂²f/∂x∂w · [∂²f/∂w²]⁻¹ · ∂G/∂w
 
-    An estimator of the level above must have ``product="difference"``: it takes second
-    derivatives of G̃ as differences of this gradient. `gradient_above` is the total derivative of F,
-    which may read w too.
+    The estimator of the next higher level must have ``product="difference"``, since second
+    derivatives of G̃ are differences of this gradient. `gradient_above` is the total derivative of
+    F, which may read w too.
 
-    At a perturbed v, w follows w* by a Newton step on f; afterwards w is restored bit for bit:
+    When a difference perturbs v, a Newton step on f moves w to w*; afterwards w is restored bit for
+    bit:
 
         w ← w − [∂²f/∂w²]⁻¹ (∂f/∂w − g),   g = ∂f/∂w before the perturbation
 
     Subtracting g treats the current w as w*. The step is exact for a quadratic f; for any other f
-    its error is of the order of the finite difference's own. With an estimator that is no solver
-    (darts) w does not move, and ∂²G̃ lacks the term of ∂w*/∂v.
+    its error has the order of the finite difference's own. If the estimator is not a solver
+    (darts), w does not move, and ∂²G̃ lacks the term with ∂w*/∂v.
 
-    Derivatives of f use the batch and the random numbers of the last lower step, or the next batch
-    before the first. The records of `Engine` have ``lower_below_loss`` and
-    ``lower_below_grad_norm`` of the level below, and ``lower_residual`` and ``upper_residual`` of
-    the solves for G̃ and for F.
+    Derivatives of f use the batch and the random numbers of the last lower step; before the first
+    step, the next batch. The records of `Engine` have ``lower_below_loss`` and
+    ``lower_below_grad_norm`` of the lower level, and ``lower_residual`` and ``upper_residual`` of
+    the solves for G̃ and F.
 
     Args:
-        middle: the level with loss G; its variables v, optimizer and data become this level's.
-        lower: the level with loss f; a `Nested` level where there are four or more levels.
+        middle: the level with loss G; this level takes over its variables v, optimizer and data.
+        lower: the level with loss f; a `Nested` level if there are four or more levels.
         hypergradient: the estimator of ∂G̃/∂x. A finite difference divides the error of a solve by
             a small step, so a solver needs a fixed number of steps or a small ``tolerance``. The
             default is CG with 20 steps and tolerance 1e-12.
@@ -99,7 +100,7 @@ class Nested(Problem):
         warmup_steps: int = 0,
     ) -> None:
         check_ownership(middle, lower)
-        vars(self).update(vars(middle))  # variables, data, optimizer and whatever a loss may read
+        vars(self).update(vars(middle))  # variables, data, optimizer and all that a loss may read
         self.middle, self.lower = middle, lower
         require_count("lower_steps", lower_steps, least=1)
         require_count("warmup_steps", warmup_steps, least=0)
@@ -108,10 +109,10 @@ class Nested(Problem):
         default = ConjugateGradient(steps=20, tolerance=1e-12, product=product)
         self.estimator = get_estimator(hypergradient or default)
         self._step = BilevelStep(middle, lower, self.estimator)
-        self._rounds = 0  # of steps of the level below
+        self._rounds = 0  # how often the lower level has been trained
         self._log: dict[str, float] = {}  # of the last lower step
         self._anchor: Vector | None = None  # g within `anchored`
-        self._read: dict[Tensor, bool] = {}  # whether the level below reads a variable
+        self._read: dict[Tensor, bool] = {}  # whether the lower level reads a variable
 
     def optimizer_options(self) -> Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]:
         """The options of the middle level."""
@@ -119,12 +120,12 @@ class Nested(Problem):
 
     @property
     def levels(self) -> tuple[Problem, ...]:
-        """This level, then the levels below, from top to bottom."""
+        """This level, then its lower levels, from top to bottom."""
         return (self, *self.lower.levels)
 
     @property
     def differences(self) -> int:
-        """The depth of finite differences in ``gradient``: 2 for a difference of differences."""
+        """How deeply finite differences nest in ``gradient``: 2 for a difference of differences."""
         exact = self.estimator.requirements.second_derivatives
         return self.lower.differences + (not (exact or isinstance(self.estimator, Direct)))
 
@@ -133,11 +134,11 @@ class Nested(Problem):
         return self.middle.loss(batch)
 
     def next_batch(self) -> Any:
-        """The next batch of ``middle``, after ``lower_steps`` steps of the level below.
+        """The next batch of ``middle``, after ``lower_steps`` steps of the lower level.
 
         Raises:
-            ProblemError: at the first step, no loss reads a variable of the level below.
-            NonFiniteError: a loss or a gradient of the level below is NaN or infinite.
+            ProblemError: at the first step, no loss reads a variable of the lower level.
+            NonFiniteError: a loss or a gradient of the lower level is NaN or infinite.
         """
         for _ in range(self.lower_steps + (0 if self._rounds else self.warmup_steps)):
             step = self._step.train_lower()
@@ -149,7 +150,7 @@ class Nested(Problem):
     def differentiate(
         self, batch: Any, variables: Sequence[Tensor]
     ) -> tuple[Tensor, dict[str, float], tuple[Tensor | None, ...]]:
-        """G and ∂G̃/∂variables; None for a variable that neither G nor a loss below reads.
+        """G and ∂G̃/∂variables; None for a variable that neither G nor a lower loss reads.
 
         Raises:
             NonFiniteError: a loss, a gradient or a curvature is NaN or infinite.
@@ -182,9 +183,9 @@ class Nested(Problem):
 
     @contextmanager
     def anchored(self) -> Iterator[None]:
-        """Within the body, w follows w* when a variable above is perturbed.
+        """Within the body, w follows w* when a variable of a higher level is perturbed.
 
-        The current point becomes the reference, where g = ∂f/∂w. A nested use has no effect.
+        The current point becomes the reference for g = ∂f/∂w. A nested use has no effect.
         """
         if self._anchor is not None or not isinstance(self.estimator, Solver):
             with self.lower.anchored():
@@ -200,7 +201,7 @@ class Nested(Problem):
             self._anchor = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of ``middle`` and of the levels below, and the settings of this level."""
+        """The states of ``middle`` and of the lower levels, and the settings of this level."""
         return {
             "middle": self.middle.state_dict(),
             "below": self.lower.state_dict(),
@@ -209,7 +210,7 @@ class Nested(Problem):
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise ProblemError where ``state`` does not fit these levels."""
+        """Raise ProblemError if ``state`` does not fit these levels."""
         entries = {"middle", "below", "rounds", "settings"}
         if not isinstance(state, Mapping) or state.keys() != entries:
             raise ProblemError(
@@ -221,7 +222,7 @@ class Nested(Problem):
         self.lower.check_state(state["below"])
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore ``state``, of `state_dict`.
+        """Restore a result of `state_dict`.
 
         Raises:
             ProblemError: ``state`` does not fit these levels; nothing has changed.
@@ -237,10 +238,10 @@ class Nested(Problem):
         return {**settings, "hypergradient": repr(self.estimator)}
 
     def _oracle(self, level: Problem, batch: Any, variables: Sequence[Tensor]) -> Oracle:
-        """The oracle of ``level`` and the level below, with random numbers for ``level``.
+        """The oracle of ``level`` and the lower level, with random numbers for ``level``.
 
-        The random numbers are a function of the current random state and of the step. The random
-        state does not change, so that the training of the level below is not affected.
+        The random numbers are a function of the current random state and the step. The random state
+        does not change, so that the training of the lower level is not affected.
         """
         with replay(RandomState.capture()):
             key = int(torch.randint(2**62, ()))
@@ -256,7 +257,7 @@ class Nested(Problem):
 
     @contextmanager
     def _following(self, oracle: Oracle) -> Iterator[None]:
-        """Within the body, w has moved by the Newton step, if this level is `anchored`."""
+        """Move w by the Newton step for the body, if this level is `anchored`."""
         solver, w = self.estimator, self.lower.variables
         if self._anchor is None or not isinstance(solver, Solver):
             yield
@@ -271,7 +272,7 @@ class Nested(Problem):
             yield
 
     def _reads_below(self, variable: Tensor, oracle: Oracle) -> bool:
-        """Whether the loss or the optimizer options of the level below read ``variable``."""
+        """Whether the loss or the optimizer options of the lower level read ``variable``."""
         if variable not in self._read:
             with oracle.open(), replay(oracle.lower_random):
                 (slope,) = self.lower.gradient(oracle.lower_batch, (variable,)).gradient

@@ -1,4 +1,4 @@
-"""One bilevel step, which every driver shares.
+"""One bilevel step, shared by `Engine`, `Nested` and `BilevelTrainer`.
 
     lower step: w ← step(w, ∂f/∂w)
     upper step: u ← step(u, dF/du)          dF/du by an estimator
@@ -45,10 +45,10 @@ class UpperStep:
         hypergradient: dF/du, one tensor for each upper variable.
         grad_norm: ‖dF/du‖₂.
         log: ``upper_loss`` without the prior; ``implicit_ratio`` (‖implicit term‖/‖direct term‖);
-            ``residual``, ``solver_steps`` and ``note``, None where the estimator has none;
+            ``residual``, ``solver_steps`` and ``note``, None if the estimator does not report them;
             ``gradients`` and ``products``, the forward+backward passes and the second backward
             passes.
-        metrics: the metrics of F on this process; ``prior`` where the level has one.
+        metrics: the metrics of F on this process, with ``prior`` if the level has a prior.
     """
 
     hypergradient: tuple[Tensor, ...]
@@ -69,15 +69,15 @@ class LowerStep:
 class BilevelStep:
     """The lower step and the hypergradient of `Engine`, `Nested` and `BilevelTrainer`.
 
-    A driver has the loop and moves the upper variables. This class records what the estimator
-    requires of the lower steps, builds the estimator's `Oracle`, and has its state.
+    A driver has the loop and moves the upper variables. This class records the lower steps as the
+    estimator requires, builds its `Oracle`, and holds its state.
 
     Args:
         upper: the upper level, with loss F and variables u.
         lower: the lower level, with loss f and variables w.
         estimator: the estimator of dF/du.
-        seed: the seed of F's random numbers (dropout). They are a function of the seed and the
-            step, so that the random numbers of f do not depend on F.
+        seed: the seed of F's random numbers (dropout). They depend only on the seed and the step,
+            so that F does not affect the random numbers of f.
         recorded: the largest number of lower steps with a record, see `require_history`.
 
     Raises:
@@ -108,7 +108,7 @@ class BilevelStep:
 
     @property
     def variables(self) -> tuple[Tensor, ...]:
-        """The variables of the next lower gradient: w, and u where ∂f/∂u is required."""
+        """The variables of the next lower gradient: w, and u if ∂f/∂u is required."""
         first = self._unread is None
         u = self.upper.variables if first or self.requirements.lower_gradient else ()
         return (*self.lower.variables, *u)
@@ -116,7 +116,7 @@ class BilevelStep:
     def train_lower(self, *, solved: bool = False) -> LowerStep:
         """Do a lower step on the lower level's next batch.
 
-        Where f is ``solved`` on that batch, the step is recorded and w does not move.
+        If f is already ``solved`` on that batch, the step is recorded and w does not move.
 
         Raises:
             ProblemError: at the first step, f does not read a lower variable.
@@ -133,7 +133,7 @@ class BilevelStep:
         return LowerStep(loss, norm, evaluation.metrics)
 
     def check_graph(self, loss: Tensor) -> None:
-        """Raise ProblemError where the first lower ``loss`` lacks a second derivative it needs."""
+        """Raise ProblemError if the first lower ``loss`` lacks a required second derivative."""
         exact = self._unread is None and self.requirements.second_derivatives
         if exact and (names := once_differentiable_functions(loss)):
             raise ProblemError(
@@ -146,8 +146,8 @@ class BilevelStep:
     ) -> Gradient:
         """Record a lower step on ``batch``; returns ∂f/∂w.
 
-        ``random_state`` has the generator states before f was evaluated, and ``gradient`` is that
-        of f with respect to ``variables``, as these were before the evaluation.
+        ``random_state`` has the generator states before f was evaluated; ``gradient`` is the
+        gradient of f with respect to `variables`, as they were before the evaluation.
 
         Raises:
             ProblemError: at the first step, f does not read a lower variable; or as `Dots.check`.
@@ -187,7 +187,7 @@ class BilevelStep:
     ) -> Oracle:
         """The oracle of ``upper`` and the lower level.
 
-        f is evaluated on the batch and from the generator states of the lower step ``last``.
+        Evaluations of f use the batch and the generator states of the lower step ``last``.
         """
         return Oracle(
             upper,
@@ -199,13 +199,14 @@ class BilevelStep:
             history=list(self._records) if self.requirements.history else (),
             copies=self._copies,
             state=self.state,
+            implicit=not isinstance(self.estimator, Direct),
         )
 
     def look_ahead(self, batch: Any, *, number: int) -> None:
         """Differentiate F on ``batch``, before the passes of the lower step at the same point.
 
-        For an estimator with `Requirements.observe`. The lower step's passes in `observe` then have
-        what f contributes to `hypergradient`, which is next, with the same arguments.
+        This is for an estimator with `Requirements.observe`: the lower step's passes in `observe`
+        then collect its dot products. `hypergradient` comes next, with the same arguments.
 
         Raises:
             NonFiniteError: F or the gradient of F is NaN or infinite.
@@ -218,7 +219,7 @@ class BilevelStep:
         self._ahead = oracle
 
     def observe(self) -> AbstractContextManager[None]:
-        """Within the body, forward and backward passes of the lower step are observed."""
+        """Collect the dot products of the lower step's passes in the body, if required."""
         if self.requirements.lower_gradient:  # a difference subtracts it from uncompiled gradients
             return uncompiled()
         dots = None if self._ahead is None else self._ahead.dots
@@ -227,7 +228,7 @@ class BilevelStep:
     def hypergradient(self, batch: Any, *, number: int) -> UpperStep:
         """dF/du at the current point on ``batch``; no variable moves.
 
-        F's random numbers are a function of the seed and ``number``, that of the upper step.
+        F's random numbers are a function of the seed and the ``number`` of the upper step.
 
         Raises:
             ProblemError: at the first step, no loss reads an upper variable.
@@ -235,8 +236,8 @@ class BilevelStep:
                 no lower step was recorded since `forget`.
 
         Warns:
-            HypergradientWarning: the estimator is `Direct`, and F does not read a variable; or it
-                is another, and F reads no lower variable, or the hypergradient is exactly 0.
+            HypergradientWarning: the estimator is `Direct`, and F does not read an upper variable;
+                or it is another, and F reads no lower variable or the hypergradient is exactly 0.
         """
         if self.last is None:
             raise NonFiniteError(
@@ -266,8 +267,8 @@ class BilevelStep:
         if result.norms[0] == 0 < oracle.upper_gradient.norm and self.estimator.name != "direct":
             warnings.warn(
                 f"{self.estimator.name}: the hypergradient of {self.upper.name} is exactly 0"
-                f"{result.note and f' ({result.note})'}; train the lower level for longer before, "
-                "add damping, or choose another estimator",
+                f"{result.note and f' ({result.note})'}; take more lower steps first, add damping, "
+                "or choose another estimator",
                 HypergradientWarning,
                 stacklevel=2,
             )
@@ -280,11 +281,11 @@ class BilevelStep:
             self._forget_first()
 
     def state_dict(self) -> dict[str, Any]:
-        """The estimator's own state, as numbers and lists of tensors."""
+        """The estimator's state, as numbers and lists of tensors."""
         return packed(self.state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore ``state``, of `state_dict`, and delete the records of lower steps.
+        """Restore a result of `state_dict`, and delete the records of lower steps.
 
         Raises:
             ProblemError: ``state`` does not fit these levels; nothing has changed.
@@ -293,21 +294,21 @@ class BilevelStep:
         self.forget()
 
     def _require_read(self, of_u: Sequence[Tensor | None], of_w: Sequence[Tensor | None]) -> None:
-        """Raise ProblemError where no loss reads an upper variable; warn where a term is 0."""
+        """Raise ProblemError if no loss reads an upper variable; warn if a term is 0."""
         require_read(self.upper, of_u, besides=self._unread)
         direct, name = isinstance(self.estimator, Direct), self.upper.name
         unread = [n for n, g in zip(self.upper.names, of_u, strict=True) if g is None]
         if direct and unread:
             warnings.warn(
-                f"{name}: the loss does not read {unread[0]!r}, which direct therefore never "
-                "moves; choose an estimator with an implicit term, such as darts",
+                f"{name}: the loss does not read {unread[0]!r}, so that direct never moves it; "
+                "choose an estimator with an implicit term, such as darts",
                 HypergradientWarning,
                 stacklevel=2,
             )
-        if not direct and all(g is None for g in of_w):  # such as those of a copy of the model
+        if not direct and all(g is None for g in of_w):  # F may read a copy of the model
             warnings.warn(
                 f"{name}: the loss reads no variable of {self.lower.name}, so that the "
-                "hypergradient has no implicit term; let it read what that level trains",
+                "hypergradient has no implicit term; let it read the variables of that level",
                 HypergradientWarning,
                 stacklevel=2,
             )
@@ -322,21 +323,21 @@ class BilevelStep:
 
 
 def prior_of(level: Problem, metrics: Mapping[str, float]) -> float:
-    """The prior in a loss of ``level`` with ``metrics``, which records and logs have apart."""
+    """The prior that a loss of ``level`` with ``metrics`` includes; records list it apart."""
     return 0.0 if level.prior is None else metrics["prior"]
 
 
 def require_history(estimator: Estimator, *, lower_steps: int, recorded: int) -> None:
-    """Raise ProblemError where ``estimator`` needs more records of lower steps than there are.
+    """Raise ProblemError if ``estimator`` needs more records of lower steps than there are.
 
-    Of the ``lower_steps`` before each upper step, the Engine records all, the Trainer the last.
+    The Engine records all ``lower_steps`` before each upper step, the Trainer only the last.
     """
     history = estimator.requirements.history
     needed = lower_steps if history == ALL else history
     if needed > recorded:
-        which = "every lower step" if history == ALL else f"the last {history} lower steps"
+        steps = "every lower step" if history == ALL else f"the last {history} lower steps"
         raise ProblemError(
-            f"hypergradient: {estimator.name} needs {which} before each upper step, got "
-            f"{min(needed, recorded)} of lower_steps={lower_steps}; use the Engine with "
-            f"lower_steps={needed}, or change the options of the estimator"
+            f"hypergradient: {estimator.name} needs records of {steps} before each upper step, and "
+            f"{min(needed, recorded)} of lower_steps={lower_steps} are recorded; use the Engine "
+            f"with lower_steps={needed}, or change the options of the estimator"
         )

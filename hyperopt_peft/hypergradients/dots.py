@@ -1,15 +1,14 @@
-"""∂²f/∂u∂w·b of a loss that weights examples, by dot products in one backward pass.
+"""∂²f/∂u∂w·b for a loss that weights examples, from dot products in one backward pass.
 
     f = weighted(ℓ_1, …, ℓ_G; u)     ∂²f/∂u∂w·b = Σ_g ∂f'_g/∂u ⟨∇ℓ_g, b⟩,   f'_g = ∂f/∂ℓ_g
 
-A linear layer y = xWᵀ + c with the gradients δ_t = ∂f/∂y_t of its outputs, and a direction (B, d)
-of (W, c), have
+For a linear layer y = xWᵀ + c, output gradients δ_t = ∂f/∂y_t and a direction (B, d) of (W, c),
 
     ⟨∂f/∂W, B⟩ + ⟨∂f/∂c, d⟩ = Σ_t δ_t·(B x_t + d)
 
-The terms of group g, summed over all layers, are f'_g ⟨∇ℓ_g, b⟩. So any backward pass of f has the
-dot products of all groups. This is the "ghost dot product" of Wang et al. 2024, arXiv:2406.11011.
-There is no second derivative, no difference and no pass in single precision, and the loss may use
+The terms of group g, summed over all layers, are f'_g ⟨∇ℓ_g, b⟩. So any backward pass of f yields
+the dot products of all groups: the "ghost dot product" of Wang et al. 2024, arXiv:2406.11011. The
+method needs no second derivative, no difference and no pass in float32, so that the loss may use
 any attention kernel, frozen quantised layers and gradient checkpointing.
 """
 
@@ -36,15 +35,15 @@ from hyperopt_peft.utils.distributed import gather
 from hyperopt_peft.utils.reductions import to_floats
 from hyperopt_peft.utils.vector import Vector, inner, widened
 
-#: A direction (B, d) of the weight and the bias of a layer; None where the layer's is no variable.
+#: The direction (B, d) for the weight and bias of a layer; None for one that is not a variable.
 Direction = tuple[Tensor | None, Tensor | None]
 ADVICE = "choose product=difference, or another estimator"
-UNCALLED = "does not call the model's output layer, as with a fused head"
+UNCALLED = "does not call the model's output layer (a fused head does not)"
 
 
 @dataclass
 class _Evaluation:
-    """An evaluation of the losses: f'_g ⟨∇ℓ_g, b⟩ by row or token, in parts of one shape."""
+    """One evaluation of the losses, with sums of f'_g ⟨∇ℓ_g, b⟩ by the shape of a layer's input."""
 
     batch: Any
     losses: Tensor
@@ -54,15 +53,14 @@ class _Evaluation:
 class Dots:
     """The dot products ⟨∇ℓ_g, b⟩ of all groups, from passes of a level's loss in `observe`.
 
-    Sums are over rows, or over tokens where ``groups`` gives each token a group. A group then must
-    own whole documents: a token's inputs get gradients from the losses of later tokens of the
-    document.
+    Products are summed by row, or by token if ``groups`` gives each token a group. Then all tokens
+    of a document must be in one group, since the losses of later tokens reach earlier inputs.
 
     Args:
         level: the level with loss f, whose `Problem.examples` weights examples.
-        directions: by layer, the direction b.
-        along: b as a vector shaped like the level's variables; None where it is not.
-        layers: with ``along``, the `linear_layers` of the level.
+        directions: the direction b, by layer.
+        along: b as a vector shaped like the level's variables; None if b has another shape.
+        layers: the `linear_layers` of the level, if ``along`` is given.
     """
 
     def __init__(
@@ -91,9 +89,9 @@ class Dots:
 
     @contextmanager
     def observe(self) -> Iterator[None]:
-        """Within the body, forward and backward passes of the level's loss are observed.
+        """Collect the dot products of the forward and backward passes in the body.
 
-        Each backward pass comes before the next forward pass.
+        Each backward pass must come before the next forward pass.
         """
         with uncompiled(), ExitStack() as stack:
             for layer, direction in self.directions.items():
@@ -134,9 +132,9 @@ class Dots:
         sums[key] = sums[key] + dots if key in sums else dots
 
     def check(self, gradient: Sequence[Tensor | None]) -> None:
-        """Raise ProblemError unless all dot products sum to ⟨``gradient``, b⟩, as rounding allows.
+        """Raise ProblemError unless the dot products sum to ⟨``gradient``, b⟩, up to rounding.
 
-        ``gradient`` is ∂f/∂w of the observed passes, averaged over the processes.
+        ``gradient`` is ∂f/∂w from the observed passes, averaged over the processes.
         """
         names, w = self.level.names, self.level.variables
         if self.along is None:
@@ -158,15 +156,15 @@ class Dots:
         total, size, expected = to_floats([*here, inner(slope, self.along)])
         if abs(total - expected) > self._epsilon**0.5 * size:
             self._refuse(
-                f"has dot products of layers that sum to {total:.6g}, and a derivative of "
-                f"{expected:.6g}: it uses a weight outside of its layer, or w outside of losses"
+                f"has a derivative of {expected:.6g}, but the dot products of its layers sum to "
+                f"{total:.6g}: it uses a weight outside its layer, or w outside losses"
             )
 
     def _refuse(self, reason: str) -> None:
         raise ProblemError(f"{self.level.name}: dot products: the loss {reason}; {ADVICE}")
 
     def mixed(self, variables: Sequence[Tensor]) -> Vector:
-        """∂²f/∂u∂w·b for the upper ``variables`` u, an average over the processes."""
+        """∂²f/∂u∂w·b for the upper ``variables`` u, averaged over the processes."""
         total: list[Tensor | None] = [None] * len(variables)
         for evaluation in self._evaluations:
             losses = evaluation.losses.clone().requires_grad_()
@@ -192,9 +190,8 @@ class Dots:
             of_rows = groups.dim() == 1 and shape[:1] == groups.shape
             if not of_rows and dots.numel() != groups.numel():
                 raise ProblemError(
-                    f"{self.level.name}: dot products: groups has the shape "
-                    f"{tuple(groups.shape)}, and a layer is called on inputs of shape "
-                    f"{(*shape, '…')}, which have no such rows or tokens; {ADVICE}"
+                    f"{self.level.name}: dot products: groups has shape {tuple(groups.shape)}, "
+                    f"which does not fit a layer's input of shape {(*shape, '…')}; {ADVICE}"
                 )
             each = dots.reshape(len(groups), -1).sum(1) if of_rows else dots.flatten()
             result.index_add_(0, groups.flatten(), each.to(result))
@@ -202,9 +199,9 @@ class Dots:
 
 
 class _Tap(torch.autograd.Function):
-    """y, whose backward pass calls ``add`` with δ·(Bx + d) of each row or token.
+    """y, with a backward pass that calls ``add`` with δ·(Bx + d) for each row or token.
 
-    Bx + d is saved, or x where this is smaller, so that a checkpoint recomputes what is saved.
+    Bx + d, or x if it is smaller, is saved for backward, so that gradient checkpoints recompute it.
     """
 
     @staticmethod
@@ -237,7 +234,7 @@ class _Tap(torch.autograd.Function):
 
 
 def weighted_examples(level: Problem) -> WeightedExamples:
-    """The level that weights examples in ``level``.
+    """The `WeightedExamples` that ``level`` is or evaluates.
 
     Raises:
         ProblemError: there is none.
@@ -245,18 +242,18 @@ def weighted_examples(level: Problem) -> WeightedExamples:
     examples = level.examples
     if not isinstance(examples, WeightedExamples):
         raise ProblemError(
-            f"{level.name}: dot products need a level that weights examples, a WeightedExamples; "
+            f"{level.name}: dot products need a level that weights examples (WeightedExamples); "
             f"{ADVICE}"
         )
     return examples
 
 
 def linear_layers(level: Problem) -> dict[nn.Linear, tuple[int | None, int | None]]:
-    """By layer, the numbers of its weight and its bias among the variables of ``level``.
+    """For each layer, the indices of its weight and bias among the variables of ``level``.
 
     Raises:
-        ProblemError: a variable is neither of an ``nn.Linear`` in the level's model, or a fused
-            head reads it; or as `weighted_examples`.
+        ProblemError: a variable is neither a weight nor a bias of an ``nn.Linear`` in the level's
+            model, or a fused head reads it; or as `weighted_examples`.
     """
     number = {id(variable): k for k, variable in enumerate(level.variables)}
     model: Any = weighted_examples(level).model
@@ -266,12 +263,12 @@ def linear_layers(level: Problem) -> dict[nn.Linear, tuple[int | None, int | Non
         if isinstance(layer, nn.Linear)
         and (numbers := (number.get(id(layer.weight)), number.get(id(layer.bias)))) != (None, None)
     }
-    found = {k for numbers in layers.values() for k in numbers}
+    indices = {k for numbers in layers.values() for k in numbers}
     for k, name in enumerate(level.names):
-        if k not in found:
+        if k not in indices:
             raise ProblemError(
-                f"{level.name}: dot products need variables that are weights or biases of linear "
-                f"layers, and {name!r} is none; {ADVICE}"
+                f"{level.name}: dot products need weights or biases of linear layers as variables, "
+                f"and {name!r} is neither; {ADVICE}"
             )
     if has_fused_head(model) and layers.keys() & {*model.get_output_embeddings().modules()}:
         raise uncalled(level)

@@ -17,7 +17,7 @@ from hyperopt_peft.hypergradients.products import NO_EXACT_PRODUCT
 from hyperopt_peft.hypergradients.registry import DEFAULT, EstimatorLike, get_estimator
 from hyperopt_peft.utils.random_state import RandomState
 
-#: Stands for the next batch of a level's data.
+#: A placeholder for the next batch of a level's data.
 NEXT: Any = object()
 #: A relative residual above which `hypergradient` warns.
 LARGE_RESIDUAL = 0.1
@@ -33,7 +33,7 @@ def open_oracle(
 ) -> Oracle:
     """The oracle of two levels at the current point, outside training.
 
-    A batch that is not given is the next one of the level's data, whose position does not change.
+    By default the batches are the next ones of the levels' data, whose position does not change.
     The random numbers of both losses start from the current random state, or from ``seed``.
 
     Raises:
@@ -58,7 +58,7 @@ def open_oracle(
 
 
 def check_ownership(*levels: Problem) -> None:
-    """Raise ProblemError if variables of two levels share memory, or one is not a Problem."""
+    """Raise ProblemError if variables of two levels share memory, or a level is not a Problem."""
     for level in levels:
         if not isinstance(level, Problem):
             raise ProblemError(f"a level must be a Problem, got {type(level).__name__}")
@@ -69,7 +69,7 @@ def check_ownership(*levels: Problem) -> None:
             )
     for level in levels[:-1]:
         level.require_single(
-            "it must be the lowest one given; write a chain of four as Engine(first, "
+            "only the last level may be Nested; write a chain of four levels as Engine(first, "
             "Nested(second, Nested(third, fourth)))"
         )
     named = [
@@ -91,8 +91,8 @@ def check_estimator(estimator: Estimator, upper: Problem, lower: Problem) -> Non
         lower.require_single(f"{estimator.name}: {NO_EXACT_PRODUCT}")
     if needs.history > 1:
         lower.require_single(
-            f"{estimator.name} needs the last {needs.history} steps, and these have moved since; "
-            "choose steps=1, or a solver"
+            f"{estimator.name} needs the last {needs.history} steps, and its lower levels "
+            "have moved since; choose steps=1, or a solver"
         )
 
 
@@ -109,28 +109,28 @@ def hypergradient(
 
         dF/du = ∂F/∂u − ∂²f/∂u∂w · [∂²f/∂w²]⁻¹ · ∂F/∂w
 
-    Parameters, buffers, gradients, optimizers, data and random states are bit-identical afterwards,
-    also after an exception.
+    Parameters, buffers, gradients, optimizers, data and random states are restored bit for bit,
+    even after an exception.
 
     Args:
         upper: the upper level, with loss F.
         lower: the lower level, with loss f, at (or near) its minimum for the current u.
         estimator: an estimator, its name with options, ``"cg:steps=40"``, or a function
             ``(matvec, b) -> v``.
-        upper_batch, lower_batch: the batches of the losses; by default the next ones of each
-            level's data, None for a level without data.
+        upper_batch, lower_batch: the batches of the losses; by default the next batch of each
+            level's data, or None for a level without data.
         seed: the seed of both losses' random numbers (dropout); by default they start from the
             current random state.
 
     Raises:
-        ProblemError: an unknown estimator or option; levels that share a tensor; an invalid loss,
-            such as one that writes to a variable (what was written stays, and a write through
-            ``.data`` is not noticed); or a hook that may change a variable's ``.grad``.
+        ProblemError: the estimator or an option is unknown; the levels share a tensor; a loss is
+            invalid or writes to a variable (the new value stays); or a hook may change the
+            ``.grad`` of a variable.
         NonFiniteError: a loss, a gradient, a curvature or the result is NaN or infinite.
 
     Warns:
-        HypergradientWarning: the estimator's relative residual is above 0.1. Training does not
-            warn, since its log has each step's ``residual``.
+        HypergradientWarning: the relative residual of the solve is above 0.1. Training logs the
+            ``residual`` of each step instead of warning.
 
     Example:
         >>> from hyperopt_peft.problems.textbook.ridge import diabetes

@@ -1,4 +1,4 @@
-"""The interface of an estimator: its requirements, passes and options."""
+"""The interface of an estimator: options, requirements and cost."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from hyperopt_peft.utils.validation import matches, type_name
 
 #: `Requirements.history` of an estimator that needs a record of every lower step.
 ALL = sys.maxsize
-# Evaluating them takes as long as a small network's pass.
+# Cached, since evaluating type hints takes as long as a small network's pass.
 _hints = cache(partial(get_type_hints, include_extras=True))
 
 
 @dataclass(frozen=True)
 class Requirements:
-    """The data that an estimator requires from training, by `BilevelStep`.
+    """The data that an estimator requires from training; `BilevelStep` provides them.
 
     Args:
-        history: the number of last lower steps with a `StepRecord`; `ALL` for those since the last
-            upper step.
+        history: the number of past lower steps with a `StepRecord`; `ALL` records every lower step
+            since the last upper step.
         optimizer_state: whether a record has the gradient, and the optimizer's state before the
             step.
-        lower_gradient: whether a record has ∂f/∂u, of the lower step's own backward pass.
+        lower_gradient: whether a record has ∂f/∂u from the lower step's own backward pass.
         second_derivatives: whether f is differentiated twice.
         differences: whether gradients at close points are subtracted.
-        observe: whether `Estimator.observe` takes what f contributes from the lower step's own
-            pass, where the driver can differentiate F at the same point before.
+        observe: whether `Estimator.observe` can take the dot products of f from the lower step's
+            own pass, if F is differentiated at the same point before that pass.
 
     Example:
         >>> from hyperopt_peft.hypergradients import get_estimator
@@ -54,7 +54,7 @@ class Requirements:
 class Estimator(ABC):
     """An estimator of dF/du; a subclass is a frozen dataclass whose fields are the options.
 
-    The constructor checks options against their type hints, which may have a `Bound`.
+    The constructor checks the options against their type hints, which may include a `Bound`.
 
     Raises:
         ProblemError: an option has the wrong type or is out of range.
@@ -90,21 +90,21 @@ class Estimator(ABC):
 
     @property
     def requirements(self) -> Requirements:
-        """The estimator's requirements of training; none by default."""
+        """The data required from training; none by default."""
         return Requirements()
 
     def cost(self) -> int | None:
-        """The passes of an upper step with its last lower step; None if unknown.
+        """The number of passes of one lower and one upper step; None if unknown.
 
-        First and second backward passes count, each with the forward pass before it.
+        First and second backward passes count; a forward pass counts with its backward pass.
         """
         return None
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
         """Raise ProblemError if the estimator cannot be used with these levels.
 
-        By default ``lower`` must have no `Problem.optimizer_options` that are functions of upper
-        variables, since most estimators do not differentiate the optimizer.
+        By default the `Problem.optimizer_options` of ``lower`` must not depend on upper variables,
+        since most estimators do not differentiate the optimizer.
         """
         read = read_by_options(lower)
         names = [n for n, u in zip(upper.names, upper.variables, strict=True) if id(u) in read]
@@ -115,9 +115,9 @@ class Estimator(ABC):
         )
 
     def observe(self, oracle: Oracle) -> Dots | None:
-        """What to observe of the lower step's pass, which is next; None for nothing.
+        """The dot products to collect in the lower step's pass, which comes next; None for none.
 
-        `estimate` then has it as ``oracle.dots``. The oracle has no lower batch yet.
+        `estimate` reads them from ``oracle.dots``. The oracle has no lower batch yet.
         """
         return None
 

@@ -6,9 +6,9 @@ At a minimum w*(u) of f(u, ·) the slope ∂f/∂w is zero for every u. With H =
 
     dF/du = ∂F/∂u − ∂²f/∂u∂w · v,     H v = ∂F/∂w.
 
-There is one linear system for any number of upper variables, and H is multiplied by vectors alone,
-each time by one backward pass through the graph of ∂f/∂w (Pearlmutter 1994). The estimators of the
-package approximate v; this module is the reference to read and to test against.
+There is one linear system for any number of upper variables. H is only multiplied by vectors, each
+time by one backward pass through the graph of ∂f/∂w (Pearlmutter 1994). The estimators of the
+package approximate v; this module is a reference to read and to test against.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Solve = Callable[[Callable[[Tensors], Tensors], Tensors], Tensors]
 
 
 def dense_solve(matvec: Callable[[Tensors], Tensors], b: Tensors) -> Tensors:
-    """H⁻¹b from all columns of H, for few unknowns."""
+    """H⁻¹b from the dense H, for few unknowns."""
     rhs = torch.cat([x.flatten() for x in b])
     parts = [torch.eye(len(rhs)).to(rhs)[i].split([x.numel() for x in b]) for i in range(len(rhs))]
     columns = [matvec([p.view_as(x) for p, x in zip(unit, b)]) for unit in parts]
@@ -36,10 +36,10 @@ def dense_solve(matvec: Callable[[Tensors], Tensors], b: Tensors) -> Tensors:
 def implicit_gradient(
     upper_loss: Loss, lower_loss: Loss, u: Tensors, w: Tensors, solve: Solve = dense_solve
 ) -> tuple[Tensor, ...]:
-    """dF/du at a minimum w of f(u, ·), one tensor for each of ``u``, in its shape.
+    """dF/du at a minimum w of f(u, ·): one tensor for each tensor of ``u``, in its shape.
 
-    ``upper_loss`` (F) and ``lower_loss`` (f) are functions of (u, w) with a scalar result.
-    ``solve`` gives v from the function v ↦ Hv and ∂F/∂w, both in the shapes of ``w``.
+    ``upper_loss`` (F) and ``lower_loss`` (f) are functions of (u, w) that return a scalar.
+    ``solve`` computes v from the function v ↦ Hv and ∂F/∂w, both in the shapes of ``w``.
 
     Example:
         >>> f = lambda u, w: (w[0] - 3.0).square().sum() + u[0] @ w[0].square()  # w* = 3/(1 + u)

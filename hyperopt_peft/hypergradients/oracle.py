@@ -43,9 +43,9 @@ MovedGradients = Callable[[Literal["upper", "lower"], Vector], tuple[Vector, Vec
 
 @dataclass(frozen=True)
 class UpperGradient:
-    """∂F/∂u (``direct``), ∂F/∂w (``b``) and ‖b‖₂; zero for a variable that F does not read.
+    """∂F/∂u (``direct``), ∂F/∂w (``b``) and ``norm`` = ‖b‖₂; zero for variables F does not read.
 
-    ``norm`` is 0 too where its square is below the range of float64.
+    ``norm`` is also 0 if its square underflows in float64.
     """
 
     direct: Vector
@@ -60,11 +60,11 @@ class Estimate:
 
     Attributes:
         direct: ∂F/∂u, shaped like the upper variables.
-        implicit: the implicit term with its sign, in the same shapes.
-        residual: ‖b − Hv‖/‖b‖ of a solve; None if the estimator does not measure it.
+        implicit: the implicit term with its minus sign, in the same shapes.
+        residual: ‖b − Hv‖/‖b‖ of the solve; None if the estimator does not measure it.
         steps: the number of steps of the solver.
         note: a message for the user.
-        state: `Oracle.state` at the next upper step.
+        state: the `Oracle.state` of the next upper step.
         norms: the 2-norms of dF/du, ``direct`` and ``implicit``; set by `estimate`.
 
     Example:
@@ -89,7 +89,7 @@ class Estimate:
 
     @property
     def implicit_ratio(self) -> float:
-        """‖implicit‖/‖direct‖; infinite where only ``direct`` is zero."""
+        """‖implicit‖/‖direct‖; infinite if only ``direct`` is zero."""
         _, direct, implicit = self.norms or (0.0, self.direct.norm(), self.implicit.norm())
         return implicit / direct if direct else (float("inf") if implicit else 0.0)
 
@@ -105,11 +105,12 @@ class Oracle:
             f, so that all evaluations of a loss have equal dropout masks.
         history: the last lower steps, oldest first; empty outside training.
         copies: the memory for copies of the lower variables.
-        state: `Estimate.state` of the last upper step; empty before, and outside training.
+        state: the `Estimate.state` of the last upper step; empty at first, and outside training.
         passes: the number of passes so far.
         buffers: the modules' buffers, restored after each evaluation.
         losses: the values of f so far, on their device.
-        dots: the dot products of the lower step's own pass, where `Estimator.observe` asked.
+        dots: the dot products from the lower step's own pass, if `Estimator.observe` requested any.
+        implicit: whether `upper_gradient` has ∂F/∂w; without, its ``b`` has no parts.
 
     Example:
         >>> from hyperopt_peft.hypergradients import open_oracle
@@ -133,18 +134,19 @@ class Oracle:
     buffers: Buffers = field(default_factory=Buffers)
     losses: list[Tensor] = field(default_factory=list)
     dots: Dots | None = None
+    implicit: bool = True
 
     @contextmanager
     def open(self) -> Iterator[Oracle]:
-        """Within the body, the oracle can be used; afterwards all state is restored.
+        """Make the oracle usable in the body, and restore all state afterwards.
 
         Raises:
-            ProblemError: outside training, a loss has left another value in a variable.
+            ProblemError: outside training, a loss changed a variable.
         """
         variables = (*self.upper.variables, *self.lower.variables)
         devices = devices_of(self.upper, self.lower)
         with uncompiled(), preserve_state(variables, devices) as self.buffers:
-            if self.copies is not None:  # in training the time of a copy would show
+            if self.copies is not None:  # in training a copy would take too long
                 yield self
                 return
             with perturbed(variables) as before:
@@ -153,7 +155,7 @@ class Oracle:
                     raise ProblemError(f"a loss writes to {names[0]}; {NO_WRITES}")
 
     def estimate(self, estimator: Any) -> Estimate:
-        """The estimate of an `Estimator` at the oracle's point; all state is restored afterwards.
+        """The estimate of an `Estimator` at the oracle's point; restores all state afterwards.
 
         Raises:
             NonFiniteError: a loss, a gradient, a curvature or the result is NaN or infinite.
@@ -163,7 +165,7 @@ class Oracle:
             with self.open():
                 result: Estimate = estimator.estimate(self)
         except NonFiniteError as error:
-            # A loss that is not finite is the cause, and the better message.
+            # A loss that is not finite is the cause, and makes the better message.
             self._require_finite(name, to_floats(self.losses))
             raise NonFiniteError(f"{name}: {error}") from error
         vectors = result.hypergradient, result.direct, result.implicit
@@ -177,7 +179,7 @@ class Oracle:
         return replace(result, norms=(norm, direct, implicit))
 
     def _require_finite(self, estimator: str, losses: Sequence[float]) -> None:
-        """Raise NonFiniteError if one of the values ``losses`` of f is NaN or infinite."""
+        """Raise NonFiniteError if a value of f in ``losses`` is NaN or infinite."""
         for loss in losses:
             if not math.isfinite(loss):
                 raise NonFiniteError(f"{estimator}: {self.lower.name}: the loss is {loss}")
@@ -186,12 +188,12 @@ class Oracle:
     def upper_gradient(self) -> UpperGradient:
         """∂F/∂u and ∂F/∂w, by one forward+backward pass."""
         self.passes.count(gradients=1)
-        u, w = self.upper.variables, self.lower.variables
+        u, w = self.upper.variables, self.lower.variables if self.implicit else ()
         with replay(self.upper_random), unwritten(self.upper, self.lower):
             evaluation = self.lower.gradient_above(self.upper, self.upper_batch, (*u, *w))
         self.buffers.restore()
         gradient, norm = evaluation.gradient, math.hypot(*evaluation.norms[len(u) :])
-        if norm**2 == 0:  # solvers divide by the square
+        if norm**2 == 0:  # solvers divide by it
             norm = 0.0
         direct, b = Vector.of(gradient[: len(u)], u), Vector.of(gradient[len(u) :], w)
         views = (None if g is None else x for g, x in zip(gradient, (*direct, *b), strict=True))
@@ -211,10 +213,10 @@ class Oracle:
 
     @contextmanager
     def moved(self) -> Iterator[MovedGradients]:
-        """Gradients of both losses at w + offset, by one forward+backward pass each.
+        """A function for the gradients of either loss at w + offset, by one forward+backward pass.
 
-        The passes run in single precision, for use in differences. Afterwards w is restored bit
-        for bit.
+        The passes run in float32 or wider, for use in differences. Afterwards w is restored bit for
+        bit.
         """
         objective, u = self._objective(None), self.upper.variables
         w = self.lower.variables
@@ -248,7 +250,7 @@ class Oracle:
     ) -> Iterator[Product]:
         """Second-derivative products of f at the current point, or at the start of step ``at``.
 
-        A forward difference uses ``at.upper_gradient``, if recorded.
+        A forward difference uses ``at.upper_gradient`` if it is recorded.
         """
         if kind == "exact":
             if is_sharded(*variables_of(self.upper, self.lower)):
@@ -260,7 +262,7 @@ class Oracle:
             upper_gradient = Vector.of(at.upper_gradient, self.upper.variables)
         variables = self.lower.variables
         with ExitStack() as stack:
-            stack.callback(self.buffers.restore)  # after the body, whose graph reads the buffers
+            stack.callback(self.buffers.restore)  # after the body, since its graph reads them
             if kind == "difference":
                 stack.enter_context(self._differentiable())
             stack.enter_context(self._single_precision(half))
@@ -278,9 +280,9 @@ class Oracle:
                 yield ExactProduct(objective)
 
     def observe(self, dots: Dots, at: StepRecord | None = None) -> Dots:
-        """``dots`` of one forward+backward pass of f, at the current w or the start of step ``at``.
+        """Fill ``dots`` by one forward+backward pass of f, in the precision of training.
 
-        The pass runs in the precision of training.
+        The pass is at the current w, or at the start of step ``at``.
         """
         objective, w = self._objective(at), self.lower.variables
         with nullcontext() if at is None else perturbed(w, self.copies), dots.observe():
@@ -292,19 +294,19 @@ class Oracle:
 
     @contextmanager
     def _differentiable(self) -> Iterator[None]:
-        """Raise ProblemError where a layer of F, or of f in the body, rounds activations."""
+        """Raise ProblemError if a layer of F, or of f in the body, rounds activations."""
         require_no_rounding(self.buffers.modules)
         yield
         require_no_rounding(self.buffers.modules)
 
     @contextmanager
     def _single_precision(self, half: bool) -> Iterator[None]:
-        """Within the body, passes run in single precision if ``half``."""
+        """Within the body, passes run in float32 if ``half``."""
         variables = variables_of(self.upper, self.lower)
         if half and is_sharded(*variables):
             raise ProblemError(
-                "a difference of gradients needs single precision, which sharded variables do not "
-                "support when the loss runs in half precision; turn mixed precision off"
+                "a difference of gradients needs float32, which sharded variables do not support "
+                "when the loss runs in half precision; turn mixed precision off"
             )
         with single_precision(variables) if half else nullcontext():
             yield

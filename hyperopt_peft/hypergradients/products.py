@@ -2,8 +2,8 @@
 
     hessian(v) = ∂²f/∂w² v     mixed(v) = ∂²f/∂u∂w v     both(v, e)[0] = ∂²f/∂w² v + ∂²f/∂w∂u e
 
-on one batch and one random state. `ExactProduct` differentiates ∂f/∂w; `DifferenceProduct` needs
-first-order passes only.
+All products use one batch and one random state. `ExactProduct` differentiates ∂f/∂w;
+`DifferenceProduct` needs first-order passes only.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ NO_EXACT_PRODUCT = f"there is no exact product; {DIFFERENCE}"
 
 @dataclass
 class Passes:
-    """Counts: ``gradients`` of forward+backward passes, ``products`` of second backward passes.
+    """Counts of forward+backward passes (``gradients``) and second backward passes (``products``).
 
-    ``update``, if given, is called with the number of new passes; a progress bar has such a method.
+    ``update`` is called with the number of new passes, as a progress bar's method of this name.
     """
 
     gradients: int = 0
@@ -64,8 +64,8 @@ class Passes:
 class Objective:
     """f on one batch, with the same random numbers at every evaluation.
 
-    Each evaluation appends f to ``losses``, a scalar on its device. Gradients are not checked for
-    NaN here: solvers check the numbers that they read, and `estimate` checks the losses.
+    Each evaluation appends f, a scalar on its device, to ``losses``. NaN is not an error here:
+    solvers check the numbers that they read, and `Oracle.estimate` checks the losses.
     """
 
     lower: Problem
@@ -81,17 +81,17 @@ class Objective:
         return Vector.of(self.parts(variables), variables)
 
     def parts(self, variables: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-        """As ``gradient``, in the variables' dtypes; None for a variable that f does not read."""
+        """As `gradient`, in the variables' dtypes; None for a variable that f does not read."""
         self.passes.count(gradients=1)
         with self.evaluation():
             loss, _, gradient = self.lower.differentiate(self.batch, variables)
         self.losses.append(loss)
-        self.buffers.restore()  # the next evaluation must be of the same function
+        self.buffers.restore()  # so that the next evaluation has the same function
         return gradient
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Within the body, f has its random numbers, and may not write to a variable."""
+        """Within the body, f has its random state, and must not write to a variable."""
         with replay(self.random_state), unwritten(self.upper, self.lower):
             yield
 
@@ -119,29 +119,30 @@ class Product(ABC):
         return self._along(self.objective.upper.variables, v)
 
     def both(self, v: Vector, e: Vector | None = None) -> tuple[Vector, Vector]:
-        """∂²f/∂w² v and ∂²f/∂u∂w v, at the cost of one of them; with ``e``, as u moves along e."""
+        """∂²f/∂w² v and ∂²f/∂u∂w v at the cost of one; ``e`` adds the derivative along e in u."""
         w, u = self.objective.lower.variables, self.objective.upper.variables
         parts = self._along((*w, *u), v, e).parts
         return Vector(parts[: len(w)]), Vector(parts[len(w) :])
 
     @abstractmethod
     def lower_gradient(self) -> tuple[Tensor | None, ...]:
-        """∂f/∂w, in the variables' dtypes; by a pass of its own unless a graph has it."""
+        """∂f/∂w in the variables' dtypes; costs a pass unless the graph already has it."""
 
     @abstractmethod
     def _along(self, variables: tuple[Tensor, ...], v: Vector, e: Vector | None = None) -> Vector:
-        """∂(⟨∂f/∂w, v⟩ + ⟨∂f/∂u, e⟩)/∂variables; e = 0 if None."""
+        """∂(⟨∂f/∂w, v⟩ + ⟨∂f/∂u, e⟩)/∂variables; None is e = 0."""
 
 
 class ExactProduct(Product):
     """Products by double backward through one autograd graph (Pearlmutter 1994).
 
     Attention runs in PyTorch's math kernel, the only one with a second derivative. The backward
-    pass of a custom ``autograd.Function`` must be differentiable, or be marked
-    ``once_differentiable``, which is an error. A product is an average over the processes.
+    pass of a custom ``autograd.Function`` must be differentiable. A product is an average over the
+    processes.
 
     Raises:
-        ProblemError: an operation of the loss has no second derivative, or a module is sharded.
+        ProblemError: an operation of the loss has no second derivative (a function marked
+            ``once_differentiable``, for example), or a module is sharded.
     """
 
     def __init__(self, objective: Objective) -> None:
@@ -154,7 +155,7 @@ class ExactProduct(Product):
         self.gradient = self._slopes(objective.lower.variables)
 
     def lower_gradient(self) -> tuple[Tensor | None, ...]:
-        """∂f/∂w, which the graph has; zero where f does not read a variable."""
+        """∂f/∂w from the graph; zero for a variable that f does not read."""
         w = self.objective.lower.variables
         return tuple(distributed.mean([part.detach() for part in self.gradient], w))
 
@@ -183,7 +184,7 @@ class ExactProduct(Product):
         loss = self._loss
         with self._second_derivatives():
             slopes = torch.autograd.grad(loss, variables, create_graph=True, materialize_grads=True)
-            # Autograd raises no error for such a function where its node is not on a path.
+            # Autograd raises no error for a marked function whose node is not on a path.
             marked = once_differentiable_functions(loss)
             if marked or any(map(raises_when_differentiated, graph_nodes(slopes))):
                 names = ", ".join(marked) or "a function"
@@ -192,7 +193,7 @@ class ExactProduct(Product):
 
     @contextmanager
     def _second_derivatives(self) -> Iterator[None]:
-        """Within the body, an operation without second derivative raises ProblemError with advice.
+        """Turn an error about a missing second derivative in the body into a ProblemError.
 
         Gradient checkpointing reruns forward passes in the body, so attention uses the math kernel.
         """
@@ -220,10 +221,10 @@ class DifferenceProduct(Product):
 
     Args:
         objective: f.
-        point: a copy of w. The caller restores the lower variables, which a product moves.
+        point: a copy of w. A product moves the lower variables; the caller restores them.
         epsilon: the 2-norm of the change of w; `default_epsilon` if None.
         scheme: ``"central"`` or ``"forward"``.
-        upper_gradient: ∂f/∂u at w, if known; a forward difference then does not evaluate it.
+        upper_gradient: ∂f/∂u at w, if known, for a forward difference.
     """
 
     objective: Objective
@@ -235,10 +236,10 @@ class DifferenceProduct(Product):
 
     def __post_init__(self) -> None:
         if self.upper_gradient is not None:
-            self._unmoved[_ids(self.objective.upper.variables)] = self.upper_gradient
+            self._unmoved[tuple(map(id, self.objective.upper.variables))] = self.upper_gradient
 
     def lower_gradient(self) -> tuple[Tensor | None, ...]:
-        """∂f/∂w at ``point``, by one forward+backward."""
+        """∂f/∂w at ``point``, by one forward+backward pass."""
         w = self.objective.lower.variables
         assign_(w, self.point)
         return self.objective.parts(w)
@@ -256,8 +257,8 @@ class DifferenceProduct(Product):
         variables: tuple[Tensor, ...],
         *moves: tuple[tuple[Tensor, ...], Sequence[Tensor], Vector],
     ) -> Vector:
-        """A difference of ∂f/∂variables; a move has tensors, their values, and a direction."""
-        square = reductions.summed([inner(along, along) for _, _, along in moves])
+        """A difference of ∂f/∂variables; ``moves`` are (tensors, their values, a direction)."""
+        square = reductions.total([inner(along, along) for _, _, along in moves])
         # The factor epsilon/‖v‖ may overflow float32 for a tiny v; its square root does not.
         root = (self._length / square.sqrt()).sqrt()
         root = torch.where(square > 0, root, 0.0)  # v = 0
@@ -272,7 +273,7 @@ class DifferenceProduct(Product):
         if self.scheme == "central":
             behind, root = gradient(-1.0), 2**0.5 * root
         else:
-            key = _ids(variables)
+            key = tuple(map(id, variables))
             if key not in self._unmoved:
                 self._unmoved[key] = gradient(0.0)
             behind = self._unmoved[key]
@@ -290,10 +291,6 @@ class DifferenceProduct(Product):
         )
 
 
-def _ids(variables: Sequence[Tensor]) -> tuple[int, ...]:
-    return tuple(map(id, variables))
-
-
 def default_epsilon(
     point: Sequence[Tensor],
     scheme: Scheme = "central",
@@ -305,18 +302,18 @@ def default_epsilon(
 
     p is 2 for the central and 1 for the forward scheme. ε balances the truncation error O(ε^p) and
     the rounding error O(δ/ε) of a difference quotient (Knoll & Keyes 2004,
-    doi:10.1016/j.jcp.2003.08.010, §2.3). For the central scheme both are then O(δ^(2/3)), which
-    replaces δ once for each of the ``differences`` inside the gradient itself.
+    doi:10.1016/j.jcp.2003.08.010, §2.3). Both are O(δ^(2/3)) for the central scheme. If the
+    gradient itself has ``differences`` nested differences, δ^(2/3) replaces δ that many times.
     """
     delta = machine_epsilon((*point, *beside)) ** ((2 / 3) ** differences)
     order = 2 if scheme == "central" else 1
-    length: Tensor = reductions.summed(reductions.squares(point)).sqrt()
+    length: Tensor = reductions.total(reductions.squares(point)).sqrt()
     return (1 + length).mul(delta).pow(1 / (1 + order))
 
 
 @contextmanager
 def _without_reducers() -> Iterator[None]:
-    """Within the body, DistributedDataParallel forward passes expect no ``backward``.
+    """Within the body, forward passes of DistributedDataParallel expect no ``backward``.
 
     Raises:
         ProblemError: a module's parameters are sharded.

@@ -1,4 +1,4 @@
-"""Estimators by short name: ``"cg"``, ``"neumann:terms=20"``; an instance; or a function."""
+"""The registry of estimators, and their names with options, such as ``"neumann:terms=20"``."""
 
 from __future__ import annotations
 
@@ -16,25 +16,15 @@ from hyperopt_peft.hypergradients.implicit.function import FunctionSolver, Solve
 EstimatorLike = str | Estimator | SolverFunction
 Kind = Literal["direct", "identity", "implicit", "unrolled", "penalty"]
 E = TypeVar("E", bound=type[Estimator])
-#: The default estimator. A network's Hessian is indefinite away from minima, where cg stops and
-#: minres does not; no cheaper row of docs/comparison.md has smaller errors on all problems.
+#: The default estimator. Away from minima a network's Hessian is indefinite, where cg stops and
+#: minres does not. No cheaper estimator in docs/comparison.md has smaller errors on all problems.
 DEFAULT = "minres"
 EstimatorT = TypeVar("EstimatorT", bound=Estimator)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered estimator.
-
-    Attributes:
-        estimator: the class.
-        kind: ``"direct"`` omits the implicit term; ``"identity"`` replaces H⁻¹ by ξI;
-            ``"implicit"`` solves with H, so that a factor of f has no effect; ``"unrolled"``
-            differentiates optimizer steps; ``"penalty"`` adds νF to f, with an error of O(ν) or
-            O(ν²).
-        tolerance: the largest relative error on quadratic programs with condition number 10, with
-            default options in float64; None for a biased estimator. The tests check it.
-    """
+    """A registered estimator; see `register`."""
 
     estimator: type[Estimator]
     kind: Kind
@@ -49,8 +39,13 @@ def register(name: str, *, kind: Kind, tolerance: float | None = None) -> Callab
 
     Args:
         name: the name, without a colon.
-        kind: see `Entry`.
-        tolerance: see `Entry`; required for the kinds implicit and penalty.
+        kind: ``"direct"`` omits the implicit term; ``"identity"`` replaces H⁻¹ by ξI;
+            ``"implicit"`` solves with H, so that scaling f has no effect; ``"unrolled"``
+            differentiates optimizer steps; ``"penalty"`` minimises f + νF, with an error of O(ν) or
+            O(ν²).
+        tolerance: the largest relative error on quadratic programs with condition number 10, with
+            default options in float64, which tests check; None for a biased estimator. The kinds
+            implicit and penalty require it.
 
     Raises:
         ProblemError: the name is registered already; the kind is unknown; or a required tolerance
@@ -82,7 +77,7 @@ def register(name: str, *, kind: Kind, tolerance: float | None = None) -> Callab
 
 
 def _path(estimator: type) -> tuple[str, str]:
-    """The class's path, which does not change when a notebook cell is run again."""
+    """The path of a class, which stays the same when a notebook cell runs again."""
     return estimator.__module__, estimator.__qualname__
 
 
@@ -97,9 +92,9 @@ def registered() -> dict[str, Entry]:
 
 
 def get_estimator(estimator: EstimatorLike) -> Estimator:
-    """The estimator of a name with options, ``"cg:steps=40"``, or of a function; one itself.
+    """The `Estimator` for a name with options, such as ``"cg:steps=40"``, or for a function.
 
-    A function ``(matvec, b) -> v`` is a solver; see `FunctionSolver`.
+    A function ``(matvec, b) -> v`` becomes a `FunctionSolver`. An estimator is returned unchanged.
 
     Raises:
         ProblemError: the name or an option is unknown, or a value is invalid.
@@ -114,7 +109,7 @@ def get_estimator(estimator: EstimatorLike) -> Estimator:
         return estimator
     if isinstance(estimator, type):
         raise ProblemError(
-            f"hypergradient: got the class {estimator.__name__}; give an instance, as "
+            f"hypergradient: got the class {estimator.__name__}; give an instance, "
             f"{estimator.__name__}()"
         )
     if callable(estimator):
@@ -131,7 +126,7 @@ def get_estimator(estimator: EstimatorLike) -> Estimator:
 
 
 def with_options(estimator: type[EstimatorT], text: str) -> EstimatorT:
-    """An ``estimator`` with the options in ``text``, such as ``"steps=40,damping=0.1"``.
+    """An instance of ``estimator`` with the options in ``text``: ``"steps=40,damping=0.1"``.
 
     Raises:
         ProblemError: an option is unknown, or a value is invalid.

@@ -25,8 +25,8 @@ def unpacked(state: Mapping[str, Any], variables: Sequence[Tensor]) -> State:
     """The inverse of `packed`, on the devices and shards of the lower ``variables``.
 
     Raises:
-        ProblemError: ``state`` is no mapping, or has an entry that is neither a number nor shaped
-            like ``variables``.
+        ProblemError: ``state`` is not a mapping, or has an entry that is neither a number nor
+            shaped like ``variables``.
     """
     if not isinstance(state, Mapping):
         raise ProblemError(f"the estimator's state: must be a mapping, got {state!r}")
@@ -36,7 +36,7 @@ def unpacked(state: Mapping[str, Any], variables: Sequence[Tensor]) -> State:
         if isinstance(value, int | float):
             result[key] = value
         elif isinstance(value, list) and [tuple(getattr(x, "shape", ())) for x in value] == shapes:
-            # The dtype of a vector may be wider than the variable's.
+            # A vector may have a wider dtype than the variable.
             result[key] = Vector(
                 sharded_like(x, v) if is_sharded(v) else x.to(v.device)
                 for x, v in zip(value, variables, strict=True)

@@ -22,8 +22,8 @@ from hyperopt_peft.hypergradients.registry import DEFAULT
 from hyperopt_peft.trainer.over import Combined
 from hyperopt_peft.utils.validation import matches, type_name
 
-#: The fields of `transformers.TrainingArguments`, of all versions, that change a run's result, so
-#: that a checkpoint and the run that resumes from it must agree in them.
+#: The fields of `transformers.TrainingArguments`, in any version, that change a run's result. A
+#: checkpoint and the run that resumes from it must agree in them.
 RESUME_MUST_MATCH = """
 accelerator_config adam_beta1 adam_beta2 adam_epsilon average_tokens_across_devices bf16 data_seed
 dataloader_drop_last full_determinism gradient_accumulation_steps group_by_length label_names
@@ -36,13 +36,13 @@ train_sampling_strategy use_liger_kernel warmup_ratio warmup_steps weight_decay
 
 @dataclass
 class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
-    """`transformers.TrainingArguments` of the lower level, and arguments of the upper level.
+    """`transformers.TrainingArguments` for the lower level, with arguments for the upper level.
 
-    Epochs and steps count optimizer steps of the lower level. Both levels have the same learning
-    rate schedule, each with its own peak. Callbacks with a state resume with their state.
+    Epochs and steps count optimizer steps of the lower level. Both levels have one learning-rate
+    schedule, each with its own peak. Callbacks that have a state resume with it.
 
     Raises:
-        ProblemError: an unknown estimator or option, or a value out of range.
+        ProblemError: the estimator or one of its options is unknown, or a value is out of range.
 
     Example:
         >>> args = BilevelTrainingArguments(
@@ -52,56 +52,57 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         ConjugateGradient(...)
     """
 
-    #: The arguments' class of the trainer that a bilevel trainer stands before.
+    #: The arguments class of the trainer that a bilevel trainer extends.
     parents = TrainingArguments
 
     hypergradient: str = HfArg(
         default=DEFAULT,
         help="hypergradient estimator, with options: cg:steps=5,damping=1.0",
     )
+    logging_steps: float = HfArg(default=10, help="steps between log lines, or a share of all")
     lower_steps: int = HfArg(
-        default=1, help="optimizer steps from one update of the upper level to the next"
+        default=1, help="optimizer steps of the lower level for each update of the upper level"
     )
     upper_learning_rate: float = HfArg(
         default=1e-3, help="peak learning rate of the upper level's variables"
     )
     upper_weight_decay: float = HfArg(
-        default=0.0, help="the optimizer's weight decay of the upper level's variables"
+        default=0.0, help="weight decay of the upper level's variables"
     )
     upper_prior: float | None = HfArg(
         default=None,
         help="weight τ of the upper level's prior, ½·τ·mean‖u − u0‖² with the initial values u0",
     )
     upper_max_grad_norm: float = HfArg(
-        default=1.0, help="norm the hypergradient is clipped to; 0 for none"
+        default=1.0, help="norm to which the hypergradient is clipped; 0 for no clipping"
     )
     per_device_upper_batch_size: int | None = HfArg(
         default=None,
-        help="examples of the upper level a device; if not given all of them where they are few, "
+        help="upper-level examples per device and batch; by default all of them, if they are few, "
         "in pieces of per_device_train_batch_size, else per_device_train_batch_size",
     )
     upper_fraction: float = HfArg(
         default=0.2,
-        help="share of train_dataset that the upper level gets where no upper_dataset is given",
+        help="share of train_dataset that the upper level gets if there is no upper_dataset",
     )
     non_finite: Literal["raise", "skip"] = HfArg(
         default="raise",
-        help="response to a NaN or infinite loss, gradient or curvature: raise (after a checkpoint "
-        "is written), or skip (the step is counted)",
+        help="on a NaN or infinite loss, gradient or curvature: raise, after writing a checkpoint; "
+        "or skip the step, and count it",
     )
     retrain: Literal["none", "warm", "scratch"] = HfArg(
         default="warm",
-        help="after a method's search, train the lower level with the upper one frozen on all "
-        "examples: not at all, from where the search ended, or from the initial values",
+        help="second training after a method's search, on all examples with the upper level "
+        "frozen: none; warm, from the end of the search; scratch, from the initial values",
     )
     retrain_arguments: dict[str, Any] | str | None = HfArg(
         default=None,
-        help="arguments of that second training that differ, such as "
+        help="arguments of the second training that differ, such as "
         '{"learning_rate": 1e-4, "max_steps": 100}',
     )
     restore_callback_states_from_checkpoint: bool = field(
         default=True,
-        metadata={"help": "whether callbacks such as early stopping resume with their state"},
+        metadata={"help": "whether callbacks, such as early stopping, resume with their state"},
     )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -113,13 +114,15 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # PyTorch warns of each loader that pins memory without an accelerator.
+        self.dataloader_pin_memory &= torch.accelerator.is_available()
         given: Any = self.retrain_arguments
         given = dict(json.loads(given) if isinstance(given, str) else given or {})
         hints = get_type_hints(type(self))
         for name, value in given.items():
             if name not in hints or name == "output_dir":
                 raise ProblemError(
-                    f"retrain_arguments: {name!r} is no argument of the second training; use names "
+                    f"retrain_arguments: the second training has no argument {name!r}; use names "
                     f"of {type(self).__name__}, such as learning_rate"
                 )
             if isinstance(value, str) and hints[name] is float:  # YAML reads 3e-5 as a string
@@ -161,22 +164,22 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
 
     @property
     def device(self) -> torch.device:
-        """As `transformers.TrainingArguments.device`; a CPU is without a number.
+        """As `transformers.TrainingArguments.device`, but a CPU has no index.
 
-        accelerate numbers it in several processes, and Transformers 5.0 asks `torch.load` for that
-        device when it resumes, which knows no such CPU.
+        With several processes accelerate gives the CPU an index, and Transformers 5.0 passes that
+        device to `torch.load` when it resumes, which fails.
         """
         device: torch.device = super().device
         return torch.device("cpu") if device.type == "cpu" else device
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
-        """A copy that has ``defaults`` where the user gave no argument.
+        """A copy with ``defaults`` for the arguments that the user did not give.
 
-        A parser of options gives every argument: set the parser's defaults
+        An argument parser gives every argument; set its defaults instead
         (``parser.set_defaults(**method.defaults)``).
 
         Raises:
-            ProblemError: a value is out of range, or a name unknown.
+            ProblemError: a value is out of range, or a name is unknown.
 
         Example:
             >>> args = BilevelTrainingArguments("outputs", seed=3, report_to="none")
@@ -188,14 +191,14 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         for name, value in defaults.items():
             if name not in known:
                 raise ProblemError(f"defaults: {type(self).__name__} has no {name!r}; leave it out")
-            # The user may have given an argument by setting it, too.
+            # The user may also have set an attribute after construction.
             if name not in self.__dict__["_user_names"] and getattr(self, name) == known[name]:
                 setattr(args, name, value)
         args._check()
         return args
 
     def for_retraining(self) -> Self:
-        """The arguments of the second training; it writes to the folder ``retrain``.
+        """The arguments of the second training, whose ``output_dir`` is the subfolder ``retrain``.
 
         Raises:
             ProblemError: a value of ``retrain_arguments`` is out of range.
@@ -219,10 +222,10 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         return args
 
     def estimator(self) -> Estimator:
-        """The estimator with the name and options ``hypergradient``.
+        """The estimator that ``hypergradient`` names.
 
         Raises:
-            ProblemError: an unknown estimator or option, or an estimator that needs records of
+            ProblemError: the estimator or an option is unknown, or the estimator needs records of
                 more than one lower step.
         """
         estimator = get_estimator(self.hypergradient)
@@ -230,7 +233,7 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         return estimator
 
     def steps_of(self, rows: int) -> int:
-        """The optimizer steps of a training on ``rows`` rows, as the Trainer counts them."""
+        """The number of optimizer steps of a training on ``rows`` rows."""
         if self.max_steps > 0:
             return int(self.max_steps)
         size = self.train_batch_size * self.world_size
@@ -239,14 +242,14 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         return math.ceil(float(self.num_train_epochs) * an_epoch)
 
     def bilevel_settings(self) -> dict[str, Any]:
-        """The fields of this class and its subclasses, without those of `parents`."""
+        """The fields that this class adds to those of `parents`, with their values."""
         inherited = {each.name for each in fields(self.parents)}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in inherited}
 
     def resume_must_match(self) -> dict[str, Any]:
-        """The arguments that change a run's result: all that TrainingArguments does not have."""
+        """The arguments in which a checkpoint and a resumed run must agree."""
         values, levels = self.to_dict(), self.bilevel_settings()
-        # A resumed run may change these; the second training names what it reads.
+        # A resumed run may change non_finite; the search's settings record the retrain arguments.
         levels = {n: v for n, v in levels.items() if n != "non_finite" and "retrain" not in n}
         standard = {field.name for field in fields(TrainingArguments)}
         of_parents = [field.name for field in fields(self.parents) if field.name not in standard]

@@ -30,13 +30,13 @@ logger = logging.getLogger(__name__)
 
 
 class BilevelCallback(TrainerCallback):
-    """Writes, completes and restores the files of a checkpoint that the Trainer does not know.
+    """Writes and restores the files that bilevel training adds to a checkpoint.
 
-    These are the variables of both levels (a level may own tensors outside the model), the state
-    of the estimator, the random states of each process now and at the beginning of the epoch, and
-    the manifest: settings and hashes of all files, written last. The callback has no state in
-    ``trainer_state.json``, from which the Trainer would rebuild it without ``trainer``, the
-    `BilevelTrainer`.
+    These are the variables of both levels (a level may own tensors outside the model), the
+    estimator's state, the random states of each process (now and at the beginning of the epoch),
+    and the manifest: settings and hashes of all files, written last. The callback stores no state
+    in ``trainer_state.json``, because the Trainer would rebuild it from there without ``trainer``,
+    the `BilevelTrainer`.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -46,7 +46,7 @@ class BilevelCallback(TrainerCallback):
 
     @contextmanager
     def run(self, resumed: tuple[Path, Mapping[str, Any]] | None) -> Iterator[None]:
-        """Train in the body, from the checkpoint ``resumed`` and its record unless None."""
+        """Train in the body, from the checkpoint ``resumed`` (folder, record) if there is one."""
         self.writing, self.signalled = None, False
         self.resumed = None if resumed is None else resumed[0]
         self.settings = self.trainer.settings()
@@ -89,7 +89,7 @@ class BilevelCallback(TrainerCallback):
         logger.warning("resuming from %s", folder)
 
     def write(self, folder: Path) -> None:
-        """Write the files of the levels into ``folder``, which stays without a manifest."""
+        """Write the levels' files into ``folder``; `complete` adds the manifest later."""
         trainer, args = self.trainer, self.trainer.args
         self.writing = folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ class BilevelCallback(TrainerCallback):
         torch.save({**position, "now": dict(now.states)}, _position(folder))
 
     def complete(self) -> None:
-        """Write the manifest of the last written checkpoint, then delete older ones."""
+        """Write the manifest of the last checkpoint, then delete older checkpoints."""
         trainer, args, folder = self.trainer, self.trainer.args, self.writing
         if folder is None:
             return
@@ -122,14 +122,14 @@ class BilevelCallback(TrainerCallback):
             checkpoint.rotate(folder.parent, self.save_total_limit, best)
 
     def save_before(self, step_begin: RandomState) -> str:
-        """Write a checkpoint of the state before the present step; returns where, in words.
+        """Write a checkpoint of the state before the current step; return a sentence with its path.
 
         ``step_begin`` has the random states at the beginning of the step.
         """
-        trainer, done = self.trainer, self.trainer.state.global_step
+        trainer, steps = self.trainer, self.trainer.state.global_step
         # A run that resumes at the beginning of an epoch draws the order of the data again.
-        (self.epoch_random if self.epoch_step == done else step_begin).restore()
-        folder = Path(trainer.args.output_dir) / f"{checkpoint.PREFIX}{done}"
+        (self.epoch_random if self.epoch_step == steps else step_begin).restore()
+        folder = Path(trainer.args.output_dir) / f"{checkpoint.PREFIX}{steps}"
         try:
             if not (folder / checkpoint.MANIFEST).exists():
                 save_checkpoint(trainer)
@@ -157,7 +157,7 @@ class BilevelCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any
     ) -> None:
-        """Record the random states of the epoch's beginning, or restore them in a resumed epoch."""
+        """Record the random states at the epoch's beginning; a resumed epoch restores them."""
         done = state.global_step
         if done >= state.max_steps:  # resumed at the end, where the Trainer takes one more step
             control.should_training_stop = True
@@ -171,8 +171,8 @@ class BilevelCallback(TrainerCallback):
                 steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)
             if position["step"] not in (done - done % steps, done - (done % steps or steps)):
                 logger.warning(
-                    "%s: an epoch ended early (should_epoch_stop), so that the order of the data "
-                    "is not that of a run without interruption",
+                    "%s: an epoch ended early (should_epoch_stop), so the resumed run reads the "
+                    "data in another order than an uninterrupted run",
                     folder,
                 )
             within = done % steps > 0 and not args.ignore_data_skip
@@ -183,11 +183,11 @@ class BilevelCallback(TrainerCallback):
         self.epoch_random = RandomState.capture(self.trainer.devices)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the manifest of the checkpoint that the Trainer has written."""
+        """Write the manifest, after the Trainer has written its files."""
         self.complete()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Restore the levels of the best model, which the Trainer has loaded."""
+        """Restore the levels' values of the best model, after the Trainer has loaded that."""
         self._complete_on_signal(args, state, control)
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             best = Path(state.best_model_checkpoint)
@@ -195,7 +195,7 @@ class BilevelCallback(TrainerCallback):
             self._load_levels(best)
 
     def _complete_on_signal(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # On SIGTERM the Trainer writes a checkpoint in any of these events, without `on_save`.
+        # On SIGTERM the Trainer writes a checkpoint in any of these events and skips `on_save`.
         if self.writing is not None:
             self.complete()
             self.signalled = True
@@ -203,7 +203,7 @@ class BilevelCallback(TrainerCallback):
     on_step_end = on_epoch_end = _complete_on_signal
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the step's gradients, after the Trainer has clipped none of them."""
+        """Set the step's gradients; the Trainer's clipping, just before, has seen none."""
         self._complete_on_signal(args, state, control)
         self.trainer.current_step.return_gradients()
 
@@ -213,7 +213,7 @@ class BilevelCallback(TrainerCallback):
         self.trainer.begin_step()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let the method change the upper variables, which have moved."""
+        """Let the method change the upper variables after an upper step."""
         if self.trainer.method is not None and self.trainer.current_step.upper:
             self.trainer.method.project()
 

@@ -1,4 +1,4 @@
-"""The settings, levels and labels that a `BilevelTrainer` refuses before training."""
+"""Checks before training: settings, levels and labels that a `BilevelTrainer` refuses."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ from hyperopt_peft.utils.random_state import RandomState, replay
 from hyperopt_peft.utils.validation import require_writable
 
 logger = logging.get_logger(__name__)
-#: The oldest transformers whose loading of a sharded adapter was seen to work.
+#: The oldest transformers version that was seen to load a sharded adapter.
 FSDP2_SINCE = Version("5.10")
-#: An adapter hardly learns in a phase of a smaller rate × steps, twice the way that Adam takes a
-#: weight with linear decay. The held-out score of DoRA on five tasks was .46 at .03, .60 at .1 and
-#: .68 to .70 from .3 on, whether by more steps or by a higher rate.
+#: The least rate × steps with which an adapter learns: twice the distance that Adam moves a weight
+#: under linear decay. DoRA's held-out score on five tasks was .46 at .03, .60 at .1 and .68 to .70
+#: from .3 on, whether by more steps or by a higher rate.
 LEARNS = 0.1
 
 
 def warn_of_short_phase(phase: str, args: Any, rows: int) -> None:
-    """Log a warning where ``phase``, on ``rows`` rows, has too few steps to learn by Adam.
+    """Log a warning if ``phase``, on ``rows`` rows, has too few Adam steps to learn.
 
-    A run without logs, such as one of many rates that are compared, has no warning.
+    A run without logs, such as one of many in a comparison, does not warn.
     """
     if args.logging_strategy == "no":
         return
@@ -62,27 +62,27 @@ def warn_of_short_phase(phase: str, args: Any, rows: int) -> None:
 
 
 def check_class(args: Any, kind: Any) -> None:
-    """Raise ProblemError unless ``args`` are of ``kind``, or of both bases that it combines."""
+    """Raise ProblemError unless ``args`` has the class ``kind``, or both bases of ``kind``."""
     bases = vars(kind).get("made_by", (None, (kind,)))[1]
     if not all(isinstance(args, base) for base in bases):
         raise ProblemError(
-            f"args must be {kind.__name__}, got {type(args).__name__}; make them by the Arguments "
-            "of the trainer's class"
+            f"args must be {kind.__name__}, got {type(args).__name__}; make them with the "
+            "trainer class's Arguments"
         )
 
 
 def check_arguments(
     args: Any, options: Mapping[str, Any], *, trainer_loss: bool, custom_loss: bool
 ) -> None:
-    """Raise ProblemError for settings that would not train the bilevel program.
+    """Raise ProblemError for settings that do not work in bilevel training.
 
-    ``trainer_loss`` says whether the lower level uses the Trainer's own loss, ``custom_loss``
-    whether a class overrides it.
+    ``trainer_loss``: the lower level uses the Trainer's loss. ``custom_loss``: the trainer's class
+    overrides that loss.
     """
     if args.should_save and args.save_strategy != "no":
         require_writable(Path(args.output_dir))
     of_levels = (
-        "the levels have losses of their own; change these, or give the levels as functions of the "
+        "the levels have their own losses; change those, or give the levels as functions of the "
         "trainer that read trainer.task_loss"
     )
     refused = {
@@ -128,7 +128,7 @@ def check_arguments(
 
 
 def check_levels(levels: Sequence[Problem]) -> None:
-    """Raise ProblemError for a chain, a shared tensor, or attributes that the trainer has."""
+    """Raise ProblemError for nested levels, shared tensors, or settings the trainer owns."""
     for level in levels:
         if isinstance(level, Problem):  # else refused below
             level.require_single("a trainer has two levels; use the Engine")
@@ -143,15 +143,15 @@ def check_levels(levels: Sequence[Problem]) -> None:
         }
         if names := [name for name, value in attributes.items() if value is not None]:
             raise ProblemError(
-                f"{level.name}: the level has {names[0]}, which the arguments of the trainer set; "
+                f"{level.name}: the level has {names[0]}, which the trainer's arguments set; "
                 "leave it out, or use the Engine"
             )
 
 
 def check_labels(model: Any, data: Any, options: Mapping[str, Any]) -> None:
-    """Raise ProblemError for labels without an output of the classifier ``model``.
+    """Raise ProblemError for labels that the classifier ``model`` has no output for.
 
-    A collator or a loss function of the user's may change the labels; then nothing is checked.
+    The user's own collator or loss function may change the labels; then nothing is checked.
     """
     config = getattr(model, "config", None)
     classes = getattr(config, "num_labels", 1)
@@ -174,13 +174,13 @@ def check_labels(model: Any, data: Any, options: Mapping[str, Any]) -> None:
     largest = max(filter(None, labels), default=0)
     if largest >= classes:
         raise ProblemError(
-            f"{column}: the data have class {largest}, but the model's num_labels is {classes} "
+            f"{column}: the data has class {largest}, but the model's num_labels is {classes} "
             f"(classes 0 to {classes - 1}); load the model with num_labels={largest + 1}"
         )
 
 
 def read_rows(trainer: Any) -> Any:
-    """The training rows without columns that neither the model nor a level reads."""
+    """The training rows, with only the columns that the model or a level reads."""
     rows, name = trainer.train_dataset, "train_dataset"
     if not isinstance(rows, Dataset):
         return rows
@@ -189,9 +189,9 @@ def read_rows(trainer: Any) -> Any:
 
 @torch.no_grad()
 def check_weighted(trainer: Any, level: Problem) -> None:
-    """Raise ProblemError if ``level`` weights rows whose mean loss is not the trainer's.
+    """Raise ProblemError if ``level`` weights rows, but the trainer's loss is not their mean.
 
-    The first batch decides. Under FSDP2 nothing is checked: parameters may not be here yet.
+    The first batch decides. Under FSDP2, which may load parameters later, there is no check.
     """
     changed = trainer.compute_loss_func or trainer.label_smoother or trainer.has_own_loss()
     if not isinstance(level, WeightedRows) or not changed or trainer.is_fsdp_enabled:
@@ -205,16 +205,16 @@ def check_weighted(trainer: Any, level: Problem) -> None:
             mean, loss = float(level.losses(batch).sum()), float(trainer.task_loss(batch))
     if abs(loss - mean) > TOLERANCE * abs(mean):
         raise ProblemError(
-            f"{type(trainer).__name__}: the loss of the first batch is {loss:.4g}, and the mean "
-            f"over its labels {mean:.4g}, so that a row has no loss of its own; use a trainer, or "
+            f"{type(trainer).__name__}: the loss of the first batch is {loss:.4g}, but the mean "
+            f"over its labels is {mean:.4g}, so rows cannot be weighted; use a trainer, or "
             "settings, whose loss is that mean"
         )
 
 
 def check_layers(model: nn.Module, levels: Sequence[Problem], estimator: Estimator) -> None:
-    """Raise ProblemError for layers that round activations, or lack float32, as products need it.
+    """Raise ProblemError for layers that the estimator cannot differentiate, before any step.
 
-    A product raises an error too, after the first lower steps.
+    They round activations, lack float32 or hide their weights.
     """
     needs = estimator.requirements
     if len(levels) == 1:
@@ -231,8 +231,8 @@ def check_layers(model: nn.Module, levels: Sequence[Problem], estimator: Estimat
                 rounds = rounds_activations(layer.get_base_layer())
                 advice = "direct" if rounds else "product=difference, or darts"
                 raise ProblemError(
-                    f"hypergradient={estimator.name!r} differentiates twice, which needs weights "
-                    f"that can be read; choose {advice} ({error})"
+                    f"hypergradient={estimator.name!r} needs second derivatives, so weights must "
+                    f"be readable; choose {advice} ({error})"
                 ) from error
 
 
@@ -243,8 +243,8 @@ def check_accelerator(trainer: Trainer, levels: Sequence[Problem], estimator: Es
     if distributed.world_size() != trainer.args.world_size:
         raise ProblemError(
             f"world_size: there are {distributed.world_size()} processes, but the Trainer counts "
-            f"{trainer.args.world_size}, so that each would train alone on all data and write to "
-            "one folder; on CPUs set use_cpu=True"
+            f"{trainer.args.world_size}, so each would train alone on all data and write to the "
+            "same folder; on CPUs set use_cpu=True"
         )
     if trainer.is_fsdp_enabled:
         _check_fsdp(trainer, levels, estimator)
@@ -270,8 +270,8 @@ def _check_fsdp(trainer: Trainer, levels: Sequence[Problem], estimator: Estimato
         raise ProblemError(f"{estimator.name}: {SHARDED}")
     if len(levels) > 1 and estimator.requirements.differences and precision != "no":
         raise ProblemError(
-            f"mixed_precision: {precision} does not go with FSDP2, since a difference of gradients "
-            "needs parameters in float32; turn it off, or choose direct or product=dots"
+            f"mixed_precision: {precision} does not go with FSDP2, since a difference of "
+            "gradients needs float32 parameters; turn it off, or choose direct or product=dots"
         )
     of_model = {id(parameter) for parameter in trainer.model.parameters()}
     for level in levels:
@@ -279,12 +279,12 @@ def _check_fsdp(trainer: Trainer, levels: Sequence[Problem], estimator: Estimato
         if not any(inside) and level is not levels[0]:  # replicated
             if trainer.args.save_strategy != "no":
                 raise ProblemError(
-                    f"save_strategy: under FSDP2 a checkpoint has no optimizer state of "
-                    f"{level.name}, whose variables are outside of the model; set no"
+                    f"save_strategy: under FSDP2 a checkpoint lacks the optimizer state of "
+                    f"{level.name}, whose variables are outside the model; set no"
                 )
         elif not all(inside):
             name = level.names[inside.index(False)]
             raise ProblemError(
-                f"{level.name}: {name} is no parameter of the model, and FSDP2 shards no "
-                "other tensors; make it a parameter"
+                f"{level.name}: {name} is not a parameter of the model, and FSDP2 shards only "
+                "parameters; make it one"
             )

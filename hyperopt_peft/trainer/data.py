@@ -1,8 +1,9 @@
-"""The levels' examples: their split and their checks."""
+"""Splits and checks the levels' data sets."""
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
@@ -17,17 +18,17 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.random_state import RandomState, replay
 
 logger = logging.getLogger(__name__)
-#: The names under which a parent prepares the only evaluation data and the upper level's data.
+#: Names in the dict of evaluation sets that a parent trainer prepares.
 EVALUATION, UPPER = "eval", "upper_dataset"
 
 
 def split_dataset(
     train: Dataset, upper_fraction: float, seed: int, label: str | None = None
 ) -> tuple[Dataset, Dataset]:
-    """The lower and the upper level's part of the training set, a function of ``seed``.
+    """Split the training set into the lower and the upper level's rows, by ``seed``.
 
     The split is stratified if the column ``label`` (by default ``label`` or ``labels``) holds
-    classes: a ClassLabel, or integers with at least three rows for each on average.
+    classes: a ClassLabel, or integers that each occur at least three times on average.
 
     Args:
         train: the training set.
@@ -36,8 +37,8 @@ def split_dataset(
         label: the column of the classes.
 
     Raises:
-        ProblemError: the split would leave a level empty or without one of the classes, an
-            example has no class, or ``train`` has no column ``label``.
+        ProblemError: a level would be empty or lack a class, an example has no class, or ``train``
+            has no column ``label``.
 
     Example:
         >>> train = Dataset.from_dict({"label": [0, 1] * 10})
@@ -65,21 +66,40 @@ def split_dataset(
     features = Features({"row": Value("int64"), "class": labels})  # a cast would show a bar
     rows = Dataset.from_dict(columns, features=features)
     where = f"cannot give {upper_fraction:.0%} of {len(train)} training examples to the upper level"
-    try:
-        split = rows.train_test_split(
-            test_size=upper_fraction, seed=seed, stratify_by_column="class" if names else None
-        )
-    except ValueError as error:
-        raise ProblemError(f"{where}: {error}") from error
-    for level, side in (("lower", "train"), ("upper", "test")):
-        present = set(split[side]["class"]) if names else set()
+    split = stratified(rows, upper_fraction, seed, "class" if names else None, where)
+    for level, side in zip(("lower", "upper"), split, strict=True):
+        present = set(side["class"]) if names else set()
         for number, name in enumerate(names):
             if number not in present:
                 raise ProblemError(
                     f"{where}: class {name!r} has only {values.count(name)} examples, and the "
                     f"{level} level would get none; change upper_fraction or the data"
                 )
-    return train.select(split["train"]["row"][:]), train.select(split["test"]["row"][:])
+    lower, upper = (train.select(side["row"][:]) for side in split)
+    return lower, upper
+
+
+def stratified(
+    rows: Dataset, fraction: float, seed: int, column: str | None, where: str
+) -> tuple[Dataset, Dataset]:
+    """Split off a ``fraction`` of ``rows``, with equal shares of the classes in ``column``.
+
+    Raises:
+        ProblemError: the split is impossible; the message begins with ``where``.
+    """
+    if column is not None:
+        counts = Counter[int](rows[column][:])
+        if rare := [number for number, count in counts.items() if count < 2]:
+            name = rows.features[column].int2str(rare[0])
+            raise ProblemError(
+                f"{where}: the class {name!r} has 1 row, and both parts need one; add rows or "
+                "remove the row"
+            )
+    try:
+        parts = rows.train_test_split(test_size=fraction, seed=seed, stratify_by_column=column)
+    except ValueError as error:
+        raise ProblemError(f"{where}: {error}") from error
+    return parts["train"], parts["test"]
 
 
 def data_of_levels(
@@ -92,10 +112,10 @@ def data_of_levels(
     may_share_rows: bool = False,
     prepared: bool = True,
 ) -> tuple[Any, Any]:
-    """The lower and the upper level's examples: ``train`` is split if ``upper`` is None.
+    """The checked data of the lower and the upper level; ``train`` is split if ``upper`` is None.
 
-    With ``may_share_rows`` an example of ``upper`` may be in ``train`` too. Of examples that are
-    not ``prepared`` a trainer makes others.
+    With ``may_share_rows`` they may overlap. Without ``prepared``, as for texts that a parent
+    trainer tokenizes, they need the same layout.
     """
     require_examples("train_dataset", train)
     if not bilevel and upper is not None:
@@ -111,14 +131,14 @@ def data_of_levels(
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and has_length(train) and len(train) < batch:
         raise ProblemError(
-            f"dataloader_drop_last: True leaves no batch of {batch} of the {len(train)} examples "
-            "of train_dataset; lower per_device_train_batch_size"
+            f"dataloader_drop_last: train_dataset has {len(train)} examples, fewer than a batch "
+            f"of {batch}; lower per_device_train_batch_size"
         )
     return train, upper
 
 
 def warn_of_repeated_rows(train: Any, args: Any) -> None:
-    """Warn of processes that fill an epoch's last batch with its first rows, as accelerate does."""
+    """Warn if accelerate repeats rows to fill an epoch's last batch on all processes."""
     batch = args.train_batch_size * args.world_size
     uneven = args.world_size > 1 and has_length(train) and len(train) % batch
     if uneven and args.should_log and not args.dataloader_drop_last:
@@ -129,9 +149,9 @@ def warn_of_repeated_rows(train: Any, args: Any) -> None:
 
 
 def with_upper(evaluation: Any, upper: Any, args: Any) -> Any:
-    """The evaluation data and ``upper`` by name, which a trainer prepares alike.
+    """A dict of the evaluation data and ``upper``, so that a parent prepares both the same way.
 
-    Without evaluation data that ``args`` asks for there are none, as the trainer says.
+    Nothing is added if ``args`` asks for evaluation without data: the Trainer then raises an error.
     """
     if upper is None or (evaluation is None and args.eval_strategy != "no"):
         return evaluation
@@ -141,11 +161,11 @@ def with_upper(evaluation: Any, upper: Any, args: Any) -> Any:
 
 
 def without_upper(prepared: Any, evaluation: Any) -> tuple[Any, Any]:
-    """The prepared evaluation data, in the form of ``evaluation``, and the upper level's."""
+    """Undo `with_upper`: the prepared evaluation data, shaped as ``evaluation``, and ``upper``."""
     if not isinstance(prepared, Mapping) or UPPER not in prepared:
         raise ProblemError(
-            f"{UPPER}: the trainer did not keep the sets of evaluation data by name, as "
-            "which it prepares these; let it take a dict of data sets as eval_dataset"
+            f"{UPPER}: the trainer does not keep a dict of data sets as eval_dataset, in which "
+            "it prepares the upper level's data; let it take such a dict"
         )
     rest = dict(prepared)
     upper = rest.pop(UPPER)
@@ -158,20 +178,20 @@ def label_column(data: Dataset) -> str | None:
 
 
 def classes_of(data: Dataset, column: str | None) -> list[Any] | None:
-    """The entries of ``column`` if they are classes; a few different integers are."""
+    """The entries of ``column`` if they are classes (see `split_dataset`), else None."""
     feature = None if column is None else data.features[column]
     integer = isinstance(feature, Value) and "int" in feature.dtype
     if not integer and not isinstance(feature, ClassLabel):
         return None
     values: list[Any] = data.with_format(None)[column][:]
-    # Few different integers are classes; many may be ratings or counts.
+    # Many different integers may be ratings or counts.
     return values if isinstance(feature, ClassLabel) or 3 * len(set(values)) <= len(data) else None
 
 
 def require_examples(name: str, data: Any, *, by_index: bool = False) -> None:
-    """Raise ProblemError if ``data``, the argument ``name``, is no data set or an empty one.
+    """Raise ProblemError if ``data``, the argument ``name``, is not a data set or is empty.
 
-    With ``by_index`` the data set must have examples by index and a length.
+    With ``by_index`` it must also have a length and examples by index.
     """
     if data is None:
         raise ProblemError(f"{name}: there is none; give the trainer one")
@@ -192,10 +212,10 @@ def require_examples(name: str, data: Any, *, by_index: bool = False) -> None:
 
 
 def joined(**tables: Any) -> Any:
-    """The rows of ``tables``, one after another.
+    """The rows of ``tables``, one table after another.
 
     Raises:
-        ProblemError: one is empty or no data set, or they do not join; the names are in the text.
+        ProblemError: a table is empty or not a data set, or their columns differ.
     """
     for name, rows in tables.items():
         require_examples(name, rows)
@@ -207,15 +227,15 @@ def joined(**tables: Any) -> Any:
 
 @contextmanager
 def collating(name: str) -> Iterator[None]:
-    """Turn the errors of a data collator on the examples of ``name`` into a ProblemError."""
+    """Turn a data collator's errors in the body, on data ``name``, into a ProblemError."""
     try:
         yield
     except ProblemError:
         raise
     except (TypeError, ValueError, LookupError) as error:
         raise ProblemError(
-            f"the data collator makes no batch of examples of {name} ({error}); use a "
-            "data_collator that pads, such as DataCollatorWithPadding, and remove columns of text"
+            f"the data collator cannot batch examples of {name} ({error}); use a data_collator "
+            "that pads, such as DataCollatorWithPadding, and remove text columns"
         ) from error
 
 
@@ -227,7 +247,7 @@ def batches_of(
     *,
     chosen: Sequence[int] | None = None,
 ) -> list[Any]:
-    """``rows``, or those ``chosen``, in batches on ``device``, in order; the random state stays."""
+    """``rows``, or those with numbers ``chosen``, in batches; the random state does not change."""
     numbers = range(len(rows)) if chosen is None else chosen
     parts = [numbers[begin : begin + size] for begin in range(0, len(numbers), size)]
     with replay(RandomState.capture()), collating("the rows"):
@@ -239,7 +259,7 @@ def require_apart(lower: Any, upper: Any, evaluation: Any, *, may_share_rows: bo
     for held_out in evaluation.values() if isinstance(evaluation, Mapping) else [evaluation]:
         if upper is held_out or shared(upper, held_out) == len(upper):
             raise ProblemError(
-                "eval_dataset is given as the upper level's data, so that the evaluation is on "
+                "eval_dataset is given as the upper level's data, so the evaluation would be on "
                 "training data; give a part of the training set, or upper_fraction"
             )
     if isinstance(lower, Dataset) and isinstance(upper, Dataset) and not _columns(lower, upper):
@@ -251,15 +271,15 @@ def require_apart(lower: Any, upper: Any, evaluation: Any, *, may_share_rows: bo
         return
     if common := len(upper) if upper is lower else shared(upper, lower):
         raise ProblemError(
-            f"{common} of {len(upper)} examples of upper_dataset are in train_dataset too, so that "
-            "the upper level does not see held-out data; remove them from one of the two"
+            f"{common} of {len(upper)} examples of upper_dataset are in train_dataset too, so they "
+            "are not held out; remove them from one of the two"
         )
 
 
 def require_same_layout(lower: Any, upper: Any) -> None:
-    """Raise ProblemError unless texts have the same columns, those of single numbers aside.
+    """Raise ProblemError if two text data sets differ in columns other than columns of numbers.
 
-    A trainer that tokenizes them decides by the columns of the training set what is scored.
+    A trainer that tokenizes them reads the training set's columns to decide which tokens to score.
     """
     if not (isinstance(lower, Dataset) and isinstance(upper, Dataset)):
         return
@@ -282,23 +302,23 @@ def _columns(one: Dataset, other: Dataset) -> list[str]:
 
 
 def shared(data: Any, other: Any) -> int:
-    """The number of examples of ``data`` that are in ``other`` too; 0 if that is unknown."""
+    """The number of examples of ``data`` that are also in ``other``; 0 if unknown."""
     return len(shared_rows(data, other))
 
 
 def shared_rows(data: Any, other: Any) -> list[int]:
-    """The numbers of the examples of ``data`` that are in ``other`` too; none if unknown."""
+    """The indices of the examples of ``data`` that are also in ``other``; none if unknown."""
     if not (isinstance(data, Dataset) and isinstance(other, Dataset) and _columns(data, other)):
         return []
     others = set(digests(other, _columns(data, other)))
-    found = digests(data, _columns(data, other))
-    return [row for row, digest in enumerate(found) if digest in others]
+    hashes = digests(data, _columns(data, other))
+    return [row for row, digest in enumerate(hashes) if digest in others]
 
 
 class Endless(IterableDataset[Any]):
-    """The examples of a stream without a length, repeated in one pass that never ends.
+    """A stream of unknown length, repeated without end as one epoch.
 
-    The Trainer resumes within one pass by reading the earlier examples again.
+    Within an epoch the Trainer can resume: it reads the earlier examples again.
     """
 
     def __init__(self, stream: Any) -> None:

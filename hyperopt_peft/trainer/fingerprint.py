@@ -1,4 +1,4 @@
-"""The identity of data sets and of frozen weights, which a checkpoint and a resumed run share."""
+"""Fingerprints of data sets and frozen weights, in which a checkpoint and a resumed run agree."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ from transformers.trainer_utils import has_length
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.utils import distributed
 
-#: The largest number of rows that a fingerprint reads, evenly spaced.
+#: The most rows that a fingerprint reads, evenly spaced.
 FINGERPRINT_ROWS = 100_000
-#: The largest number of entries that a fingerprint reads of a tensor, evenly spaced.
+#: The most entries of a tensor that a fingerprint reads, evenly spaced.
 FINGERPRINT_ENTRIES = 64
 
 
 def data_fingerprint(data: Any) -> str | int | None:
-    """The identity of ``data`` in a checkpoint: contents, order and number of rows.
+    """A fingerprint of the contents, order and number of rows of ``data``.
 
-    Of a `datasets.Dataset`, a list or a tuple the fingerprint is a hash of at most
-    `FINGERPRINT_ROWS` rows. Other data, whose reading may be slow or draw random numbers, have
-    their length as fingerprint, or None.
+    For a `datasets.Dataset`, a list or a tuple it is a hash of at most `FINGERPRINT_ROWS` rows.
+    Reading other data may be slow or random, so their fingerprint is the length, or None.
     """
     if not isinstance(data, Dataset | list | tuple):
         return len(data) if has_length(data) else None
@@ -47,10 +46,10 @@ def data_fingerprint(data: Any) -> str | int | None:
 
 @torch.no_grad()
 def frozen_fingerprint(model: nn.Module, levels: Iterable[Problem]) -> str:
-    """The identity of process 0's weights of ``model`` that no level owns.
+    """A hash of process 0's weights of ``model`` that no level owns.
 
-    It is of names, shapes, dtypes and at most `FINGERPRINT_ENTRIES` entries of each, so that the
-    cost of a large model is one small copy from the device a tensor.
+    It covers names, shapes, dtypes and at most `FINGERPRINT_ENTRIES` entries of each tensor, so
+    that a large model costs one small copy from the device per tensor.
     """
     owned = {id(variable) for level in levels for variable in level.variables}
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Private names of `transformers` and TRL, each with a test in tests/contract."""
+"""The private names of `transformers` and TRL that are used; tests/contract tests each."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 if TYPE_CHECKING:
     from transformers import Trainer
 
-#: Files of a checkpoint without which the Trainer does not resume. The optimizer's has a name of
-#: its own under FSDP.
+#: Files without which the Trainer does not resume. The optimizer's file is left out, since FSDP
+#: names it differently.
 NEEDED = (SCHEDULER_NAME, TRAINER_STATE_NAME)
 
 
 def save_checkpoint(trainer: Trainer) -> None:
-    """Write a checkpoint now; the public interface writes one only after a complete step."""
+    """Write a checkpoint now; the public interface does so only after a complete step."""
     trainer._save_checkpoint(trainer.model, None)
 
 
 def keep_columns(trainer: Trainer, names: Sequence[str]) -> None:
-    """Let the trainer hand the columns ``names`` to its collator, besides those of the model."""
+    """Let the trainer pass the columns ``names`` to its collator, besides the model's."""
     trainer._set_signature_columns_if_needed()
     trainer._signature_columns = [*trainer._signature_columns, *names]
 
 
 @contextmanager
 def packed_with(names: Sequence[str]) -> Iterator[None]:
-    """Let TRL's trainers that are made in the body pack the columns ``names`` beside the tokens.
+    """Let TRL's trainers that are constructed in the body pack the columns ``names`` too.
 
-    TRL selects the columns to pack, whose rows must be lists of one length: here a row's number is
-    repeated for each of its tokens.
+    TRL packs only columns of lists as long as the row's tokens. So the row's entry in a column of
+    ``names`` is repeated for each token.
     """
     select: Any = Dataset.select_columns
 
     def select_too(rows: Dataset, columns: Any, **options: Any) -> Dataset:
-        kept = [name for name in names if "input_ids" in columns and name in rows.column_names]
-        if kept:
-            rows = rows.map(lambda row: {k: [row[k]] * len(row["input_ids"]) for k in kept})
-        selected: Dataset = select(rows, [*columns, *kept], **options)
+        tags = [name for name in names if "input_ids" in columns and name in rows.column_names]
+        if tags:
+            rows = rows.map(lambda row: {tag: [row[tag]] * len(row["input_ids"]) for tag in tags})
+        selected: Dataset = select(rows, [*columns, *tags], **options)
         return selected
 
     Dataset.select_columns = select_too
@@ -52,19 +52,19 @@ def packed_with(names: Sequence[str]) -> Iterator[None]:
         Dataset.select_columns = select
 
 
-#: What the ``compute_loss`` of TRL's trainers counts at each call.
+#: Attributes that TRL's trainers change in each call of ``compute_loss``.
 METRICS = ("_metrics", "_stored_metrics", "_total_train_tokens")
 
 
 def counters_of(trainer: Trainer) -> dict[str, int]:
-    """The metrics that count over the whole run, which TRL does not save."""
-    own = vars(trainer)
-    return {name: own[name] for name in METRICS if isinstance(own.get(name), int)}
+    """The metrics that count over the whole run; TRL does not save them."""
+    values = vars(trainer)
+    return {name: values[name] for name in METRICS if isinstance(values.get(name), int)}
 
 
 @contextmanager
 def metrics_restored(trainer: Trainer) -> Iterator[None]:
-    """Restore afterwards what evaluations of the loss in the body add to the metrics."""
+    """Restore the metrics after the body, which evaluates the loss."""
     before = {name: deepcopy(vars(trainer)[name]) for name in METRICS if name in vars(trainer)}
     try:
         yield

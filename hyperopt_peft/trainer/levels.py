@@ -1,4 +1,4 @@
-"""A Trainer of two levels: their variables, one optimizer, and what is saved of them."""
+"""`TwoLevelTrainer`: one optimizer for both levels, and their part of a checkpoint."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SETTINGS = "bilevel_settings.json"
 
 
 class TwoLevelTrainer(TaskLossTrainer):
-    """A Trainer that trains, saves and restores the variables of its levels."""
+    """A Trainer that optimizes, saves and restores the variables of its levels."""
 
     args: BilevelTrainingArguments
     lower: Problem
@@ -46,11 +46,11 @@ class TwoLevelTrainer(TaskLossTrainer):
 
     @property
     def levels(self) -> list[Problem]:
-        """The lower level, and the upper one where there is one."""
+        """The lower level, then the upper level if there is one."""
         return [self.lower] if self.upper is None else [self.lower, self.upper]
 
     def named_tensors(self) -> list[tuple[str, Tensor]]:
-        """The variables, and the values that a level's prior pulls to, by level and name."""
+        """The levels' variables and the centres of their priors, by level and name."""
         named: list[tuple[str, Tensor]] = []
         for key, level in zip(("lower", "upper"), self.levels):
             named += [(f"{key}.{n}", x) for n, x in zip(level.names, level.variables)]
@@ -59,7 +59,7 @@ class TwoLevelTrainer(TaskLossTrainer):
         return named
 
     def settings(self) -> dict[str, Any]:
-        """The settings in which a checkpoint and the run that resumes must agree, as JSON."""
+        """The settings, as JSON, in which a checkpoint and the run that resumes must agree."""
         settings = {
             **self.args.resume_must_match(),
             "hypergradient": repr(self.estimator) if self.upper is not None else None,
@@ -80,11 +80,11 @@ class TwoLevelTrainer(TaskLossTrainer):
         return {name: data_fingerprint(rows) for name, rows in data.items()}
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """The optimizer ``args.optim`` over both levels, with groups of their own."""
+        """The optimizer ``args.optim`` over both levels, each in parameter groups of its own."""
         if self.is_fsdp_enabled:  # an evaluation replaces the shards by full parameters
             reshard(self.model)
         if self.optimizer is None:
-            # The parent creates it, by a class of the same name that gives the levels' optimizer.
+            # The parent constructs its optimizer class; a stand-in class returns the levels' one.
             made, (kind, options) = self._new_optimizer(), (given := self._optimizer_kind())
             named = type(str(kind), (Optimizer,), {"__new__": lambda *_, **__: made})
             self.optimizer_cls_and_kwargs = named, {**options}
@@ -92,7 +92,7 @@ class TwoLevelTrainer(TaskLossTrainer):
             self.optimizer_cls_and_kwargs = given
             check_optimizers("create_optimizer", self.optimizer, None, self.levels)
         self._replicated = []
-        if self.is_fsdp_enabled:  # which finds a shard for each tensor of the optimizer
+        if self.is_fsdp_enabled:  # FSDP2 needs a shard for each tensor of the optimizer
             of_model = {id(parameter) for parameter in self.model.parameters()}
             groups = self.optimizer.param_groups
             self._replicated = [g for g in groups if id(g["params"][0]) not in of_model]
@@ -104,7 +104,7 @@ class TwoLevelTrainer(TaskLossTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As `transformers.Trainer.create_scheduler`, for a prepared optimizer.
 
-        Groups of tensors outside of a sharded model, which are replicated, join the optimizer.
+        Under FSDP2 tensors outside the model are replicated; their groups join the optimizer here.
         """
         while self._replicated:
             self.optimizer.add_param_group(self._replicated.pop(0))
@@ -122,7 +122,7 @@ class TwoLevelTrainer(TaskLossTrainer):
         return new_optimizer(self._optimizer_kind(), groups)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `transformers.Trainer.save_model`, with the settings; the levels in checkpoints."""
+        """As `transformers.Trainer.save_model`, with the settings; a checkpoint has the levels."""
         folder = Path(output_dir or self.args.output_dir)
         if _internal_call and folder.name.startswith(checkpoint.PREFIX):
             self._callback.write(folder)
@@ -130,7 +130,7 @@ class TwoLevelTrainer(TaskLossTrainer):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / SETTINGS).write_text(json.dumps(self.args.bilevel_settings(), indent=1))
         super().save_model(output_dir, _internal_call)
-        if self._callback.writing is not None:  # until it is complete the Trainer deletes none
+        if self._callback.writing is not None:  # delete no older checkpoint before this is complete
             self.args.save_total_limit = None
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -9,28 +9,28 @@ from transformers import PrinterCallback, ProgressCallback
 
 from hyperopt_peft.utils import distributed
 
-#: The numbers of a printed line; all others are in the Trainer's state.
-PRINTED = ("loss", "upper_loss", "grad_norm", "upper_grad_norm", "learning_rate")
+#: The numbers in a printed line; all others are in the Trainer's state.
+PRINTED = ("loss", "upper_loss", "implicit_ratio", "grad_norm", "upper_grad_norm", "learning_rate")
 PRINTED_AT_END = ("train_loss", "train_runtime")
-#: The ends of an evaluation's numbers that say nothing of the model.
+#: The name endings of an evaluation's timings, which are not printed.
 TIMINGS = ("_runtime", "_per_second", "_time")
 
 
 class StepLog:
-    """The numbers of the steps since the last log: to be averaged, and the last of others."""
+    """The numbers of the steps since the last log: some are averaged, of others the last counts."""
 
     def __init__(self) -> None:
         self.last: dict[str, Any] = {}
         self._values: dict[str, list[Any]] = {}
 
     def add(self, values: Mapping[str, Any]) -> None:
-        """Add a step's numbers without None and infinity (‖implicit‖/‖direct‖ with direct = 0)."""
+        """Add a step's numbers, except None and infinity (an ``implicit_ratio`` without direct)."""
         for key, value in values.items():
             if value is not None and value != float("inf"):
                 self._values.setdefault(key, []).append(value)
 
     def read(self) -> tuple[dict[str, float], dict[str, float]]:
-        """The means over steps and processes, and the last numbers; both are then cleared."""
+        """The means over steps and processes, and the last numbers; then clear both."""
         means = {key: sum(map(float, each)) / len(each) for key, each in self._values.items()}
         last = {key: float(value) for key, value in self.last.items() if value is not None}
         self._values, self.last = {}, {}
@@ -38,7 +38,7 @@ class StepLog:
 
 
 def upper_gap(logs: Mapping[str, float], history: list[dict[str, float]]) -> dict[str, float]:
-    """``eval_loss`` minus the last ``upper_loss`` of ``history``, where there are both."""
+    """``eval_loss`` minus the last ``upper_loss`` in ``history``, if both exist."""
     losses = [record["upper_loss"] for record in history if "upper_loss" in record]
     if "eval_loss" not in logs or not losses:
         return {}
@@ -46,7 +46,7 @@ def upper_gap(logs: Mapping[str, float], history: list[dict[str, float]]) -> dic
 
 
 def line_of(state: Any, logs: Mapping[str, Any]) -> str:
-    """A short line of ``logs``: "step 20/50  loss 0.8321  grad_norm 1.2"."""
+    """A short line from ``logs``: "step 20/50  loss 0.8321  grad_norm 1.2"."""
     names = [name for name in (*PRINTED, *PRINTED_AT_END) if name in logs]
     names += [name for name in logs if name.startswith("eval_") and not name.endswith(TIMINGS)]
     numbers = [
@@ -58,7 +58,7 @@ def line_of(state: Any, logs: Mapping[str, Any]) -> str:
 
 
 class ShortProgress(ProgressCallback):
-    """A progress bar, above which each log is a short line."""
+    """A progress bar that writes each log as a short line above itself."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Write the line."""
@@ -76,9 +76,9 @@ class ShortPrinter(PrinterCallback):
 
 
 def shorten(trainer: Any) -> None:
-    """Let ``trainer`` print logs as short lines, and without bar and logs print nothing.
+    """Let ``trainer`` print logs as short lines, or nothing if bar and logs are off.
 
-    A callback of the user's is left as it is.
+    The user's own callbacks stay as they are.
     """
     for kind, short in ((ProgressCallback, ShortProgress), (PrinterCallback, ShortPrinter)):
         if any(type(callback) is kind for callback in trainer.callback_handler.callbacks):

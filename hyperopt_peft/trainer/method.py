@@ -58,14 +58,14 @@ class Method:
 
     _argument_group_name = "method"  # in the command line's help
 
-    #: Arguments of the training, by name, where the user leaves them out.
+    #: Training arguments by name, used where the user gives none.
     defaults: Mapping[str, Any] = MappingProxyType({})
-    #: Columns of numbers that a level reads in its batch and the model does not. ``index``, the
-    #: number of the row in the data that the user gives, needs no column.
+    #: Columns of numbers that a level reads and the model does not. ``index``, the row's number in
+    #: the user's data, needs no column.
     tags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raise ProblemError for an option of another type than its field's."""
+        """Raise ProblemError if an option does not have its field's type."""
         hints = get_type_hints(type(self))
         options: Any = fields(self) if is_dataclass(self) else ()
         for each in options:
@@ -76,9 +76,9 @@ class Method:
 
     @property
     def absorbed(self) -> bool:
-        """Whether a solved lower level absorbs the upper variables: F does not depend on them then.
+        """Whether F does not depend on the upper variables once the lower level is solved.
 
-        The hypergradient is 0 there, and those of cheap estimators are not; a comparison says so.
+        The hypergradient is then 0, but cheap estimators return another value; a comparison warns.
         """
         return False
 
@@ -87,27 +87,26 @@ class Method:
         return config
 
     def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:
-        """The rows of the lower and of the upper level, from the given ones.
+        """The rows of the lower and the upper level, made from the user's; the two may share rows.
 
-        Where the second is None, ``upper_fraction`` of the first become the upper level's. The two
-        may share rows.
+        If the second is None, ``upper_fraction`` of the first become the upper level's.
         """
         return train, upper
 
     def all_rows(self, train: Any, upper: Any) -> Any:
-        """The rows of the second phase, from those of ``rows``; may read what was learned."""
+        """The rows of the second phase, from the results of ``rows``; may read upper variables."""
         if upper is None:
             return train
         return joined(train_dataset=train, upper_dataset=upper)
 
     def read_rows(self, model: Any, rows: Any, collate: Callable[[Sequence[Any]], Any]) -> None:
-        """Look at the lower level's rows as the trainer has prepared them, such as to count labels.
+        """Read the lower level's prepared rows before training, for example to count labels.
 
-        ``collate`` makes a batch of some, with the tags. ``model`` is None under FSDP2.
+        ``collate`` makes a batch, with tags, from a list of rows. ``model`` is None under FSDP2.
         """
 
     def prepare(self, model: Any) -> None:
-        """Change ``model`` in place before training, such as by a parametrisation."""
+        """Change ``model`` in place before training, for example by a parametrisation."""
 
     def upper_variables(self, model: Any) -> Mapping[str, Tensor]:
         """The tensors that the upper level learns, by name; parameters of ``model`` or others."""
@@ -116,29 +115,29 @@ class Method:
     def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Any:
         """f: a scalar, or a dict with ``loss`` and metrics; ``task_loss(batch)`` by default.
 
-        ``batch`` has the tags too, and may have a Trainer's entries (`core.labels`), by which
+        ``batch`` includes the tags. In a Trainer it also has the entries of `core.labels`, by which
         ``task_loss`` weights micro-batches.
         """
         return task_loss(batch)
 
     def upper_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Any:
-        """F, as ``lower_loss``."""
+        """F: as ``lower_loss``."""
         return task_loss(batch)
 
     def after_upper_step(self) -> None:
-        """Change upper variables in place after each upper step, such as by a projection."""
+        """Change upper variables in place after each upper step, for example project them."""
 
     def after_search(self, model: Any) -> None:
-        """Change upper variables in place by what the lower level has learned.
+        """Change upper variables in place, given the trained lower level.
 
-        With ``retrain="scratch"`` the lower level has its initial values again in ``finish``.
+        With ``retrain="scratch"``, ``finish`` sees the lower level's initial values instead.
         """
 
     def finish(self, model: Any) -> Any:
-        """The plain model after the search: what was learned is folded in, frozen or left out.
+        """The plain model after the search, which may be a new one.
 
-        It may be another model. A run that resumes in the second phase calls ``finish`` again, with
-        the same values of both levels.
+        The upper variables are folded in, frozen or dropped. A run that resumes in the second phase
+        calls ``finish`` again with the same values of both levels.
         """
         return model
 
@@ -157,7 +156,7 @@ class Method:
         variables = self.upper_variables(model)
         if not variables:
             raise ProblemError(
-                f"{type(self).__name__}.upper_variables: there is none in the model; a baseline "
+                f"{type(self).__name__}.upper_variables: returned none of this model; a baseline "
                 "has upper_variables = Method.upper_variables"
             )
         return self._level(self.upper_loss, model, variables.items(), task_loss)
@@ -175,13 +174,13 @@ class Method:
         data: Sequence[Iterable[Any] | None] = (None, None),
         optimizers: Sequence[Callable[[Sequence[Tensor]], Optimizer]],
     ) -> tuple[Problem, Problem]:
-        """The levels (upper, lower) of an `Engine`, over ``model``, which is prepared.
+        """Prepare ``model`` and return the levels (upper, lower) for an `Engine`.
 
         Args:
-            model: the model; after training the user calls ``finish``.
+            model: the model; call ``finish`` after training.
             task_loss: the loss of a batch; ``model(**batch).loss`` by default.
-            data: the batches of (upper, lower), see `Problem`.
-            optimizers: for (upper, lower) a function that makes an optimizer of variables.
+            data: the batches of (upper, lower); see `Problem`.
+            optimizers: for (upper, lower), functions from a list of variables to an optimizer.
 
         Raises:
             ProblemError: as `Problem`; the method is a baseline.
@@ -199,7 +198,7 @@ class Method:
 
     @torch.no_grad()
     def project(self, *_: Any) -> None:
-        """Call ``after_upper_step``; drivers and hooks of optimizers call this."""
+        """Call ``after_upper_step`` without gradients; drivers and optimizers' hooks call this."""
         self.after_upper_step()
 
 

@@ -1,4 +1,4 @@
-"""One optimizer over both levels of a `BilevelTrainer`, with groups of their own."""
+"""One optimizer over both levels of a `BilevelTrainer`, each in parameter groups of its own."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from hyperopt_peft.errors import ProblemError
 def new_optimizer(
     kind_and_options: tuple[Any, Mapping[str, Any]], groups: Sequence[dict[str, Any]]
 ) -> Any:
-    """The optimizer of a class with options over ``groups`` of parameters."""
+    """An optimizer, of a class and with its options, over ``groups`` of parameters."""
     kind, options = kind_and_options
     name = getattr(kind, "__name__", kind)
     takes_groups = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
-    # Some take the model, and step in hooks of the backward pass.
+    # Some classes take the model, and step in hooks of the backward pass.
     if not takes_groups or options.keys() & {"params", "model", "optimizer_dict"}:
         raise ProblemError(
             f"optim: {name} takes no groups of parameters; use one that does, such as adamw_torch"
@@ -36,7 +36,7 @@ def new_optimizer(
 def parameter_groups(
     lower: Problem, upper: Problem | None, args: Any, without_decay: Container[int]
 ) -> list[dict[str, Any]]:
-    """The lower variables with and without ``args.weight_decay``, and the upper variables.
+    """Parameter groups: lower variables with ``args.weight_decay``, without, upper variables.
 
     ``without_decay`` has the ids of tensors without weight decay, such as biases.
     """
@@ -58,7 +58,7 @@ def params_of(optimizer: Any) -> list[Tensor]:
 
 
 def learning_rate(optimizer: Any, level: Problem) -> float | None:
-    """The rate of the first group of ``optimizer`` with variables of ``level``."""
+    """The learning rate of the first group of ``optimizer`` that has variables of ``level``."""
     of_level = {id(variable) for variable in level.variables}
     groups = [g for g in optimizer.param_groups if of_level & {id(p) for p in g["params"]}]
     rate = groups[0]["lr"]
@@ -66,7 +66,7 @@ def learning_rate(optimizer: Any, level: Problem) -> float | None:
 
 
 def check_optimizers(source: str, optimizer: Any, scheduler: Any, levels: list[Problem]) -> None:
-    """Raise ProblemError unless the optimizer of ``source`` has the levels' variables, apart."""
+    """Raise ProblemError unless the ``optimizer`` of ``source`` holds each level's groups."""
     if optimizer is None:
         if scheduler is not None:
             raise ProblemError(f"{source}: a scheduler without an optimizer; give both or neither")
@@ -81,6 +81,6 @@ def check_optimizers(source: str, optimizer: Any, scheduler: Any, levels: list[P
     of_levels = [{id(v) for v in level.variables} for level in levels]
     if any(sum(bool(group & of_level) for of_level in of_levels) > 1 for group in groups):
         raise ProblemError(
-            f"{source}: a group holds variables of both levels, which would share a learning "
+            f"{source}: a group holds variables of both levels, so they would share a learning "
             "rate; give each level groups of its own"
         )

@@ -1,4 +1,4 @@
-"""A bilevel trainer before any `transformers.Trainer`: the class of both, and its arguments."""
+"""Combines a bilevel trainer with any `transformers.Trainer` subclass, and their arguments."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from hyperopt_peft.errors import ProblemError
 
-#: Methods that a bilevel step replaces and does not call, with what they would have done.
+#: Methods of the Trainer that a bilevel step does not call, and the trainers that need them.
 REPLACED = {
-    "_prepare_inputs": "a trainer that generates or changes its batches in each step (GRPO, RLOO)",
-    "training_step": "a step of its own; change compute_loss",
+    "_prepare_inputs": "trainers that generate batches in each step (GRPO, RLOO) are not possible",
+    "training_step": "override compute_loss instead",
 }
 
-#: The arguments of a trainer whose type hint is not theirs.
+#: The arguments classes of trainers that declare another one in their type hints.
 UNHINTED = {"transformers.trainer_seq2seq.Seq2SeqTrainer": Seq2SeqTrainingArguments}
 
 
 class Combined(type):
-    """The class of classes that pickle by their two bases where these were combined."""
+    """The metaclass of combined classes, which pickle as the recipe ``made_by``."""
 
-    #: The function that combines, and its arguments; absent where a module has the class.
+    #: The combining function and its arguments; absent for classes that a module defines.
     made_by: tuple[Callable[..., Any], tuple[Any, ...]]
 
 
@@ -39,7 +39,7 @@ copyreg.pickle(Combined, lambda cls: vars(cls).get("made_by", cls.__qualname__))
 
 @cache
 def combined(ours: Any, parent: Any) -> Any:
-    """The class (``ours``, ``parent``), always the same; ``ours`` where ``parent`` is its base."""
+    """The class with bases (``ours``, ``parent``), cached; ``ours`` if it extends ``parent``."""
     if not (isinstance(parent, type) and issubclass(parent, Trainer)):
         name = getattr(parent, "__name__", repr(parent))
         raise ProblemError(f"over: must be a subclass of transformers.Trainer, got {name}")
@@ -55,26 +55,25 @@ def combined(ours: Any, parent: Any) -> Any:
 
 
 def check_parent(parent: type[Trainer]) -> None:
-    """Raise ProblemError where a bilevel step would skip what ``parent`` does in a step."""
-    for name, what in REPLACED.items():
+    """Raise ProblemError if ``parent`` overrides a method that a bilevel step does not call."""
+    for name, advice in REPLACED.items():
         method = getattr(parent, name)
         # TRL's own training_step only opens a context, for activation_offloading.
-        known = name == "training_step" and method.__module__.startswith("trl.")
-        if method is not getattr(Trainer, name) and not known:
+        harmless = name == "training_step" and method.__module__.startswith("trl.")
+        if method is not getattr(Trainer, name) and not harmless:
             raise ProblemError(
-                f"{parent.__name__}: has {name} of its own, which a bilevel step does not call: "
-                f"{what}"
+                f"{parent.__name__}: overrides {name}, which a bilevel step does not call; {advice}"
             )
 
 
 def arguments_of(parent: type[Trainer]) -> Any:
-    """The class of ``args`` by the first type hint of one that can be read."""
+    """The class of ``args``, from the first readable type hint among the bases of ``parent``."""
     for base in parent.__mro__:
         if kind := UNHINTED.get(f"{base.__module__}.{base.__qualname__}"):
             return kind
         if annotation := _annotation(base, "args"):
             hint = SimpleNamespace(__annotations__={"args": annotation})
-            with suppress(NameError):  # imported for a type checker alone
+            with suppress(NameError):  # the hint's class is imported for type checkers only
                 hinted = get_type_hints(hint, vars(base)["__init__"].__globals__)["args"]
                 for each in get_args(hinted) or (hinted,):
                     if isinstance(each, type) and issubclass(each, TrainingArguments):
@@ -83,13 +82,13 @@ def arguments_of(parent: type[Trainer]) -> Any:
 
 
 def loads_names(parent: type[Trainer]) -> bool:
-    """Whether ``parent`` loads a model by its name, by the type hint of ``model``."""
+    """Whether ``parent`` loads a model by name: the type hint of ``model`` allows ``str``."""
     hints = (_annotation(base, "model") for base in parent.__mro__)
     return bool(re.search(r"\bstr\b", str(next(filter(None, hints), ""))))
 
 
 def _annotation(base: type, name: str) -> Any:
-    """The annotation of the argument ``name`` where ``base`` defines ``__init__`` with it."""
+    """The annotation of ``name`` in an ``__init__`` that ``base`` itself defines, else None."""
     init = vars(base).get("__init__")
     parameter = None if init is None else inspect.signature(init).parameters.get(name)
     if parameter is None or parameter.annotation is parameter.empty:
@@ -99,25 +98,25 @@ def _annotation(base: type, name: str) -> Any:
 
 @cache
 def combined_arguments(ours: Any, parents: Any) -> Any:
-    """The dataclass (``parents``, ``ours``), always the same.
+    """The dataclass with bases (``parents``, ``ours``), cached.
 
-    ``parents`` decides the defaults, except of the fields that ``ours`` or one of its bases in this
+    Defaults are those of ``parents``, except for fields that ``ours`` or one of its bases in this
     package declares.
     """
     if issubclass(ours, parents):
         return ours
     standard = {field.name for field in fields(TrainingArguments)}
     declared = [inspect.get_annotations(base) for base in ours.__mro__ if type(base) is Combined]
-    own = [field for field in fields(ours) if any(field.name in names for names in declared)]
-    for name in {field.name for field in own} - standard:
+    new = [field for field in fields(ours) if any(field.name in names for names in declared)]
+    for name in {field.name for field in new} - standard:
         if name in parents.__dataclass_fields__:
             raise ProblemError(
-                f"{name}: an argument of both {parents.__name__} and {ours.__name__}"
+                f"{name}: both {parents.__name__} and {ours.__name__} have this argument; rename it"
             )
     hints = get_type_hints(ours)
     made = make_dataclass(
         ours.__name__.removesuffix("TrainingArguments") + parents.__name__,
-        [(field.name, hints[field.name], copy(field)) for field in own],
+        [(field.name, hints[field.name], copy(field)) for field in new],
         bases=(parents, ours),
         namespace={
             "__doc__": f"`{ours.__name__}` with the arguments of `{parents.__name__}`.",
@@ -130,7 +129,7 @@ def combined_arguments(ours: Any, parents: Any) -> Any:
 
 
 class CombinedTrainer(Trainer, metaclass=Combined):
-    """A `transformers.Trainer` that can stand before any other; the base of bilevel trainers."""
+    """A `transformers.Trainer` that can extend any other; the base of bilevel trainers."""
 
     #: The class of ``args``.
     Arguments: ClassVar[Any] = TrainingArguments
@@ -143,14 +142,14 @@ class CombinedTrainer(Trainer, metaclass=Combined):
 
     @classmethod
     def over(cls, trainer: Any) -> type[Self]:
-        """This class before ``trainer``, another subclass of `transformers.Trainer`.
+        """The class with bases (cls, ``trainer``), for another `transformers.Trainer` subclass.
 
-        The class has the bases (cls, ``trainer``) and is always the same object. Both levels train
-        by the loss of ``trainer`` and on data that ``trainer`` prepares. The arguments are
-        ``Arguments``, those of ``trainer`` with its defaults, and those of this class.
+        Equal calls return the same class. Both levels train the loss of ``trainer``, on data that
+        ``trainer`` prepares. The attribute ``Arguments`` combines the arguments of both classes,
+        with the defaults of ``trainer``.
 
         Raises:
-            ProblemError: ``trainer`` is no trainer, or does more in a step than evaluate its loss.
+            ProblemError: ``trainer`` is not a Trainer, or its step does more than evaluate a loss.
 
         Example:
             >>> from hyperopt_peft import BilevelTrainer
@@ -165,5 +164,5 @@ class CombinedTrainer(Trainer, metaclass=Combined):
 
     @classmethod
     def parent(cls) -> Any:
-        """The class that `over` was given; else `transformers.Trainer`."""
+        """The class given to `over`, or `transformers.Trainer`."""
         return cls.__mro__[cls.__mro__.index(CombinedTrainer) + 1]

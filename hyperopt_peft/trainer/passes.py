@@ -1,4 +1,4 @@
-"""The passes of a training over its batches, forward and backward, counted from what ran."""
+"""Counts the forward+backward passes that a training runs."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from hyperopt_peft.utils.models import base_model
 
 
 class PassCounter(TrainerCallback):
-    """Counts the passes of a training, and its seconds; both phases of a method are one training.
+    """Counts the passes and seconds of a training; both phases of a method are one training.
 
     A pass is one forward and one backward over as many rows as a lower step has on this process.
-    The first backward pass of a forward pass counts its rows once. A further one over the same
-    graph is a product of second derivatives, which goes through the graph of the first backward
-    pass too, and counts them twice. Forward passes without a gradient count nothing. A batch whose
-    rows are joined to one, without padding, counts as a whole micro-batch.
+    A graph's first backward pass counts its rows once. A further backward pass over the same graph
+    is a product of second derivatives, which also runs through the first one's graph, and counts
+    the rows twice. Forward passes without gradients do not count. A batch whose rows are joined
+    into one, without padding, counts as a full micro-batch.
 
     Attributes:
         passes: the count since `begin`.
-        limit: the passes after which the training ends.
+        limit: the number of passes after which the training ends.
         unit: the rows of a pass, by default those of a lower step.
-        joined: whether a batch had its rows joined to one.
+        joined: whether a batch had its rows joined into one.
 
     Example:
         >>> from torch import nn, ones
@@ -52,7 +52,7 @@ class PassCounter(TrainerCallback):
         self.begin()
 
     def begin(self, passes: float = 0.0, seconds: float = 0.0) -> None:
-        """Count from now on, and from the numbers of `read`."""
+        """Restart the count, at the given numbers of an earlier `read`."""
         self.passes, self._start = passes, time.perf_counter() - seconds
 
     def read(self) -> dict[str, float]:
@@ -65,7 +65,7 @@ class PassCounter(TrainerCallback):
         """Count the passes of ``model`` from now on."""
         self._micro = args.train_batch_size
         self._batch = self.unit or self._micro * args.gradient_accumulation_steps
-        for each in {model, base_model(model)}:  # of which older PEFT calls the hooks of one
+        for each in {model, base_model(model)}:  # older PEFT calls the hooks of only one of them
             self._hooks.append(each.register_forward_hook(self._passed, with_kwargs=True))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -73,14 +73,14 @@ class PassCounter(TrainerCallback):
         control.should_training_stop |= self.passes > self.limit - 1e-6
 
     def end(self) -> None:
-        """Count no longer."""
+        """Stop counting."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Count nothing in the body, such as what a resumed run looks at again."""
+        """Count nothing in the body, such as passes that only measure."""
         self._paused = True
         try:
             yield
@@ -109,13 +109,13 @@ class PassCounter(TrainerCallback):
 
 
 def _first(values: Iterable[Any], gradient: bool = False) -> Tensor | None:
-    """The first tensor of rows among ``values`` and in them, with a gradient if that is asked."""
+    """The first tensor with rows in nested ``values``; with ``gradient``, one that requires it."""
     for value in values:
         if isinstance(value, Tensor):
             if value.dim() and (value.requires_grad or not gradient):
                 return value
         elif isinstance(value, dict | tuple | list | UserDict):
             parts = value if isinstance(value, tuple | list) else value.values()
-            if (found := _first(parts, gradient)) is not None:
-                return found
+            if (tensor := _first(parts, gradient)) is not None:
+                return tensor
     return None

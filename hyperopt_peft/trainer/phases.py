@@ -37,9 +37,9 @@ REFERENCE = "ref"
 class PhasesTrainer(TwoLevelTrainer):
     """A Trainer of one phase, or of the two phases of a method."""
 
-    #: The method that makes the levels, where there is one.
+    #: The method that makes the levels; None if the user gave levels.
     method: Method | None = None
-    #: The trainer of the second phase, from its beginning.
+    #: The trainer of the second phase; None before that begins.
     retrainer: Any = None
     _set_up: Callable[..., None]  # with levels in place of a method
     may_share_rows: bool
@@ -52,7 +52,7 @@ class PhasesTrainer(TwoLevelTrainer):
     def _set_up_method(
         self, model: Any, args: Any, method: Method, train: Any, upper: Any, trainer: dict[str, Any]
     ) -> None:
-        """Initialise the trainer for the first phase of ``method``, or the only one."""
+        """Initialise the trainer for the first, or only, phase of ``method``."""
         self.method, bilevel = method, has_upper_level(method)
         args = args.with_defaults(method.defaults)
         if trainer.get("peft_config") is not None:
@@ -83,21 +83,22 @@ class PhasesTrainer(TwoLevelTrainer):
     ) -> Any:
         """As `transformers.Trainer.train`; ``True`` resumes from the last complete checkpoint.
 
-        With a method the search and the second phase are run, and the last phase's result is
-        returned; the last checkpoint of either phase counts. A resumed run is bit for bit the run
-        without interruption, with the exceptions in docs/distributed.md.
+        With a method, this runs the search and the second phase, and returns the result of the
+        last phase. ``True`` finds the last checkpoint of either phase. A resumed run equals the
+        uninterrupted run bit for bit, with the exceptions in docs/distributed.md.
 
         Raises:
-            ProblemError: no complete checkpoint, a damaged one, or one of other settings or data;
-                fewer steps than ``lower_steps``; examples that the collator cannot batch; a loss
-                that is no scalar, or a variable that no loss reads, at the level's first step.
-            NonFiniteError: as ``args.non_finite`` says; the message names step and batch.
+            ProblemError: there is no complete checkpoint, or it is damaged or has other settings or
+                data; the run has fewer steps than ``lower_steps``; the collator cannot batch the
+                examples; at a level's first step the loss is no scalar or ignores a variable.
+            NonFiniteError: a loss, gradient or curvature is not finite, and ``args.non_finite`` is
+                ``"raise"``. The message names step and batch.
         """
         folder = Path(self.args.output_dir or "")
         self.passes.begin()
         if not self.has_second_phase:
             point = checkpoint.to_resume(resume_from_checkpoint, folder)
-            output = self._train_from(point, *args, **kwargs)
+            output = self.train_phase(point, *args, **kwargs)
             if self.method is not None and not self._callback.signalled:
                 if self.upper is not None:
                     self._after_search()
@@ -124,7 +125,7 @@ class PhasesTrainer(TwoLevelTrainer):
                 lower, upper = (len(x) if has_length(x) else 0 for x in rows)
                 checks.warn_of_short_phase("search", self.args, lower)
                 checks.warn_of_short_phase("retraining", arguments, lower + upper)
-            output = self._train_from(point, *args, **kwargs)
+            output = self.train_phase(point, *args, **kwargs)
             if self._callback.signalled:  # the search is unfinished
                 return output
             reshard(self.model)
@@ -135,27 +136,27 @@ class PhasesTrainer(TwoLevelTrainer):
             point = None
         self._finish()
         self.retrainer = self.retraining(arguments)
-        return self.retrainer._train_from(point, *args, **kwargs)
+        return self.retrainer.train_phase(point, *args, **kwargs)
 
     @property
     def has_second_phase(self) -> bool:
-        """Whether a training of the lower level alone follows."""
+        """Whether a second phase, training of the lower level alone, follows the search."""
         return self.method is not None and self.upper is not None and self.args.retrain != "none"
 
     def passes_of_an_upper_step(self) -> int:
-        """Forward+backward passes over a micro-batch from one upper step of the search to the next.
+        """The search's forward+backward passes over a micro-batch for each upper step.
 
-        A hypergradient whose cost is not known counts as two.
+        A hypergradient of unknown cost counts as two passes.
         """
         args, of_upper = self.args, self.estimator.cost() or 2
         of_lower_batch = args.lower_steps - 1 + of_upper - 1
         pieces = 1 if self.upper_batches is None else self.upper_batches.count  # of F
         return int(of_lower_batch * args.gradient_accumulation_steps + pieces)
 
-    def _train_from(
+    def train_phase(
         self, resumed: tuple[Path, Mapping[str, Any]] | None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Train from the checkpoint ``resumed``, with its record; None for a new run."""
+        """Run this trainer's phase from the checkpoint ``resumed`` (folder, record), or anew."""
         self.skipped = 0
         try:
             with self._callback.run(resumed):
@@ -168,13 +169,13 @@ class PhasesTrainer(TwoLevelTrainer):
                 self.upper_batches.close()
 
     def all_rows(self) -> Any:
-        """The rows of both levels, as the method joins them for its second phase."""
+        """The rows of the second phase, as the method makes them from both levels' rows."""
         assert self.method is not None
         return self.method.all_rows(*self._rows)
 
     def retraining(self, args: Any) -> Any:
-        """The trainer of the second phase: this one, without an upper level, on all rows."""
-        trainer = copy.copy(self)  # with what a subclass has for its loss
+        """The trainer of the second phase: a copy of this one, without upper level, on all rows."""
+        trainer = copy.copy(self)  # keeps a subclass's attributes, which its loss may read
         trainer.__dict__.pop("_data_fingerprints", None)
         with as_prepared(self.model):
             trainer._set_up(
@@ -189,17 +190,17 @@ class PhasesTrainer(TwoLevelTrainer):
         return trainer
 
     def _show_rows(self) -> None:
-        """Let the method read the lower level's rows, without columns that are not read."""
+        """Show the lower level's rows to the method, without unused columns."""
         if self.method is None or type(self.method).read_rows is Method.read_rows:
             return
-        model = None if self.is_fsdp_enabled else self.model  # whose parameters may not be here yet
+        model = None if self.is_fsdp_enabled else self.model  # FSDP2 may load parameters later
         rows = checks.read_rows(self)
         random = replay(RandomState.capture())
         with collating("train_dataset"), random, self.compute_loss_context_manager():
             self.method.read_rows(model, rows, self.data_collator)
 
     def settings(self) -> dict[str, Any]:
-        """As `TwoLevelTrainer.settings`, with the method's options and the adapter's."""
+        """As `TwoLevelTrainer.settings`, with the options of method and adapter."""
         method, settings = self.method, super().settings()
         if method is None:
             return settings
@@ -212,7 +213,7 @@ class PhasesTrainer(TwoLevelTrainer):
         return {**json.loads(json.dumps(more, default=str)), **settings}
 
     def release_models(self) -> None:
-        """Delete the wrapper of `accelerate` around the model, in both phases."""
+        """Delete accelerate's wrapper of the model, in both phases."""
         if self.retrainer is not None:
             self.retrainer.release_models()
         self.model_wrapped = self.model
@@ -224,19 +225,19 @@ class PhasesTrainer(TwoLevelTrainer):
             self.method.after_search(self.model)
 
     def _finish(self) -> None:
-        """Make ``model`` the plain one of the method."""
+        """Replace ``model`` by the method's plain model."""
         model = self.model if self.method is None else self.method.finish(self.model)
         if model is not self.model:
             self.model = self.model_wrapped = model
 
     def _keep_learned(self, folder: Path) -> None:
-        """Write both levels' variables, which ``finish`` reads and a plain adapter may lack."""
+        """Save both levels' variables: a resumed run calls ``finish`` again, which reads them."""
         values = {name: gather(x.detach()) for name, x in self._level_values().items()}
         if self.args.should_save:
             checkpoint.write_state(folder / LEARNED, values)
 
     def _initial(self, resumed: bool) -> dict[str, Tensor]:
-        """The lower level's initial values, which are also in a file for a resumed run."""
+        """The lower level's initial values; a resumed run reads them from their file."""
         path = Path(self.args.output_dir or "") / INITIAL
         variables = dict(zip(self.lower.names, self.lower.variables, strict=True))
         if resumed:
@@ -247,7 +248,7 @@ class PhasesTrainer(TwoLevelTrainer):
         return values
 
     def _level_values(self) -> dict[str, Tensor]:
-        """The variables of both levels; names of the lower one begin with its key."""
+        """The variables of both levels by name; the lower level's names begin with ``lower.``."""
         lower, *upper = self.levels
         named = {f"lower.{name}": x for name, x in zip(lower.names, lower.variables)}
         return named | {n: x for each in upper for n, x in zip(each.names, each.variables)}
@@ -259,7 +260,7 @@ def lower_of(trainer: Any) -> Any:
 
 
 def prepared_lower_of(trainer: Any) -> Any:
-    """As `lower_of`, over a model that the method prepares now."""
+    """As `lower_of`, after the method has prepared the model."""
     # Methods and levels copy initial values, which must be equal on all processes.
     parameters = [p for p in trainer.model.parameters() if p.requires_grad]
     distributed.broadcast(parameters, trainer.args.device)
@@ -273,7 +274,7 @@ def upper_of(trainer: Any) -> Any:
 
 
 def options_of_retraining(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a second trainer, made before the search changes the callbacks' state."""
+    """The second trainer's arguments; the callbacks are copied before the search changes them."""
     made_once = ("peft_config", "quantization_config", "processing_class")
     copies = [copy.copy(callback) for callback in trainer.get("callbacks") or ()]
     rest = {name: value for name, value in trainer.items() if name not in made_once}
@@ -282,10 +283,10 @@ def options_of_retraining(trainer: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def as_prepared(model: Any) -> Iterator[None]:
-    """Undo what the constructor of a second trainer, in the body, does to its ``model``.
+    """Undo the changes that the constructor of a second trainer, in the body, makes to ``model``.
 
-    TRL's trainers patch ``forward`` of the model for a fused head. Those of preferences copy an
-    adapter that they find to another one, `REFERENCE`, with which their loss compares.
+    TRL's trainers patch ``forward`` of the model for a fused head. DPOTrainer and KTOTrainer copy
+    an existing adapter to another one, `REFERENCE`, with which their loss compares.
     """
     forwards = {m: vars(m)["forward"] for m in model.modules() if "forward" in vars(m)}
     named = [(n, p) for n, p in model.named_parameters() if f".{REFERENCE}." in n]

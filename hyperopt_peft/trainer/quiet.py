@@ -1,4 +1,4 @@
-"""The arguments of a training that leaves no trace."""
+"""Arguments of a training that writes no logs, reports or checkpoints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils import logging
 
-#: Arguments with which a Trainer evaluates, logs, reports and saves nothing.
+#: Arguments that turn off evaluation, logs, reports and checkpoints.
 QUIET = {
     "eval_on_start": False,
     "eval_strategy": "no",
@@ -25,10 +25,10 @@ QUIET = {
 
 
 def quiet(args: Any, folder: str, kind: Any = None, **changes: Any) -> Any:
-    """The arguments of the same training, which evaluates, logs, reports and saves nothing.
+    """A copy of ``args`` for the same training without evaluation, logs, reports or checkpoints.
 
-    The copy is of the class ``kind``, by default that of ``args``; arguments that it does not know
-    are left out. A Trainer may make ``folder``, the ``output_dir``.
+    The copy's class is ``kind``, by default the class of ``args``; arguments that ``kind`` lacks
+    are dropped. A Trainer may create ``folder``, the ``output_dir``.
     """
     kind = kind or type(args)
     names = {each.name for each in fields(kind)}
@@ -39,9 +39,9 @@ def quiet(args: Any, folder: str, kind: Any = None, **changes: Any) -> Any:
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """No bars of `datasets` and `transformers` in the body, where every run would show its own.
+    """Hide progress bars of `datasets` and `transformers` in the body.
 
-    PEFT reads `is_gradient_checkpointing` of every model, of which Transformers warns each time.
+    Also hidden is the warning of Transformers each time PEFT reads `is_gradient_checkpointing`.
     """
     libraries = (
         (are_progress_bars_disabled(), disable_progress_bars, enable_progress_bars),

@@ -1,4 +1,4 @@
-"""The optimizer steps of a `BilevelTrainer`: from micro-batches to each ``.grad``."""
+"""One optimizer step of a `BilevelTrainer`: from micro-batches to each ``.grad``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.distributed import gather
 from hyperopt_peft.utils.random_state import RandomState, replay
 
-#: Entries of a micro-batch whose loss has its weight among those of the step.
+#: Entries of a micro-batch by which `task_loss` has weighted its loss already.
 COUNTED = {WEIGHT, MICRO_BATCHES}
 #: The logged numbers of an upper step.
 UPPER_NUMBERS = ("upper_loss", "implicit_ratio", "residual", "solver_steps")
@@ -37,7 +37,7 @@ class MicroBatch:
 
     batch: Any
     random_state: RandomState
-    weight: float = 1.0  # of the loss; the mean over a step's micro-batches is 1
+    weight: float = 1.0  # weights the loss; the mean over a step's micro-batches is 1
 
 
 class Accumulated(Problem):
@@ -45,9 +45,9 @@ class Accumulated(Problem):
 
         f(w) = 1/n Σ_i weight_i f_i(w)   over n micro-batches
 
-    Variables and prior are the level's. Every evaluation of a micro-batch has the same random
-    numbers, and first-order passes hold one graph at a time. ``optimizer`` may own other tensors
-    too.
+    Variables and prior are the level's. Every evaluation of a micro-batch draws the same random
+    numbers, and first-order passes hold one graph at a time. ``optimizer`` may also own other
+    tensors.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Accumulated(Problem):
         return self.level.examples
 
     def terms(self, batch: Sequence[MicroBatch]) -> Iterator[tuple[Tensor, dict[str, float]]]:
-        """The share of each micro-batch in the mean loss, and its metrics."""
+        """Each micro-batch's contribution to the mean loss, and its metrics."""
         for micro in batch:
             with replay(micro.random_state):
                 ((loss, metrics),) = self.level.terms(micro.batch)
@@ -79,16 +79,16 @@ class Accumulated(Problem):
 class OptimizerStep:
     """A step of both levels at one point: the lower gradient, and the hypergradient when due.
 
-    The object serves all steps of a run, one after another.
+    One object serves all steps of a run, one after another.
     """
 
     lower: Problem
     bilevel: BilevelStep | None  # None trains the lower level alone
     args: BilevelTrainingArguments
-    optimizer: Any  # of both levels
+    optimizer: Any  # over both levels
     accelerator: Accelerator
     upper_batches: UpperBatches | None
-    with_entries: Callable[[Sequence[Any]], list[Any]]  # which the loss of a micro-batch reads
+    with_entries: Callable[[Sequence[Any]], list[Any]]  # adds the entries of `core.labels`
     autocast: Callable[[], AbstractContextManager[Any]]
 
     def __post_init__(self) -> None:
@@ -99,10 +99,10 @@ class OptimizerStep:
         self.begin(0, 0)
 
     def begin(self, count: int, number: int) -> None:
-        """Begin step ``number``, from 1, of ``count`` micro-batches.
+        """Begin step ``number``, counted from 1, with ``count`` micro-batches.
 
-        F is differentiated before passes that the estimator observes. Gradients are cleared, since
-        a variable need not be a parameter of the model, whose gradients the Trainer clears.
+        If the estimator observes the lower passes, F is differentiated first. Gradients are cleared
+        here because the Trainer clears only the model's parameters.
         """
         self.count = count
         self.micro: list[MicroBatch] = []
@@ -110,7 +110,7 @@ class OptimizerStep:
         self.upper: list[MicroBatch] = []
         self._losses: list[Tensor] = []
         self._metrics: list[dict[str, float]] = []
-        self._failure: NonFiniteError | None = None  # of F's gradient before the passes
+        self._failure: NonFiniteError | None = None  # raised by F before the lower passes
         self._withheld: list[Tensor | None] = []
         self.clear_gradients()
         bilevel, every = self.bilevel, self.args.lower_steps
@@ -136,12 +136,12 @@ class OptimizerStep:
             variable.grad = None
 
     def withhold_gradients(self) -> None:
-        """Keep each ``.grad``, which the Trainer would clip over both levels together."""
+        """Hide each ``.grad`` from the Trainer, which would clip both levels together."""
         self._withheld = [x.grad for x in (*self.lower.variables, *self.u)]
         self.clear_gradients()
 
     def return_gradients(self) -> None:
-        """Set each ``.grad`` that was withheld."""
+        """Restore each ``.grad`` that was withheld."""
         for variable, gradient in zip((*self.lower.variables, *self.u), self._withheld):
             variable.grad = gradient
         self._withheld = []
@@ -152,7 +152,7 @@ class OptimizerStep:
         return prior_of(self.lower, self._metrics[-1]) / self.count
 
     def evaluate(self, inputs: Any) -> Tensor:
-        """Differentiate the lower loss of the next micro-batch, divided by their number."""
+        """Differentiate the next micro-batch's share of the lower loss, and return that share."""
         batch, bilevel = self._on_device(inputs), self.bilevel
         self.micro.append(MicroBatch(batch, RandomState.capture(self.devices)))
         with nullcontext() if bilevel is None else bilevel.observe():
@@ -167,7 +167,7 @@ class OptimizerStep:
         return loss.detach()
 
     def set_gradients(self, number: int) -> None:
-        """Set each ``.grad`` to the clipped direction of step ``number``, from 1; None: no move."""
+        """Set each ``.grad`` for step ``number``, counted from 1: clipped, or None for no move."""
         if self._failure is not None:
             raise self._failure
         w, u = self.lower.variables, self.u
@@ -204,13 +204,13 @@ class OptimizerStep:
     def _move(
         self, variables: Sequence[Tensor], gradient: Sequence[Tensor | None], limit: float
     ) -> Tensor:
-        """Set each ``.grad`` and clip them together; returns their norm before clipping."""
+        """Set each ``.grad``, clip them together and return their norm before clipping."""
         for variable, direction in zip(variables, gradient, strict=True):
             variable.grad = direction
         return gather(self.accelerator.clip_grad_norm_(variables, limit or float("inf")))
 
     def _upper_batch(self, number: int) -> list[MicroBatch]:
-        """Batch ``number`` of the upper level; F is a mean over its labels, or else its rows."""
+        """Batch ``number`` of the upper level; F is its mean over labels, or over rows."""
         assert self.upper_batches is not None
         pieces, shares = zip(*self.upper_batches.pieces(number), strict=True)
         batches = self.with_entries(pieces)

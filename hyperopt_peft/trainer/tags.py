@@ -1,4 +1,4 @@
-"""Tags: columns of rows that a level reads in its batch, and neither collator nor model sees."""
+"""Tags: columns of rows that a level reads from its batch; collator and model do not see them."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.internals import keep_columns
 
-#: The tag that needs no column: the number of a row in the given data, the upper level's last.
+#: The tag that needs no column: a row's number in the user's data; upper rows come last.
 INDEX = "index"
 
 
 def numbered(*tables: Any) -> tuple[Any, ...]:
-    """The rows of ``tables``, some of which may be None, with their numbers as `INDEX`."""
-    done, begin = [], 0
+    """The ``tables`` (None stays None) with a column `INDEX`, which numbers the rows of all."""
+    tagged, begin = [], 0
     for rows in tables:
         if rows is not None and not isinstance(rows, Dataset):
             raise ProblemError(
-                f"{INDEX}: only rows of a datasets.Dataset are numbered, got {type(rows).__name__}"
+                f"{INDEX}: rows must be a datasets.Dataset, got a {type(rows).__name__}"
             )
         if rows is not None:
             if INDEX in rows.column_names:
                 raise ProblemError(
-                    f"{INDEX}: is a column of the rows, and the name of their numbers; rename it"
+                    f"{INDEX}: this name is reserved for row numbers; rename the column"
                 )
             rows = rows.add_column(INDEX, list(range(begin, begin + len(rows))))
         begin += 0 if rows is None else len(rows)
-        done.append(rows)
-    return tuple(done)
+        tagged.append(rows)
+    return tuple(tagged)
 
 
 @dataclass(frozen=True)
 class TagCollator:
-    """Calls ``collate`` on rows without ``tags``, and adds these to its batch.
+    """Calls ``collate`` on rows without ``tags``, then adds the tags to the batch.
 
-    A tag is a number a row, ``(n,)``. Where ``collate`` joins the rows, or a row is packed from
-    several, with a list of a number for each token, it is a number a label, of the shape of
-    ``labels``. Rows may lack a tag, such as those of an upper level that does not read it.
+    A tag has one number for each row, ``(n,)``. If ``collate`` joins the rows, or packed rows have
+    a list with a number for each token, it has one for each label, in the shape of ``labels``. Rows
+    may lack a tag, such as those of an upper level that does not read it.
 
     Example:
         >>> def flat(rows):  # one row of all, as padding_free=True makes it
@@ -79,26 +79,26 @@ def _values(tag: str, rows: Sequence[Mapping[str, Any]], batch: Mapping[str, Any
     shape = tuple(labels.shape) if isinstance(labels, Tensor) else ()
     if len(shape) != 2 or len(values) != shape[0] or any(len(v) > shape[1] for v in values):
         raise ProblemError(
-            f"column {tag!r}: the data collator makes labels of shape {shape} of {len(rows)} rows "
-            f"with {sum(map(len, values))} tokens, so that a label has no {tag}; use one that pads "
-            "the rows, or writes them one after another"
+            f"column {tag!r}: the data collator makes labels of shape {shape} from {len(rows)} "
+            f"rows with {sum(map(len, values))} tokens, so a label has no {tag}; use a collator "
+            "that pads the rows, or writes them one after another"
         )
-    # Padding, at the end, is not scored.
+    # Padding is at the end and not scored, so any value will do.
     return torch.tensor([each + each[-1:] * (shape[1] - len(each)) for each in values])
 
 
 def without(entries: Mapping[str, Any], tags: Iterable[str]) -> dict[str, Any]:
-    """``entries``, of a row or a batch, without ``tags``."""
+    """The entries of a row or a batch without ``tags``."""
     return {key: value for key, value in entries.items() if key not in tags}
 
 
 def label_counts(
     tag: str, values: int, model: Any, rows: Any, collate: Callable[[Sequence[Any]], Any]
 ) -> Tensor:
-    """How many labels of ``rows`` are scored for each value of ``tag``, ``(values,)``.
+    """The number of scored labels of ``rows`` for each value of ``tag``, ``(values,)``.
 
-    Arguments are those of `Method.read_rows`. Without a model the first label of a row counts too,
-    which a causal model does not score.
+    ``model``, ``rows`` and ``collate`` are the arguments of `Method.read_rows`. With ``model`` a
+    causal model's first label of each row, which is not scored, does not count.
     """
     counts, shifted = torch.zeros(values, dtype=torch.int64), None
     for batch in DataLoader(rows, 256, collate_fn=collate):
@@ -116,18 +116,18 @@ def label_counts(
 
 
 def keep_tags(trainer: Any, tags: Sequence[str], method: str) -> None:
-    """Let the batches of ``trainer`` have the columns ``tags``."""
+    """Add the columns ``tags`` to the batches of ``trainer``."""
     present = getattr(trainer.train_dataset, "column_names", None) or []
     if missing := [tag for tag in tags if tag not in present]:
         raise ProblemError(
-            f"{missing[0]}: {method} reads this column, which the training rows lack as they are "
-            "prepared; add it"
+            f"{missing[0]}: {method} reads this column, which the prepared training rows lack; "
+            "add it"
         )
     args = trainer.args
     if getattr(args, "packing", False) and getattr(args, "packing_strategy", "") == "wrapped":
         raise ProblemError(
-            f"packing_strategy: in 'wrapped' rows texts read each other, so that none has a "
-            f"{tags[0]} of its own; set 'bfd'"
+            f"packing_strategy: 'wrapped' rows mix texts, so a text has no {tags[0]} of its own; "
+            "set 'bfd'"
         )
     keep_columns(trainer, tags)
     trainer.data_collator = TagCollator(trainer.data_collator, tags)

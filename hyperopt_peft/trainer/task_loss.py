@@ -1,4 +1,4 @@
-"""The loss that a Trainer trains, in the micro-batches of a step."""
+"""`TaskLossTrainer`: the loss that a Trainer trains, as a function of a micro-batch."""
 
 from __future__ import annotations
 
@@ -36,41 +36,41 @@ logger = logging.getLogger(__name__)
 class TaskLossTrainer(CombinedTrainer):
     """A Trainer whose loss a level can read: ``task_loss``, a function of a micro-batch.
 
-    The mean of the micro-batches' losses is the loss that the Trainer trains. A loss that reads the
-    number of labels in its step is divided by that number. The losses of others are weighted by
-    their labels, unless the Trainer's class says that the mean of the micro-batches counts.
+    The mean of ``task_loss`` over a step's micro-batches is the loss that the Trainer trains.
+    Micro-batches are weighted by their numbers of labels, unless the Trainer's class declares the
+    plain mean (``loss_is_scaled_for_ga = False``).
     """
 
-    #: Whether the levels are functions of the trainer, which may read its loss.
+    #: Whether the levels are functions of the trainer, so that they may read its loss.
     trainer_loss: bool
-    #: Columns of the batches that a level reads and the model does not.
+    #: Columns of a batch that a level reads and the model does not.
     tags: Sequence[str] = ()
-    #: The passes and seconds of the training, both phases of a method together.
+    #: Passes and seconds of the training, for both phases of a method together.
     passes: PassCounter
     model: Any
 
     @classmethod
     def has_own_loss(cls) -> bool:
-        """Whether this class, or the one that it stands before, overrides ``compute_loss``."""
+        """Whether this class, or the Trainer that it extends, overrides ``compute_loss``."""
         stock = (TaskLossTrainer, Trainer)
         return any("compute_loss" in vars(base) for base in cls.__mro__ if base not in stock)
 
     def _set_loss_rule(self) -> None:
-        # The loss is one of the whole step (True), of each micro-batch (False), or unknown (None).
+        # The loss is scaled to the step (True) or to a micro-batch (False); None: not yet known.
         self._scaled = getattr(self, "loss_is_scaled_for_ga", None)
         self._reads_items, self._model_reads_items = self._scaled, self._scaled
         self._custom = self.compute_loss_func is not None or self.has_own_loss()
         self._warned = False
 
     def _with_entries(self, batches: Sequence[Any]) -> list[Any]:
-        """The micro-batches of a step of either level, with the entries that its loss reads.
+        """A step's micro-batches, of either level, with the entries of `core.labels`.
 
-        See `core.labels`. The first call measures whether the loss reads the number of labels.
+        The first call measures whether the loss reads the step's number of labels.
         """
         args = self.args
         counted = super().get_batch_samples(iter(batches), len(batches), args.device)
         samples, items = list(counted[0]), counted[1]
-        # No sample: an epoch that was resumed at its end. Losses of the levels' own know no labels.
+        # No samples: the run resumed at the end of an epoch. Levels' own losses read no entries.
         if not samples or not self.trainer_loss or self._scaled is False:
             return samples
         read = [without(batch, self.tags) for batch in samples] if self.tags else samples
@@ -90,9 +90,9 @@ class TaskLossTrainer(CombinedTrainer):
         if count > 1 and sums and self.args.gradient_accumulation_steps > 1 and not self._warned:
             self._warned = True
             logger.warning(
-                "gradient_accumulation_steps: the loss ignores num_items_in_batch, so that "
-                "transformers.Trainer trains the sum of the micro-batches' losses, and this "
-                "trainer their mean; a learning rate is not the same in both"
+                "gradient_accumulation_steps: the loss ignores num_items_in_batch, so "
+                "transformers.Trainer trains the sum of the micro-batches' losses, this trainer "
+                "their mean; choose the learning rate for the mean"
             )
 
     def _shifted(self, batch: Any) -> bool:
@@ -111,16 +111,16 @@ class TaskLossTrainer(CombinedTrainer):
         if self._reads_items is None:
             batch = send_to_device(batch, self.args.device)
             self._reads_items = self._differs(
-                # Of a copy, since a model may mask its inputs in place, as Whisper does.
+                # A copy, since some models, such as Whisper, mask their inputs in place.
                 lambda items: self.task_loss({**deepcopy(batch), ITEMS: items, MICRO_BATCHES: 1})
             )
         return self._reads_items is not False
 
     def _differs(self, loss: Callable[[Tensor], Tensor]) -> bool | None:
-        """Whether ``loss`` of 1 and of 1024 labels differ; None, so far unknown, where it is 0.
+        """Whether ``loss`` differs for 1 and 1024 labels; None (not yet known) if it is 0.
 
-        Each evaluation starts from one random state. Two of 1 label say by how much those differ
-        that do not read the number: by rounding, or by random numbers that cannot be replayed.
+        All evaluations start from the same random state. A second evaluation with 1 label measures
+        the noise: rounding, or random numbers that cannot be replayed.
         """
         values, device = [], self.args.device
         for number in (1, 1024, 1):
@@ -134,25 +134,25 @@ class TaskLossTrainer(CombinedTrainer):
         if noise <= 1e-2 * abs(one):
             return bool(abs(one - many) > 8 * noise)
         logger.warning(
-            "the loss draws from a random generator of its own, which cannot be replayed; draw "
-            "from the global ones of PyTorch, NumPy or Python"
+            "the loss draws from a random generator of its own, which cannot be replayed; use the "
+            "global generators of PyTorch, NumPy or Python"
         )
         return bool(abs(one) > 32 * abs(many))
 
     def task_loss(self, batch: Any) -> Tensor:
-        """The loss that the Trainer would train: a scalar, whose mean over micro-batches counts.
+        """The Trainer's loss of a micro-batch, a scalar.
 
-        With the entries of a step, the mean over its micro-batches and processes is the mean over
-        all of its labels.
+        With the entries of `core.labels`, its mean over a step's micro-batches and processes is the
+        mean over all labels of the step.
         """
         inputs = without(batch, self.tags)
         weight, items, n = (inputs.pop(entry, None) for entry in (WEIGHT, ITEMS, MICRO_BATCHES))
-        if n is not None:  # TRL divides the auxiliary loss of a mixture of experts by it
+        if n is not None:  # TRL divides a mixture of experts' auxiliary loss by this attribute
             self.current_gradient_accumulation_steps = n
         with model_reads(batch):
             loss: Tensor = self.compute_loss(self.model, inputs, num_items_in_batch=items)
         if n is not None:
-            # In 64 bits the division by n, for the mean over micro-batches, gives the loss again.
+            # In 64 bits the later division by n gives back exactly the loss.
             loss = (loss if loss.is_mps else loss.double()) * n
         elif weight is not None:
             loss = loss * weight.to(loss.dtype)
@@ -167,8 +167,8 @@ class TaskLossTrainer(CombinedTrainer):
     ) -> Any:
         """As `transformers.Trainer.compute_loss`, corrected for evaluation by several processes.
 
-        With a count of labels the Trainer multiplies the loss by the number of processes, also when
-        the model averages over rows itself. Such a model gets no count.
+        Given a count of labels, the Trainer multiplies the loss by the number of processes, even if
+        the model ignores the count and averages itself. Such a model gets no count.
         """
         compute, items = super().compute_loss, num_items_in_batch
         if items is not None and distributed.world_size() > 1:
@@ -188,6 +188,6 @@ class TaskLossTrainer(CombinedTrainer):
 
     @contextmanager
     def _measuring(self) -> Iterator[None]:
-        """A context for a loss that nothing is trained by."""
+        """A context for evaluations of the loss that train nothing."""
         with metrics_restored(self), self.passes.paused(), self.compute_loss_context_manager():
             yield

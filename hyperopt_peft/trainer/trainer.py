@@ -46,35 +46,35 @@ LevelLike = Problem | Callable[["BilevelTrainer"], Problem]
 class BilevelTrainer(PhasesTrainer):
     """`transformers.Trainer` for a lower and an upper level over one model.
 
-    Every optimizer step moves the lower level. Each ``lower_steps``-th step moves the upper level
-    too, by the hypergradient at the same point, on the step's lower batch (all of its micro-batches
-    and processes) and the upper level's next batch, which is all of its examples where these are
-    few. One optimizer has both levels in groups of their own.
+    Every optimizer step moves the lower level. Each ``lower_steps``-th step also moves the upper
+    level, by the hypergradient at the same point. It is computed on the step's lower batch (all
+    micro-batches, all processes) and on the upper level's next batch. A small upper data set is one
+    batch. One optimizer holds both levels, in separate parameter groups.
 
     Training uses the losses of the levels, evaluation the loss of the model. A level that is a
     function of the trainer can read ``trainer.task_loss``, the loss that the Trainer itself would
     train. Other losses are averaged over the micro-batches of a step. docs/training-reference.md
-    lists the logged numbers and the refusals, docs/distributed.md says what several processes do.
+    lists the logged numbers and the refusals; docs/distributed.md is about several processes.
 
     Args:
-        model: the model that the Trainer saves, evaluates and moves to its device. A trainer `over`
-            one that loads models takes a name too.
-        args: the settings; a copy of them has the method's defaults where nothing was given.
-        method: makes both levels, and after the search the plain model of the second phase; see
-            `Method`. A baseline has one phase. Without method and levels one level trains all
-            trainable parameters.
-        lower: in place of a method the lower level, without data and optimizer.
+        model: the model that the Trainer saves, evaluates and moves to its device; or its name, if
+            the trainer that this is `over` loads models by name.
+        args: the settings; the trainer copies them and adds the method's defaults.
+        method: makes both levels, and the plain model of the second phase; see `Method`. A
+            baseline has one phase. Without method and levels, one level trains all trainable
+            parameters.
+        lower: the lower level in place of a method, without data and optimizer.
         upper: the upper level, likewise; None trains the lower level alone.
-        train_dataset: the lower level's examples, or the examples of both levels, which
-            ``args.upper_fraction`` then divides.
-        upper_dataset: the upper level's examples. Never ``eval_dataset``.
+        train_dataset: the lower level's examples. Without ``upper_dataset`` the upper level gets
+            ``args.upper_fraction`` of them.
+        upper_dataset: the upper level's examples, never ``eval_dataset``.
         trainer: further arguments of `transformers.Trainer`, or of the trainer that this is `over`.
             The second phase has copies of the ``callbacks`` in their initial state.
 
     Raises:
-        ProblemError: levels that share a tensor or have data or an optimizer, data sets that
-            overlap, an optimizer that does not hold exactly the levels' variables, or a setting
-            that would make hypergradients wrong or that the levels would ignore.
+        ProblemError: levels share a tensor or have data or an optimizer of their own, data sets
+            overlap, the optimizer does not hold exactly the levels' variables, or a setting would
+            be ignored or make hypergradients wrong.
 
     Example:
         >>> import torch
@@ -91,7 +91,7 @@ class BilevelTrainer(PhasesTrainer):
     """
 
     Arguments = BilevelTrainingArguments
-    #: Whether an example of the upper level may train the lower level too.
+    #: Whether the lower level may also train on the upper level's examples.
     may_share_rows: bool = False
     current_step: OptimizerStep
     eval_dataset: Any
@@ -232,7 +232,7 @@ class BilevelTrainer(PhasesTrainer):
             self.optimizer.train()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        """The micro-batches of the next step, with entries; none at the end of the run."""
+        """The next step's micro-batches with the entries of `core.labels`; none after the end."""
         if self.control.should_training_stop:
             return [], None
         with collating("train_dataset"):
@@ -240,9 +240,9 @@ class BilevelTrainer(PhasesTrainer):
         return self._with_entries(batches), None
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss of one micro-batch; the last one's call computes the step's direction.
+        """The loss of one micro-batch; the call for the last one computes the step's gradients.
 
-        It becomes each ``.grad`` in the event before the optimizer's step.
+        Each ``.grad`` is set by `BilevelCallback.on_pre_optimizer_step`, after the Trainer clips.
         """
         if not self.is_in_train:
             raise ProblemError(
@@ -263,7 +263,7 @@ class BilevelTrainer(PhasesTrainer):
         return loss.float() - step.last_prior  # older Trainers sum in its dtype
 
     def _skip_or_stop(self, error: NonFiniteError) -> None:
-        """Count the step as skipped, or write a checkpoint of the state before it and raise."""
+        """Count the step as skipped, or save the state before the step and raise."""
         if self.args.non_finite == "skip":
             self.skipped += 1
             return
@@ -304,7 +304,7 @@ class BilevelTrainer(PhasesTrainer):
         self.accelerator.end_training()
 
     def _set_step(self, optimizer: Any) -> None:
-        """Build the steps of the levels' present variables."""
+        """Make the step over the levels' current variables."""
         self.bilevel_step: BilevelStep | None = None
         if self.upper is not None:
             limit = self.args.max_grad_norm or None

@@ -1,4 +1,4 @@
-"""The upper level's batches, each a function of its number, from a DataLoader."""
+"""The upper level's batches: each is a function of its number, so that a run can resume."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ from hyperopt_peft.trainer.data import collating, require_examples
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.random_state import RandomState, replay
 
-#: The most examples of an upper level for which each batch is all of them, unless a size is given.
+#: Up to this many examples, the upper level's batch is all of them, unless a size is given.
 FULL = 128
 #: The column of the documents' lengths in rows that TRL has packed.
 PACKED = "seq_lengths"
 
 
 class UpperBatches(Dataset[Any]):
-    """The upper level's batches, each a function of its number alone, so that a run can resume.
+    """The upper level's batches, each a function of its number alone.
 
-    A batch is one piece of ``size`` examples. With ``full`` it is all of ``data``, in pieces of at
-    most ``size`` examples, equally many on each process.
-
-    The order differs between epochs. ``processes`` share each batch, of which this one has the
-    number ``rank``. ``loading`` are options of `torch.utils.data.DataLoader`.
+    A batch is one piece of ``size`` examples. With ``full`` a batch is all of ``data``, in pieces
+    of at most ``size`` examples, equally many on each process. Each epoch has another order.
+    ``processes`` share each batch; this one is number ``rank``. ``loading`` has options of
+    `torch.utils.data.DataLoader`.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class UpperBatches(Dataset[Any]):
         self.size = min(size, len(data) // processes)
         self.per_epoch = len(data) // (self.size * processes)
         self.used = self.per_epoch * self.size * processes
-        if full:  # each process has a row of each piece
+        if full:  # every process needs a row of each piece
             self.per_epoch = min(-(-len(data) // (size * processes)), len(data) // processes)
             self.used = len(data)
         self.count = self.per_epoch if full else 1  # pieces of a batch
@@ -63,20 +62,20 @@ class UpperBatches(Dataset[Any]):
         self._next = 0
 
     def pieces(self, number: int) -> list[tuple[Any, float]]:
-        """This process's pieces of batch ``number``, from 0, each with a weight by its examples.
+        """This process's pieces of batch ``number``, counted from 0, each with its weight.
 
-        The mean over the pieces, on all processes, of weight times the mean over a piece's
-        examples is the mean over the batch's examples.
+        The weights make the mean over all pieces of (weight · mean over the piece's examples) equal
+        to the mean over the batch's examples.
         """
         numbers = range(number * self.count, (number + 1) * self.count)
         mean = self.used / (self.per_epoch * self.processes)
         return [(self.batch(n), len(self._share(n % self.per_epoch)) / mean) for n in numbers]
 
     def batch(self, number: int) -> Any:
-        """This process's share of piece ``number``, from 0; an epoch drops a smaller last one."""
+        """This process's share of piece ``number``, counted from 0; an uneven rest is dropped."""
         if self._batches is None or number != self._next:
             self.close()
-            # The loader seeds its workers from this generator and not from the training stream.
+            # With its own generator the loader does not draw from the training's random stream.
             loader: DataLoader[Any] = DataLoader(
                 self,
                 batch_size=None,
@@ -95,7 +94,7 @@ class UpperBatches(Dataset[Any]):
         self._batches = None
 
     def _numbered_rows(self, begin: int) -> Iterator[tuple[int, list[int]]]:
-        """The numbers of the batches from ``begin`` with their rows; one permutation an epoch."""
+        """Piece numbers from ``begin`` on, with this process's rows; one permutation per epoch."""
         present, order = -1, torch.empty(0, dtype=torch.int64)
         for number in count(begin):
             epoch, position = divmod(number, self.per_epoch)
@@ -106,7 +105,7 @@ class UpperBatches(Dataset[Any]):
             yield number, order[share.start : share.stop].tolist()
 
     def _share(self, position: int) -> range:
-        """The positions in an epoch's order of this process's share of the piece ``position``."""
+        """The positions, in the epoch's order, of this process's share of piece ``position``."""
         number, count = position * self.processes + self.rank, self.per_epoch * self.processes
         return range(number * self.used // count, (number + 1) * self.used // count)
 
@@ -123,9 +122,9 @@ def _identity(batch: Any) -> Any:
 
 
 def upper_batches(data: Any, loader: Any, args: Any) -> UpperBatches:
-    """Batches of ``data`` by ``args``, with collator, columns and workers of ``loader``.
+    """`UpperBatches` of ``data`` by ``args``, with the collator, columns and workers of ``loader``.
 
-    Without ``per_device_upper_batch_size`` each is the whole data set where that is small.
+    Without ``per_device_upper_batch_size`` a small data set is one batch.
     """
     size = args.per_device_upper_batch_size
     if isinstance(data, datasets.Dataset):
@@ -146,7 +145,7 @@ def upper_batches(data: Any, loader: Any, args: Any) -> UpperBatches:
 
 
 def loader_of(trainer: Trainer, data: Any, name: str) -> Any:
-    """The Trainer's loader of the argument ``name``, or of its first row."""
+    """The Trainer's loader of ``data``, the argument ``name``; a Dataset's first row suffices."""
     table = isinstance(data, datasets.Dataset)
     try:
         loader = trainer.get_test_dataloader(data.select(range(1)) if table else data)
@@ -154,8 +153,8 @@ def loader_of(trainer: Trainer, data: Any, name: str) -> Any:
         raise ProblemError(f"{name}: {error}") from error
     if table and PACKED in set(data.column_names) - set(loader.dataset.column_names):
         raise ProblemError(
-            f"{name}: the rows are packed, and without the column {PACKED!r}, which the trainer "
-            "removes as unused, documents attend to each other; set remove_unused_columns=False "
+            f"{name}: the rows are packed, but the trainer removes their column {PACKED!r} as "
+            "unused, so documents would attend to each other; set remove_unused_columns=False "
             "with TRL's collator, or use the trainer's class .over(SFTTrainer)"
         )
     return loader

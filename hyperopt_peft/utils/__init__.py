@@ -1,1 +1,1 @@
-"""PyTorch mechanics that know nothing of levels."""
+"""PyTorch mechanics that are independent of levels."""

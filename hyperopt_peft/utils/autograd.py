@@ -1,4 +1,4 @@
-"""Queries of the autograd graph of a loss, and conditions for custom autograd functions."""
+"""Queries of a loss's autograd graph, and helpers for custom autograd functions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn.modules import module as global_hooks
 F = TypeVar("F", bound=Callable[..., Any])
 
 HALF = (torch.bfloat16, torch.float16)
-#: Packages whose functions have backward passes without a graph.
+#: Packages whose autograd functions have backward passes without a graph.
 KERNELS = ("liger_kernel.", "trl.")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -42,8 +42,8 @@ def graph_leaves(tensor: Tensor) -> list[Tensor]:
 def once_differentiable_functions(tensor: Tensor) -> list[str]:
     """The names of the custom functions in the graph of ``tensor`` that are differentiable once.
 
-    These are the functions marked ``once_differentiable``, and those of Liger and TRL, which have
-    no mark: their backward passes run in kernels, or write into memory, without a graph.
+    They are marked ``once_differentiable``, or belong to Liger or TRL, whose functions have no mark
+    although their backward passes run in kernels, or write into memory, without a graph.
     """
 
     def marked(function: Any) -> bool:  # the mark is a wrapper, defined in torch's own module
@@ -56,7 +56,7 @@ def once_differentiable_functions(tensor: Tensor) -> list[str]:
 
 
 def raises_when_differentiated(node: Any) -> bool:
-    """Whether ``node`` is the derivative of a non-differentiable operation, and only raises."""
+    """Whether ``node`` stands for the derivative of a non-differentiable operation, and raises."""
     return "Error" in node.name()
 
 
@@ -67,13 +67,13 @@ def lacks_second_derivative(error: RuntimeError) -> bool:
 
 
 def needed_inputs(node: Any, count: int) -> tuple[bool, ...]:
-    """For each of the first ``count`` inputs, whether the running backward pass needs its gradient.
+    """Whether the running backward pass needs the gradient, for each of the first ``count`` inputs.
 
-    ``node.needs_input_grad`` is True for every input that requires a gradient; a pass over some of
-    the variables (``backward(inputs=…)``) needs fewer. The ``count`` inputs must be tensors.
+    ``node.needs_input_grad`` is True for every input that requires a gradient, but a pass over some
+    variables (``backward(inputs=…)``) needs fewer. The ``count`` inputs must be tensors.
     """
 
-    def asked(index: int) -> bool:
+    def is_needed(index: int) -> bool:
         if not node.needs_input_grad[index]:
             return False
         try:
@@ -81,7 +81,7 @@ def needed_inputs(node: Any, count: int) -> tuple[bool, ...]:
         except RuntimeError:  # a leaf among the inputs of autograd.grad
             return True
 
-    return tuple(asked(index) for index in range(count))
+    return tuple(is_needed(index) for index in range(count))
 
 
 def without_autocast(function: F) -> F:
@@ -108,8 +108,8 @@ def has_hooks(*modules: nn.Module) -> bool:
 def needs_plain_operations(*inputs: Tensor) -> bool:
     """Whether a function of ``inputs`` must use PyTorch's own operations now.
 
-    Inside `torch.func` transforms, forward-mode derivatives and `torch.jit.trace`, a custom
-    autograd function that defines a backward pass alone fails.
+    A custom autograd function with only a backward pass fails inside `torch.func` transforms,
+    forward-mode derivatives and `torch.jit.trace`.
     """
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
@@ -119,18 +119,18 @@ def needs_plain_operations(*inputs: Tensor) -> bool:
 
 
 def function_modes_off() -> AbstractContextManager[None]:
-    """Within the body, no active `torch.overrides.TorchFunctionMode` sees a call."""
+    """Disable all active `torch.overrides.TorchFunctionMode`s in the body."""
     context: AbstractContextManager[None] = torch._C.DisableTorchFunction()
     return context
 
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Within the body, models and functions of `torch.compile` run as they are written.
+    """Within the body, models and functions compiled by `torch.compile` run eagerly.
 
-    A compiled function is differentiable once, and hooks and modes that come and go would compile
-    it anew until PyTorch gives up.
+    A compiled function is differentiable only once. Temporary hooks and modes would trigger its
+    recompilation until PyTorch gives up.
     """
-    loaded = "torch._dynamo" in sys.modules  # a second to import, of use to few
+    loaded = "torch._dynamo" in sys.modules  # it takes a second to import, and few runs need it
     with torch.compiler.set_stance("force_eager") if loaded else nullcontext():
         yield

@@ -1,7 +1,6 @@
 """Averages, sums and copies over the processes of a distributed run, and shards of tensors.
 
-Every function works in a run of one process, where ``torch.distributed`` is not initialised. There
-the average of a tensor is the tensor.
+Every function also works in a single process without ``torch.distributed``.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def world_size() -> int:
 
 
 def initialised() -> bool:
-    """Whether ``torch.distributed`` is in use, by one process perhaps."""
+    """Whether ``torch.distributed`` is in use, even by a single process."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -42,10 +41,7 @@ def rank() -> int:
 
 
 def rank_key() -> tuple[int, ...]:
-    """The part of a random seed that differs between processes; empty in process 0.
-
-    Process 0 of a distributed run then has the random numbers of a run of one process.
-    """
+    """The part of a seed that differs between processes; empty in process 0, as in a single one."""
     return (rank(),) if rank() else ()
 
 
@@ -53,14 +49,14 @@ def rank_key() -> tuple[int, ...]:
 def mean(
     parts: Sequence[Tensor | None], like: Sequence[Tensor] | None = None
 ) -> tuple[Tensor | None, ...]:
-    """The average of each part over the processes, dense where a part is sparse.
+    """The average of each part over the processes; a sparse part becomes dense.
 
-    A part that is None counts as zero; the result is None where the part is None on all processes.
-    A sharded part is returned unchanged, since FSDP2 has averaged it. There is one reduction for
-    each dtype and device; half precision is averaged in float32. Every process must call this
-    function, with parts of the same shapes.
+    None counts as zero, unless a part is None on all processes: then the result is None. A sharded
+    part is returned unchanged, since FSDP2 has averaged it. There is one reduction for each dtype
+    and device; half precision is averaged in float32. Every process must call this function, with
+    parts of the same shapes.
 
-    ``like`` are tensors with the shapes and dtypes of ``parts``; required if a part is None.
+    ``like`` has tensors with the shapes and dtypes of ``parts``; it is required if a part is None.
     """
     processes = world_size()
     parts = [x.to_dense() if x is not None and x.is_sparse else x for x in parts]
@@ -96,7 +92,7 @@ def averages(values: Mapping[K, float]) -> dict[K, float]:
 
 
 def union(keys: Iterable[K]) -> list[K]:
-    """The keys of all processes, in the same order on each."""
+    """The keys of all processes, in one order for all processes."""
     gathered: list[list[K]] = [list(keys)]
     if world_size() > 1:
         here, gathered = gathered[0], [[]] * world_size()
@@ -105,15 +101,15 @@ def union(keys: Iterable[K]) -> list[K]:
 
 
 def means(parts: Sequence[Mapping[K, float]]) -> dict[K, float]:
-    """The mean of each value over those of ``parts`` that have the value.
+    """The mean of each value over the ``parts`` that have the value.
 
     Example:
         >>> means([{"loss": 1.0}, {"loss": 3.0, "accuracy": 0.5}])
         {'loss': 2.0, 'accuracy': 0.5}
     """
     keys = {key: None for part in parts for key in part}
-    of = {key: [part[key] for part in parts if key in part] for key in keys}
-    return {key: sum(values) / len(values) for key, values in of.items()}
+    by_key = {key: [part[key] for part in parts if key in part] for key in keys}
+    return {key: sum(values) / len(values) for key, values in by_key.items()}
 
 
 @torch.no_grad()
@@ -145,7 +141,7 @@ def is_sharded(*tensors: Tensor) -> bool:
 
 @torch.no_grad()
 def to_local(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """The shard of each tensor on this process, in shared memory; a plain tensor itself."""
+    """The shard of each tensor on this process, without a copy; a plain tensor unchanged."""
     return tuple(x.to_local() if isinstance(x, DTensor) else x for x in tensors)
 
 
@@ -156,10 +152,10 @@ def gather(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """The shape of a tensor, and how the tensor is spread over the processes.
+    """The shape of a tensor, and its distribution over the processes.
 
-    ``here`` is the shape of this process's shard, and ``ranks`` the number of processes with the
-    same shard: 0 for a plain tensor, which is the same on every process.
+    ``here`` is the shape of this process's shard. ``ranks`` is the number of processes with the
+    same shard, or 0 for a plain tensor, which is equal on every process.
     """
 
     shape: torch.Size
@@ -181,7 +177,7 @@ class ShardLayout:
         return cls(tensor.shape, here, tensor.stride(), mesh, placements, ranks)
 
     def shaped(self, part: Tensor) -> Tensor:
-        """The tensor of this layout whose part on this process has the entries ``part``."""
+        """The tensor of this layout that has the entries ``part`` on this process."""
         if self.mesh is None:
             return part.view(self.shape)
         return DTensor.from_local(
@@ -195,7 +191,7 @@ class ShardLayout:
 
 
 def sharded_like(full: Tensor, like: Tensor) -> Tensor:
-    """The tensor ``full``, sharded and placed as ``like``, in the dtype of ``like``."""
+    """The tensor ``full`` with the sharding, device and dtype of ``like``."""
     if not isinstance(like, DTensor):
         return full.to(like)
     full = full.to(like.device, like.dtype)
@@ -205,8 +201,8 @@ def sharded_like(full: Tensor, like: Tensor) -> Tensor:
 def reshard(model: nn.Module) -> None:
     """Free the gathered parameters of ``model``, so that its parameters are shards again.
 
-    FSDP2 frees gathered parameters in the backward pass. After a forward pass without a backward
-    pass the gathered tensors remain the parameters, and changes of the shards have no effect.
+    FSDP2 frees gathered parameters in the backward pass. After a forward pass alone, the gathered
+    tensors remain the parameters, and changes of the shards have no effect.
     """
     for module in model.modules():
         if shards(module):
@@ -215,17 +211,13 @@ def reshard(model: nn.Module) -> None:
 
 def shards(module: nn.Module) -> bool:
     """Whether FSDP2 spreads the parameters of ``module`` over the processes."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # half a second to import, of use to few
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # it takes half a second to import
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 @contextmanager
 def seen_parameters() -> Iterator[list[Tensor]]:
-    """The sharded parameters of the modules whose forward pass runs in the body.
-
-    A backward pass writes the gradients of these parameters, though they are not in autograd's
-    graph.
-    """
+    """The sharded parameters of modules that run in the body; autograd's graph lacks them."""
     sharded: list[Tensor] = []
 
     def see(module: nn.Module, _inputs: object) -> None:
@@ -240,10 +232,11 @@ def seen_parameters() -> Iterator[list[Tensor]]:
 
 
 def totals(values: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:
-    """``values``, each a scalar of one tensor's shard on this process, over the shards of all.
+    """The sums over all shards of ``values``, scalars from the shards of tensors on this process.
 
-    A plain tensor is equal on all processes: its value stays. Every process must call this
-    function, with tensors of the same sharding; ``ranks`` are their `ShardLayout.ranks`.
+    A value from a plain tensor does not change, since it is equal on all processes. Every process
+    must call this function, with tensors of the same sharding; ``ranks`` are their
+    `ShardLayout.ranks`.
     """
     result = list(values)
     sharded = [k for k, count in enumerate(ranks) if count]

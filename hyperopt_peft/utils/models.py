@@ -1,4 +1,4 @@
-"""The model behind an adapter, and what layers of 4 and 8 bits need."""
+"""Helpers for models with adapters, and for layers with 4 or 8 bits."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from hyperopt_peft.errors import ProblemError
 
-#: Parts of the names of layers that round activations: LLM.int8 of bitsandbytes, FP8 of torchao and
-#: Transformers. Their libraries are no dependencies, and not loaded where no such layer is.
+#: Parts of the class names of layers that round activations: LLM.int8 (bitsandbytes) and FP8
+#: (torchao, Transformers). Names are compared, since these libraries are optional.
 ROUNDING = ("8bit", "fp8", "float8")
 NO_DIFFERENCE = "direct or product=dots, or load the model in 4 bits or in bf16"
 
@@ -22,7 +22,7 @@ def base_model(model: Any) -> Any:
 
 
 def trainable(model: Any, *, without: Iterable[Tensor] = ()) -> list[tuple[str, Tensor]]:
-    """The parameters of ``model`` that require a gradient, except those in ``without``, by name."""
+    """The names and parameters of ``model`` that require a gradient, except ``without``."""
     excluded = {id(parameter) for parameter in without}
     named = model.named_parameters()
     return [(name, p) for name, p in named if p.requires_grad and id(p) not in excluded]
@@ -32,8 +32,8 @@ def keep_differentiable(model: Any) -> None:
     """Keep the 4-bit layers of ``model`` differentiable after passes in evaluation mode.
 
     On a CPU with AVX512-BF16 instructions such a pass packs the weights of bitsandbytes' layers for
-    a kernel without a derivative. Later passes, those of training too, would have no gradient of a
-    layer's input, without an error. Afterwards the layers are unpacked, and stay so.
+    a kernel without a derivative. All later passes, even in training, would then lack the gradient
+    of a layer's input, without an error. This function unpacks the layers permanently.
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
@@ -43,7 +43,7 @@ def keep_differentiable(model: Any) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode in the body; afterwards each module is in the mode it had."""
+    """Evaluation mode in the body; the mode of each module is restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     keep_differentiable(model)
     model.eval()
@@ -55,11 +55,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def rounds_activations(module: nn.Module) -> bool:
-    """Whether ``module`` rounds its input to 8 bits; layers that round weights alone do not.
+    """Whether ``module`` rounds its input to 8 bits; layers that only round weights do not.
 
-    A loss of such layers is constant between two roundings, so that a difference of its gradients
-    at close points is no derivative. On CPUs bitsandbytes rounds in evaluation mode alone; its
-    layers count all the same, since on GPUs they round in training too.
+    A loss with such layers is piecewise constant, so that a difference of its gradients at close
+    points is not a derivative. On CPUs bitsandbytes rounds only in evaluation mode; its layers
+    still count, since on GPUs they round in training too.
 
     Example:
         >>> rounds_activations(type("Linear8bitLt", (nn.Linear,), {})(2, 1))
@@ -77,9 +77,9 @@ def rounds_activations(module: nn.Module) -> bool:
 
 
 def require_no_rounding(modules: Iterable[nn.Module]) -> None:
-    """Raise ProblemError if one of ``modules`` `rounds_activations`: no difference is right."""
+    """Raise ProblemError if one of ``modules`` `rounds_activations`."""
     if names := {type(module).__name__ for module in modules if rounds_activations(module)}:
         raise ProblemError(
             f"{', '.join(sorted(names))}: the layer rounds activations to 8 bits, so that a "
-            f"difference of gradients is no derivative; choose product=exact, {NO_DIFFERENCE}"
+            f"difference of gradients is not a derivative; choose product=exact, {NO_DIFFERENCE}"
         )

@@ -1,8 +1,8 @@
-"""Every figure of the library, in one style: colours distinct without colour vision, a light grid.
+"""Every figure of the library, in one style with colours that colour-blind readers distinguish.
 
-The colours are those of Okabe & Ito 2008 (https://jfly.uni-koeln.de/color/) that are dark enough
-for lines on white. A function that draws returns the matplotlib figure, and writes it to ``path``,
-whose suffix gives the format, unless that is None.
+The colours are from Okabe & Ito 2008 (https://jfly.uni-koeln.de/color/). A function that draws
+returns the matplotlib figure. Unless ``path`` is None, it writes the figure to this file; the
+suffix selects the format.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from hyperopt_peft.errors import ProblemError
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 BLUE, RED, GREY = COLOURS[0], COLOURS[3], "#999999"
-#: The styles of the first six lines, of the next six, and so on.
+#: The style of the first six lines, of the next six, and of the last six.
 STYLES = ("-", "--", ":")
-#: The entries of a history that `level_curves` draws.
+#: The entries of a history that `level_curves` draws, with their labels.
 LOSSES = {"lower_loss": "lower level", "loss": "lower level"}
 LOSSES |= {"upper_loss": "upper level", "eval_loss": "evaluation"}
-#: Values of a line by its name: x and y.
+#: The x and y values of each line, by the line's name.
 Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 
@@ -38,17 +38,16 @@ def drawing(
 ) -> Iterator[tuple[Any, Any]]:
     """A new figure and its axes in this style, saved to ``path`` when the block ends.
 
-    matplotlib is imported here, without pyplot: no global figure, no display.
+    It does not use pyplot, so that there is no global figure and no display.
 
     Args:
-        path: the file to write; None writes none.
-        width, height: of the figure, in inches.
-        rows, columns: of axes.
+        path: the file to write, or None.
+        width, height: the size of the figure, in inches.
+        rows, columns: the numbers of rows and columns of axes.
         subplots: other arguments of ``Figure.subplots``, such as ``sharex`` and ``width_ratios``.
 
     Raises:
         ProblemError: the file cannot be written, or its suffix names no format.
-
     """
     from cycler import cycler
     from matplotlib import rc_context
@@ -78,10 +77,10 @@ def drawing(
 
 
 def lines(panels: Mapping[str, Lines], path: str | Path | None = None, **axes: Any) -> Any:
-    """A panel for each title in ``panels``, one below another, with the same legend beside them.
+    """A panel for each title in ``panels``, one below another, with one legend at the side.
 
     Args:
-        panels: by title, the lines by name, 18 names at most.
+        panels: the lines of each panel, by title; at most 18 different names of lines.
         axes: properties of all axes, such as ``xlabel``, ``ylabel`` and ``yscale``.
     """
     names = list(dict.fromkeys(name for named in panels.values() for name in named))
@@ -100,18 +99,18 @@ def lines(panels: Mapping[str, Lines], path: str | Path | None = None, **axes: A
         lines = [shown[name] for name in names]
         legend = figure.legend(lines, names, loc="outside right upper")
         for text in legend.get_texts():
-            text.set_parse_math(False)  # a $ in a name is a $
+            text.set_parse_math(False)  # a name may contain $
     return figure
 
 
 def smooth(x: Sequence[float], y: Sequence[float], share: float = 0.1) -> tuple[Any, Any]:
-    """The means of ``y`` over windows of a ``share`` of it, and x at their ends."""
+    """The moving average of ``y`` over a ``share`` of its length, and x at the windows' ends."""
     width = max(1, round(share * len(y)))
     return np.asarray(x[width - 1 :]), np.convolve(y, np.ones(width) / width, mode="valid")
 
 
 def level_curves(history: Iterable[Mapping[str, Any]], path: str | Path | None = None) -> Any:
-    """The losses of both levels over a run, each smoothed over a twentieth of it.
+    """The losses of both levels over a run, smoothed over a twentieth of the run.
 
     Args:
         history: ``Engine.history``, or ``trainer.state.log_history``.
@@ -138,10 +137,10 @@ def intervals(
     path: str | Path | None = None,
     zero: Sequence[str] = (),
 ) -> Any:
-    """A value with an interval for each name, the names below each other, a panel a measure.
+    """A panel for each measure, with a value and an interval for each name.
 
     Args:
-        panels: by measure, (value, lower end, upper end) by name; all have the same names.
+        panels: for each measure, (value, lower end, upper end) by name; all have the same names.
         zero: the measures with a line at 0, such as paired differences.
     """
     names = list(next(iter(panels.values())))
@@ -167,14 +166,13 @@ def row_scores(
 ) -> Any:
     """The distribution of the scores of training rows, and the rows that hurt and help most.
 
-    Heavy tails are cut to thrice the size that nine tenths of the scores do not exceed: the
-    outermost bars hold the rows beyond. The scores of the rows have a logarithmic axis beyond
-    their median size.
+    The histogram ends at three times the 90 % quantile of the absolute scores; its outermost bars
+    include the rows beyond. The bar chart is logarithmic beyond the median absolute score.
 
     Args:
-        scores: of each row, ``(n,)``; NaN for one that was never seen.
-        texts: of the rows to draw, from the one that hurts most to the one that helps most.
-        note: a line below, on how far the scores can be trusted.
+        scores: the score of each row, ``(n,)``; NaN for a row that was never seen.
+        texts: the rows to draw and their texts, from the most harmful to the most helpful.
+        note: a line below the figure, about the reliability of the scores.
     """
     seen, values = scores[~np.isnan(scores)], np.array([scores[row] for row in texts])
     height = 2.5 + 0.24 * max(len(texts), 6)
@@ -208,11 +206,11 @@ def row_scores(
 def row_groups(
     groups: Mapping[str, Mapping[str, float]], path: str | Path | None = None, label: str = ""
 ) -> Any:
-    """Bars of rows in panels, one below another.
+    """Panels with a bar for each row, one below another.
 
     Args:
-        groups: by the title of a panel, the score of each row by its text.
-        label: of the scores.
+        groups: for each panel's title, the score of each row by its text.
+        label: the label of the scores.
     """
     counts = [max(1, len(rows)) for rows in groups.values()] or [1]
     size = (11, 0.2 + sum(0.9 + 0.24 * count for count in counts))

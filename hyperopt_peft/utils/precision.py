@@ -1,4 +1,4 @@
-"""Passes in a higher precision than that of a model's weights or operations."""
+"""Passes in a higher precision than a model's weights or operations have."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hyperopt_peft.utils.autograd import HALF
 _CASTS = (torch.Tensor.bfloat16, torch.Tensor.half, torch.Tensor.float)
 
 NO_FLOAT32 = (
-    "second derivatives and differences of a loss in half precision are taken in float32; choose "
+    "second derivatives and differences of a loss in half precision run in float32; choose "
     'direct or product=dots, or load the model with attn_implementation="sdpa"'
 )
 
@@ -26,9 +26,9 @@ NO_FLOAT32 = (
 class SinglePrecision(TorchFunctionMode):
     """Every operation that would run in bfloat16 or float16 runs in float32.
 
-    A finite difference divides rounding errors by its step; at the 8 bits of bfloat16 the result
-    would be all rounding. Half-precision arguments are converted to float32, casts to half
-    precision become casts to float32, and autocast is off. All this holds in backward passes too,
+    A finite difference divides rounding errors by its step, and with the 8 bits of bfloat16 the
+    result would be nothing but rounding. Half-precision arguments are converted to float32, casts
+    to half precision become casts to float32, and autocast is off. This includes backward passes,
     where gradient checkpoints run parts of the forward pass again.
     """
 
@@ -48,7 +48,7 @@ class SinglePrecision(TorchFunctionMode):
                 stack.enter_context(torch.autocast(device, enabled=False))
             if func in _ENGINE:
                 return _ENGINE[func](self, *args, **kwargs)
-            # An argument that the function writes to must not be replaced by a copy.
+            # An argument that the function writes to must not become a copy.
             written = 1 if _writes(getattr(func, "__name__", "")) else 0
             targets, args = args[:written], args[written:]
             out = {key: value for key, value in kwargs.items() if key == "out"}
@@ -70,8 +70,8 @@ class DoublePrecision(SinglePrecision):
     narrow = (*HALF, torch.float32)
 
 
-# PyTorch pops a mode while the mode handles a function. The functions below run autograd's engine
-# with the mode active: autograd asks the modes for tensors, and not for gradient edges.
+# PyTorch disables a mode while the mode handles a function. The functions below run autograd's
+# engine with the mode active, on gradient edges, since tensors would call the mode again.
 
 
 def _backward(
@@ -85,7 +85,7 @@ def _backward(
     if inputs is not None:
         inputs = _tensors(inputs)
         for tensor in inputs:
-            tensor.retain_grad()  # as the engine does for tensors that are no leaves
+            tensor.retain_grad()  # as the engine does for tensors that are not leaves
         inputs = _edges(inputs)
     outputs = _edges(tensors)
     with mode:
@@ -107,7 +107,7 @@ def _grad(
     **options: Any,
 ) -> tuple[Tensor | None, ...]:
     """`torch.autograd.grad`."""
-    if materialize_grads:  # not possible for edges
+    if materialize_grads:  # torch.autograd.grad does not support it for edges
         options["allow_unused"] = True
     inputs = _tensors(inputs)
     edges = _edges(outputs), _edges(inputs)
@@ -161,12 +161,12 @@ def autocast_enabled() -> bool:
 def single_precision(
     variables: tuple[Tensor, ...], mode: type[SinglePrecision] = SinglePrecision
 ) -> Iterator[None]:
-    """Within the body, operations run in ``mode``, and ``variables`` have at least its dtype.
+    """Within the body, operations run in ``mode``, and ``variables`` have its dtype or a wider one.
 
-    Afterwards the variables have their own data again, bit for bit.
+    The variables are restored bit for bit afterwards.
 
     Raises:
-        ProblemError: an operation, such as FlashAttention, has no float32.
+        ProblemError: an operation, such as FlashAttention, does not support float32.
     """
     narrow = [(variable, variable.data) for variable in variables if variable.dtype in mode.narrow]
     try:
@@ -181,11 +181,11 @@ def single_precision(
     finally:
         for variable, data in narrow:
             variable.data = data
-        torch.clear_autocast_cache()  # of casts whose graphs do not lead to the variables any more
+        torch.clear_autocast_cache()  # its casts have graphs that no longer reach the variables
 
 
 def require_float32(model: nn.Module) -> None:
-    """Raise ProblemError if ``model`` has FlashAttention of Transformers, which has no float32."""
+    """Raise ProblemError if ``model`` uses Transformers' FlashAttention, which has no float32."""
     for module in model.modules():
         name = getattr(getattr(module, "config", None), "_attn_implementation", None)
         if "flash" in str(name):

@@ -1,4 +1,4 @@
-"""States of random number generators: captured, derived from a seed, and replayed."""
+"""States of random number generators: capture, derivation from a seed, and replay."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from hyperopt_peft.errors import ProblemError
 class RandomState:
     """The states of the global generators of PyTorch, Python and NumPy.
 
-    Dropout masks are a function of the state, whichever generator they are drawn from: two
-    evaluations from one state have equal masks. ``states`` maps ``"python"``, ``"numpy"`` and a
-    device (``"cpu"``, ``"cuda:0"``) to states that ``torch.load(..., weights_only=True)`` reads.
+    Two evaluations from one state have equal dropout masks. ``states`` maps ``"python"``,
+    ``"numpy"`` and devices (``"cpu"``, ``"cuda:0"``) to states that
+    ``torch.load(..., weights_only=True)`` can read.
     """
 
     states: Mapping[str, Any]
@@ -39,7 +39,7 @@ class RandomState:
 
     @classmethod
     def seeded(cls, devices: Iterable[torch.device], *key: int | str) -> RandomState:
-        """The state that is a function of ``key``, for example ``(seed, step, "upper")``."""
+        """The state that ``key`` determines, for example ``(seed, step, "upper")``."""
         generator = random.Random(":".join(map(str, key)))
         seed = generator.getrandbits(63)
         names = {"cpu", *(str(device) for device in devices)}
@@ -75,19 +75,16 @@ def replay(state: RandomState) -> Iterator[None]:
 
 
 class MT19937(np.random.MT19937):
-    """NumPy's usual generator, whose state is read and written in 1 µs in place of 60 µs.
-
-    A replay does so four times, and a small loss takes 100 µs.
-    """
+    """NumPy's usual generator; a replay reads and writes its state in 1 µs each, not 60."""
 
     @property
     def memory(self) -> Any:
-        """The 624 words of the state and the position of the next, where NumPy has them."""
+        """NumPy's memory with the 624 words of the state and the position of the next word."""
         return (ctypes.c_char * 2500).from_address(self.ctypes.state_address)
 
     @property
     def state(self) -> Any:
-        """As NumPy's; it can be set to ``memory.raw`` too."""
+        """The state as NumPy returns it; it can be set to ``memory.raw`` too."""
         words = np.frombuffer(self.memory.raw, np.uint32).copy()
         return {"bit_generator": "MT19937", "state": {"key": words[:-1], "pos": int(words[-1])}}
 
@@ -104,7 +101,7 @@ _SEEDED = np.random.RandomState(_OF_SEEDED)
 
 
 def _twister() -> MT19937:
-    """NumPy's global generator, which becomes an equal one of this class where it is NumPy's."""
+    """NumPy's global generator, converted to this class if it is a plain MT19937."""
     generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
     if type(generator) is np.random.MT19937:
         state, generator = np.random.get_state(legacy=False), MT19937(0)
@@ -112,6 +109,6 @@ def _twister() -> MT19937:
         np.random.set_state(state)
     if not isinstance(generator, MT19937):
         raise ProblemError(
-            f"np.random: {type(generator).__name__} cannot be replayed; put an MT19937 in its place"
+            f"np.random: {type(generator).__name__} cannot be replayed; set an MT19937 instead"
         )
     return generator

@@ -1,7 +1,7 @@
-"""Sums over many tensors that stay on their device, and the one function that reads numbers back.
+"""Sums over many tensors, as scalar tensors on their device.
 
-A read waits for the device, so a solver has at most one a step: sums are scalar tensors, and
-`to_floats` brings several of these over at once.
+A read waits for the device, so that a solver reads at most once in each step: `to_floats`, the only
+function that reads, transfers several scalars at once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hyperopt_peft.utils.distributed import ShardLayout, is_sharded, to_local, totals
 
-BLOCK = 2**14  # entries that a CPU widens at a time, which stay in its cache
+BLOCK = 2**14  # the number of entries that a CPU widens at a time; they stay in its cache
 
 
 def to_floats(scalars: Sequence[Tensor]) -> list[float]:
@@ -37,9 +37,9 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 
 
 def squares(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Σ x² over the entries of each tensor, scalars summed in float64.
+    """Σ x² over the entries of each tensor, as float64 scalars.
 
-    One is NaN or infinite if an entry is, and otherwise only where float64 cannot hold the square.
+    A sum is NaN or infinite if an entry is, and otherwise only if it overflows float64.
     """
     if not tensors:
         return []
@@ -47,11 +47,11 @@ def squares(tensors: Sequence[Tensor]) -> list[Tensor]:
     blocks = [x.flatten().split(BLOCK) if x.is_cpu and x.numel() > BLOCK else (x,) for x in here]
     norms = torch._foreach_norm([x for each in blocks for x in each], 2, torch.float64)
     every = iter(torch._foreach_mul(norms, norms))
-    return _over_shards([summed(list(islice(every, len(each)))) for each in blocks], tensors)
+    return _over_shards([total(list(islice(every, len(each)))) for each in blocks], tensors)
 
 
-def summed(scalars: Sequence[Tensor]) -> Tensor:
-    """The sum of scalar tensors, in float64 on the device of the first."""
+def total(scalars: Sequence[Tensor]) -> Tensor:
+    """The sum of scalar tensors, in float64 on the device of the first scalar."""
     first, *others = scalars
     result = first.double()
     for other in others:
@@ -60,10 +60,7 @@ def summed(scalars: Sequence[Tensor]) -> Tensor:
 
 
 def dot_product(a: Tensor, b: Tensor) -> Tensor:
-    """⟨a, b⟩ of two tensors, a scalar in float64.
-
-    On a CPU more than ``BLOCK`` entries are widened a block at a time.
-    """
+    """⟨a, b⟩ of two tensors, a float64 scalar; a CPU widens ``BLOCK`` entries at a time."""
     if b is a:
         return squares([a])[0]
     a, b = a.detach().flatten(), b.detach().flatten()

@@ -1,4 +1,4 @@
-"""Variables, buffers, gradients and random states, restored after evaluations of a loss."""
+"""Restoring variables, buffers, gradients and random states after evaluations of a loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hyperopt_peft.utils.random_state import RandomState
 class Buffers:
     """The buffers of the modules that run, with their values before the first forward pass.
 
-    ``modules`` are the modules themselves, those without a buffer included.
+    ``modules`` has all modules that have run, with or without buffers.
     """
 
     def __init__(self) -> None:
@@ -33,13 +33,13 @@ class Buffers:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Restore every buffer: one changed in place, replaced, or created in place of None."""
+        """Restore every buffer that was changed in place, replaced, or created."""
         pairs = [
             (buffer, before)
             for _, buffer, before in self._seen.values()
             if buffer is not None and before is not None
         ]
-        if pairs:  # all of them, since a write through ``.data`` does not raise ``_version``
+        if pairs:  # all, since a write through ``.data`` does not increment ``_version``
             buffers, before = zip(*pairs, strict=True)
             torch._foreach_copy_(buffers, before)
         for (_, name), (module, buffer, _) in self._seen.items():
@@ -50,9 +50,9 @@ class Buffers:
 def preserve_state(
     variables: Sequence[Tensor], devices: Sequence[torch.device]
 ) -> Iterator[Buffers]:
-    """Restore ``.grad``, buffers and random states after the body, also after an exception.
+    """Restore ``.grad``, buffers and random states after the body, even after an exception.
 
-    The buffers (BatchNorm's statistics) are those of every module whose forward pass runs.
+    The buffers (such as BatchNorm's statistics) belong to every module whose forward pass runs.
     """
     buffers = Buffers()
     random_state = RandomState.capture(devices)
@@ -71,7 +71,7 @@ def preserve_state(
 
 
 class TensorPool:
-    """Copies of variables in reused memory, since new pages cost more time than the copy."""
+    """Copies of variables in reused memory, since allocation would take longer than the copy."""
 
     def __init__(self) -> None:
         self._free: list[tuple[Tensor, ...]] = []
@@ -85,7 +85,7 @@ class TensorPool:
         return copies
 
     def give_back(self, copies: tuple[Tensor, ...]) -> None:
-        """Reuse the memory of ``copies``, of `take`, for a later copy."""
+        """Reuse the memory of ``copies``, a result of `take`, for a later copy."""
         self._free.append(copies)
 
 
@@ -93,9 +93,9 @@ class TensorPool:
 def perturbed(
     variables: Sequence[Tensor], copies: TensorPool | None = None
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Restore ``variables`` by copy after the body, which may change them in place.
+    """Restore ``variables`` after the body, which may change them in place.
 
-    Yields copies of the values before the body; their memory is from the pool ``copies``.
+    Yields copies of their values before the body, in memory from the pool ``copies``.
     """
     copies = copies or TensorPool()
     saved = copies.take(variables)
@@ -115,7 +115,7 @@ def assign_(
 ) -> None:
     """variables ← values + length·direction, in place."""
     variables, values, direction = map(to_local, (variables, values, direction))
-    if direction and all(x.device.type == "cpu" for x in variables):  # by one pass over the memory
+    if direction and all(x.device.type == "cpu" for x in variables):  # one pass over the memory
         for variable, value, along in zip(variables, values, direction, strict=True):
             torch.add(value, along, alpha=length, out=variable)
         return

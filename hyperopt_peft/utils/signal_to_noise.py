@@ -1,4 +1,4 @@
-"""The signal-to-noise ratio of vectors that estimate one mean."""
+"""The signal-to-noise ratio of noisy estimates of one vector."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from torch import Tensor
 from hyperopt_peft.utils.reductions import to_floats
 from hyperopt_peft.utils.vector import Vector, inner
 
-#: The fewest vectors of which a ratio below 1 is worth a warning.
+#: The fewest vectors for which a ratio below 1 is a reason to warn.
 MIN_SAMPLES = 4
-#: What to try where the ratio is below 1.
+#: Advice for a ratio below 1.
 ADVICE = "a larger batch of either level, fewer upper variables, or a prior"
 
 
 class SignalToNoise:
-    """‖mean‖/noise of one vector g_r, from R of them, by unbiased estimates of both squares.
+    """signal/noise for one vector g_r, from R vectors with mean ḡ; both squares are unbiased.
 
         noise²  = Σ_r ‖g_r − ḡ‖² / (R − 1)
-        signal² = max(0, ‖ḡ‖² − noise²/R)
+        signal² = max(0, ‖ḡ‖² − noise²/R)        since ‖ḡ‖² alone is too large by noise²/R
 
-    ‖ḡ‖² alone is too large by noise²/R. The sums are Welford's (1962, doi:10.2307/1266577): one
-    vector and one scalar on the device, whatever R is.
+    Welford's sums (1962, doi:10.2307/1266577) need one vector and one scalar on the device.
     """
 
     def __init__(self) -> None:
@@ -32,7 +31,7 @@ class SignalToNoise:
         self._spread: Tensor | None = None  # Σ ‖g_r − ḡ‖²
 
     def add(self, parts: Iterable[Tensor]) -> None:
-        """Add the vector of ``parts``; nothing is read from the device."""
+        """Add the vector with ``parts``; nothing is read from the device."""
         vector = Vector(parts)
         self.count += 1
         if self._mean is None:
@@ -44,9 +43,9 @@ class SignalToNoise:
         self._mean.add_(vector, 1 / self.count)
 
     def read(self) -> float | None:
-        """The ratio, and forget the vectors: ∞ without noise, None of zeros or below two vectors.
+        """The ratio; the vectors are forgotten afterwards.
 
-        The device is read once.
+        It is ∞ without noise, and None for fewer than two vectors or zeros. Reads the device once.
         """
         count, mean, spread = self.count, self._mean, self._spread
         self.count, self._mean, self._spread = 0, None, None

@@ -1,4 +1,4 @@
-"""Means of few numbers, with what they cannot decide."""
+"""Means of few numbers, with their uncertainty."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scipy.stats import t
 
 
 def mean_and_half(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and half its 95 % interval by Student's t; infinite for one value.
+    """The mean, and half the width of its 95 % t-interval; infinite for one value.
 
     Example:
         >>> mean, half = mean_and_half([0.70, 0.72, 0.74])
@@ -23,14 +23,14 @@ def mean_and_half(values: Sequence[float]) -> tuple[float, float]:
 
 
 def is_tie(values: Sequence[float]) -> bool:
-    """Whether 0 is in the interval of the mean; equal values have none that decides.
+    """Whether the 95 % interval of the mean contains 0; always true for equal values.
 
     Example:
         >>> is_tie([0.1, 0.2, 0.15]), is_tie([0.1, -0.2, 0.15]), is_tie([0.001, 0.001])
         (False, True, True)
     """
     mean, half = mean_and_half(values)
-    return abs(mean) <= half or half < 1e-9  # of equal differences, up to rounding
+    return abs(mean) <= half or half < 1e-9  # the values are equal up to rounding
 
 
 def error_of(values: Sequence[float]) -> float:
@@ -39,9 +39,9 @@ def error_of(values: Sequence[float]) -> float:
 
 
 def detectable(values: Sequence[float]) -> float:
-    """The smallest mean difference that as many pairs show in four of five repetitions.
+    """The smallest true mean difference that this many pairs detect with probability 0.8.
 
-    That is (t_0.975 + t_0.8)·s/√n with s the standard deviation of ``values``; infinite for one.
+    It is (t_0.975 + t_0.8)·s/√n, s the standard deviation of ``values``; infinite for one value.
 
     Example:
         >>> f"{detectable([0.70, 0.72, 0.74]):.3f}"

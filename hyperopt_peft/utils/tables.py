@@ -1,9 +1,8 @@
-"""Tables as text, CSV, LaTeX and HTML, and text that a terminal shows as it is."""
+"""Tables as text, CSV and LaTeX, and text that is safe for a terminal."""
 
 from __future__ import annotations
 
 import csv
-import html
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,21 +10,23 @@ from typing import Any
 
 from hyperopt_peft.errors import ProblemError
 
-#: Controls but tab and newline, marks of direction, invisible characters but joiners, surrogates.
+#: Control characters except tab and newline, direction marks, invisible characters, surrogates.
 UNSAFE = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
     r"\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
 )
 
+WORD = re.compile(r"[^\W\d_]{2}")
+
 
 def printable(text: str) -> str:
-    r"""``text`` with each character escaped that changes what a terminal shows of the others.
+    r"""``text`` with an escape for each character that changes how a terminal shows the others.
 
     Example:
         >>> print(printable("\x1b[31mred\x1b[0m, and \u202eturned around"))
         \x1b[31mred\x1b[0m, and \u202eturned around
     """
-    return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def cells(columns: Mapping[str, Sequence[Any]], row: int, width: int = 80) -> str:
@@ -50,9 +51,9 @@ def write_csv(
 ) -> None:
     """Write ``heads`` and ``rows`` to the file ``path``.
 
-    A spreadsheet takes a text that begins with one of = + - @ for a formula and runs it. With
-    ``escape_formulas`` such a text begins with an apostrophe in the file, which spreadsheets do not
-    show and other programs read as a part of the text. Numbers stay as they are.
+    A spreadsheet runs text that begins with = + - or @ as a formula. ``escape_formulas`` puts an
+    apostrophe before such text; spreadsheets hide it, and other programs read it as text. Numbers
+    do not change.
 
     Raises:
         ProblemError: the file cannot be written.
@@ -71,7 +72,7 @@ def write_csv(
 
 
 def aligned(rows: Sequence[Sequence[Any]]) -> str:
-    """``rows`` of cells, the heads first, in columns of which all but the first end at the right.
+    """``rows`` of cells, the heads first; columns without a word are right-aligned.
 
     Example:
         >>> print(aligned([["method", "loss"], ["lora", 0.125], ["dora", "–"]]))
@@ -82,8 +83,11 @@ def aligned(rows: Sequence[Sequence[Any]]) -> str:
     columns = [[printable(str(cell)) for cell in column] for column in zip(*rows, strict=True)]
     widths = [max(map(len, column)) for column in columns]
     columns = [
-        [cell.rjust(width) if number else cell.ljust(width) for cell in column]
-        for number, (column, width) in enumerate(zip(columns, widths, strict=True))
+        [
+            cell.ljust(width) if WORD.search(" ".join(column[1:])) else cell.rjust(width)
+            for cell in column
+        ]
+        for column, width in zip(columns, widths, strict=True)
     ]
     return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))
 
@@ -112,17 +116,3 @@ def _latex(cell: str) -> str:
     signs |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     signs |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
     return "".join(signs.get(letter, letter) for letter in cell)
-
-
-def html_table(rows: Sequence[Sequence[str]]) -> str:
-    """``rows`` of cells, the heads first, as an HTML table.
-
-    Example:
-        >>> html_table([["method", "F1"], ["<mine>", "0.5"]])
-        '<table><tr><th>method<th>F1</tr><tr><td>&lt;mine&gt;<td>0.5</tr></table>'
-    """
-    lines = []
-    for kind, row in zip(["th", *["td"] * len(rows)], rows, strict=False):
-        cells = "".join(f"<{kind}>{html.escape(printable(cell))}" for cell in row)
-        lines.append(f"<tr>{cells}</tr>")
-    return f"<table>{''.join(lines)}</table>"

@@ -1,4 +1,4 @@
-"""Checks of option values against type hints, and of settings against saved ones."""
+"""Checks of option values against type hints, and of settings against saved settings."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Fraction = Annotated[float, Bound("≥", 0), Bound("<", 1)]
 
 
 def matches(value: Any, hint: Any) -> bool:
-    """Whether ``value`` is of the type ``hint``: a class, a Literal, or a union, with `Bound`s.
+    """Whether ``value`` has the type ``hint``: a class, a Literal or a union, with `Bound`s.
 
     An int is accepted as a float; a bool is accepted neither as an int nor as a float.
 
@@ -75,15 +75,15 @@ def require_count(name: str, value: Any, *, least: int) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Raise ProblemError unless ``folder``, an ``output_dir``, can be written to, or made."""
+    """Raise ProblemError unless ``folder``, an ``output_dir``, can be written or created."""
     parents = (folder, *folder.absolute().parents)
     existing = next(parent for parent in parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ProblemError(f"output_dir: {existing} is no folder to write to; name another")
+        raise ProblemError(f"output_dir: {existing} is not a writable folder; name another")
 
 
 def type_name(hint: Any) -> str:
-    """The type ``hint`` as an error message names it.
+    """The name of the type ``hint`` in error messages.
 
     Example:
         >>> type_name(PositiveInt | None), type_name(Literal["cg", "minres"])
@@ -102,10 +102,10 @@ def type_name(hint: Any) -> str:
 def require_settings(
     old: str, saved: Mapping[str, Any], new: str, current: Mapping[str, Any]
 ) -> None:
-    """Raise ProblemError where the settings of ``old`` and of ``new`` differ.
+    """Raise ProblemError if two settings, ``saved`` and ``current``, differ.
 
-    The message has the name and both values of the first difference, however deep in lists and
-    mappings, and the number of others.
+    The message has the name and both values of the first difference, at any depth of lists and
+    mappings, and the number of other differences.
 
     Example:
         >>> require_settings("the state", {"a": [2, 8]}, "this run", {"a": [4, 8]})
@@ -122,7 +122,7 @@ def require_settings(
 
 
 def _differences(name: str, saved: Any, current: Any) -> Iterator[tuple[str, Any, Any]]:
-    """The entries in which two nests of mappings and lists differ, with both values."""
+    """The entries in which two nested mappings or lists differ, with both values."""
     if isinstance(saved, Mapping) and isinstance(current, Mapping):
         for key in {**current, **saved}:
             inner = f"{name}.{key}" if name else str(key)

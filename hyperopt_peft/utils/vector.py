@@ -1,4 +1,4 @@
-"""Vectors over several tensors, with the arithmetic of a linear solver."""
+"""Vectors of several tensors, with the arithmetic of a linear solver."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hyperopt_peft.utils.distributed import ShardLayout, gather, sharded_like, t
 class Space:
     """The layout of a vector: one flat buffer for each dtype, device and `ShardLayout.ranks`.
 
-    The buffer has the local shard of a sharded part.
+    A buffer holds only the local shards of sharded parts.
     """
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
@@ -51,11 +51,11 @@ class Space:
 
 
 class Vector:
-    """A vector with the shapes and copies of the entries of the tensors ``parts``.
+    """A vector with a copy of the entries of the tensors ``parts``, in their shapes.
 
     Parts of one dtype and device share one flat buffer, so that an operation is one kernel for any
     number of parts. Half-precision parts become float32. Operators return new vectors; methods
-    that end in an underscore change this one. A factor is a number or a scalar tensor; a tensor is
+    that end in an underscore change this vector. A factor is a number or a scalar tensor, which is
     not read from the device.
 
     Example:
@@ -74,7 +74,7 @@ class Vector:
 
     @classmethod
     def of(cls, gradient: Sequence[Tensor | None], like: Sequence[Tensor]) -> Vector:
-        """The vector of ``gradient``, with zeros for an entry that is None."""
+        """The vector with the entries of ``gradient``; None becomes zeros shaped as in ``like``."""
         return cls(
             torch.zeros_like(tensor) if part is None else part
             for part, tensor in zip(gradient, like, strict=True)
@@ -82,7 +82,7 @@ class Vector:
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """The parts in their own shapes: views of the buffers."""
+        """The parts in their own shapes, as views of the buffers."""
         if self._parts is None:
             self._parts = self._space.split(self.buffers)
         return self._parts
@@ -100,7 +100,7 @@ class Vector:
         return self._with(map(torch.sub, self.buffers, other.buffers))
 
     def __mul__(self, factor: float | Tensor | Vector) -> Vector:
-        """factor·self, entry by entry where ``factor`` is a vector."""
+        """factor·self; entry by entry if ``factor`` is a vector."""
         if isinstance(factor, Vector):
             return self._with(map(torch.mul, self.buffers, factor.buffers))
         return self._with(x * _at(factor, x) for x in self.buffers)
@@ -118,7 +118,7 @@ class Vector:
         return self._with(map(torch.clone, self.buffers))
 
     def plus(self, other: Vector, factor: float | Tensor) -> Vector:
-        """self + factor·other, by one kernel a buffer."""
+        """self + factor·other, by one kernel for each buffer."""
         pairs = zip(self.buffers, other.buffers, strict=True)
         return self._with(_axpy(x, y, factor) for x, y in pairs)
 
@@ -157,7 +157,7 @@ class Vector:
     def flat(self) -> Tensor:
         """All entries in the order of the parts, ``(numel,)``, on the first part's device.
 
-        The result is the buffer itself where the vector has a single one that is not sharded.
+        The result is the buffer itself if the vector has a single buffer that is not sharded.
         """
         if self._space.ranks == [0]:
             return self.buffers[0]
@@ -165,7 +165,7 @@ class Vector:
         return torch.cat([gather(part).reshape(-1).to(device) for part in self.parts])
 
     def with_entries(self, flat: Tensor) -> Vector:
-        """A vector like this one with the entries ``flat``, ``(numel,)``; inverse of `flat`."""
+        """A vector shaped like this one with the entries ``flat``, ``(numel,)``; inverts `flat`."""
         chunks = flat.split([layout.shape.numel() for layout in self._space.layouts])
         return Vector(sharded_like(x.reshape(p.shape), p) for x, p in zip(chunks, self.parts))
 
@@ -187,7 +187,7 @@ def inner(a: Vector, b: Vector) -> Tensor:
         tensor(11., dtype=torch.float64)
     """
     sums = list(map(reductions.dot_product, a.buffers, b.buffers))
-    return reductions.summed(totals(sums, a._space.ranks))
+    return reductions.total(totals(sums, a._space.ranks))
 
 
 def dot(a: Vector, b: Vector) -> float:

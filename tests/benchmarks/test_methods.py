@@ -80,5 +80,5 @@ def test_the_best_plain_way_is_chosen_by_held_out_rows(
         store.add(result(run) | {"score": 0.1 * len(run.method) / 10})
     row, *others = report.summary("sources", report.complete("sources"))
     assert len(others) == 4 and others[0]["− frozen"] == "–"
-    assert row["− best other way"] == "−10.0 ± 0.0 (each source alike)"
+    assert row["− best other method"] == "−10.0 ± 0.0 (each source alike)"
     assert row["− LoRA"] == "+3.0 ± 0.0" and row["− frozen"] == "+0.0 ± 0.0"

@@ -151,7 +151,9 @@ ERRORS: list[tuple[list[Any], dict[str, Any], str]] = [
     ([{**r, "label": {"a": 1}} for r in rows()], {}, "'label'.*dict"),
     (bad(AS_WORDS, label="x"), REGRESSION, "row 1.*'x'"),
     (bad(AS_WORDS, label="-inf"), REGRESSION, "row 1.* '-inf' is no finite"),
-    (bad(rows(), label="d"), {}, "eval_fraction.*least populated class"),
+    (bad(rows(), label="d"), {}, "eval_fraction: .*the class 'd' has 1 row"),
+    (bad(rows(), label="b "), {}, "'b' and 'b ' differ by spaces"),
+    (rows(), {"eval_file": ""}, "eval_file: the file name is empty"),
     (rows(), {"eval_file": "other"}, "evaluation examples: row 0 .*'e'"),
     (NUMBERS, {}, "'label'.*float.*regression"),
     ([{"text": 1, "label": "ab"[i % 2]} for i in range(8)], {}, "'text' has 1"),
@@ -175,7 +177,7 @@ def test_bad_data_is_one_line_that_names_it(
 ) -> None:
     path = write(tmp_path / "a.json", data)
     options = {"task": "text-classification", "max_length": 16, "model": model, **options}
-    if "eval_file" in options:
+    if options.get("eval_file"):
         options["eval_file"] = write(tmp_path / "b.csv", [{"text": "w1", "label": "e"}])
     if options.pop("tokenizer", None):
         options["model"] = save_model(tmp_path / "model")
@@ -187,12 +189,13 @@ def test_bad_data_is_one_line_that_names_it(
 # What a file holds, and the words that the error has beside its name.
 FILES: dict[str, tuple[bytes, str]] = {
     "missing.csv": (b"", "there is no file"),
-    "nothing.csv": (b"", "No columns"),
+    "nothing.csv": (b"", "no rows"),
     "header.csv": (b"text,label\n", "no rows"),
     "broken.json": (b'{"text": ', "cannot be read: JSON parse error"),
     "broken.parquet": (b"x", "cannot be read"),
     "table.xls": (b"x", r"\.parquet"),
     "latin.csv": ("text,label\nna\xefve,a\n".encode("latin-1"), "UTF-8"),
+    "twice.csv": (b"text,label,label\nw1,a,a\n", "two columns 'label'"),
     "quote.csv": (b'text,label\n"w1,a\nw2,b\n', "EOF inside string"),
     "long.csv": (b"text,label\nw1,a\nw2,b,c\n", "Expected 2 fields in line 3, saw 3"),
     # pandas would read the first column as an index, and the second as the text.

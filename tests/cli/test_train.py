@@ -83,7 +83,7 @@ def test_both_phases_train_and_their_results_are_those_of_stock_peft(
         assert results[f"{prefix}_loss"] == pytest.approx(sum(losses) / 4, rel=1e-3)
         assert results[f"{prefix}_runtime"] > 0 and trained["global_step"] == 4
     assert sum("upper_loss" in x for x in state(tmp_path / "out")["log_history"]) == 2
-    page = (tmp_path / "out/report.md").read_text()
+    page = (tmp_path / "out/report.html").read_text()
     assert "evaluation rows, by bidora, 8 steps" in page and "--max_steps 4" in page
 
 
@@ -133,10 +133,11 @@ def test_a_resumed_run_ends_in_the_same_adapter(
         ({"tokenizer": "./no-such"}, r"tokenizer: there is no folder \./no-such, and the hub"),
         ({"report_to": "comet_ml"}, "comet-ml"),
         ({"rank": 0}, "target_modules, rank: .*positive"),
+        ({"rank": 100_000_000}, "rank: must be at most 8 for this model"),
         ({"lower_steps": 5}, "lower_steps: 5 leaves no upper step"),
         ({"lower_steps": 5, "dry_run": True}, "lower_steps: 5 leaves no upper step"),
         ({"seed": -3}, r"seed must be in \[0, 2³²\), got -3"),
-        ({"eval_fraction": -0.5, "eval_file": None}, "eval_fraction: -0.5 of 24"),
+        ({"eval_fraction": -0.5, "eval_file": None}, "eval_fraction: must be .*-0.5"),
         ({"upper_fraction": 0.01}, "24 training examples.*upper level"),
         ({"resume_from_checkpoint": "no/such"}, "no/such"),
     ],
@@ -146,6 +147,33 @@ def test_bad_options_are_one_line(
 ) -> None:
     refused(capsys, "train", small_run(tmp_path, **options), words)
     assert not list((tmp_path / "out").glob("adapter*"))
+
+
+@pytest.mark.parametrize(
+    ("command", "rate", "words"),
+    [
+        ("train", 1e30, "step .*the loss is nan"),
+        ("train", 1e4, r"diverged: the loss is .* a guess 1\.1.*lower learning_rate"),
+        ("attribute", 1e4, "diverged: the loss is"),
+    ],
+)
+def test_a_diverged_training_is_one_line_status_1_and_no_adapter(
+    tmp_path: Path, command: str, rate: float, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = small_run(tmp_path, method="lora", learning_rate=rate)
+    refused(capsys, command, options, words, status=1)
+    assert not list((tmp_path / "out").glob("adapter*"))
+
+
+def test_trusted_rows_of_one_class_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen = small_run(tmp_path, method="lora")
+    chosen["eval_file"] = write(
+        tmp_path / "b.csv", [{"text": f"w{k}", "label": "a"} for k in (1, 2)]
+    )
+    run("train", "--dry_run", **chosen)
+    assert "evaluation examples all have the label 'a'" in caplog.text
 
 
 def test_a_decoder_classifies_texts_of_different_lengths(tmp_path: Path) -> None:

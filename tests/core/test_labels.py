@@ -208,7 +208,7 @@ def test_labels_of_rows_are_not_shifted() -> None:
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [(RemoteCausal(shift=2), "neither"), (RemoteCausal(scale=2.0), "no mean over the labels")],
+    [(RemoteCausal(shift=2), "neither"), (RemoteCausal(scale=2.0), "not the mean")],
     ids=["two tokens ahead", "twice the mean"],
 )
 def test_a_loss_of_neither_rule_is_refused(model: Any, message: str) -> None:

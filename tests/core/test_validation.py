@@ -74,5 +74,5 @@ def test_tied_parameters_are_given_once() -> None:
     ids=["expanded", "one axis expanded", "windows"],
 )
 def test_entries_in_one_place(w: Any) -> None:
-    with pytest.raises(ProblemError, match="fit: several entries of w have one place in memory"):
+    with pytest.raises(ProblemError, match="fit: several entries of w share memory"):
         Problem(zip("w", views(w)), name="fit")

@@ -69,7 +69,7 @@ def test_sources() -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    tables = [line for line in lines if line.startswith(("each source alike", "learned weights,"))]
+    tables = [line for line in lines if line.startswith(("equal shares", "learned weights,"))]
     assert len(tables) == 2 * 3 and any(" is recommended: its mean loss" in line for line in lines)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("sphinx", reason="Sphinx is an extra")
+pytest.importorskip("myst_nb", reason="Sphinx is an extra")
 from sphinx.util.inventory import InventoryFile
 
 pytestmark = pytest.mark.slow  # a process of its own

@@ -84,7 +84,7 @@ def test_estimators_that_need_the_optimizers_steps_are_refused(name: str) -> Non
 
 
 def test_an_optimizer_that_is_not_used_and_a_chain_are_refused() -> None:
-    with pytest.raises(ProblemError, match="does not use the level's optimizer; leave it out"):
+    with pytest.raises(ProblemError, match="does not use the level's optimizer; remove"):
         Engine(*levels(lambda w: torch.optim.SGD(w, lr=0.1)), lower_steps="minimum")
     middle, lowest = levels(lambda w: torch.optim.SGD(w, lr=0.1))
     z = torch.zeros(1, dtype=torch.float64, requires_grad=True)

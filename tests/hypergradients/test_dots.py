@@ -255,7 +255,7 @@ def headless(lower: Any) -> None:
 
 REFUSALS: list[tuple[str, Callable[[Any], None], str]] = [
     ("darts:product=dots", embedded, "'table'.*product=difference"),
-    ("darts:product=dots", outside, "outside of its layer.*product=difference"),
+    ("darts:product=dots", outside, "outside its layer.*product=difference"),
     ("darts:product=dots", uncalled, "'head.weight' without calling its layer"),
     ("darts:product=dots", misshapen, r"groups.*\(11,\).*\(12, "),
     ("fastmix", headless, "get_output_embeddings"),

@@ -45,11 +45,15 @@ def run(command: str, *argv: str, **options: Any) -> None:
 
 
 def refused(
-    capsys: pytest.CaptureFixture[str], command: str, options: dict[str, Any], *words: str
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    options: dict[str, Any],
+    *words: str,
+    status: int = 2,
 ) -> str:
     """The one line of a command that must fail; it has all of ``words``, regular expressions."""
     capsys.readouterr()
-    assert main([command, *flags(**options)]) == 2
+    assert main([command, *flags(**options)]) == status
     error = capsys.readouterr().err
     lines = [line for line in error.splitlines() if not line.startswith("[transformers]")]
     assert len(lines) == 1 and lines[0].startswith("hyperopt-peft"), error

@@ -66,7 +66,7 @@ def test_rows_that_score_are_not_trained_on(tmp_path: Path, method: Any) -> None
 
 def test_a_column_with_the_name_of_row_numbers_is_refused(tmp_path: Path) -> None:
     rows = data().add_column("index", list(range(1000, 1024)))
-    with pytest.raises(ProblemError, match="index: is a column of the rows"):
+    with pytest.raises(ProblemError, match="index: this name is reserved"):
         method_trainer(tmp_path, method=RowWeights(), options={"train_dataset": rows})
 
 

@@ -76,7 +76,7 @@ def test_what_a_step_would_skip_is_refused() -> None:
             return super().training_step(*args, **kwargs)
 
     for kind, message in (
-        (Stepping, "Stepping: has training_step"),
+        (Stepping, "Stepping: overrides training_step"),
         (torch.nn.Module, "must be a subclass of transformers.Trainer, got Module"),
         ("SFTTrainer", "got 'SFTTrainer'"),
     ):

@@ -217,12 +217,12 @@ REFUSED: list[tuple[str, Any]] = [
     ("dataloader_drop_last", made(per_device_train_batch_size=20, dataloader_drop_last=True)),
     ("upper_dataset.*Iterable", of_levels(lambda _: {UPPER: data().to_iterable_dataset()})),
     ("upper_dataset", of_levels(lambda _: {"upper": None})),
-    ("batch of .*'input_ids'.*labels", trained({TRAIN: data().remove_columns("labels")})),
-    ("batch of .*Target 3", trained({TRAIN: FOUR, "data_collator": as_tensors})),
+    ("batch with .*'input_ids'.*labels", trained({TRAIN: data().remove_columns("labels")})),
+    ("batch with .*Target 3", trained({TRAIN: FOUR, "data_collator": as_tensors})),
     ("train_dataset.*DataCollatorWithPadding", trained({TRAIN: RAGGED})),
     ("upper_dataset.*WithPadding", trained({**APART, UPPER: RAGGED}, lower_steps=1)),
     (
-        "train_dataset.*columns of text",
+        "train_dataset.*text columns",
         trained({TRAIN: TEXT, "data_collator": as_tensors}, remove_unused_columns=False),
     ),
     # Models.
@@ -249,7 +249,7 @@ REFUSED: list[tuple[str, Any]] = [
         "use_reentrant",
         trained(gradient_checkpointing=True, gradient_checkpointing_kwargs=CHECKPOINTED),
     ),
-    ("output_dir: .* is no folder to write to", below_a_file),
+    ("output_dir: .* is not a writable folder", below_a_file),
     ("no complete checkpoint", trained(resume=True)),
     ("nowhere", trained(resume="nowhere")),
     # Levels.

@@ -186,7 +186,7 @@ def test_defaults_are_the_parents_but_for_what_this_package_declares(tmp_path: P
 
 @pytest.mark.parametrize("name", ["GRPOTrainer", "RLOOTrainer"])
 def test_a_trainer_that_generates_is_refused(name: str) -> None:
-    with pytest.raises(ProblemError, match=f"{name}: has _prepare_inputs"):
+    with pytest.raises(ProblemError, match=f"{name}: overrides _prepare_inputs"):
         bilevel(getattr(trl, name))
 
 

@@ -1,1 +1,1 @@
-"""DoRA layers with the row norm in the graph, and a fast forward pass."""
+"""DoRA layers that differentiate through the row norm, and a fast forward pass."""

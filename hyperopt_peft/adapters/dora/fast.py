@@ -1,8 +1,8 @@
 """A DoRA layer at about the cost of LoRA, with PEFT's own parameters, saving and merging.
 
-PEFT forms B·A and V = W0 + s·B·A at every forward pass, and saves two outputs for the backward
+PEFT forms B·A and V = W0 + s·B·A in every forward pass, and saves two outputs for the backward
 pass. Here the row norms are computed from the factors (`row_norms`), and the layer is one autograd
-node that saves its input and its output only (`function`).
+node that saves only its input and its output (`function`).
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from hyperopt_peft.utils.autograd import has_hooks, needs_plain_operations
 def use_fast_dora(peft_model: PeftModel, norm_grad: NormGrad = "full") -> PeftModel:
     """Give the linear layers of the active DoRA adapter a faster forward pass.
 
-    Outputs are PEFT's to rounding. With ``norm_grad="detach"`` gradients are too; ``"full"``
-    differentiates through the row norm as well, which PEFT leaves out (arXiv:2402.09353, §4.3).
-    Parameters, names, dropout, saving, merging and switching stay PEFT's own.
+    Outputs equal PEFT's up to rounding. With ``norm_grad="detach"`` gradients do too; ``"full"``
+    also differentiates through the row norm, which PEFT treats as a constant (arXiv:2402.09353,
+    §4.3). Parameters, names, dropout, saving, merging and switching remain PEFT's.
 
-    Other layers get the forward pass of `set_norm_grad`, and a layer whose W0 cannot be read
-    (quantised, sharded) keeps PEFT's, with a constant row norm and a warning: docs/adapters.md has
-    all cases. `set_norm_grad` undoes this function.
+    Layers that are not linear get the forward pass of `set_norm_grad`. A layer whose W0 cannot be
+    read (quantised, sharded) keeps PEFT's forward pass and a constant row norm, with a warning.
+    docs/adapters.md lists all cases. `set_norm_grad` undoes this function.
 
-    The backward pass needs the layer's output, so autograd refuses an operation that changes it in
-    place, such as ``nn.ReLU(inplace=True)`` directly after the layer.
+    The backward pass needs the output of the layer. Autograd therefore refuses an operation that
+    changes it in place, such as ``nn.ReLU(inplace=True)`` directly after the layer.
 
     Returns:
         ``peft_model`` itself.
 
     Raises:
-        ProblemError: ``norm_grad`` is neither; as `dora_layers`.
+        ProblemError: ``norm_grad`` is not one of these; or as `dora_layers`.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -86,13 +86,13 @@ def _forward(
     slow: type[peft_internals.DoraLinearVariant],
     **kwargs: Any,
 ) -> Tensor:
-    """The layer's output, (…, out), for x (…, in) and the base layer's ``result`` (…, out).
+    """The output, (…, out), for x (…, in) and the base layer's ``result`` (…, out).
 
-    It is computed by ``slow`` or PEFT where the fast pass does not apply.
+    ``slow`` or PEFT computes it if the fast pass does not apply.
     """
     adapter = active_adapter
     replacement = _replacement(module, adapter, x, slow)
-    if replacement is not peft_internals.DoraLinearVariant:  # which clears its cache itself
+    if replacement is not peft_internals.DoraLinearVariant:  # PEFT clears its own cache
         peft_internals.clear_dora_cache(module, adapter)
     if replacement is not None:
         y: Tensor = replacement.forward(
@@ -122,13 +122,13 @@ def _forward(
 
 
 class FastDora(peft_internals.DoraLinearVariant):
-    """PEFT's DoRA on a linear layer, with the fast forward pass; the row norm is a constant."""
+    """DoRA on a linear layer with a constant row norm, as in PEFT, and the fast forward pass."""
 
     forward = staticmethod(partial(_forward, slow=peft_internals.DoraLinearVariant))
 
 
 class FastFullNorm(FullNormLinear):
-    """DoRA on a linear layer with the row norm in the graph, with the fast forward pass."""
+    """DoRA on a linear layer with the row norm in the graph, and the fast forward pass."""
 
     forward = staticmethod(partial(_forward, slow=FullNormLinear))
 
@@ -144,7 +144,7 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 def _replacement(
     module: lora.Linear, adapter: str, x: Tensor, slow: type[peft_internals.DoraLinearVariant]
 ) -> type[peft_internals.DoraLinearVariant] | None:
-    """The forward pass to use in place of the fast one, None where the fast one applies."""
+    """The forward pass to use instead of the fast one; None if the fast one applies."""
     peft_forward: type[peft_internals.DoraLinearVariant] = peft_internals.DoraLinearVariant
     if not _has_full_weights(module, adapter, x):
         _warn_unreadable([f"lora.{type(module).__name__}"])
@@ -156,7 +156,7 @@ def _replacement(
 
 
 def _has_full_weights(module: lora.Linear, adapter: str, x: Tensor) -> bool:
-    """Whether every weight is in full on the device of x: not sharded, not offloaded."""
+    """Whether all weights are complete on the device of x: neither sharded nor offloaded."""
     weights = (module.get_base_layer().weight, *factors(module, adapter))
     return (
         all(type(w) in (Tensor, nn.Parameter) and w.device == x.device for w in weights)
@@ -166,7 +166,7 @@ def _has_full_weights(module: lora.Linear, adapter: str, x: Tensor) -> bool:
 
 
 def _fast_applies(module: lora.Linear, adapter: str) -> bool:
-    """Whether the layer is W0 x + b with a constant W0, and one B A x, without hooks."""
+    """Whether the layer is W0 x + b with constant W0, plus one term B A x, without hooks."""
     base = module.get_base_layer()
     replaced = "forward" in vars(base) and not peft_internals.is_placed(base)
     active = [name for name in module.active_adapters if name in module.lora_A]
@@ -181,6 +181,6 @@ def _fast_applies(module: lora.Linear, adapter: str) -> bool:
 def _warn_unreadable(names: list[str]) -> None:
     warnings.warn(
         f"use_fast_dora: {', '.join(names)} cannot be read as W0 (quantised or sharded) and keeps "
-        "PEFT's own DoRA, which takes the row norm for a constant",
+        "PEFT's own DoRA, with a constant row norm",
         stacklevel=3,
     )

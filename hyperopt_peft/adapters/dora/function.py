@@ -1,4 +1,4 @@
-"""DoRA's linear layer as one autograd node, whose backward recomputes intermediates.
+"""DoRA's linear layer as one autograd node that recomputes intermediates in its backward pass.
 
     y = g ∘ V x + b     V = W0 + s·B·A     g = m / ‖V_j‖
 
@@ -8,9 +8,9 @@ dy = ∂L/∂y and sums over all tokens t (arXiv:2402.09353, Eq. 5, differentiat
     ∂L/∂x = dy (g ∘ V)        ∂L/∂A = s·((dy ∘ g) B)ᵀ x        ∂L/∂b = Σ_t dy
     ∂L/∂g = Σ_t dy ∘ V x      ∂L/∂B = s·g ∘ (dyᵀ x Aᵀ)
 
-x, A and B have the dtype of the matrix products, g float32 at least, y that of the base layer's
-output, whose memory it takes over. Backward passes are differentiable, and one over some of the
-variables computes no more than they need.
+x, A and B have the dtype of the matrix products, and g has float32 or wider. y replaces the base
+layer's output in memory and has its dtype. Backward passes are differentiable; one with respect to
+some of the variables computes only their gradients.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from hyperopt_peft.utils.autograd import needed_inputs, without_autocast
 
-# ∂L/∂x: forming g ∘ V takes passes over (out, in), not forming it takes passes over the tokens.
-# Measured by the benchmark `dora_layer`: the former is faster from this ratio of tokens to `in`.
+# For ∂L/∂x, forming g ∘ V takes passes over (out, in), and not forming it, passes over the tokens.
+# From this ratio of tokens to `in`, forming g ∘ V is faster (benchmark `dora_layer`).
 MERGE_FROM = 3
 
 Gradients = tuple[Tensor | None, ...]
@@ -32,8 +32,8 @@ Gradients = tuple[Tensor | None, ...]
 class DoraLinear(torch.autograd.Function):
     """y = g ∘ V x + b, given ``base`` = W0 x + b without its graph.
 
-    Returns y and (A x)ᵀ, which has no gradient. V x is not saved, since it is (y − b)/g, and y is
-    usually saved by the next operation. V x is recomputed for rows where g is close to zero.
+    Returns y and (A x)ᵀ, which has no gradient. V x = (y − b)/g is not saved, since the next
+    operation usually saves y. V x is recomputed for rows with g close to zero.
     """
 
     @staticmethod
@@ -59,7 +59,7 @@ class DoraLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        """Keep the arguments and the outputs."""
+        """Save the arguments and the outputs."""
         x, a, b, g, w0, base, bias, ctx.s = inputs
         ctx.mark_dirty(base)
         ctx.mark_non_differentiable(output[1])
@@ -74,11 +74,11 @@ class DoraLinear(torch.autograd.Function):
             return (None,) * 8
         x, a, b, g, w0, bias, y, a_x = ctx.saved_tensors
         need = needed_inputs(ctx, 4)
-        products = _product_gradients(dy, x, a, b, g, w0, a_x, ctx.s, need, of_base=g)
+        products = _product_gradients(dy, x, a, b, g, w0, a_x, ctx.s, need, base_gain=g)
         dg = dbias = None
         if need[3]:
             along = _sum_of_products(dy, y, g.dtype, bias)
-            dg = _divided(along, dy, x, a, b, g, w0, ctx.s)
+            dg = _gain_gradient(along, dy, x, a, b, g, w0, ctx.s)
         if bias is not None and ctx.needs_input_grad[6]:
             dbias = _matrix(dy).sum(0, dtype=g.dtype).to(bias.dtype)
         return *products, dg, None, None, dbias, None
@@ -87,8 +87,7 @@ class DoraLinear(torch.autograd.Function):
 class DoraDropoutLinear(torch.autograd.Function):
     """y = W0 x0 + b + (g − 1) ∘ W0 x + g ∘ s·B A x, where x is x0 after dropout.
 
-    ``base`` is W0 x0 + b without its graph. Returns y, (A x)ᵀ and V x; the latter two have no
-    gradient.
+    ``base`` is W0 x0 + b without its graph. Returns y, and (A x)ᵀ and V x, which have no gradient.
     """
 
     @staticmethod
@@ -115,7 +114,7 @@ class DoraDropoutLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Keep the arguments, (A x)ᵀ and V x."""
+        """Save the arguments, (A x)ᵀ and V x."""
         x, a, b, g, _, w0, base, bias, ctx.s = inputs
         ctx.mark_dirty(base)
         ctx.mark_non_differentiable(*output[1:])
@@ -130,7 +129,7 @@ class DoraDropoutLinear(torch.autograd.Function):
             return (None,) * 9
         x, a, b, g, w0, bias, a_x, v_x = ctx.saved_tensors
         need = needed_inputs(ctx, 5)
-        products = _product_gradients(dy, x, a, b, g, w0, a_x, ctx.s, need, of_base=g - 1)
+        products = _product_gradients(dy, x, a, b, g, w0, a_x, ctx.s, need, base_gain=g - 1)
         dg = dx0 = dbias = None
         if need[3]:
             if torch.is_grad_enabled():  # differentiated once more: V x must be a function of all
@@ -153,16 +152,16 @@ def _product_gradients(
     a_x: Tensor,
     s: float,
     need: tuple[bool, ...],
-    of_base: Tensor,
+    base_gain: Tensor,
 ) -> Gradients:
-    """∂L/∂x, ∂L/∂A and ∂L/∂B, as far as needed, of of_base ∘ W0 x + g ∘ s·B A x."""
+    """The needed ones of ∂L/∂x, ∂L/∂A and ∂L/∂B for base_gain ∘ W0 x + g ∘ s·B A x."""
     need_x, need_a, need_b = need[:3]
     tokens, rows = _matrix(x), _matrix(dy)
     narrow = rows.to(x.dtype)
     merge = len(tokens) >= MERGE_FROM * tokens.shape[1]
     dx = da = db = None
     if need_x and merge:
-        weight = of_base[:, None] * w0
+        weight = base_gain[:, None] * w0
         weight = weight.addmm_((s * g)[:, None] * b, a.to(weight.dtype))
         dx = rows @ weight.to(rows.dtype)
     if need_a or (need_x and not merge):
@@ -170,7 +169,7 @@ def _product_gradients(
         if need_a:
             da = dh @ tokens
         if need_x and not merge:
-            dx = (rows * of_base).to(rows.dtype) @ w0.to(rows.dtype)
+            dx = (rows * base_gain).to(rows.dtype) @ w0.to(rows.dtype)
             dx = dx.to(x.dtype).addmm_(dh.T, a)
     if need_b:
         if torch.is_grad_enabled():  # differentiated once more: A x must be a function of both
@@ -179,13 +178,13 @@ def _product_gradients(
     return None if dx is None else dx.to(x.dtype).view_as(x), da, db
 
 
-def _divided(
+def _gain_gradient(
     along: Tensor, dy: Tensor, x: Tensor, a: Tensor, b: Tensor, g: Tensor, w0: Tensor, s: float
 ) -> Tensor:
-    """along / g, and where g is close to zero Σ_t dy ∘ V x, to which it is equal; reads g back.
+    """∂L/∂g = Σ_t dy ∘ V x as along / g; rows with g near zero are recomputed. Reads g back.
 
-    The division enlarges the rounding error ε of y. With the rows below ε^¼ computed again, what
-    remains of it is under ε^¾ of |y|.
+    The division enlarges the rounding error ε of y. Since rows with |g| below ε^¼ are recomputed,
+    the error stays under ε^¾ of |y|.
     """
     near_zero = g.abs() <= torch.finfo(dy.dtype).eps ** 0.25
     dg = along / g.masked_fill(near_zero, 1)
@@ -200,7 +199,7 @@ def _divided(
 def _sum_of_products(
     dy: Tensor, y: Tensor, dtype: torch.dtype, bias: Tensor | None = None
 ) -> Tensor:
-    """Σ_t dy ∘ (y − b), (out,), on a CPU in blocks of tokens whose product stays in its cache."""
+    """Σ_t dy ∘ (y − b), (out,); on a CPU in blocks of tokens that fit its cache."""
     dy, y = _matrix(dy), _matrix(y)
     block = max(1, 2**18 // y.shape[1]) if y.device.type == "cpu" else max(1, len(y))
     pairs = zip(dy.split(block), y.split(block), strict=True)
@@ -209,7 +208,7 @@ def _sum_of_products(
 
 
 def _matrix(tensor: Tensor) -> Tensor:
-    """All axes but the last as one."""
+    """``tensor`` with all axes but the last flattened."""
     return tensor.reshape(-1, tensor.shape[-1])
 
 

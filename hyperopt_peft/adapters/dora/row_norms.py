@@ -2,8 +2,8 @@
 
     n_j² = ‖W0_j‖² + 2s ⟨(W0 Aᵀ)_j, B_j⟩ + s² ⟨B_j (A Aᵀ), B_j⟩
 
-costs one pass over W0 and r columns, where PEFT forms B·A and V. The dtype is that of A and B,
-float32 at least. The terms cancel where V_j is much shorter than W0_j; such a row is measured on V.
+costs one pass over W0 and r columns; PEFT forms B·A and V. The dtype is the dtype of A and B,
+float32 or wider. If V_j is much shorter than W0_j, the terms cancel, and n_j is computed from V_j.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from hyperopt_peft.utils.autograd import without_autocast
 
-# Below this share of ‖W0_j‖², n_j² has lost two digits and its row is measured on V itself.
+# Below this share of ‖W0_j‖², n_j² has lost two digits, and is computed from V_j instead.
 CANCELLED = 1e-2
 
 
 @dataclass(frozen=True)
 class RowNorms:
-    """n of shape (out,), and V Aᵀ of shape (out, r), neither with a graph."""
+    """n of shape (out,) and V Aᵀ of shape (out, r), both without a graph."""
 
     norm: Tensor
     v_a: Tensor
@@ -33,7 +33,7 @@ class RowNorms:
 def measure(w0: Tensor, a: Tensor, b: Tensor, s: float) -> RowNorms:
     """n and V Aᵀ for W0 (out, in), A (r, in), B (out, r), in the dtype of A and B.
 
-    Reads back from the device whether a row cancels.
+    Reads from the device whether the terms of a row cancel.
     """
     w0_a = (a @ w0.to(a.dtype).T).T
     v_a = _v_a(w0_a, a, b, s)
@@ -62,7 +62,7 @@ class RowNorm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep the factors and what was measured of them."""
+        """Save the factors, V Aᵀ and n."""
         a, b, w0, _, v_a, ctx.s = inputs
         ctx.save_for_backward(a, b, w0, v_a, output)
 

@@ -1,14 +1,15 @@
 """DoRA layers that differentiate through the row norm.
 
-PEFT treats n = ‖W0 + s·B·A‖ in W' = m ⊙ V / n as a constant of the backward pass (arXiv:2402.09353,
-§4.3). That is cheaper, but a bilevel method differentiates the lower gradient once more, and a
-constant n removes a term from the mixed second derivative. With V̂ = V / n and G = ∂L/∂W', row j:
+In W' = m ⊙ V / n, PEFT treats n = ‖W0 + s·B·A‖ as a constant in the backward pass
+(arXiv:2402.09353, §4.3). That is cheaper, but a bilevel method differentiates the lower gradient
+again, and a constant n removes a term from the mixed second derivative. With V̂ = V / n and
+G = ∂L/∂W', row j has
 
     full      ∂L/∂V_j = (m_j / n_j) (G_j − ⟨G_j, V̂_j⟩ V̂_j)
     detach    ∂L/∂V_j = (m_j / n_j) G_j
 
-The variants below replace the forward pass of PEFT's and nothing else: parameters, names,
-initialisation, saving and merging stay PEFT's own.
+The variants below replace only the forward pass: parameters, names, initialisation, saving and
+merging remain PEFT's.
 """
 
 from __future__ import annotations
@@ -39,16 +40,15 @@ NormGrad = Literal["full", "detach"]
 def set_norm_grad(peft_model: PeftModel, norm_grad: NormGrad = "full") -> PeftModel:
     """Choose whether the DoRA layers of the active adapter differentiate through the row norm.
 
-    Outputs are the same either way; gradients of A and B differ. ``"full"`` supports double
-    backward; ``"detach"`` restores PEFT's own forward pass.
+    Outputs do not change; gradients of A and B do. ``"full"`` supports double backward;
+    ``"detach"`` restores PEFT's own forward pass.
 
     Returns:
         ``peft_model`` itself.
 
     Raises:
-        ProblemError: ``norm_grad`` is neither; as `dora_layers`; with ``"full"``, a layer whose
-            weight cannot be read (quantised, grouped convolution and the like). No layer is changed
-            then.
+        ProblemError: ``norm_grad`` is not one of these; as `dora_layers`; or, with ``"full"``, as
+            `require_plain` (a quantised layer, a grouped convolution). No layer has changed.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -69,7 +69,7 @@ def set_norm_grad(peft_model: PeftModel, norm_grad: NormGrad = "full") -> PeftMo
 
 
 def variant_of(layer: lora.LoraLayer, norm_grad: NormGrad) -> peft_internals.LoraVariant | None:
-    """The variant for ``layer``; None for a layer type of PEFT's that is not in `VARIANTS`."""
+    """The variant for ``layer``; None for a layer type that is not in `VARIANTS`."""
     if norm_grad not in ("full", "detach"):
         raise ProblemError(f"norm_grad: must be 'full' or 'detach', got {norm_grad!r}")
     for kind, (detached, full) in VARIANTS.items():
@@ -79,19 +79,19 @@ def variant_of(layer: lora.LoraLayer, norm_grad: NormGrad) -> peft_internals.Lor
 
 
 def gain(layer: lora.LoraLayer, adapter_name: str) -> Tensor:
-    """g = m / n of shape (out,), differentiable in m, A and B; float32 at least."""
+    """g = m / n of shape (out,), differentiable in m, A and B, in float32 or wider."""
     return magnitude(layer, adapter_name) / row_norm(direction(layer, adapter_name))
 
 
 def adapted(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
     """The output of a linear or convolution layer: result + (g − 1)·W0 x + g·s·B A x.
 
-    ``x`` is (..., in) or (batch, in, ...), ``result`` the output of the base layer. Dropout acts on
-    the x of both corrections, in one mask, as in PEFT.
+    ``x`` is (..., in) or (batch, in, ...); ``result`` is the output of the base layer. One dropout
+    mask applies to the x of both corrections, as in PEFT.
     """
     base = module.get_base_layer()
     dropout = module.lora_dropout[active_adapter]
-    # (out,) against the last axis of a linear output, (out, 1, …) against a convolution's second
+    # (out,) broadcasts to the last axis of a linear output, (out, 1, …) to a convolution's second
     per_row = (-1,) + (1,) * (base.weight.dim() - 2)
     g = gain(module, active_adapter).view(per_row)
     s: float = module.scaling[active_adapter]
@@ -110,8 +110,8 @@ def adapted_embedding(
 ) -> Tensor:
     """The output of an embedding layer: g·(W0 row + s·(B A) row), with one g per dimension.
 
-    ``x`` has token ids, (...), and ``result`` is the output of the base layer, (..., dim). PEFT
-    applies no dropout here.
+    ``x`` has token ids, (...); ``result`` is the output of the base layer, (..., dim). As in PEFT
+    there is no dropout.
     """
     a, b = module.lora_embedding_A[active_adapter], module.lora_embedding_B[active_adapter]
     ba_x: Tensor = module.scaling[active_adapter] * (peft_internals.embedded(module, x, a.T) @ b.T)

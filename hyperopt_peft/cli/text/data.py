@@ -1,11 +1,12 @@
-"""Training and evaluation examples from local files or a data set of the hub, and checks."""
+"""Training and evaluation examples: read from files or a data set of the hub, and checked."""
 
 from __future__ import annotations
 
 import atexit
+import csv
 import shutil
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -16,10 +17,11 @@ from typing import Any
 from datasets import ClassLabel, Dataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
 from datasets.utils import logging
-from pandas.errors import ParserWarning  # type: ignore[import-untyped]
+from pandas.errors import EmptyDataError, ParserWarning  # type: ignore[import-untyped]
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.errors import ProblemError, did_you_mean
+from hyperopt_peft.trainer.data import stratified
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 TRAIN, UPPER = "the training examples", "the upper level's examples"
@@ -35,37 +37,39 @@ class ExampleData:
     _argument_group_name = "data"
 
     train_file: list[str] | None = HfArg(default=None, help="CSV, TSV, JSON, JSONL or Parquet")
-    dataset: str | None = HfArg(default=None, help="of the hub or a folder, in place of train_file")
+    dataset: str | None = HfArg(default=None, help="a data set of the hub, or a folder")
     dataset_config: str | None = HfArg(default=None, help="the data set's configuration")
     train_split: str = HfArg(default="train", help="the data set's part to train on")
     upper_file: list[str] | None = HfArg(
         default=None,
-        help="of the upper level; if not given upper_fraction of the training examples",
+        help="the upper level's examples; by default upper_fraction of the training examples",
     )
     eval_file: list[str] | None = HfArg(default=None, help="files that are never trained on")
     eval_split: str | None = HfArg(default=None, help="the data set's part to evaluate on")
     eval_fraction: float = HfArg(
-        default=0.1, help="share of the training examples to hold out if no others are given; or 0"
+        default=0.1,
+        help="share of the training examples to hold out without eval_file or eval_split; 0: none",
     )
 
     def __post_init__(self) -> None:
         if bool(self.train_file) == bool(self.dataset):
             raise ProblemError("train_file: give either train_file or dataset")
         if self.eval_split and (self.eval_file or not self.dataset):
-            raise ProblemError("eval_split: is of a dataset, and in place of eval_file")
+            raise ProblemError("eval_split: needs a dataset and no eval_file; leave one out")
+        if not 0 <= self.eval_fraction < 1:
+            raise ProblemError(f"eval_fraction: must be in [0, 1), got {self.eval_fraction}")
 
     def read(self, columns: Collection[str] = ()) -> tuple[Dataset, Dataset | None, Dataset | None]:
         """The examples for training, the upper level and evaluation; None where not given.
 
-        Those of several training files have the column `SOURCE` if it is one of ``columns``.
+        Rows from several training files get the column `SOURCE` if ``columns`` has it.
         """
-        by_source = {"by_source": SOURCE in columns}
-        train = self._part("train_file", "train_split", **by_source)
+        train = self._part("train_file", "train_split", by_source=SOURCE in columns)
         return train, self._part("upper_file"), self._part("eval_file", "eval_split")
 
-    def _part(self, files: str, split: str = "", **options: bool) -> Any:
+    def _part(self, files: str, split: str = "", *, by_source: bool = False) -> Any:
         if paths := getattr(self, files):
-            return read_files(paths, files, **options)
+            return read_files(paths, files, by_source=by_source)
         if part := getattr(self, split, None):
             name = f"{part} of {self.dataset}"
             return _load(split, name, self.dataset, self.dataset_config, split=part)
@@ -78,15 +82,23 @@ class DataArguments(ExampleData):
 
     text_columns: list[str] = HfArg(
         default_factory=lambda: ["text"],
-        help="the text; two for pairs of texts; the source for seq2seq; the prompt, or all of the "
-        "text, for causal-lm",
+        help="column with the text, or two for pairs; for seq2seq the source; for causal-lm the "
+        "prompt or all of the text",
     )
-    label_column: str = HfArg(default="label", help="classes, numbers, or lists of tags")
-    tokens_column: str = HfArg(default="tokens", help="lists of words, for token-classification")
+    label_column: str = HfArg(
+        default="label", help="column with classes, numbers, or lists of tags"
+    )
+    tokens_column: str = HfArg(
+        default="tokens", help="column with lists of words, for token-classification"
+    )
     target_column: str | None = HfArg(
-        default=None, help="the text to produce, for seq2seq and, after a prompt, for causal-lm"
+        default=None,
+        help="column with the text to produce: for seq2seq, and for causal-lm after a prompt",
     )
-    max_length: int = HfArg(default=128, help="tokens an example; longer ones are cut")
+    corrections: list[str] | None = HfArg(
+        default=None, help="suspects.csv with corrected labels, which replace those of train_file"
+    )
+    max_length: int = HfArg(default=128, help="tokens in an example; longer ones are cut")
 
     def columns(self, task: str) -> list[str]:
         """The columns that ``task`` reads."""
@@ -106,12 +118,19 @@ class DataArguments(ExampleData):
         return columns
 
 
-def read_files(paths: Sequence[str], option: str, *, by_source: bool = False) -> Dataset:
-    """The rows of all ``paths``, in order; ``option`` has the paths, and is named in errors.
+def read_files(
+    paths: Sequence[str],
+    option: str,
+    *,
+    by_source: bool = False,
+    select: Callable[[list[str]], list[str]] = list,
+) -> Dataset:
+    """The rows of all ``paths``, in order; errors name ``option``, which has the paths.
 
-    With ``by_source`` several files without a column `SOURCE` get one, of the files' names.
+    With ``by_source`` several files without a column `SOURCE` get one, with the files' names.
+    ``select`` maps the columns of a CSV or TSV file to those that are read.
     """
-    tables = [_read_file(Path(path), option) for path in paths]
+    tables = [_read_file(path, option, select) for path in paths]
     if by_source and len(paths) > 1 and SOURCE not in tables[0].column_names:
         tables = [rows.add_column(SOURCE, [x] * len(rows)) for x, rows in zip(paths, tables)]
     try:
@@ -122,7 +141,10 @@ def read_files(paths: Sequence[str], option: str, *, by_source: bool = False) ->
         ) from error
 
 
-def _read_file(path: Path, option: str) -> Dataset:
+def _read_file(name: str, option: str, select: Callable[[list[str]], list[str]]) -> Dataset:
+    path = Path(name)
+    if not name:
+        raise ProblemError(f"{option}: the file name is empty; name a file or leave {option} out")
     suffix = path.suffix.lower()
     if suffix not in FORMATS:
         raise ProblemError(f"{option}: {path} is not of a known format; use {', '.join(FORMATS)}")
@@ -134,33 +156,48 @@ def _read_file(path: Path, option: str) -> Dataset:
         # would otherwise shift all columns by one.
         options |= {"keep_default_na": False, "na_values": [""], "index_col": False}
         options["sep"] = sep = "\t" if suffix == ".tsv" else ","
-        heads = ""
-        with suppress(OSError), path.open(encoding="utf-8", errors="replace") as file:
-            heads = file.readline()
-        if sep not in heads and (other := next((mark for mark in ";\t|" if mark in heads), None)):
-            raise ProblemError(
-                f"{option}: {path} has {other!r} between its columns; write it with {sep!r}"
-            )
+        names = _header(path, option, sep)
+        if len(columns := select(names)) < len(names):
+            options["usecols"] = columns
     return _load(option, str(path), FORMATS[suffix], split="train", **options)
+
+
+def _header(path: Path, option: str, mark: str) -> list[str]:
+    """The names of the columns of a CSV file, which ``mark`` separates."""
+    names = list[str]()
+    with suppress(OSError, csv.Error), path.open(encoding="utf-8-sig", errors="replace") as file:
+        names = next((row for row in csv.reader(file, delimiter=mark) if row), [])
+    if len(names) == 1 and (other := next((each for each in ";\t|," if each in names[0]), None)):
+        raise ProblemError(f"{option}: {path} has {other!r} between its columns; use {mark!r}")
+    if twice := next((name for name in names if name and names.count(name) > 1), None):
+        raise ProblemError(f"{option}: {path} has two columns {twice!r}; rename or remove one")
+    return names
 
 
 def _load(option: str, name: str, *source: Any, **options: Any) -> Dataset:
     level = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # the exception says it in one line
+    wrong = "has no rows; give another"
     try:
         with warnings.catch_warnings(action="error", category=ParserWarning):
             rows = load_dataset(*source, **options)
     except (DatasetsError, ValueError, OSError, StopIteration) as error:
-        empty = isinstance(error, StopIteration) or "corresponds to no data" in str(error)
-        reason = "it has no rows" if empty else error.__cause__ or error
-        raise ProblemError(
-            f"{option}: {name} cannot be read: {reason}; correct the name, or the data: UTF-8, the "
-            "same columns in each row, values of one type in a column"
-        ) from error
+        cause = error.__cause__ or error
+        if isinstance(cause, UnicodeDecodeError):
+            wrong = "is not encoded as UTF-8; save it as UTF-8 (in a spreadsheet: CSV UTF-8)"
+        elif not (
+            isinstance(cause, StopIteration | EmptyDataError)
+            or "corresponds to no data" in str(error)
+        ):
+            wrong = (
+                f"cannot be read: {cause}; correct the name, or the data: the same columns in each "
+                "row, values of one type in a column"
+            )
+        raise ProblemError(f"{option}: {name} {wrong}") from error
     finally:
         logging.set_verbosity(level)
     if not len(rows):
-        raise ProblemError(f"{option}: {name} has no rows; give another")
+        raise ProblemError(f"{option}: {name} {wrong}")
     return rows
 
 
@@ -189,11 +226,5 @@ def require_columns(data: Dataset, columns: Sequence[str], where: str) -> None:
 def hold_out(train: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     """The training and the evaluation part of ``train``, stratified if the labels are classes."""
     column = "labels" if isinstance(train.features.get("labels"), ClassLabel) else None
-    try:
-        parts = train.train_test_split(test_size=fraction, seed=0, stratify_by_column=column)
-    except ValueError as error:
-        raise ProblemError(
-            f"eval_fraction: {fraction} of {len(train)} examples cannot be held out ({error}); "
-            "change eval_fraction or the examples, or give eval_file"
-        ) from error
-    return parts["train"], parts["test"]
+    where = f"eval_fraction: {fraction} of {len(train)} examples cannot be held out"
+    return stratified(train, fraction, 0, column, where)

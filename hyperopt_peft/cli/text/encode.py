@@ -1,19 +1,21 @@
-"""Encoding of rows of texts as token numbers and labels, one function for each task."""
+"""Rows of texts encoded as token numbers and labels, by a function for each task."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
 from datasets import ClassLabel, Dataset, Value
+from transformers.utils import logging
 
 from hyperopt_peft.cli.text.data import DataArguments, cache_folder, require_columns
 from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.errors import ProblemError, did_you_mean
 
+logger = logging.get_logger(__name__)
 #: Some rows, as the values of each column.
 Batch = Mapping[str, list[Any]]
 
@@ -36,7 +38,7 @@ class Encoder:
         """The arguments of the model's forward, with ``labels``; errors have the name ``where``."""
         require_columns(data, self.columns, where)
         if self.names:
-            data = _named(data, self.args.label_column)
+            data = named(data, self.args.label_column, self.names, where)
         encode = {
             "token-classification": self._tags,
             "causal-lm": self._language,
@@ -65,9 +67,9 @@ class Encoder:
     def _check(self, row: Mapping[str, Any]) -> None:
         """Raise ProblemError if the task cannot learn ``row``."""
         *texts, last = self.columns
-        label, classes = row[last], [row[last]]
+        label = row[last]
         if self.task == "token-classification":
-            words, classes = row[texts.pop()], label
+            words = row[texts.pop()]
             lists = isinstance(words, list) and isinstance(label, list)
             if not lists or len(words) != len(label):
                 raise ProblemError(
@@ -83,12 +85,6 @@ class Encoder:
                 raise ProblemError(
                     f"{column!r} has {row[column]!r}, not a text; fill it or remove the row"
                 )
-        if self.names and (unknown := [name for name in classes if name not in self.names]):
-            raise ProblemError(
-                f"the label {unknown[0]!r} is not in the training examples"
-                f"{did_you_mean(unknown[0], self.names)}; remove its rows, or add training "
-                "examples of it"
-            )
 
     def _tokens(self, *texts: Any, **options: Any) -> Any:
         return self.tokenizer(*texts, truncation=True, max_length=self.args.max_length, **options)
@@ -144,7 +140,7 @@ def _check_labels(labels: list[int]) -> None:
 
 
 def _number(label: Any) -> float:
-    """NaN for no number; one entry that is none makes a column of a file one of text."""
+    """``label`` as a number, or NaN; one entry that is no number makes a file's column text."""
     try:
         return float(label)
     except (TypeError, ValueError):
@@ -163,7 +159,7 @@ def check_each(
 
 
 def class_names(data: Dataset, column: str) -> tuple[str, ...]:
-    """The classes in ``column``, of examples or of lists of tags, sorted as numbers or as words."""
+    """The classes in a column of classes or of lists of tags, sorted as numbers or as words."""
     (inner, lists), values = _inner(data, column), data[column][:]
     if isinstance(inner, ClassLabel):
         return tuple(inner.names)
@@ -176,8 +172,18 @@ def class_names(data: Dataset, column: str) -> tuple[str, ...]:
             "classes: give words, or whole numbers; fractions are for task regression"
         )
     names = tuple(str(value) for value in sorted(set(values)))
-    if len(names) < 2 or not all(map(str.strip, names)):
-        raise ProblemError(f"column {column!r} has one class, or a blank one; correct its rows")
+    plain = [name.strip() for name in names]
+    if len(names) < 2:
+        raise ProblemError(
+            f"column {column!r} has one class, {names[0]!r}; add rows of another class"
+        )
+    if not all(plain):
+        raise ProblemError(f"column {column!r} has a blank class; fill or remove its rows")
+    if alike := [name for name, other in zip(names, plain) if plain.count(other) > 1]:
+        raise ProblemError(
+            f"column {column!r}: the classes {alike[0]!r} and {alike[1]!r} differ by spaces only; "
+            "make them one"
+        )
     return names
 
 
@@ -187,8 +193,12 @@ def _inner(data: Dataset, column: str) -> tuple[Any, bool]:
     return getattr(feature, "feature", feature), hasattr(feature, "feature")
 
 
-def _named(data: Dataset, column: str) -> Dataset:
-    """``data`` with the name of each class, whatever the stored type."""
+def named(data: Dataset, column: str, names: Sequence[str], where: str) -> Dataset:
+    """``data`` with the names of the classes in ``column``, whatever type the column has.
+
+    Raises:
+        ProblemError: a class is not among ``names``; ``where`` names the rows.
+    """
     inner, _ = _inner(data, column)
 
     def name(value: Any) -> Any:
@@ -197,5 +207,24 @@ def _named(data: Dataset, column: str) -> Dataset:
         # Unlabelled examples in data sets of the hub have the class -1.
         return inner.int2str(value) if isinstance(inner, ClassLabel) and value >= 0 else str(value)
 
-    names = [*map(name, data[column])]
-    return data.remove_columns(column).add_column(column, names)
+    values, known = [*map(name, data[column])], {*names}
+    for row, value in enumerate(values):
+        for each in value if isinstance(value, list) else [value]:
+            if each not in known:
+                raise ProblemError(
+                    f"{where}: row {row} (from 0): the label {each!r} is not in the training "
+                    f"examples{did_you_mean(each, names)}; correct or remove its rows, or add "
+                    "training examples"
+                )
+    return data.remove_columns(column).add_column(column, values)
+
+
+def warn_of_one_class(data: Dataset, column: str, where: str) -> None:
+    """Warn if the rows ``data``, which ``where`` names, have one class in ``column``."""
+    if len(data) > 1 and len(found := data.unique(column)) == 1:
+        feature = data.features[column]
+        name = feature.int2str(found[0]) if isinstance(feature, ClassLabel) else found[0]
+        logger.warning(
+            f"{where} all have the label {name!r}, so that a constant answer looks perfect; add "
+            "rows of the other classes"
+        )

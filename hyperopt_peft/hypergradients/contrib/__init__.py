@@ -1,4 +1,4 @@
-"""Estimators that are tested on their own, and found by name like the others."""
+"""Further estimators, available by name like the others, each with tests of its own."""
 
 from hyperopt_peft.hypergradients.contrib.fastmix import FastMix
 from hyperopt_peft.hypergradients.contrib.forward import Forward

@@ -28,10 +28,13 @@ from hyperopt_peft.utils.validation import NonNegativeFloat
 class FastMix(Estimator):
     """dF/du ≈ ∂F/∂u − ξ Σ_g ∂f'_g/∂u ⟨∇_V F, ∇_V ℓ_g⟩, with V the output layer's weight.
 
-    The estimate is that of `DARTS` with ``product="dots"`` for a step of V in place of w; V may
-    be frozen or tied. f'_g = ∂f/∂ℓ_g, which is v_k for the loss of source k. The lower level's
-    model has ``get_output_embeddings()`` and calls this layer, as models of Transformers do; a
+    The estimate is `DARTS` with ``product="dots"``, where V takes the place of w; V may be frozen
+    or tied. f'_g = ∂f/∂ℓ_g is v_k if group g is source k with weight v_k. The model of the lower
+    level must have ``get_output_embeddings()`` and call this layer, as models of Transformers do; a
     fused head does not. FastMix, 2026, arXiv:2606.14971.
+
+    Raises:
+        ProblemError: the lower level does not weight examples, or does not call an output layer.
 
     Example:
         >>> from hyperopt_peft.hypergradients import get_estimator
@@ -43,7 +46,7 @@ class FastMix(Estimator):
 
     @property
     def requirements(self) -> Requirements:
-        """The last lower step, and its pass."""
+        """The last lower step, and dot products from its pass."""
         return Requirements(history=1, observe=True)
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
@@ -65,7 +68,7 @@ class FastMix(Estimator):
         return Estimate(oracle.upper_gradient.direct, -self.xi * mixed)
 
     def cost(self) -> int:
-        """F and f, twice."""
+        """The passes of F and f, and one more of f outside the Trainer."""
         return 3
 
 
@@ -73,7 +76,7 @@ def output_layer(level: Problem) -> nn.Module:
     """The output layer of the model in ``level``.
 
     Raises:
-        ProblemError: the model has none, or does not call it; or as `weighted_examples`.
+        ProblemError: the model has no output layer, or does not call it; or as `weighted_examples`.
     """
     model = weighted_examples(level).model
     if has_fused_head(model):
@@ -83,18 +86,18 @@ def output_layer(level: Problem) -> nn.Module:
     layer: nn.Module | None = next((each.get_output_embeddings() for each in owners), None)
     if layer is None:
         raise ProblemError(
-            f"{level.name}: {type(model).__name__} has no get_output_embeddings(), whose gradient "
-            "the estimator takes; choose darts with product=dots"
+            f"{level.name}: {type(model).__name__} has no get_output_embeddings(), the layer that "
+            "the estimator differentiates; choose darts with product=dots"
         )
     return layer
 
 
 @contextmanager
 def output_gradient(level: Problem) -> Iterator[Callable[[], Tensor]]:
-    """A function that returns the gradient of the output layer's weight from passes in the body.
+    """Yield a function for the gradient of the output layer's weight, from passes in the body.
 
-    The gradient is an average over the processes. The layer may be frozen, and a tied weight has
-    no gradient from the input embeddings.
+    The gradient is an average over the processes. The layer may be frozen. The gradient of a tied
+    weight excludes its use as input embedding.
     """
     total: list[Tensor] = []
 

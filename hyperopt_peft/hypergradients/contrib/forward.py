@@ -22,19 +22,20 @@ from hyperopt_peft.utils.vector import Vector, dot, zeros_like
 class Forward(Unrolled):
     """dF/du_j = ∂F/∂u_j + ⟨Z_j, ∂F/∂w⟩ with Z_j = dw/du_j, for a few upper unknowns.
 
-    The derivative of `Unrolled` in forward mode, with Φ(w, g, options) the optimizer's step:
+    The estimate is `Unrolled` in forward mode. With Φ(w, g, options) the optimizer's step, e_j the
+    j-th unit vector and Φ_w, Φ_g, Φ_u the partial derivatives,
 
         Z_j' = Φ_w Z_j + Φ_g (∂²f/∂w² Z_j + ∂²f/∂w∂u e_j) + Φ_u e_j
 
-    The optimizer's moments have tangents likewise. A step costs one forward+backward pass and one
-    product for each unknown, and one backward pass more for exact products. The memory is one
-    vector shaped like w for each unknown and moment.
+    The optimizer's moments have tangents too. A step costs one forward+backward pass, one product
+    for each unknown, and one backward pass more for exact products. The memory is one vector shaped
+    like w for each unknown and moment.
 
     With ``carry`` every lower step is differentiated, and the tangents continue over upper steps
-    (real-time recurrent learning), so that the hypergradient is through all lower steps since the
-    warm-up, at constant memory. Each step is differentiated at the value of u at that step. The
-    lower steps of a skipped upper step are omitted. Without ``carry`` the tangents are 0 after each
-    upper step. Franceschi et al. 2017, arXiv:1703.01785, Alg. 2 and §3.3.
+    (real-time recurrent learning): the hypergradient goes through all lower steps since the
+    warm-up, at constant memory. Each step is differentiated at its own value of u. The lower steps
+    of a skipped upper step are omitted. Without ``carry`` the tangents are reset after each upper
+    step. Franceschi et al. 2017, arXiv:1703.01785, Alg. 2 and §3.3.
 
     Raises:
         ProblemError: there are more upper unknowns than ``limit``; or as `Unrolled`.
@@ -50,7 +51,7 @@ class Forward(Unrolled):
 
     @property
     def requirements(self) -> Requirements:
-        """As `Unrolled`; with ``carry`` every lower step."""
+        """As `Unrolled`; with ``carry`` the records of every lower step."""
         needs = super().requirements
         return replace(needs, history=ALL) if self.carry else needs
 
@@ -73,7 +74,7 @@ class Forward(Unrolled):
         direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
         n = direct.numel()
         optimizer, steps = last_steps(oracle, self.steps)
-        # Row k: the derivative of the optimizer's k-th option by each unknown.
+        # Row k is the derivative of the optimizer's k-th option with respect to each unknown.
         slopes = [
             optimizer.pulled_back(list(row), oracle.upper.variables).flat()
             for row in torch.eye(len(optimizer.options))
@@ -99,7 +100,7 @@ class Forward(Unrolled):
 def _tangents(
     state: State, unknown: int, like: Vector, optimizer: DifferentiableStep
 ) -> tuple[Vector, list[Tensor]]:
-    """The tangents of w and of the moments by ``unknown`` in ``state``, zero where missing."""
+    """The tangents of w and the moments for one ``unknown``; zero if ``state`` has none."""
 
     def tangent(name: str) -> Vector:
         vector = state.get(f"{name}/{unknown}")

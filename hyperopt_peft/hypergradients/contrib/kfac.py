@@ -1,4 +1,4 @@
-"""The Kronecker-factored curvature of linear layers, as a preconditioner or alone."""
+"""Kronecker-factored curvature of linear layers, as a preconditioner or instead of H."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hyperopt_peft.utils.distributed import is_sharded
 from hyperopt_peft.utils.validation import Fraction, NonNegativeInt, PositiveFloat
 from hyperopt_peft.utils.vector import Vector, widened, zeros_like
 
-ONLY_PRECONDITIONER = "the result is the preconditioner's alone"
+ONLY_PRECONDITIONER = "the result is P⁻¹b, from the preconditioner P alone"
 
 
 @register("kfac", kind="implicit", tolerance=1e-2)
@@ -25,21 +25,22 @@ ONLY_PRECONDITIONER = "the result is the preconditioner's alone"
 class KFAC(Solver):
     """v ≈ (H + damping·I)⁻¹ b by ``steps`` steps of CG, preconditioned by EK-FAC of linear layers.
 
-    For a layer y = xWᵀ with δ = ∂f_i/∂y of row i, where f is a mean over rows, [x 1] with a bias:
+    f is a mean over rows i. For a layer y = xWᵀ ([x 1] in place of x if it has a bias), δ = ∂f_i/∂y
+    and sums over the tokens t of a row,
 
         A = mean xxᵀ = Q_A diag(a) Q_Aᵀ        S = mean over rows Σ_t δδᵀ = Q_S diag(s) Q_Sᵀ
         Λ = mean over rows (Q_Sᵀ (Σ_t δ xᵀ) Q_A)²
         P⁻¹ R = Q_S [ Q_Sᵀ R Q_A / (Λ + damping) ] Q_Aᵀ
 
-    P is the *empirical* Fisher matrix of f's rows, without terms such as a weight decay. P only
-    changes the rate of convergence: v, the note and the residual are those of ``cg``. With
-    ``steps=0``, v = P⁻¹b; a factor c of f then divides v by c² in place of c.
+    P is the *empirical* Fisher matrix of f's rows; it omits terms such as a weight decay. P changes
+    only the rate of convergence: v, the note and the residual mean the same as in ``cg``. With
+    ``steps=0``, v = P⁻¹b; scaling f by c then divides v by c² instead of c.
 
-    A layer is a call of ``torch.nn.functional.linear`` (so each ``nn.Linear``, LoRA's A and B among
-    them) or of ``x @ V`` whose weight or bias is a lower variable. A row is an entry of the input's
-    first dimension, a token t one of the others. Variables of no layer, or of one without a
-    gradient, have the mean of all Λ for an eigenvalue. A side of more than 2,048 has the identity
-    for a basis. Where f has no linear layer, this is ``cg``.
+    A layer is a call of ``torch.nn.functional.linear`` (such as ``nn.Linear`` and LoRA's A and B)
+    or of ``x @ V`` whose weight or bias is a lower variable. Rows are the first dimension of the
+    input; tokens are the dimensions between the first and the last. A variable outside such layers,
+    or in a layer without a gradient, gets the mean of all Λ as its eigenvalue. A dimension above
+    2,048 uses the identity as its eigenbasis. If f has no linear layer, the estimator is ``cg``.
 
     ``damping=None`` adds each layer's mean Λ to P, and nothing to H. The cost is one
     forward+backward pass, and one Hessian-vector product a step. Martens & Grosse 2015,
@@ -47,8 +48,8 @@ class KFAC(Solver):
     Grosse et al. 2023, arXiv:2308.03296 §2.3, 3; as a hypergradient: arXiv:2603.29108.
 
     Raises:
-        ProblemError: the lower level is sharded, or has levels below; ``steps=0`` and f has no
-            linear layer.
+        ProblemError: the lower level is sharded or `Nested`; or ``steps=0`` and f has no linear
+            layer.
 
     Example:
         >>> from hyperopt_peft.hypergradients import get_estimator
@@ -61,12 +62,12 @@ class KFAC(Solver):
     tolerance: Fraction = 1e-6
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
-        """As `Estimator.check_levels`; the lower level is not sharded, and has none below."""
+        """As `Estimator.check_levels`; the lower level must be neither sharded nor `Nested`."""
         super().check_levels(upper, lower)
         advice = 'choose another solver, such as "cg", with product="difference"'
         self.require(
             not is_sharded(*lower.variables),
-            f"{lower.name} is sharded, and kfac needs a layer's whole weight; {advice}",
+            f"{lower.name} is sharded, and kfac needs the full weight of a layer; {advice}",
         )
         lower.require_single(f"kfac supports two levels only; {advice}")
 
@@ -76,7 +77,7 @@ class KFAC(Solver):
         return super().estimate(oracle, lambda matvec, b, _: (self.solve(matvec, b, inverse), {}))
 
     def inverse(self, oracle: Oracle) -> Matvec | None:
-        """P⁻¹ of f at the oracle's point; None where f has no linear layer."""
+        """P⁻¹ for f at the oracle's point; None if f has no linear layer."""
         blocks = empirical_fisher(
             layer_samples(oracle),
             [widened(variable.detach()) for variable in oracle.lower.variables],
@@ -89,20 +90,20 @@ class KFAC(Solver):
         return Fisher(blocks, self.damping).inverse if blocks else None
 
     def solve(self, matvec: Matvec, b: Vector, inverse: Matvec | None = None) -> Solution:
-        """v ≈ (H + damping·I)⁻¹ b, with P⁻¹ by ``inverse``."""
+        """v ≈ (H + damping·I)⁻¹ b, where ``inverse`` applies P⁻¹."""
         if self.steps == 0 and inverse is not None:
             return Solution(inverse(b), None, 0)
         limits = self.steps, self.damping or 0.0, self.tolerance, self.rounding(b)
         solution = conjugate_gradients(matvec, b, *limits, precondition=inverse)
-        if solution.note and solution.residual == 1 and inverse is not None:  # v is 0 still
+        if solution.note and solution.residual == 1 and inverse is not None:  # v is still 0
             note = f"{solution.note}; {ONLY_PRECONDITIONER}"
             solution = replace(solution, v=inverse(b), note=note)
         return solution
 
 
 def layer_samples(oracle: Oracle) -> Samples:
-    """Each layer's inputs and rows' output gradients, by one forward+backward pass of f."""
-    here = zeros_like(oracle.upper_gradient.b)  # before the calls of f are watched
+    """The inputs and output gradients of each layer, by one forward+backward pass of f."""
+    here = zeros_like(oracle.upper_gradient.b)  # before `linear_calls`, which must see f alone
     with oracle.moved() as gradients, linear_calls(oracle.lower.variables) as calls:
         gradients("lower", here)
     samples: dict[Layer, list[tuple[Tensor, Tensor]]] = {}

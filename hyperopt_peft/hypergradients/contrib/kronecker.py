@@ -13,12 +13,12 @@ from hyperopt_peft.hypergradients.contrib.linear_calls import Layer
 from hyperopt_peft.utils import distributed, reductions
 from hyperopt_peft.utils.vector import Vector
 
-RELATIVE_DAMPING = 1.0  # of a layer's mean eigenvalue; 0.1, as in arXiv:2308.03296, slows CG down
-MAX_SIDE = 2048  # of a layer with an eigenbasis, whose cost is cubic in the side
-CHUNK = 16  # rows whose gradients of a layer's weight are formed at once
+RELATIVE_DAMPING = 1.0  # times a layer's mean eigenvalue; 0.1 (arXiv:2308.03296) slows CG down
+MAX_SIDE = 2048  # the largest dimension with an eigenbasis, whose cost is cubic
+CHUNK = 16  # the number of rows whose weight gradients are formed at once
 
-#: Inputs ``(rows, tokens, in)`` of each layer, and ∂f_i/∂y of row i, ``(rows, tokens, out)``, of
-#: its outputs; a pair for each batch.
+#: For each layer a pair for each batch: the inputs ``(rows, tokens, in)``, and the gradients
+#: ∂f_i/∂y of the outputs, ``(rows, tokens, out)``, where f_i is the loss of row i.
 Samples = Mapping[Layer, Sequence[tuple[Tensor, Tensor]]]
 
 
@@ -36,7 +36,7 @@ class Block:
     values: Tensor
 
     def inverse(self, matrix: Tensor, shift: Tensor) -> Tensor:
-        """(block + shift·I)⁻¹ of ``matrix``, ``(out, in)``."""
+        """(block + shift·I)⁻¹ applied to ``matrix``, ``(out, in)``."""
         inside = _times(_times(matrix, self.right).mT, self.left).mT / (self.values + shift)
         right = None if self.right is None else self.right.mT
         left = None if self.left is None else self.left.mT
@@ -44,14 +44,14 @@ class Block:
 
 
 class Fisher:
-    """Blocks of layers; λ̄·I, with λ̄ the mean of all their eigenvalues, for other variables.
+    """A block for each layer, and λ̄·I for other variables, λ̄ the mean of all eigenvalues.
 
     A block without a gradient is λ̄·I too. ``damping`` is added to the diagonal; None adds each
     block's mean eigenvalue.
     """
 
     def __init__(self, blocks: Sequence[Block], damping: float | None) -> None:
-        total = reductions.summed([block.values.double().sum() for block in blocks])
+        total = reductions.total([block.values.double().sum() for block in blocks])
         mean = total / sum(block.values.numel() for block in blocks)
         mean = torch.where(mean > 0, mean, 1.0)
         self._blocks, self._damping = blocks, damping
@@ -72,12 +72,13 @@ class Fisher:
 
 
 def empirical_fisher(samples: Samples, like: Sequence[Tensor]) -> list[Block]:
-    """The blocks of the layers of ``samples``, over variables shaped ``like``.
+    """The blocks of the layers in ``samples``, over variables shaped ``like``.
 
-    With δ = ∂f_i/∂y and inputs x, the right basis is of mean xxᵀ and the left one of the rows' mean
-    Σ_t δδᵀ; a side of more than ``MAX_SIDE`` has the identity. The eigenvalues are the second
-    moments of the rows' gradients Σ_t δxᵀ there. A variable belongs to one layer, by preference one
-    of ``torch.nn.functional.linear``. Means are over the processes too.
+    With δ = ∂f_i/∂y and inputs x, the bases are the eigenvectors of mean xxᵀ (right) and of the
+    mean over rows of Σ_t δδᵀ (left); a dimension above ``MAX_SIDE`` uses the identity. The
+    eigenvalues are the second moments of the rows' gradients Σ_t δxᵀ in these bases. A variable
+    belongs to one layer only, preferably a ``torch.nn.functional.linear``. Means include all
+    processes.
 
     Raises:
         NonFiniteError: an input or a gradient is NaN or infinite.
@@ -115,13 +116,13 @@ def empirical_fisher(samples: Samples, like: Sequence[Tensor]) -> list[Block]:
 
 
 def _disjoint(layers: Sequence[Layer]) -> list[Layer]:
-    """``layers`` without those that share a variable with an earlier one, products last."""
-    taken: set[int] = set()
+    """``layers`` without any that shares a variable with an earlier one; products come last."""
+    covered: set[int] = set()
     result = []
     for layer in sorted(layers, key=lambda layer: layer.transposed):
         variables = {x for x in (layer.weight, layer.bias) if x is not None}
-        if not taken & variables:
-            taken |= variables
+        if not covered & variables:
+            covered |= variables
             result.append(layer)
     return result
 
@@ -129,7 +130,7 @@ def _disjoint(layers: Sequence[Layer]) -> list[Layer]:
 def _covariances(
     samples: Sequence[tuple[Tensor, Tensor]], left: Tensor, right: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The rows' mean Σ_t δδᵀ in the form of ``left``, and mean xxᵀ in that of ``right``."""
+    """The mean over rows of Σ_t δδᵀ, shaped like ``left``, and mean xxᵀ, shaped like ``right``."""
     rows = sum(len(x) for x, _ in samples)
     tokens = sum(x.shape[0] * x.shape[1] for x, _ in samples)
     for x, delta in samples:
@@ -145,11 +146,11 @@ def _covariance(x: Tensor, dim: int) -> Tensor:
 def _second_moments(
     samples: Sequence[tuple[Tensor, Tensor]], left: Tensor | None, right: Tensor | None
 ) -> Tensor:
-    """The rows' mean (leftᵀ (Σ_t δxᵀ) right)², ``(out, in)``."""
+    """The mean over rows of (leftᵀ (Σ_t δxᵀ) right)², ``(out, in)``."""
     rows, total = sum(len(x) for x, _ in samples), samples[0][0].new_zeros(())
     for x, delta in samples:
         x, delta = _times(x, right), _times(delta, left)
-        if x.shape[1] == 1:  # a row's square is a product of squares
+        if x.shape[1] == 1:  # the square of one product is the product of squares
             total = total + delta[:, 0].square().mT @ x[:, 0].square()
             continue
         for some_x, some_delta in zip(x.split(CHUNK), delta.split(CHUNK), strict=True):

@@ -1,4 +1,4 @@
-"""The linear maps of a loss: their inputs, and the gradients of their outputs."""
+"""The inputs and output gradients of the linear maps in a loss."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 @dataclass(frozen=True)
 class Layer:
-    """The linear map y = xWᵀ + c, given by the numbers of its variables among those watched.
+    """The linear map y = xWᵀ + c, given by the indices of its variables.
 
-    ``weight`` is the number of W, ``bias`` that of c; None where the tensor is no variable.
+    ``weight`` is the index of W and ``bias`` the index of c; None if the tensor is not a variable.
     ``transposed`` is true for y = x @ V, where the variable is V = Wᵀ: ``(in, out)`` or ``(in,)``.
     """
 
@@ -32,7 +32,7 @@ class Layer:
     transposed: bool = False
 
     def matrix(self, parts: Sequence[Tensor]) -> Tensor:
-        """The layer's entries of ``parts`` as [W c], ``(out, in + 1)``, or the one of them."""
+        """The layer's entries of ``parts`` as [W c], ``(out, in + 1)``, or W or c alone."""
         columns = []
         if self.weight is not None:
             weight = parts[self.weight]
@@ -43,7 +43,7 @@ class Layer:
         return torch.cat(columns, 1) if len(columns) > 1 else columns[0]
 
     def assign_(self, parts: Sequence[Tensor], matrix: Tensor) -> None:
-        """Write ``matrix``, of the form of `matrix`, into the layer's entries of ``parts``."""
+        """Write ``matrix``, as returned by `matrix`, into the layer's entries of ``parts``."""
         if self.bias is not None:
             parts[self.bias].copy_(matrix[:, -1].view_as(parts[self.bias]))
             matrix = matrix[:, :-1]
@@ -52,17 +52,17 @@ class Layer:
             parts[self.weight].copy_(weight.reshape(parts[self.weight].shape))
 
     def inputs(self, x: Tensor) -> Tensor:
-        """x, or 1, or (x, 1), as the variables are: ``(…, columns of the matrix)``."""
+        """x for W, 1 for c, or (x, 1) for both: ``(…, columns of the matrix)``."""
         ones = x.new_ones(*x.shape[:-1], 1)
         columns = [x] if self.weight is not None else []
         return torch.cat([*columns, ones], -1) if self.bias is not None else x
 
 
 class LinearCalls(TorchFunctionMode):
-    """Watches calls of ``linear`` and ``x @ V`` whose weight or bias is one of ``variables``.
+    """Records calls of ``linear`` and ``x @ V`` whose weight or bias is one of ``variables``.
 
-    Half precision is widened. Calls inside of `torch.func` transforms, whose tensors are of the
-    transform alone, and on nested tensors do not count.
+    Half precision is widened. Calls inside `torch.func` transforms and calls on nested tensors are
+    ignored.
     """
 
     def __init__(self, variables: Sequence[Tensor]) -> None:
@@ -97,10 +97,10 @@ class LinearCalls(TorchFunctionMode):
         self._calls.setdefault((layer, rows), []).append((inputs, delta))
 
     def rows(self) -> dict[tuple[Layer, int], tuple[Tensor, Tensor]]:
-        """Inputs ``(rows, tokens, in)`` and gradients of the outputs, by layer and number of rows.
+        """Inputs ``(rows, tokens, in)`` and output gradients, by layer and number of rows.
 
-        The rows are the first dimension of an input, the tokens all others but the last. Calls of a
-        layer with equally many rows are further tokens of these rows.
+        Rows are the first dimension of an input; tokens are the dimensions between the first and
+        the last. Several calls of a layer with the same number of rows are joined as tokens.
         """
         return {
             key: (torch.cat([x for x, _ in calls], 1), torch.cat([delta for _, delta in calls], 1))
@@ -126,11 +126,8 @@ def _of_matmul(
 
 @contextmanager
 def linear_calls(variables: Sequence[Tensor]) -> Iterator[LinearCalls]:
-    """Watch forward and backward passes in the body.
-
-    Layers that are one autograd function, such as `use_fast_dora`'s, become PyTorch's operations
-    where modules have hooks, and so can be watched.
-    """
+    """Record the linear maps of forward and backward passes in the body."""
+    # With a hook, layers that are one autograd function (`use_fast_dora`) run PyTorch's operations.
     hook = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: None)
     try:
         with LinearCalls(variables) as calls:

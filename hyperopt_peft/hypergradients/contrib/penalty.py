@@ -18,16 +18,16 @@ from hyperopt_peft.utils.vector import Vector, inner, machine_epsilon, normalise
 
 #: (∂/∂u, ∂/∂w) of an objective.
 Gradients = tuple[Vector, Vector]
-GAMMA = 100.0  # γ of `Penalty`, in units of F/f
+GAMMA = 100.0  # the γ of `Penalty`, in units of F/f
 NOT_CONVEX = "the curvature of f along ∂F/∂w is not positive"
 
 
 @dataclass(frozen=True)
 class Minimum:
-    """The result of an inner run: the point w + ``offset``, and ∂/∂u of the objective there.
+    """The result of an inner run: the point w + ``offset``, and the u-gradient there, ``of_u``.
 
-    ``residual`` is the gradient's norm divided by its norm at w; ``steps`` is the number of steps;
-    ``note`` reports negative curvature.
+    ``residual`` is the norm of the w-gradient divided by its norm at w; ``steps`` is the number of
+    steps; ``note`` reports negative curvature.
     """
 
     offset: Vector
@@ -39,12 +39,12 @@ class Minimum:
 
 @dataclass(frozen=True)
 class InnerRuns(Estimator):
-    """An estimator from the minima of perturbed objectives near w, by gradient descent.
+    """An estimator from minima of perturbed objectives near w, found by gradient descent.
 
-    A run stops after ``inner_steps`` steps, at a gradient norm of ``tolerance`` times that at w, or
-    at a step along which the curvature is not positive. The result is the point of least gradient
-    norm, w included. The step size is the shorter one of Barzilai & Borwein 1988
-    (doi:10.1093/imanum/8.1.141), ⟨s, y⟩/⟨y, y⟩ where the last step s changed the gradient by y.
+    An inner run stops after ``inner_steps`` steps, when the gradient norm is ``tolerance`` times
+    its value at w, or when the curvature along a step is not positive. The result is the point with
+    the smallest gradient norm, w included. The step size is the shorter one of Barzilai & Borwein
+    1988 (doi:10.1093/imanum/8.1.141): ⟨s, y⟩/⟨y, y⟩, if the last step s changed the gradient by y.
     """
 
     inner_steps: NonNegativeInt = field(default=100, kw_only=True)
@@ -71,13 +71,14 @@ class InnerRuns(Estimator):
     def difference(
         self, oracle: Oracle, gradients: MovedGradients, at_w: Gradients, start: Vector
     ) -> Estimate:
-        """dF/du from gradients near w; ``at_w`` are those of f at w, ``start`` is `response`."""
+        """dF/du from gradients near w; ``at_w`` are f's gradients at w, ``start`` the response."""
 
     def response(self, oracle: Oracle, gradients: MovedGradients, slope: Vector) -> Vector | None:
         """An initial guess r of dw_ν/dν = −H⁻¹b at ν = 0; ``slope`` is ∂f/∂w at w.
 
-        r minimises ‖Hr + b‖ over multiples of the last upper step's response, or of −b if f is not
-        convex along the former, by one pass each. r is None if f is not convex along either.
+        r minimises ‖Hr + b‖ over multiples of the last upper step's response. If f is not convex
+        along it, multiples of −b are tried; r is None if f is not convex there either. Each costs
+        one pass.
         """
         b = oracle.upper_gradient.b
         u, w = oracle.upper.variables, oracle.lower.variables
@@ -97,7 +98,7 @@ class InnerRuns(Estimator):
     def minimum(
         self, gradient: Callable[[Vector], Gradients], at_w: Gradients, start: Vector
     ) -> Minimum:
-        """The minimum near w of an objective whose (∂/∂u, ∂/∂w) at w + x is ``gradient(x)``.
+        """The minimum near w of the objective with (∂/∂u, ∂/∂w) = ``gradient(x)`` at w + x.
 
         ``at_w`` is ``gradient(0)``; the run starts at w + ``start``.
         """
@@ -105,7 +106,7 @@ class InnerRuns(Estimator):
         scale, note = slope.norm(), ""
         before, x = zeros_like(start), start
         best = Minimum(before, of_u, 1.0, 0)
-        for taken in range(self.inner_steps + 1):
+        for step in range(self.inner_steps + 1):
             of_u, newest = gradient(x)
             moved, change = x - before, newest - slope
             square, product, curvature = to_floats(
@@ -115,8 +116,8 @@ class InnerRuns(Estimator):
             if not math.isfinite(residual):
                 raise NonFiniteError("a gradient of an inner run is not finite")
             if residual < best.residual:
-                best = Minimum(x, of_u, residual, taken)
-            if residual <= self.tolerance or taken == self.inner_steps:
+                best = Minimum(x, of_u, residual, step)
+            if residual <= self.tolerance or step == self.inner_steps:
                 break
             if product <= 0:
                 note = "negative curvature" if product else ""
@@ -131,13 +132,13 @@ class InnerRuns(Estimator):
 class Penalty(InnerRuns):
     """dF/du ≈ ∂F/∂u(u, w) + γ(∂f/∂u(u, w) − ∂f/∂u(u, z)), z = argmin f − F/γ near w.
 
-    The estimate is the u-gradient of F + γ(f − min_z f), with γ = 100 and an error of O(1/γ): a
-    one-sided difference where that of `F2SA` is central. In the papers w descends f + F/γ; here the
-    lower steps descend f, and z solves ∂f/∂w(z) = ∂f/∂w(w) + (1/γ)·∂F/∂w(w). So a gradient of f
-    that is left at w, which γ would multiply, cancels in the difference.
+    The estimate is the u-gradient of F + γ(f − min_z f), with γ = 100 and an error of O(1/γ). It is
+    a one-sided difference; `F2SA` is a central one. In the papers w descends f + F/γ. Here the
+    lower steps descend f, and z solves ∂f/∂w(z) = ∂f/∂w(w) + (1/γ)·∂F/∂w(w), so that a remaining
+    gradient of f at w, which γ would multiply, cancels.
 
-    At most ``inner_steps`` gradient steps from the last upper step's z − w find z. Shen & Chen
-    2023, arXiv:2302.05185; Liu et al. 2022, arXiv:2209.08709.
+    At most ``inner_steps`` gradient steps, which start from the last upper step's z − w, find z.
+    Shen & Chen 2023, arXiv:2302.05185; Ye et al. 2022, arXiv:2209.08709.
 
     Example:
         >>> from hyperopt_peft.hypergradients import get_estimator
@@ -146,7 +147,7 @@ class Penalty(InnerRuns):
     """
 
     def cost(self) -> int:
-        """The cost at ``inner_steps`` steps of the run."""
+        """The cost if the run takes all ``inner_steps``."""
         return 5 + self.inner_steps
 
     def difference(
@@ -170,14 +171,15 @@ class Penalty(InnerRuns):
 class F2SA(InnerRuns):
     """dF/du ≈ [∂/∂u (f + νF)(u, w_ν) − ∂/∂u (f − νF)(u, w_−ν)] / 2ν, w_±ν = argmin_w f ± νF.
 
-    For φ(ν, u) = min_w f + νF, ∂φ/∂ν = F(w_ν) and ∂φ/∂u = ∂/∂u (f + νF)(w_ν). So
-    dF/du = ∂²φ/∂ν∂u at ν = 0, of which the estimate is a central difference with an error of O(ν²).
+    With φ(ν, u) = min_w f + νF, ∂φ/∂ν = F(w_ν) and ∂φ/∂u = ∂/∂u (f + νF)(w_ν), so that dF/du is
+    ∂²φ/∂ν∂u at ν = 0. The estimate is a central difference of ∂φ/∂u with an error of O(ν²).
 
-    In these formulas f is f − ⟨∂f/∂w(w), ·⟩, whose minimum is the current w. So the estimate tends
-    to the implicit formula at w, as that of a solver, though w is not the minimum of f on a batch.
+    The formulas use f − ⟨∂f/∂w(w), ·⟩ in place of f. Its minimum is the current w, even if w does
+    not minimise f on the batch. So the estimate tends to the implicit formula at w, as a solver
+    does.
 
-    ν is such that w moves by `default_epsilon`, or less, so that the relative change of ∂F/∂w is at
-    most δ^(1/3), δ the machine epsilon. Each point costs a pass of f and one of F. Kwon et al.
+    ν is chosen so that w moves by at most `default_epsilon`, and ∂F/∂w changes by a relative
+    δ^(1/3) at most, δ the machine epsilon. Each point costs a pass of f and one of F. Kwon et al.
     2023, arXiv:2301.10945 (one-sided); Chen et al. 2025, arXiv:2509.02937 (F2SA-2).
 
     Example:
@@ -187,7 +189,7 @@ class F2SA(InnerRuns):
     """
 
     def cost(self) -> int:
-        """The cost at ``inner_steps`` steps of each run."""
+        """The cost if both runs take all ``inner_steps``."""
         return 9 + 4 * self.inner_steps
 
     def difference(
@@ -208,7 +210,7 @@ class F2SA(InnerRuns):
         )
 
     def _nu(self, oracle: Oracle, gradients: MovedGradients, response: Vector) -> float:
-        """ν, where dw_ν/dν ≈ ``response`` at ν = 0."""
+        """ν, given dw_ν/dν ≈ ``response`` at ν = 0."""
         b = oracle.upper_gradient.b
         u, w = oracle.upper.variables, oracle.lower.variables
         epsilon, square = to_floats([default_epsilon(w, beside=u), inner(response, response)])

@@ -20,18 +20,21 @@ from hyperopt_peft.utils.vector import Vector
 class SAMA(OneStep):
     """dF/du ≈ ∂F/∂u − ∂²f/∂u∂w · D ∂F/∂w, where D = −(∂w'/∂g)ᵀ for the lower step g ↦ w'.
 
-    D is the derivative of a `DifferentiableStep`, diagonal without clipping. For Adam, with g, m
-    and v of the step, c1 = 1 − β1ᵗ, c2 = 1 − β2ᵗ and s = √(v/c2):
+    D is the derivative of a `DifferentiableStep`; it is diagonal without clipping. For Adam at step
+    t, with gradient g, moments m and v, c1 = 1 − β1ᵗ, c2 = 1 − β2ᵗ and s = √(v/c2):
 
         D = lr·[(1−β1)/(c1(s+eps)) − (m/c1)(1−β2)g / (c2·s·(s+eps)²)]
 
-    The estimate is that of ``unrolled:steps=1``, by first-order passes. The step is the last lower
-    one; outside training it is the next one, for one more forward+backward pass. ``epsilon``,
-    ``scheme`` and ``product`` are those of `DARTS`. Choe et al. 2023, arXiv:2310.05674.
+    The estimate equals ``unrolled:steps=1``, by first-order passes. The step is the last lower
+    step; outside training it is the next one, at the cost of one more forward+backward pass.
+    Options as in `DARTS`. Choe et al. 2023, arXiv:2310.05674.
 
-    With ``product="dots"`` in the Trainer, D must be known before ∂f/∂w is: its moments are those
-    from before the step, its g is ∂F/∂w, clipped, and the derivative of clipping is omitted. At
-    the optimizer's first step, and everywhere else, D is as above.
+    With ``product="dots"`` in the Trainer, D is needed before ∂f/∂w is known. From the optimizer's
+    second step on, D then uses the moments before the step and the clipped ∂F/∂w as g, and omits
+    the derivative of clipping.
+
+    Raises:
+        ProblemError: the lower optimizer cannot be differentiated (`DifferentiableStep`).
 
     Example:
         >>> from hyperopt_peft.hypergradients import get_estimator
@@ -62,7 +65,7 @@ class SAMA(OneStep):
         return Estimate(direct, self.mixed(oracle, along))
 
     def known_direction(self, oracle: Oracle) -> Vector | None:
-        """−D ∂F/∂w with moments from before the step; None without moments."""
+        """−D ∂F/∂w with the moments before the step; None if there are none yet."""
         lower, above = oracle.lower, oracle.upper_gradient
         snapshot = lower.optimizer_snapshot(with_state=True)
         optimizer = DifferentiableStep(lower, snapshot, clipping=False)

@@ -16,9 +16,9 @@ from hyperopt_peft.utils.vector import Vector, inner, zeros_like
 class ConjugateGradient(Solver):
     """v ≈ (H + damping·I)⁻¹ b by at most ``steps`` conjugate-gradient steps.
 
-    The solver stops at relative residual ``tolerance``, or at a curvature that is zero (to
-    rounding) or negative. In the latter case ``note`` reports the curvature, and v is the iterate
-    of least residual. Each step costs one Hessian-vector product. Hestenes & Stiefel 1952,
+    The solver stops at relative residual ``tolerance``. It also stops at a curvature that is zero
+    (to rounding) or negative; ``note`` reports the curvature, and v is the iterate of least
+    residual. Each step costs one Hessian-vector product. Hestenes & Stiefel 1952,
     doi:10.6028/jres.049.044; as a hypergradient: Pedregosa 2016, arXiv:1602.02355.
 
     Example:
@@ -33,7 +33,7 @@ class ConjugateGradient(Solver):
     tolerance: Fraction = 1e-6
 
     def cost(self) -> int:
-        """At most ``steps`` products."""
+        """The cost of ``steps`` products, the most that the solver takes."""
         return self.products_cost(self.steps)
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
@@ -52,11 +52,11 @@ def conjugate_gradients(
     *,
     precondition: Matvec | None = None,
 ) -> Solution:
-    """v ≈ (H + damping·I)⁻¹ b; ``precondition`` is a positive definite P⁻¹, None for I.
+    """v ≈ (H + damping·I)⁻¹ b; ``precondition`` applies a positive definite P⁻¹, None the identity.
 
-    ``rounding`` is the relative error of a product, as `Solver.rounding`.
-    Each step has one read from the device, of the curvature and the new residual, after v has
-    moved. If the curvature is not positive, the result is the best iterate before the step.
+    ``rounding`` is the relative error of a product (`Solver.rounding`). Each step reads from the
+    device once, after v has moved: the curvature and the new residual. If the curvature is not
+    positive, the result is the best iterate before the step.
     """
     v, r, best = zeros_like(b), b.copy(), zeros_like(b)
     z = r if precondition is None else precondition(r)
@@ -78,7 +78,7 @@ def conjugate_gradients(
         if initial:
             unread, (start,) = [], initial
             least = start
-        if p_p == 0:  # b or z is zero to rounding, and v has become 0/0
+        if p_p == 0:  # b or z is zero to rounding, and v is 0/0
             return Solution(best, (least / start) ** 0.5 if start else 0.0, step)
         require_finite(p_hp, p_p)
         curvature = p_hp / p_p + damping

@@ -1,4 +1,4 @@
-"""The dense solve, the reference for every other estimator."""
+"""The dense solve, a reference for the other estimators."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hyperopt_peft.utils.reductions import to_floats
 from hyperopt_peft.utils.validation import NonNegativeFloat
 from hyperopt_peft.utils.vector import Vector
 
-LARGEST = 5000  # unknowns; a float64 Hessian of this size has 200 MB
+LARGEST = 5000  # the most unknowns; a float64 Hessian of this size takes 200 MB
 
 
 @register("exact", kind="implicit", tolerance=1e-9)
@@ -22,9 +22,9 @@ LARGEST = 5000  # unknowns; a float64 Hessian of this size has 200 MB
 class Exact(Solver):
     """v = (H + damping·I)⁻¹ b from the eigenvalues of the dense Hessian.
 
-    The n columns of H are Hessian-vector products, n the number of lower unknowns. H is symmetrised
-    and decomposed in float64. If H is singular and b has no component in its null space, v is the
-    solution of least norm. Time grows as n products, memory as n². Bengio 2000,
+    With n lower unknowns, the columns of H are n Hessian-vector products. H is symmetrised and
+    decomposed in float64. If H is singular and b has no component in its null space, v is the
+    solution of least norm. The cost is n products and memory for n² numbers. Bengio 2000,
     doi:10.1162/089976600300015187.
 
     Raises:
@@ -39,7 +39,7 @@ class Exact(Solver):
     damping: NonNegativeFloat = 0.0
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
-        """As `Estimator.check_levels`; the lower level has at most 5,000 unknowns."""
+        """As `Estimator.check_levels`; the lower level must have at most 5,000 unknowns."""
         super().check_levels(upper, lower)
         n = sum(variable.numel() for variable in lower.variables)
         self.require(

@@ -1,4 +1,4 @@
-"""A function as a solver."""
+"""A solver from a function."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from hyperopt_peft.errors import NonFiniteError
 from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver
 from hyperopt_peft.utils.vector import Vector
 
-#: v ≈ H⁻¹b from ``matvec``, a function v ↦ Hv, and b; all are tensors of shape ``(n,)``.
+#: A function (matvec, b) ↦ v ≈ H⁻¹b; ``matvec`` maps v to Hv, and all vectors are ``(n,)`` tensors.
 SolverFunction = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 
 
 @dataclass(frozen=True, repr=False)
 class FunctionSolver(Solver):
-    """A solver that is a function ``(matvec, b) -> v``.
+    """A solver from a function ``(matvec, b) -> v``.
 
-    ``b`` has the entries of ∂F/∂w for all lower variables in their order, ``(n,)``, and belongs to
-    the function. A function in the place of an estimator is converted to this class, with exact
-    products; ``FunctionSolver(function, product="difference")`` takes first-order passes only.
+    ``b``, ``(n,)``, is a copy of ∂F/∂w for all lower variables in their order. A function that is
+    given as an estimator is converted to this class with exact products;
+    ``FunctionSolver(function, product="difference")`` takes first-order passes only.
 
     Raises:
-        ProblemError: the function gives ``matvec``, or returns, anything but a tensor ``(n,)``.
-        NonFiniteError: v has an entry that is NaN or infinite.
+        ProblemError: the function returns anything but a tensor ``(n,)``, or passes it to
+        ``matvec``. NonFiniteError: v has an entry that is NaN or infinite.
 
     Example:
         >>> from hyperopt_peft import hypergradient
@@ -50,7 +50,7 @@ class FunctionSolver(Solver):
         return f"{self.name}(matvec, b{options})"
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
-        """v ≈ H⁻¹ b, by the function."""
+        """v ≈ H⁻¹ b."""
         n = b.numel()
 
         def checked(v: Any, source: str) -> Vector:
@@ -59,7 +59,7 @@ class FunctionSolver(Solver):
             return b.with_entries(v.detach())
 
         def product(v: Tensor) -> Tensor:
-            with torch.enable_grad():  # the function may run without
+            with torch.enable_grad():  # the function may run in no_grad
                 return matvec(checked(v, "matvec takes")).flat()
 
         v = checked(self.function(product, b.flat().clone()), "the function must return")

@@ -1,4 +1,4 @@
-"""Minimal residuals on the Hessian system: the solver for indefinite Hessians."""
+"""The minimal residual method, a solver for indefinite Hessians."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from hyperopt_peft.utils.vector import Vector, inner, zeros_like
 class MINRES(Solver):
     """v ≈ (H + damping·I)⁻¹ b, the v of least residual in a Krylov space of ``steps`` dimensions.
 
-    H may be indefinite, as it is away from a minimum of f; the residual does not grow from step to
+    H may be indefinite, as it is away from a minimum of f. The residual does not grow from step to
     step. The solver stops at relative residual ``tolerance``. It also stops at the least-squares
-    solution of a singular H, and where the rounding of Hv is as large as the residual; ``note``
+    solution of a singular H, and when the rounding of Hv is as large as the residual; ``note``
     reports both. Each step costs one Hessian-vector product. Lanczos tridiagonalisation with a QR
     factorisation by rotations (c, s): Paige & Saunders 1975, doi:10.1137/0712047.
 
@@ -34,7 +34,7 @@ class MINRES(Solver):
     tolerance: Fraction = 1e-6
 
     def cost(self) -> int:
-        """At most ``steps`` products."""
+        """The cost of ``steps`` products, the most that the solver takes."""
         return self.products_cost(self.steps)
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
@@ -60,7 +60,7 @@ class MINRES(Solver):
             delta, gamma = c * entry + s * alpha, c * alpha - s * entry
             largest = max(largest, math.hypot(alpha, beta, beta_old))
             rho = math.hypot(gamma, beta)
-            # Beyond, v grows along the null space, and has another residual than the recurrence.
+            # Beyond this point v grows along the null space, and the recurrence loses its residual.
             if 0.3 * (floor := noise * largest * math.sqrt(of_v)) > abs(residual):
                 note = "the residual has reached the rounding of Hv"
                 return Solution(v, floor / start, step, note)

@@ -10,7 +10,7 @@ from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.utils.validation import NonNegativeInt, PositiveFloat
 from hyperopt_peft.utils.vector import Vector, inner, normalised, zeros_like
 
-POWER_STEPS = 10  # of the estimate of the largest eigenvalue
+POWER_STEPS = 10  # of the power iteration for the largest eigenvalue
 
 
 @register("neumann", kind="implicit", tolerance=0.15)
@@ -18,11 +18,11 @@ POWER_STEPS = 10  # of the estimate of the largest eigenvalue
 class Neumann(Solver):
     """v = η Σ_{k=0}^{terms} (I − ηH)^k b, the series of H⁻¹ b truncated at the power ``terms``.
 
-    The relative error is at most (1 − ημ)^(terms+1), μ the smallest eigenvalue, for
-    η ≤ 1/λmax. The series diverges for η > 2/λmax. ``step_size`` is η; None sets η = 1/λmax, with
-    λmax from ten steps of power iteration. Each term and each power step costs one
-    Hessian-vector product. The residual, which would cost one more, is not reported. Lorraine,
-    Vicol & Duvenaud 2020, arXiv:1911.02590 Eq. 8–9.
+    For η ≤ 1/λmax the relative error is at most (1 − ημ)^(terms+1), where μ is the smallest and
+    λmax the largest eigenvalue of H. The series diverges for η > 2/λmax. ``step_size`` is η; None
+    sets η = 1/λmax, with λmax from ten steps of power iteration. Each term and each power step
+    costs one Hessian-vector product. The residual, which would cost one more, is not reported.
+    Lorraine, Vicol & Duvenaud 2020, arXiv:1911.02590 Eq. 8–9.
 
     Example:
         >>> from torch import tensor

@@ -20,20 +20,20 @@ from hyperopt_peft.utils.vector import Vector, inner, machine_epsilon, normalise
 class Nystrom(Solver):
     """v ≈ (H + damping·I)⁻¹ b by ``steps`` steps of CG, preconditioned by H ≈ UΛUᵀ of ``rank`` k.
 
-    With k random orthonormal columns Ω, the same ones at every step,
+    Ω has k random orthonormal columns, equal at every upper step, and Λ = diag(λ_1, …, λ_k):
 
         UΛUᵀ = (HΩ)(ΩᵀHΩ)⁻¹(HΩ)ᵀ
         P⁻¹  = U(Λ + damping)⁻¹Uᵀ + (I − UUᵀ)/(λ_k + damping)
 
-    λ_k is the smallest eigenvalue in Λ, so that P scales with f. Negative eigenvalues are omitted
-    from Λ, since P must be positive definite; CG stops at negative curvature, as in ``cg``. With
+    λ_k is the smallest eigenvalue in Λ, so that P scales with f. Λ omits negative eigenvalues,
+    since P must be positive definite; CG stops at negative curvature, as in ``cg``. With
     ``steps=0`` the estimate is v = (UΛUᵀ + damping·I)⁻¹ b by Woodbury's formula, or P⁻¹b if
-    ``damping`` is None. This v is accurate if H is damping·I except in k directions, inaccurate
-    if eigenvalues decay slowly, and exact for k = n.
+    ``damping`` is None. This v is exact for k = n, accurate if H is damping·I except in k
+    directions, and inaccurate if the eigenvalues decay slowly.
 
-    The cost is k Hessian-vector products, one more a step, and 3k vectors. As a hypergradient:
-    Hataya & Yamada 2023, arXiv:2302.09726; as a preconditioner: Frangella, Tropp & Udell 2021,
-    arXiv:2110.02820.
+    The cost is k Hessian-vector products, one more for each step, and memory for 3k vectors. As a
+    hypergradient: Hataya & Yamada 2023, arXiv:2302.09726; as a preconditioner: Frangella, Tropp &
+    Udell 2021, arXiv:2110.02820.
 
     Example:
         >>> h, b = Vector([torch.tensor([1.0, 4.0])]), Vector([torch.ones(2)])  # H = diag(1, 4)
@@ -47,7 +47,7 @@ class Nystrom(Solver):
     tolerance: Fraction = 1e-6
 
     def cost(self) -> int:
-        """``rank`` products, and at most ``steps``."""
+        """The cost of ``rank`` products, and ``steps`` more at most."""
         return self.products_cost(self.rank + self.steps)
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
@@ -81,10 +81,10 @@ def _columns(like: Vector, count: int) -> list[Vector]:
 
 
 def _orthonormal(vectors: Sequence[Vector]) -> list[Vector]:
-    """Gram–Schmidt of ``vectors``, which are overwritten."""
+    """``vectors`` made orthonormal by Gram–Schmidt, in place."""
     result: list[Vector] = []
     for vector in vectors:
-        for _ in range(2):  # once more, for orthogonality to rounding
+        for _ in range(2):  # twice, for orthogonality to rounding
             for other in result:
                 vector.add_(other, -inner(other, vector))
         result.append(normalised(vector))
@@ -92,7 +92,7 @@ def _orthonormal(vectors: Sequence[Vector]) -> list[Vector]:
 
 
 def _low_rank(matvec: Matvec, columns: Sequence[Vector]) -> tuple[list[float], list[Vector], str]:
-    """Eigenvalues, largest first, and eigenvectors of UΛUᵀ; a note on negative curvature.
+    """The eigenvalues of UΛUᵀ, largest first, its eigenvectors, and a note on negative curvature.
 
     An eigenvalue below √δ·|λ|max counts as zero, δ the machine epsilon.
     """
@@ -105,7 +105,7 @@ def _low_rank(matvec: Matvec, columns: Sequence[Vector]) -> tuple[list[float], l
     least, size = float(values[0]), float(values.abs().max())
     if size == 0:
         return [], [], "the Hessian is zero along all columns"
-    note = f"negative curvature {least:.3g} left out" if least < -small * size else ""
+    note = f"negative curvature {least:.3g} omitted" if least < -small * size else ""
     large = values > small * size
     half = basis[:, large] / values[large].sqrt()  # B = YΩ·half, with UΛUᵀ = BBᵀ
     squares, rotation = torch.linalg.eigh(half.T @ gram @ half)

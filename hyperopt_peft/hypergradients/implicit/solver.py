@@ -1,4 +1,4 @@
-"""An implicit estimator: a solver of Hv = b, and a second-derivative product."""
+"""The interface of an implicit estimator: a solver of Hv = b, and second-derivative products."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Solution:
     """v ≈ H⁻¹b, and a report of the solve.
 
     ``residual`` is ‖b − Hv‖/‖b‖, None if unknown; ``steps`` is the number of iterations; ``note``
-    is a message for the user, for example of negative curvature.
+    is a message for the user, for example about negative curvature.
 
     Example:
         >>> from torch import ones
@@ -44,11 +44,14 @@ Advance = Callable[[Matvec, Vector, State], tuple[Solution, State]]
 
 @dataclass(frozen=True)
 class Solver(Estimator):
-    """dF/du = ∂F/∂u − ∂²f/∂u∂w · v, with v ≈ [∂²f/∂w²]⁻¹ ∂F/∂w by ``solve`` of a subclass.
+    """dF/du = ∂F/∂u − ∂²f/∂u∂w · v, where a subclass's ``solve`` gives v ≈ [∂²f/∂w²]⁻¹ ∂F/∂w.
 
-    ``product`` is the kind of second derivatives: ``"exact"`` by double backward, or
-    ``"difference"`` by first-order passes at a distance ``epsilon`` of w (`default_epsilon` if
-    None). If ∂F/∂w is zero, the result is ∂F/∂u.
+    ``product`` is the kind of second derivatives: ``"exact"`` uses double backward,
+    ``"difference"`` first-order passes at distance ``epsilon`` from w (`default_epsilon` if None).
+    If ∂F/∂w is zero, the result is ∂F/∂u.
+
+    Raises:
+        NonFiniteError: a Hessian-vector product is NaN or infinite.
 
     Example:
         >>> from hyperopt_peft import hypergradient
@@ -67,7 +70,7 @@ class Solver(Estimator):
 
     @property
     def requirements(self) -> Requirements:
-        """Second derivatives for exact products, differences for the others."""
+        """Second derivatives for exact products, otherwise differences."""
         exact = self.product == "exact"
         return Requirements(second_derivatives=exact, differences=not exact)
 
@@ -76,16 +79,16 @@ class Solver(Estimator):
         return 4 + (1 if self.product == "exact" else 2) * products
 
     def rounding(self, b: Vector) -> float:
-        """The relative error of a product: δ, or δ^(2/3) of a difference (`default_epsilon`)."""
+        """The relative error of a product: δ, or δ^(2/3) for a difference (`default_epsilon`)."""
         epsilon = machine_epsilon(b)
         return epsilon if self.product == "exact" else float(epsilon ** (2 / 3))
 
     @abstractmethod
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
-        """v ≈ H⁻¹ b, with ``matvec(v)`` = Hv and b ≠ 0."""
+        """v ≈ H⁻¹ b, where ``matvec(v)`` is Hv, and b ≠ 0."""
 
     def estimate(self, oracle: Oracle, advance: Advance | None = None) -> Estimate:
-        """dF/du at the oracle's point, with the solution of ``advance``, by default `advance`."""
+        """dF/du at the oracle's point; ``advance`` replaces the method `advance`."""
         direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
         if oracle.upper_gradient.norm == 0:
             return Estimate(direct, zeros_like(direct), 0.0, 0, "∂F/∂w is zero", oracle.state)
@@ -105,9 +108,9 @@ def read_finite(*scalars: Tensor) -> list[float]:
 
 
 def require_finite(*values: float) -> list[float]:
-    """``values``, numbers computed from Hessian-vector products.
+    """``values``, which were computed from Hessian-vector products.
 
-    A NaN or infinite entry of Hv makes ⟨v, Hv⟩ and ‖Hv‖ NaN or infinite, so that a check of one of
+    A NaN or infinite entry of Hv makes ⟨v, Hv⟩ and ‖Hv‖ NaN or infinite, so that checking one of
     these numbers is enough.
 
     Raises:

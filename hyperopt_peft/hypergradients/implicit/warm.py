@@ -1,4 +1,4 @@
-"""Iterative steps on the Hessian system, with a warm start from the last upper step."""
+"""A Hessian solve that continues from the solution of the last upper step."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from hyperopt_peft.utils.reductions import to_floats
 from hyperopt_peft.utils.validation import Bound, NonNegativeFloat, PositiveFloat, PositiveInt
 from hyperopt_peft.utils.vector import Vector, inner, normalised, zeros_like
 
-FIRST_STEPS = 20  # of the Neumann series and of the power iteration, before the first upper step
-FORGET = 0.97  # decay of the largest curvature an upper step: a few batches have a far larger one
-TILT = 0.1  # share of the residual, which a divergence aligns with, in the power iteration's vector
+FIRST_STEPS = 20  # Neumann and power iteration steps before the first upper step
+FORGET = 0.97  # decay of λmax per upper step, since it is far larger on a few batches
+TILT = 0.1  # share of the residual, where a divergence shows, in the power iteration's vector
 
 
 @register("warm", kind="implicit", tolerance=0.15)
@@ -31,15 +31,18 @@ class WarmStart(Solver):
     """v ← v − (a/k^decay)·((H + damping·I)v − b) at the k-th upper step, from the previous v.
 
     The hypergradient uses the v of the previous upper step; then v moves by ``steps`` such steps.
-    So v does not depend on the current batch, and averages H and b over the earlier ones: at a
-    fixed point (u, w) the mean of v is H⁻¹b. At the first upper step, and outside training,
-    20 constant steps from a·b precede, as in a Neumann series.
+    So v is independent of the current batch, and averages H and b over earlier batches: if u and w
+    do not move, the mean of v is H⁻¹b. The first upper step, and a call outside training, begins
+    with 20 constant steps from a·b, as in a Neumann series.
 
     ``step_size`` is a; None sets a = 1/(λmax + damping), with λmax from a power iteration that also
-    continues over upper steps. A small ``decay`` follows moving levels faster, a large one
-    averages more batches. If vᵀ(H + damping·I)v is negative, v and k are reset, which ``note``
-    reports. A step costs one Hessian-vector product, λmax one more an upper step. SOBA: Dagréou et
+    continues over upper steps. A small ``decay`` follows moving levels faster; a large one averages
+    more batches. If vᵀ(H + damping·I)v is negative, v and k are reset, and ``note`` says so. Each
+    step costs one Hessian-vector product, and λmax one more for each upper step. SOBA: Dagréou et
     al. 2022, arXiv:2201.13409 Eq. 5–6; AmIGO: Arbel & Mairal 2022, arXiv:2111.14580.
+
+    Raises:
+        NonFiniteError: v diverges, since ``step_size`` is too large for H.
 
     Example:
         >>> from torch import tensor
@@ -56,7 +59,7 @@ class WarmStart(Solver):
     damping: NonNegativeFloat = 0.0
 
     def cost(self) -> int:
-        """``steps`` products, and one for the power iteration, after the first upper step."""
+        """The cost after the first upper step: ``steps`` products, and one for λmax."""
         return self.products_cost(self.steps + (self.step_size is None))
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:

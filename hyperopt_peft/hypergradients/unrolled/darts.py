@@ -18,11 +18,11 @@ from hyperopt_peft.utils.vector import Vector, zeros_like
 
 @dataclass(frozen=True)
 class OneStep(Estimator):
-    """The gradient through the last lower step, by one mixed product at the step's start.
+    """The gradient through the last lower step, by one mixed product at the start of the step.
 
-    The product is a difference of ∂f/∂u of length ``epsilon``, central or forward; a double
-    backward with ``product="exact"``; or by ``product="dots"``, for a lower level that weights
-    examples: see `hypergradients.dots`.
+    ``product="difference"`` is a central or forward difference of ∂f/∂u of length ``epsilon``,
+    ``"exact"`` a double backward, and ``"dots"`` uses dot products, for a lower level that weights
+    examples (`hypergradients.dots`).
     """
 
     epsilon: PositiveFloat | None = field(default=None, kw_only=True)
@@ -31,7 +31,7 @@ class OneStep(Estimator):
 
     @property
     def requirements(self) -> Requirements:
-        """The last lower step; for a forward difference also ∂f/∂u at its start."""
+        """The record of the last lower step; for a forward difference with ∂f/∂u."""
         return Requirements(
             history=1,
             lower_gradient=self.scheme == "forward" and self.product == "difference",
@@ -41,22 +41,22 @@ class OneStep(Estimator):
         )
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
-        """Raise ProblemError as `Estimator.check_levels`, and with dots as `linear_layers`."""
+        """Raise ProblemError as `Estimator.check_levels`, and for dots as `linear_layers`."""
         super().check_levels(upper, lower)
         if self.product == "dots":
             linear_layers(lower)
 
     def observe(self, oracle: Oracle) -> Dots | None:
-        """With dots, the dot products with the direction, where this is known before the step."""
+        """For dots, the dot products with the direction, if it is known before the step."""
         along = self.known_direction(oracle) if self.product == "dots" else None
         return None if along is None else Dots.of(oracle.lower, along)
 
     @abstractmethod
     def known_direction(self, oracle: Oracle) -> Vector | None:
-        """v of `mixed`, from what is known before the lower step's pass; None if it is not."""
+        """The v for `mixed` if it is known before the lower step's pass; else None."""
 
     def mixed(self, oracle: Oracle, v: Vector) -> Vector:
-        """∂²f/∂u∂w · v at the start of the last lower step; outside training at the current w."""
+        """∂²f/∂u∂w · v at the start of the last lower step (outside training, at the current w)."""
         at = oracle.history[-1] if oracle.history else None
         if self.product == "dots":
             dots = oracle.dots or oracle.observe(Dots.of(oracle.lower, v), at)
@@ -67,7 +67,7 @@ class OneStep(Estimator):
             return product.mixed(v)
 
     def cost(self) -> int:
-        """F, f, and the mixed product; with dots one pass less where f's own pass is observed."""
+        """The passes of F, f and the mixed product; in a Trainer, dots take one less."""
         forward = self.product == "difference" and self.scheme == "forward"
         return 3 if forward or self.product == "dots" else 4
 
@@ -81,10 +81,14 @@ class DARTS(OneStep):
     estimate is the gradient through one step of gradient descent. The implicit term is proportional
     to ξ and to the scale of f.
 
-    The mixed product is a difference of ∂f/∂u along ∂F/∂w of length ``epsilon``, in training at the
-    start of the last lower step: central, by two passes with an error of O(ε²), or forward, by one
-    (∂f/∂u at the start is the lower step's own) with O(ε); or it is a double backward or dot
-    products. Liu, Simonyan & Yang 2019, arXiv:1806.09055 Eq. 7–8.
+    By default the mixed product is a difference of ∂f/∂u along ∂F/∂w of length ``epsilon``. A
+    central difference takes two passes and has an error of O(ε²); a forward one takes one, since
+    the lower step has computed ∂f/∂u, and has an error of O(ε). ``product="exact"`` is a double
+    backward, ``"dots"`` uses dot products. In training the product is taken at the start of the
+    last lower step. Liu, Simonyan & Yang 2019, arXiv:1806.09055 Eq. 7–8.
+
+    Raises:
+        ProblemError: ``xi="lr"``, and the lower optimizer does not have exactly one learning rate.
 
     Example:
         >>> from hyperopt_peft.hypergradients import get_estimator

@@ -13,10 +13,10 @@ from hyperopt_peft.utils.vector import zeros_like
 @register("direct", kind="direct")
 @dataclass(frozen=True)
 class Direct(Estimator):
-    """dF/du ≈ ∂F/∂u, without dw*/du.
+    """dF/du ≈ ∂F/∂u, without the implicit term.
 
-    One forward+backward pass; the baseline for implicit estimators. First-order DARTS: Liu,
-    Simonyan & Yang 2019, arXiv:1806.09055 §2.3, ξ = 0.
+    The cost is one forward+backward pass. This is first-order DARTS (ξ = 0): Liu, Simonyan & Yang
+    2019, arXiv:1806.09055 §2.3.
 
     Example:
         >>> from hyperopt_peft.hypergradients import get_estimator
@@ -30,5 +30,5 @@ class Direct(Estimator):
         return Estimate(direct, zeros_like(direct))
 
     def cost(self) -> int:
-        """F and f."""
+        """The passes of F and f."""
         return 2

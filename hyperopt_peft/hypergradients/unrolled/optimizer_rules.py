@@ -1,4 +1,4 @@
-"""The update rules of torch's optimizers as functions, by TorchOpt."""
+"""The update rules of torch's optimizers as functions, from TorchOpt."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torchopt.base import GradientTransformation
 
 Options = Mapping[str, Any]
 Moments = Mapping[str, Tensor]
-# A second moment is 0 if every gradient was 0 (lora_A's at B = 0), where the square root has no
-# derivative. This addition, far below eps², gives it one.
+# A second moment is 0 if every gradient was 0 (of lora_A while B = 0), and the square root has no
+# derivative at 0. Adding this number, far below eps², gives it one.
 TINY = 1e-36
 PEAK = "max_exp_avg_sq"  # AMSGrad's moment in torch
 
@@ -24,7 +24,7 @@ class Rule:
     """(g, moments) ↦ (Δ, moments') with w' = w + lr·Δ, where g includes the L2 decay.
 
     ``make`` returns TorchOpt's transformation for the options of a parameter group, with learning
-    rate 1 and no decay, which TorchOpt accepts as floats only. ``moments`` maps the fields of
+    rate 1 and no decay, since TorchOpt accepts these as floats only. ``moments`` maps the fields of
     TorchOpt's state to torch's names.
     """
 
@@ -32,7 +32,7 @@ class Rule:
     moments: Mapping[str, str]
 
     def names(self, options: Options) -> list[str]:
-        """torch's names of the moments of a step with ``options``."""
+        """torch's names for the moments of a step with ``options``."""
         state: Any = self.make(options).init(())
         fields = {field for part in state for field in part._fields}
         names = [name for field, name in self.moments.items() if field in fields]
@@ -41,9 +41,9 @@ class Rule:
     def update(
         self, options: Options, g: Tensor, moments: Moments, count: int, fresh: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Δ of one variable and its moments, by torch's names, after ``count`` earlier steps.
+        """Δ and the new moments, by torch's names, of one variable after ``count`` earlier steps.
 
-        ``fresh`` is whether the variable has no optimizer state yet.
+        ``fresh`` says that the variable has no optimizer state yet.
         """
         if options.get("amsgrad"):
             return _amsgrad(options, g, moments, count)
@@ -74,7 +74,7 @@ class Rule:
 def _amsgrad(
     o: Options, g: Tensor, moments: Moments, count: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """AMSGrad, Adam with the largest v so far in place of v, which TorchOpt does not have."""
+    """AMSGrad, which TorchOpt does not have: Adam with the largest v so far in place of v."""
     (beta1, beta2), t = o["betas"], count + 1
     m = beta1 * moments["exp_avg"] + (1 - beta1) * g
     v = beta2 * (moments["exp_avg_sq"] + TINY) + (1 - beta2) * g * g

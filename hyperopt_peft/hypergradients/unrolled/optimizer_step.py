@@ -26,12 +26,12 @@ class DifferentiableStep:
     Adamax or RAdam, with any options.
 
     Args:
-        level: the level; the current `Problem.optimizer_options` are the differentiable options.
-        snapshot: all other options, of `Problem.optimizer_snapshot`.
+        level: the level; its current `Problem.optimizer_options` are differentiable.
+        snapshot: a `Problem.optimizer_snapshot` with all other options.
         clipping: whether the step clips g.
 
     Raises:
-        ProblemError: the level has no optimizer, or one of another class.
+        ProblemError: the level has no optimizer, or an optimizer of another class.
     """
 
     def __init__(
@@ -43,8 +43,8 @@ class DifferentiableStep:
         kind = snapshot["kind"]
         if kind is None:
             raise ProblemError(
-                f"{level.name}: the level has no optimizer, whose step the estimator "
-                "differentiates; give the level one"
+                f"{level.name}: the level has no optimizer, and the estimator differentiates its "
+                "step; give the level one"
             )
         if kind not in RULES:
             raise ProblemError(
@@ -55,30 +55,30 @@ class DifferentiableStep:
         self._clips = clipping and level.max_grad_norm is not None
         self._decoupled = kind is torch.optim.AdamW
         used = [self._rule.names(group) for group in snapshot["groups"]]
-        #: torch's names of the moments of all groups.
+        #: torch's names for the moments of all groups.
         self.moment_names = tuple(dict.fromkeys(name for names in used for name in names))
         self._learnt = options_by_group(level)
-        if level.optimizer is not None:  # as the snapshot, without empty groups
+        if level.optimizer is not None:  # the snapshot omits empty groups
             pairs = zip(level.optimizer.param_groups, self._learnt, strict=False)
             self._learnt = [options for group, options in pairs if group["params"]]
         #: The options that are functions of upper variables, with their graphs.
         self.options = [value for options in self._learnt for value in options.values()]
 
     def moments(self, parts: Sequence[Tensor]) -> dict[str, Vector]:
-        """The list of moments of `vjp` and `jvp` as vectors shaped like w, by torch's names."""
+        """The moments in the list ``parts`` (`vjp`, `jvp`) as vectors shaped like w, by name."""
         width = len(self.moment_names)
         return {name: Vector(parts[k::width]) for k, name in enumerate(self.moment_names)}
 
     def vjp(
         self, step: StepRecord, adjoint: Vector, moment_adjoint: Sequence[Tensor] | None = None
     ) -> tuple[Vector, Vector, list[Tensor], list[Tensor]]:
-        """Cotangents of (w, g, moments, options) from those of (w', moments'); None is zero."""
+        """Cotangents of (w, g, moments, options), given cotangents of (w', moments') or None."""
         clipping = self._clipping(step)
         leaves = [[x.requires_grad_() for x in group] for group in self._inputs(step, clipping)]
         point, moments = self._apply(step, *leaves)
         outputs, cotangents = list(point), list(to_local(adjoint))
         if moment_adjoint is not None:
-            # A variable whose group lacks a moment has zeros in place, without a graph.
+            # If a variable's group lacks a moment, zeros without a graph take its place.
             pairs = [(m, c) for m, c in zip(moments, moment_adjoint) if m.requires_grad]
             outputs += [m for m, _ in pairs]
             cotangents += [c for _, c in pairs]
@@ -100,7 +100,7 @@ class DifferentiableStep:
         moments: Sequence[Tensor],
         options: Sequence[Tensor],
     ) -> tuple[Vector, list[Tensor]]:
-        """Tangents of (w', moments') from those of (w, g, moments, options)."""
+        """Tangents of (w', moments') from tangents of (w, g, moments, options)."""
         clipping = self._clipping(step)
         gradient = _clipping_derivative(clipping, gradient)
         tangents = (to_local(point), to_local(gradient), moments, options)
@@ -115,7 +115,7 @@ class DifferentiableStep:
         return _shaped(after, step.variables), moments_after
 
     def pulled_back(self, options: Sequence[Tensor], variables: Sequence[Tensor]) -> Vector:
-        """The cotangent of the upper ``variables`` from that of ``options``."""
+        """The cotangent of the upper ``variables`` from cotangents of the options."""
         pairs = [(x, c.to(x)) for x, c in zip(self.options, options) if x.requires_grad]
         bars: Sequence[Tensor | None] = [None] * len(variables)
         if pairs:
@@ -139,7 +139,7 @@ class DifferentiableStep:
     def _inputs(
         self, step: StepRecord, clipping: Clipping
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        """Copies of Φ's arguments, with g clipped; the local shard of each tensor."""
+        """Copies of Φ's arguments, with clipped g; only the local shard of each tensor."""
         point = _copies(step.variables)
         moments: list[Tensor] = []
         for i, variable in enumerate(point):
@@ -167,7 +167,7 @@ class DifferentiableStep:
         for group, names in zip(groups, self._learnt or [{}] * len(groups), strict=True):
             group = {**group, **{name: next(values) for name in names}}
             for i in group["variables"]:
-                if step.gradient[i] is None:  # torch does not move it
+                if step.gradient[i] is None:  # torch does not move this variable
                     continue
                 w, g = point[i], -gradient[i] if group["maximize"] else gradient[i]
                 # An option that is a tensor moves to each variable's device.
@@ -180,7 +180,7 @@ class DifferentiableStep:
                 old = dict(zip(self.moment_names, moments[i * width :]))
                 fresh, count = not _state(step, i), _count(step, i)
                 update, new = self._rule.update(group, g, old, count, fresh)
-                # Counts are float64, to which a zero-dimensional variable is promoted.
+                # The float64 step count promotes zero-dimensional variables.
                 after[i] = (w + lr * update).to(point[i].dtype)
                 for k, name in enumerate(self.moment_names):
                     moments_after[i * width + k] = new.get(name, moments[i * width + k])
@@ -221,7 +221,7 @@ def _copies(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _shaped(parts: Sequence[Tensor], like: Sequence[Tensor]) -> Vector:
-    """The vector with the local shards ``parts``, sharded like ``like``."""
+    """The vector with local shards ``parts``, sharded like ``like``."""
     if not is_sharded(*like):
         return Vector(parts)
     full = [widened(torch.zeros_like(x)) for x in like]

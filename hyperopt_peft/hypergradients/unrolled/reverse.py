@@ -24,19 +24,23 @@ from hyperopt_peft.utils.vector import zeros_like
 class Unrolled(Estimator):
     """dF/du = ∂F/∂u + (dw_K/du)ᵀ ∂F/∂w, where w_K = Φ(…Φ(w_0, u)…, u) after K = ``steps`` steps.
 
-    Φ is the lower optimizer's step with clipping, a `DifferentiableStep`. The adjoint λ_k of w_k
-    runs backwards from λ_K = ∂F/∂w:
+    Φ is the step of the lower optimizer with clipping, a `DifferentiableStep`. The adjoint λ_k of
+    w_k runs backwards from λ_K = ∂F/∂w:
 
         ḡ_k, λ_k, … ← vjp of Φ at (w_k, g_k, optimizer state);   g_k = ∂f/∂w(w_k, u)
         dF/du += ∂²f/∂u∂w · ḡ_k;   λ_k += ∂²f/∂w² · ḡ_k
 
     If the lower level has `Problem.optimizer_options`, dF/du includes ∂Φ/∂options. Each step costs
-    one forward+backward pass and one product, of both second derivatives. The graph of a step is
-    freed before that of the next; memory grows with K by w, ∂f/∂w and the optimizer's state.
+    one forward+backward pass and one product with both second derivatives. Memory holds the graph
+    of one step, and w, ∂f/∂w and the optimizer's state of all K steps.
 
-    In training the steps are the last K ones, on their batches and dropout masks. Outside training
-    K steps from the current w are simulated, and ∂F/∂w is at the current w. Franceschi et al. 2017,
-    arXiv:1703.01785, Alg. 1; truncation: Shaban et al. 2019, arXiv:1810.10667.
+    Training differentiates the last K steps, with their batches and dropout masks. Outside training
+    K steps from the current w are simulated, and ∂F/∂w is taken at the current w. Franceschi et al.
+    2017, arXiv:1703.01785, Alg. 1; truncation: Shaban et al. 2019, arXiv:1810.10667.
+
+    Raises:
+        ProblemError: the lower optimizer cannot be differentiated (`DifferentiableStep`), or a
+            variable is sharded.
 
     Example:
         >>> from hyperopt_peft.hypergradients import get_estimator
@@ -50,7 +54,7 @@ class Unrolled(Estimator):
 
     @property
     def requirements(self) -> Requirements:
-        """The last ``steps`` lower steps, with the optimizer's state."""
+        """Records of the last ``steps`` lower steps, with the optimizer's state."""
         return Requirements(
             history=self.steps,
             optimizer_state=True,
@@ -59,15 +63,15 @@ class Unrolled(Estimator):
         )
 
     def cost(self) -> int | None:
-        """F, and for each step f, its graph (twice), and the product with ∂²f/∂(w, u)∂w."""
+        """One pass of F and four for each step: f, its graph (two), and the product."""
         return 1 + 4 * self.steps
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
         """Raise ProblemError for sharded variables, and as `DifferentiableStep`."""
         self.require(
             not is_sharded(*upper.variables, *lower.variables),
-            "steps of the lower optimizer on FSDP's shards are not supported; choose sama, darts, "
-            'or a solver with product="difference"',
+            "does not support FSDP's shards; choose sama, darts, or a solver with "
+            'product="difference"',
         )
         if lower.optimizer is not None:
             DifferentiableStep(lower, lower.optimizer_snapshot(with_state=False))
@@ -91,11 +95,7 @@ class Unrolled(Estimator):
 
 
 def last_steps(oracle: Oracle, count: int) -> tuple[DifferentiableStep, Sequence[StepRecord]]:
-    """The lower optimizer's step as a function, and the recorded lower steps, in order.
-
-    Outside training, ``count`` steps from the current point on the oracle's lower batch are
-    simulated.
-    """
+    """The lower optimizer's step as a function, and the recorded (or ``count`` simulated) steps."""
     last = oracle.history[-1].optimizer if oracle.history else None
     state = last or oracle.lower.optimizer_snapshot(with_state=True)
     optimizer = DifferentiableStep(oracle.lower, state)

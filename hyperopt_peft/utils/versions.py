@@ -1,0 +1,35 @@
+"""The versions of the packages that a result depends on."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+PACKAGES = """
+hyperopt-peft torch transformers peft accelerate datasets trl bitsandbytes
+""".split()  # noqa: SIM905
+
+
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """The version of each of ``packages`` that is installed."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def show_versions() -> None:
+    """Print the versions of `PACKAGES`, of Python and of the platform, for a report of a bug.
+
+    Example:
+        >>> show_versions()
+        hyperopt-peft ...
+        platform      ...
+    """
+    found = {**versions(), "Python": platform.python_version(), "platform": platform.platform()}
+    for name, number in found.items():
+        print(f"{name:13} {number}")

@@ -1,0 +1,46 @@
+"""Warnings of other libraries that a user cannot act on do not reach stderr."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TRAINER = """
+from datasets import Dataset
+from hyperopt_peft import BiDoRA, BilevelTrainer, BilevelTrainingArguments
+from peft import LoraConfig, get_peft_model
+from transformers import BertConfig, BertForSequenceClassification
+
+size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+model = BertForSequenceClassification(BertConfig(vocab_size=64, intermediate_size=32, **size))
+config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"], use_dora=True)
+rows = Dataset.from_dict({"input_ids": [[1, 2, 3, 4]] * 20, "labels": [0, 1] * 10})
+args = BilevelTrainingArguments("outputs", max_steps=5, report_to="none", save_strategy="no")
+trainer = BilevelTrainer(get_peft_model(model, config), args, method=BiDoRA(), train_dataset=rows)
+trainer.train()
+trainer.evaluate(rows)
+"""
+PROGRAMS = {
+    "trainer": ["-c", TRAINER],
+    "command line": ["-m", "hyperopt_peft", "train", "--help"],
+    "examples": [str(ROOT / "examples" / "quickstart.py"), "--help"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_neither_a_missing_kernel_nor_pinned_memory(program: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, *PROGRAMS[program]],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "gemm_4bit" not in done.stderr and "pin_memory" not in done.stderr
