@@ -149,7 +149,7 @@ def reason_for(training: HeadTraining, places: Features, place: int) -> Reason:
     """The fewest rows, in the order of their scores, without which ``place`` is another class."""
     x, (row, token) = places.x[place : place + 1], _row_and_token(places, place)
     head, predicted = training.on_rows.model, _predicted(training, x)
-    here = torch.tensor([predicted])
+    here = torch.full((1,), predicted, device=x.device)
     level, batch = training.level, batch_of(training.features)
     margin = Evaluation(training.weights, lambda: margins(head(x).logits, here)[0])
     setup = RetrainingSetup(training, margin, {"all": 1.0}, level, lambda: batch)

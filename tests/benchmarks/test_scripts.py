@@ -15,7 +15,7 @@ SLOW = [
     "speed dora_layer --quick",
     "speed floor --quick",
     "speed language --quick",
-    "speed gpu --device cpu --small --threads 1",
+    "speed gpu --device cpu --small --threads 1 --parts layer head",
     "speed on_paper --quick",
     "estimators comparison --quick --methods direct cg:steps=10",
     "estimators convergence --quick",
