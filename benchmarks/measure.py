@@ -30,6 +30,9 @@ PACKAGES = (
     "betty-ml",
     "torchopt",
     "optuna",
+    "trl",
+    "bitsandbytes",
+    "flash_attn",
 )
 
 
@@ -70,18 +73,34 @@ def arguments(description: str, **more: int | list[str]) -> argparse.Namespace:
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu", warmup: int = 1
+    runs: Mapping[str, Callable[[], object]],
+    repeats: int,
+    device: str = "cpu",
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """The seconds of each run in ``repeats`` rounds, which take all runs in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+
+    def timed(name: str) -> float:
+        wait(device)
+        begin = clock()
+        runs[name]()
+        wait(device)
+        return clock() - begin
+
+    return rounds(list(runs), timed, repeats, warmup)
+
+
+def rounds(
+    names: Sequence[str], seconds_of: Callable[[str], float], repeats: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """As `interleaved`, for runs that return their own seconds."""
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     for repeat in range(-warmup, repeats):
-        for name, run in runs.items():
-            _wait(device)
-            begin = time.perf_counter()
-            run()
-            _wait(device)
+        for name in names:
+            of_run = seconds_of(name)
             if repeat >= 0:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(of_run)
     return seconds
 
 
@@ -98,7 +117,8 @@ def keep_memory() -> bool:
     return bool(library.mallopt(mmap_max, 0) and library.mallopt(trim_threshold, 2**31 - 1))
 
 
-def _wait(device: str) -> None:
+def wait(device: str) -> None:
+    """Wait for the work of a GPU."""
     if device != "cpu":
         torch.cuda.synchronize(device)
 
@@ -107,6 +127,14 @@ def ratio(seconds: Mapping[str, Sequence[float]], name: str, unit: str) -> float
     """The median, over the rounds, of the time of ``name`` divided by the time of ``unit``."""
     pairs = zip(seconds[name], seconds[unit], strict=True)
     return statistics.median(one / other for one, other in pairs)
+
+
+def table_of(seconds: Mapping[str, Sequence[float]], unit: str) -> list[dict[str, Any]]:
+    """A row for each run: the median of its seconds, and its `ratio` to ``unit``."""
+    return [
+        {"run": name, "s": statistics.median(each), f"÷ {unit}": ratio(seconds, name, unit)}
+        for name, each in seconds.items()
+    ]
 
 
 def kept_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:

@@ -60,5 +60,6 @@ def machine_line(measured: Mapping[str, Any]) -> str:
     return (
         f"Measured on {machine['cores']} shared cores of a virtual machine "
         f"({machine['processor']}), "
-        f"{machine['threads']} threads, no GPU, Python {machine['python']}; {versions}.\n"
+        f"{machine['threads']} threads, {machine['name'] or 'no GPU'}, "
+        f"Python {machine['python']}; {versions}.\n"
     )

@@ -52,10 +52,16 @@ python_use_unqualified_type_names = True
 def own_arguments(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str, returned: str
 ) -> tuple[str, str] | None:
-    """Arguments that derive from Transformers' have more than a hundred: their own are listed."""
+    """Arguments that derive from Transformers' have more than a hundred: their own are listed.
+
+    Private arguments and bounds of numbers are left out; a default that a function makes is "...".
+    """
     if what == "class" and issubclass(obj, TrainingArguments):
         return "(output_dir, …)", returned
-    return None
+    if signature:
+        signature = re.sub(r"~?(?:typing\.)?Annotated\[([^,]*), [^\]]*\]", r"\1", signature)
+        signature = re.sub(r", _\w+: [^,)]*", "", signature).replace("<factory>", "...")
+    return signature, returned
 
 
 def named_pages(
@@ -72,7 +78,7 @@ def adapted(app: Sphinx, name: str, source: list[str]) -> None:
     """
     text = re.sub(r"(?m)^\|.*", lambda row: row[0].replace(" ± ", "\u00a0±\u00a0"), source[0])
     if not name.startswith("notebooks/"):
-        text = re.sub(r"\]\((\.\./[^)#]*\.md)\)", r"](path:\1)", text)
+        text = re.sub(r"\]\((\.\./[^)#]*\.md)(?:#[^)]*)?\)", r"](path:\1)", text)
     source[0] = text
 
 

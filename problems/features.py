@@ -26,13 +26,13 @@ from hyperopt_peft.utils.models import base_model, evaluating
 
 @dataclass(frozen=True)
 class Features:
-    """The rows of a head: x, their labels, and where each comes from."""
+    """The rows of a head: features, labels, and the row of the data that each comes from."""
 
-    #: ``(m, d)`` in float32 on the CPU; m is the number of rows, or of tokens with a label.
+    #: ``(m, d)``; m is the number of rows, or of tokens with a label.
     x: Tensor
     #: A class ``(m,)``, or numbers ``(m,)`` or ``(m, C)``.
     labels: Tensor
-    #: The number of the data's row that each is of, ``(m,)``.
+    #: The number of each one's row in the data, ``(m,)``.
     row: Tensor
 
     @classmethod
@@ -46,8 +46,8 @@ class Features:
         return {"features": self.x, "labels": self.labels}
 
     def select(self, rows: Tensor) -> Features:
-        """Those of the data's rows ``rows``, in the present order."""
-        chosen = torch.isin(self.row, rows)
+        """The features of the data's rows ``rows``, in the present order."""
+        chosen = torch.isin(self.row, rows.to(self.row.device))
         return Features(self.x[chosen], self.labels[chosen], self.row[chosen])
 
     def standardized(self, like: Features | None = None) -> Features:
@@ -57,6 +57,16 @@ class Features:
         """
         deviation, mean = torch.std_mean((like or self).x, 0, correction=0)
         return Features((self.x - mean) / deviation.clamp(min=1e-6), self.labels, self.row)
+
+    def double(self) -> Features:
+        """The features, and labels that are numbers, in float64."""
+        labels = self.labels.double() if self.labels.is_floating_point() else self.labels
+        return Features(self.x.double(), labels, self.row)
+
+    def to(self, device: torch.device) -> Features:
+        """The features on ``device``, or on the CPU where ``device`` has no float64 (Apple's)."""
+        device = torch.device("cpu") if device.type == "mps" else device
+        return Features(*(x.to(device) for x in (self.x, self.labels, self.row)))
 
 
 def features_of(
@@ -72,8 +82,8 @@ def features_of(
 
     A row has the mean of the states over the tokens of ``attention_mask``; an encoder-decoder model
     gives the states of its encoder. If tokens have labels, each labelled token has its own states.
-    The model is in evaluation mode with its adapter active. The features take 4·m·d bytes; d is up
-    to three times the model's width.
+    The model is in evaluation mode with its adapter active. The features are on the CPU in float32
+    and take 4·m·d bytes; d is up to three times the model's width.
 
     Args:
         model: a model of Transformers, with or without a PEFT adapter.

@@ -21,6 +21,7 @@ from hyperopt_peft.core.labels import labels_are_shifted
 from hyperopt_peft.core.logits import MULTI_LABEL, losses_of_logits
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.features import Features
+from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.models import base_model
 
 #: λ, of features with mean 0 and deviation 1.
@@ -35,7 +36,7 @@ class Head(nn.Module):
         outputs: the number of classes, or of numbers to predict.
         problem_type: as in the configuration of a Transformers model; it tells several labels a
             row from numbers.
-        dtype: of W and b, that of the features.
+        dtype, device: of W and b, those of the features.
 
     Example:
         The model of an Engine's lower level, for two sources, one of them with wrong labels:
@@ -64,11 +65,12 @@ class Head(nn.Module):
         *,
         problem_type: str | None = None,
         dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.config = SimpleNamespace(problem_type=problem_type)
-        self.weight = nn.Parameter(torch.zeros(size, outputs, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(outputs, dtype=dtype))
+        self.weight = nn.Parameter(torch.zeros(size, outputs, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.zeros(outputs, dtype=dtype, device=device))
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
         """The logits ``(n, C)`` of ``features`` ``(n, d)``; with ``labels`` their mean loss too."""
@@ -86,11 +88,17 @@ def head_of(model: Any, features: Features) -> Head:
     if not labels.is_floating_point():
         outputs = max(int(labels.max()) + 1, getattr(config, "num_labels", 0))
     kind = problem_type_of(config, labels)
-    return Head(features.x.shape[1], outputs, problem_type=kind, dtype=features.x.dtype)
+    x = features.x
+    return Head(x.shape[1], outputs, problem_type=kind, dtype=x.dtype, device=x.device)
 
 
-def require_labels_of_a_head(model: Any, batch: Any) -> None:
-    """Raise ProblemError where a label is the next token, or one of another sequence."""
+def require_head(model: Any, batch: Any) -> None:
+    """Raise ProblemError in several processes, and where labels are text."""
+    if (count := distributed.world_size()) > 1:
+        raise ProblemError(
+            f"world_size: {count} processes would each train the same head; start one process, "
+            "without torchrun"
+        )
     labels, config = batch.get("labels"), getattr(base_model(model), "config", None)
     of_tokens = isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point()
     encoded = getattr(config, "is_encoder_decoder", False)

@@ -264,7 +264,7 @@ USE = {
 AVOID = {
     "direct": "F does not read u: the estimate is 0",
     "darts:xi=1.0": "errors matter: the implicit term is proportional to ξ and to the scale of f",
-    "unrolled:steps=10": "memory is short: it holds w and the optimizer's state of every step",
+    "unrolled:steps=10": "memory is short: it keeps every step; a Trainer keeps one",
     "cg:steps=10": "curvature is negative: it stops early; use `minres`, or add `damping`",
     "cg:steps=10,product=difference": "the model has no room for passes in float32",
     "minres:steps=10": "the loss has no second derivative: add `product=difference`",

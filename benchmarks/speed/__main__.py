@@ -11,9 +11,10 @@ run_script(
     "speed",
     {
         "timing": "step, layer and MLP iteration in one process; writes results/speed.json",
+        "floor": "iterations beside the same passes in bare PyTorch, in CPU time of one thread",
         "dora_layer": "the DoRA layer alone: widths, dropout, kept activations, equality",
         "language": "memory and time of a language model's steps; results/speed_language.json",
-        "gpu": "layer, steps, dot products, attribution and 4 bits on one GPU, in nine minutes",
+        "gpu": "everything on one GPU in nine minutes; writes results/speed_gpu.json",
         "on_paper": "memory of 8B and 70B on eight cards, on the meta device",
         "report": "the tables of benchmarks/README.md; --check compares them",
     },

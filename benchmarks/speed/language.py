@@ -14,18 +14,18 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
-from benchmarks.measure import Target, arguments, ratio, report
+from benchmarks.measure import Target, arguments, report, rounds, table_of, wait
 from benchmarks.pages import RESULTS, ROOT
 from benchmarks.speed import llama
 
@@ -36,23 +36,35 @@ TIMED = (DOTS, "darts")
 #: Steps of a timed run, the last of which is an upper step too.
 LOWER = 10
 PLAIN = f"{LOWER + 1} plain steps"
+#: The lower steps of the same method without an upper level.
+ALONE = f"{LOWER + 1} lower steps alone"
 Row = dict[str, Any]
 
 
 class Peak(TrainerCallback):  # type: ignore[misc]
-    """The peak of resident memory in training above that of the model before it, in MB."""
+    """The memory before training and the peak above it, in MB: the GPU's or the process's."""
 
     before: float
     value: float
 
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+
     def on_train_begin(self, *arguments: Any, **more: Any) -> None:
         """Count from here on."""
-        Path("/proc/self/clear_refs").write_text("5")  # from here on the peak counts
-        self.before = resident("VmRSS")
+        if self.device == "cpu":
+            Path("/proc/self/clear_refs").write_text("5")  # from here on the peak counts
+            self.before = resident("VmRSS")
+            return
+        wait(self.device)
+        torch.cuda.reset_peak_memory_stats()
+        self.before = torch.cuda.memory_allocated() / 2**20
 
     def on_train_end(self, *arguments: Any, **more: Any) -> None:
         """Read the peak."""
-        self.value = resident("VmHWM") - self.before
+        cpu = self.device == "cpu"
+        peak = resident("VmHWM") if cpu else torch.cuda.max_memory_allocated() / 2**20
+        self.value = peak - self.before
 
 
 def resident(name: str) -> float:
@@ -109,44 +121,53 @@ class Clock(TrainerCallback):  # type: ignore[misc]
     begin: float | None = None
     seconds: float
 
-    def on_step_begin(self, *arguments: Any, **more: Any) -> None:
+    def on_step_begin(self, args: Any, *arguments: Any, **more: Any) -> None:
         """Begin with the first step."""
-        self.begin = self.begin or time.perf_counter()
+        if self.begin is None:
+            wait(args.device.type)
+            self.begin = time.perf_counter()
 
-    def on_train_end(self, *arguments: Any, **more: Any) -> None:
+    def on_train_end(self, args: Any, *arguments: Any, **more: Any) -> None:
         """End with the last one."""
         assert self.begin is not None
+        wait(args.device.type)
         self.seconds = time.perf_counter() - self.begin
 
 
-def run_seconds(name: str, shape: str, model: Any, sizes: Row) -> float:
-    """The seconds of `PLAIN`, or of ten lower steps and an upper one of the estimator ``name``."""
-    options = {**sizes, "gradient_checkpointing": True}
-    if name == PLAIN:
-        trainer = llama.plain(shape, model, max_steps=LOWER + 1, **options)
-    else:
-        trainer = llama.sources(shape, model, name, max_steps=LOWER, lower_steps=LOWER, **options)
+def seconds_of(trainer: Trainer, *callbacks: TrainerCallback) -> float:
+    """The seconds from the first step of ``trainer`` to the end of its last one."""
     clock = Clock()
-    trainer.add_callback(clock)
+    for callback in (clock, *callbacks):
+        trainer.add_callback(callback)
     trainer.train()
     return clock.seconds
 
 
+def run_seconds(
+    name: str, shape: str, model: Any, sizes: Row, *callbacks: TrainerCallback
+) -> float:
+    """The seconds of `PLAIN`, of `ALONE`, or of ten lower steps and an upper one by ``name``."""
+    trainer: Trainer
+    options = {**sizes, "gradient_checkpointing": True, "max_steps": LOWER + 1}
+    if name == PLAIN:
+        trainer = llama.plain(shape, model, **options)
+    elif name == ALONE:
+        trainer = llama.sources(shape, model, None, **options)
+    else:
+        options |= {"max_steps": LOWER, "lower_steps": LOWER}
+        trainer = llama.sources(shape, model, name, **options)
+    return seconds_of(trainer, *callbacks)
+
+
 def steps(shape: str, sizes: Row, estimators: Sequence[str], repeats: int) -> list[Row]:
     """Ten lower steps and an upper one of each estimator, by eleven plain steps."""
-    model = llama.adapted(llama.base(shape))
-    seconds: dict[str, list[float]] = {name: [] for name in (PLAIN, *estimators)}
-    for _ in range(repeats):
-        for name, of_run in seconds.items():
-            of_run.append(run_seconds(name, shape, model, sizes))
+    model, one = llama.adapted(llama.base(shape)), partial(run_seconds, shape=shape, sizes=sizes)
+    names = (PLAIN, *estimators)
+    seconds = rounds(names, lambda name: one(name, model=model), repeats, warmup=0)
+    words = {name: f"{LOWER} lower steps and an upper one, {name}" for name in estimators}
     return [
-        {
-            "model": shape,
-            "run": name if name == PLAIN else f"{LOWER} lower steps and an upper one, {name}",
-            "s": statistics.median(seconds[name]),
-            f"÷ {PLAIN}": ratio(seconds, name, PLAIN),
-        }
-        for name in seconds
+        {"model": shape, **row, "run": words.get(row["run"], row["run"])}
+        for row in table_of(seconds, PLAIN)
     ]
 
 

@@ -144,6 +144,6 @@ def main() -> None:
     passes = {row["run"]: row["÷ G"] for row in tables["MLP, upper iteration"]}
     targets = [
         Target(f"upper iteration on the MLP in G, {name}", passes[name], most)
-        for name, most in (("darts", 2.7), ("cg5", 13.0))
+        for name, most in (("direct", 2.3), ("darts", 3.3), ("cg5", 13.0))
     ]
     report(options, tables, targets, {"tokens": f"{size}×{length}"})

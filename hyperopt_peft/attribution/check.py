@@ -1,4 +1,4 @@
-"""Whether scores predict what happens: retrainings without random rows, and smoothness."""
+"""Whether scores predict retrainings without random rows, and the smoothness of the run."""
 
 from __future__ import annotations
 
@@ -18,25 +18,24 @@ from hyperopt_peft.errors import ProblemError
 
 #: LDS and metasmoothness from which scores are called trustworthy, and below which worthless.
 GOOD, POOR = 0.8, 0.4
-#: The slopes of trustworthy scores: sizes are right within a third. Leaving a row out moves Φ by
-#: more than the derivative at v = 1 has it, since the row no longer holds the others back, so that
-#: smooth runs have slopes of 1.05 to 1.3.
+#: The slopes of trustworthy scores, whose sizes are right within a third. Smooth runs have slopes
+#: of 1.05 to 1.3: a row that is left out no longer holds the others back.
 SLOPES = (3 / 4, 4 / 3)
 
 
 @dataclass(frozen=True)
 class ScoreCheck:
-    """What retrainings without random rows say of the scores.
+    """Predicted and actual changes of Φ in retrainings without random rows.
 
     Attributes:
-        predicted: the predicted changes of Φ, −Σ s_i over the rows left out, ``(R,)``.
+        predicted: −Σ s_i over the rows left out, ``(R,)``.
         actual: the changes of Φ in the retrainings, ``(R,)``.
         metasmoothness: the cosine between the scores and those at v = 1 ± ``perturbation`` (signs
-            random), near 1 for a smooth run; None if not measured, or if the estimator does not
-            differentiate the run. After Engstrom et al. 2025 (arXiv:2503.13751, §3).
+            random), near 1 for a smooth run; None if not measured. After Engstrom et al. 2025
+            (arXiv:2503.13751, §3).
         share: the share of the rows that each retraining leaves out.
-        by_slice: the same of each slice; empty where there is one.
-        of_head: whether a head is trained, to its minimum: no rate or batch can make it smoother.
+        by_slice: a check for each slice; empty with one slice.
+        of_head: whether a head is trained to its minimum; its run has no rate or batch to change.
 
     Example:
         >>> x = torch.linspace(-1, 1, 20)
@@ -64,10 +63,7 @@ class ScoreCheck:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """A 95 % interval of the ``lds`` that R retrainings have on average; see `rank_interval`.
-
-        The retrainings vary in it, the run does not: another seed is another run.
-        """
+        """A 95 % interval of ``lds`` over retrainings of the same run; see `rank_interval`."""
         return rank_interval(self.lds, len(self.actual))
 
     @property
@@ -88,17 +84,17 @@ class ScoreCheck:
 
     @property
     def verdict(self) -> str:
-        """What the numbers mean, and what to change."""
+        """Whether to rely on the scores, and if not, a remedy."""
         low, high = self.interval
         if self.trustworthy:
             return (
-                "the scores predict retraining; whether leaving rows out gains anything, test rows "
-                "tell (`removal`, or --retrain_without)"
+                "the scores predict retraining without rows; whether that gains anything, test "
+                "rows tell (`removal`, or --retrain_without)"
             )
         if self.ordered:
             return (
-                "the scores order the rows as retraining does, but changes are "
-                f"{self.slope:.2f} times the predicted ones: rely on the order, or multiply by that"
+                "the scores order the rows as retraining does, but actual changes are "
+                f"{self.slope:.2f} times the predicted ones: rely on the order"
             )
         if low <= POOR and high >= GOOD:
             return (
@@ -107,7 +103,7 @@ class ScoreCheck:
             )
         remedy = (
             "make the run smoother: warm-up, a lower learning rate, a larger epsilon in Adam, or "
-            "larger batches (see docs/attribution.md for what each brings)"
+            "larger batches (docs/attribution-reference.md)"
         )
         if self.of_head:
             remedy = "leave fewer rows out at a time (share), or check with more retrainings"

@@ -6,8 +6,8 @@ C is the number of labels, ℓ_i the summed loss of row i, H the Hessian of the 
 is at its minimum, so that the influence function (Koh & Liang 2017, arXiv:1703.04730) is the
 derivative itself. A training without rows is another minimum, from the one at hand. λ is chosen by
 cross-validation on the training rows: the largest one whose loss is within a standard error of the
-least (Breiman et al. 1984, §3.4.3). A small λ predicts hardly better, and its head, where it has
-more features than rows, turns with each row, so that derivatives say little of leaving rows out.
+least (Breiman et al. 1984, §3.4.3). A small λ hardly predicts better, and a head with more features
+than rows then changes with each row, so that derivatives say little of leaving rows out.
 """
 
 from __future__ import annotations
@@ -32,12 +32,7 @@ from hyperopt_peft.attribution.trainer_data import TrainerData, shown_columns
 from hyperopt_peft.core.examples import WeightedRows
 from hyperopt_peft.engine.fit import lbfgs
 from hyperopt_peft.problems.features import Features, features_of
-from hyperopt_peft.problems.head import (
-    Head,
-    head_of,
-    l2_penalty,
-    require_labels_of_a_head,
-)
+from hyperopt_peft.problems.head import Head, head_of, l2_penalty, require_head
 from hyperopt_peft.trainer.tags import without
 from hyperopt_peft.utils.restore import assign_, perturbed
 
@@ -57,7 +52,7 @@ def level_of(head: Head, weights: Tensor, l2: float) -> WeightedRows:
 
 
 def batch_of(features: Features) -> dict[str, Tensor]:
-    """All of ``features`` as a batch of a `Head`, of which a token is a row."""
+    """All of ``features`` as a batch of a `Head`, with the number of each one's row."""
     return {**features.batch(), ROW: features.row}
 
 
@@ -68,7 +63,7 @@ def held_out_losses(head: Head, features: Features, count: int, progress: bool =
     is worse still, and takes the most steps.
     """
     folds = KFold(min(FOLDS, count), shuffle=True, random_state=0).split(range(count))
-    parts = [[features.select(torch.from_numpy(rows)) for rows in fold] for fold in folds]
+    parts = [[torch.from_numpy(rows) for rows in fold] for fold in folds]
     variables, losses = (head.weight, head.bias), list[Tensor]()
     points = [[x.detach().clone() for x in variables] for _ in parts]  # of no other fold's rows
     for l2 in tqdm(PENALTIES, "head", disable=not progress):
@@ -76,10 +71,11 @@ def held_out_losses(head: Head, features: Features, count: int, progress: bool =
         for (train, others), point in zip(parts, points, strict=True):
             with perturbed(variables):
                 assign_(variables, point)
-                lbfgs(level, batch_of(train), tolerance=ROUGHLY)
+                lbfgs(level, batch_of(features.select(train)), tolerance=ROUGHLY)
                 point[:] = [x.detach().clone() for x in variables]
                 with torch.no_grad():
-                    held_out.append(ModelOnRows(head).losses(batch_of(others))[0])
+                    batch = batch_of(features.select(others))
+                    held_out.append(ModelOnRows(head).losses(batch)[0])
         losses.append(torch.cat(held_out))
         if losses[-1].mean() > highest(losses):
             break
@@ -113,7 +109,7 @@ class HeadTraining(Training):
     tolerance = TOLERANCE
 
     def __init__(self, head: Head, features: Features, count: int, l2: float) -> None:
-        weights = torch.ones(count, dtype=head.weight.dtype, requires_grad=True)
+        weights = head.weight.new_ones(count, requires_grad=True)
         self.level, self.features = level_of(head, weights, l2), features
         self.on_rows = ModelOnRows(head)
         super().__init__(weights, self.level.variables)
@@ -122,9 +118,9 @@ class HeadTraining(Training):
         self.settings |= {"seconds": time.perf_counter() - begin, "l2": l2}
         self.visits += 1
         with torch.no_grad():
-            sums, counts = self.on_rows.losses(batch_of(features))
-        labels = torch.zeros_like(self.losses).index_add(0, features.row, counts.double())
-        self.losses.index_add_(0, features.row, sums.double()).div_(labels.clamp(min=1))
+            sums, counts = (x.double().cpu() for x in self.on_rows.losses(batch_of(features)))
+        labels = torch.zeros_like(self.losses).index_add(0, features.row.cpu(), counts)
+        self.losses.index_add_(0, features.row.cpu(), sums).div_(labels.clamp(min=1))
 
     def _solve(self, features: Features) -> None:
         lbfgs(self.level, batch_of(features), tolerance=self.tolerance, max_steps=STEPS)
@@ -164,30 +160,27 @@ class TrainedHead:
 def train_head(
     trainer: Any, data: TrainerData, *, progress: bool, largest: bool = True
 ) -> TrainedHead:
-    """Train a head on the features of ``trainer``'s rows; its model stays. See `chosen_l2`."""
+    """Train a head on the features of ``trainer``'s rows, on its device; its model stays."""
     model, count = trainer.model, len(data.train_rows)
     (first,) = data.batches(data.train_rows, [0])
-    require_labels_of_a_head(model, without(first, data.collate.tags))
+    require_head(model, without(first, data.collate.tags))
 
     def features(rows: NumberedRows) -> Features:
-        found = features_of(
+        return features_of(
             model,
             rows.data,
             data.collate.collate,
             batch_size=trainer.args.per_device_eval_batch_size,
             precision=trainer.compute_loss_context_manager,
             progress=progress,
-        )
-        labels = found.labels.double() if found.labels.is_floating_point() else found.labels
-        return Features(found.x.double(), labels, found.row)
+        ).double()
 
-    raw = features(data.train_rows)
-    train = raw.standardized()
+    raw, device = features(data.train_rows), trainer.args.device
+    train = raw.standardized().to(device)
     head = head_of(model, train)
-    training = HeadTraining(
-        head, train, count, chosen_l2(head, train, count, progress, largest=largest)
-    )
-    return TrainedHead(training, lambda rows: features(rows).standardized(raw))
+    l2 = chosen_l2(head, train, count, progress, largest=largest)
+    training = HeadTraining(head, train, count, l2)
+    return TrainedHead(training, lambda rows: features(rows).standardized(raw).to(device))
 
 
 def setup_from_head(
@@ -213,6 +206,6 @@ def setup_from_head(
         test=lambda test: partial(on_rows.measured, [batch_of(head.read(data.test_rows(test)))]),
         enlarged=lambda seed: training.enlarged(above),
         probabilities=lambda rows: on_rows.probabilities([batch_of(train)])[rows],
-        labels=train.labels if whole_rows else None,
+        labels=train.labels.cpu() if whole_rows else None,
         columns=shown_columns(data.train),
     )

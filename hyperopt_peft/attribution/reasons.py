@@ -16,20 +16,19 @@ SHOWN, PANELS = 10, 4
 
 @dataclass(frozen=True)
 class Reason:
-    """Few training rows whose removal changes the prediction of one row or token.
+    """Few training rows whose removal changes the prediction for one row or token.
 
     Attributes:
         row: the number of the explained row.
-        token: the number of the token among those of the row that have a label; None of a class a
-            row.
-        predicted: the class that the head predicts, by its number.
-        becomes: the class that it predicts without ``rows``; None where no set was found.
-        rows: the numbers of the training rows to remove, those of the largest scores first.
-        scores: dΦ/dv of each of ``rows``; Φ rises by so much for each unit of the row's weight.
+        token: the number of the token among the row's tokens with a label; None for a class a row.
+        predicted: the number of the class that the head predicts.
+        becomes: the class that the head predicts without ``rows``; None if no set was found.
+        rows: the numbers of the training rows to remove, the largest score first.
+        scores: dΦ/dv of each of ``rows``, the rise of Φ for each unit of the row's weight.
         margin: Φ, the logit of ``predicted`` minus log Σ exp of the other logits.
         searched: the largest number of rows that a search removes.
-        adapter: the class that the adapter predicts after a training on all rows, and after one
-            without ``rows``; None where it was not trained.
+        adapter: the classes that the adapter predicts, trained on all rows and without ``rows``;
+            None if it was not trained.
     """
 
     row: int
@@ -50,9 +49,9 @@ class Reasons(Sequence[Reason]):
     Attributes:
         reasons: in the order of the rows.
         names: the name of each class by its number.
-        columns: of the training rows, to show.
-        explained: of the explained rows, to show.
-        numbers: by which texts and tables name each training row, by default its place.
+        columns: the training rows' columns to show.
+        explained: the explained rows' columns to show.
+        numbers: the number that texts and tables give to each training row; by default its place.
 
     Example:
         >>> reason = Reason(0, None, 1, 0, [1], [0.9], 0.5, 2)

@@ -18,16 +18,16 @@ Numbers = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Removal:
-    """What a test set says of training without some rows: numbers such as ``loss``, by name.
+    """Numbers on a test set, such as ``loss``, by name, after trainings without some rows.
 
     Attributes:
-        count: how many rows were left out.
+        count: the number of rows left out.
         plain: after the training on all rows.
-        without: without the rows that the scores say hurt most.
+        without: without the rows of the largest scores.
         highest_loss: without as many rows of the highest mean training loss.
         random: without as many random rows, once for each draw.
-        with_evaluation: after as many passes over the training and the evaluation rows, the
-            simplest other use of these; None where they are not known as rows, and for two levels.
+        with_evaluation: after as many passes over the training and the evaluation rows; None if
+            the evaluation rows are not known, and for two levels.
 
     Example:
         >>> plain, less, more = {"loss": 1.0}, {"loss": 0.9}, {"loss": 1.05}
@@ -64,7 +64,8 @@ class Removal:
             text += f"; training on the evaluation rows too moves it by {other:+.4f}"
         return text
 
-    def __str__(self) -> str:
+    def table(self) -> list[list[str]]:
+        """Cells: the heads, then a row for each training."""
         rows = [
             ("on all rows", self.plain),
             (f"without {self.count} rows by score", self.without),
@@ -74,7 +75,10 @@ class Removal:
         if self.with_evaluation is not None:
             rows.append(("as many passes, evaluation rows too", self.with_evaluation))
         cells = [[title, *(f"{x:.4f}" for x in numbers.values())] for title, numbers in rows]
-        return f"{aligned([['training', *self.plain], *cells])}\n{self.verdict}"
+        return [["training", *self.plain], *cells]
+
+    def __str__(self) -> str:
+        return f"{self.verdict}\n{aligned(self.table())}"
 
 
 def remove(

@@ -23,19 +23,19 @@ UNCHECKED = "unchecked: call check() before relying on them"
 
 @dataclass
 class Attribution:
-    """One score a training row: how Φ changes where the row counts more.
+    """One score a training row: how the evaluation loss Φ changes if the row's weight v grows.
 
     Attributes:
         scores: dΦ/dv, ``(n,)`` in float64. Positive: the row hurts. NaN: the run never saw it.
-        by_slice: the scores of each slice of the evaluation rows; ``scores`` is their mean, each
-            with its share of the rows.
-        losses: the mean training loss of each row over its visits, ``(n,)``; of rows with several
+        by_slice: the scores for each slice of the evaluation rows; ``scores`` is their mean,
+            weighted by the slices' shares of the rows.
+        losses: the mean training loss of each row over its visits, ``(n,)``; for rows with several
             labels, relative to the mean number of labels of a row in the batch.
         values: Φ of each slice after the run.
-        settings: what the scores were made with.
-        columns: of a Trainer's data, columns of the rows by name, for `to_csv` and `table`.
-        numbers: the number by which files, tables and pictures name each row, by default its place.
-        checked: the last `check` of the scores; None, and tables and pictures say so, before one.
+        settings: of the run and the estimator.
+        columns: the columns of the rows by name, for `to_csv` and `table`.
+        numbers: the number that files, tables and pictures give to each row; by default its place.
+        checked: the last `check`, or None.
 
     Example:
         >>> scores = torch.tensor([0.5, -1.0, 0.1])
@@ -69,11 +69,10 @@ class Attribution:
         """How well the scores predict retrainings without random rows; see `ScoreCheck`.
 
         Args:
-            retrainings: R, from 5; so few cannot tell, 20 or more can. Each costs a training, of
-                ``settings["seconds"]``.
+            retrainings: R, at least 5; use 20 or more. Each takes ``settings["seconds"]``.
             share: the share of the seen rows that each retraining leaves out.
-            perturbation: how far the rows' weights move for the metasmoothness, which costs another
-                attribution; None skips it, as do estimators that do not differentiate the run.
+            perturbation: how far the rows' weights move to measure the metasmoothness, which costs
+                another attribution; None skips it, as does an estimator of the run's end.
             seed: of the random rows and signs.
 
         Raises:
@@ -90,10 +89,10 @@ class Attribution:
         return (order.argsort() + 1).masked_fill(self.scores.isnan(), 0)
 
     def weights(self) -> Tensor:
-        """Row weights ``(n,)`` for another training, of mean 1: lower for a row that hurts more.
+        """Row weights ``(n,)`` of mean 1 for another training: lower for a row that hurts more.
 
-        v_i ∝ clip(1 − (s_i − s̄)/σ, 0, 2), one step against the gradient; s̄ and σ are the mean and
-        the standard deviation of the scores. An unseen row has the weight 1 before scaling.
+        v_i ∝ clip(1 − (s_i − s̄)/σ, 0, 2), with the mean s̄ and the standard deviation σ of the
+        scores: one step against the gradient. An unseen row has 1 before scaling.
         """
         seen = self.scores[~self.scores.isnan()]
         deviation = float(seen.std()) if len(seen) > 1 else 0.0
@@ -102,10 +101,10 @@ class Attribution:
         return weights / weights.mean()
 
     def without(self, share: float) -> list[int]:
-        """The rows to keep, in order: all but the ``share`` that hurts most, of positive score.
+        """The rows to keep, in order: all but the ``share`` with the largest positive scores.
 
-        A training on these rows alone has other batches, which a weight of 0 for the rest keeps,
-        and so is another run, which the scores predict less well.
+        A training on these rows alone has other batches, so that the scores predict it less well. A
+        weight of 0 for the other rows leaves the batches as they are.
 
         Raises:
             ProblemError: a share that is not between 0 and 1.
@@ -114,17 +113,16 @@ class Attribution:
         return [row for row in range(len(self.scores)) if row not in worst]
 
     def removal(self, share: float, test: Any = None, *, draws: int = 5, seed: int = 0) -> Removal:
-        """Train without the rows that hurt most, and judge on rows that nothing has seen.
+        """Train without the rows that hurt most, and judge on unseen rows.
 
-        Beside it: the plain training, the removal of as many rows of the highest training loss,
-        and of as many random rows. Rows are left out by the weight 0, so that all trainings have
-        the order and the random numbers of the run. A Trainer also makes as many passes over the
-        training and the evaluation rows, in an order of their own, at the same rates.
+        The result has as many rows removed by training loss and at random beside it, and a training
+        on the evaluation rows too with as many passes. Removed rows have the weight 0, so that all
+        these trainings but the last have the run's batches and random numbers.
 
         Args:
             share: the share of the rows to leave out.
             test: for a level, a function that returns a loss or a mapping of numbers; for a
-                Trainer, a data set that is neither trained nor evaluated on.
+                Trainer, a data set without training and evaluation rows.
             draws: how often random rows are left out.
             seed: of the random rows.
 
@@ -137,10 +135,7 @@ class Attribution:
         return remove(self._setup, self.scores, self.losses, worst, test, draws, seed)
 
     def suspects(self, folds: int = 5, *, seed: int = 0) -> Suspects:
-        """Rows whose labels may be wrong, which the scores do not answer; see `Suspects`.
-
-        Costs ``folds`` trainings. With cleanlab installed (``hyperopt-peft[cleanlab]``) its
-        confident learning reads the out-of-fold probabilities.
+        """Rows whose labels may be wrong, by ``folds`` trainings; see `Suspects`.
 
         Raises:
             ProblemError: a level of one's own, a task without one class a row, fewer than 2 folds,
@@ -173,9 +168,8 @@ class Attribution:
     ) -> None:
         """Write row, the data's columns, score, rank, weight, training loss and scores of slices.
 
-        A column of the data with one of these names is written as ``data_…``; ``extra`` has more
-        columns, by name. With ``escape_formulas`` a text that begins with one of = + - @, which a
-        spreadsheet would run, has an apostrophe before it.
+        A data column with one of these names becomes ``data_…``. ``extra`` has more columns by
+        name. For ``escape_formulas`` see `write_csv`.
         """
         slices = {f"score_{name}": values.tolist() for name, values in self.by_slice.items()}
         results: dict[str, Sequence[Any]] = {

@@ -1,4 +1,4 @@
-"""Rows whose labels may be wrong, by the predictions of models that did not train on them."""
+"""Rows whose labels may be wrong, by predictions of models that did not train on these rows."""
 
 from __future__ import annotations
 
@@ -20,24 +20,23 @@ from hyperopt_peft.errors import ProblemError
 SLIGHT = 0.2
 CLEANLAB = "cleanlab's confident learning"
 MOST_PROBABLE = "the most probable class"
-INSTALL = 'cleanlab flags fewer, and is not installed: pip install "hyperopt-peft[cleanlab]"'
+INSTALL = 'pip install "hyperopt-peft[cleanlab]" flags fewer rows'
 
 
 @dataclass(frozen=True)
 class Suspects:
-    """How doubtful the label of each row is; a lower ``confidence`` is more doubtful.
+    """How doubtful the label of each row is.
 
     Attributes:
-        confidence: cleanlab's label quality from out-of-fold probabilities (Northcutt et al. 2021,
-            arXiv:1911.00068), or the probability of the given label without cleanlab, ``(n,)``;
-            NaN for a row without a label.
-        flagged: the rows that cleanlab takes for wrong, most doubtful first; without cleanlab the
-            rows whose label is not the most probable class; none where ``kappa`` is `SLIGHT`.
-        probabilities: of each class, by the folds that did not train on the row, ``(n, classes)``.
-        accuracy: the share of the labels that are the most probable class, out of fold.
-        kappa: how far ``accuracy`` is above chance, from 0 to 1 (Cohen 1960,
-            doi:10.1177/001316446002000104).
-        method: what flagged the rows.
+        confidence: the probability of the given label, or cleanlab's label quality (Northcutt et
+            al. 2021, arXiv:1911.00068), ``(n,)``; low is doubtful, NaN is a row without a label.
+        flagged: the rows that cleanlab flags, most doubtful first; without cleanlab the rows whose
+            label is not the most probable class; none if ``kappa`` is at most `SLIGHT`.
+        probabilities: of each class, from the fold without the row, ``(n, classes)``.
+        accuracy: the share of the labels that are the most probable class.
+        kappa: how far ``accuracy`` is above chance: 0 at chance, 1 if all labels are predicted
+            (Cohen 1960, doi:10.1177/001316446002000104).
+        method: the rule that flagged the rows.
     """
 
     confidence: Tensor
@@ -54,20 +53,29 @@ class Suspects:
 
     @property
     def verdict(self) -> str:
-        """How well the folds predict the labels, and how many may be wrong."""
-        text = (
-            f"out of fold {self.accuracy:.0%} of the labels are predicted (kappa {self.kappa:.2f})"
-        )
+        """How many labels may be wrong, or why none can be flagged."""
         if self.kappa <= SLIGHT:
             return (
-                f"{text}, which is near chance:\nsuch a model cannot tell a wrong label, and none "
-                "is flagged; train for longer, or on more rows"
+                "no label is flagged: models that train on the other rows predict the labels "
+                "hardly better than chance; train for longer, or on more rows"
             )
-        text = f"{text}; {len(self.flagged)} labels may be wrong, by {self.method}"
-        return text if self.method == CLEANLAB else f"{text}\n{INSTALL}"
+        return "; ".join([f"{len(self.flagged)} labels may be wrong", *filter(None, [self.advice])])
+
+    @property
+    def advice(self) -> str:
+        """How to flag fewer rows, where that is possible."""
+        return "" if self.method == CLEANLAB else INSTALL
+
+    @property
+    def numbers(self) -> str:
+        """How well models predict the labels of rows on which they did not train."""
+        return (
+            f"labels of held-out rows predicted: {self.accuracy:.0%}, kappa {self.kappa:.2f} (0 is "
+            f"chance, 1 is all); rows flagged by {self.method}"
+        )
 
     def __str__(self) -> str:
-        return self.verdict
+        return f"{self.verdict}\n{self.numbers}"
 
 
 def suspects(setup: RetrainingSetup, folds: int, seed: int) -> Suspects:

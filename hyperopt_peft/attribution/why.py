@@ -1,9 +1,8 @@
 """`why`: few training rows whose removal changes a prediction.
 
-The training rows are ordered by how much they hold a prediction up: by the derivative of its margin
-with respect to their weights, one solve with the Hessian of the head's loss for each prediction.
-The number of rows to remove is then found by retraining the head without the first of them (Yang,
-Jain & Wallace 2023, arXiv:2302.02169).
+The training rows are ordered by the derivative of the prediction's margin with respect to their
+weights, by one solve with the Hessian of the head's loss. Retraining the head without the first
+rows then finds the number to remove (Yang, Jain & Wallace 2023, arXiv:2302.02169).
 """
 
 from __future__ import annotations
@@ -42,23 +41,22 @@ TOLERANCES = 1e-5, 1e-6
 def why(trainer: Any, rows: Any = None, *, adapter: bool = False, progress: bool = True) -> Reasons:
     """For each of ``rows`` few training rows whose removal changes its prediction.
 
-    The prediction is that of a linear head on the features that the Trainer's model, as it is,
-    makes of the rows. The head is at the minimum of a convex loss, whose λ is the smallest that
-    predicts held-out rows as well as the best one, up to a standard error. The margin Φ is the
-    logit of the predicted class minus log Σ exp of the other logits. Rows of the largest dΦ/dv_i
-    are removed first. Each set that is returned changes the prediction when the head is trained
-    again without it; the set without its last row does not. A smaller set in another order may
-    exist.
+    A linear head predicts, on the features from the Trainer's model as it is. The head is at the
+    minimum of a convex loss. The weight λ of its penalty is the smallest that predicts held-out
+    rows as well as the best λ, up to a standard error. The margin Φ is the logit of the predicted
+    class minus log Σ exp of the other logits. Rows with the largest dΦ/dv_i are removed first.
+    Retraining without a returned set changes the prediction; with the set's last row back it does
+    not. A smaller set in another order may exist.
 
-    For token tags each wrongly predicted token is explained, and of a row without one the token of
-    the smallest margin; whole training rows are removed.
+    For token tags, each wrongly predicted token is explained, or the token of the smallest margin
+    if the row has no wrong one; whole training rows are removed.
 
     Args:
         trainer: a `transformers.Trainer` of a classifier, as for `attribute`.
         rows: a data set of rows that are not trained on, with labels; by default the Trainer's
             ``eval_dataset``.
-        adapter: also train what the Trainer trains, once with all rows and once without each set,
-            and report its predictions. This takes a training for each row.
+        adapter: also train the Trainer's model, with all rows and without each set, and report its
+            predictions: a training for each row.
         progress: whether to show progress bars.
 
     Raises:
@@ -121,7 +119,7 @@ def _with_adapter(
 
 
 def explained(training: HeadTraining, places: Features) -> list[int]:
-    """The entries of ``places`` to explain: each row, or of tags some of its tokens."""
+    """The entries of ``places`` to explain: each row, or some tokens of each row of tags."""
     if len(places.row.unique()) == len(places.row):
         return list(range(len(places.row)))
     with torch.no_grad():
@@ -151,7 +149,7 @@ def reason_for(training: HeadTraining, places: Features, place: int) -> Reason:
     """The fewest rows, in the order of their scores, without which ``place`` is another class."""
     x, (row, token) = places.x[place : place + 1], _row_and_token(places, place)
     head, predicted = training.on_rows.model, _predicted(training, x)
-    here = torch.tensor([predicted])
+    here = torch.full((1,), predicted, device=x.device)
     level, batch = training.level, batch_of(training.features)
     margin = Evaluation(training.weights, lambda: margins(head(x).logits, here)[0])
     setup = RetrainingSetup(training, margin, {"all": 1.0}, level, lambda: batch)
@@ -171,11 +169,11 @@ def reason_for(training: HeadTraining, places: Features, place: int) -> Reason:
 def fewest(
     training: HeadTraining, x: Tensor, order: Tensor, guess: int = 1
 ) -> tuple[int, int] | None:
-    """How many rows of ``order`` to remove until ``x`` ``(1, d)`` has another class, and which.
+    """How many rows of ``order`` to remove until ``x`` ``(1, d)`` has another class; that class.
 
-    With one row fewer the prediction is as it was. None where even `MOST` of the rows do not
-    suffice. The end of the search is verified by trainings to a lower tolerance; where these
-    disagree, the search is done again to it.
+    With one row fewer the prediction does not change. None if `MOST` of the rows do not suffice.
+    Trainings to a lower tolerance verify the result; if they disagree, the search is repeated to
+    that tolerance.
     """
     limit, predicted = _limit(training, order), _predicted(training, x)
     try:
@@ -193,7 +191,7 @@ def fewest(
 
 
 def _search(training: HeadTraining, x: Tensor, order: Tensor, guess: int) -> tuple[int, int] | None:
-    """As `fewest`: the number doubles from ``guess``, and is then found by bisection."""
+    """As `fewest`: the number doubles from ``guess``; bisection then finds it."""
     predicted, limit = _predicted(training, x), _limit(training, order)
     kept, count, becomes = 0, min(max(guess, 1), limit), predicted
     while limit:

@@ -2,10 +2,10 @@
 
 #: The commands and their summaries.
 COMMANDS = {
-    "init": "write a commented file of options for a table of yours",
-    "train": "train an adapter with BiDoRA, LoRA or another method, evaluate and save it",
-    "compare": "methods side by side: same data, budget and start, several seeds",
-    "check": "examine the two levels, and estimators of the hypergradient, on your model and data",
-    "attribute": "which training rows help or hurt on the evaluation examples, with a check",
-    "merge": "put an adapter into its base model's weights, and check the result",
+    "init": "guess the options for your table and write them to a commented file",
+    "train": "train an adapter by LoRA, DoRA, BiDoRA or another method; evaluate and save it",
+    "compare": "compare methods at equal passes, on the same data and seeds",
+    "check": "examine a method's two levels and hypergradient estimators on your data",
+    "attribute": "score training rows: which help, which hurt on rows that you trust",
+    "merge": "merge an adapter into its base model, and check the result",
 }

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from datasets import Dataset
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import attribute, why
 from hyperopt_peft.adapters import use_fast_dora
-from hyperopt_peft.attribution import Attribution, Reasons
+from hyperopt_peft.attribution import Reasons
 from hyperopt_peft.attribution.estimators import parse_estimator
-from hyperopt_peft.attribution.suspects import Suspects
-from hyperopt_peft.cli.options import OutputArguments
+from hyperopt_peft.cli import train
+from hyperopt_peft.cli.answers import DRAWS, Answers
+from hyperopt_peft.cli.options import OutputArguments, divided, flags_of, names_of
 from hyperopt_peft.cli.plan import Work, plan, whole
 from hyperopt_peft.cli.report import Report
-from hyperopt_peft.cli.text import SFT
+from hyperopt_peft.cli.text import SFT, judges
 from hyperopt_peft.cli.text.data import (
     EVALUATION,
     ExampleData,
@@ -29,19 +29,14 @@ from hyperopt_peft.cli.text.data import (
     read_files,
     require_columns,
 )
-from hyperopt_peft.cli.text.setup import SHARED, Setup, choose, prepare
-from hyperopt_peft.cli.train import save_adapter
+from hyperopt_peft.cli.text.setup import SHARED, Chosen, Setup, choose, prepare
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import shared
 from hyperopt_peft.utils import distributed
-from hyperopt_peft.utils.plots import row_groups
-from hyperopt_peft.utils.tables import aligned
 
 ROW, SLICE, UNROLLED = "row", "slice", "unrolled"
-#: The trainings without random rows of `retrain_without`.
-DRAWS = 5
-#: The rows at each end in tables and picture.
-SHOWN = 10
+#: The folds of the search for wrong labels with a head, which takes seconds.
+FOLDS = 5
 
 
 @dataclass
@@ -58,7 +53,11 @@ class AttributeArguments(OutputArguments):
     )
     check: int = HfArg(default=0, help="retrainings without random rows that check the scores")
     slices: str | None = HfArg(default=None, help="an evaluation column, whose values get scores")
-    suspects: int = HfArg(default=0, help="folds of the search for wrong labels, a training each")
+    suspects: int | None = HfArg(
+        default=None,
+        help="folds of the search for wrong labels, a training each; by default 5 with a head for "
+        "text-classification, else 0",
+    )
     why: list[str] | None = HfArg(
         default=None,
         help="rows of which each prediction has the few training rows behind it shown; those of "
@@ -101,6 +100,9 @@ def run(argv: Sequence[str]) -> None:
         raise ProblemError("retrain_without: is not of task sft; train without rows by TRL")
     if command.why and not chosen.model.task.endswith("classification"):
         raise ProblemError(f"why: needs classes of rows or tokens; {chosen.model.task} has none")
+    if command.suspects is None:
+        asked = command.score_model == "head" and chosen.model.task == "text-classification"
+        command.suspects = FOLDS if asked else 0
     command.require_output(args)
     without = replace(data, eval_fraction=0.0)
     setup, test = split(command, prepare(chosen.model, without, args, chosen.method), data)
@@ -132,11 +134,16 @@ def run(argv: Sequence[str]) -> None:
     result.columns = {name: rows[name][:] for name in setup.encoder.columns}
     output, first = Path(args.output_dir), not distributed.rank()
     if command.score_model == "adapter":
-        save_adapter(trainer)
+        train.save_adapter(trainer)
         trainer.save_metrics("eval", trainer.evaluate())
     page = Report("attribute", "", chosen.options, curves={"Losses": trainer.state.log_history})
     page.pictures = {"Scores of the training rows": "attribution.png"}
-    scored = Scored(result, command, page, output if first else None)
+    marks = {*judges.marks_of(setup.evaluation_rows, setup.encoder.columns), *setup.marks}
+    classes = {}
+    if chosen.model.task == "text-classification":
+        classes = dict(zip(setup.train["labels"], rows[data.label_column]))
+    again = train_again(argv, chosen, output)
+    answers = Answers(result, command, page, output if first else None, marks, classes, again)
 
     def reasons() -> Reasons:
         fresh, on_adapter = new_trainer(), command.score_model == "adapter"
@@ -144,14 +151,27 @@ def run(argv: Sequence[str]) -> None:
         columns, numbers = result.columns, result.numbers
         return replace(found, columns=columns, numbers=numbers, explained=shown)
 
-    for text in scored.paragraphs(
+    for text in answers.paragraphs(
         test, args.seed, reasons if explained else None, len(explained or ())
     ):
         if first:
             print(f"{text}\n", flush=True)
     if first:
-        print(f"attribution.csv and report.md are in {output}")
+        print(f"report.html and attribution.csv, with all rows, are in {output}")
     trainer.end_training()
+
+
+def train_again(argv: Sequence[str], chosen: Chosen, output: Path) -> str:
+    """The command that trains on the same data with corrected labels, into another folder."""
+    _, flags = divided("attribute", argv)
+    file = [argv[0]] if argv and not argv[0].startswith("-") else []
+    names = {*names_of(train.TYPES), *names_of([type(chosen.method)])} - {
+        *names_of([OutputArguments])
+    }
+    words = {name: values for name, values in flags.items() if name in names}
+    words |= {"method": [chosen.name], "corrections": [f"{output}/suspects.csv"]}
+    words |= {"output_dir": [f"{output}-corrected"]}
+    return shlex.join(["hyperopt-peft", "train", *file, *flags_of(words)])
 
 
 def split(
@@ -183,7 +203,8 @@ def split(
                     f"test_file: {common} of {len(test)} rows are {name} examples too, which the "
                     "scores have seen; remove them"
                 )
-    return replace(setup, train=train.sort(ROW), evaluation=evaluation), test
+    train = train.sort(ROW)
+    return replace(setup, train=train, evaluation=evaluation, evaluation_rows=rows), test
 
 
 def rows_to_explain(files: Sequence[str], setup: Setup) -> tuple[Dataset, dict[str, list[Any]]]:
@@ -239,123 +260,3 @@ def planned(command: AttributeArguments, setup: Setup, trainer: Any, explained: 
     }
     works += [replace(training, name=name, trainings=n) for name, n in counts.items() if n]
     return f"{line}\n{plan(works, trainer)}"
-
-
-@dataclass
-class Scored:
-    """What is printed of a result, and the files in ``folder``, as soon as a part is known."""
-
-    result: Attribution
-    command: AttributeArguments
-    page: Report
-    folder: Path | None
-    columns: dict[str, list[Any]] = field(default_factory=dict)
-    record: dict[str, Any] = field(default_factory=dict)
-    verdicts: list[str] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-
-    def write(self, text: str, verdict: str = "", **parts: Any) -> str:
-        """Write the files again, with ``parts`` in the record and ``text`` in the page."""
-        self.record |= parts
-        self.texts.append(text)
-        self.verdicts += [verdict] * bool(verdict)
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            escape = self.command.escape_formulas
-            path = self.folder / "attribution.csv"
-            self.result.to_csv(path, self.columns, escape_formulas=escape)
-            self.result.plot(self.folder / "attribution.png", SHOWN)
-            record = json.dumps(self.record, indent=1)
-            (self.folder / "attribution.json").write_text(f"{record}\n")
-            unchecked = [] if self.result.checked else ["the scores are unchecked: give check"]
-            self.page.verdict = "; ".join([*self.verdicts, *unchecked])
-            self.page.texts = {"Checks": "\n\n".join(self.texts)}
-            self.page.write(self.folder)
-        return text
-
-    def paragraphs(
-        self,
-        test: Dataset | None,
-        seed: int,
-        reasons: Callable[[], Reasons] | None = None,
-        explained: int = 0,
-    ) -> Iterator[str]:
-        """The paragraphs that are printed; all but the first two train again."""
-        result, command = self.result, self.command
-        of_run: dict[str, Any] = {"settings": result.settings, "evaluation_loss": result.values}
-        yield self.write(*self._summary(), **of_run)
-        if command.check:
-            yield self._cost("check", command.check, "and another attribution")
-            check = result.check(command.check, seed=seed)
-            by_slice = (f"{name}: {one}" for name, one in check.by_slice.items())
-            text = "\n".join([f"check: {check}", *by_slice])
-            yield self.write(text, check.verdict.partition(";")[0], check=check.record())
-        yield self.write(result.table(SHOWN).partition("\nthese scores are")[0])
-        if not command.check:
-            yield self._cost("unchecked: --check 20", 20, "and tells whether to rely on the scores")
-        if command.suspects:
-            yield self._cost("suspects", command.suspects)
-            suspects = result.suspects(command.suspects, seed=seed)
-            flagged = {*suspects.flagged}
-            marks = [int(row in flagged) for row in range(len(result.scores))]
-            self.columns = {"suspect": marks, "label_confidence": suspects.confidence.tolist()}
-            text = f"suspects: {suspects}\n{self._evidence(suspects)}".rstrip()
-            if self.folder is not None and flagged:
-                confidence, worst = suspects.confidence, suspects.flagged[:SHOWN]
-                doubts = {result.line(row, 70): 1 - float(confidence[row]) for row in worst}
-                groups, path = {"the most doubtful labels": doubts}, self.folder / "suspects.png"
-                row_groups(groups, path, "1 − confidence in the given label")
-                self.page.pictures = {**self.page.pictures, "Doubtful labels": "suspects.png"}
-            yield self.write(text, suspects=suspects.record())
-        if reasons is not None:
-            if command.score_model == "adapter":
-                yield self._cost("why", explained + 1)
-            found = reasons()
-            if self.folder is not None:
-                found.to_csv(self.folder / "why.csv", escape_formulas=command.escape_formulas)
-                if any(reason.rows for reason in found):
-                    found.plot(self.folder / "why.png")
-                    pictures = {**self.page.pictures, "Why these predictions": "why.png"}
-                    self.page.pictures = pictures
-            yield self.write(f"why:\n{found}")
-        if test is not None and command.retrain_without is not None:
-            yield self._cost("retrain_without", 4 + DRAWS)
-            removal = result.removal(command.retrain_without, test, draws=DRAWS, seed=seed)
-            text = f"on {len(test)} rows that neither training nor scores saw:\n{removal}"
-            record = asdict(removal) | {"verdict": removal.verdict}
-            yield self.write(text, removal.verdict, removal=record)
-
-    def _evidence(self, suspects: Suspects) -> str:
-        """The most doubtful rows, with the place that each has by suspicion, by loss, by score."""
-        result, ranks = self.result, self.result.ranks().tolist()
-        by_loss = result.losses.nan_to_num(-1.0).argsort(descending=True).argsort() + 1
-        lines: list[list[Any]] = [["the most doubtful rows", "by suspicion", "by loss", "by score"]]
-        by_suspicion = suspects.confidence.nan_to_num(torch.inf).argsort().argsort() + 1
-        for row in suspects.flagged[:SHOWN]:
-            places = int(by_suspicion[row]), int(by_loss[row]), ranks[row]
-            lines.append([result.line(row), *places])
-        return aligned(lines) if suspects.flagged else ""
-
-    def _cost(self, name: str, trainings: int, more: str = "") -> str:
-        minutes = trainings * self.result.settings["seconds"] / 60
-        return f"{name}: {trainings} trainings, about {minutes:.1f} minutes {more}".rstrip()
-
-    def _summary(self) -> tuple[str, str]:
-        """The paragraph on the run, and its line on the rows that hurt."""
-        settings, scores = self.result.settings, self.result.scores
-        hurt, unseen = int((scores > 0).sum()), settings["unseen"]
-        counts = f"{hurt} of {len(scores) - unseen} training rows hurt (score > 0)"
-        counts += f"; {unseen} were never trained on: train for longer" * bool(unseen)
-        phi = ", ".join(f"{name} {value:.4f}" for name, value in self.result.values.items())
-        trained = f"{settings['steps']} steps"
-        if self.command.score_model == "head":
-            trained = f"a head at its minimum (λ = {settings['l2']:g})"
-        lines = [
-            f"{settings['rows']} training rows, {trained}, {settings['variables']:,} parameters; "
-            f"scores by {settings['estimator']}",
-            f"evaluation loss: {phi}",
-            counts,
-        ]
-        if residuals := settings["residuals"].values():
-            lines.append(f"largest relative residual of the solver: {max(residuals):.2g}")
-        return "\n".join([*lines, *(f"note: {note}" for note in settings["notes"])]), counts

@@ -25,6 +25,7 @@ from hyperopt_peft.hypergradients.implicit.minres import MINRES
 from hyperopt_peft.trainer.data import batches_of
 from hyperopt_peft.trainer.quiet import quiet
 from hyperopt_peft.utils.signal_to_noise import MIN_SAMPLES
+from hyperopt_peft.utils.tables import aligned
 from hyperopt_peft.utils.validation import require_count
 
 NONE = ["none"]
@@ -82,7 +83,7 @@ TYPES = (CheckArguments, *SHARED)
 
 
 def run(argv: Sequence[str]) -> None:
-    """Parse ``argv``, train for ``search_steps``, examine both levels; write ``check.md``."""
+    """Parse ``argv``, train for ``search_steps``, examine both levels; write ``check.html``."""
     chosen = choose("check", CheckArguments, argv)
     command, args = chosen.command, chosen.args
     output = args.output_dir
@@ -104,7 +105,7 @@ def run(argv: Sequence[str]) -> None:
         page = _examine(trainer, command)
     page.options = chosen.options
     page.subtitle = f"after {command.search_steps} steps of the search on {chosen.model.model}"
-    print(f"\n{page.write(output or '.')} has all of it")
+    print(f"\n{page.write(output or '.')} has the measurements too")
 
 
 def planned(command: CheckArguments, learning_rate: float) -> list[Work]:
@@ -123,7 +124,7 @@ def planned(command: CheckArguments, learning_rate: float) -> list[Work]:
 
 
 def _examine(trainer: Any, command: CheckArguments) -> Report:
-    """Print the check of the levels on their first batches, then the estimators side by side."""
+    """Print the findings of the levels on their first batches, then the estimators."""
     upper, lower, args = trainer.upper, trainer.lower, trainer.args
     shown: dict[str, Any] = {"seed": args.seed, "progress": sys.stderr.isatty()}
     size = args.per_device_train_batch_size
@@ -133,10 +134,11 @@ def _examine(trainer: Any, command: CheckArguments) -> Report:
     several: dict[str, Any] = {"upper_batches": uppers, "lower_batches": lowers}
     steps = command.solver_steps
     check = check_problem(upper, lower, **point, **several, solver_steps=steps, **shown)
-    print(check, flush=True)
-    found = len(check.findings)
-    verdict = f"{found} finding{'s' * (found != 1)} at this point" if found else "nothing is amiss"
-    page = Report("check", verdict, {}, texts={"Both levels": str(check)})
+    found, measured_too = [*map(str, check.findings)], "\n".join(check.measurements())
+    verdict = f"{len(found)} findings on the two levels" if found else "both levels are sound"
+    print("\n".join([*(found or [verdict]), *[measured_too] * command.details]), flush=True)
+    page = Report("check", verdict, {}, details={"Measurements": measured_too})
+    page.sections = {"Findings": "\n".join(found)} if found else {}
     if command.estimators == NONE:
         return page
     measured = check.curvature or spectrum(upper, lower, **point, seed=args.seed)
@@ -145,9 +147,16 @@ def _examine(trainer: Any, command: CheckArguments) -> Report:
         upper, lower, estimators, reference, repeats=1, **point, **shown
     )
     advice = recommend(comparison)
-    print(f"\n{comparison}\n\n{advice}")
-    page.verdict = f"{page.verdict}; {str(advice).splitlines()[-1]}"
-    page.texts = {**page.texts, "Estimators": f"{comparison}\n\n{advice}"}
+    table = comparison.table()
+    if not command.details:
+        table = [[*row[:3], row[-1]] for row in table]
+    remarks = "\n".join(comparison.remarks())
+    print(f"\n{advice}\n\n{aligned(table)}")
+    if command.details:
+        print(remarks)
+    page.verdict += f"; use {advice.estimator}" if advice.estimator else "; no estimator is near"
+    page.sections = {**page.sections, "Estimators": str(advice), "Beside the reference": table}
+    page.details = {**page.details, "Estimators": comparison.table(), "Reference": remarks}
     return page
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.cli.options import OutputArguments, divided, names_of
-from hyperopt_peft.cli.report import Report
+from hyperopt_peft.cli.report import Report, as_text
 from hyperopt_peft.cli.text import models
 from hyperopt_peft.cli.text.setup import SHARED, choose, prepare
 from hyperopt_peft.comparison import compare_methods
@@ -87,6 +87,14 @@ def run(argv: Sequence[str]) -> None:
         raise ProblemError("eval_fraction: compare needs evaluation examples; give eval_file")
     if command.folds and setup.upper is None:
         raise ProblemError("folds: are of trusted examples; give upper_file")
+    judge, option = setup.evaluation_rows, "eval_file"
+    if command.folds:
+        judge, option = setup.upper_rows, "upper_file"
+    if known := setup.scored_by(judge):
+        raise ProblemError(
+            f"{option}: {known} of {len(judge or ())} rows have scored the training rows, and "
+            "cannot judge the use of these scores; give other rows, or a train_file without scores"
+        )
     output = Path(args.output_dir)
     if command.overwrite_output_dir and not command.dry_run and int(count) == 1:
         for path in output.glob("runs*.jsonl"):
@@ -121,16 +129,12 @@ def run(argv: Sequence[str]) -> None:
     comparison.plot(output / "comparison.png")
     (output / "comparison.tex").write_text(comparison.to_latex())
     comparison.to_csv(output / "runs.csv")
-    note, *sentences = comparison.heading(), *comparison.sentences()
+    heading, sentences = comparison.heading(), comparison.sentences()
     if command.folds:
-        sentences.append(comparison.recommendation())
-        print(f"\n{sentences[-1]}")
-    page = Report(
-        "compare",
-        note,
-        plain.options,
-        tables=comparison.tables(),
-        texts={"Findings": "\n".join(sentences)},
-        pictures={"Differences": "comparison.png"},
-    )
-    print(f"\n{comparison}\n{page.write(output)} has all of it")
+        sentences.insert(0, comparison.recommendation())
+    page = Report("compare", "\n".join(sentences), plain.options, details=comparison.tables())
+    table = comparison.table()
+    page.sections = {heading: [[*row[:3], row[-2]] for row in table]}  # without rates and memory
+    page.pictures = {"Differences": "comparison.png"}
+    print(f"\n{page.verdict}\n\n{as_text({heading: table} if command.details else page.sections)}")
+    print(f"\n{page.write(output)} has the differences in a picture")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -13,7 +14,7 @@ from datasets import ClassLabel, Dataset, Value
 
 from hyperopt_peft.cli.text import SFT
 from hyperopt_peft.cli.text.data import TRAIN, require_columns
-from hyperopt_peft.cli.text.encode import class_names
+from hyperopt_peft.cli.text.encode import class_names, number
 from hyperopt_peft.errors import ProblemError
 
 TEXTS = ("text", "tweet", "sentence", "review", "content", "comment", "message", "question")
@@ -162,7 +163,7 @@ def _label(rows: Dataset, besides: Collection[str], task: str | None) -> str | N
         if named := [known[name] for name in LABELS if name in known]:
             return named[0]
     if len(candidates) == 1:
-        return candidates[0]
+        return str(candidates[0])
     if not candidates and task is None:
         return None
     which = " or ".join(candidates[:5]) + " or …" * (len(candidates) > 5)
@@ -181,17 +182,10 @@ def _task_of_label(rows: Dataset, label: str) -> str:
         return "regression"
     if many and kind in ("string", "large_string"):
         values = [str(value).strip() for value in rows[label][:1000]]
-        wrong = [row for row, value in enumerate(values) if not _is_number(value)]
+        wrong = [row for row, value in enumerate(values) if math.isnan(number(value))]
         if wrong and len(wrong) * 2 < len(values):
             raise ProblemError(
                 f"label_column: {label} has {values[wrong[0]]!r} in row {wrong[0]} (from 0) among "
                 f"numbers; correct the row, or {NO_LABEL}"
             )
     return "text-classification"
-
-
-def _is_number(text: str) -> bool:
-    with suppress(ValueError):
-        float(text)
-        return True
-    return False

@@ -19,7 +19,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as a shell has it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that ``argv`` (by default the process's own) names; the exit status.
+    """Run the command in ``argv``, by default the process's arguments; returns the exit status.
 
     The status is 0; 1 if a training diverged, 2 after a wrong option or bad data, and 130 after
     Ctrl-C, each with one line on stderr.
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except SystemExit:  # after --help
         return 0
-    except (ProblemError, NonFiniteError) as error:
+    except (ProblemError, NonFiniteError, OSError) as error:
         message, status = " ".join(str(error).split()), 2 - isinstance(error, NonFiniteError)
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
@@ -61,7 +61,7 @@ def _run(name: str, options: Sequence[str]) -> None:
 
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
-    # Rows and names are of files that others wrote.
+    # Rows and names come from files that others wrote, and may have escape sequences.
     with warnings.catch_warnings(), redirect_stdout(Printable(sys.stdout)):
         # A user of the command line cannot act on renamings in PEFT and Transformers.
         warnings.simplefilter("ignore", FutureWarning)
@@ -85,5 +85,7 @@ class Printable:
 def usage() -> str:
     """The commands and their summaries."""
     commands = "\n".join(f"  {name:11}{summary}" for name, summary in COMMANDS.items())
-    last = "hyperopt-peft COMMAND --help lists the options of one; --version."
+    last = (
+        "hyperopt-peft COMMAND --help lists the options of a command; --version prints the version."
+    )
     return f"usage: hyperopt-peft COMMAND [config.yaml] [options]\n\n{commands}\n\n{last}"

@@ -31,8 +31,12 @@ class MergeArguments:
 
     adapter: str = HfArg(help="the folder of the adapter")
     output_dir: str = HfArg(help="where the merged model is written; must be empty or not exist")
-    model: str | None = HfArg(default=None, help="the base model; if not given as the adapter says")
-    dtype: Literal["float32", "bfloat16"] = HfArg(default="float32", help="to save in")
+    model: str | None = HfArg(
+        default=None, help="the base model; by default the one that the adapter names"
+    )
+    dtype: Literal["float32", "bfloat16"] = HfArg(
+        default="float32", help="number format to save in"
+    )
 
 
 TYPES = (MergeArguments,)
@@ -70,7 +74,7 @@ def _load(args: MergeArguments) -> Any:
     saved = folder / BASE_CONFIG  # written by train, with the labels of a new head
     config = load_config(str(saved if saved.is_dir() else name))
     if not hasattr(load_config(name), "quantization_config"):
-        # That of load_in_4bit would round the merged weights.
+        # The quantization by load_in_4bit would round the merged weights.
         vars(config).pop("quantization_config", None)
     base, new = load_base(task, name, config, "float32")
     trained = tuple(adapter.modules_to_save or [])

@@ -1,7 +1,7 @@
-"""Options of a YAML file, of flags or of both, and the parser that makes dataclasses of them.
+"""Options from a YAML file and from flags, and the parser that turns options into dataclasses.
 
-Flags override the file. One file may serve all commands: a mapping under a command's name has
-options of that command alone, and an option of another command is not read.
+Flags override the file. One file can serve all commands: a mapping under a command's name has
+options for that command alone, and options of other commands are ignored.
 """
 
 from __future__ import annotations
@@ -38,13 +38,25 @@ Options = dict[str, list[str]]
 #: Files and folders in ``output_dir`` that are the results of a run.
 RESULTS = (
     "adapter_config.json",
-    "report.md",
+    "report.html",
     "checkpoint-*",
     "retrain/checkpoint-*",
 )
-#: The arguments of `transformers.TrainingArguments` in a page of help; ``--help_all`` has the rest.
-COMMON = """output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size seed
-bf16 gradient_accumulation_steps use_cpu logging_steps resume_from_checkpoint report_to"""
+#: The fields of `transformers.TrainingArguments` in a page of help; ``--help_all`` has the rest.
+COMMON = {
+    "output_dir": "the folder of the results",
+    "learning_rate": "peak learning rate, with linear decay",
+    "num_train_epochs": "passes over the training examples",
+    "max_steps": "optimizer steps, in place of num_train_epochs if positive",
+    "per_device_train_batch_size": "examples in a batch on each device",
+    "gradient_accumulation_steps": "batches in an optimizer step",
+    "seed": "seed of the start, the split and the order of examples",
+    "bf16": "compute in bfloat16 where float32 is not needed",
+    "use_cpu": "use no accelerator",
+    "logging_steps": "steps from log line to log line, or their share of all steps",
+    "report_to": "loggers such as tensorboard or wandb; all, or none",
+    "resume_from_checkpoint": "a checkpoint of an earlier run; true: the last one in output_dir",
+}
 LOGGING_STEPS = 0.05  # a share of all steps
 
 
@@ -54,8 +66,11 @@ class RunArguments:
 
     _argument_group_name = "command"
 
-    dry_run: bool = HfArg(default=False, help="print the plan and minutes; train nothing")
-    plugin: list[str] | None = HfArg(default=None, help="files to import, which add estimators")
+    dry_run: bool = HfArg(default=False, help="print steps and minutes; train nothing")
+    plugin: list[str] | None = HfArg(
+        default=None, help="Python files to import, which can register estimators"
+    )
+    details: bool = HfArg(default=False, help="print the numbers for experts too")
 
 
 @dataclass
@@ -73,14 +88,16 @@ class OutputArguments(RunArguments):
         if self.dry_run:
             args.output_dir = cache_folder()
             return None
+        if not args.output_dir:
+            raise ProblemError("output_dir: is empty; name a folder")
         checkpoint = self._checkpoint(args)
         if args.process_index == 0:
             held = lock(Path(args.output_dir), shared=shared)
             weakref.finalize(self, os.close, held)  # not later than the process ends
         return checkpoint
 
-    def _checkpoint(self, args: TrainingArguments) -> str | bool | None:
-        folder, asked = Path(args.output_dir or ""), checkpoint_of(args)
+    def _checkpoint(self, args: Any) -> str | bool | None:
+        folder, asked = Path(args.output_dir), checkpoint_of(args)
         require_writable(folder)
         last = asked.lower() == "true"
         if last and next(valid_checkpoints(folder, folder / "retrain"), None) is not None:
@@ -131,7 +148,7 @@ def checkpoint_of(args: TrainingArguments) -> str:
 
 
 def divided(command: str, argv: Sequence[str]) -> tuple[Options, Options]:
-    """The options of the YAML file, if ``argv`` begins with one, and those of the flags."""
+    """The options in the YAML file, if ``argv`` begins with one, and the options in the flags."""
     of_file, flags, values = Options(), Options(), list[str]()
     if argv and not argv[0].startswith("-"):
         of_file, argv = _options_in(Path(argv[0]), command), argv[1:]
@@ -198,10 +215,10 @@ def parse(
     Args:
         command: the subcommand, a key of `COMMANDS`.
         types: dataclasses whose fields are the options, each with its help.
-        argv: a YAML file (optional), then flags. Options of the file that are of other commands,
-            tasks or methods are not read; such a flag is an error.
-        method: a class whose fields are options too, and whose defaults are those of the run.
-        besides: further names, which are not read.
+        argv: a YAML file (optional), then flags. Options in the file for other commands, tasks or
+            methods are ignored; such a flag is an error.
+        method: a class whose fields are options too, and whose defaults are the run's.
+        besides: further names, which are ignored.
     """
     of_file, flags = divided(command, argv)
     parser = _parser(types, method)
@@ -215,10 +232,10 @@ def parse(
         owners = _owners(command, name, names)
         if name in flags:
             raise ProblemError(
-                f"--{name}: an option of {owners}, which this run does not read; leave it out"
+                f"--{name}: is an option of {owners}, and not of this run; leave it out"
             )
     if foreign:
-        text = f"{', '.join(foreign)}: of other commands, tasks or methods, and not read"
+        text = f"ignored, for other commands, tasks or methods: {', '.join(foreign)}"
         print(f"hyperopt-peft {command}: {text}", file=sys.stderr)
     try:
         *parsed, rest = parser.parse_args_into_dataclasses(
@@ -239,7 +256,7 @@ class _Parser(HfArgumentParser):
 
 
 class _Format(HelpFormatter):
-    """An option by one name, with its default unless that is nothing."""
+    """One name for each option, with the default unless it is empty."""
 
     def _format_action_invocation(self, action: Action) -> str:
         values = "" if action.nargs == 0 else self._format_args(action, "VALUE")
@@ -300,13 +317,17 @@ def _owners(command: str, name: str, names: Collection[str]) -> str:
 
 def _page(command: str, parser: _Parser, *, everything: bool) -> str:
     """The help of ``command``; with ``everything`` all arguments of Transformers too."""
-    hidden = set() if everything else names_of([TrainingArguments]) - {*COMMON.split()}
+    hidden = set() if everything else names_of([TrainingArguments]) - {*COMMON}
     for action in parser._actions:
         if action.dest in hidden or action.option_strings[0].startswith("--no_"):
             action.help = SUPPRESS
+        elif action.dest in COMMON:
+            action.help = COMMON[action.dest]
         elif not action.help:
             action.help = _documented(parser.dataclass_types[-1], action.dest)
     usage = "FILE [FILE ...] [options]" if command == "init" else "[config.yaml] [options]"
+    parser._action_groups = [*parser._action_groups[2:], parser._action_groups[1]]
+    parser._action_groups[-1].title = "training"
     parser.usage, parser.description = f"hyperopt-peft {command} {usage}", f"{COMMANDS[command]}."
     if hidden & names_of(parser.dataclass_types):
         parser.epilog = "--help_all lists the other fields of transformers.TrainingArguments too."
@@ -314,7 +335,11 @@ def _page(command: str, parser: _Parser, *, everything: bool) -> str:
 
 
 def _documented(kind: type, name: str) -> str:
-    """What the docstring of ``kind`` says of its argument ``name``."""
+    """The entry of the argument ``name`` in the docstring of ``kind``."""
     entry = rf"^    {name}: (.*?)(?=\n    \S|\n\n|\Z)"
     found = re.findall(entry, getdoc(kind) or "", re.DOTALL | re.MULTILINE)
-    return " ".join(found[0].split()).rstrip(".").replace("%", "%%") if found else "of the method"
+    return (
+        " ".join(found[0].split()).rstrip(".").replace("%", "%%")
+        if found
+        else "an option of the method"
+    )

@@ -32,13 +32,9 @@ def plan(works: Sequence[Work], trainer: Any) -> str:
     """``works`` and their time in a table, by a timed pass of ``trainer``."""
     seconds = seconds_a_pass(trainer)
     minutes = [work.trainings * work.passes * seconds / 60 for work in works]
-    rows: list[Sequence[Any]] = [("", "trainings", "steps", "passes", "minutes")]
-    for work, each in zip(works, minutes, strict=True):
-        rows.append((work.name, work.trainings, work.steps, f"{work.passes:.0f}", f"{each:.1f}"))
-    return (
-        f"{aligned(rows)}\ntogether about {sum(minutes):.1f} minutes without evaluation, by a "
-        f"timed pass of {seconds:.2f} seconds"
-    )
+    rows: list[Sequence[Any]] = [("", "trainings", "steps", "minutes")]
+    rows += [(w.name, w.trainings, w.steps or "", f"{m:.1f}") for w, m in zip(works, minutes)]
+    return f"{aligned(rows)}\ntogether about {sum(minutes):.1f} minutes without evaluation"
 
 
 def seconds_a_pass(trainer: Any) -> float:

@@ -47,6 +47,8 @@ def run(argv: Sequence[str]) -> None:
         print(plan(works, trainer))
         return
     if trainer.is_world_process_zero():  # the lines of two phases look alike
+        if setup.changed is not None:
+            print(f"{setup.changed} labels corrected by {', '.join(chosen.data.corrections)}")
         print(", then ".join(f"{work.name}: {work.steps} steps" for work in works), flush=True)
     trainer.train(checkpoint)
     evaluation = {} if setup.evaluation is None else trainer.evaluate()
@@ -55,8 +57,8 @@ def run(argv: Sequence[str]) -> None:
     save(trainer, evaluation)
     if trainer.is_world_process_zero():
         page = report(trainer, setup, evaluation, chosen)
-        print(f"{page.verdict}\nthe adapter is in {args.output_dir}")
-        print(f"{page.write(args.output_dir)} has all of it")
+        page.write(args.output_dir)
+        print(f"{page.verdict}\nthe adapter and report.html are in {args.output_dir}")
     trainer.end_training()
 
 
@@ -83,7 +85,7 @@ def metrics_of(evaluation: dict[str, Any]) -> dict[str, float]:
 def report(
     trainer: BilevelTrainer, setup: Setup, evaluation: dict[str, Any], chosen: Chosen
 ) -> Report:
-    """The page of a run; its verdict says what a guess would reach."""
+    """The page of a run; its verdict names the accuracy of a guess, and a judge that is none."""
     histories = {"Losses": trainer.state.log_history}
     if trainer.retrainer is not None:
         # The evaluation of the final model is in the log of the search, which made another one.
@@ -91,7 +93,8 @@ def report(
         histories = {"Search": search, "Retraining": trainer.retrainer.state.log_history}
     works = phases(trainer)
     rows: list[list[Any]] = [[work.name, work.steps, f"{work.passes:.0f}"] for work in works]
-    tables = {"Trainings": [["phase", "steps", "passes"], *rows]}
+    details = {"Trainings": [["phase", "steps", "passes over a batch"], *rows]}
+    tables: dict[str, list[list[str]]] = {}
     verdict = f"{chosen.name.rpartition(':')[2]}, {sum(work.steps for work in works)} steps"
     if evaluation and setup.evaluation is not None:
         numbers = metrics_of(evaluation)
@@ -100,14 +103,21 @@ def report(
         verdict = f"{metric} {numbers[metric]:.4g} on {size} evaluation rows, by {verdict}"
         if metric == "accuracy":
             count = max(Counter[int](setup.evaluation["labels"]).values())
-            verdict += f"; always the commonest class has {count / size:.4g}"
+            verdict += f"; always the commonest class: {count / size:.4g}"
+        if known := setup.scored_by(setup.evaluation_rows):
+            verdict += (
+                f"; too good: {known} of the {size} rows have scored the training rows, so judge "
+                "by other rows (--eval_file)"
+            )
     shares: dict[str, float] = getattr(trainer.method, "shares", dict)()
     if shares:
         tables["Shares of the sources"] = [[*shares], [f"{share:.4f}" for share in shares.values()]]
         verdict += f"; shares {', '.join(f'{name} {share:.3f}' for name, share in shares.items())}"
     files = chosen.data.train_file or [chosen.data.dataset]
     subtitle = f"{', '.join(files)} · {chosen.model.model}"
-    return Report("train", verdict, chosen.options, subtitle, tables, curves=histories)
+    page = Report("train", verdict, chosen.options, subtitle, tables, details=details)
+    page.curves = histories
+    return page
 
 
 def save_adapter(trainer: BilevelTrainer) -> None:

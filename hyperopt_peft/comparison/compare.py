@@ -151,8 +151,10 @@ def compare_methods(
         raise ProblemError(
             f"development: the seeds {sorted(both)} are reported ones too; give others"
         )
-    if passes is None and not on_heads:
-        raise ProblemError("passes: there is no budget; give the passes of a run, such as 300")
+    if not on_heads and not 0 < (passes or 0) < math.inf:
+        raise ProblemError(f"passes: must be the budget of a run, such as 300, got {passes}")
+    if jobs == 0:
+        raise ProblemError("jobs: must be a number of processes, got 0")
     if part != (1, 1) and folder is None:
         raise ProblemError("part: the parts share their runs through a folder; give folder")
     parts = seeds if on_heads and folds is None else ()

@@ -25,13 +25,13 @@ from transformers import EvalPrediction, default_data_collator, set_seed
 
 from hyperopt_peft.comparison.price import Price, peak_memory
 from hyperopt_peft.comparison.task import Run, Task
-from hyperopt_peft.core.data import DataStream
+from hyperopt_peft.core.data import DataStream, to_device
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine.engine import Engine
 from hyperopt_peft.engine.fit import lbfgs
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.features import Features, features_of
-from hyperopt_peft.problems.head import Head, head_of, l2_penalty, require_labels_of_a_head
+from hyperopt_peft.problems.head import Head, head_of, l2_penalty, require_head
 from hyperopt_peft.trainer.checks import read_rows
 from hyperopt_peft.trainer.data import split_dataset
 from hyperopt_peft.trainer.method import Method, has_upper_level
@@ -118,6 +118,7 @@ class HeadTask(Task):
         assert self.model is not None
         model: Any = OnFeatures(self.model.x, self.model.head)
         read = partial(_read, tags=method.tags)
+        batch = partial(read, device=model.x.device)
         method.read_rows(model, rows, read)
         try:
             method.prepare(model)
@@ -126,19 +127,19 @@ class HeadTask(Task):
             raise ProblemError(f"{run.method}: {advice}") from error
         if bilevel:
             if run.kind == "method":
-                _search(method, model, read(rows), read(upper), run.upper_rate or RATE)
+                _search(method, model, batch(rows), batch(upper), run.upper_rate or RATE)
             model = method.finish(model)
             rows = method.all_rows(train, upper)
             method.read_rows(model, rows, read)
-        lbfgs(_lower(method, model), read(rows), tolerance=TOLERANCE)
+        lbfgs(_lower(method, model), batch(rows), tolerance=TOLERANCE)
         return model
 
     def evaluate(self, model: nn.Module, rows: Any) -> dict[str, float]:
         """The loss of ``rows``, and the metrics of the options, as a Trainer names them."""
-        batch = _read(rows)
+        batch = _read(rows, device=next(model.parameters()).device)
         with torch.no_grad():
             output = model(**batch)
-        logits, labels = output.logits.float(), batch["labels"]
+        logits, labels = output.logits.float().cpu(), batch["labels"].cpu()
         metrics = {"loss": float(output.loss)}
         if reduce := self.options.get("preprocess_logits_for_metrics"):
             logits = reduce(logits, labels)
@@ -151,33 +152,33 @@ class HeadTask(Task):
         """Make the features of all rows, once, and tables that have their numbers."""
         if self.model is not None:
             return
-        data, found, tables, model = self.data, list[Features](), list[Any](), None
+        data, found, tables = self.data, list[Features](), list[Any]()
+        trainer: Any = None
         for rows in (data.train, data.upper, data.test):
             if rows is None:
                 tables.append(None)
                 continue
-            model, features, read = self._features(rows)
+            trainer, features, read = self._features(rows)
             begin = sum(len(each.x) for each in found)
             found.append(features)
             columns = {ROW: range(begin, begin + len(rows)), "labels": features.labels.tolist()}
             others = [name for name in rows.column_names if name not in (*read, *LABELS)]
             tables.append(Dataset.from_dict(columns | {name: rows[name][:] for name in others}))
-        every = Features.joined(found)
-        every = replace(every, x=every.x.double())
+        every = Features.joined(found).double()
         seen = found[:-1] if data.test is not None else found
-        every = every.standardized(Features.joined(seen))
-        head = head_of(model, every)
+        every = every.standardized(Features.joined(seen)).to(trainer.args.device)
+        head = head_of(trainer.model, every)
         self.model = OnFeatures(every.x, head)
         self.data = replace(data, train=tables[0], upper=tables[1], test=tables[2])
 
     def _features(self, rows: Any) -> tuple[Any, Features, list[str]]:
-        """The model, the features of ``rows``, and the columns that the model reads."""
+        """A trainer, the features of ``rows``, and the columns that the trainer's model reads."""
         plain = replace(self, methods={"": Method()}, adapter=None)
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
             run = Run("", "method", 0, 1e-3)
             trainer = plain.make(run, (rows, None, rows), folder, max_steps=1)
         model, prepared = trainer.model, read_rows(trainer)
-        require_labels_of_a_head(model, trainer.data_collator([prepared[0]]))
+        require_head(model, trainer.data_collator([prepared[0]]))
         features = features_of(
             model,
             prepared,
@@ -190,10 +191,10 @@ class HeadTask(Task):
                 "labels: a head of compare_methods predicts a class or numbers a row, and these "
                 'rows have a label for each token; choose model="adapter"'
             )
-        return model, features, prepared.column_names
+        return trainer, features, prepared.column_names
 
 
-def _read(rows: Any, tags: Sequence[str] = ()) -> dict[str, Tensor]:
+def _read(rows: Any, tags: Sequence[str] = (), device: Any = "cpu") -> Any:
     """The batch of ``rows``: the numbers of their features, labels and tags."""
     names = (ROW, "labels", *tags)
     if isinstance(rows, Dataset):
@@ -202,7 +203,7 @@ def _read(rows: Any, tags: Sequence[str] = ()) -> dict[str, Tensor]:
     batch: dict[str, Tensor] = default_data_collator(rows)
     if batch["labels"].is_floating_point():
         batch["labels"] = batch["labels"].double()
-    return batch
+    return to_device(batch, device)
 
 
 def _loss(model: Any, batch: Any) -> Tensor:

@@ -9,12 +9,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
+import pandas  # type: ignore[import-untyped]
+
 from hyperopt_peft.comparison.choice import Plan
 from hyperopt_peft.comparison.store import Result, Store
 from hyperopt_peft.comparison.task import ABLATIONS, Kind
 from hyperopt_peft.utils.plots import intervals
 from hyperopt_peft.utils.statistics import detectable, error_of, is_tie, mean_and_half
-from hyperopt_peft.utils.tables import aligned, latex, write_csv
+from hyperopt_peft.utils.tables import aligned, latex
 from hyperopt_peft.utils.versions import versions
 
 Row = list[str]
@@ -233,8 +235,7 @@ class Comparison:
     @property
     def versions(self) -> dict[str, str]:
         """The versions of the packages with which the runs were done."""
-        found: dict[str, str] = self.store.settings.get("versions") or versions()
-        return found
+        return dict(self.store.settings.get("versions") or versions())
 
     def to_latex(self) -> str:
         """The scores as a LaTeX table of the package booktabs, below the versions as a comment."""
@@ -246,23 +247,8 @@ class Comparison:
         return [*self.store.results.values()]
 
     def to_csv(self, path: str | Path) -> None:
-        """Write all runs, one line each, with a column for each metric and each use of passes.
-
-        Raises:
-            ProblemError: the file cannot be written.
-        """
-        rows = [*map(_flat, self.results())]
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        write_csv(path, names, ([row.get(name) for name in names] for row in rows))
-
-
-def _flat(result: Result) -> Result:
-    """``result`` with the entries of its mappings as entries of their own."""
-    flat: Result = {}
-    for name, value in result.items():
-        inner = value.items() if isinstance(value, Mapping) else None
-        flat |= {name: value} if inner is None else {f"{name}: {key}": x for key, x in inner}
-    return flat
+        """Write all runs, one line each, with columns such as ``metrics.eval_loss``."""
+        pandas.json_normalize(self.results()).to_csv(path, index=False)
 
 
 def _rates(run: Mapping[str, Any]) -> Row:

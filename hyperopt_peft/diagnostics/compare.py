@@ -78,7 +78,8 @@ class Comparison:
         """One plain dict for each estimator."""
         return [asdict(row) for row in self.rows]
 
-    def __str__(self) -> str:
+    def table(self) -> list[Sequence[str]]:
+        """Cells: the heads, then a row for each estimator."""
         head = ("estimator", "cosine", "rel. error", "norm ratio", "factor", "residual", "spread")
         table: list[Sequence[str]] = [(*head, "fwd+bwd", "products", "seconds")]
         for row in self.rows:
@@ -94,15 +95,20 @@ class Comparison:
                 (row.seconds, ".3g"),
             )
             table.append((row.estimator, *(_cell(*number) for number in numbers)))
-        lines = [aligned(table)]
+        return table
+
+    def remarks(self) -> list[str]:
+        """The notes on estimators, and the reference with its error."""
         notes = ((row.estimator, row.problem or row.note) for row in self.rows)
-        lines += [f"{estimator}: {text}" for estimator, text in notes if text]
+        lines = [f"{estimator}: {text}" for estimator, text in notes if text]
         residual = self.reference_residual
         kind = "relative error" if self.reference.startswith(Retraining.name) else "residual"
         accuracy = "" if residual is None else f" ({kind} {residual:.2g})"
         note = f" ({self.reference_note})" if self.reference_note else ""
-        lines.append(f"against {self.reference}{accuracy}{note}; {self.repeats} repeats")
-        return "\n".join(lines)
+        return [*lines, f"against {self.reference}{accuracy}{note}; {self.repeats} repeats"]
+
+    def __str__(self) -> str:
+        return "\n".join([aligned(self.table()), *self.remarks()])
 
 
 def compare_hypergradients(

@@ -47,12 +47,15 @@ class Check:
         """Whether there are no findings."""
         return not self.findings
 
-    def __str__(self) -> str:
-        lines = [*map(str, self.findings)] or ["no problem was found"]
-        if self.curvature is not None:
-            lines.append(str(self.curvature))
+    def measurements(self) -> list[str]:
+        """The curvature and the noise in words, and why derivatives were not compared."""
+        lines = [] if self.curvature is None else [str(self.curvature)]
         if self.signal_to_noise is not None:
             lines.append(f"signal-to-noise ratio of the hypergradient {self.signal_to_noise:.2g}")
         if self.not_compared:
             lines.append(f"derivatives were not compared with differences ({self.not_compared})")
-        return "\n".join(lines)
+        return lines
+
+    def __str__(self) -> str:
+        found = [*map(str, self.findings)] or ["no problem was found"]
+        return "\n".join([*found, *self.measurements()])

@@ -199,6 +199,7 @@ class BilevelStep:
             history=list(self._records) if self.requirements.history else (),
             copies=self._copies,
             state=self.state,
+            implicit=not isinstance(self.estimator, Direct),
         )
 
     def look_ahead(self, batch: Any, *, number: int) -> None:

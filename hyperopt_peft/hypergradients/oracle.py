@@ -110,6 +110,7 @@ class Oracle:
         buffers: the modules' buffers, restored after each evaluation.
         losses: the values of f so far, on their device.
         dots: the dot products from the lower step's own pass, if `Estimator.observe` requested any.
+        implicit: whether `upper_gradient` has ∂F/∂w; without, its ``b`` has no parts.
 
     Example:
         >>> from hyperopt_peft.hypergradients import open_oracle
@@ -133,6 +134,7 @@ class Oracle:
     buffers: Buffers = field(default_factory=Buffers)
     losses: list[Tensor] = field(default_factory=list)
     dots: Dots | None = None
+    implicit: bool = True
 
     @contextmanager
     def open(self) -> Iterator[Oracle]:
@@ -186,7 +188,7 @@ class Oracle:
     def upper_gradient(self) -> UpperGradient:
         """∂F/∂u and ∂F/∂w, by one forward+backward pass."""
         self.passes.count(gradients=1)
-        u, w = self.upper.variables, self.lower.variables
+        u, w = self.upper.variables, self.lower.variables if self.implicit else ()
         with replay(self.upper_random), unwritten(self.upper, self.lower):
             evaluation = self.lower.gradient_above(self.upper, self.upper_batch, (*u, *w))
         self.buffers.restore()

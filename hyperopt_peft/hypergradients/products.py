@@ -236,7 +236,7 @@ class DifferenceProduct(Product):
 
     def __post_init__(self) -> None:
         if self.upper_gradient is not None:
-            self._unmoved[_ids(self.objective.upper.variables)] = self.upper_gradient
+            self._unmoved[tuple(map(id, self.objective.upper.variables))] = self.upper_gradient
 
     def lower_gradient(self) -> tuple[Tensor | None, ...]:
         """∂f/∂w at ``point``, by one forward+backward pass."""
@@ -273,7 +273,7 @@ class DifferenceProduct(Product):
         if self.scheme == "central":
             behind, root = gradient(-1.0), 2**0.5 * root
         else:
-            key = _ids(variables)
+            key = tuple(map(id, variables))
             if key not in self._unmoved:
                 self._unmoved[key] = gradient(0.0)
             behind = self._unmoved[key]
@@ -289,10 +289,6 @@ class DifferenceProduct(Product):
             self.objective.lower.differences,
             beside=self.objective.upper.variables,
         )
-
-
-def _ids(variables: Sequence[Tensor]) -> tuple[int, ...]:
-    return tuple(map(id, variables))
 
 
 def default_epsilon(

@@ -59,9 +59,7 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         default=DEFAULT,
         help="hypergradient estimator, with options: cg:steps=5,damping=1.0",
     )
-    logging_steps: float = HfArg(
-        default=10, help="steps from one line of the log to the next, or their share of all steps"
-    )
+    logging_steps: float = HfArg(default=10, help="steps between log lines, or a share of all")
     lower_steps: int = HfArg(
         default=1, help="optimizer steps of the lower level for each update of the upper level"
     )

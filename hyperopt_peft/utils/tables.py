@@ -16,6 +16,8 @@ UNSAFE = re.compile(
     r"\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
 )
 
+WORD = re.compile(r"[^\W\d_]{2}")
+
 
 def printable(text: str) -> str:
     r"""``text`` with an escape for each character that changes how a terminal shows the others.
@@ -70,7 +72,7 @@ def write_csv(
 
 
 def aligned(rows: Sequence[Sequence[Any]]) -> str:
-    """``rows`` of cells, the heads first; all columns but the first are right-aligned.
+    """``rows`` of cells, the heads first; columns without a word are right-aligned.
 
     Example:
         >>> print(aligned([["method", "loss"], ["lora", 0.125], ["dora", "–"]]))
@@ -81,8 +83,11 @@ def aligned(rows: Sequence[Sequence[Any]]) -> str:
     columns = [[printable(str(cell)) for cell in column] for column in zip(*rows, strict=True)]
     widths = [max(map(len, column)) for column in columns]
     columns = [
-        [cell.rjust(width) if number else cell.ljust(width) for cell in column]
-        for number, (column, width) in enumerate(zip(columns, widths, strict=True))
+        [
+            cell.ljust(width) if WORD.search(" ".join(column[1:])) else cell.rjust(width)
+            for cell in column
+        ]
+        for column, width in zip(columns, widths, strict=True)
     ]
     return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))
 

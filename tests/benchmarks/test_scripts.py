@@ -13,8 +13,9 @@ ROOT = Path(__file__).parents[2]
 SLOW = [
     "speed timing --quick",
     "speed dora_layer --quick",
+    "speed floor --quick",
     "speed language --quick",
-    "speed gpu --device cpu --small --threads 1",
+    "speed gpu --device cpu --small --threads 1 --parts layer head",
     "speed on_paper --quick",
     "estimators comparison --quick --methods direct cg:steps=10",
     "estimators convergence --quick",

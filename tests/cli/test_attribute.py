@@ -35,6 +35,7 @@ def test_everything_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     """With options from a file."""
     evaluation = [{**row, "origin": "xy"[k % 2]} for k, row in enumerate(rows(number=10, seed=1))]
     changes = {"slices": "origin", "check": 5, "suspects": 2, "retrain_without": 0.1}
+    changes["details"] = True
     test = write(tmp_path / "test.jsonl", rows(number=9, seed=2))
     path = write(tmp_path / "sliced.jsonl", evaluation)
     config = tmp_path / "config.yaml"
@@ -43,7 +44,7 @@ def test_everything_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     run("attribute", str(config))
     table = written(tmp_path)
     assert list(table[0])[:6] == ["row", "text", "label", "score", "rank", "weight"]
-    assert {"score_x", "score_y", "suspect", "label_confidence"} <= {*table[0]}
+    assert {"score_x", "score_y", "suspect", "label_confidence", "scored_on"} <= {*table[0]}
     assert [{k: line[k] for k in ("text", "label")} for line in table] == rows()
     assert [int(line["row"]) for line in table] == list(range(24))
     assert sorted(int(line["rank"]) for line in table) == list(range(1, 25))
@@ -55,7 +56,7 @@ def test_everything_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert (tmp_path / "out/attribution.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert "24 training rows, 6 steps" in printed and "on 9 rows that neither" in printed
-    assert re.search(r"check: LDS .* over 5 retrainings", printed)
+    assert re.search(r"LDS .* over 5 retrainings", printed)
     assert re.search(r"leaving 2 rows out by score moves the (accuracy|loss)", printed)
     record = json.loads((tmp_path / "out/attribution.json").read_text())
     assert len(record["check"]["actual"]) == 5 and {*record["check"]["by_slice"]} == {"x", "y"}
@@ -70,9 +71,10 @@ def test_scores_on_a_head_train_no_adapter(
     run("attribute", **chosen)
     table, printed = written(tmp_path), capsys.readouterr().out
     assert all(line["rank"] != "0" for line in table)
-    assert "a head at its minimum" in printed and "check: LDS" in printed
-    page = (tmp_path / "out/report.md").read_text()
-    assert re.search(r"^\*\*.*retraining.*\*\*$", page, re.MULTILINE)  # whether to rely on them
+    assert "Can the scores be trusted?" in printed and "retraining" in printed
+    page, _, folded = (tmp_path / "out/report.html").read_text().partition("<details>")
+    for expert in ("λ", "LDS", "cg:steps", "residual"):
+        assert expert in folded and expert not in page and expert not in printed
     assert not (tmp_path / "out/adapter_config.json").exists()
 
 
@@ -92,8 +94,8 @@ def test_why_with_and_without_labels(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (tmp_path / "out/why.png").exists()
     printed = capsys.readouterr().out
     assert f"row 0: {told[0]['text']}\n  predicted" in printed
-    page = (tmp_path / "out/report.md").read_text()
-    assert "(why.png)" in page and "  predicted " in page
+    page = (tmp_path / "out/report.html").read_text()
+    assert '"why.png"' in page and "  predicted " in page
     labelled = write(tmp_path / "labelled.jsonl", rows(number=2, seed=5))
     changes = {"why": labelled, "max_steps": 2, "overwrite_output_dir": True}
     run("attribute", **options(tmp_path, **changes))  # the adapter is trained without each set
@@ -114,31 +116,15 @@ def test_tags_are_explained_by_their_words(
     assert re.search(rf"row 0, token \d+ \(({'|'.join(map(re.escape, word))})\): ", printed)
 
 
-def test_doubtful_rows_have_their_places_by_three_measures(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """And formulas get an apostrophe in the file where that is wanted."""
+def test_formulas_get_an_apostrophe_where_that_is_wanted(tmp_path: Path) -> None:
     table = rows()
     table[3] = {**table[3], "text": f"=1+{table[3]['text']}"}
     path = write(tmp_path / "formula.jsonl", table)
-    chosen = {"train_file": path, "score_model": "head", "suspects": 3}
-    run("attribute", **options(tmp_path, **chosen, escape_formulas=True))
-    assert written(tmp_path)[3]["text"] == f"'{table[3]['text']}"
-    printed = capsys.readouterr().out
-    assert "by suspicion" in printed and (tmp_path / "out/suspects.png").exists()
-    lines = re.findall(r"^ +(\d+)  .*?  +(\d+) +(\d+) +(\d+)$", printed, re.MULTILINE)
-    assert lines and len(lines) <= 10
-    by_row = {line["row"]: line for line in written(tmp_path)}
-    confidence = sorted(float(line["label_confidence"]) for line in by_row.values())
-    loss = sorted((float(line["training_loss"]) for line in by_row.values()), reverse=True)
-    for row, *places in lines:
-        line = by_row[row]
-        assert line["suspect"] == "1" and places[2] == line["rank"]
-        assert confidence[int(places[0]) - 1] == float(line["label_confidence"])
-        assert loss[int(places[1]) - 1] == float(line["training_loss"])
-    again = {"train_file": path, "score_model": "head", "overwrite_output_dir": True}
-    run("attribute", **options(tmp_path, **again))
-    assert written(tmp_path)[3]["text"] == table[3]["text"]
+    chosen = {"train_file": path, "score_model": "head"}
+    for escaped, mark in ((True, "'"), (False, "")):
+        changes = {"escape_formulas": escaped, "overwrite_output_dir": True}
+        run("attribute", **options(tmp_path, **chosen, **changes))
+        assert written(tmp_path)[3]["text"] == f"{mark}{table[3]['text']}"
 
 
 def test_rows_of_others_write_no_controls_to_the_terminal(

@@ -18,21 +18,21 @@ QUICK = {
 
 def table(text: str) -> dict[str, tuple[float, float]]:
     """Cosine and relative error by method."""
-    rows = re.findall(r"^(\S+) +(-?[\d.]+) +([\d.e+-]+) +[\d.]+ ", text, re.MULTILINE)
+    rows = re.findall(r"^(\S+) +(-?[\d.]+) +([\d.e+-]+) +[\d.e-]+", text, re.MULTILINE)
     return {name: (float(cosine), float(error)) for name, cosine, error in rows}
 
 
 def test_the_levels_are_in_words_and_every_default_estimator_in_the_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run("check", **small_run(tmp_path, search_steps=2, **QUICK))
+    run("check", **small_run(tmp_path, search_steps=2, details=True, **QUICK))
     text = capsys.readouterr().out
     assert "eigenvalues of the lower Hessian" in text and "note: " not in text
     assert "signal-to-noise ratio" in text
     chosen = CheckArguments().chosen(Spectrum(1.0, 1.0), 1.0)
     assert [m.partition(":")[0] for m in table(text)] == [m.partition(":")[0] for m in chosen]
     assert "against retraining:steps=2,directions=1,lr=" in text and "ξ =" in text
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["check.md"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["check.html"]
 
 
 def test_defaults_follow_from_the_measured_spectrum() -> None:

@@ -136,11 +136,11 @@ def test_a_class_of_a_file_with_its_options(
     run("train", str(config), "--dry_run", **options)
     printed = capsys.readouterr()
     assert "method: Mine(weight=0.5)" in printed.out and "direct, for 4 updates" in printed.out
-    assert "gamma: of other commands, tasks or methods" in printed.err
+    assert "other commands, tasks or methods: gamma" in printed.err
     run("train", **options, weight="1e-3", hypergradient="cg:steps=2")
     settings = json.loads((tmp_path / "out/bilevel_settings.json").read_text())
     assert settings["hypergradient"] == "cg:steps=2"
-    assert "--weight 1e-3" in (tmp_path / "out/report.md").read_text()
+    assert "--weight 1e-3" in (tmp_path / "out/report.html").read_text()
     assert main(["train", "--method", method, "--help"]) == 0
     assert "of the squares of the weights" in capsys.readouterr().out
     run("train", **{**options, "method": f"{file}:Plain", "overwrite_output_dir": True})
@@ -170,7 +170,7 @@ def test_a_class_that_is_no_method_of_the_command_line(
     [
         ({"method": "bidorra"}, "method: unknown 'bidorra'; did you mean 'bidora'"),
         ({"method": "none.py:Mine"}, "method: none.py is no file of Python"),
-        ({"method": "lora", "gamma": 1}, "--gamma: an option of bidora.*leave it out"),
+        ({"method": "lora", "gamma": 1}, "--gamma: is an option of bidora.*leave it out"),
         ({"gamma": -1}, "gamma: must be finite and not negative"),
         ({"plugin": "none.py"}, "plugin: none.py is no file of Python"),
         ({"method": "broken"}, "broken.py cannot be imported: Mod"),

@@ -1,7 +1,8 @@
-"""``report.md``: what a run found, and the command that runs it again."""
+"""``report.html``: the result of a run, and the command that runs it again."""
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 
 from hyperopt_peft.cli.report import Report
@@ -14,11 +15,14 @@ def test_a_page_of_everything(tmp_path: Path) -> None:
         "a is best",
         {"seeds": ["0", "1"], "model": ["$z"]},
         curves={"Search": history, "Nothing": []},
-        tables={"Table": [["name", "value"], ["a|b", 0.5]]},
-        texts={"Printed": "a < b"},
+        sections={"Table": [["name", "value"], ["a|b", 0.5]], "Printed": "a < b"},
+        details={"Numbers": "λ = 3"},
     )
     text = page.write(tmp_path).read_text()
-    assert {path.name for path in tmp_path.iterdir()} == {"check.md", "search.png"}
-    for words in ("**a is best**", "| a\\|b | 0.5 |", "![Search](search.png)", "a < b"):
-        assert words in text
-    assert "hyperopt-peft check \\\n  --seeds 0 1 \\\n  --model '$z'" in text
+    assert {path.name for path in tmp_path.iterdir()} == {"check.html", "search.png"}
+    shown, _, folded = text.partition("<details>")
+    for words in ("<b>a is best</b>", "<tr><td>a|b<td>0.5</tr>", 'src="search.png"', "a &lt; b"):
+        assert words in shown
+    assert "λ = 3" in folded
+    again = "hyperopt-peft check \\\n  --seeds 0 1 \\\n  --model '$z'"
+    assert html.escape(again) in folded

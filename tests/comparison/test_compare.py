@@ -182,5 +182,5 @@ def test_the_answer(tmp_path: Path, whole: Whole) -> None:
     assert (tmp_path / "c.png").stat().st_size > 10_000
     runs = pandas.read_csv(tmp_path / "c.csv")
     assert len(runs) == len(comparison.store.results)
-    assert runs["metrics: eval_accuracy"].equals(runs["score"])
+    assert runs["metrics.eval_accuracy"].equals(runs["score"])
     assert len(comparison.rates()) == 1 + 3 * 2

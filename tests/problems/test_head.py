@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 from transformers import BertConfig, BertForSequenceClassification
 
-from hyperopt_peft import hypergradient
+from hyperopt_peft import ProblemError, hypergradient
 from hyperopt_peft.core.logits import MULTI_LABEL
 from hyperopt_peft.core.prior import GaussianPrior
 from hyperopt_peft.core.task_level import TaskLevel
 from hyperopt_peft.engine.fit import lbfgs
-from hyperopt_peft.problems.head import Head, l2_penalty, problem_type_of
+from hyperopt_peft.problems.head import Head, l2_penalty, problem_type_of, require_head
+from hyperopt_peft.utils import distributed
 from tests.support.weighted_levels import weighted
 
 L2 = 0.3
@@ -148,3 +149,9 @@ def test_the_hypergradient_of_classes_is_the_difference_of_minima() -> None:
             values.append(objective())
             u.data[k] -= sign * 1e-2
         assert (values[0] - values[1]) / 2e-2 == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(ProblemError, match="world_size: 2 processes"):
+        require_head(None, {})

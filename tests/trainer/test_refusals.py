@@ -206,7 +206,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("label.*class_encode_column", made({TRAIN: WORDS})),
     ("2 of 24 training examples have no label; remove them", made({TRAIN: UNLABELLED})),
     (f"{SPLIT} 1 training examples", made({TRAIN: rows(0, 1)})),
-    (f"{SPLIT} 48 training .*least populated class", made({TRAIN: rare(1)})),
+    (f"{SPLIT} 48 training .*has 1 row", made({TRAIN: rare(1)})),
     ("class 2 has only 2 examples, .*change upper_fraction", made({TRAIN: rare(2)})),
     ("no column in common", made({**APART, UPPER: Dataset.from_dict({"text": ["a", "b"]})})),
     ("30 of 30 .*upper_dataset are in train", made({**APART, UPPER: APART[TRAIN]})),

@@ -1,4 +1,4 @@
-"""Training and evaluation examples from local files or a data set of the hub, and checks."""
+"""Training and evaluation examples: read from files or a data set of the hub, and checked."""
 
 from __future__ import annotations
 
@@ -37,37 +37,39 @@ class ExampleData:
     _argument_group_name = "data"
 
     train_file: list[str] | None = HfArg(default=None, help="CSV, TSV, JSON, JSONL or Parquet")
-    dataset: str | None = HfArg(default=None, help="of the hub or a folder, in place of train_file")
+    dataset: str | None = HfArg(default=None, help="a data set of the hub, or a folder")
     dataset_config: str | None = HfArg(default=None, help="the data set's configuration")
     train_split: str = HfArg(default="train", help="the data set's part to train on")
     upper_file: list[str] | None = HfArg(
         default=None,
-        help="of the upper level; if not given upper_fraction of the training examples",
+        help="the upper level's examples; by default upper_fraction of the training examples",
     )
     eval_file: list[str] | None = HfArg(default=None, help="files that are never trained on")
     eval_split: str | None = HfArg(default=None, help="the data set's part to evaluate on")
     eval_fraction: float = HfArg(
-        default=0.1, help="share of the training examples to hold out if no others are given; or 0"
+        default=0.1,
+        help="share of the training examples to hold out without eval_file or eval_split; 0: none",
     )
 
     def __post_init__(self) -> None:
         if bool(self.train_file) == bool(self.dataset):
             raise ProblemError("train_file: give either train_file or dataset")
         if self.eval_split and (self.eval_file or not self.dataset):
-            raise ProblemError("eval_split: is of a dataset, and in place of eval_file")
+            raise ProblemError("eval_split: needs a dataset and no eval_file; leave one out")
+        if not 0 <= self.eval_fraction < 1:
+            raise ProblemError(f"eval_fraction: must be in [0, 1), got {self.eval_fraction}")
 
     def read(self, columns: Collection[str] = ()) -> tuple[Dataset, Dataset | None, Dataset | None]:
         """The examples for training, the upper level and evaluation; None where not given.
 
-        Those of several training files have the column `SOURCE` if it is one of ``columns``.
+        Rows from several training files get the column `SOURCE` if ``columns`` has it.
         """
-        by_source = {"by_source": SOURCE in columns}
-        train = self._part("train_file", "train_split", **by_source)
+        train = self._part("train_file", "train_split", by_source=SOURCE in columns)
         return train, self._part("upper_file"), self._part("eval_file", "eval_split")
 
-    def _part(self, files: str, split: str = "", **options: bool) -> Any:
+    def _part(self, files: str, split: str = "", *, by_source: bool = False) -> Any:
         if paths := getattr(self, files):
-            return read_files(paths, files, **options)
+            return read_files(paths, files, by_source=by_source)
         if part := getattr(self, split, None):
             name = f"{part} of {self.dataset}"
             return _load(split, name, self.dataset, self.dataset_config, split=part)
@@ -80,15 +82,23 @@ class DataArguments(ExampleData):
 
     text_columns: list[str] = HfArg(
         default_factory=lambda: ["text"],
-        help="the text; two for pairs of texts; the source for seq2seq; the prompt, or all of the "
-        "text, for causal-lm",
+        help="column with the text, or two for pairs; for seq2seq the source; for causal-lm the "
+        "prompt or all of the text",
     )
-    label_column: str = HfArg(default="label", help="classes, numbers, or lists of tags")
-    tokens_column: str = HfArg(default="tokens", help="lists of words, for token-classification")
+    label_column: str = HfArg(
+        default="label", help="column with classes, numbers, or lists of tags"
+    )
+    tokens_column: str = HfArg(
+        default="tokens", help="column with lists of words, for token-classification"
+    )
     target_column: str | None = HfArg(
-        default=None, help="the text to produce, for seq2seq and, after a prompt, for causal-lm"
+        default=None,
+        help="column with the text to produce: for seq2seq, and for causal-lm after a prompt",
     )
-    max_length: int = HfArg(default=128, help="tokens an example; longer ones are cut")
+    corrections: list[str] | None = HfArg(
+        default=None, help="suspects.csv with corrected labels, which replace those of train_file"
+    )
+    max_length: int = HfArg(default=128, help="tokens in an example; longer ones are cut")
 
     def columns(self, task: str) -> list[str]:
         """The columns that ``task`` reads."""
@@ -216,5 +226,5 @@ def require_columns(data: Dataset, columns: Sequence[str], where: str) -> None:
 def hold_out(train: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     """The training and the evaluation part of ``train``, stratified if the labels are classes."""
     column = "labels" if isinstance(train.features.get("labels"), ClassLabel) else None
-    where = f"eval_fraction: {fraction} of {len(train)} examples cannot be held out; give eval_file"
+    where = f"eval_fraction: {fraction} of {len(train)} examples cannot be held out"
     return stratified(train, fraction, 0, column, where)

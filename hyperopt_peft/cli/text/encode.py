@@ -1,4 +1,4 @@
-"""Encoding of rows of texts as token numbers and labels, one function for each task."""
+"""Rows of texts encoded as token numbers and labels, by a function for each task."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Encoder:
                 )
         elif self.task in ("causal-lm", "seq2seq"):
             texts.append(last)
-        elif not self.names and not math.isfinite(_number(label)):
+        elif not self.names and not math.isfinite(number(label)):
             raise ProblemError(f"the label {label!r} is no finite number; correct or remove it")
         for column in texts:
             if not isinstance(row[column], str) or not row[column].strip():
@@ -90,8 +90,8 @@ class Encoder:
         return self.tokenizer(*texts, truncation=True, max_length=self.args.max_length, **options)
 
     def _labelled(self, batch: Batch) -> Batch:
-        number: Callable[[Any], float] = self.names.index if self.names else _number
-        labels = [number(label) for label in batch[self.args.label_column]]
+        label_number: Callable[[Any], float] = self.names.index if self.names else number
+        labels = [label_number(label) for label in batch[self.args.label_column]]
         return {**self._tokens(*map(batch.get, self.args.text_columns)), "labels": labels}
 
     def _tags(self, batch: Batch) -> Batch:
@@ -139,8 +139,8 @@ def _check_labels(labels: list[int]) -> None:
         raise ProblemError("there is no token to predict; remove it")
 
 
-def _number(label: Any) -> float:
-    """NaN for no number; one entry that is none makes a column of a file one of text."""
+def number(label: Any) -> float:
+    """``label`` as a number, or NaN; one entry that is no number makes a file's column text."""
     try:
         return float(label)
     except (TypeError, ValueError):
@@ -159,7 +159,7 @@ def check_each(
 
 
 def class_names(data: Dataset, column: str) -> tuple[str, ...]:
-    """The classes in ``column``, of examples or of lists of tags, sorted as numbers or as words."""
+    """The classes in a column of classes or of lists of tags, sorted as numbers or as words."""
     (inner, lists), values = _inner(data, column), data[column][:]
     if isinstance(inner, ClassLabel):
         return tuple(inner.names)

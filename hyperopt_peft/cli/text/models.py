@@ -1,4 +1,4 @@
-"""The base model, its tokenizer and the adapter, from options, and checks of these."""
+"""The base model, its tokenizer and the adapter: made from options, and checked."""
 
 from __future__ import annotations
 
@@ -34,15 +34,17 @@ class ModelArguments:
     model: str = HfArg(help="the base model: a local folder or a hub name")
     task: TaskName = HfArg(help="the task to learn; sft trains with TRL")
     tokenizer: str | None = HfArg(default=None, help="the tokenizer; the model's if not given")
-    dtype: Dtype = HfArg(default="float32", help="of the base model; auto: as it was saved")
-    load_in_4bit: bool = HfArg(default=False, help="the base model in NF4, with bitsandbytes")
-    rank: int = HfArg(default=8, help="rank r of B·A")
+    dtype: Dtype = HfArg(default="float32", help="number format of the base model; auto: as saved")
+    load_in_4bit: bool = HfArg(default=False, help="load the base model in NF4, by bitsandbytes")
+    rank: int = HfArg(default=8, help="rank r of the adapter B·A")
     alpha: int = HfArg(default=16, help="LoRA's alpha; the scale of B·A is alpha / rank")
     dropout: float = HfArg(default=0.0, help="dropout on the adapter's input")
     target_modules: list[str] = HfArg(
-        default_factory=lambda: [ALL_LINEAR], help="names, or their ends, of modules to adapt"
+        default_factory=lambda: [ALL_LINEAR], help="modules to adapt, by names or the ends of names"
     )
-    modules_to_save: list[str] | None = HfArg(default=None, help="trained in full, as a new head")
+    modules_to_save: list[str] | None = HfArg(
+        default=None, help="modules to train in full, such as a new head"
+    )
 
     def __post_init__(self) -> None:
         if self.load_in_4bit and self.task not in ("causal-lm", "sft"):

@@ -1,4 +1,4 @@
-"""The options, the data, the model and the trainer of the commands that train."""
+"""Options, data, model and trainer for the commands that train."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from transformers import DataCollatorForSeq2Seq, set_seed
 from transformers.utils import logging
 
 from hyperopt_peft.cli.options import Options, checkpoint_of, divided, parse
-from hyperopt_peft.cli.text import SFT, models
+from hyperopt_peft.cli.text import SFT, judges, models
+from hyperopt_peft.cli.text.corrections import corrected
 from hyperopt_peft.cli.text.data import (
     EVALUATION,
     TRAIN,
@@ -36,13 +37,15 @@ from hyperopt_peft.trainer.tags import INDEX
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 
 logger = logging.get_logger(__name__)
-#: The options of the commands that train on files.
+#: The column with the number of each row in its file, while a part is held out.
+PLACE = "place"
+#: The options of every command that trains.
 SHARED = (ModelArguments, DataArguments, BilevelTrainingArguments)
 
 
 @dataclass
 class Chosen:
-    """The options of a run; ``options`` and the method's ``name`` are as they were given."""
+    """The options of a run; ``options`` and the method's ``name`` are as the user gave them."""
 
     name: str
     command: Any
@@ -60,9 +63,9 @@ def choose(
     method: str | None = None,
     besides: Collection[str] = (),
 ) -> Chosen:
-    """The options in ``argv`` of the command ``name``, whose own are the fields of ``kind``.
+    """The options in ``argv`` for the command ``name``, whose own options are ``kind``'s fields.
 
-    ``method`` is in place of the option ``method``; ``besides`` are names that are not read.
+    ``method`` replaces the option ``method``; names in ``besides`` are ignored.
     """
     of_file, flags = divided(name, argv)
     given = {**of_file, **flags}
@@ -87,7 +90,9 @@ class Setup:
     Attributes:
         config: the base model's configuration, with the head of the task.
         encoder: encodes further examples; has the tokenizer.
-        rows, evaluation_rows: as they were read, before a part of ``rows`` is held out.
+        rows, upper_rows, evaluation_rows: as they were read, a held-out part as well.
+        marks: of the rows that scored the training rows; see `judges`.
+        changed: how many labels the corrections change; None without corrections.
     """
 
     args: ModelArguments
@@ -98,7 +103,15 @@ class Setup:
     upper: Dataset | None
     evaluation: Dataset | None
     rows: Dataset
+    upper_rows: Dataset | None
     evaluation_rows: Dataset | None
+    marks: frozenset[str]
+    changed: int | None
+
+    def scored_by(self, rows: Dataset | None) -> int:
+        """How many of ``rows``, such as the evaluation rows, have scored the training rows."""
+        marks = [] if rows is None else judges.marks_of(rows, self.encoder.columns)
+        return sum(mark in self.marks for mark in marks)
 
     def base(self) -> tuple[Any, list[str]]:
         """A new model without an adapter, and the names of its new weights."""
@@ -153,7 +166,7 @@ class Setup:
         return sft_trainer() if self.args.task == SFT else BilevelTrainer
 
     def options(self, model: Any) -> dict[str, Any]:
-        """The arguments of a trainer of ``model`` that follow from the task."""
+        """The arguments for a trainer of ``model`` that depend on the task."""
         options: dict[str, Any] = {"processing_class": self.encoder.tokenizer}
         if self.task.metrics is not None:  # TRL has metrics and a collator of its own
             options["compute_metrics"] = self.task.metrics
@@ -172,9 +185,15 @@ def prepare(args: ModelArguments, data: Any, training: Any, *methods: Method) ->
         read += [name for name in ([own] if own else method.tags) if name not in (INDEX, *read)]
     task, name, of_trl = TASKS[args.task], args.tokenizer or args.model, args.task == SFT
     columns = [] if of_trl else data.columns(args.task)
-    rows, upper, evaluation_rows = data.read(read)
+    rows, upper_rows, evaluation_rows = data.read(read)
     require_columns(rows, columns, TRAIN)  # before the classes are read
     names = class_names(rows, data.label_column) if task.classes else ()
+    marks, changed = judges.marks_in(rows), None
+    if files := getattr(data, "corrections", None):
+        if args.task != "text-classification":
+            raise ProblemError(f"corrections: need a class a row; {args.task} has none")
+        rows, lines, changed = corrected(rows, files, columns)
+        marks |= judges.marks_in(lines)
     config = models.labelled(models.load_config(args.model), args.task, names)
     length = (training.max_length or 2) if of_trl else data.max_length
     tokenizer = models.load_tokenizer(name, config, length, args.task)
@@ -185,9 +204,9 @@ def prepare(args: ModelArguments, data: Any, training: Any, *methods: Method) ->
     else:
         encoder = Encoder(args.task, data, tokenizer, names)
     require_columns(rows, read, TRAIN)
-    train, evaluation = _with(rows, read, encoder.encode(rows, TRAIN)), None
-    if upper is not None:
-        upper = _with(upper, read, encoder.encode(upper, UPPER))
+    train, upper, evaluation = _with(rows, read, encoder.encode(rows, TRAIN)), None, None
+    if upper_rows is not None:
+        upper = _with(upper_rows, read, encoder.encode(upper_rows, UPPER))
     if evaluation_rows is not None:
         evaluation = encoder.encode(evaluation_rows, EVALUATION)
         if common := shared(evaluation, train):
@@ -196,12 +215,14 @@ def prepare(args: ModelArguments, data: Any, training: Any, *methods: Method) ->
                 "so that the metrics are too good; remove them"
             )
     elif data.eval_fraction:
-        train, evaluation = hold_out(train, data.eval_fraction)
-        evaluation = evaluation.remove_columns(read)
+        train, evaluation = hold_out(train.add_column(PLACE, range(len(train))), data.eval_fraction)
+        evaluation_rows = rows.select(evaluation[PLACE])
+        train, evaluation = train.remove_columns(PLACE), evaluation.remove_columns([PLACE, *read])
     for part, where in ((upper, UPPER), (evaluation, EVALUATION)):
         if part is not None and args.task == "text-classification":
             warn_of_one_class(part, "labels", where)
-    return Setup(args, task, config, encoder, train, upper, evaluation, rows, evaluation_rows)
+    parts = train, upper, evaluation, rows, upper_rows, evaluation_rows
+    return Setup(args, task, config, encoder, *parts, frozenset(marks), changed)
 
 
 def _with(rows: Dataset, columns: Sequence[str], encoded: Dataset) -> Dataset:

@@ -31,7 +31,7 @@ def sft_trainer() -> type[BilevelTrainer]:
 
 @dataclass
 class Conversations:
-    """Checks rows, which all have the layout of the first; TRL encodes them."""
+    """Checks rows, which must share one layout; TRL encodes them."""
 
     tokenizer: Any
     text_field: str = "text"

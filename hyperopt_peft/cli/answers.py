@@ -1,0 +1,185 @@
+"""The printed lines, the page and the files of `attribute`, as soon as each part is known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from hyperopt_peft.attribution import Attribution, Reasons
+from hyperopt_peft.attribution.suspects import Suspects
+from hyperopt_peft.cli.report import Report, as_text
+from hyperopt_peft.cli.text import judges
+from hyperopt_peft.utils.tables import cells, write_csv
+
+#: The trainings without random rows of `retrain_without`.
+DRAWS = 5
+#: The rows in a table, and at each end of the picture.
+SHOWN = 10
+EVIDENCE = ["likely_label", "label_confidence", "training_loss", "score"]
+TERMS = """likely_label: the guess of models that did not train on the row; judge by the text
+label_confidence: the probability that these models give to the row's own label
+training_loss: high where the training could not fit the row
+score: how much the loss on the evaluation rows rises where the row counts more; above 0 it hurts"""
+
+
+@dataclass
+class Answers:
+    """The answers from the scores in ``result``.
+
+    Attributes:
+        page: the report, which gets the sections.
+        folder: of the files; None in all processes but one.
+        marks: of the evaluation rows, see `judges`.
+        classes: the label as the files have it, by its number.
+        again: the command that trains on corrected labels.
+    """
+
+    result: Attribution
+    command: Any
+    page: Report
+    folder: Path | None
+    marks: set[str]
+    classes: Mapping[int, Any]
+    again: str
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def paragraphs(
+        self,
+        test: Dataset | None,
+        seed: int,
+        reasons: Callable[[], Reasons] | None = None,
+        explained: int = 0,
+    ) -> Iterator[str]:
+        """The paragraphs to print, the first of which says what to do."""
+        result, command = self.result, self.command
+        self.page.verdict = self._hurting()
+        self.page.details = {"Run": self._run()}
+        text = self.add({}, settings=result.settings, evaluation_loss=result.values)
+        if command.suspects:
+            yield from self._cost("suspects", command.suspects)
+            text = self._suspects(result.suspects(command.suspects, seed=seed))
+        yield f"{self.page.verdict}\n{text}".rstrip()
+        trust = f"unknown: --check 20 tells, by 20 trainings ({self._minutes(20)})"
+        if command.check:
+            yield from self._cost("check", command.check)
+            check = result.check(command.check, seed=seed)
+            trust, self.record["check"] = check.verdict, check.record()
+            by_slice = (f"{name}: {one}" for name, one in check.by_slice.items())
+            self.page.details |= {"Check": "\n".join([str(check), *by_slice])}
+        parts: dict[str, Any] = {"Can the scores be trusted?": trust}
+        for name, rows in zip(("hurt", "help"), result.ends(SHOWN), strict=True):
+            lines = [[*self._cells(row), f"{result.scores[row]:+.1e}"] for row in rows]
+            parts[f"Rows that {name} most"] = [["row", *result.columns, "score"], *lines]
+        yield self.add(parts)
+        if reasons is not None:
+            if command.score_model == "adapter":
+                yield from self._cost("why", explained + 1)
+            yield self._reasons(reasons())
+        if test is not None and command.retrain_without is not None:
+            yield from self._cost("retrain_without", 4 + DRAWS)
+            removal = result.removal(command.retrain_without, test, draws=DRAWS, seed=seed)
+            title = (
+                f"Trained without rows, on {len(test)} rows that neither training nor scores saw"
+            )
+            parts = {title: removal.table(), "Is there a gain?": removal.verdict}
+            yield self.add(parts, removal=asdict(removal) | {"verdict": removal.verdict})
+        if command.details:
+            yield as_text(self.page.details)
+
+    def add(self, sections: Mapping[str, Any], **record: Any) -> str:
+        """Write the files again, with ``sections`` at the end of the page; these as text."""
+        self.record |= record
+        self.page.sections = {**self.page.sections, **sections}
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            marks = judges.as_column(self.marks, len(self.result.scores))
+            columns = {**self.columns, judges.COLUMN: marks}
+            escape = self.command.escape_formulas
+            self.result.to_csv(self.folder / "attribution.csv", columns, escape_formulas=escape)
+            self.result.plot(self.folder / "attribution.png", SHOWN)
+            (self.folder / "attribution.json").write_text(f"{json.dumps(self.record, indent=1)}\n")
+            self.page.write(self.folder)
+        return as_text(sections)
+
+    def _suspects(self, suspects: Suspects) -> str:
+        """Add the doubtful labels to page and files; what to do about them."""
+        result, flagged = self.result, suspects.flagged
+        confidence, losses = suspects.confidence.tolist(), result.losses.tolist()
+        marked = {*flagged}
+        self.columns["suspect"] = [int(row in marked) for row in range(len(confidence))]
+        self.columns["label_confidence"] = confidence
+        self.page.details |= {"Search for wrong labels": suspects.numbers}
+        if not flagged:
+            return self.add({"Wrong labels": suspects.verdict}, suspects=suspects.record())
+        guesses = suspects.probabilities.argmax(1).tolist()
+        lines, table = list[list[Any]](), [["row", *result.columns, *EVIDENCE]]
+        for row, mark in zip(flagged, judges.as_column(self.marks, len(flagged)), strict=True):
+            guess, score = self.classes[guesses[row]], float(result.scores[row])
+            own = [values[row] for values in result.columns.values()]
+            evidence = [guess, confidence[row], losses[row], score]
+            lines.append([result.numbers[row], *own, *evidence, mark])
+            shown = guess, f"{confidence[row]:.2f}", f"{losses[row]:.2f}", f"{score:+.1e}"
+            table.append([*self._cells(row), *shown])
+        if self.folder is not None:
+            path, names = self.folder / "suspects.csv", [*table[0], judges.COLUMN]
+            write_csv(path, names, lines, escape_formulas=self.command.escape_formulas)
+        self.page.verdict = (
+            f"Read the {len(flagged)} of {len(confidence)} rows whose labels may be wrong, in "
+            f"suspects.csv, worst first; stop where the labels are right. Correct the column "
+            f"{[*result.columns][-1]!r}, and train again."
+        )
+        parts = {"Train again": self.again, "The most doubtful labels": table[: SHOWN + 1]}
+        parts["Terms"] = TERMS + f"\n{suspects.advice}" * bool(suspects.advice)
+        return self.add(parts, suspects=suspects.record())
+
+    def _reasons(self, found: Reasons) -> str:
+        if self.folder is not None:
+            escape = self.command.escape_formulas
+            found.to_csv(self.folder / "why.csv", escape_formulas=escape)
+            if any(reason.rows for reason in found):
+                found.plot(self.folder / "why.png")
+                self.page.pictures = {**self.page.pictures, "Why these predictions": "why.png"}
+        return self.add({"Why these predictions": str(found)})
+
+    def _cells(self, row: int) -> list[Any]:
+        each = (cells({name: values}, row, 60) for name, values in self.result.columns.items())
+        return [self.result.numbers[row], *each]
+
+    def _minutes(self, trainings: int) -> str:
+        return f"about {trainings * self.result.settings['seconds'] / 60:.1f} minutes"
+
+    def _cost(self, name: str, trainings: int) -> Iterator[str]:
+        """A line before what takes a minute or more."""
+        if trainings * self.result.settings["seconds"] >= 60:
+            yield f"{name}: {trainings} trainings, {self._minutes(trainings)}"
+
+    def _hurting(self) -> str:
+        """How many rows hurt, and what to do about them."""
+        scores, unseen = self.result.scores, self.result.settings["unseen"]
+        text = (
+            f"Read the rows that hurt most: {int((scores > 0).sum())} of {len(scores) - unseen} "
+            "training rows raise the loss on the evaluation rows (score > 0)"
+        )
+        return text + f"; {unseen} were never trained on: train for longer" * bool(unseen)
+
+    def _run(self) -> str:
+        """The numbers of the run and of the solver."""
+        settings = self.result.settings
+        phi = ", ".join(f"{name} {value:.4f}" for name, value in self.result.values.items())
+        trained = f"{settings['steps']} steps"
+        if self.command.score_model == "head":
+            trained = f"a linear head at its minimum, with the penalty λ = {settings['l2']:g}"
+        lines = [
+            f"{settings['rows']} training rows, {trained}, {settings['variables']:,} parameters; "
+            f"scores by {settings['estimator']}",
+            f"loss on the evaluation rows: {phi}",
+        ]
+        if residuals := settings["residuals"].values():
+            lines.append(f"largest relative residual of the solver: {max(residuals):.2g}")
+        return "\n".join([*lines, *(f"note: {note}" for note in settings["notes"])])

@@ -1,0 +1,61 @@
+"""The benchmark on a GPU, tried on the CPU: each part, and parts that fail."""
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.speed import report
+from benchmarks.speed.gpu import PARTS, Part, run
+from benchmarks.speed.gpu.machine import Machine
+
+#: The rest takes a few seconds, and is tried without ``-m slow``.
+SLOW = ("step", "levels", "memory", "attribution", "4-bit")
+CPU = Machine("cpu", small=True, threads=1)
+HERE = "tests.support.gpu_parts"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.slow] if x in SLOW else []) for x in PARTS]
+)
+def test_a_part_makes_a_table(name: str) -> None:
+    """Of rows with the same columns, which JSON holds."""
+    part = PARTS[name]
+    if reason := part.missing("cpu"):
+        pytest.skip(reason)
+    module, _, function = part.function.partition(":")
+    rows = list(getattr(import_module(module), function)(CPU))
+    assert rows and all(row.keys() == rows[0].keys() for row in rows)
+    assert json.loads(json.dumps(rows)) == rows
+    for row in rows:
+        assert row.get("result", "done") == "done"
+        for column in ("with − without", "again"):
+            assert row.get(column) in (None, 0.0)
+
+
+def test_a_part_that_fails_costs_only_itself(tmp_path: Path, capsys: Any) -> None:
+    parts = {
+        name: Part(name, f"{HERE}:{name}", 0.2 if name == "hangs" else 60)
+        for name in ("raises", "hangs", "killed", "fine")
+    }
+    parts["missing"] = Part("missing", f"{HERE}:fine", 60, ("a_package|another_package",))
+    path = tmp_path / "speed_gpu.json"
+    run(parts, CPU, path)
+    content = json.loads(path.read_text())
+    reason = "a_package or another_package is not installed"
+    assert content["left out"] == {"missing": reason}
+    assert capsys.readouterr().out.startswith(f"left out: missing: {reason}")
+    assert content["tables"]["fine"] == [{"device": "cpu", "n": n} for n in (1, 2)]
+    assert content["tables"]["raises"] == content["tables"]["killed"] == [{"n": 1}]
+    errors = {name: course.get("error") for name, course in content["parts"].items()}
+    assert errors.pop("fine") is None and errors.pop("raises") == "MemoryError: out of memory"
+    assert errors["hangs"].startswith("stopped after") and errors["killed"].startswith("ended")
+    page = report.of_gpu(path)
+    assert "**fine**" in page and f"- missing: {reason}" in page and "- raises: MemoryError" in page
+
+
+def test_without_a_file_the_page_says_that_nothing_was_measured(tmp_path: Path) -> None:
+    assert "Nothing" in report.of_gpu(tmp_path / "speed_gpu.json")

@@ -1,0 +1,144 @@
+"""From doubtful labels to a training on corrected ones, and rows that may not judge it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hyperopt_peft.cli.main import main
+from tests.support.cli import refused, run, small_run
+from tests.support.files import rows, write
+
+NUMBER = 90
+WRONG = {3: "b", 10: "a"}
+
+
+def attributed(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Options of a run on a head, which has written its files, on two wrong labels."""
+    table = [
+        {**row, "label": WRONG.get(k, row["label"])} for k, row in enumerate(rows(number=NUMBER))
+    ]
+    options = small_run(folder, train_file=write(folder / "wrong.csv", table))
+    run("attribute", **changed(options, score_model="head", output_dir=folder / "rows", **changes))
+    return options
+
+
+def changed(options: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """``options`` with ``changes``, of which None leaves one out."""
+    return {name: value for name, value in {**options, **changes}.items() if value is not None}
+
+
+def suspects(folder: Path) -> list[dict[str, str]]:
+    with (folder / "rows/suspects.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_corrected_labels_are_trained_on_by_the_command_that_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same loss as with the right file; the rows that scored cannot judge."""
+    options = attributed(tmp_path)
+    printed = capsys.readouterr().out
+    right = rows(number=NUMBER)
+    lines, page = suspects(tmp_path), (tmp_path / "rows/report.html").read_text()
+    evidence = ["label", "likely_label", "label_confidence", "training_loss", "score"]
+    assert [*lines[0]] == ["row", "text", *evidence, "scored_on"]
+    confidence = [float(line["label_confidence"]) for line in lines]
+    assert confidence == sorted(confidence) and {*WRONG} <= {int(line["row"]) for line in lines}
+    first, command = printed.splitlines()[:2]
+    assert "suspects.csv" in first and "<p><b>Read the " in page
+    for line in lines:
+        line["label"] = right[int(line["row"])]["label"]
+    # In another order, and with spaces, as a spreadsheet may leave them.
+    edited = [{**line, "text": f"{line['text']} "} for line in reversed(lines)]
+    write(tmp_path / "rows/suspects.csv", edited)
+    words = shlex.split(command)
+    assert words[:2] == ["hyperopt-peft", "train"]
+    assert main(words[1:]) == 0
+    printed = capsys.readouterr().out
+    assert f"2 labels corrected by {tmp_path / 'rows/suspects.csv'}" in printed
+    assert "too good: 10 of the 10 rows have scored the training rows" in printed
+    changes = {"train_file": write(tmp_path / "right.csv", right), "method": "lora"}
+    changes["output_dir"] = tmp_path / "right"
+    run("train", **{**options, **changes})
+    assert "too good" not in capsys.readouterr().out
+    losses = [
+        json.loads((tmp_path / name / "all_results.json").read_text())["train_loss"]
+        for name in ("rows-corrected", "right")
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"label": None}, "corrections have no column 'label'"),
+        ({"row": None}, "corrections have no column 'row'"),
+        ({"label": ""}, "corrections: column 'label' is empty in 1 of 2 rows, first in row 1"),
+        ({"label": "aa"}, r"line 3: the label 'aa' is not in .* did you mean 'a'\?"),
+        ({"row": 24}, "line 3: there is no row 24; the training examples are rows 0 to 23"),
+        ({"row": -1}, "line 3: there is no row -1"),
+        ({"row": "x"}, "line 2: there is no row '0'"),
+        ({"text": "w1 w2"}, "line 3: row 1 of the training examples has another text"),
+        ({"row": 0, "text": rows()[0]["text"]}, "line 3: row 0 has another label before"),
+    ],
+)
+def test_edited_files_that_do_not_fit_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: str
+) -> None:
+    lines = [{"row": k, **row} for k, row in enumerate(rows()[:2])]
+    lines[1] |= changes
+    if None in changes.values():
+        lines = [{k: x for k, x in line.items() if k not in changes} for line in lines]
+    path = tmp_path / "edited.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*lines[0]])
+        writer.writeheader()
+        writer.writerows(lines)
+    options = small_run(tmp_path, corrections=path)
+    refused(capsys, "train", options, words)
+
+
+def test_corrections_need_a_class_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = small_run(tmp_path, "regression", corrections=tmp_path / "any.csv")
+    refused(capsys, "train", options, "corrections: need a class a row; regression has none")
+
+
+def test_rows_that_made_weights_do_not_judge_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file of weights is renamed, sorted and cut; the trusted rows are in another file."""
+    options = attributed(tmp_path)
+    with (tmp_path / "rows/attribution.csv").open(newline="", encoding="utf-8") as file:
+        lines = sorted(csv.DictReader(file), key=lambda line: float(line["score"]))[:70]
+    weights = write(tmp_path / "renamed.csv", lines)
+    trusted = [{**row, "text": f" {row['text']}"} for row in rows(number=10, seed=1)[:4]]
+    other = write(tmp_path / "other.jsonl", [*trusted, *rows(number=5, seed=9)])
+    weighted = changed(options, train_file=weights, eval_file=other, max_steps=None)
+    compared = {**weighted, "methods": ["lora", "given_weights"], "score_model": "head"}
+    words = "[34] of 9 rows have scored the training rows"
+    refused(capsys, "compare", compared, f"eval_file: {words}")
+    folds = changed(compared, upper_file=other, eval_file=None, folds=2)
+    refused(capsys, "compare", folds, f"upper_file: {words}")
+    run("train", **weighted, method="given_weights", max_steps=2)
+    assert re.search("too good: [34] of the 9 rows", capsys.readouterr().out)
+
+
+def test_a_held_out_part_may_have_scored_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = {"eval_file": None, "eval_fraction": 0.25, "suspects": 0}
+    options = attributed(tmp_path, **held_out)
+    lines = [{**row, "row": k, "scored_on": ""} for k, row in enumerate(rows()[:1])]
+    with (tmp_path / "rows/attribution.csv").open(newline="", encoding="utf-8") as file:
+        lines[0]["scored_on"] = " ".join(line["scored_on"] for line in csv.DictReader(file))
+    one = write(tmp_path / "one.csv", lines)
+    again = changed(options, **{**held_out, "suspects": None}, method="lora", corrections=one)
+    run("train", **again)
+    assert re.search("too good: 23 of the 23 rows", capsys.readouterr().out)
