@@ -32,7 +32,6 @@ class Answers:
     """The answers from the scores in ``result``.
 
     Attributes:
-        page: the report, which gets the sections.
         folder: of the files; None in all processes but one.
         marks: of the evaluation rows, see `judges`.
         classes: the label as the files have it, by its number.
@@ -118,23 +117,22 @@ class Answers:
         if not flagged:
             return self.add({"Wrong labels": suspects.verdict}, suspects=suspects.record())
         guesses = suspects.probabilities.argmax(1).tolist()
-        lines, table = list[list[Any]](), [["row", *result.columns, *EVIDENCE]]
+        heads, lines, shown = ["row", *result.columns, *EVIDENCE], list[list[Any]](), []
         for row, mark in zip(flagged, judges.as_column(self.marks, len(flagged)), strict=True):
-            guess, score = self.classes[guesses[row]], float(result.scores[row])
             own = [values[row] for values in result.columns.values()]
-            evidence = [guess, confidence[row], losses[row], score]
-            lines.append([result.numbers[row], *own, *evidence, mark])
-            shown = guess, f"{confidence[row]:.2f}", f"{losses[row]:.2f}", f"{score:+.1e}"
-            table.append([*self._cells(row), *shown])
+            numbers = confidence[row], losses[row], float(result.scores[row])
+            guess = self.classes[guesses[row]]
+            lines.append([result.numbers[row], *own, guess, *numbers, mark])
+            shown.append([*self._cells(row), guess, *(f"{number:.2g}" for number in numbers)])
         if self.folder is not None:
-            path, names = self.folder / "suspects.csv", [*table[0], judges.COLUMN]
+            path, names = self.folder / "suspects.csv", [*heads, judges.COLUMN]
             write_csv(path, names, lines, escape_formulas=self.command.escape_formulas)
         self.page.verdict = (
             f"Read the {len(flagged)} of {len(confidence)} rows whose labels may be wrong, in "
             f"suspects.csv, worst first; stop where the labels are right. Correct the column "
             f"{[*result.columns][-1]!r}, and train again."
         )
-        parts = {"Train again": self.again, "The most doubtful labels": table[: SHOWN + 1]}
+        parts = {"Train again": self.again, "The most doubtful labels": [heads, *shown[:SHOWN]]}
         parts["Terms"] = TERMS + f"\n{suspects.advice}" * bool(suspects.advice)
         return self.add(parts, suspects=suspects.record())
 
@@ -175,11 +173,10 @@ class Answers:
         trained = f"{settings['steps']} steps"
         if self.command.score_model == "head":
             trained = f"a linear head at its minimum, with the penalty λ = {settings['l2']:g}"
-        lines = [
+        text = (
             f"{settings['rows']} training rows, {trained}, {settings['variables']:,} parameters; "
-            f"scores by {settings['estimator']}",
-            f"loss on the evaluation rows: {phi}",
-        ]
+            f"scores by {settings['estimator']}\nloss on the evaluation rows: {phi}"
+        )
         if residuals := settings["residuals"].values():
-            lines.append(f"largest relative residual of the solver: {max(residuals):.2g}")
-        return "\n".join([*lines, *(f"note: {note}" for note in settings["notes"])])
+            text += f"\nlargest relative residual of the solver: {max(residuals):.2g}"
+        return text + "".join(f"\nnote: {note}" for note in settings["notes"])

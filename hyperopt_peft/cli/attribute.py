@@ -29,12 +29,12 @@ from hyperopt_peft.cli.text.data import (
     read_files,
     require_columns,
 )
-from hyperopt_peft.cli.text.setup import SHARED, Chosen, Setup, choose, prepare
+from hyperopt_peft.cli.text.setup import ROW, SHARED, Chosen, Setup, choose, prepare
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import shared
 from hyperopt_peft.utils import distributed
 
-ROW, SLICE, UNROLLED = "row", "slice", "unrolled"
+SLICE, UNROLLED = "slice", "unrolled"
 #: The folds of the search for wrong labels with a head, which takes seconds.
 FOLDS = 5
 
@@ -48,27 +48,22 @@ class AttributeArguments(OutputArguments):
     )
     estimator: str | None = HfArg(
         default=None,
-        help="unrolled (the whole run), an implicit solver such as minres (the end of the run), or "
-        "gradient; by default unrolled, and cg of a head",
+        help="unrolled (the whole run, the default), a solver such as minres (the end of the run; "
+        "for a head cg is the default), or gradient",
     )
     check: int = HfArg(default=0, help="retrainings without random rows that check the scores")
     slices: str | None = HfArg(default=None, help="an evaluation column, whose values get scores")
     suspects: int | None = HfArg(
-        default=None,
-        help="folds of the search for wrong labels, a training each; by default 5 with a head for "
-        "text-classification, else 0",
+        default=None, help="folds of the search for wrong labels; 5 for classes by a head, else 0"
     )
     why: list[str] | None = HfArg(
-        default=None,
-        help="rows of which each prediction has the few training rows behind it shown; those of "
-        "text-classification need no label",
+        default=None, help="files of rows whose predictions are explained by training rows"
     )
     retrain_without: float | None = HfArg(
         default=None, help="the share of the rows to train without, those that hurt most"
     )
     test_file: list[str] | None = HfArg(
-        default=None,
-        help="judges retrain_without; if not given eval_fraction of the training examples",
+        default=None, help="judges retrain_without, in place of eval_fraction"
     )
     method: str = HfArg(default="lora", help="as the option of train; rows of both levels count")
     escape_formulas: bool = HfArg(
@@ -100,12 +95,19 @@ def run(argv: Sequence[str]) -> None:
         raise ProblemError("retrain_without: is not of task sft; train without rows by TRL")
     if command.why and not chosen.model.task.endswith("classification"):
         raise ProblemError(f"why: needs classes of rows or tokens; {chosen.model.task} has none")
+    output = Path(args.output_dir)
+    if any(
+        Path(x).resolve().parent == output.resolve() for x in chosen.options.get("corrections", ())
+    ):
+        raise ProblemError(
+            "corrections: the file would be replaced by this run; name another output_dir"
+        )
     if command.suspects is None:
         asked = command.score_model == "head" and chosen.model.task == "text-classification"
         command.suspects = FOLDS if asked else 0
     command.require_output(args)
-    without = replace(data, eval_fraction=0.0)
-    setup, test = split(command, prepare(chosen.model, without, args, chosen.method), data)
+    prepared = prepare(chosen.model, data, args, chosen.method, numbered=True)
+    setup, test = split(command, prepared, data)
     explained, shown = rows_to_explain(command.why, setup) if command.why else (None, {})
 
     def new_trainer() -> Any:
@@ -132,7 +134,7 @@ def run(argv: Sequence[str]) -> None:
     result.numbers = numbered[ROW][:]
     rows = setup.rows.select(result.numbers)
     result.columns = {name: rows[name][:] for name in setup.encoder.columns}
-    output, first = Path(args.output_dir), not distributed.rank()
+    first = not distributed.rank()
     if command.score_model == "adapter":
         train.save_adapter(trainer)
         trainer.save_metrics("eval", trainer.evaluate())
@@ -165,11 +167,14 @@ def train_again(argv: Sequence[str], chosen: Chosen, output: Path) -> str:
     """The command that trains on the same data with corrected labels, into another folder."""
     _, flags = divided("attribute", argv)
     file = [argv[0]] if argv and not argv[0].startswith("-") else []
-    names = {*names_of(train.TYPES), *names_of([type(chosen.method)])} - {
-        *names_of([OutputArguments])
-    }
+    names = names_of([*train.TYPES, type(chosen.method)])
+    names -= names_of([OutputArguments]) - {"plugin"}
     words = {name: values for name, values in flags.items() if name in names}
-    words |= {"method": [chosen.name], "corrections": [f"{output}/suspects.csv"]}
+    words["method"] = [chosen.name]
+    words["corrections"] = [
+        *chosen.options.get("corrections", ()),
+        f"{output}/suspects.csv",
+    ]
     words |= {"output_dir": [f"{output}-corrected"]}
     return shlex.join(["hyperopt-peft", "train", *file, *flags_of(words)])
 
@@ -177,18 +182,15 @@ def train_again(argv: Sequence[str], chosen: Chosen, output: Path) -> str:
 def split(
     command: AttributeArguments, setup: Setup, data: ExampleData
 ) -> tuple[Setup, Dataset | None]:
-    """The set-up, whose training rows have their numbers in the files, and the test rows."""
-    train, evaluation = setup.train.add_column(ROW, range(len(setup.train))), setup.evaluation
-    rows, test = setup.evaluation_rows, None
+    """The set-up of the scores, in the order of the files, and the test rows."""
+    train, evaluation, test = setup.train, setup.evaluation, None
+    rows = setup.evaluation_rows
     judged = command.retrain_without is not None and not command.test_file
-    if data.eval_fraction == 0 and (rows is None or judged):
+    if evaluation is None or rows is None or (judged and data.eval_fraction == 0):
         raise ProblemError(
             "eval_fraction: attribute needs evaluation examples, and for retrain_without test "
             "examples; give eval_file and test_file, or an eval_fraction above 0"
         )
-    if evaluation is None or rows is None:
-        train, evaluation = hold_out(train, data.eval_fraction)
-        rows, evaluation = setup.rows.select(evaluation[ROW]), evaluation.remove_columns(ROW)
     if command.slices:
         require_columns(rows, [command.slices], EVALUATION)
         evaluation = evaluation.add_column(SLICE, [str(value) for value in rows[command.slices]])
@@ -203,8 +205,7 @@ def split(
                     f"test_file: {common} of {len(test)} rows are {name} examples too, which the "
                     "scores have seen; remove them"
                 )
-    train = train.sort(ROW)
-    return replace(setup, train=train, evaluation=evaluation, evaluation_rows=rows), test
+    return replace(setup, train=train.sort(ROW), evaluation=evaluation), test
 
 
 def rows_to_explain(files: Sequence[str], setup: Setup) -> tuple[Dataset, dict[str, list[Any]]]:

@@ -26,7 +26,6 @@ from hyperopt_peft.trainer.data import batches_of
 from hyperopt_peft.trainer.quiet import quiet
 from hyperopt_peft.utils.signal_to_noise import MIN_SAMPLES
 from hyperopt_peft.utils.tables import aligned
-from hyperopt_peft.utils.validation import require_count
 
 NONE = ["none"]
 
@@ -40,16 +39,14 @@ class CheckArguments(RunArguments):
     solver_steps: int = HfArg(default=10, help="steps of the solvers that measure the curvature")
     estimators: list[str] | None = HfArg(
         default=None,
-        help="estimators with options, or none; if not given direct, darts, neumann, and cg and "
-        "minres with a damping that leaves a condition number of 10, by the measured spectrum",
+        help="estimators with options, or none; by default direct, darts, neumann, and cg and "
+        "minres with a damping by the measured spectrum",
     )
     reference: str = HfArg(
         default="retraining:steps=20,directions=4", help="an estimator, or retraining with options"
     )
 
     def __post_init__(self) -> None:
-        require_count("search_steps", self.search_steps, least=0)
-        require_count("solver_steps", self.solver_steps, least=1)
         get_reference(self.reference)
         for estimator in self.chosen(Spectrum(1.0, 1.0), 1.0):
             get_estimator(estimator)

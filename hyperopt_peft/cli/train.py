@@ -26,7 +26,7 @@ class TrainArguments(OutputArguments):
 
     method: str = HfArg(
         default="bidora",
-        help="lora, dora, bidora or another name of hyperopt_peft.problems.METHODS; or "
+        help="lora, dora, bidora or another name of hyperopt_peft.problems.METHODS, or "
         "my_method.py:MyMethod; the fields of its class are options",
     )
 
@@ -76,16 +76,10 @@ def save(trainer: BilevelTrainer, evaluation: dict[str, Any]) -> None:
     trainer.save_state()
 
 
-def metrics_of(evaluation: dict[str, Any]) -> dict[str, float]:
-    """The metrics of an evaluation by their own names, without its times."""
-    metrics = {k: x for k, x in evaluation.items() if not k.endswith(TIMINGS)}
-    return {k.removeprefix("eval_"): x for k, x in metrics.items() if k.startswith("eval_")}
-
-
 def report(
     trainer: BilevelTrainer, setup: Setup, evaluation: dict[str, Any], chosen: Chosen
 ) -> Report:
-    """The page of a run; its verdict names the accuracy of a guess, and a judge that is none."""
+    """The page of a run."""
     histories = {"Losses": trainer.state.log_history}
     if trainer.retrainer is not None:
         # The evaluation of the final model is in the log of the search, which made another one.
@@ -97,7 +91,8 @@ def report(
     tables: dict[str, list[list[str]]] = {}
     verdict = f"{chosen.name.rpartition(':')[2]}, {sum(work.steps for work in works)} steps"
     if evaluation and setup.evaluation is not None:
-        numbers = metrics_of(evaluation)
+        named = [k for k in evaluation if k.startswith("eval_") and not k.endswith(TIMINGS)]
+        numbers: dict[str, float] = {k.removeprefix("eval_"): evaluation[k] for k in named}
         tables["Evaluation"] = [[*numbers], [f"{value:.4f}" for value in numbers.values()]]
         metric, size = setup.task.metric, len(setup.evaluation)
         verdict = f"{metric} {numbers[metric]:.4g} on {size} evaluation rows, by {verdict}"

@@ -51,13 +51,15 @@ def test_corrected_labels_are_trained_on_by_the_command_that_is_shown(
     assert [*lines[0]] == ["row", "text", *evidence, "scored_on"]
     confidence = [float(line["label_confidence"]) for line in lines]
     assert confidence == sorted(confidence) and {*WRONG} <= {int(line["row"]) for line in lines}
-    first, command = printed.splitlines()[:2]
+    first, _, command = printed.splitlines()[:3]
     assert "suspects.csv" in first and "<p><b>Read the " in page
     for line in lines:
         line["label"] = right[int(line["row"])]["label"]
-    # In another order, and with spaces, as a spreadsheet may leave them.
-    edited = [{**line, "text": f"{line['text']} "} for line in reversed(lines)]
-    write(tmp_path / "rows/suspects.csv", edited)
+    # In another order, with spaces and an apostrophe, as a spreadsheet may leave them.
+    edited = [{**line, "text": f"'{line['text']} "} for line in reversed(lines)]
+    edited = [{**edited[0], "label": "c"}, *edited]  # the last line about a row counts
+    marked = [{**line, "label": f"'{line['label']}"} for line in edited]
+    write(tmp_path / "rows/suspects.csv", marked)
     words = shlex.split(command)
     assert words[:2] == ["hyperopt-peft", "train"]
     assert main(words[1:]) == 0
@@ -86,7 +88,6 @@ def test_corrected_labels_are_trained_on_by_the_command_that_is_shown(
         ({"row": -1}, "line 3: there is no row -1"),
         ({"row": "x"}, "line 2: there is no row '0'"),
         ({"text": "w1 w2"}, "line 3: row 1 of the training examples has another text"),
-        ({"row": 0, "text": rows()[0]["text"]}, "line 3: row 0 has another label before"),
     ],
 )
 def test_edited_files_that_do_not_fit_are_named(
@@ -103,6 +104,17 @@ def test_edited_files_that_do_not_fit_are_named(
         writer.writerows(lines)
     options = small_run(tmp_path, corrections=path)
     refused(capsys, "train", options, words)
+
+
+def test_a_second_round_keeps_the_corrections_of_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = tmp_path / "rows/suspects.csv"
+    options = changed(attributed(tmp_path), score_model="head", corrections=first)
+    again = {**options, "output_dir": tmp_path / "rows", "overwrite_output_dir": True}
+    refused(capsys, "attribute", again, "corrections: the file would be replaced")
+    run("attribute", **options)
+    assert f"--corrections {first} {tmp_path}/out/suspects.csv" in capsys.readouterr().out
 
 
 def test_corrections_need_a_class_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,16 +19,16 @@ def corrected(
     """The training ``rows`` with the labels of ``files``; these; how many labels have changed.
 
     ``columns`` are those of the texts, then of the label. A line names its training row by number,
-    and must have the same texts.
+    and must have the same texts. The last line about a row counts, as in a second round of search.
 
     Raises:
         ProblemError: a column is missing or a cell empty; or a line has no row's number, another
-            text, an unknown class, or another label than a line before.
+            text or an unknown class.
     """
     lines, (*texts, label) = read_files(files, OPTION), columns
     require_columns(lines, [ROW, *columns], OPTION)
     labels, found = rows[label][:], dict[int, object]()
-    classes = {str(value): value for value in labels}
+    classes = {_plain([value])[0]: value for value in labels}
     originals = list(zip(*(rows[name] for name in texts)))
     for line, (row, given, *words) in enumerate(zip(*(lines[x] for x in [ROW, label, *texts])), 2):
         where = f"{OPTION}: line {line}"
@@ -42,15 +42,14 @@ def corrected(
                 f"{where}: row {row} of the training examples has another text; give the "
                 "train_file that attribute has read"
             )
-        if str(given) not in classes:
+        (name,) = _plain([given])
+        if name not in classes:
             raise ProblemError(
                 f"{where}: the label {given!r} is not in the training examples"
-                f"{did_you_mean(str(given), classes)}; correct it"
+                f"{did_you_mean(name, classes)}; correct it"
             )
-        if found.setdefault(int(row), given) != given:
-            raise ProblemError(f"{where}: row {row} has another label before; leave one line out")
-    changed = {row: classes[str(given)] for row, given in found.items()}
-    new = [changed.get(row, value) for row, value in enumerate(labels)]
+        found[int(row)] = classes[name]
+    new = [found.get(row, value) for row, value in enumerate(labels)]
     count = sum(value != old for value, old in zip(new, labels, strict=True))
     kind = rows.features[label]
     return rows.remove_columns(label).add_column(label, new, feature=kind), lines, count

@@ -22,7 +22,6 @@ from hyperopt_peft.errors import ProblemError, did_you_mean
 from hyperopt_peft.trainer.method import Method
 
 ALL_LINEAR = "all-linear"
-Dtype = Literal["float32", "bfloat16", "auto"]
 
 
 @dataclass
@@ -34,7 +33,9 @@ class ModelArguments:
     model: str = HfArg(help="the base model: a local folder or a hub name")
     task: TaskName = HfArg(help="the task to learn; sft trains with TRL")
     tokenizer: str | None = HfArg(default=None, help="the tokenizer; the model's if not given")
-    dtype: Dtype = HfArg(default="float32", help="number format of the base model; auto: as saved")
+    dtype: Literal["float32", "bfloat16", "auto"] = HfArg(
+        default="float32", help="number format of the base model; auto: as saved"
+    )
     load_in_4bit: bool = HfArg(default=False, help="load the base model in NF4, by bitsandbytes")
     rank: int = HfArg(default=8, help="rank r of the adapter B·A")
     alpha: int = HfArg(default=16, help="LoRA's alpha; the scale of B·A is alpha / rank")
@@ -42,16 +43,11 @@ class ModelArguments:
     target_modules: list[str] = HfArg(
         default_factory=lambda: [ALL_LINEAR], help="modules to adapt, by names or the ends of names"
     )
-    modules_to_save: list[str] | None = HfArg(
-        default=None, help="modules to train in full, such as a new head"
-    )
+    modules_to_save: list[str] | None = HfArg(default=None, help="modules to train in full")
 
     def __post_init__(self) -> None:
         if self.load_in_4bit and self.task not in ("causal-lm", "sft"):
             raise ProblemError(f"load_in_4bit: is for causal-lm and sft, got task {self.task}")
-        if self.alpha < 1 or not 0 <= self.dropout < 1:  # by which PEFT would train nothing
-            got = f"got {self.alpha} and {self.dropout}"
-            raise ProblemError(f"alpha, dropout: must be at least 1, and in [0, 1), {got}")
 
 
 def load_config(name: str) -> Any:
@@ -67,9 +63,7 @@ def _not_loaded(option: str, name: str, error: Exception) -> ProblemError:
     if not Path(name).is_dir():
         what = f"there is no folder {name}, and the hub or its cache gives nothing"
     reason = shorten(str(error), 300)  # a list of all kinds of models is longer
-    return ProblemError(
-        f"{option}: {what} ({reason}); correct the name, or give a folder with a model"
-    )
+    return ProblemError(f"{option}: {what} ({reason}); correct the name, or give a model's folder")
 
 
 def labelled(config: Any, task: str, names: Sequence[str]) -> Any:
@@ -108,27 +102,25 @@ def load_tokenizer(name: str, config: Any, max_length: int, task: str) -> Any:
     return tokenizer
 
 
-def load_base(
-    task: Task, name: str, config: Any, dtype: Dtype, *, four_bits: bool = False
-) -> tuple[Any, list[str]]:
+def load_base(task: Task, args: ModelArguments, config: Any) -> tuple[Any, list[str]]:
     """The base model, and the names of its new weights, which depend on the current seed."""
     nf4: dict[str, Any] = {}
-    if four_bits:
+    if args.load_in_4bit:
         bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
         nf4["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **bits)
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # the report on a new head has forty lines
     try:
         model, report = task.model.from_pretrained(
-            name,
+            args.model,
             config=config,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            dtype=args.dtype,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **nf4,
         )
     except (OSError, ValueError) as error:
-        raise _not_loaded("model", name, error) from error
+        raise _not_loaded("model", args.model, error) from error
     except ImportError as error:
         raise ProblemError(
             f"load_in_4bit: {error}; run pip install 'hyperopt-peft[bitsandbytes]'"
@@ -167,9 +159,6 @@ def adapter_config(model: Any, args: ModelArguments, task: Task) -> LoraConfig:
 
 def add_adapter(model: Any, args: ModelArguments, task: Task, method: Method) -> Any:
     """``model`` in train mode with a new adapter for ``method``; A depends on the current seed."""
-    largest = max(min(p.shape) for p in model.parameters() if p.ndim == 2)
-    if args.rank > largest:
-        raise ProblemError(f"rank: must be at most {largest} for this model, got {args.rank}")
     try:
         config = method.adapter(adapter_config(model, args, task))
         return get_peft_model(model, config).train()

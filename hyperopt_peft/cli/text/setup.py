@@ -37,8 +37,8 @@ from hyperopt_peft.trainer.tags import INDEX
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 
 logger = logging.get_logger(__name__)
-#: The column with the number of each row in its file, while a part is held out.
-PLACE = "place"
+#: The column with the number of each training row in its file.
+ROW = "row"
 #: The options of every command that trains.
 SHARED = (ModelArguments, DataArguments, BilevelTrainingArguments)
 
@@ -88,8 +88,6 @@ class Setup:
     """The encoded data, and the construction of models and trainers for the data.
 
     Attributes:
-        config: the base model's configuration, with the head of the task.
-        encoder: encodes further examples; has the tokenizer.
         rows, upper_rows, evaluation_rows: as they were read, a held-out part as well.
         marks: of the rows that scored the training rows; see `judges`.
         changed: how many labels the corrections change; None without corrections.
@@ -115,10 +113,7 @@ class Setup:
 
     def base(self) -> tuple[Any, list[str]]:
         """A new model without an adapter, and the names of its new weights."""
-        args = self.args
-        base, new = models.load_base(
-            self.task, args.model, self.config, args.dtype, four_bits=args.load_in_4bit
-        )
+        base, new = models.load_base(self.task, self.args, self.config)
         if getattr(base.config, "pad_token_id", None) is None:
             base.config.pad_token_id = self.encoder.tokenizer.pad_token_id
         return base, new
@@ -130,20 +125,19 @@ class Setup:
         model = models.add_adapter(base, self.args, self.task, method)
         named = model.get_base_model().named_parameters()
         frozen = {name.replace(".base_layer.", ".") for name, p in named if not p.requires_grad}
-        if names := [name for name in new if name in frozen]:
+        if names := ", ".join(name for name in new if name in frozen):
             logger.warning_once(
-                f"{', '.join(names)}: new, random and frozen; name their modules in modules_to_save"
+                f"{names}: new, random and frozen; name their modules in modules_to_save"
             )
         return model
 
     def trainer(self, args: Any, method: Method) -> BilevelTrainer:
         """The trainer of a new model by ``method``."""
         model = self.model(args.seed, method)
-        data = {"train_dataset": self.train, "upper_dataset": self.upper}
         options = self.options(model) | {"eval_dataset": self.evaluation}
-        kind = self.trainer_class()
+        options |= {"train_dataset": self.train, "upper_dataset": self.upper}
         try:
-            return kind(model, args, method=copy.deepcopy(method), **data, **options)
+            return self.trainer_class()(model, args, method=copy.deepcopy(method), **options)
         except (ValueError, RuntimeError, OSError) as error:  # a logger is not installed, say
             raise ProblemError(str(error)) from error
 
@@ -177,8 +171,13 @@ class Setup:
         return options
 
 
-def prepare(args: ModelArguments, data: Any, training: Any, *methods: Method) -> Setup:
-    """Read and encode the data for the model and for ``methods``, without loading weights."""
+def prepare(
+    args: ModelArguments, data: Any, training: Any, *methods: Method, numbered: bool = False
+) -> Setup:
+    """Read and encode the data for the model and for ``methods``, without loading weights.
+
+    The training rows keep the column `ROW` if they are ``numbered``.
+    """
     read = list[str]()  # columns of the training rows, beside those of the task
     for method in methods:
         own = getattr(method, "column", None)  # of which the method makes its tags
@@ -204,9 +203,10 @@ def prepare(args: ModelArguments, data: Any, training: Any, *methods: Method) ->
     else:
         encoder = Encoder(args.task, data, tokenizer, names)
     require_columns(rows, read, TRAIN)
-    train, upper, evaluation = _with(rows, read, encoder.encode(rows, TRAIN)), None, None
+    train, upper, evaluation = encoder.encode(rows, TRAIN, read), None, None
+    train = train.add_column(ROW, range(len(rows)))
     if upper_rows is not None:
-        upper = _with(upper_rows, read, encoder.encode(upper_rows, UPPER))
+        upper = encoder.encode(upper_rows, UPPER, read)
     if evaluation_rows is not None:
         evaluation = encoder.encode(evaluation_rows, EVALUATION)
         if common := shared(evaluation, train):
@@ -215,18 +215,12 @@ def prepare(args: ModelArguments, data: Any, training: Any, *methods: Method) ->
                 "so that the metrics are too good; remove them"
             )
     elif data.eval_fraction:
-        train, evaluation = hold_out(train.add_column(PLACE, range(len(train))), data.eval_fraction)
-        evaluation_rows = rows.select(evaluation[PLACE])
-        train, evaluation = train.remove_columns(PLACE), evaluation.remove_columns([PLACE, *read])
+        train, evaluation = hold_out(train, data.eval_fraction)
+        evaluation_rows = rows.select(evaluation[ROW])
+        evaluation = evaluation.remove_columns([ROW, *read])
+    train = train if numbered else train.remove_columns(ROW)
     for part, where in ((upper, UPPER), (evaluation, EVALUATION)):
         if part is not None and args.task == "text-classification":
             warn_of_one_class(part, "labels", where)
     parts = train, upper, evaluation, rows, upper_rows, evaluation_rows
     return Setup(args, task, config, encoder, *parts, frozenset(marks), changed)
-
-
-def _with(rows: Dataset, columns: Sequence[str], encoded: Dataset) -> Dataset:
-    """``encoded`` with those of ``columns`` that ``rows`` have."""
-    for column in set(columns).intersection(rows.column_names):
-        encoded = encoded.add_column(column, rows[column][:])
-    return encoded

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,8 +38,8 @@ class Conversations:
     chat_template: bool = True
     columns: tuple[str, ...] = field(default=(), init=False)
 
-    def encode(self, rows: Dataset, where: str) -> Dataset:
-        """The columns of ``rows`` that are trained on; ``where`` names the rows in errors."""
+    def encode(self, rows: Dataset, where: str, keep: Collection[str] = ()) -> Dataset:
+        """The columns of ``rows`` to train on and to ``keep``; errors have the name ``where``."""
         names, layouts = rows.column_names, [("messages",), ("prompt", "completion")]
         layouts = [self.columns] if self.columns else [*layouts, (self.text_field,)]
         layout = next((columns for columns in layouts if {*columns} <= {*names}), None)
@@ -51,7 +51,8 @@ class Conversations:
             )
         self.columns = layout
         require_columns(rows, layout, where)
-        rows = rows.select_columns([*layout, *(name for name in OF_TEMPLATE if name in names)])
+        kept = (name for name in names if name in (*OF_TEMPLATE, *keep))
+        rows = rows.select_columns(list(dict.fromkeys([*layout, *kept])))
         check_each(self._check, rows, range(len(rows)), where)
         return rows
 
