@@ -83,12 +83,11 @@ class Head(nn.Module):
 
 def head_of(model: Any, features: Features) -> Head:
     """A head of zeros for the labels of ``features``, made by ``model``."""
-    config, labels = getattr(base_model(model), "config", None), features.labels
+    config, labels, x = getattr(base_model(model), "config", None), features.labels, features.x
     outputs = labels.shape[1] if labels.dim() > 1 else 1
     if not labels.is_floating_point():
         outputs = max(int(labels.max()) + 1, getattr(config, "num_labels", 0))
     kind = problem_type_of(config, labels)
-    x = features.x
     return Head(x.shape[1], outputs, problem_type=kind, dtype=x.dtype, device=x.device)
 
 
@@ -96,8 +95,7 @@ def require_head(model: Any, batch: Any) -> None:
     """Raise ProblemError in several processes, and where labels are text."""
     if (count := distributed.world_size()) > 1:
         raise ProblemError(
-            f"world_size: {count} processes would each train the same head; start one process, "
-            "without torchrun"
+            f"world_size: {count} processes would train the same head; start one, without torchrun"
         )
     labels, config = batch.get("labels"), getattr(base_model(model), "config", None)
     of_tokens = isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point()

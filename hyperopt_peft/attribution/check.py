@@ -94,7 +94,7 @@ class ScoreCheck:
         if self.ordered:
             return (
                 "the scores order the rows as retraining does, but actual changes are "
-                f"{self.slope:.2f} times the predicted ones: rely on the order"
+                f"{self.slope:.2f} times the predicted ones: rely on the order, or multiply by that"
             )
         if low <= POOR and high >= GOOD:
             return (

@@ -39,10 +39,9 @@ from hyperopt_peft.utils.restore import assign_, perturbed
 #: The values of λ to choose from, and the folds of the choice. With a larger λ a head predicts
 #: little but the most frequent class, and finds fewer wrong labels.
 PENALTIES, FOLDS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01), 5
-#: The largest entry of the gradient at a minimum, in float64: below the share of a single row.
-TOLERANCE, STEPS = 1e-7, 2000
-#: The same in the choice of λ.
-ROUGHLY = 1e-3
+#: The largest entry of the gradient at a minimum, below the share of a single row; in the choice
+#: of λ; and the most steps.
+TOLERANCE, ROUGHLY, STEPS = 1e-7, 1e-3, 2000
 
 
 def level_of(head: Head, weights: Tensor, l2: float) -> WeightedRows:
@@ -74,8 +73,7 @@ def held_out_losses(head: Head, features: Features, count: int, progress: bool =
                 lbfgs(level, batch_of(features.select(train)), tolerance=ROUGHLY)
                 point[:] = [x.detach().clone() for x in variables]
                 with torch.no_grad():
-                    batch = batch_of(features.select(others))
-                    held_out.append(ModelOnRows(head).losses(batch)[0])
+                    held_out.append(ModelOnRows(head).losses(batch_of(features.select(others)))[0])
         losses.append(torch.cat(held_out))
         if losses[-1].mean() > highest(losses):
             break
@@ -129,8 +127,7 @@ class HeadTraining(Training):
     def repeated(self, weights: Tensor) -> Iterator[None]:
         """The minimum with ``weights`` for v."""
         with perturbed((self.weights, *self.variables)):
-            with torch.no_grad():
-                self.weights.copy_(weights)
+            assign_((self.weights,), (weights,))
             self._solve(self.features)
             yield
 
@@ -165,16 +162,10 @@ def train_head(
     (first,) = data.batches(data.train_rows, [0])
     require_head(model, without(first, data.collate.tags))
 
-    def features(rows: NumberedRows) -> Features:
-        return features_of(
-            model,
-            rows.data,
-            data.collate.collate,
-            batch_size=trainer.args.per_device_eval_batch_size,
-            precision=trainer.compute_loss_context_manager,
-            progress=progress,
-        ).double()
-
+    options: Any = {"collate": data.collate.collate, "progress": progress}
+    options["batch_size"] = trainer.args.per_device_eval_batch_size
+    options["precision"] = trainer.compute_loss_context_manager
+    features = lambda rows: features_of(model, rows.data, **options).double()  # noqa: E731
     raw, device = features(data.train_rows), trainer.args.device
     train = raw.standardized().to(device)
     head = head_of(model, train)

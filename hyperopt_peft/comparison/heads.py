@@ -153,7 +153,6 @@ class HeadTask(Task):
         if self.model is not None:
             return
         data, found, tables = self.data, list[Features](), list[Any]()
-        trainer: Any = None
         for rows in (data.train, data.upper, data.test):
             if rows is None:
                 tables.append(None)

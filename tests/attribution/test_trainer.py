@@ -174,7 +174,7 @@ def test_a_model_near_chance_flags_no_label(wrong: int, kappa: float) -> None:
     assert found.accuracy == pytest.approx(1 - wrong / 100)
     assert found.kappa == pytest.approx(kappa, abs=0.005)
     assert {*found.flagged} <= {*range(wrong)} and bool(found.flagged) == (kappa > 0.2)
-    assert ("near chance" in str(found)) == (not found.flagged)
+    assert ("no label is flagged" in str(found)) == (not found.flagged)
     assert max(map(len, str(found).splitlines())) < 150
 
 
