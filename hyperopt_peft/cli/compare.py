@@ -26,8 +26,7 @@ class CompareArguments(OutputArguments):
     """The methods, the budget and the seeds."""
 
     methods: list[str] = HfArg(
-        default_factory=lambda: list(METHODS),
-        help="as the option method of train; the others are compared with the first",
+        default_factory=lambda: [*METHODS], help="the others are compared with the first"
     )
     score_model: Literal["adapter", "head"] = HfArg(
         default="adapter", help="what is trained, or a linear head on the base model's features"

@@ -13,9 +13,9 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 from datasets import ClassLabel, Dataset, Value
 
-from hyperopt_peft.cli.text import SFT
 from hyperopt_peft.cli.text.data import TRAIN, require_columns
 from hyperopt_peft.cli.text.encode import class_names, number
+from hyperopt_peft.cli.text.tasks import SFT
 from hyperopt_peft.errors import ProblemError
 
 TEXTS = ("text", "tweet", "sentence", "review", "content", "comment", "message", "question")
@@ -101,8 +101,7 @@ def require_header(rows: Dataset, file: str) -> None:
             if (same and name.lower() not in USUAL) or re.fullmatch(r"-?\d+\.\d+", name):
                 raise ProblemError(
                     f"file: {file} seems to have no header, since a column is named {name!r} like "
-                    "a value; write the columns' names in its first line (text,label), or give "
-                    "--text_columns and --label_column"
+                    "a value; write a line such as text,label before it, or give --text_columns"
                 )
 
 
@@ -126,18 +125,13 @@ def _texts(rows: Dataset, label: str | None) -> list[str]:
         and _different(rows, name) * 2 > len(rows)
     }
     if not lengths:
-        raise ProblemError(
-            f"text_columns: none of {', '.join(rows.column_names[:20])} looks like texts, "
-            "different in most rows; name one with --text_columns"
-        )
+        names = ", ".join(rows.column_names[:20])
+        raise ProblemError(f"text_columns: none of {names} looks like texts; give --text_columns")
     return [min(lengths, key=lambda name: (name.lower() not in TEXTS, -lengths[name]))]
 
 
 def _label(rows: Dataset, besides: Collection[str], task: str | None) -> str | None:
-    """The column to predict; None if no column has a usual name, classes or fractions.
-
-    A column with a usual name is the label even if it cannot be learned, so that an error says so.
-    """
+    """The column to predict; None if no column has a usual name, classes or fractions."""
     few, features = _most_classes(rows), rows.features
     rest = [name for name in rows.column_names if name not in besides]
     kinds = ("float", "int") if task == "regression" else ("float",)
@@ -146,7 +140,7 @@ def _label(rows: Dataset, besides: Collection[str], task: str | None) -> str | N
     if task is not None:
         numbers, classes = (numbers, []) if task == "regression" else ([], classes)
     candidates = list(dict.fromkeys([*classes, *numbers]))
-    for columns in (candidates, rest):
+    for columns in (candidates, rest):  # an error says that one with a usual name cannot be learned
         known: dict[str, str] = {name.lower(): name for name in columns}
         if named := [known[name] for name in LABELS if name in known]:
             return named[0]

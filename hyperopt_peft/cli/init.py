@@ -13,9 +13,9 @@ from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.cli.guess import Guess, guess, require_header
 from hyperopt_peft.cli.options import parse
-from hyperopt_peft.cli.text import TaskName
 from hyperopt_peft.cli.text.data import EVALUATION, read_files, require_columns
 from hyperopt_peft.cli.text.encode import class_names, named, warn_of_one_class
+from hyperopt_peft.cli.text.tasks import TaskName
 from hyperopt_peft.errors import ProblemError
 
 #: A small model for each task; the first is for all others.
@@ -53,9 +53,7 @@ class InitArguments:
     text_columns: list[str] | None = HfArg(default=None, help="column with the texts, or two")
     label_column: str | None = HfArg(default=None, help="column with the labels")
     model: str | None = HfArg(default=None, help="by default a small one from the hub")
-    eval_file: list[str] | None = HfArg(
-        default=None, help="files to evaluate on; for attribute: rows you trust"
-    )
+    eval_file: list[str] | None = HfArg(default=None, help="rows that you trust, to evaluate on")
     config_file: str = HfArg(default="config.yaml", help="the file to write")
     overwrite: bool = HfArg(default=False, help="replace that file")
 
@@ -74,10 +72,7 @@ def run(argv: Sequence[str]) -> None:
     if target.exists() and not command.overwrite:
         raise ProblemError(f"{target}: is there already; give --overwrite or another --config_file")
     if command.command == "attribute" and not command.eval_file:
-        raise ProblemError(
-            "eval_file: attribute scores the rows by rows that you trust; give --eval_file with "
-            "about a hundred rows whose labels you have checked"
-        )
+        raise ProblemError("eval_file: attribute needs some rows that you trust; give --eval_file")
     given = [*(command.text_columns or []), *filter(None, [command.label_column])]
     rows = read_files(files, "file")
     names = rows.column_names

@@ -1,7 +1,6 @@
-"""Options from a YAML file and from flags, and the parser that turns options into dataclasses.
+"""Options from flags and from a YAML file for all commands, and their parser.
 
-Flags override the file. One file can serve all commands: a mapping under a command's name has
-options for that command alone, and options of other commands are ignored.
+A mapping under a command's name has options for that command alone.
 """
 
 from __future__ import annotations
@@ -51,7 +50,6 @@ COMMON = {
     "report_to": "loggers such as tensorboard or wandb; all, or none",
     "resume_from_checkpoint": "a checkpoint of an earlier run; true: the last one in output_dir",
 }
-LOGGING_STEPS = 0.05  # a share of all steps
 
 
 @dataclass
@@ -122,9 +120,8 @@ def lock(folder: Path, *, shared: bool = False) -> int:
         fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         os.close(file)
-        raise ProblemError(
-            f"output_dir: another run is writing to {folder}; wait for its end, or name another"
-        ) from error
+        text = f"output_dir: another run is writing to {folder}; wait for its end, or name another"
+        raise ProblemError(text) from error
     except (ImportError, OSError):  # Windows, and file systems without locks
         pass
     return file
@@ -163,9 +160,7 @@ def _options_in(path: Path, command: str) -> Options:
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ProblemError(
-            f"{path}: no readable YAML ({error}); init writes such a file"
-        ) from error
+        raise ProblemError(f"{path}: no readable YAML ({error}); init writes one") from error
     if not isinstance(options, dict):
         raise ProblemError(f"{path}: no mapping; write options as `name: value`")
     sections = {name: options.pop(name) for name in COMMANDS if isinstance(options.get(name), dict)}
@@ -257,7 +252,7 @@ def _parser(types: Sequence[Any], method: type[Method] | None) -> _Parser:
     names, kinds = names_of(types), [*types]
     defaults: dict[str, Any] = {}
     if "learning_rate" in names:
-        defaults = {"logging_steps": LOGGING_STEPS, "disable_tqdm": not sys.stderr.isatty()}
+        defaults = {"logging_steps": 0.05, "disable_tqdm": not sys.stderr.isatty()}
     if method is not None:
         for name in {*method.defaults} - names:
             raise ProblemError(f"{method.__name__}: {name} in defaults is no option; leave it out")

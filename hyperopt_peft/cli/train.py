@@ -108,11 +108,7 @@ def report(
     if shares:
         tables["Shares of the sources"] = [[*shares], [f"{share:.4f}" for share in shares.values()]]
         verdict += f"; shares {', '.join(f'{name} {share:.3f}' for name, share in shares.items())}"
-    files = chosen.data.train_file or [chosen.data.dataset]
-    subtitle = f"{', '.join(files)} · {chosen.model.model}"
-    page = Report("train", verdict, chosen.options, subtitle, tables, details=details)
-    page.curves = histories
-    return page
+    return Report("train", verdict, chosen.options, tables, curves=histories, details=details)
 
 
 def save_adapter(trainer: BilevelTrainer) -> None:

@@ -40,14 +40,10 @@ class ExampleData:
     dataset: str | None = HfArg(default=None, help="a data set of the hub, or a folder")
     dataset_config: str | None = HfArg(default=None, help="the data set's configuration")
     train_split: str = HfArg(default="train", help="the data set's part to train on")
-    upper_file: list[str] | None = HfArg(
-        default=None, help="the upper level's examples, in place of upper_fraction"
-    )
+    upper_file: list[str] | None = HfArg(default=None, help="examples of the upper level")
     eval_file: list[str] | None = HfArg(default=None, help="files that are never trained on")
     eval_split: str | None = HfArg(default=None, help="the data set's part to evaluate on")
-    eval_fraction: float = HfArg(
-        default=0.1, help="share of the training examples to hold out without an eval_file"
-    )
+    eval_fraction: float = HfArg(default=0.1, help="share to hold out if there is no eval_file")
 
     def __post_init__(self) -> None:
         if bool(self.train_file) == bool(self.dataset):
@@ -56,10 +52,7 @@ class ExampleData:
             raise ProblemError("eval_split: needs a dataset and no eval_file; leave one out")
 
     def read(self, columns: Collection[str] = ()) -> tuple[Dataset, Dataset | None, Dataset | None]:
-        """The examples for training, the upper level and evaluation; None where not given.
-
-        Rows from several training files get the column `SOURCE` if ``columns`` has it.
-        """
+        """The examples for training, with `SOURCE` if asked, for the upper level and evaluation."""
         train = self._part("train_file", "train_split", by_source=SOURCE in columns)
         return train, self._part("upper_file"), self._part("eval_file", "eval_split")
 
@@ -97,27 +90,20 @@ class DataArguments(ExampleData):
         other = self.label_column if pairs else self.target_column
         columns = [*self.text_columns, *filter(None, [other])]
         if len(self.text_columns) > 1 + pairs or len(columns) > len({*columns}):
-            raise ProblemError(
-                f"text_columns: {task} reads {1 + pairs}, beside label and target, got "
-                f"{', '.join(self.text_columns)}; leave some out"
-            )
+            got = ", ".join(self.text_columns)
+            raise ProblemError(f"text_columns: {task} reads {1 + pairs}, got {got}; leave some out")
         return columns
 
 
 def read_files(paths: Sequence[str], option: str, *, by_source: bool = False) -> Dataset:
-    """The rows of all ``paths``, in order; errors name ``option``, which has the paths.
-
-    With ``by_source`` several files without a column `SOURCE` get one, with the files' names.
-    """
+    """The rows of the files in ``option``; ``by_source`` several files get a column `SOURCE`."""
     tables = [_read_file(path, option) for path in paths]
     if by_source and len(paths) > 1 and SOURCE not in tables[0].column_names:
         tables = [rows.add_column(SOURCE, [x] * len(rows)) for x, rows in zip(paths, tables)]
     try:
         return concatenate_datasets(tables)
     except ValueError as error:
-        raise ProblemError(
-            f"{option}: the files have different columns ({error}); give all the same"
-        ) from error
+        raise ProblemError(f"{option}: give all files the same columns: {error}") from error
 
 
 def _read_file(name: str, option: str) -> Dataset:
@@ -159,10 +145,7 @@ def _load(option: str, name: str, *source: Any, **options: Any) -> Dataset:
         cause = error.__cause__ or error
         if isinstance(cause, StopIteration | EmptyDataError) or "to no data" in str(error):
             raise ProblemError(empty) from error
-        wrong = (
-            f"cannot be read: {cause}; correct the name, or the data: the same columns in each "
-            "row, values of one type in a column"
-        )
+        wrong = f"cannot be read: {cause}; correct the name, or have one type in each column"
         if isinstance(cause, UnicodeDecodeError):
             wrong = "is not encoded as UTF-8; save it as UTF-8 (in a spreadsheet: CSV UTF-8)"
         raise ProblemError(f"{option}: {name} {wrong}") from error
@@ -190,7 +173,7 @@ def require_columns(data: Dataset, columns: Sequence[str], where: str) -> None:
         if missing := data.data.column(column).null_count:
             raise ProblemError(
                 f"{where}: column {column!r} is empty in {missing} of {len(data)} rows, first in "
-                f"row {data[column][:].index(None)} (from 0); fill or remove the cells, or put "
+                f"row {data[column][:].index(None)} (from 0); fill them or remove the rows, or put "
                 "texts with line breaks into quotes"
             )
 

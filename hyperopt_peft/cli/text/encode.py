@@ -36,10 +36,7 @@ class Encoder:
         return self.args.columns(self.task)
 
     def encode(self, data: Dataset, where: str, keep: Collection[str] = ()) -> Dataset:
-        """The arguments of the model's forward, with ``labels`` and the columns to ``keep``.
-
-        Errors have the name ``where``.
-        """
+        """The arguments of the model's forward, ``labels`` and the columns to ``keep``."""
         require_columns(data, self.columns, where)
         left = [name for name in data.column_names if name not in keep]
         if self.names:
@@ -176,9 +173,7 @@ def class_names(data: Dataset, column: str) -> tuple[str, ...]:
         raise ProblemError(f"column {column!r} has one class, {names[0]!r}; add rows of another")
     counts = Counter(name.strip() for name in names)
     if odd := [name for name in names if not name.strip() or counts[name.strip()] > 1]:
-        raise ProblemError(
-            f"column {column!r}: the classes {odd} are blank or differ by spaces only; correct them"
-        )
+        raise ProblemError(f"column {column!r}: {odd} are blank or differ by spaces; correct them")
     return names
 
 
@@ -199,10 +194,8 @@ def named(data: Dataset, column: str, names: Sequence[str], where: str) -> Datas
     def check(value: Any) -> None:
         for each in value if isinstance(value, list) else [value]:
             if each not in known:
-                raise ProblemError(
-                    f"the label {each!r} is not in the training examples"
-                    f"{did_you_mean(each, names)}; correct or remove the row"
-                )
+                near = did_you_mean(each, names)
+                raise ProblemError(f"the label {each!r} is not in the training examples{near}")
 
     values, known = [*map(name, data[column])], {*names}
     check_each(check, values, range(len(values)), where)

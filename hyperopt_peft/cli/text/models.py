@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -16,8 +17,7 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 from hyperopt_peft.adapters.peft_internals import SEQ_CLS_HEAD_NAMES
-from hyperopt_peft.cli.text import TaskName
-from hyperopt_peft.cli.text.tasks import Task
+from hyperopt_peft.cli.text.tasks import Task, TaskName
 from hyperopt_peft.errors import ProblemError, did_you_mean
 from hyperopt_peft.trainer.method import Method
 
@@ -52,18 +52,20 @@ class ModelArguments:
 
 def load_config(name: str) -> Any:
     """The configuration of the model ``name``; an unknown one is a ProblemError."""
-    try:
+    with _loading("model", name):
         return AutoConfig.from_pretrained(name)
+
+
+@contextmanager
+def _loading(option: str, name: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
-        raise _not_loaded("model", name, error) from error
-
-
-def _not_loaded(option: str, name: str, error: Exception) -> ProblemError:
-    what = f"the folder {name} cannot be loaded"
-    if not Path(name).is_dir():
-        what = f"there is no folder {name}, and the hub or its cache gives nothing"
-    reason = shorten(str(error), 300)  # a list of all kinds of models is longer
-    return ProblemError(f"{option}: {what} ({reason}); correct the name, or give a model's folder")
+        what = f"the folder {name} cannot be loaded"
+        if not Path(name).is_dir():
+            what = f"there is no folder {name}, and the hub or its cache gives nothing"
+        reason = shorten(str(error), 300)  # a list of all kinds of models is longer
+        raise ProblemError(f"{option}: {what} ({reason}); correct the name or folder") from error
 
 
 def labelled(config: Any, task: str, names: Sequence[str]) -> Any:
@@ -82,19 +84,15 @@ def load_tokenizer(name: str, config: Any, max_length: int, task: str) -> Any:
     """The tokenizer ``name`` with a padding token, if it fits model, task and ``max_length``."""
     words = task == "token-classification"
     options = {"add_prefix_space": True} if words else {}  # byte-level tokenizers need it for words
-    try:
+    with _loading("tokenizer", name):
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise _not_loaded("tokenizer", name, error) from error
     positions = getattr(config, "max_position_embeddings", None) or max_length
     limit = min(tokenizer.model_max_length, positions)
     if not 1 < max_length <= limit:
         raise ProblemError(f"max_length: the model reads 2 to {limit} tokens, got {max_length}")
     size = getattr(config, "vocab_size", None) or len(tokenizer)
-    if len(tokenizer) > size:
-        raise ProblemError(
-            f"tokenizer: {name} has {len(tokenizer)} tokens, the model {size}; give the model's"
-        )
+    if (count := len(tokenizer)) > size:
+        raise ProblemError(f"tokenizer: {name} has {count} tokens, the model {size}; give its own")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if tokenizer.pad_token is None or (words and not tokenizer.is_fast):
         lack = "no padding or end-of-text token" if not words else "no fast form, which words need"
@@ -104,27 +102,23 @@ def load_tokenizer(name: str, config: Any, max_length: int, task: str) -> Any:
 
 def load_base(task: Task, args: ModelArguments, config: Any) -> tuple[Any, list[str]]:
     """The base model, and the names of its new weights, which depend on the current seed."""
-    nf4: dict[str, Any] = {}
-    if args.load_in_4bit:
-        bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
-        nf4["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **bits)
+    bits: Any = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, **bits) if args.load_in_4bit else None
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # the report on a new head has forty lines
     try:
-        model, report = task.model.from_pretrained(
-            args.model,
-            config=config,
-            dtype=args.dtype,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **nf4,
-        )
-    except (OSError, ValueError) as error:
-        raise _not_loaded("model", args.model, error) from error
+        with _loading("model", args.model):
+            model, report = task.model.from_pretrained(
+                args.model,
+                config=config,
+                dtype=args.dtype,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                quantization_config=nf4,
+            )
     except ImportError as error:
-        raise ProblemError(
-            f"load_in_4bit: {error}; run pip install 'hyperopt-peft[bitsandbytes]'"
-        ) from error
+        text = f"load_in_4bit: {error}; run pip install 'hyperopt-peft[bitsandbytes]'"
+        raise ProblemError(text) from error
     finally:
         logging.set_verbosity(level)
     mismatched = [entry[0] for entry in report["mismatched_keys"]]
