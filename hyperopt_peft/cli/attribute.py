@@ -36,8 +36,6 @@ from hyperopt_peft.trainer.data import shared
 from hyperopt_peft.utils import distributed
 
 SLICE, UNROLLED = "slice", "unrolled"
-#: The folds of the search for wrong labels with a head, which takes seconds.
-FOLDS = 5
 
 
 @dataclass
@@ -94,7 +92,7 @@ def run(argv: Sequence[str]) -> None:
         raise ProblemError("corrections: this run would replace the file; name another output_dir")
     if command.suspects is None:
         asked = command.score_model == "head" and chosen.model.task == "text-classification"
-        command.suspects = FOLDS if asked else 0
+        command.suspects = 5 if asked else 0  # each fold takes seconds
     command.require_output(args)
     prepared = prepare(chosen.model, data, args, chosen.method, numbered=True)
     setup, test = split(command, prepared, data)

@@ -19,6 +19,8 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.find import find_method
 
 METHODS = ["lora", "dora", "bidora"]
+#: The options that are arguments of `compare_methods` too.
+SAME = ("folds", "passes", "seeds", "development", "rates", "upper_rates", "jobs", "dry_run")
 
 
 @dataclass
@@ -96,20 +98,13 @@ def run(argv: Sequence[str]) -> None:
         train_dataset=setup.train,
         upper_dataset=setup.upper,
         test_dataset=setup.evaluation,
-        folds=command.folds,
         model=command.score_model,
-        passes=command.passes,
-        seeds=command.seeds,
-        development=command.development,
-        rates=command.rates,
-        upper_rates=command.upper_rates,
         metric="loss" if command.folds else setup.task.metric or "loss",
         frozen_dropout=command.frozen_dropout,
         folder=output,
-        jobs=command.jobs,
         part=(int(number), int(count)),
         trainer=setup.trainer_class(),
-        dry_run=command.dry_run,
+        **{name: getattr(command, name) for name in SAME},
         **setup.options(base),
     )
     if command.dry_run:

@@ -84,10 +84,10 @@ def guess(rows: Dataset, task: str | None, texts: list[str] | None, label: str |
         raise ProblemError(f"label_column: {error}, or {NO_LABEL}") from error
     counts = Counter(rows[label]).most_common()
     if rare := [str(name) for name, count in counts if count < least]:
+        keep = f"keep them by --label_column {label}, " * (least > 2)
         raise ProblemError(
             f"label_column: {label} has {len(counts)} classes, and fewer than {least} rows of "
-            f"{', '.join(rare[:5])}, so that none can be held out; remove these rows, join "
-            f"classes, or {NO_LABEL}"
+            f"{', '.join(rare[:5])}; remove these rows, join classes, {keep}or {NO_LABEL}"
         )
     most = ", ".join(f"{name} {count}" for name, count in counts[:4]) + ", …" * (len(counts) > 4)
     return Guess(task, texts, label, f"{len(counts)} classes: {most}")

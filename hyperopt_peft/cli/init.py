@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,9 +64,8 @@ TYPES = (InitArguments,)
 
 def run(argv: Sequence[str]) -> None:
     """Read the files that ``argv`` begins with, guess, and write and print the options."""
-    first = next((k for k, word in enumerate(argv) if word.startswith("-")), len(argv))
-    files = list(argv[:first])
-    (command,), _ = parse("init", TYPES, argv[first:])
+    files = [*takewhile(lambda word: not word.startswith("-"), argv)]
+    (command,), _ = parse("init", TYPES, argv[len(files) :])
     if not files:
         raise ProblemError("give the file with your examples first: hyperopt-peft init data.csv")
     target = Path(command.config_file)

@@ -33,6 +33,7 @@ from hyperopt_peft.utils.validation import require_writable
 
 #: The values of each option by its name.
 Options = dict[str, list[str]]
+UNEXPECTED = "unexpected argument; give a YAML file first, then --name value"
 #: Files and folders in ``output_dir`` that are the results of a run.
 RESULTS = ("adapter_config.json", "report.html", "checkpoint-*", "retrain/checkpoint-*")
 #: The fields of `transformers.TrainingArguments` in a page of help; ``--help_all`` has the rest.
@@ -72,10 +73,9 @@ class OutputArguments(RunArguments):
     def require_output(self, args: Any, *, shared: bool = False) -> str | bool | None:
         """Lock ``output_dir``; the checkpoint to resume, True for the last complete one, or None.
 
-        The processes of a comparison hold a ``shared`` lock, and go on with its runs. A dry run
-        gets another ``output_dir``, since a Trainer makes the folder.
+        The processes of a comparison hold a ``shared`` lock, and go on with its runs.
         """
-        if self.dry_run:
+        if self.dry_run:  # a Trainer makes the folder
             args.output_dir = cache_folder()
             return None
         if not args.output_dir:
@@ -147,12 +147,8 @@ def divided(command: str, argv: Sequence[str]) -> tuple[Options, Options]:
         elif flags:
             values.append(word)
         else:
-            raise ProblemError(_unexpected(word))
+            raise ProblemError(f"{word!r}: {UNEXPECTED}")
     return of_file, flags
-
-
-def _unexpected(word: str) -> str:
-    return f"{word!r}: unexpected argument; give a YAML file first, then --name value"
 
 
 def _options_in(path: Path, command: str) -> Options:
@@ -224,7 +220,7 @@ def parse(
     except (ValueError, TypeError, ImportError) as error:  # of argparse and of the dataclasses
         raise ProblemError(str(error)) from error
     if rest:
-        raise ProblemError(_unexpected(rest[0]))
+        raise ProblemError(f"{rest[0]!r}: {UNEXPECTED}")
     if method is not None and not is_dataclass(method):
         parsed.append(method())
     return parsed, given

@@ -59,10 +59,8 @@ class Report:
         again = [f"hyperopt-peft {self.command}"]
         again += [shlex.join([f"--{name}", *words]) for name, words in self.options.items()]
         found = ", ".join(map(" ".join, versions().items()))
-        last = {
-            "The same run again": " \\\n  ".join(again),
-            "Versions": f"Python {platform.python_version()}, {found}",
-        }
+        last = {"The same run again": " \\\n  ".join(again)}
+        last["Versions"] = f"Python {platform.python_version()}, {found}"
         view = "<meta charset=utf-8><meta name=viewport content='width=device-width'>"
         parts = [f"<!doctype html>{view}<title>{again[0]}</title><style>{STYLE}</style>"]
         names = "train_file", "dataset", "model"

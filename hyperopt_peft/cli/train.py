@@ -70,9 +70,8 @@ def save(trainer: BilevelTrainer, evaluation: dict[str, Any]) -> None:
         again = _last_metrics(trainer.retrainer)
         results["retrain"] = {f"retrain_{k.removeprefix('train_')}": v for k, v in again.items()}
         trainer.retrainer.save_state()
-    for split, values in results.items():
-        if values:
-            trainer.save_metrics(split, values)
+    for split in filter(results.get, results):
+        trainer.save_metrics(split, results[split])
     trainer.save_state()
 
 

@@ -85,10 +85,10 @@ def test_corrected_labels_are_trained_on_by_the_command_that_is_shown(
         ({"row": None}, "corrections have no column 'row'"),
         ({"label": ""}, "corrections: column 'label' is empty in 1 of 2 rows, first in row 1"),
         ({"label": "aa"}, r"line 3: the label 'aa' is not in .* did you mean 'a'\?"),
-        ({"row": 24}, "line 3: there is no row 24; the training examples are rows 0 to 23"),
+        ({"row": 24}, "line 3: there is no row 24; rows are 0 to 23"),
         ({"row": -1}, "line 3: there is no row -1"),
         ({"row": "x"}, "line 2: there is no row '0'"),
-        ({"text": "w1 w2"}, "line 3: row 1 of the training examples has another text"),
+        ({"text": "w1 w2"}, "line 3: row 1 of train_file has another text"),
     ],
 )
 def test_edited_files_that_do_not_fit_are_named(
@@ -113,7 +113,7 @@ def test_a_second_round_keeps_the_corrections_of_the_first(
     first = tmp_path / "rows/suspects.csv"
     options = changed(attributed(tmp_path), score_model="head", corrections=first)
     again = {**options, "output_dir": tmp_path / "rows", "overwrite_output_dir": True}
-    refused(capsys, "attribute", again, "corrections: the file would be replaced")
+    refused(capsys, "attribute", again, "corrections: this run would replace the file")
     run("attribute", **options)
     assert f"--corrections {first} {tmp_path}/out/suspects.csv" in capsys.readouterr().out
 

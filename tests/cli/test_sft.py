@@ -100,7 +100,7 @@ ROWS: list[tuple[str, list[Any], str]] = [
     ("train", [{"prompt": "a", "completion": ""}], "row 0 .*'completion' has ''"),
     ("train", TWICE, "'completion' is empty in"),
     ("train", [{"prompt": "a", "completion": [USER]}], "give two texts, or two lists"),
-    ("train", [{"messages": [USER, {"content": "a"}]}], "without a role"),
+    ("train", [{"messages": [USER, {"content": "a"}]}], "not a list of messages with a 'role'"),
     ("train", [{"messages": [{"role": "assistant", "content": " "}]}], "an empty message of the"),
     ("train", [{"messages": "say a"}], "'say a', not a list of messages"),
 ]

@@ -82,8 +82,8 @@ def labelled(config: Any, task: str, names: Sequence[str]) -> Any:
 
 def load_tokenizer(name: str, config: Any, max_length: int, task: str) -> Any:
     """The tokenizer ``name`` with a padding token, if it fits model, task and ``max_length``."""
-    words = task == "token-classification"
-    options = {"add_prefix_space": True} if words else {}  # byte-level tokenizers need it for words
+    # Byte-level tokenizers need it for words.
+    options = {"add_prefix_space": True} if task == "token-classification" else {}
     with _loading("tokenizer", name):
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     positions = getattr(config, "max_position_embeddings", None) or max_length
@@ -94,9 +94,8 @@ def load_tokenizer(name: str, config: Any, max_length: int, task: str) -> Any:
     if (count := len(tokenizer)) > size:
         raise ProblemError(f"tokenizer: {name} has {count} tokens, the model {size}; give its own")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    if tokenizer.pad_token is None or (words and not tokenizer.is_fast):
-        lack = "no padding or end-of-text token" if not words else "no fast form, which words need"
-        raise ProblemError(f"tokenizer: {name} has {lack}; give another")
+    if tokenizer.pad_token is None:
+        raise ProblemError(f"tokenizer: {name} has no padding or end-of-text token; give another")
     return tokenizer
 
 

@@ -46,12 +46,12 @@ class Chosen:
     """The options of a run; ``options`` and the method's ``name`` are as the user gave them."""
 
     name: str
+    options: Options
     command: Any
     model: ModelArguments
     data: Any
     args: Any
     method: Method
-    options: Options
 
 
 def choose(
@@ -71,7 +71,7 @@ def choose(
         types = (ModelArguments, ExampleData, sft_trainer().Arguments)
     found = find_method(method)
     parsed, options = parse(name, (kind, *types), argv, method=found, besides=besides)
-    chosen = Chosen(method, *parsed, options)
+    chosen = Chosen(method, options, *parsed)
     if name != "train" and checkpoint_of(chosen.args):
         raise ProblemError("resume_from_checkpoint: this command does not resume; leave it out")
     return chosen
