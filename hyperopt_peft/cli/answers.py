@@ -13,7 +13,7 @@ from datasets import Dataset
 from hyperopt_peft.attribution import Attribution, Reasons
 from hyperopt_peft.attribution.suspects import Suspects
 from hyperopt_peft.cli.report import Report, as_text
-from hyperopt_peft.cli.text import judges
+from hyperopt_peft.cli.text import attributed
 from hyperopt_peft.utils.tables import cells, write_csv
 
 #: The trainings without random rows of `retrain_without`.
@@ -32,9 +32,8 @@ class Answers:
     """The answers from the scores in ``result``.
 
     Attributes:
-        page: the report, which gets the sections.
         folder: of the files; None in all processes but one.
-        marks: of the evaluation rows, see `judges`.
+        marks: of the evaluation rows, see `attributed`.
         classes: the label as the files have it, by its number.
         again: the command that trains on corrected labels.
     """
@@ -50,11 +49,7 @@ class Answers:
     record: dict[str, Any] = field(default_factory=dict)
 
     def paragraphs(
-        self,
-        test: Dataset | None,
-        seed: int,
-        reasons: Callable[[], Reasons] | None = None,
-        explained: int = 0,
+        self, seed: int, test: Dataset | None, explained: int, reasons: Callable[[], Reasons]
     ) -> Iterator[str]:
         """The paragraphs to print, the first of which says what to do."""
         result, command = self.result, self.command
@@ -77,16 +72,14 @@ class Answers:
             lines = [[*self._cells(row), f"{result.scores[row]:+.1e}"] for row in rows]
             parts[f"Rows that {name} most"] = [["row", *result.columns, "score"], *lines]
         yield self.add(parts)
-        if reasons is not None:
+        if explained:
             if command.score_model == "adapter":
                 yield from self._cost("why", explained + 1)
             yield self._reasons(reasons())
         if test is not None and command.retrain_without is not None:
             yield from self._cost("retrain_without", 4 + DRAWS)
             removal = result.removal(command.retrain_without, test, draws=DRAWS, seed=seed)
-            title = (
-                f"Trained without rows, on {len(test)} rows that neither training nor scores saw"
-            )
+            title = f"Without these rows, on {len(test)} rows that neither training nor scores saw"
             parts = {title: removal.table(), "Is there a gain?": removal.verdict}
             yield self.add(parts, removal=asdict(removal) | {"verdict": removal.verdict})
         if command.details:
@@ -98,8 +91,8 @@ class Answers:
         self.page.sections = {**self.page.sections, **sections}
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            marks = judges.as_column(self.marks, len(self.result.scores))
-            columns = {**self.columns, judges.COLUMN: marks}
+            marks = attributed.as_column(self.marks, len(self.result.scores))
+            columns = {**self.columns, attributed.COLUMN: marks}
             escape = self.command.escape_formulas
             self.result.to_csv(self.folder / "attribution.csv", columns, escape_formulas=escape)
             self.result.plot(self.folder / "attribution.png", SHOWN)
@@ -118,23 +111,22 @@ class Answers:
         if not flagged:
             return self.add({"Wrong labels": suspects.verdict}, suspects=suspects.record())
         guesses = suspects.probabilities.argmax(1).tolist()
-        lines, table = list[list[Any]](), [["row", *result.columns, *EVIDENCE]]
-        for row, mark in zip(flagged, judges.as_column(self.marks, len(flagged)), strict=True):
-            guess, score = self.classes[guesses[row]], float(result.scores[row])
+        heads, lines, shown = ["row", *result.columns, *EVIDENCE], list[list[Any]](), []
+        for row, mark in zip(flagged, attributed.as_column(self.marks, len(flagged)), strict=True):
             own = [values[row] for values in result.columns.values()]
-            evidence = [guess, confidence[row], losses[row], score]
-            lines.append([result.numbers[row], *own, *evidence, mark])
-            shown = guess, f"{confidence[row]:.2f}", f"{losses[row]:.2f}", f"{score:+.1e}"
-            table.append([*self._cells(row), *shown])
+            numbers = confidence[row], losses[row], float(result.scores[row])
+            guess = self.classes[guesses[row]]
+            lines.append([result.numbers[row], *own, guess, *numbers, mark])
+            shown.append([*self._cells(row), guess, *(f"{number:.2g}" for number in numbers)])
         if self.folder is not None:
-            path, names = self.folder / "suspects.csv", [*table[0], judges.COLUMN]
+            path, names = self.folder / "suspects.csv", [*heads, attributed.COLUMN]
             write_csv(path, names, lines, escape_formulas=self.command.escape_formulas)
         self.page.verdict = (
             f"Read the {len(flagged)} of {len(confidence)} rows whose labels may be wrong, in "
             f"suspects.csv, worst first; stop where the labels are right. Correct the column "
             f"{[*result.columns][-1]!r}, and train again."
         )
-        parts = {"Train again": self.again, "The most doubtful labels": table[: SHOWN + 1]}
+        parts = {"Train again": self.again, "The most doubtful labels": [heads, *shown[:SHOWN]]}
         parts["Terms"] = TERMS + f"\n{suspects.advice}" * bool(suspects.advice)
         return self.add(parts, suspects=suspects.record())
 
@@ -175,11 +167,10 @@ class Answers:
         trained = f"{settings['steps']} steps"
         if self.command.score_model == "head":
             trained = f"a linear head at its minimum, with the penalty λ = {settings['l2']:g}"
-        lines = [
+        text = (
             f"{settings['rows']} training rows, {trained}, {settings['variables']:,} parameters; "
-            f"scores by {settings['estimator']}",
-            f"loss on the evaluation rows: {phi}",
-        ]
+            f"scores by {settings['estimator']}\nloss on the evaluation rows: {phi}"
+        )
         if residuals := settings["residuals"].values():
-            lines.append(f"largest relative residual of the solver: {max(residuals):.2g}")
-        return "\n".join([*lines, *(f"note: {note}" for note in settings["notes"])])
+            text += f"\nlargest relative residual of the solver: {max(residuals):.2g}"
+        return text + "".join(f"\nnote: {note}" for note in settings["notes"])

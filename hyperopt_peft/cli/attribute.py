@@ -21,7 +21,7 @@ from hyperopt_peft.cli.answers import DRAWS, Answers
 from hyperopt_peft.cli.options import OutputArguments, divided, flags_of, names_of
 from hyperopt_peft.cli.plan import Work, plan, whole
 from hyperopt_peft.cli.report import Report
-from hyperopt_peft.cli.text import SFT, judges
+from hyperopt_peft.cli.text import attributed
 from hyperopt_peft.cli.text.data import (
     EVALUATION,
     ExampleData,
@@ -30,13 +30,12 @@ from hyperopt_peft.cli.text.data import (
     require_columns,
 )
 from hyperopt_peft.cli.text.setup import SHARED, Chosen, Setup, choose, prepare
+from hyperopt_peft.cli.text.tasks import SFT
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import shared
 from hyperopt_peft.utils import distributed
 
-ROW, SLICE, UNROLLED = "row", "slice", "unrolled"
-#: The folds of the search for wrong labels with a head, which takes seconds.
-FOLDS = 5
+SLICE, UNROLLED = "slice", "unrolled"
 
 
 @dataclass
@@ -48,32 +47,19 @@ class AttributeArguments(OutputArguments):
     )
     estimator: str | None = HfArg(
         default=None,
-        help="unrolled (the whole run), an implicit solver such as minres (the end of the run), or "
-        "gradient; by default unrolled, and cg of a head",
+        help="unrolled (the whole run, the default), a solver such as minres (the end of the run; "
+        "for a head cg is the default), or gradient",
     )
     check: int = HfArg(default=0, help="retrainings without random rows that check the scores")
     slices: str | None = HfArg(default=None, help="an evaluation column, whose values get scores")
     suspects: int | None = HfArg(
-        default=None,
-        help="folds of the search for wrong labels, a training each; by default 5 with a head for "
-        "text-classification, else 0",
+        default=None, help="folds of the search for wrong labels; 5 for classes by a head, else 0"
     )
-    why: list[str] | None = HfArg(
-        default=None,
-        help="rows of which each prediction has the few training rows behind it shown; those of "
-        "text-classification need no label",
-    )
-    retrain_without: float | None = HfArg(
-        default=None, help="the share of the rows to train without, those that hurt most"
-    )
-    test_file: list[str] | None = HfArg(
-        default=None,
-        help="judges retrain_without; if not given eval_fraction of the training examples",
-    )
+    why: list[str] | None = HfArg(default=None, help="files with rows to explain by training rows")
+    retrain_without: float | None = HfArg(default=None, help="share of the worst rows to leave out")
+    test_file: list[str] | None = HfArg(default=None, help="rows that judge retrain_without")
     method: str = HfArg(default="lora", help="as the option of train; rows of both levels count")
-    escape_formulas: bool = HfArg(
-        default=False, help="write texts that begin with = + - @ so that no spreadsheet runs them"
-    )
+    escape_formulas: bool = HfArg(default=False, help="keep a spreadsheet from running texts")
     memory_limit: float = HfArg(default=1.0, help="GiB that the run's checkpoints may take")
 
     def __post_init__(self) -> None:
@@ -100,12 +86,16 @@ def run(argv: Sequence[str]) -> None:
         raise ProblemError("retrain_without: is not of task sft; train without rows by TRL")
     if command.why and not chosen.model.task.endswith("classification"):
         raise ProblemError(f"why: needs classes of rows or tokens; {chosen.model.task} has none")
+    output = Path(args.output_dir)
+    folders = [Path(x).resolve().parent for x in chosen.options.get("corrections", ())]
+    if output.resolve() in folders:
+        raise ProblemError("corrections: this run would replace the file; name another output_dir")
     if command.suspects is None:
         asked = command.score_model == "head" and chosen.model.task == "text-classification"
-        command.suspects = FOLDS if asked else 0
+        command.suspects = 5 if asked else 0  # each fold takes seconds
     command.require_output(args)
-    without = replace(data, eval_fraction=0.0)
-    setup, test = split(command, prepare(chosen.model, without, args, chosen.method), data)
+    prepared = prepare(chosen.model, data, args, chosen.method, numbered=True)
+    setup, test = split(command, prepared, data)
     explained, shown = rows_to_explain(command.why, setup) if command.why else (None, {})
 
     def new_trainer() -> Any:
@@ -129,16 +119,16 @@ def run(argv: Sequence[str]) -> None:
     setup.require_sane(max(result.values.values()))
     # TRL leaves rows out whose labels are cut off.
     numbered = trainer.train_dataset if chosen.model.task == SFT else setup.train
-    result.numbers = numbered[ROW][:]
+    result.numbers = numbered[attributed.ROW][:]
     rows = setup.rows.select(result.numbers)
     result.columns = {name: rows[name][:] for name in setup.encoder.columns}
-    output, first = Path(args.output_dir), not distributed.rank()
+    first = not distributed.rank()
     if command.score_model == "adapter":
         train.save_adapter(trainer)
         trainer.save_metrics("eval", trainer.evaluate())
     page = Report("attribute", "", chosen.options, curves={"Losses": trainer.state.log_history})
     page.pictures = {"Scores of the training rows": "attribution.png"}
-    marks = {*judges.marks_of(setup.evaluation_rows, setup.encoder.columns), *setup.marks}
+    marks = {*attributed.marks_of(setup.evaluation_rows, setup.encoder.columns), *setup.marks}
     classes = {}
     if chosen.model.task == "text-classification":
         classes = dict(zip(setup.train["labels"], rows[data.label_column]))
@@ -151,9 +141,7 @@ def run(argv: Sequence[str]) -> None:
         columns, numbers = result.columns, result.numbers
         return replace(found, columns=columns, numbers=numbers, explained=shown)
 
-    for text in answers.paragraphs(
-        test, args.seed, reasons if explained else None, len(explained or ())
-    ):
+    for text in answers.paragraphs(args.seed, test, len(explained or ()), reasons):
         if first:
             print(f"{text}\n", flush=True)
     if first:
@@ -164,31 +152,27 @@ def run(argv: Sequence[str]) -> None:
 def train_again(argv: Sequence[str], chosen: Chosen, output: Path) -> str:
     """The command that trains on the same data with corrected labels, into another folder."""
     _, flags = divided("attribute", argv)
-    file = [argv[0]] if argv and not argv[0].startswith("-") else []
-    names = {*names_of(train.TYPES), *names_of([type(chosen.method)])} - {
-        *names_of([OutputArguments])
-    }
+    file = [word for word in argv[:1] if not word.startswith("-")]
+    names = names_of([*train.TYPES, type(chosen.method)])
+    names -= names_of([OutputArguments]) - {"plugin"}
     words = {name: values for name, values in flags.items() if name in names}
-    words |= {"method": [chosen.name], "corrections": [f"{output}/suspects.csv"]}
-    words |= {"output_dir": [f"{output}-corrected"]}
+    words |= {"method": [chosen.name], "output_dir": [f"{output}-corrected"]}
+    words["corrections"] = [*chosen.options.get("corrections", ()), f"{output}/suspects.csv"]
     return shlex.join(["hyperopt-peft", "train", *file, *flags_of(words)])
 
 
 def split(
     command: AttributeArguments, setup: Setup, data: ExampleData
 ) -> tuple[Setup, Dataset | None]:
-    """The set-up, whose training rows have their numbers in the files, and the test rows."""
-    train, evaluation = setup.train.add_column(ROW, range(len(setup.train))), setup.evaluation
-    rows, test = setup.evaluation_rows, None
+    """The set-up of the scores, in the order of the files, and the test rows."""
+    train, evaluation, test = setup.train, setup.evaluation, None
+    rows = setup.evaluation_rows
     judged = command.retrain_without is not None and not command.test_file
-    if data.eval_fraction == 0 and (rows is None or judged):
+    if evaluation is None or rows is None or (judged and data.eval_fraction == 0):
         raise ProblemError(
-            "eval_fraction: attribute needs evaluation examples, and for retrain_without test "
-            "examples; give eval_file and test_file, or an eval_fraction above 0"
+            "eval_fraction: attribute needs evaluation rows, for retrain_without test examples; "
+            "give eval_file and test_file, or an eval_fraction above 0"
         )
-    if evaluation is None or rows is None:
-        train, evaluation = hold_out(train, data.eval_fraction)
-        rows, evaluation = setup.rows.select(evaluation[ROW]), evaluation.remove_columns(ROW)
     if command.slices:
         require_columns(rows, [command.slices], EVALUATION)
         evaluation = evaluation.add_column(SLICE, [str(value) for value in rows[command.slices]])
@@ -200,30 +184,21 @@ def split(
         for other, name in ((setup.train, "training"), (evaluation, "evaluation")):
             if common := shared(test, other):
                 raise ProblemError(
-                    f"test_file: {common} of {len(test)} rows are {name} examples too, which the "
-                    "scores have seen; remove them"
+                    f"test_file: {common} of {len(test)} rows are {name} examples too; remove them"
                 )
-    train = train.sort(ROW)
-    return replace(setup, train=train, evaluation=evaluation, evaluation_rows=rows), test
+    return replace(setup, train=train.sort(attributed.ROW), evaluation=evaluation), test
 
 
 def rows_to_explain(files: Sequence[str], setup: Setup) -> tuple[Dataset, dict[str, list[Any]]]:
-    """The encoded rows of ``files``, and the columns to show of them.
-
-    Rows without a label column have the first class, which is not shown.
-    """
+    """The encoded rows of ``files``, and the columns to show of them."""
     rows, label = read_files(files, "why"), setup.encoder.columns[-1]
     unlabelled = label not in rows.column_names and setup.args.task == "text-classification"
-    if unlabelled:
+    if unlabelled:  # the model needs a label, which is not shown
         rows = rows.add_column(label, [setup.encoder.names[0]] * len(rows))
     encoded = setup.encoder.encode(rows, "the rows of why")
     texts = encoded.remove_columns("labels")
-    of_levels = [part for part in (setup.train, setup.upper) if part is not None]
-    if common := sum(shared(texts, part) for part in of_levels):
-        raise ProblemError(
-            f"why: {common} of {len(encoded)} rows are training examples, which would explain "
-            "themselves; remove them"
-        )
+    if common := sum(shared(texts, part) for part in (setup.train, setup.upper)):
+        raise ProblemError(f"why: {common} of {len(texts)} rows are training examples; remove them")
     names = [name for name in setup.encoder.columns if name != label or not unlabelled]
     shown = {name: rows[name][:] for name in names}
     for name, column in shown.items():
@@ -236,7 +211,7 @@ def rows_to_explain(files: Sequence[str], setup: Setup) -> tuple[Dataset, dict[s
     return encoded, shown
 
 
-def planned(command: AttributeArguments, setup: Setup, trainer: Any, explained: int = 0) -> str:
+def planned(command: AttributeArguments, setup: Setup, trainer: Any, explained: int) -> str:
     """The trainings in lines, and their time; ``explained`` rows each retrain an adapter."""
     rows, evaluation = len(setup.train), len(setup.evaluation or ())
     line = f"examples: {rows} training, {evaluation} evaluation"

@@ -12,7 +12,7 @@ from transformers.hf_argparser import HfArg
 from hyperopt_peft import check_problem, compare_hypergradients
 from hyperopt_peft.cli.options import RunArguments
 from hyperopt_peft.cli.plan import Work, plan, whole
-from hyperopt_peft.cli.report import Report
+from hyperopt_peft.cli.report import Report, as_text
 from hyperopt_peft.cli.text.data import cache_folder
 from hyperopt_peft.cli.text.setup import SHARED, choose, prepare
 from hyperopt_peft.diagnostics import Retraining
@@ -25,8 +25,6 @@ from hyperopt_peft.hypergradients.implicit.minres import MINRES
 from hyperopt_peft.trainer.data import batches_of
 from hyperopt_peft.trainer.quiet import quiet
 from hyperopt_peft.utils.signal_to_noise import MIN_SAMPLES
-from hyperopt_peft.utils.tables import aligned
-from hyperopt_peft.utils.validation import require_count
 
 NONE = ["none"]
 
@@ -40,16 +38,14 @@ class CheckArguments(RunArguments):
     solver_steps: int = HfArg(default=10, help="steps of the solvers that measure the curvature")
     estimators: list[str] | None = HfArg(
         default=None,
-        help="estimators with options, or none; if not given direct, darts, neumann, and cg and "
-        "minres with a damping that leaves a condition number of 10, by the measured spectrum",
+        help="estimators with options, or none; by default direct, darts, neumann, and cg and "
+        "minres with a damping by the measured spectrum",
     )
     reference: str = HfArg(
         default="retraining:steps=20,directions=4", help="an estimator, or retraining with options"
     )
 
     def __post_init__(self) -> None:
-        require_count("search_steps", self.search_steps, least=0)
-        require_count("solver_steps", self.solver_steps, least=1)
         get_reference(self.reference)
         for estimator in self.chosen(Spectrum(1.0, 1.0), 1.0):
             get_estimator(estimator)
@@ -103,8 +99,9 @@ def run(argv: Sequence[str]) -> None:
     trainer.model.train()
     with trainer.compute_loss_context_manager():
         page = _examine(trainer, command)
+    if command.details:
+        print(f"\n{as_text(page.details)}")
     page.options = chosen.options
-    page.subtitle = f"after {command.search_steps} steps of the search on {chosen.model.model}"
     print(f"\n{page.write(output or '.')} has the measurements too")
 
 
@@ -134,11 +131,13 @@ def _examine(trainer: Any, command: CheckArguments) -> Report:
     several: dict[str, Any] = {"upper_batches": uppers, "lower_batches": lowers}
     steps = command.solver_steps
     check = check_problem(upper, lower, **point, **several, solver_steps=steps, **shown)
-    found, measured_too = [*map(str, check.findings)], "\n".join(check.measurements())
-    verdict = f"{len(found)} findings on the two levels" if found else "both levels are sound"
-    print("\n".join([*(found or [verdict]), *[measured_too] * command.details]), flush=True)
-    page = Report("check", verdict, {}, details={"Measurements": measured_too})
-    page.sections = {"Findings": "\n".join(found)} if found else {}
+    found = "\n".join(map(str, check.findings))
+    page = Report("check", "both levels are sound", {})
+    if found:
+        page.verdict = f"{len(check.findings)} findings on the two levels"
+        page.sections = {"Findings": found}
+    page.details = {"Measurements": "\n".join(check.measurements())}
+    print(f"{page.verdict}\n{found}".rstrip(), flush=True)
     if command.estimators == NONE:
         return page
     measured = check.curvature or spectrum(upper, lower, **point, seed=args.seed)
@@ -146,17 +145,12 @@ def _examine(trainer: Any, command: CheckArguments) -> Report:
     comparison = compare_hypergradients(
         upper, lower, estimators, reference, repeats=1, **point, **shown
     )
-    advice = recommend(comparison)
-    table = comparison.table()
-    if not command.details:
-        table = [[*row[:3], row[-1]] for row in table]
-    remarks = "\n".join(comparison.remarks())
-    print(f"\n{advice}\n\n{aligned(table)}")
-    if command.details:
-        print(remarks)
+    advice, table = recommend(comparison), comparison.table()
+    more = {"Estimators": str(advice), "Beside the reference": [[*x[:3], x[-1]] for x in table]}
+    print(f"\n{as_text(more)}")
     page.verdict += f"; use {advice.estimator}" if advice.estimator else "; no estimator is near"
-    page.sections = {**page.sections, "Estimators": str(advice), "Beside the reference": table}
-    page.details = {**page.details, "Estimators": comparison.table(), "Reference": remarks}
+    page.sections = {**page.sections, **more}
+    page.details |= {"Estimators": table, "Reference": "\n".join(comparison.remarks())}
     return page
 
 

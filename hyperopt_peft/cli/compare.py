@@ -19,6 +19,8 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.find import find_method
 
 METHODS = ["lora", "dora", "bidora"]
+#: The options that are arguments of `compare_methods` too.
+SAME = ("folds", "passes", "seeds", "development", "rates", "upper_rates", "jobs", "dry_run")
 
 
 @dataclass
@@ -26,37 +28,24 @@ class CompareArguments(OutputArguments):
     """The methods, the budget and the seeds."""
 
     methods: list[str] = HfArg(
-        default_factory=lambda: list(METHODS),
-        help="each as the option method of train; the others are compared with the first",
+        default_factory=lambda: [*METHODS], help="the others are compared with the first"
     )
     score_model: Literal["adapter", "head"] = HfArg(
         default="adapter", help="what is trained, or a linear head on the base model's features"
     )
-    folds: int | None = HfArg(
-        default=None, help="of the examples in upper_file, which score in place of eval_file"
-    )
-    passes: float = HfArg(
-        default=300.0,
-        help="forward and backward passes over a training batch that each run takes",
-    )
+    folds: int | None = HfArg(default=None, help="folds of upper_file, which replace eval_file")
+    passes: float = HfArg(default=300.0, help="batches sent forward and backward in each run")
     seeds: list[int] | None = HfArg(
-        default=None,
-        help="of the start, the split and the order of examples, the same for all methods; by "
-        "default five, or as many as folds",
+        default=None, help="of the start, split and order of examples; five, or one a fold"
     )
     development: list[int] = HfArg(
         default_factory=lambda: [100, 101, 102],
-        help="seeds of the runs that choose the rates, by rows held out from the training rows",
+        help="seeds of the runs that choose the rates, on held-out training rows",
     )
-    rates: list[float] = HfArg(
-        default_factory=lambda: list(RATES), help="learning rates that each method may have"
-    )
-    upper_rates: list[float] = HfArg(
-        default_factory=lambda: list(UPPER_RATES), help="upper learning rates, likewise"
-    )
+    rates: list[float] = HfArg(default_factory=lambda: [*RATES], help="learning rates to try")
+    upper_rates: list[float] = HfArg(default_factory=lambda: [*UPPER_RATES], help="upper rates")
     frozen_dropout: bool = HfArg(
-        default=True,
-        help="lower layers that nothing trains keep their dropout; else they are computed once",
+        default=True, help="keep dropout in frozen lower layers; else they are computed once"
     )
     jobs: int = HfArg(default=1, help="processes")
     run: str = HfArg(default="1/1", help="K/N: the K-th of N parts, of a job array, say")
@@ -74,10 +63,11 @@ def run(argv: Sequence[str]) -> None:
     plain = choose("compare", CompareArguments, argv, "lora", besides)  # without defaults
     command, args = plain.command, plain.args
     args.__dict__["_user_names"] &= {*plain.options}  # a method's defaults are for the others
-    command.require_output(args, shared=True)
     number, slash, count = command.run.partition("/")
     if not (slash and number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
         raise ProblemError(f"run: must be K/N with 1 ≤ K ≤ N, got {command.run}")
+    replaces = command.overwrite_output_dir and int(count) == 1
+    command.require_output(args, shared=not replaces)
     names = [each.name.rpartition(":")[2] for each in chosen]
     if len({*names}) < len(names):
         raise ProblemError(f"methods: two of {', '.join(names)} have one name; rename a class")
@@ -96,7 +86,7 @@ def run(argv: Sequence[str]) -> None:
             "cannot judge the use of these scores; give other rows, or a train_file without scores"
         )
     output = Path(args.output_dir)
-    if command.overwrite_output_dir and not command.dry_run and int(count) == 1:
+    if replaces and not command.dry_run:
         for path in output.glob("runs*.jsonl"):
             path.unlink()
     base, _ = setup.base()
@@ -108,20 +98,13 @@ def run(argv: Sequence[str]) -> None:
         train_dataset=setup.train,
         upper_dataset=setup.upper,
         test_dataset=setup.evaluation,
-        folds=command.folds,
         model=command.score_model,
-        passes=command.passes,
-        seeds=command.seeds,
-        development=command.development,
-        rates=command.rates,
-        upper_rates=command.upper_rates,
         metric="loss" if command.folds else setup.task.metric or "loss",
         frozen_dropout=command.frozen_dropout,
         folder=output,
-        jobs=command.jobs,
         part=(int(number), int(count)),
         trainer=setup.trainer_class(),
-        dry_run=command.dry_run,
+        **{name: getattr(command, name) for name in SAME},
         **setup.options(base),
     )
     if command.dry_run:

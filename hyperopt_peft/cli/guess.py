@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 from datasets import ClassLabel, Dataset, Value
 
-from hyperopt_peft.cli.text import SFT
 from hyperopt_peft.cli.text.data import TRAIN, require_columns
 from hyperopt_peft.cli.text.encode import class_names, number
+from hyperopt_peft.cli.text.tasks import SFT
 from hyperopt_peft.errors import ProblemError
 
 TEXTS = ("text", "tweet", "sentence", "review", "content", "comment", "message", "question")
@@ -25,8 +26,6 @@ PROMPTS = (("prompt", "completion"), ("instruction", "output"), ("question", "an
 PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
 USUAL = {*TEXTS, *LABELS, *TAGS, "tokens", "words"}.union(*CONVERSATIONS, *PROMPTS, *PAIRS)
 MOST_CLASSES = 100
-#: A wider table is searched in its first columns and in those with a usual name.
-MOST_COLUMNS = 500
 NO_LABEL = "give --label_column to name another, or --task causal-lm to learn the texts alone"
 
 
@@ -51,6 +50,7 @@ def guess(rows: Dataset, task: str | None, texts: list[str] | None, label: str |
         'mood'
     """
     require_columns(rows, [label] if label else [], TRAIN)
+    least = 2 if label else 5  # a user who names the label may mean rare classes
     names, features = rows.column_names, rows.features  # each access copies the features
     lists = [name for name in names if not isinstance(features[name], Value | ClassLabel)]
     prompts = _first(names, PROMPTS)
@@ -82,21 +82,15 @@ def guess(rows: Dataset, task: str | None, texts: list[str] | None, label: str |
         class_names(rows, label)
     except ProblemError as error:
         raise ProblemError(f"label_column: {error}, or {NO_LABEL}") from error
-    counts = sorted(_counts(rows, label).items(), key=lambda entry: -entry[1])
-    if rare := [str(name) for name, count in counts if count < 5]:
+    counts = Counter(rows[label]).most_common()
+    if rare := [str(name) for name, count in counts if count < least]:
+        keep = f"keep them by --label_column {label}, " * (least > 2)
         raise ProblemError(
-            f"label_column: {label} has {len(counts)} classes, and fewer than 5 rows of "
-            f"{', '.join(rare[:5])}, so that none can be held out; remove these rows, join "
-            f"classes, or {NO_LABEL}"
+            f"label_column: {label} has {len(counts)} classes, and fewer than {least} rows of "
+            f"{', '.join(rare[:5])}; remove these rows, join classes, {keep}or {NO_LABEL}"
         )
     most = ", ".join(f"{name} {count}" for name, count in counts[:4]) + ", …" * (len(counts) > 4)
     return Guess(task, texts, label, f"{len(counts)} classes: {most}")
-
-
-def searched(names: list[str], given: Collection[str]) -> list[str]:
-    """The columns of a file that are read for a guess; ``given`` are the user's."""
-    likely = USUAL.union(given)
-    return [name for k, name in enumerate(names) if k < MOST_COLUMNS or name.lower() in likely]
 
 
 def require_header(rows: Dataset, file: str) -> None:
@@ -107,20 +101,13 @@ def require_header(rows: Dataset, file: str) -> None:
             if (same and name.lower() not in USUAL) or re.fullmatch(r"-?\d+\.\d+", name):
                 raise ProblemError(
                     f"file: {file} seems to have no header, since a column is named {name!r} like "
-                    "a value; write the columns' names in its first line (text,label), or give "
-                    "--text_columns and --label_column"
+                    "a value; write a line such as text,label before it, or give --text_columns"
                 )
 
 
 def _first(names: Collection[str], layouts: Sequence[Sequence[str]]) -> list[str] | None:
     """The first of ``layouts`` whose columns are all among ``names``."""
     return next(([*layout] for layout in layouts if {*layout} <= {*names}), None)
-
-
-def _counts(rows: Dataset, name: str) -> dict[Any, int]:
-    """The rows of each value of a column, in the order of the first of each."""
-    counts = rows.data.column(name).value_counts()
-    return dict(zip(*(counts.field(k).to_pylist() for k in range(2)), strict=True))
 
 
 def _different(rows: Dataset, name: str) -> int:
@@ -138,18 +125,13 @@ def _texts(rows: Dataset, label: str | None) -> list[str]:
         and _different(rows, name) * 2 > len(rows)
     }
     if not lengths:
-        raise ProblemError(
-            f"text_columns: none of {', '.join(rows.column_names[:20])} looks like texts, "
-            "different in most rows; name one with --text_columns"
-        )
+        names = ", ".join(rows.column_names[:20])
+        raise ProblemError(f"text_columns: none of {names} looks like texts; give --text_columns")
     return [min(lengths, key=lambda name: (name.lower() not in TEXTS, -lengths[name]))]
 
 
 def _label(rows: Dataset, besides: Collection[str], task: str | None) -> str | None:
-    """The column to predict; None if no column has a usual name, classes or fractions.
-
-    A column with a usual name is the label even if it cannot be learned, so that an error says so.
-    """
+    """The column to predict; None if no column has a usual name, classes or fractions."""
     few, features = _most_classes(rows), rows.features
     rest = [name for name in rows.column_names if name not in besides]
     kinds = ("float", "int") if task == "regression" else ("float",)
@@ -158,7 +140,7 @@ def _label(rows: Dataset, besides: Collection[str], task: str | None) -> str | N
     if task is not None:
         numbers, classes = (numbers, []) if task == "regression" else ([], classes)
     candidates = list(dict.fromkeys([*classes, *numbers]))
-    for columns in (candidates, rest):
+    for columns in (candidates, rest):  # an error says that one with a usual name cannot be learned
         known: dict[str, str] = {name.lower(): name for name in columns}
         if named := [known[name] for name in LABELS if name in known]:
             return named[0]

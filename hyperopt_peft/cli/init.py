@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from transformers.hf_argparser import HfArg
 
-from hyperopt_peft.cli.guess import MOST_COLUMNS, Guess, guess, require_header, searched
+from hyperopt_peft.cli.guess import Guess, guess, require_header
 from hyperopt_peft.cli.options import parse
-from hyperopt_peft.cli.text import TaskName
 from hyperopt_peft.cli.text.data import EVALUATION, read_files, require_columns
 from hyperopt_peft.cli.text.encode import class_names, named, warn_of_one_class
+from hyperopt_peft.cli.text.tasks import TaskName
 from hyperopt_peft.errors import ProblemError
 
 #: A small model for each task; the first is for all others.
@@ -50,15 +50,11 @@ class InitArguments:
     command: Literal["train", "compare", "attribute"] = HfArg(
         default="train", help="the command to run with the options"
     )
-    task: TaskName | None = HfArg(
-        default=None, help="the task; by default guessed from the columns"
-    )
+    task: TaskName | None = HfArg(default=None, help="the task; by default guessed")
     text_columns: list[str] | None = HfArg(default=None, help="column with the texts, or two")
     label_column: str | None = HfArg(default=None, help="column with the labels")
     model: str | None = HfArg(default=None, help="by default a small one from the hub")
-    eval_file: list[str] | None = HfArg(
-        default=None, help="files to evaluate on; for attribute: rows you trust"
-    )
+    eval_file: list[str] | None = HfArg(default=None, help="rows that you trust, to evaluate on")
     config_file: str = HfArg(default="config.yaml", help="the file to write")
     overwrite: bool = HfArg(default=False, help="replace that file")
 
@@ -68,29 +64,24 @@ TYPES = (InitArguments,)
 
 def run(argv: Sequence[str]) -> None:
     """Read the files that ``argv`` begins with, guess, and write and print the options."""
-    first = next((k for k, word in enumerate(argv) if word.startswith("-")), len(argv))
-    files = list(argv[:first])
-    (command,), _ = parse("init", TYPES, argv[first:])
+    files = [*takewhile(lambda word: not word.startswith("-"), argv)]
+    (command,), _ = parse("init", TYPES, argv[len(files) :])
     if not files:
         raise ProblemError("give the file with your examples first: hyperopt-peft init data.csv")
     target = Path(command.config_file)
     if target.exists() and not command.overwrite:
         raise ProblemError(f"{target}: is there already; give --overwrite or another --config_file")
     if command.command == "attribute" and not command.eval_file:
-        raise ProblemError(
-            "eval_file: attribute scores the rows by rows that you trust; give --eval_file with "
-            "about a hundred rows whose labels you have checked"
-        )
+        raise ProblemError("eval_file: attribute needs some rows that you trust; give --eval_file")
     given = [*(command.text_columns or []), *filter(None, [command.label_column])]
-    select = partial(searched, given=given)
-    rows = read_files(files, "file", select=select)
+    rows = read_files(files, "file")
     names = rows.column_names
     if not given and files[0].lower().endswith((".csv", ".tsv")):
         require_header(rows, files[0])
     found = guess(rows, command.task, command.text_columns, command.label_column)
     columns = [*found.texts, *filter(None, [found.label])]
     if command.eval_file:
-        evaluation = read_files(command.eval_file, "eval_file", select=select)
+        evaluation = read_files(command.eval_file, "eval_file")
         require_columns(evaluation, columns, EVALUATION)
         if found.task == "text-classification" and found.label:
             classes = class_names(rows, found.label)
@@ -100,9 +91,7 @@ def run(argv: Sequence[str]) -> None:
     run_it = f"hyperopt-peft {command.command} {target}"
     head = f"# {found.task} on {', '.join(files)}: {run_it}\n# All options: {run_it} --help\n"
     target.write_text("\n".join([head, *entries, ""]), encoding="utf-8")
-    wide = f" (the first {MOST_COLUMNS} and those with a usual name were read)"
-    print(f"{', '.join(files)}: {len(rows)} rows; columns {_some(names)}", end="")
-    print(wide if len(names) >= MOST_COLUMNS else "")
+    print(f"{', '.join(files)}: {len(rows)} rows; columns {_some(names)}")
     if found.label is None and found.task == "causal-lm":
         print("no column looks like a label, a few words or numbers: the texts alone are learned")
     if unused := [name for name in names if name not in columns]:

@@ -6,7 +6,7 @@ import gc
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from importlib import import_module
 from typing import Any
 
@@ -14,8 +14,6 @@ from hyperopt_peft import __version__
 from hyperopt_peft.cli import COMMANDS
 from hyperopt_peft.errors import NonFiniteError, ProblemError, did_you_mean
 from hyperopt_peft.utils.tables import printable
-
-INTERRUPTED = 130  # 128 + SIGINT, as a shell has it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,9 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise ProblemError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}")
-        _run(name, options)
-        return 0
-    except SystemExit:  # after --help
+        with suppress(SystemExit):  # after --help
+            _run(name, options)
         return 0
     except (ProblemError, NonFiniteError, OSError) as error:
         message, status = " ".join(str(error).split()), 2 - isinstance(error, NonFiniteError)
@@ -42,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         message, status = "out of memory; lower per_device_train_batch_size, max_length or rank", 1
     except KeyboardInterrupt:
-        message, status = "interrupted", INTERRUPTED
+        message, status = "interrupted", 130  # 128 + SIGINT, as a shell has it
     # This deletes the trainer, whose progress bar then ends its line.
     gc.collect()
     command = f"hyperopt-peft {name}" if name in COMMANDS else "hyperopt-peft"
@@ -62,13 +59,13 @@ def _run(name: str, options: Sequence[str]) -> None:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
     # Rows and names come from files that others wrote, and may have escape sequences.
-    with warnings.catch_warnings(), redirect_stdout(Printable(sys.stdout)):
+    with warnings.catch_warnings(), redirect_stdout(_Printable(sys.stdout)):
         # A user of the command line cannot act on renamings in PEFT and Transformers.
         warnings.simplefilter("ignore", FutureWarning)
         module.run(options)
 
 
-class Printable:
+class _Printable:
     """``stream``, to which `printable` text is written."""
 
     def __init__(self, stream: Any) -> None:
@@ -78,14 +75,11 @@ class Printable:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write ``text``."""
         return int(self.stream.write(printable(text)))
 
 
 def usage() -> str:
     """The commands and their summaries."""
     commands = "\n".join(f"  {name:11}{summary}" for name, summary in COMMANDS.items())
-    last = (
-        "hyperopt-peft COMMAND --help lists the options of a command; --version prints the version."
-    )
+    last = "hyperopt-peft COMMAND --help lists the options; --version prints the version."
     return f"usage: hyperopt-peft COMMAND [config.yaml] [options]\n\n{commands}\n\n{last}"

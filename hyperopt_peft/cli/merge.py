@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.cli.options import parse
-from hyperopt_peft.cli.text.models import load_base, load_config
+from hyperopt_peft.cli.text.models import ModelArguments, load_base, load_config
 from hyperopt_peft.cli.text.tasks import TASKS
 from hyperopt_peft.cli.train import BASE_CONFIG
 from hyperopt_peft.errors import ProblemError
@@ -31,12 +31,8 @@ class MergeArguments:
 
     adapter: str = HfArg(help="the folder of the adapter")
     output_dir: str = HfArg(help="where the merged model is written; must be empty or not exist")
-    model: str | None = HfArg(
-        default=None, help="the base model; by default the one that the adapter names"
-    )
-    dtype: Literal["float32", "bfloat16"] = HfArg(
-        default="float32", help="number format to save in"
-    )
+    model: str | None = HfArg(default=None, help="the base model; by default the adapter names it")
+    dtype: Literal["float32", "bfloat16"] = HfArg(default="float32", help="number format to save")
 
 
 TYPES = (MergeArguments,)
@@ -64,7 +60,7 @@ def _load(args: MergeArguments) -> Any:
     folder = Path(args.adapter)
     try:
         adapter = PeftConfig.from_pretrained(args.adapter)
-        task = next(task for task in TASKS.values() if task.peft == adapter.task_type)
+        kind: Any = next(each for each in TASKS if TASKS[each].peft == adapter.task_type)
     except (OSError, ValueError, TypeError, KeyError, StopIteration) as error:
         raise ProblemError(
             f"adapter: {folder}/adapter_config.json cannot be read or has no known task ({error}); "
@@ -76,7 +72,7 @@ def _load(args: MergeArguments) -> Any:
     if not hasattr(load_config(name), "quantization_config"):
         # The quantization by load_in_4bit would round the merged weights.
         vars(config).pop("quantization_config", None)
-    base, new = load_base(task, name, config, "float32")
+    base, new = load_base(TASKS[kind], ModelArguments(name, kind), config)
     trained = tuple(adapter.modules_to_save or [])
     if missing := [x for x in new if not any(part.endswith(trained) for part in x.split("."))]:
         raise ProblemError(
@@ -87,7 +83,7 @@ def _load(args: MergeArguments) -> Any:
         return PeftModel.from_pretrained(base, args.adapter).eval()
     except (RuntimeError, ValueError) as error:
         raise ProblemError(
-            f"adapter: {folder} does not fit {name} ({error}); give the base model as model"
+            f"adapter: does not fit {name} ({error}); give its base model"
         ) from error
 
 

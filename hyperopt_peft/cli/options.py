@@ -1,7 +1,6 @@
-"""Options from a YAML file and from flags, and the parser that turns options into dataclasses.
+"""Options from flags and from a YAML file for all commands, and their parser.
 
-Flags override the file. One file can serve all commands: a mapping under a command's name has
-options for that command alone, and options of other commands are ignored.
+A mapping under a command's name has options for that command alone.
 """
 
 from __future__ import annotations
@@ -11,9 +10,8 @@ import os
 import re
 import sys
 import weakref
-from argparse import SUPPRESS, Action, HelpFormatter
+from argparse import SUPPRESS, Action, ArgumentError, HelpFormatter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from importlib import import_module
@@ -35,13 +33,9 @@ from hyperopt_peft.utils.validation import require_writable
 
 #: The values of each option by its name.
 Options = dict[str, list[str]]
+UNEXPECTED = "unexpected argument; give a YAML file first, then --name value"
 #: Files and folders in ``output_dir`` that are the results of a run.
-RESULTS = (
-    "adapter_config.json",
-    "report.html",
-    "checkpoint-*",
-    "retrain/checkpoint-*",
-)
+RESULTS = ("adapter_config.json", "report.html", "checkpoint-*", "retrain/checkpoint-*")
 #: The fields of `transformers.TrainingArguments` in a page of help; ``--help_all`` has the rest.
 COMMON = {
     "output_dir": "the folder of the results",
@@ -57,7 +51,6 @@ COMMON = {
     "report_to": "loggers such as tensorboard or wandb; all, or none",
     "resume_from_checkpoint": "a checkpoint of an earlier run; true: the last one in output_dir",
 }
-LOGGING_STEPS = 0.05  # a share of all steps
 
 
 @dataclass
@@ -67,9 +60,7 @@ class RunArguments:
     _argument_group_name = "command"
 
     dry_run: bool = HfArg(default=False, help="print steps and minutes; train nothing")
-    plugin: list[str] | None = HfArg(
-        default=None, help="Python files to import, which can register estimators"
-    )
+    plugin: list[str] | None = HfArg(default=None, help="Python files that register estimators")
     details: bool = HfArg(default=False, help="print the numbers for experts too")
 
 
@@ -82,23 +73,18 @@ class OutputArguments(RunArguments):
     def require_output(self, args: Any, *, shared: bool = False) -> str | bool | None:
         """Lock ``output_dir``; the checkpoint to resume, True for the last complete one, or None.
 
-        Several processes can hold a ``shared`` lock. A dry run gets another ``output_dir``, since a
-        Trainer makes the folder.
+        The processes of a comparison hold a ``shared`` lock, and go on with its runs.
         """
-        if self.dry_run:
+        if self.dry_run:  # a Trainer makes the folder
             args.output_dir = cache_folder()
             return None
         if not args.output_dir:
             raise ProblemError("output_dir: is empty; name a folder")
-        checkpoint = self._checkpoint(args)
-        if args.process_index == 0:
-            held = lock(Path(args.output_dir), shared=shared)
-            weakref.finalize(self, os.close, held)  # not later than the process ends
-        return checkpoint
-
-    def _checkpoint(self, args: Any) -> str | bool | None:
         folder, asked = Path(args.output_dir), checkpoint_of(args)
         require_writable(folder)
+        if args.process_index == 0:
+            held = lock(folder, shared=shared)
+            weakref.finalize(self, os.close, held)  # not later than the process ends
         last = asked.lower() == "true"
         if last and next(valid_checkpoints(folder, folder / "retrain"), None) is not None:
             return True
@@ -106,7 +92,8 @@ class OutputArguments(RunArguments):
             return asked
         results = (path for name in RESULTS for path in folder.glob(name))
         result = next((path for path in results if not (last and "checkpoint" in path.name)), None)
-        if result and not self.overwrite_output_dir:
+        goes_on = shared and any(folder.glob("runs*.jsonl"))
+        if result and not (self.overwrite_output_dir or goes_on):
             raise ProblemError(
                 f"output_dir: {folder} has {result.name} of an earlier run; name another folder, "
                 "resume that run, or replace its results with --overwrite_output_dir"
@@ -117,27 +104,26 @@ class OutputArguments(RunArguments):
 
 
 def lock(folder: Path, *, shared: bool = False) -> int:
-    """The descriptor of the lock file in ``folder``, which is made; other processes are locked out.
+    """Lock ``folder`` against other processes until the file of this descriptor is closed.
 
-    The system drops the lock when the file is closed or the process ends, SIGKILL included. Forked
-    processes, such as those of a data loader, do not hold the lock.
+    Forked processes, such as those of a data loader, do not hold the lock; the end of this process,
+    SIGKILL included, drops it.
 
     Raises:
         ProblemError: another process has the lock, and one of the two is not ``shared``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
-    with suppress(ImportError, OSError):  # Windows, and file systems without locks
+    try:
         import fcntl
 
-        try:
-            fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            os.close(file)
-            raise ProblemError(
-                f"output_dir: another run is writing to {folder}; wait until it ends, or name "
-                "another folder"
-            ) from error
+        fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        os.close(file)
+        text = f"output_dir: another run is writing to {folder}; wait for its end, or name another"
+        raise ProblemError(text) from error
+    except (ImportError, OSError):  # Windows, and file systems without locks
+        pass
     return file
 
 
@@ -161,22 +147,16 @@ def divided(command: str, argv: Sequence[str]) -> tuple[Options, Options]:
         elif flags:
             values.append(word)
         else:
-            raise ProblemError(_unexpected(word))
+            raise ProblemError(f"{word!r}: {UNEXPECTED}")
     return of_file, flags
 
 
-def _unexpected(word: str) -> str:
-    return f"{word!r}: unexpected argument; give a YAML file first, then --name value"
-
-
 def _options_in(path: Path, command: str) -> Options:
-    """The options in the YAML file ``path`` for ``command``; null leaves one at its default."""
+    """The options in the YAML file ``path`` for ``command``; null is the default."""
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ProblemError(f"{path}: there is no such file; write one by init") from error
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ProblemError(f"{path}: no readable YAML ({error}); correct the file") from error
+        raise ProblemError(f"{path}: no readable YAML ({error}); init writes one") from error
     if not isinstance(options, dict):
         raise ProblemError(f"{path}: no mapping; write options as `name: value`")
     sections = {name: options.pop(name) for name in COMMANDS if isinstance(options.get(name), dict)}
@@ -213,8 +193,6 @@ def parse(
     """One instance of each dataclass in ``types``, then of ``method``, and the given options.
 
     Args:
-        command: the subcommand, a key of `COMMANDS`.
-        types: dataclasses whose fields are the options, each with its help.
         argv: a YAML file (optional), then flags. Options in the file for other commands, tasks or
             methods are ignored; such a flag is an error.
         method: a class whose fields are options too, and whose defaults are the run's.
@@ -231,9 +209,7 @@ def parse(
     for name in foreign:
         owners = _owners(command, name, names)
         if name in flags:
-            raise ProblemError(
-                f"--{name}: is an option of {owners}, and not of this run; leave it out"
-            )
+            raise ProblemError(f"--{name}: is for {owners}, not for this run; leave it out")
     if foreign:
         text = f"ignored, for other commands, tasks or methods: {', '.join(foreign)}"
         print(f"hyperopt-peft {command}: {text}", file=sys.stderr)
@@ -244,7 +220,7 @@ def parse(
     except (ValueError, TypeError, ImportError) as error:  # of argparse and of the dataclasses
         raise ProblemError(str(error)) from error
     if rest:
-        raise ProblemError(_unexpected(rest[0]))
+        raise ProblemError(f"{rest[0]!r}: {UNEXPECTED}")
     if method is not None and not is_dataclass(method):
         parsed.append(method())
     return parsed, given
@@ -272,22 +248,16 @@ def _parser(types: Sequence[Any], method: type[Method] | None) -> _Parser:
     names, kinds = names_of(types), [*types]
     defaults: dict[str, Any] = {}
     if "learning_rate" in names:
-        defaults = {"logging_steps": LOGGING_STEPS, "disable_tqdm": not sys.stderr.isatty()}
+        defaults = {"logging_steps": 0.05, "disable_tqdm": not sys.stderr.isatty()}
     if method is not None:
-        for name in names_of([method]) & names:
-            raise ProblemError(
-                f"{method.__name__}: its field {name} is an argument of every run; rename it"
-            )
         for name in {*method.defaults} - names:
-            raise ProblemError(
-                f"{method.__name__}: defaults has {name}, which is no argument; leave it out"
-            )
+            raise ProblemError(f"{method.__name__}: {name} in defaults is no option; leave it out")
         defaults |= method.defaults
         kinds += [method] if is_dataclass(method) else []
     options: Any = {"add_help": False, "allow_abbrev": False, "formatter_class": _Format}
     try:
         parser = _Parser(kinds, **options)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ArgumentError, ValueError, TypeError, RuntimeError) as error:
         name = kinds[-1].__name__
         raise ProblemError(f"{name}: a field of it cannot be an option: {error}") from error
     parser.set_defaults(**defaults)
@@ -307,9 +277,9 @@ def _owners(command: str, name: str, names: Collection[str]) -> str:
     plain = name.removeprefix("no_")
     if plain in _names(command):
         return "other tasks"
-    owners = [owner for owner in (*COMMANDS, *METHODS) if owner != "init"]
-    if found := [owner for owner in owners if plain in _names(owner)]:
-        return ", ".join(found)
+    owners = (owner for owner in (*COMMANDS, *METHODS) if owner != "init")
+    if found := ", ".join(owner for owner in owners if plain in _names(owner)):
+        return found
     near = did_you_mean(name, names)
     near = near if near.startswith("; did") else "; --help lists the options"
     raise ProblemError(f"unknown option --{name}{near}")
@@ -338,8 +308,5 @@ def _documented(kind: type, name: str) -> str:
     """The entry of the argument ``name`` in the docstring of ``kind``."""
     entry = rf"^    {name}: (.*?)(?=\n    \S|\n\n|\Z)"
     found = re.findall(entry, getdoc(kind) or "", re.DOTALL | re.MULTILINE)
-    return (
-        " ".join(found[0].split()).rstrip(".").replace("%", "%%")
-        if found
-        else "an option of the method"
-    )
+    text = " ".join(found[0].split()) if found else "an option of the method"
+    return text.rstrip(".").replace("%", "%%")

@@ -29,7 +29,6 @@ class Report:
 
     Attributes:
         verdict: the result in a sentence.
-        sections: in the order of the page.
         pictures: files in the page's folder by caption.
         curves: the logs of the phases by title; the losses of both levels are drawn.
         details: sections for experts, which a reader unfolds.
@@ -38,7 +37,6 @@ class Report:
     command: str
     verdict: str
     options: Mapping[str, Sequence[str]]
-    subtitle: str = ""
     sections: Sections = field(default_factory=dict)
     pictures: Mapping[str, str] = field(default_factory=dict)
     curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
@@ -61,15 +59,14 @@ class Report:
         again = [f"hyperopt-peft {self.command}"]
         again += [shlex.join([f"--{name}", *words]) for name, words in self.options.items()]
         found = ", ".join(map(" ".join, versions().items()))
-        last = {
-            "The same run again": " \\\n  ".join(again),
-            "Versions": f"Python {platform.python_version()}, {found}",
-        }
-        head = f"<!doctype html><meta charset=utf-8><title>{again[0]}</title>"
-        view = "<meta name=viewport content='width=device-width'>"
-        parts = [f"{head}{view}<style>{STYLE}</style>", f"<h1>{again[0]}</h1>"]
-        parts += [f"<p>{_escaped(self.subtitle)}"] * bool(self.subtitle)
-        parts += [f"<p><b>{_escaped(self.verdict)}</b>", *_parts(self.sections)]
+        last = {"The same run again": " \\\n  ".join(again)}
+        last["Versions"] = f"Python {platform.python_version()}, {found}"
+        view = "<meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        parts = [f"<!doctype html>{view}<title>{again[0]}</title><style>{STYLE}</style>"]
+        names = "train_file", "dataset", "model"
+        used = " · ".join(word for name in names for word in self.options.get(name, ()))
+        parts += [f"<h1>{again[0]}</h1><p>{_escaped(used)}<p><b>{_escaped(self.verdict)}</b>"]
+        parts += _parts(self.sections)
         parts += [
             f'<p><img src="{html.escape(path)}" alt="{html.escape(caption)}">'
             for caption, path in pictures.items()
@@ -85,15 +82,12 @@ def as_text(sections: Sections) -> str:
 
 
 def _parts(sections: Sections) -> list[str]:
-    parts = []
-    for title, content in sections.items():
-        text = isinstance(content, str)
-        shown = f"<pre>{_escaped(content)}</pre>" if text else _table(content)
-        parts.append(f"<h2>{_escaped(title)}</h2>\n{shown}")
-    return parts
+    return [f"<h2>{_escaped(title)}</h2>\n{_content(x)}" for title, x in sections.items()]
 
 
-def _table(rows: Any) -> str:
+def _content(rows: Any) -> str:
+    if isinstance(rows, str):
+        return f"<pre>{_escaped(rows)}</pre>"
     kinds = ["th", *["td"] * (len(rows) - 1)]
     cells = ("".join(f"<{kind}>{_escaped(cell)}" for cell in row) for kind, row in zip(kinds, rows))
     lines = "".join(f"<tr>{line}</tr>" for line in cells)

@@ -26,7 +26,7 @@ class TrainArguments(OutputArguments):
 
     method: str = HfArg(
         default="bidora",
-        help="lora, dora, bidora or another name of hyperopt_peft.problems.METHODS; or "
+        help="lora, dora, bidora or another name of hyperopt_peft.problems.METHODS, or "
         "my_method.py:MyMethod; the fields of its class are options",
     )
 
@@ -70,22 +70,15 @@ def save(trainer: BilevelTrainer, evaluation: dict[str, Any]) -> None:
         again = _last_metrics(trainer.retrainer)
         results["retrain"] = {f"retrain_{k.removeprefix('train_')}": v for k, v in again.items()}
         trainer.retrainer.save_state()
-    for split, values in results.items():
-        if values:
-            trainer.save_metrics(split, values)
+    for split in filter(results.get, results):
+        trainer.save_metrics(split, results[split])
     trainer.save_state()
-
-
-def metrics_of(evaluation: dict[str, Any]) -> dict[str, float]:
-    """The metrics of an evaluation by their own names, without its times."""
-    metrics = {k: x for k, x in evaluation.items() if not k.endswith(TIMINGS)}
-    return {k.removeprefix("eval_"): x for k, x in metrics.items() if k.startswith("eval_")}
 
 
 def report(
     trainer: BilevelTrainer, setup: Setup, evaluation: dict[str, Any], chosen: Chosen
 ) -> Report:
-    """The page of a run; its verdict names the accuracy of a guess, and a judge that is none."""
+    """The page of a run."""
     histories = {"Losses": trainer.state.log_history}
     if trainer.retrainer is not None:
         # The evaluation of the final model is in the log of the search, which made another one.
@@ -97,7 +90,8 @@ def report(
     tables: dict[str, list[list[str]]] = {}
     verdict = f"{chosen.name.rpartition(':')[2]}, {sum(work.steps for work in works)} steps"
     if evaluation and setup.evaluation is not None:
-        numbers = metrics_of(evaluation)
+        named = [k for k in evaluation if k.startswith("eval_") and not k.endswith(TIMINGS)]
+        numbers: dict[str, float] = {k.removeprefix("eval_"): evaluation[k] for k in named}
         tables["Evaluation"] = [[*numbers], [f"{value:.4f}" for value in numbers.values()]]
         metric, size = setup.task.metric, len(setup.evaluation)
         verdict = f"{metric} {numbers[metric]:.4g} on {size} evaluation rows, by {verdict}"
@@ -113,11 +107,7 @@ def report(
     if shares:
         tables["Shares of the sources"] = [[*shares], [f"{share:.4f}" for share in shares.values()]]
         verdict += f"; shares {', '.join(f'{name} {share:.3f}' for name, share in shares.items())}"
-    files = chosen.data.train_file or [chosen.data.dataset]
-    subtitle = f"{', '.join(files)} · {chosen.model.model}"
-    page = Report("train", verdict, chosen.options, subtitle, tables, details=details)
-    page.curves = histories
-    return page
+    return Report("train", verdict, chosen.options, tables, curves=histories, details=details)
 
 
 def save_adapter(trainer: BilevelTrainer) -> None:

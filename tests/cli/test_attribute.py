@@ -173,9 +173,8 @@ def test_held_out_rows_are_not_in_the_file(
 def test_a_third_part_is_held_out_for_the_judgement(tmp_path: Path) -> None:
     chosen = options(tmp_path)
     model = ModelArguments(model=chosen["model"], task="text-classification")
-    data = DataArguments([chosen["train_file"]], eval_fraction=0, max_length=16)
-    setup = prepare(model, data, None)
-    data.eval_fraction = 0.25
+    data = DataArguments([chosen["train_file"]], eval_fraction=0.25, max_length=16)
+    setup = prepare(model, data, None, numbered=True)
     setup, test = split(AttributeArguments(retrain_without=0.1), setup, data)
     assert setup.evaluation is not None and test is not None
     numbers = setup.train["row"][:] + test["row"][:]

@@ -35,10 +35,13 @@ def test_methods_of_files_too_are_judged_at_equal_passes(
     run("compare", **options, dry_run=True)
     assert "minutes" in capsys.readouterr().out and not (tmp_path / "out").exists()
     for again in (False, True):
-        run("compare", **options, overwrite_output_dir=again)
+        before = (tmp_path / "out/runs.jsonl").read_text() if again else ""
+        run("compare", **options)
         out = capsys.readouterr().out
         assert "ties with" in out or "better than" in out or "worse than" in out
-        runs = (tmp_path / "out" / "runs.jsonl").read_text().splitlines()
+        text = (tmp_path / "out/runs.jsonl").read_text()
+        runs = text.splitlines()
+        assert not again or text == before
         assert len(runs) == 1 + 3 * 2 + 4 * 2  # settings, rates, reported ones
     passes = [json.loads(line)["passes"] for line in runs[1:]]
     assert all(14 <= each <= 17 for each in passes)

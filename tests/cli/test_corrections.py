@@ -56,9 +56,11 @@ def test_corrected_labels_are_trained_on_by_the_command_that_is_shown(
     assert "suspects.csv" in first and "<p><b>Read the " in page
     for line in lines:
         line["label"] = right[int(line["row"])]["label"]
-    # In another order, and with spaces, as a spreadsheet may leave them.
-    edited = [{**line, "text": f"{line['text']} "} for line in reversed(lines)]
-    write(tmp_path / "rows/suspects.csv", edited)
+    # In another order, with spaces and an apostrophe, as a spreadsheet may leave them.
+    edited = [{**line, "text": f"'{line['text']} "} for line in reversed(lines)]
+    edited = [{**edited[0], "label": "c"}, *edited]  # the last line about a row counts
+    marked = [{**line, "label": f"'{line['label']}"} for line in edited]
+    write(tmp_path / "rows/suspects.csv", marked)
     words = shlex.split(command)
     assert words[:2] == ["hyperopt-peft", "train"]
     assert main(words[1:]) == 0
@@ -83,11 +85,10 @@ def test_corrected_labels_are_trained_on_by_the_command_that_is_shown(
         ({"row": None}, "corrections have no column 'row'"),
         ({"label": ""}, "corrections: column 'label' is empty in 1 of 2 rows, first in row 1"),
         ({"label": "aa"}, r"line 3: the label 'aa' is not in .* did you mean 'a'\?"),
-        ({"row": 24}, "line 3: there is no row 24; the training examples are rows 0 to 23"),
+        ({"row": 24}, "line 3: there is no row 24; rows are 0 to 23"),
         ({"row": -1}, "line 3: there is no row -1"),
         ({"row": "x"}, "line 2: there is no row '0'"),
-        ({"text": "w1 w2"}, "line 3: row 1 of the training examples has another text"),
-        ({"row": 0, "text": rows()[0]["text"]}, "line 3: row 0 has another label before"),
+        ({"text": "w1 w2"}, "line 3: row 1 of train_file has another text"),
     ],
 )
 def test_edited_files_that_do_not_fit_are_named(
@@ -104,6 +105,17 @@ def test_edited_files_that_do_not_fit_are_named(
         writer.writerows(lines)
     options = small_run(tmp_path, corrections=path)
     refused(capsys, "train", options, words)
+
+
+def test_a_second_round_keeps_the_corrections_of_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = tmp_path / "rows/suspects.csv"
+    options = changed(attributed(tmp_path), score_model="head", corrections=first)
+    again = {**options, "output_dir": tmp_path / "rows", "overwrite_output_dir": True}
+    refused(capsys, "attribute", again, "corrections: this run would replace the file")
+    run("attribute", **options)
+    assert f"--corrections {first} {tmp_path}/out/suspects.csv" in capsys.readouterr().out
 
 
 def test_corrections_need_a_class_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,6 +60,7 @@ def test_task_and_columns_are_guessed(
     [
         ({"text": TEXTS, "u": AB, "v": AB[::-1]}, {}, "label_column: could be u or v"),
         ({"text": TEXTS, "label": ["a"] * 18 + ["b"] * 2}, {}, "fewer than 5 rows of b"),
+        ({"text": TEXTS, "y": ["a"] * 19 + ["b"]}, {"label": "y"}, "fewer than 2 rows of b"),
         ({"text": TEXTS, "label": ["a"] * 20}, {}, "label_column: .*one class, 'a'"),
         ({"text": TEXTS[:1], "label": ["a"]}, {}, "label_column: .*one class, 'a'"),
         # Not the only column with two values, of which one may be the label.
@@ -136,23 +137,18 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line(
     assert not Path("config.yaml").exists()
 
 
-def test_a_wide_and_a_tall_file_are_read_in_seconds_and_unused_columns_named(
+def test_a_tall_file_is_read_in_seconds_and_unused_columns_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The measured times are 0.4 and 0.2 seconds; without care they are minutes."""
+    """The measured time is 0.3 seconds; without care it is minutes."""
     monkeypatch.chdir(tmp_path)
-    names = [f"c{k}" for k in range(20_000)]
-    tail = ",1" * len(names)
-    lines = [f"{text},x{tail},{label}\n" for text, label in zip(TEXTS, AB)]
-    Path("wide.csv").write_text(f"text,other,{','.join(names)},label\n{''.join(lines)}")
-    tall = "".join(f"w{k} w1,{'ab'[k % 2]}\n" for k in range(200_000))
-    Path("tall.csv").write_text(f"text,mood\n{tall}")
-    for file, label in (("wide.csv", "label"), ("tall.csv", "mood")):
-        begin = time.process_time()
-        run("init", file, overwrite=True)
-        assert time.process_time() - begin < 20
-        assert yaml.safe_load(Path("config.yaml").read_text())["label_column"] == label
-    assert "not used: other, c0" in capsys.readouterr().out
+    tall = "".join(f"w{k} w1,1,{'ab'[k % 2]}\n" for k in range(200_000))
+    Path("tall.csv").write_text(f"text,other,mood\n{tall}")
+    begin = time.process_time()
+    run("init", "tall.csv")
+    assert time.process_time() - begin < 20
+    assert yaml.safe_load(Path("config.yaml").read_text())["label_column"] == "mood"
+    assert "not used: other" in capsys.readouterr().out
 
 
 def test_no_file_is_replaced_or_written_nowhere(

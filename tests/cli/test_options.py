@@ -95,9 +95,9 @@ def test_one_file_serves_all_commands(tmp_path: Path, capsys: pytest.CaptureFixt
         ("", "--wor 2", "--wor"),  # no abbreviations: they change with versions
         ("", "--rate", "--rate"),
         ("", "--rate 2 c.yaml", "'c.yaml': .*YAML file first"),
-        ("", "missing.yaml", "missing.yaml: there is no such file"),
-        ("", "--methods lora", "--methods: is an option of compare, .*; leave it out"),
-        ("", "--gamma 1", "--gamma: is an option of bidora, "),
+        ("", "missing.yaml", "missing.yaml: no readable YAML .*No such file"),
+        ("", "--methods lora", "--methods: is for compare, .*; leave it out"),
+        ("", "--gamma 1", "--gamma: is for bidora, "),
     ],
 )
 def test_bad_options_are_refused(tmp_path: Path, text: str, argv: str, words: str) -> None:
@@ -112,8 +112,6 @@ def test_bad_options_are_refused(tmp_path: Path, text: str, argv: str, words: st
         ("train", {"learning_rat": 1}, "'learning_rate'"),
         ("train", {"hypergradient": "dart"}, "'darts'"),
         ("train", {"load_best_model_at_end": True}, "eval strategy"),
-        ("train", {"dropout": 1}, "dropout: "),
-        ("train", {"alpha": 0}, "alpha, "),
         ("train", {"dtype": "float8"}, "--dtype"),
         ("train", {"dataset": "b"}, "train_file: give either train_file or dataset"),
         ("train", {"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs .*got 0"),
@@ -126,8 +124,6 @@ def test_bad_options_are_refused(tmp_path: Path, text: str, argv: str, words: st
         ("check", {"estimators": ["drts"]}, "'drts'.*'darts'"),
         ("check", {"reference": "exakt"}, "'exakt'.*'exact'"),
         ("check", {"reference": "retraining:steps=0"}, "retraining.*steps.*0"),
-        ("check", {"search_steps": -1}, "search_steps.*-1"),
-        ("check", {"solver_steps": 0}, "solver_steps.*0"),
         ("check", {"resume_from_checkpoint": "true"}, "resume_from_checkpoint: .*not resume"),
         ("compare", {"resume_from_checkpoint": "true"}, "resume_from_checkpoint: .*not resume"),
         ("attribute", {"estimator": "unroled"}, "'unroled'.*unrolled"),

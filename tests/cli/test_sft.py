@@ -100,14 +100,14 @@ ROWS: list[tuple[str, list[Any], str]] = [
     ("train", [{"prompt": "a", "completion": ""}], "row 0 .*'completion' has ''"),
     ("train", TWICE, "'completion' is empty in"),
     ("train", [{"prompt": "a", "completion": [USER]}], "give two texts, or two lists"),
-    ("train", [{"messages": [USER, {"content": "a"}]}], "without a role"),
+    ("train", [{"messages": [USER, {"content": "a"}]}], "not a list of messages with a 'role'"),
     ("train", [{"messages": [{"role": "assistant", "content": " "}]}], "an empty message of the"),
     ("train", [{"messages": "say a"}], "'say a', not a list of messages"),
 ]
 OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"max_length": 100}, "max_length: the model reads 2 to 64 tokens, got 100"),
     ({"packing_strategy": "bdf", "packing": True}, "packing_strategy|strategy"),
-    ({"text_columns": ["text"]}, "--text_columns: is an option of other tasks"),
+    ({"text_columns": ["text"]}, "--text_columns: is for other tasks"),
     ({"retrain_without": 0.1}, "retrain_without: is not of task sft"),
     ({"tokenizer": "plain"}, "messages, and the tokenizer no chat template"),
 ]

@@ -133,11 +133,10 @@ def test_a_resumed_run_ends_in_the_same_adapter(
         ({"tokenizer": "./no-such"}, r"tokenizer: there is no folder \./no-such, and the hub"),
         ({"report_to": "comet_ml"}, "comet-ml"),
         ({"rank": 0}, "target_modules, rank: .*positive"),
-        ({"rank": 100_000_000}, "rank: must be at most 8 for this model"),
         ({"lower_steps": 5}, "lower_steps: 5 leaves no upper step"),
         ({"lower_steps": 5, "dry_run": True}, "lower_steps: 5 leaves no upper step"),
         ({"seed": -3}, r"seed must be in \[0, 2³²\), got -3"),
-        ({"eval_fraction": -0.5, "eval_file": None}, "eval_fraction: must be .*-0.5"),
+        ({"eval_fraction": -0.5, "eval_file": None}, "eval_fraction: -0.5 of 24 examples cannot"),
         ({"upper_fraction": 0.01}, "24 training examples.*upper level"),
         ({"resume_from_checkpoint": "no/such"}, "no/such"),
     ],
@@ -173,7 +172,7 @@ def test_trusted_rows_of_one_class_are_warned_of(
         tmp_path / "b.csv", [{"text": f"w{k}", "label": "a"} for k in (1, 2)]
     )
     run("train", "--dry_run", **chosen)
-    assert "evaluation examples all have the label 'a'" in caplog.text
+    assert "evaluation examples all have one label" in caplog.text
 
 
 def test_a_decoder_classifies_texts_of_different_lengths(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import atexit
 import csv
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -40,30 +40,19 @@ class ExampleData:
     dataset: str | None = HfArg(default=None, help="a data set of the hub, or a folder")
     dataset_config: str | None = HfArg(default=None, help="the data set's configuration")
     train_split: str = HfArg(default="train", help="the data set's part to train on")
-    upper_file: list[str] | None = HfArg(
-        default=None,
-        help="the upper level's examples; by default upper_fraction of the training examples",
-    )
+    upper_file: list[str] | None = HfArg(default=None, help="examples of the upper level")
     eval_file: list[str] | None = HfArg(default=None, help="files that are never trained on")
     eval_split: str | None = HfArg(default=None, help="the data set's part to evaluate on")
-    eval_fraction: float = HfArg(
-        default=0.1,
-        help="share of the training examples to hold out without eval_file or eval_split; 0: none",
-    )
+    eval_fraction: float = HfArg(default=0.1, help="share to hold out if there is no eval_file")
 
     def __post_init__(self) -> None:
         if bool(self.train_file) == bool(self.dataset):
             raise ProblemError("train_file: give either train_file or dataset")
         if self.eval_split and (self.eval_file or not self.dataset):
             raise ProblemError("eval_split: needs a dataset and no eval_file; leave one out")
-        if not 0 <= self.eval_fraction < 1:
-            raise ProblemError(f"eval_fraction: must be in [0, 1), got {self.eval_fraction}")
 
     def read(self, columns: Collection[str] = ()) -> tuple[Dataset, Dataset | None, Dataset | None]:
-        """The examples for training, the upper level and evaluation; None where not given.
-
-        Rows from several training files get the column `SOURCE` if ``columns`` has it.
-        """
+        """The examples for training, with `SOURCE` if asked, for the upper level and evaluation."""
         train = self._part("train_file", "train_split", by_source=SOURCE in columns)
         return train, self._part("upper_file"), self._part("eval_file", "eval_split")
 
@@ -81,23 +70,14 @@ class DataArguments(ExampleData):
     """The examples and their columns."""
 
     text_columns: list[str] = HfArg(
-        default_factory=lambda: ["text"],
-        help="column with the text, or two for pairs; for seq2seq the source; for causal-lm the "
-        "prompt or all of the text",
+        default_factory=lambda: ["text"], help="column with the text or prompt, or two for pairs"
     )
-    label_column: str = HfArg(
-        default="label", help="column with classes, numbers, or lists of tags"
-    )
-    tokens_column: str = HfArg(
-        default="tokens", help="column with lists of words, for token-classification"
-    )
+    label_column: str = HfArg(default="label", help="column with classes, numbers or lists of tags")
+    tokens_column: str = HfArg(default="tokens", help="for token-classification: lists of words")
     target_column: str | None = HfArg(
-        default=None,
-        help="column with the text to produce: for seq2seq, and for causal-lm after a prompt",
+        default=None, help="column with the text to produce: seq2seq, and causal-lm after a prompt"
     )
-    corrections: list[str] | None = HfArg(
-        default=None, help="suspects.csv with corrected labels, which replace those of train_file"
-    )
+    corrections: list[str] | None = HfArg(default=None, help="suspects.csv with corrected labels")
     max_length: int = HfArg(default=128, help="tokens in an example; longer ones are cut")
 
     def columns(self, task: str) -> list[str]:
@@ -106,48 +86,31 @@ class DataArguments(ExampleData):
         if task == "seq2seq" and self.target_column is None:
             raise ProblemError("target_column: seq2seq needs one; name the column of the targets")
         if task == "token-classification":
-            columns = [self.tokens_column, self.label_column]
-        else:
-            other = self.label_column if pairs else self.target_column
-            columns = [*self.text_columns, *([other] if other else [])]
-            if len(self.text_columns) > 1 + pairs or len(columns) > len({*columns}):
-                raise ProblemError(
-                    f"text_columns: {task} reads {1 + pairs}, beside label and target, got "
-                    f"{', '.join(self.text_columns)}; leave some out"
-                )
+            return [self.tokens_column, self.label_column]
+        other = self.label_column if pairs else self.target_column
+        columns = [*self.text_columns, *filter(None, [other])]
+        if len(self.text_columns) > 1 + pairs or len(columns) > len({*columns}):
+            got = ", ".join(self.text_columns)
+            raise ProblemError(f"text_columns: {task} reads {1 + pairs}, got {got}; leave some out")
         return columns
 
 
-def read_files(
-    paths: Sequence[str],
-    option: str,
-    *,
-    by_source: bool = False,
-    select: Callable[[list[str]], list[str]] = list,
-) -> Dataset:
-    """The rows of all ``paths``, in order; errors name ``option``, which has the paths.
-
-    With ``by_source`` several files without a column `SOURCE` get one, with the files' names.
-    ``select`` maps the columns of a CSV or TSV file to those that are read.
-    """
-    tables = [_read_file(path, option, select) for path in paths]
+def read_files(paths: Sequence[str], option: str, *, by_source: bool = False) -> Dataset:
+    """The rows of the files in ``option``; ``by_source`` several files get a column `SOURCE`."""
+    tables = [_read_file(path, option) for path in paths]
     if by_source and len(paths) > 1 and SOURCE not in tables[0].column_names:
         tables = [rows.add_column(SOURCE, [x] * len(rows)) for x, rows in zip(paths, tables)]
     try:
         return concatenate_datasets(tables)
     except ValueError as error:
-        raise ProblemError(
-            f"{option}: the files have different columns ({error}); give all the same"
-        ) from error
+        raise ProblemError(f"{option}: give all files the same columns: {error}") from error
 
 
-def _read_file(name: str, option: str, select: Callable[[list[str]], list[str]]) -> Dataset:
+def _read_file(name: str, option: str) -> Dataset:
     path = Path(name)
-    if not name:
-        raise ProblemError(f"{option}: the file name is empty; name a file or leave {option} out")
     suffix = path.suffix.lower()
     if suffix not in FORMATS:
-        raise ProblemError(f"{option}: {path} is not of a known format; use {', '.join(FORMATS)}")
+        raise ProblemError(f"{option}: {name!r} has no known format; use {', '.join(FORMATS)}")
     if not path.is_file():
         raise ProblemError(f"{option}: there is no file {path}; correct the path")
     options: dict[str, Any] = {"data_files": str(path), "cache_dir": cache_folder()}
@@ -156,14 +119,12 @@ def _read_file(name: str, option: str, select: Callable[[list[str]], list[str]])
         # would otherwise shift all columns by one.
         options |= {"keep_default_na": False, "na_values": [""], "index_col": False}
         options["sep"] = sep = "\t" if suffix == ".tsv" else ","
-        names = _header(path, option, sep)
-        if len(columns := select(names)) < len(names):
-            options["usecols"] = columns
+        _require_header(path, option, sep)
     return _load(option, str(path), FORMATS[suffix], split="train", **options)
 
 
-def _header(path: Path, option: str, mark: str) -> list[str]:
-    """The names of the columns of a CSV file, which ``mark`` separates."""
+def _require_header(path: Path, option: str, mark: str) -> None:
+    """Raise ProblemError if two columns are alike, or ``mark`` does not separate them."""
     names = list[str]()
     with suppress(OSError, csv.Error), path.open(encoding="utf-8-sig", errors="replace") as file:
         names = next((row for row in csv.reader(file, delimiter=mark) if row), [])
@@ -171,33 +132,27 @@ def _header(path: Path, option: str, mark: str) -> list[str]:
         raise ProblemError(f"{option}: {path} has {other!r} between its columns; use {mark!r}")
     if twice := next((name for name in names if name and names.count(name) > 1), None):
         raise ProblemError(f"{option}: {path} has two columns {twice!r}; rename or remove one")
-    return names
 
 
 def _load(option: str, name: str, *source: Any, **options: Any) -> Dataset:
     level = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # the exception says it in one line
-    wrong = "has no rows; give another"
+    empty = f"{option}: {name} has no rows; give another"
     try:
         with warnings.catch_warnings(action="error", category=ParserWarning):
             rows = load_dataset(*source, **options)
     except (DatasetsError, ValueError, OSError, StopIteration) as error:
         cause = error.__cause__ or error
+        if isinstance(cause, StopIteration | EmptyDataError) or "to no data" in str(error):
+            raise ProblemError(empty) from error
+        wrong = f"cannot be read: {cause}; correct the name, or have one type in each column"
         if isinstance(cause, UnicodeDecodeError):
             wrong = "is not encoded as UTF-8; save it as UTF-8 (in a spreadsheet: CSV UTF-8)"
-        elif not (
-            isinstance(cause, StopIteration | EmptyDataError)
-            or "corresponds to no data" in str(error)
-        ):
-            wrong = (
-                f"cannot be read: {cause}; correct the name, or the data: the same columns in each "
-                "row, values of one type in a column"
-            )
         raise ProblemError(f"{option}: {name} {wrong}") from error
     finally:
         logging.set_verbosity(level)
     if not len(rows):
-        raise ProblemError(f"{option}: {name} {wrong}")
+        raise ProblemError(empty)
     return rows
 
 
@@ -218,8 +173,8 @@ def require_columns(data: Dataset, columns: Sequence[str], where: str) -> None:
         if missing := data.data.column(column).null_count:
             raise ProblemError(
                 f"{where}: column {column!r} is empty in {missing} of {len(data)} rows, first in "
-                f"row {data[column][:].index(None)} (from 0); fill the cells, remove the "
-                "rows, or put texts with line breaks into quotes"
+                f"row {data[column][:].index(None)} (from 0); fill them or remove the rows, or put "
+                "texts with line breaks into quotes"
             )
 
 

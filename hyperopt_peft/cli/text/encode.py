@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -34,9 +35,10 @@ class Encoder:
         """The columns that are read."""
         return self.args.columns(self.task)
 
-    def encode(self, data: Dataset, where: str) -> Dataset:
-        """The arguments of the model's forward, with ``labels``; errors have the name ``where``."""
+    def encode(self, data: Dataset, where: str, keep: Collection[str] = ()) -> Dataset:
+        """The arguments of the model's forward, ``labels`` and the columns to ``keep``."""
         require_columns(data, self.columns, where)
+        left = [name for name in data.column_names if name not in keep]
         if self.names:
             data = named(data, self.args.label_column, self.names, where)
         encode = {
@@ -57,7 +59,7 @@ class Encoder:
             encoded,
             batched=True,
             with_indices=True,
-            remove_columns=data.column_names,
+            remove_columns=left,
             cache_file_name=f"{cache_folder()}/{uuid4()}.arrow",
         )
         if self.task == "text-classification":
@@ -81,10 +83,8 @@ class Encoder:
         elif not self.names and not math.isfinite(number(label)):
             raise ProblemError(f"the label {label!r} is no finite number; correct or remove it")
         for column in texts:
-            if not isinstance(row[column], str) or not row[column].strip():
-                raise ProblemError(
-                    f"{column!r} has {row[column]!r}, not a text; fill it or remove the row"
-                )
+            if not isinstance(text := row[column], str) or not text.strip():
+                raise ProblemError(f"{column!r} has {text!r}, no text; fill it or remove the row")
 
     def _tokens(self, *texts: Any, **options: Any) -> Any:
         return self.tokenizer(*texts, truncation=True, max_length=self.args.max_length, **options)
@@ -97,15 +97,11 @@ class Encoder:
     def _tags(self, batch: Batch) -> Batch:
         """The first token of a word has the word's tag, the others the ignored label."""
         result = self._tokens(batch[self.args.tokens_column], is_split_into_words=True)
-        labels = []
+        labels = list[list[int]]()
         for row, tags in enumerate(batch[self.args.label_column]):
-            words = result.word_ids(row)
-            labels.append(
-                [
-                    IGNORED if word is None or word == last else self.names.index(tags[word])
-                    for word, last in zip(words, [None, *words])
-                ]
-            )
+            words, numbers = result.word_ids(row), [*map(self.names.index, tags)]
+            pairs = zip(words, [None, *words])
+            labels.append([IGNORED if x in (None, last) else numbers[x] for x, last in pairs])
         return {**result, "labels": labels}
 
     def _language(self, batch: Batch) -> Batch:
@@ -160,10 +156,11 @@ def check_each(
 
 def class_names(data: Dataset, column: str) -> tuple[str, ...]:
     """The classes in a column of classes or of lists of tags, sorted as numbers or as words."""
-    (inner, lists), values = _inner(data, column), data[column][:]
+    feature, values = data.features[column], data[column][:]
+    inner = getattr(feature, "feature", feature)
     if isinstance(inner, ClassLabel):
         return tuple(inner.names)
-    if lists:
+    if inner is not feature:
         values = [tag for tags in values for tag in tags]
     kinds = {type(value) for value in values}
     if len(kinds) > 1 or not kinds <= {str, int, bool}:
@@ -172,25 +169,12 @@ def class_names(data: Dataset, column: str) -> tuple[str, ...]:
             "classes: give words, or whole numbers; fractions are for task regression"
         )
     names = tuple(str(value) for value in sorted(set(values)))
-    plain = [name.strip() for name in names]
     if len(names) < 2:
-        raise ProblemError(
-            f"column {column!r} has one class, {names[0]!r}; add rows of another class"
-        )
-    if not all(plain):
-        raise ProblemError(f"column {column!r} has a blank class; fill or remove its rows")
-    if alike := [name for name, other in zip(names, plain) if plain.count(other) > 1]:
-        raise ProblemError(
-            f"column {column!r}: the classes {alike[0]!r} and {alike[1]!r} differ by spaces only; "
-            "make them one"
-        )
+        raise ProblemError(f"column {column!r} has one class, {names[0]!r}; add rows of another")
+    counts = Counter(name.strip() for name in names)
+    if odd := [name for name in names if not name.strip() or counts[name.strip()] > 1]:
+        raise ProblemError(f"column {column!r}: {odd} are blank or differ by spaces; correct them")
     return names
-
-
-def _inner(data: Dataset, column: str) -> tuple[Any, bool]:
-    """The type of the classes in ``column``, and whether they are in lists."""
-    feature = data.features[column]
-    return getattr(feature, "feature", feature), hasattr(feature, "feature")
 
 
 def named(data: Dataset, column: str, names: Sequence[str], where: str) -> Dataset:
@@ -199,7 +183,7 @@ def named(data: Dataset, column: str, names: Sequence[str], where: str) -> Datas
     Raises:
         ProblemError: a class is not among ``names``; ``where`` names the rows.
     """
-    inner, _ = _inner(data, column)
+    inner = getattr(data.features[column], "feature", data.features[column])
 
     def name(value: Any) -> Any:
         if isinstance(value, list):
@@ -207,24 +191,18 @@ def named(data: Dataset, column: str, names: Sequence[str], where: str) -> Datas
         # Unlabelled examples in data sets of the hub have the class -1.
         return inner.int2str(value) if isinstance(inner, ClassLabel) and value >= 0 else str(value)
 
-    values, known = [*map(name, data[column])], {*names}
-    for row, value in enumerate(values):
+    def check(value: Any) -> None:
         for each in value if isinstance(value, list) else [value]:
             if each not in known:
-                raise ProblemError(
-                    f"{where}: row {row} (from 0): the label {each!r} is not in the training "
-                    f"examples{did_you_mean(each, names)}; correct or remove its rows, or add "
-                    "training examples"
-                )
+                near = did_you_mean(each, names)
+                raise ProblemError(f"the label {each!r} is not in the training examples{near}")
+
+    values, known = [*map(name, data[column])], {*names}
+    check_each(check, values, range(len(values)), where)
     return data.remove_columns(column).add_column(column, values)
 
 
 def warn_of_one_class(data: Dataset, column: str, where: str) -> None:
     """Warn if the rows ``data``, which ``where`` names, have one class in ``column``."""
-    if len(data) > 1 and len(found := data.unique(column)) == 1:
-        feature = data.features[column]
-        name = feature.int2str(found[0]) if isinstance(feature, ClassLabel) else found[0]
-        logger.warning(
-            f"{where} all have the label {name!r}, so that a constant answer looks perfect; add "
-            "rows of the other classes"
-        )
+    if len(data) > 1 and len(data.unique(column)) == 1:
+        logger.warning(f"{where} all have one label: a constant answer looks perfect; add others")

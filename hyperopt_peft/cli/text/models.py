@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -16,13 +17,11 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 from hyperopt_peft.adapters.peft_internals import SEQ_CLS_HEAD_NAMES
-from hyperopt_peft.cli.text import TaskName
-from hyperopt_peft.cli.text.tasks import Task
+from hyperopt_peft.cli.text.tasks import Task, TaskName
 from hyperopt_peft.errors import ProblemError, did_you_mean
 from hyperopt_peft.trainer.method import Method
 
 ALL_LINEAR = "all-linear"
-Dtype = Literal["float32", "bfloat16", "auto"]
 
 
 @dataclass
@@ -34,7 +33,9 @@ class ModelArguments:
     model: str = HfArg(help="the base model: a local folder or a hub name")
     task: TaskName = HfArg(help="the task to learn; sft trains with TRL")
     tokenizer: str | None = HfArg(default=None, help="the tokenizer; the model's if not given")
-    dtype: Dtype = HfArg(default="float32", help="number format of the base model; auto: as saved")
+    dtype: Literal["float32", "bfloat16", "auto"] = HfArg(
+        default="float32", help="number format of the base model; auto: as saved"
+    )
     load_in_4bit: bool = HfArg(default=False, help="load the base model in NF4, by bitsandbytes")
     rank: int = HfArg(default=8, help="rank r of the adapter B·A")
     alpha: int = HfArg(default=16, help="LoRA's alpha; the scale of B·A is alpha / rank")
@@ -42,34 +43,29 @@ class ModelArguments:
     target_modules: list[str] = HfArg(
         default_factory=lambda: [ALL_LINEAR], help="modules to adapt, by names or the ends of names"
     )
-    modules_to_save: list[str] | None = HfArg(
-        default=None, help="modules to train in full, such as a new head"
-    )
+    modules_to_save: list[str] | None = HfArg(default=None, help="modules to train in full")
 
     def __post_init__(self) -> None:
         if self.load_in_4bit and self.task not in ("causal-lm", "sft"):
             raise ProblemError(f"load_in_4bit: is for causal-lm and sft, got task {self.task}")
-        if self.alpha < 1 or not 0 <= self.dropout < 1:  # by which PEFT would train nothing
-            got = f"got {self.alpha} and {self.dropout}"
-            raise ProblemError(f"alpha, dropout: must be at least 1, and in [0, 1), {got}")
 
 
 def load_config(name: str) -> Any:
     """The configuration of the model ``name``; an unknown one is a ProblemError."""
-    try:
+    with _loading("model", name):
         return AutoConfig.from_pretrained(name)
+
+
+@contextmanager
+def _loading(option: str, name: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
-        raise _not_loaded("model", name, error) from error
-
-
-def _not_loaded(option: str, name: str, error: Exception) -> ProblemError:
-    what = f"the folder {name} cannot be loaded"
-    if not Path(name).is_dir():
-        what = f"there is no folder {name}, and the hub or its cache gives nothing"
-    reason = shorten(str(error), 300)  # a list of all kinds of models is longer
-    return ProblemError(
-        f"{option}: {what} ({reason}); correct the name, or give a folder with a model"
-    )
+        what = f"the folder {name} cannot be loaded"
+        if not Path(name).is_dir():
+            what = f"there is no folder {name}, and the hub or its cache gives nothing"
+        reason = shorten(str(error), 300)  # a list of all kinds of models is longer
+        raise ProblemError(f"{option}: {what} ({reason}); correct the name or folder") from error
 
 
 def labelled(config: Any, task: str, names: Sequence[str]) -> Any:
@@ -86,53 +82,42 @@ def labelled(config: Any, task: str, names: Sequence[str]) -> Any:
 
 def load_tokenizer(name: str, config: Any, max_length: int, task: str) -> Any:
     """The tokenizer ``name`` with a padding token, if it fits model, task and ``max_length``."""
-    words = task == "token-classification"
-    options = {"add_prefix_space": True} if words else {}  # byte-level tokenizers need it for words
-    try:
+    # Byte-level tokenizers need it for words.
+    options = {"add_prefix_space": True} if task == "token-classification" else {}
+    with _loading("tokenizer", name):
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise _not_loaded("tokenizer", name, error) from error
     positions = getattr(config, "max_position_embeddings", None) or max_length
     limit = min(tokenizer.model_max_length, positions)
     if not 1 < max_length <= limit:
         raise ProblemError(f"max_length: the model reads 2 to {limit} tokens, got {max_length}")
     size = getattr(config, "vocab_size", None) or len(tokenizer)
-    if len(tokenizer) > size:
-        raise ProblemError(
-            f"tokenizer: {name} has {len(tokenizer)} tokens, the model {size}; give the model's"
-        )
+    if (count := len(tokenizer)) > size:
+        raise ProblemError(f"tokenizer: {name} has {count} tokens, the model {size}; give its own")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    if tokenizer.pad_token is None or (words and not tokenizer.is_fast):
-        lack = "no padding or end-of-text token" if not words else "no fast form, which words need"
-        raise ProblemError(f"tokenizer: {name} has {lack}; give another")
+    if tokenizer.pad_token is None:
+        raise ProblemError(f"tokenizer: {name} has no padding or end-of-text token; give another")
     return tokenizer
 
 
-def load_base(
-    task: Task, name: str, config: Any, dtype: Dtype, *, four_bits: bool = False
-) -> tuple[Any, list[str]]:
+def load_base(task: Task, args: ModelArguments, config: Any) -> tuple[Any, list[str]]:
     """The base model, and the names of its new weights, which depend on the current seed."""
-    nf4: dict[str, Any] = {}
-    if four_bits:
-        bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
-        nf4["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **bits)
+    bits: Any = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, **bits) if args.load_in_4bit else None
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # the report on a new head has forty lines
     try:
-        model, report = task.model.from_pretrained(
-            name,
-            config=config,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **nf4,
-        )
-    except (OSError, ValueError) as error:
-        raise _not_loaded("model", name, error) from error
+        with _loading("model", args.model):
+            model, report = task.model.from_pretrained(
+                args.model,
+                config=config,
+                dtype=args.dtype,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                quantization_config=nf4,
+            )
     except ImportError as error:
-        raise ProblemError(
-            f"load_in_4bit: {error}; run pip install 'hyperopt-peft[bitsandbytes]'"
-        ) from error
+        text = f"load_in_4bit: {error}; run pip install 'hyperopt-peft[bitsandbytes]'"
+        raise ProblemError(text) from error
     finally:
         logging.set_verbosity(level)
     mismatched = [entry[0] for entry in report["mismatched_keys"]]
@@ -167,9 +152,6 @@ def adapter_config(model: Any, args: ModelArguments, task: Task) -> LoraConfig:
 
 def add_adapter(model: Any, args: ModelArguments, task: Task, method: Method) -> Any:
     """``model`` in train mode with a new adapter for ``method``; A depends on the current seed."""
-    largest = max(min(p.shape) for p in model.parameters() if p.ndim == 2)
-    if args.rank > largest:
-        raise ProblemError(f"rank: must be at most {largest} for this model, got {args.rank}")
     try:
         config = method.adapter(adapter_config(model, args, task))
         return get_peft_model(model, config).train()

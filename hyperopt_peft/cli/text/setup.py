@@ -13,8 +13,8 @@ from transformers import DataCollatorForSeq2Seq, set_seed
 from transformers.utils import logging
 
 from hyperopt_peft.cli.options import Options, checkpoint_of, divided, parse
-from hyperopt_peft.cli.text import SFT, judges, models
-from hyperopt_peft.cli.text.corrections import corrected
+from hyperopt_peft.cli.text import attributed, models
+from hyperopt_peft.cli.text.attributed import ROW
 from hyperopt_peft.cli.text.data import (
     EVALUATION,
     TRAIN,
@@ -27,7 +27,7 @@ from hyperopt_peft.cli.text.data import (
 from hyperopt_peft.cli.text.encode import Encoder, class_names, warn_of_one_class
 from hyperopt_peft.cli.text.models import ModelArguments
 from hyperopt_peft.cli.text.sft import Conversations, sft_trainer
-from hyperopt_peft.cli.text.tasks import TASKS, Task
+from hyperopt_peft.cli.text.tasks import SFT, TASKS, Task
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.problems.find import find_method, import_file
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
@@ -37,8 +37,6 @@ from hyperopt_peft.trainer.tags import INDEX
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 
 logger = logging.get_logger(__name__)
-#: The column with the number of each row in its file, while a part is held out.
-PLACE = "place"
 #: The options of every command that trains.
 SHARED = (ModelArguments, DataArguments, BilevelTrainingArguments)
 
@@ -48,20 +46,16 @@ class Chosen:
     """The options of a run; ``options`` and the method's ``name`` are as the user gave them."""
 
     name: str
+    options: Options
     command: Any
     model: ModelArguments
     data: Any
     args: Any
     method: Method
-    options: Options
 
 
 def choose(
-    name: str,
-    kind: Any,
-    argv: Sequence[str],
-    method: str | None = None,
-    besides: Collection[str] = (),
+    name: str, kind: Any, argv: Sequence[str], method: str = "", besides: Collection[str] = ()
 ) -> Chosen:
     """The options in ``argv`` for the command ``name``, whose own options are ``kind``'s fields.
 
@@ -77,10 +71,10 @@ def choose(
         types = (ModelArguments, ExampleData, sft_trainer().Arguments)
     found = find_method(method)
     parsed, options = parse(name, (kind, *types), argv, method=found, besides=besides)
-    command, model, data, args, made = parsed
-    if name != "train" and checkpoint_of(args):
+    chosen = Chosen(method, options, *parsed)
+    if name != "train" and checkpoint_of(chosen.args):
         raise ProblemError("resume_from_checkpoint: this command does not resume; leave it out")
-    return Chosen(method, command, model, data, args, made, options)
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -88,10 +82,8 @@ class Setup:
     """The encoded data, and the construction of models and trainers for the data.
 
     Attributes:
-        config: the base model's configuration, with the head of the task.
-        encoder: encodes further examples; has the tokenizer.
         rows, upper_rows, evaluation_rows: as they were read, a held-out part as well.
-        marks: of the rows that scored the training rows; see `judges`.
+        marks: of the rows that scored the training rows; see `attributed`.
         changed: how many labels the corrections change; None without corrections.
     """
 
@@ -105,20 +97,17 @@ class Setup:
     rows: Dataset
     upper_rows: Dataset | None
     evaluation_rows: Dataset | None
-    marks: frozenset[str]
+    marks: set[str]
     changed: int | None
 
     def scored_by(self, rows: Dataset | None) -> int:
         """How many of ``rows``, such as the evaluation rows, have scored the training rows."""
-        marks = [] if rows is None else judges.marks_of(rows, self.encoder.columns)
+        marks = [] if rows is None else attributed.marks_of(rows, self.encoder.columns)
         return sum(mark in self.marks for mark in marks)
 
     def base(self) -> tuple[Any, list[str]]:
         """A new model without an adapter, and the names of its new weights."""
-        args = self.args
-        base, new = models.load_base(
-            self.task, args.model, self.config, args.dtype, four_bits=args.load_in_4bit
-        )
+        base, new = models.load_base(self.task, self.args, self.config)
         if getattr(base.config, "pad_token_id", None) is None:
             base.config.pad_token_id = self.encoder.tokenizer.pad_token_id
         return base, new
@@ -130,31 +119,26 @@ class Setup:
         model = models.add_adapter(base, self.args, self.task, method)
         named = model.get_base_model().named_parameters()
         frozen = {name.replace(".base_layer.", ".") for name, p in named if not p.requires_grad}
-        if names := [name for name in new if name in frozen]:
-            logger.warning_once(
-                f"{', '.join(names)}: new, random and frozen; name their modules in modules_to_save"
-            )
+        if names := ", ".join(name for name in new if name in frozen):
+            logger.warning_once(f"{names}: random and frozen; name the modules in modules_to_save")
         return model
 
     def trainer(self, args: Any, method: Method) -> BilevelTrainer:
         """The trainer of a new model by ``method``."""
         model = self.model(args.seed, method)
-        data = {"train_dataset": self.train, "upper_dataset": self.upper}
         options = self.options(model) | {"eval_dataset": self.evaluation}
-        kind = self.trainer_class()
+        options |= {"train_dataset": self.train, "upper_dataset": self.upper}
         try:
-            return kind(model, args, method=copy.deepcopy(method), **data, **options)
+            return self.trainer_class()(model, args, method=copy.deepcopy(method), **options)
         except (ValueError, RuntimeError, OSError) as error:  # a logger is not installed, say
             raise ProblemError(str(error)) from error
 
     def require_sane(self, loss: float) -> None:
         """Raise NonFiniteError if ``loss`` is NaN or beyond 10 times the loss of a guess."""
-        if self.task.classes:
-            guess = math.log(self.config.num_labels)
-        elif self.args.task == "regression":  # the guess is 0
+        choices = self.config.num_labels if self.task.classes else len(self.encoder.tokenizer)
+        guess = math.log(choices)
+        if self.args.task == "regression":  # the guess is 0
             guess = sum(float(label) ** 2 for label in self.train["labels"]) / len(self.train)
-        else:
-            guess = math.log(len(self.encoder.tokenizer))
         if not loss <= 10 * max(guess, 1.0):
             raise NonFiniteError(
                 f"the training diverged: the loss is {loss:.2g} and that of a guess {guess:.2g}; "
@@ -177,8 +161,10 @@ class Setup:
         return options
 
 
-def prepare(args: ModelArguments, data: Any, training: Any, *methods: Method) -> Setup:
-    """Read and encode the data for the model and for ``methods``, without loading weights."""
+def prepare(
+    args: ModelArguments, data: Any, training: Any, *methods: Method, numbered: bool = False
+) -> Setup:
+    """Read and encode the data for ``methods``; ``numbered`` training rows keep column `ROW`."""
     read = list[str]()  # columns of the training rows, beside those of the task
     for method in methods:
         own = getattr(method, "column", None)  # of which the method makes its tags
@@ -188,12 +174,12 @@ def prepare(args: ModelArguments, data: Any, training: Any, *methods: Method) ->
     rows, upper_rows, evaluation_rows = data.read(read)
     require_columns(rows, columns, TRAIN)  # before the classes are read
     names = class_names(rows, data.label_column) if task.classes else ()
-    marks, changed = judges.marks_in(rows), None
+    marks, changed = attributed.marks_in(rows), None
     if files := getattr(data, "corrections", None):
         if args.task != "text-classification":
             raise ProblemError(f"corrections: need a class a row; {args.task} has none")
-        rows, lines, changed = corrected(rows, files, columns)
-        marks |= judges.marks_in(lines)
+        rows, lines, changed = attributed.corrected(rows, files, columns)
+        marks |= attributed.marks_in(lines)
     config = models.labelled(models.load_config(args.model), args.task, names)
     length = (training.max_length or 2) if of_trl else data.max_length
     tokenizer = models.load_tokenizer(name, config, length, args.task)
@@ -204,29 +190,22 @@ def prepare(args: ModelArguments, data: Any, training: Any, *methods: Method) ->
     else:
         encoder = Encoder(args.task, data, tokenizer, names)
     require_columns(rows, read, TRAIN)
-    train, upper, evaluation = _with(rows, read, encoder.encode(rows, TRAIN)), None, None
+    train, upper, evaluation = encoder.encode(rows, TRAIN, read), None, None
+    train = train.add_column(ROW, range(len(rows)))
     if upper_rows is not None:
-        upper = _with(upper_rows, read, encoder.encode(upper_rows, UPPER))
+        upper = encoder.encode(upper_rows, UPPER, read)
     if evaluation_rows is not None:
         evaluation = encoder.encode(evaluation_rows, EVALUATION)
         if common := shared(evaluation, train):
-            logger.warning(
-                f"{common} of {len(evaluation)} evaluation examples are training examples too, "
-                "so that the metrics are too good; remove them"
-            )
+            text = "evaluation examples are training examples too; remove them for honest metrics"
+            logger.warning(f"{common} of {len(evaluation)} {text}")
     elif data.eval_fraction:
-        train, evaluation = hold_out(train.add_column(PLACE, range(len(train))), data.eval_fraction)
-        evaluation_rows = rows.select(evaluation[PLACE])
-        train, evaluation = train.remove_columns(PLACE), evaluation.remove_columns([PLACE, *read])
+        train, evaluation = hold_out(train, data.eval_fraction)
+        evaluation_rows = rows.select(evaluation[ROW])
+        evaluation = evaluation.remove_columns([ROW, *read])
+    train = train if numbered else train.remove_columns(ROW)
     for part, where in ((upper, UPPER), (evaluation, EVALUATION)):
         if part is not None and args.task == "text-classification":
             warn_of_one_class(part, "labels", where)
     parts = train, upper, evaluation, rows, upper_rows, evaluation_rows
-    return Setup(args, task, config, encoder, *parts, frozenset(marks), changed)
-
-
-def _with(rows: Dataset, columns: Sequence[str], encoded: Dataset) -> Dataset:
-    """``encoded`` with those of ``columns`` that ``rows`` have."""
-    for column in set(columns).intersection(rows.column_names):
-        encoded = encoded.add_column(column, rows[column][:])
-    return encoded
+    return Setup(args, task, config, encoder, *parts, marks, changed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +22,8 @@ def sft_trainer() -> type[BilevelTrainer]:
     try:
         from trl import SFTTrainer
     except ImportError as error:
-        raise ProblemError(
-            f"task sft: trains with TRL, which cannot be imported ({error}); run pip install "
-            "'hyperopt-peft[trl]'"
-        ) from error
+        text = f"task sft: needs TRL ({error}); run pip install 'hyperopt-peft[trl]'"
+        raise ProblemError(text) from error
     return bilevel(SFTTrainer)
 
 
@@ -38,8 +36,8 @@ class Conversations:
     chat_template: bool = True
     columns: tuple[str, ...] = field(default=(), init=False)
 
-    def encode(self, rows: Dataset, where: str) -> Dataset:
-        """The columns of ``rows`` that are trained on; ``where`` names the rows in errors."""
+    def encode(self, rows: Dataset, where: str, keep: Collection[str] = ()) -> Dataset:
+        """The columns of ``rows`` to train on and to ``keep``; errors have the name ``where``."""
         names, layouts = rows.column_names, [("messages",), ("prompt", "completion")]
         layouts = [self.columns] if self.columns else [*layouts, (self.text_field,)]
         layout = next((columns for columns in layouts if {*columns} <= {*names}), None)
@@ -47,21 +45,21 @@ class Conversations:
             wanted = " or ".join(" and ".join(map(repr, columns)) for columns in layouts)
             like = ", as the files before" if self.columns else ""
             raise ProblemError(
-                f"{where}: has the columns {names}, not {wanted}{like}; rename the columns"
+                f"{where}: have the columns {names}, not {wanted}{like}; rename them"
             )
         self.columns = layout
         require_columns(rows, layout, where)
-        rows = rows.select_columns([*layout, *(name for name in OF_TEMPLATE if name in names)])
+        kept = (name for name in names if name in (*OF_TEMPLATE, *keep))
+        rows = rows.select_columns(list(dict.fromkeys([*layout, *kept])))
         check_each(self._check, rows, range(len(rows)), where)
         return rows
 
     def _check(self, row: Mapping[str, Any]) -> None:
-        values = [row[column] for column in self.columns]
-        if len({type(value) for value in values}) > 1:
-            raise ProblemError(f"{values[0]!r} and {values[1]!r}: give two texts, or two lists")
-        for column, value in zip(self.columns, values, strict=True):
-            wrong = ""
-            if not isinstance(value, str) or column == "messages":
+        for column in self.columns:
+            value, wrong = row[column], ""
+            if type(value) is not type(row[self.columns[0]]):
+                wrong = f"{value!r}; give two texts, or two lists"
+            elif not isinstance(value, str) or column == "messages":
                 wrong = self._wrong(value)
             elif not value.strip():
                 wrong = f"{value!r}; fill it or remove the row"
@@ -69,16 +67,12 @@ class Conversations:
                 raise ProblemError(f"{column!r} has {wrong}")
 
     def _wrong(self, messages: Any) -> str:
-        """What is wrong with ``messages``, or nothing."""
+        """The fault of ``messages``, or nothing."""
         if not self.chat_template:
             return "messages, and the tokenizer no chat template; give chat_template_path, or texts"
-        if not isinstance(messages, list) or not messages:
-            return f"{messages!r}, not a list of messages"
-        for message in messages:
-            role = message.get("role") if isinstance(message, Mapping) else None
-            if not role:
-                return f"{message!r}, without a role; give each message a 'role' and a 'content'"
-            said = message.get("tool_calls") or str(message.get("content") or "").strip()
-            if role == "assistant" and not said:
-                return "an empty message of the assistant; fill it or remove the row"
-        return ""
+        every = messages if isinstance(messages, list) else []
+        if not every or not all(isinstance(x, Mapping) and x.get("role") for x in every):
+            return f"{messages!r}, not a list of messages with a 'role' and a 'content' each"
+        said = (x.get("tool_calls") or x.get("content") for x in every if x["role"] == "assistant")
+        blank = not all(str(x or "").strip() for x in said)
+        return "an empty message of the assistant; fill it or remove the row" if blank else ""

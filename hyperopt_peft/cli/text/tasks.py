@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,8 +19,12 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from hyperopt_peft.cli.text import SFT
 from hyperopt_peft.core.logits import IGNORED
+
+TaskName = Literal[
+    "text-classification", "regression", "token-classification", "causal-lm", "seq2seq", "sft"
+]
+SFT = "sft"  # by TRL
 
 
 @dataclass(frozen=True)

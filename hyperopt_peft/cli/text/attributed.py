@@ -1,0 +1,93 @@
+"""Files that `attribute` wrote in a later run: corrected labels, and marks of the rows that scored.
+
+A row that has scored training rows cannot judge the use of the scores. The marks are in a column,
+so that they stay where a file is renamed, sorted or edited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from hashlib import sha256
+
+from datasets import Dataset
+
+from hyperopt_peft.cli.text.data import read_files, require_columns
+from hyperopt_peft.errors import ProblemError, did_you_mean
+
+ROW, OPTION = "row", "corrections"  # `ROW` has the number of a training row in its file
+#: The column of marks.
+COLUMN = "scored_on"
+
+
+def marks_of(rows: Dataset, columns: Sequence[str]) -> list[str]:
+    """A mark of each row, by its inputs: all of ``columns`` but the last, the label.
+
+    Example:
+        >>> rows = Dataset.from_dict({"text": ["a b", "a  b "], "label": [0, 1]})
+        >>> len({*marks_of(rows, ["text", "label"])})
+        1
+    """
+    inputs = columns[:-1] or columns
+    texts = (" ".join(" ".join(map(str, x)).split()) for x in zip(*(rows[c] for c in inputs)))
+    # The letter keeps spreadsheets from reading a number.
+    return [f"r{sha256(text.encode('utf-8', 'replace')).hexdigest()[:12]}" for text in texts]
+
+
+def as_column(marks: Collection[str], count: int) -> list[str]:
+    """``marks`` in ``count`` cells, of which each has one or more.
+
+    Example:
+        >>> as_column({"b", "a"}, 3), as_column({"b", "a"}, 1)
+        (['a', 'b', 'a'], ['a b'])
+    """
+    each = sorted({*marks})
+    return [" ".join(each[k::count] or each[k % len(each) :][:1]) for k in range(count)]
+
+
+def marks_in(rows: Dataset) -> set[str]:
+    """The marks in the column of ``rows``, none without one."""
+    cells = rows[COLUMN][:] if COLUMN in rows.column_names else []
+    return {mark for cell in cells if cell is not None for mark in str(cell).split()}
+
+
+def corrected(
+    rows: Dataset, files: Sequence[str], columns: Sequence[str]
+) -> tuple[Dataset, Dataset, int]:
+    """The training ``rows`` with the labels of ``files``; these; how many labels have changed.
+
+    ``columns`` are those of the texts, then of the label. A line names its training row by number,
+    and must have the same texts. The last line about a row counts, as in a second round of search.
+
+    Raises:
+        ProblemError: a column is missing or a cell empty; or a line has no row's number, another
+            text or an unknown class.
+    """
+    lines, (*texts, label) = read_files(files, OPTION), columns
+    require_columns(lines, [ROW, *columns], OPTION)
+    labels, found = rows[label][:], dict[int, object]()
+    classes = {_plain([value])[0]: value for value in labels}
+    originals = list(zip(*(rows[name] for name in texts)))
+    for line, (row, given, *words) in enumerate(zip(*(lines[x] for x in [ROW, label, *texts])), 2):
+        where = f"{OPTION}: line {line}"
+        if row not in range(len(rows)):
+            raise ProblemError(f"{where}: there is no row {row!r}; rows are 0 to {len(rows) - 1}")
+        if _plain(words) != _plain(originals[int(row)]):
+            raise ProblemError(
+                f"{where}: row {row} of train_file has another text; give the file of attribute"
+            )
+        (name,) = _plain([given])
+        if name not in classes:
+            near = did_you_mean(name, classes)
+            raise ProblemError(
+                f"{where}: the label {given!r} is not in the training examples{near}"
+            )
+        found[int(row)] = classes[name]
+    new = [found.get(row, value) for row, value in enumerate(labels)]
+    count = sum(value != old for value, old in zip(new, labels, strict=True))
+    kind = rows.features[label]
+    return rows.remove_columns(label).add_column(label, new, feature=kind), lines, count
+
+
+def _plain(texts: Sequence[object]) -> list[str]:
+    """``texts`` without what spreadsheets change: spaces, and the apostrophe before a formula."""
+    return [" ".join(str(text).split()).removeprefix("'") for text in texts]
