@@ -117,7 +117,8 @@ class Answers:
             numbers = confidence[row], losses[row], float(result.scores[row])
             guess = self.classes[guesses[row]]
             lines.append([result.numbers[row], *own, guess, *numbers, mark])
-            shown.append([*self._cells(row), guess, *(f"{number:.2g}" for number in numbers)])
+            texts = (f"{x:{form}}" for x, form in zip(numbers, (".2f", ".2f", "+.1e"), strict=True))
+            shown.append([*self._cells(row), guess, *texts])
         if self.folder is not None:
             path, names = self.folder / "suspects.csv", [*heads, attributed.COLUMN]
             write_csv(path, names, lines, escape_formulas=self.command.escape_formulas)

@@ -59,8 +59,8 @@ def run(argv: Sequence[str]) -> None:
     of_file, flags = divided("compare", argv)
     names = {**of_file, **flags}.get("methods") or METHODS
     besides = names_of(map(find_method, names))
-    chosen = [choose("compare", CompareArguments, argv, name, besides) for name in names]
     plain = choose("compare", CompareArguments, argv, "lora", besides)  # without defaults
+    chosen = [choose("compare", CompareArguments, argv, name, plain.options) for name in names]
     command, args = plain.command, plain.args
     args.__dict__["_user_names"] &= {*plain.options}  # a method's defaults are for the others
     number, slash, count = command.run.partition("/")

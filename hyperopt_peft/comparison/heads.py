@@ -123,8 +123,9 @@ class HeadTask(Task):
         try:
             method.prepare(model)
         except ProblemError as error:
-            advice = f'a head has no adapter for it; choose model="adapter" ({error})'
-            raise ProblemError(f"{run.method}: {advice}") from error
+            advice = 'choose model="adapter", or --score_model adapter'
+            text = f"{run.method}: a head has no adapter for it ({error}); {advice}"
+            raise ProblemError(text) from error
         if bilevel:
             if run.kind == "method":
                 _search(method, model, batch(rows), batch(upper), run.upper_rate or RATE)
@@ -188,7 +189,7 @@ class HeadTask(Task):
         if len(features.row) != len(rows) or not torch.equal(features.row, torch.arange(len(rows))):
             raise ProblemError(
                 "labels: a head of compare_methods predicts a class or numbers a row, and these "
-                'rows have a label for each token; choose model="adapter"'
+                'rows have a label for each token; choose model="adapter", or --score_model adapter'
             )
         return trainer, features, prepared.column_names
 

@@ -50,10 +50,18 @@ class ModelArguments:
             raise ProblemError(f"load_in_4bit: is for causal-lm and sft, got task {self.task}")
 
 
-def load_config(name: str) -> Any:
-    """The configuration of the model ``name``; an unknown one is a ProblemError."""
+def load_config(name: str, task: str = "", names: Sequence[str] = ()) -> Any:
+    """The configuration of the model ``name`` with a head for ``task`` and the classes."""
     with _loading("model", name):
-        return AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name)
+    if task == "regression":
+        config.num_labels, config.problem_type = 1, "regression"
+    elif names:
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in enumerate(names)}
+        if task == "text-classification":
+            config.problem_type = "single_label_classification"
+    return config
 
 
 @contextmanager
@@ -66,18 +74,6 @@ def _loading(option: str, name: str) -> Iterator[None]:
             what = f"there is no folder {name}, and the hub or its cache gives nothing"
         reason = shorten(str(error), 300)  # a list of all kinds of models is longer
         raise ProblemError(f"{option}: {what} ({reason}); correct the name or folder") from error
-
-
-def labelled(config: Any, task: str, names: Sequence[str]) -> Any:
-    """``config`` with the head of ``task``: one output for each class, or one number."""
-    if task == "regression":
-        config.num_labels, config.problem_type = 1, "regression"
-    elif names:
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: number for number, name in enumerate(names)}
-        if task == "text-classification":
-            config.problem_type = "single_label_classification"
-    return config
 
 
 def load_tokenizer(name: str, config: Any, max_length: int, task: str) -> Any:

@@ -180,7 +180,7 @@ def prepare(
             raise ProblemError(f"corrections: need a class a row; {args.task} has none")
         rows, lines, changed = attributed.corrected(rows, files, columns)
         marks |= attributed.marks_in(lines)
-    config = models.labelled(models.load_config(args.model), args.task, names)
+    config = models.load_config(args.model, args.task, names)
     length = (training.max_length or 2) if of_trl else data.max_length
     tokenizer = models.load_tokenizer(name, config, length, args.task)
     encoder: Any
