@@ -43,7 +43,7 @@ def why(trainer: Any, rows: Any = None, *, adapter: bool = False, progress: bool
     state. The head is at the minimum of a convex loss. The weight λ of its penalty is the smallest
     whose held-out loss is within a standard error of the least. The margin Φ is the logit of the
     predicted class minus log Σ exp of the other logits. Rows with the largest dΦ/dv_i are removed
-    first. Retraining without a returned set changes the prediction; without all but its last row it
+    first. Retraining without a returned set changes the prediction; with its last row put back it
     does not. A smaller set may exist in another order.
 
     For token tags, each wrongly predicted token is explained, or if there is none, the token with
