@@ -1,29 +1,51 @@
 """Sphinx builds the site: ``python -m sphinx -W docs outputs/site``.
 
-Notebooks are shown with the outputs that are committed; none is executed. The docstrings are in Google's style, with a name of the package
-between single backticks. """
+Notebooks are shown with the outputs that are committed; none is executed. The docstrings are in
+Google's style, with a name of the package between single backticks.
+"""
 
 from __future__ import annotations
 
-import os import re from importlib.metadata import version as installed from typing import Any
+import os
+import re
+from importlib.metadata import version as installed
+from typing import Any
 
-from sphinx.application import Sphinx from transformers import TrainingArguments
+from sphinx.application import Sphinx
+from transformers import TrainingArguments
 
-project = "hyperopt-peft" version = release = installed(project) copyright = "the authors of hyperopt-peft; Apache-2.0" extensions = [
+project = "hyperopt-peft"
+version = release = installed(project)
+copyright = "the authors of hyperopt-peft; Apache-2.0"
+extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
-] exclude_patterns = ["upstream"] nb_execution_mode = "off" os.environ.setdefault("HF_HUB_OFFLINE", "1")
+]
+exclude_patterns = ["upstream"]
+nb_execution_mode = "off"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-html_theme = "furo" html_title = "hyperopt-peft" html_static_path = ["static"] html_css_files = ["site.css"] html_show_sphinx = False
+html_theme = "furo"
+html_title = "hyperopt-peft"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+html_show_sphinx = False
 html_copy_source = False
 
-myst_heading_anchors = 4 highlight_language = "text" copybutton_prompt_text = r">>> |\.\.\. " copybutton_prompt_is_regexp = True
+myst_heading_anchors = 4
+highlight_language = "text"
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
 
-default_role = "py:obj"  # a name that is not on the site stays as it is autosummary_generate = False autodoc_member_order = "bysource"
-autodoc_typehints_format = "short" autodoc_preserve_defaults = True python_maximum_signature_line_length = 88
+default_role = "py:obj"  # a name that is not on the site stays as it is
+autosummary_generate = False
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
 
 
