@@ -124,7 +124,7 @@ class Answers:
             write_csv(path, names, lines, escape_formulas=self.command.escape_formulas)
         self.page.verdict = (
             f"Read the {len(flagged)} of {len(confidence)} rows whose labels may be wrong, in "
-            f"suspects.csv, worst first; stop where the labels are right. Correct the column "
+            f"suspects.csv, worst first; stop after ten right labels in a row. Correct the column "
             f"{[*result.columns][-1]!r}, and train again."
         )
         parts = {"Train again": self.again, "The most doubtful labels": [heads, *shown[:SHOWN]]}

@@ -158,6 +158,7 @@ def train_again(argv: Sequence[str], chosen: Chosen, output: Path) -> str:
     words = {name: values for name, values in flags.items() if name in names}
     words |= {"method": [chosen.name], "output_dir": [f"{output}-corrected"]}
     words["corrections"] = [*chosen.options.get("corrections", ()), f"{output}/suspects.csv"]
+    words["eval_file"] = ["TEST_ROWS.csv"]  # other rows than those by which the rows were scored
     return shlex.join(["hyperopt-peft", "train", *file, *flags_of(words)])
 
 

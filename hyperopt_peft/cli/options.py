@@ -210,9 +210,6 @@ def parse(
         owners = _owners(command, name, names)
         if name in flags:
             raise ProblemError(f"--{name}: is for {owners}, not for this run; leave it out")
-    if foreign:
-        text = f"ignored, for other commands, tasks or methods: {', '.join(foreign)}"
-        print(f"hyperopt-peft {command}: {text}", file=sys.stderr)
     try:
         *parsed, rest = parser.parse_args_into_dataclasses(
             flags_of(read), return_remaining_strings=True, look_for_args_file=False

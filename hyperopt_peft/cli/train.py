@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.cli.options import OutputArguments
@@ -18,6 +19,8 @@ from hyperopt_peft.trainer.logs import TIMINGS
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 
 BASE_CONFIG = "base_config"
+#: More upper variables than these are in the details of the page.
+SHOWN = 12
 
 
 @dataclass
@@ -45,6 +48,8 @@ def run(argv: Sequence[str]) -> None:
     if command.dry_run:
         print(levels(setup, trainer))
         print(plan(works, trainer))
+        if warning := too_good(setup):
+            print(warning)
         return
     if trainer.is_world_process_zero():  # the lines of two phases look alike
         if setup.changed is not None:
@@ -85,8 +90,9 @@ def report(
         search = trainer.state.log_history[: -1 if evaluation else None]
         histories = {"Search": search, "Retraining": trainer.retrainer.state.log_history}
     works = phases(trainer)
-    rows: list[list[Any]] = [[work.name, work.steps, f"{work.passes:.0f}"] for work in works]
-    details = {"Trainings": [["phase", "steps", "passes over a batch"], *rows]}
+    passes = _last_metrics(trainer.retrainer or trainer)["passes"]
+    rows = [[work.name, work.steps] for work in works]
+    details = {f"Trainings, {passes:g} passes": [["phase", "steps"], *rows]}
     tables: dict[str, list[list[str]]] = {}
     verdict = f"{chosen.name.rpartition(':')[2]}, {sum(work.steps for work in works)} steps"
     if evaluation and setup.evaluation is not None:
@@ -98,16 +104,35 @@ def report(
         if metric == "accuracy":
             count = max(Counter[int](setup.evaluation["labels"]).values())
             verdict += f"; always the commonest class: {count / size:.4g}"
-        if known := setup.scored_by(setup.evaluation_rows):
-            verdict += (
-                f"; too good: {known} of the {size} rows have scored the training rows, so judge "
-                "by other rows (--eval_file)"
-            )
+        if warning := too_good(setup):
+            verdict += f"; {warning}"
     shares: dict[str, float] = getattr(trainer.method, "shares", dict)()
     if shares:
         tables["Shares of the sources"] = [[*shares], [f"{share:.4f}" for share in shares.values()]]
         verdict += f"; shares {', '.join(f'{name} {share:.3f}' for name, share in shares.items())}"
+    if trainer.upper is not None:
+        (details if len(trainer.upper.names) > SHOWN else tables)["Upper variables"] = [
+            ["variable", "shape", "least", "mean", "largest"],
+            *map(_summary, trainer.upper.names, trainer.upper.variables),
+        ]
     return Report("train", verdict, chosen.options, tables, curves=histories, details=details)
+
+
+def too_good(setup: Setup) -> str:
+    """A warning if the evaluation rows have scored the training rows; else empty."""
+    if not (known := setup.scored_by(setup.evaluation_rows)):
+        return ""
+    return (
+        f"too good: {known} of the {len(setup.evaluation or ())} rows have scored the training "
+        "rows, so judge by other rows (--eval_file)"
+    )
+
+
+def _summary(name: str, variable: Tensor) -> list[str]:
+    """The name, the shape and the range of an upper variable."""
+    values = variable.detach().float()
+    ends = [f"{float(x):.4g}" for x in (values.min(), values.mean(), values.max())]
+    return [name, " × ".join(map(str, values.shape)) or "1", *ends]
 
 
 def save_adapter(trainer: BilevelTrainer) -> None:

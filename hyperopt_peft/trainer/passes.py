@@ -21,13 +21,13 @@ class PassCounter(TrainerCallback):
     """Counts the passes and seconds of a training; both phases of a method are one training.
 
     A pass is one forward and one backward over as many rows as a lower step has on this process.
-    A graph's first backward pass counts its rows once. A further backward pass over the same graph
-    is a product of second derivatives, which also runs through the first one's graph, and counts
-    the rows twice. Forward passes without gradients do not count. A batch whose rows are joined
-    into one, without padding, counts as a full micro-batch.
+    The forward is a third of it, and the first backward through the model the rest, so that a loss
+    whose gradient stays above the model's outputs counts a third. A further backward pass over the
+    same graph is a product of second derivatives, which also runs through the first one's graph,
+    and counts the rows twice. Forward passes without gradients do not count. A batch whose rows are
+    joined into one, without padding, counts as a full micro-batch.
 
     Attributes:
-        passes: the count since `begin`.
         limit: the number of passes after which the training ends.
         unit: the rows of a pass, by default those of a lower step.
         joined: whether a batch had its rows joined into one.
@@ -47,13 +47,21 @@ class PassCounter(TrainerCallback):
     def __init__(self) -> None:
         self.limit, self.joined, self._paused = math.inf, False, False
         self.unit: int | None = None
+        self._batch, self._thirds = 1, 0  # whole numbers, so that a sum is exact
         self._last: Any = lambda: None
         self._hooks: list[Any] = []
         self.begin()
 
     def begin(self, passes: float = 0.0, seconds: float = 0.0) -> None:
         """Restart the count, at the given numbers of an earlier `read`."""
-        self.passes, self._start = passes, time.perf_counter() - seconds
+        self._earlier, self._thirds = passes, 0
+        self._start = time.perf_counter() - seconds
+
+    @property
+    def passes(self) -> float:
+        """The count since `begin`."""
+        # Rounded, so that a resumed run has the number of an unbroken one.
+        return round(self._earlier + self._thirds / (3 * self._batch), 9)
 
     def read(self) -> dict[str, float]:
         """The ``passes`` and the ``seconds`` since `begin`."""
@@ -63,6 +71,7 @@ class PassCounter(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
     ) -> None:
         """Count the passes of ``model`` from now on."""
+        self._earlier, self._thirds = self.passes, 0
         self._micro = args.train_batch_size
         self._batch = self.unit or self._micro * args.gradient_accumulation_steps
         for each in {model, base_model(model)}:  # older PEFT calls the hooks of only one of them
@@ -98,11 +107,11 @@ class PassCounter(TrainerCallback):
         rows, before = len(read), False
         if rows == 1 and kwargs.get("position_ids") is not None:  # as TRL's padding_free
             self.joined, rows = True, self._micro
-        passes = rows / self._batch
+        self._thirds += rows
 
         def backward(_: Tensor) -> None:
             nonlocal before
-            self.passes += passes * (2 if before else 1)
+            self._thirds += rows * (6 if before else 2)
             before = True
 
         followed.register_hook(backward)
