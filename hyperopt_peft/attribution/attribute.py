@@ -1,4 +1,4 @@
-"""`attribute`: how much each training row helps or hurts on the rows that a user cares about."""
+"""`attribute`: how much each training row helps or hurts on evaluation rows."""
 
 from __future__ import annotations
 
@@ -40,53 +40,53 @@ def attribute(
 
         s_i = dΦ(w_T(v))/dv_i   at v = 1
 
-    v_i is the weight of row i in the training loss. A positive score says that Φ rises where the
-    row counts more: the row hurts. Leaving the row out changes Φ by about −s_i. The scores answer
-    no other question: for wrong labels see `Attribution.suspects`. Call `Attribution.check` before
-    relying on them: a rough run (high rate, small batches) has scores that predict little.
+    v_i is the weight of row i in the training loss. If s_i > 0, the row hurts: a larger weight
+    raises Φ. Leaving the row out changes Φ by about −s_i. To find wrong labels, see
+    `Attribution.suspects`. Call `Attribution.check` before relying on the scores: after a rough run
+    (high learning rate, small batches) they predict little.
 
     Estimators, by name with their options:
 
-    * ``"unrolled"``: through every step of the run, with its batches, order, dropout masks and
-      schedule (MAGIC, arXiv:2504.16430). ``"unrolled:steps=50"`` differentiates the last 50 alone.
+    * ``"unrolled"``: differentiates every step of the run, with its batches, order, dropout masks
+      and schedule (MAGIC, arXiv:2504.16430); ``"unrolled:steps=50"`` only the last 50.
     * ``"minres:damping=0.01"``, ``"cg:…"``, ``"nystrom:…"`` and the other implicit solvers: an
       influence function at the end of the run (Koh & Liang 2017, arXiv:1703.04730), with the
       Hessian of the mean loss over all training rows.
     * ``"gradient"``: s_i = −⟨∂Φ/∂w, ∂ℓ_i/∂w⟩/n at the end, by two forward passes over all rows.
 
-    With a Trainer, ``model="head"`` gives the scores of another training, in seconds: that of a
-    linear head on the features that the Trainer's model, as it is, makes of the rows. The head is
-    at the minimum of a convex loss, so that an implicit solver's scores are exact to a tolerance.
+    With a Trainer, ``model="head"`` trains a linear head on features from the Trainer's model in
+    its present state, and scores the rows for this head, in seconds. The head is at the minimum of
+    a convex loss, so an implicit solver's scores are exact to its tolerance.
 
-    A bilevel run has rows at both levels, and a score for each, by ``"unrolled"``. Its upper level
-    moves along ∂F/∂u (``hypergradient="direct"``), whose derivative is known.
+    After a bilevel run the rows of both levels have scores. The estimator must be ``"unrolled"``,
+    and the run needs ``hypergradient="direct"``, since the derivatives of others are not known.
 
     Args:
-        training: a level of one's own with data and optimizer; an `Engine` with two of them; or a
-            `transformers.Trainer`, or a `BilevelTrainer` with a `Method`, that has not trained yet
-            (or a Trainer with ``model_init``, which begins anew). It is trained. A Trainer calls
-            no callback, and evaluates, logs and saves nothing.
-        row_weights: of levels, v: ones ``(n,)``, a leaf that requires a gradient, which the loss of
-            each level reads: 1/B Σ v_i ℓ_i over the rows of a batch. A Trainer needs none.
+        training: is trained: a level of your own with data and optimizer, an `Engine` with two of
+            them, a `transformers.Trainer`, or a `BilevelTrainer` with a `Method`. A Trainer must
+            not have trained yet, unless it has ``model_init``. It calls no callback, and evaluates,
+            logs and saves nothing.
+        row_weights: for levels only: v, ones ``(n,)``, a leaf that requires a gradient. The loss of
+            each level must be 1/B Σ v_i ℓ_i over the rows of a batch.
         evaluation: for levels, a function that returns Φ, a list of functions whose sum is Φ, or a
-            mapping of these from the names of slices, whose mean is the whole Φ. For a Trainer, a
-            data set; by default its ``eval_dataset``.
-        model: what is trained, the Trainer's adapter or a head on its features.
-        estimator: how, as above; by default ``"unrolled"``, and for a head ``"cg"``.
-        training_steps: the number T of a level's steps, or an Engine's upper steps.
-        slices: a column of a Trainer's evaluation rows that groups them: a Φ for each value, all
-            from one run.
+            mapping from names of slices to these, whose mean is Φ. For a Trainer, a data set; by
+            default its ``eval_dataset``.
+        model: whether to train the Trainer's adapter or a head on its features.
+        estimator: see above; by default ``"unrolled"``, and ``"cg"`` for a head.
+        training_steps: the number T of a level's steps, or of an Engine's upper steps.
+        slices: a column of a Trainer's evaluation rows; each value gets a Φ and scores, all from
+            one run.
         memory_limit: the memory in GiB that checkpoints of the run may take; see `Run`.
         progress: whether to show progress bars.
 
     Raises:
-        ProblemError: no rows to train on or to evaluate; weights that the loss does not read, or
-            that are not one a row; an unknown estimator; for ``"unrolled"``, an optimizer without
-            a known derivative, or more memory than the limit.
+        ProblemError: there are no rows to train on or to evaluate; the loss does not read the
+            weights, or there is not one per row; the estimator is unknown; for ``"unrolled"``, the
+            optimizer has no known derivative, or checkpoints take more memory than the limit.
         NonFiniteError: a loss, a gradient or a score is NaN or infinite.
 
     Example:
-        Two rows pull w to 1, one to −5; Φ wants w = 1.
+        Two rows pull w to 1, one row pulls it to −5; Φ is least at w = 1.
 
         >>> import torch
         >>> targets = torch.tensor([1.0, 1.0, -5.0])
@@ -108,10 +108,10 @@ def attribute(
         raise ProblemError("estimator: a head has no steps; choose cg, or leave it out")
     of_levels = isinstance(training, Problem | Engine)
     if of_levels and (slices is not None or on_head):
-        raise ProblemError("slices, model: are of a Trainer; give a level a mapping of functions")
+        raise ProblemError("slices, model: need a Trainer; give a level a mapping of functions")
     if not of_levels and (row_weights is not None or training_steps is not None):
         raise ProblemError(
-            "row_weights, training_steps: a Trainer has rows and steps of its own; leave them out"
+            "row_weights, training_steps: a Trainer sets these itself; leave them out"
         )
     if not on_head and getattr(training, "upper", None) is not None:
         require_known_derivative(training, parsed.differentiates_run)

@@ -1,4 +1,4 @@
-"""Whether scores predict retrainings without random rows, and the smoothness of the run."""
+"""Checks scores against retrainings without random rows, and measures the run's smoothness."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from hyperopt_peft.attribution.run import Run
 from hyperopt_peft.attribution.scores import RetrainingSetup, scores
 from hyperopt_peft.errors import ProblemError
 
-#: LDS and metasmoothness from which scores are called trustworthy, and below which worthless.
+#: Scores are trustworthy from the first LDS and metasmoothness on, worthless below the second.
 GOOD, POOR = 0.8, 0.4
-#: The slopes of trustworthy scores, whose sizes are right within a third. Smooth runs have slopes
-#: of 1.05 to 1.3: a row that is left out no longer holds the others back.
+#: Trustworthy scores have a slope in this range: their sizes are right within a third. Smooth runs
+#: have slopes of 1.05 to 1.3, since leaving out a row lets the others pull further.
 SLOPES = (3 / 4, 4 / 3)
 
 
@@ -30,12 +30,12 @@ class ScoreCheck:
     Attributes:
         predicted: −Σ s_i over the rows left out, ``(R,)``.
         actual: the changes of Φ in the retrainings, ``(R,)``.
-        metasmoothness: the cosine between the scores and those at v = 1 ± ``perturbation`` (signs
-            random), near 1 for a smooth run; None if not measured. After Engstrom et al. 2025
-            (arXiv:2503.13751, §3).
+        metasmoothness: the cosine between the scores and the scores at v = 1 ± ``perturbation``
+            with random signs; near 1 for a smooth run, None if not measured. After Engstrom et al.
+            2025 (arXiv:2503.13751, §3).
         share: the share of the rows that each retraining leaves out.
         by_slice: a check for each slice; empty with one slice.
-        of_head: whether a head is trained to its minimum; its run has no rate or batch to change.
+        of_head: whether the scores are a head's, which has no learning rate or batches to change.
 
     Example:
         >>> x = torch.linspace(-1, 1, 20)
@@ -74,7 +74,7 @@ class ScoreCheck:
 
     @property
     def trustworthy(self) -> bool:
-        """Whether order and sizes are right: `ordered`, and the slope lies within `SLOPES`."""
+        """Whether order and sizes of the scores are right: `ordered`, and ``slope`` in `SLOPES`."""
         return self.ordered and SLOPES[0] <= self.slope <= SLOPES[1]
 
     @property
@@ -88,13 +88,13 @@ class ScoreCheck:
         low, high = self.interval
         if self.trustworthy:
             return (
-                "the scores predict retraining without rows; whether that gains anything, test "
-                "rows tell (`removal`, or --retrain_without)"
+                "the scores predict retraining without rows; test rows tell whether removal gains "
+                "anything (`removal`, or --retrain_without)"
             )
         if self.ordered:
             return (
                 "the scores order the rows as retraining does, but actual changes are "
-                f"{self.slope:.2f} times the predicted ones: rely on the order, or multiply by that"
+                f"{self.slope:.2f} times the predicted ones: rely on the order, or multiply by this"
             )
         if low <= POOR and high >= GOOD:
             return (
@@ -137,8 +137,8 @@ def rank_interval(rho: float, count: int) -> tuple[float, float]:
     """A 95 % interval of the rank correlation ``rho`` of ``count`` pairs, at least 5.
 
     Fisher's transformation with the variance (1 + ρ²/2)/(n − 3) of Bonett & Wright 2000
-    (doi:10.1007/BF02294183). A perfect order counts as half an exchange of neighbours away from
-    it, ρ = 1 − 6/(n³ − n), so that five pairs in perfect order only say that ρ is above .16.
+    (doi:10.1007/BF02294183). For a perfect order, ρ is replaced by 1 − 6/(n³ − n), half an exchange
+    of neighbours below 1; five pairs in perfect order then show only that ρ is above .16.
     """
     limit = 1 - 6 / (count**3 - count)
     middle = math.atanh(min(max(rho, -limit), limit)) if math.isfinite(rho) else math.nan
@@ -160,7 +160,7 @@ def check_scores(
     run, rows = setup.run, setup.run.visits.nonzero().flatten()
     count = round(share * len(rows))
     if not isinstance(retrainings, int) or retrainings < 5:
-        raise ProblemError(f"retrainings: a correlation needs at least 5, got {retrainings}")
+        raise ProblemError(f"retrainings: must be at least 5, got {retrainings}")
     if not 1 <= count < len(rows):
         raise ProblemError(f"share: {share:g} of {len(rows)} rows leaves out {count}; change it")
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Which estimators give a score for each row, and of which runs."""
+"""Estimators that give a score for each training row."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hyperopt_peft.hypergradients.unrolled.darts import DARTS
 from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.hypergradients.unrolled.reverse import Unrolled
 
-#: For a head at its minimum: conjugate gradients with exact products, to a residual of 1e-6.
+#: A head's estimator: conjugate gradients with exact products, to a relative residual of 1e-6.
 HEAD_ESTIMATOR = "cg:steps=2000,tolerance=1e-6"
 
 
 @dataclass(frozen=True)
 class ScoreEstimator:
-    """An estimator, its name, and how many last steps it differentiates: None for all."""
+    """An estimator, its name, and the number of last steps that it differentiates; None for all."""
 
     estimator: Estimator
     name: str
@@ -32,7 +32,7 @@ class ScoreEstimator:
 
 
 def parse_estimator(estimator: str | Estimator) -> ScoreEstimator:
-    """The estimator that ``estimator`` names."""
+    """The estimator with the name ``estimator``; ProblemError if it cannot score rows."""
     name = estimator if isinstance(estimator, str) else repr(estimator)
     kind, _, options = name.partition(":")
     if kind == "gradient":  # the identity in place of the inverse Hessian, as in one step
@@ -50,11 +50,10 @@ def parse_estimator(estimator: str | Estimator) -> ScoreEstimator:
 
 
 def require_known_derivative(training: Any, differentiates_run: bool = True) -> None:
-    """Raise ProblemError for a run of two levels whose derivative is not known."""
+    """Raise ProblemError if the derivative of a bilevel run is not known."""
     if not differentiates_run:
         raise ProblemError(
-            "estimator: a bilevel run is at the minimum of no single loss at its end; choose "
-            "unrolled"
+            "estimator: a bilevel run does not end at the minimum of a single loss; choose unrolled"
         )
     if not isinstance(training.estimator, Direct):
         raise ProblemError(

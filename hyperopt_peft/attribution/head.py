@@ -1,13 +1,13 @@
-"""Scores on a linear head of the model's frozen features: exact, and in seconds.
+"""Scores for a linear head on the model's frozen features: exact, and in seconds.
 
     W* = argmin over W  1/C Σ_i v_i ℓ_i(W) + ½·λ·‖W‖²,    dΦ/dv_i = −1/C ⟨∇ℓ_i, H⁻¹∇Φ⟩
 
-C is the number of labels, ℓ_i the summed loss of row i, H the Hessian of the head's loss. The head
-is at its minimum, so that the influence function (Koh & Liang 2017, arXiv:1703.04730) is the
-derivative itself. A training without rows is another minimum, from the one at hand. λ is chosen by
-cross-validation on the training rows: the largest one whose loss is within a standard error of the
-least (Breiman et al. 1984, §3.4.3). A small λ hardly predicts better, and a head with more features
-than rows then changes with each row, so that derivatives say little of leaving rows out.
+C is the number of labels, ℓ_i the summed loss of row i, H the Hessian of the head's loss. At the
+minimum the influence function (Koh & Liang 2017, arXiv:1703.04730) is the exact derivative.
+Retraining without rows starts from the present minimum. λ is chosen by cross-validation on the
+training rows: the largest λ whose loss is within a standard error of the least (Breiman et al.
+1984, §3.4.3). A smaller λ hardly predicts better, and if features outnumber rows, each row then
+moves the head so far that derivatives do not predict leaving rows out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from sklearn.model_selection import KFold
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hyperopt_peft.attribution.rows import ROW, ModelOnRows, NumberedRows
+from hyperopt_peft.attribution.rows import ROW, ModelOnRows, NumberedRows, classes_of_rows
 from hyperopt_peft.attribution.run import Training
 from hyperopt_peft.attribution.scores import Evaluation, RetrainingSetup
 from hyperopt_peft.attribution.trainer import require_trainer
@@ -36,11 +36,11 @@ from hyperopt_peft.problems.head import Head, head_of, l2_penalty, require_head
 from hyperopt_peft.trainer.tags import without
 from hyperopt_peft.utils.restore import assign_, perturbed
 
-#: The values of λ to choose from, and the folds of the choice. With a larger λ a head predicts
-#: little but the most frequent class, and finds fewer wrong labels.
+#: The values of λ for cross-validation, and its folds. With a larger λ a head predicts almost only
+#: the most frequent class, and finds fewer wrong labels.
 PENALTIES, FOLDS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01), 5
-#: The largest entry of the gradient at a minimum, below the share of a single row; in the choice
-#: of λ; and the most steps.
+#: The largest entry of the gradient at a minimum, smaller than a single row's part; the same in
+#: cross-validation; the largest number of steps.
 TOLERANCE, ROUGHLY, STEPS = 1e-7, 1e-3, 2000
 
 
@@ -51,20 +51,20 @@ def level_of(head: Head, weights: Tensor, l2: float) -> WeightedRows:
 
 
 def batch_of(features: Features) -> dict[str, Tensor]:
-    """All of ``features`` as a batch of a `Head`, with the number of each one's row."""
+    """All ``features`` as a batch of a `Head`, with the rows' numbers."""
     return {**features.batch(), ROW: features.row}
 
 
 def held_out_losses(head: Head, features: Features, count: int, progress: bool = False) -> Tensor:
-    """The held-out loss of each label for the first k of `PENALTIES`, ``(k, m)``; ``head`` stays.
+    """The held-out loss of each label for the first k of `PENALTIES`, ``(k, m)``.
 
-    It ends with the first λ whose mean is more than a standard error above the least: a smaller λ
-    is worse still, and takes the most steps.
+    The search ends with the first λ whose mean loss is more than a standard error above the least:
+    a smaller λ is worse and takes more steps. ``head`` does not change.
     """
     folds = KFold(min(FOLDS, count), shuffle=True, random_state=0).split(range(count))
     parts = [[torch.from_numpy(rows) for rows in fold] for fold in folds]
     variables, losses = (head.weight, head.bias), list[Tensor]()
-    points = [[x.detach().clone() for x in variables] for _ in parts]  # of no other fold's rows
+    points = [[x.detach().clone() for x in variables] for _ in parts]  # one per fold
     for l2 in tqdm(PENALTIES, "head", disable=not progress):
         level, held_out = level_of(head, head.weight.new_ones(count), l2), []
         for (train, others), point in zip(parts, points, strict=True):
@@ -89,9 +89,9 @@ def highest(losses: Sequence[Tensor]) -> float:
 def chosen_l2(
     head: Head, features: Features, count: int, progress: bool = False, *, largest: bool = True
 ) -> float:
-    """λ by cross-validation on the ``count`` training rows, see above; ``head`` stays.
+    """The ``largest`` λ, or else the smallest, within a standard error of the least loss.
 
-    Of those within a standard error of the least loss the ``largest``, or else the smallest.
+    The loss is cross-validated on the ``count`` training rows. ``head`` does not change.
     """
     losses = held_out_losses(head, features, count, progress)
     good = losses.mean(1) <= highest(list(losses))
@@ -99,12 +99,7 @@ def chosen_l2(
 
 
 class HeadTraining(Training):
-    """The minimum over ``head`` of the weighted loss of ``features``, which ``count`` rows have.
-
-    ``tolerance`` is the largest entry of the gradient at a minimum.
-    """
-
-    tolerance = TOLERANCE
+    """The minimum over ``head`` of the weighted loss on the ``features`` of ``count`` rows."""
 
     def __init__(self, head: Head, features: Features, count: int, l2: float) -> None:
         weights = head.weight.new_ones(count, requires_grad=True)
@@ -121,7 +116,7 @@ class HeadTraining(Training):
         self.losses.index_add_(0, features.row.cpu(), sums).div_(labels.clamp(min=1))
 
     def _solve(self, features: Features) -> None:
-        lbfgs(self.level, batch_of(features), tolerance=self.tolerance, max_steps=STEPS)
+        lbfgs(self.level, batch_of(features), tolerance=TOLERANCE, max_steps=STEPS)
 
     @contextmanager
     def repeated(self, weights: Tensor) -> Iterator[None]:
@@ -133,31 +128,21 @@ class HeadTraining(Training):
 
     @contextmanager
     def enlarged(self, features: Features) -> Iterator[None]:
-        """The minimum on ``features`` too, each with the weight 1."""
-        # All weights are 1 here, so that the first row's serves for each.
-        like = Features(features.x, features.labels, torch.zeros_like(features.row))
+        """The minimum on the training rows and ``features``, all with the weight 1."""
+        # All weights are 1 here, so each of these rows may use the first row's.
+        like = replace(features, row=torch.zeros_like(features.row))
         with perturbed(self.variables):
             self._solve(Features.joined([self.features, like]))
             yield
 
 
-@dataclass(frozen=True)
-class TrainedHead:
-    """A head at its minimum on a Trainer's training rows, and how other rows are read.
-
-    Attributes:
-        training: the training; its features are standardised.
-        read: the features of other rows, by the mean and deviation of the training rows.
-    """
-
-    training: HeadTraining
-    read: Callable[[NumberedRows], Features]
-
-
 def train_head(
     trainer: Any, data: TrainerData, *, progress: bool, largest: bool = True
-) -> TrainedHead:
-    """Train a head on the features of ``trainer``'s rows, on its device; its model stays."""
+) -> tuple[HeadTraining, Callable[[NumberedRows], Features]]:
+    """Train a head on standardised features of ``trainer``'s rows; its model does not change.
+
+    The second result returns features of other rows, with the training rows' mean and deviation.
+    """
     model, count = trainer.model, len(data.train_rows)
     (first,) = data.batches(data.train_rows, [0])
     require_head(model, without(first, data.collate.tags))
@@ -171,32 +156,30 @@ def train_head(
     head = head_of(model, train)
     l2 = chosen_l2(head, train, count, progress, largest=largest)
     training = HeadTraining(head, train, count, l2)
-    return TrainedHead(training, lambda rows: features(rows).standardized(raw).to(device))
+    return training, lambda rows: features(rows).standardized(raw).to(device)
 
 
 def setup_from_head(
     trainer: Any, evaluation: Any, slices: str | None, *, progress: bool
 ) -> RetrainingSetup:
-    """Train a head on the features of ``trainer``'s rows; its model stays. See `attribute`."""
+    """Train a head on features of ``trainer``'s rows, and return its run and Φ; see `attribute`."""
     require_trainer(trainer)
     data = TrainerData.read(trainer, evaluation, slices)
-    head = train_head(trainer, data, progress=progress)
-    training, on_rows = head.training, head.training.on_rows
-    train, above = training.features, head.read(data.evaluation_rows)
+    training, read = train_head(trainer, data, progress=progress)
+    on_rows, train, above = training.on_rows, training.features, read(data.evaluation_rows)
     of_slices = {
         name: on_rows.mean([batch_of(above.select(torch.tensor(rows)))])
         for name, rows in data.groups.items()
     }
-    whole_rows = train.labels.dtype == torch.int64 and len(train.row) == len(data.train_rows)
     return RetrainingSetup(
         training,
         Evaluation(training.weights, of_slices),
         data.shares,
         training.level,
         lambda: batch_of(train),
-        test=lambda test: partial(on_rows.measured, [batch_of(head.read(data.test_rows(test)))]),
+        test=lambda test: partial(on_rows.measured, [batch_of(read(data.test_rows(test)))]),
         enlarged=lambda seed: training.enlarged(above),
         probabilities=lambda rows: on_rows.probabilities([batch_of(train)])[rows],
-        labels=train.labels.cpu() if whole_rows else None,
+        labels=classes_of_rows(data.batches(data.train_rows)),
         columns=shown_columns(data.train),
     )

@@ -1,4 +1,4 @@
-"""The run and Φ of levels of one's own: a `Problem`, or an `Engine` with two."""
+"""Trains levels of your own, a `Problem` or an `Engine`; returns the run and Φ."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def setup_from_levels(
     leaf = isinstance(weights, Tensor) and weights.is_leaf and weights.requires_grad
     if weights is None or not leaf or weights.dim() != 1 or len(weights) == 0:
         raise ProblemError(
-            "row_weights: must be a leaf tensor (n,) that requires a gradient, with a weight for "
-            "each training row; use torch.ones(n, requires_grad=True)"
+            "row_weights: must be a leaf tensor (n,) that requires a gradient, one weight per "
+            "training row; use torch.ones(n, requires_grad=True)"
         )
     if not isinstance(training_steps, int) or training_steps < 1:
         raise ProblemError(
-            f"training_steps: must be the number of steps to train, from 1, got {training_steps}"
+            f"training_steps: must be a number of steps, at least 1, got {training_steps}"
         )
     phi = Evaluation(weights, evaluation)
     run = train_levels(training, weights, training_steps, **options)
@@ -54,15 +54,15 @@ def train_levels(
     progress: bool = False,
     **options: Any,
 ) -> Run:
-    """``steps`` steps of a level, or upper steps of an Engine; ``options`` are those of `Run`."""
+    """Train for ``steps`` steps, of an Engine upper steps; ``options`` are arguments of `Run`."""
     if isinstance(training, Problem):
         run = Run([training], weights, steps, **options)
         train = partial(fit, training, steps, progress=progress)
     else:
         if training.lower_step or training.lower_steps == "minimum":
             raise ProblemError(
-                "training: attribute() differentiates all steps of a training from its first step; "
-                "give a new Engine, with a number of lower_steps"
+                "training: attribute() needs every step from the first one; give a new Engine, "
+                "with a number of lower_steps"
             )
         length = training.warmup_steps + (training.lower_steps + 1) * steps
         run = Run([training.lower, training.upper], weights, length, **options)
@@ -78,10 +78,10 @@ def train_levels(
 
 @contextmanager
 def _recorded(run: Run, number: int) -> Iterator[None]:
-    """Within the body, ``run`` has the steps of its level ``number``, whichever loop does them.
+    """Record in ``run`` each step that the body makes with its level ``number``.
 
-    The loop evaluates `Problem.gradient` and makes `Problem.step` along it; the gradient with
-    respect to the row weights is from the same backward pass.
+    A training loop calls `Problem.gradient`, then `Problem.step`. The backward pass of the gradient
+    also gives the gradient with respect to the row weights.
     """
     level = run.levels[number]
     gradient, step, count = level.gradient, level.step, len(level.variables)
@@ -106,7 +106,7 @@ def _recorded(run: Run, number: int) -> Iterator[None]:
 
 
 def _epoch(level: Problem) -> Sequence[MicroBatch]:
-    """One pass over the data of ``level``, each batch with random numbers of its own."""
+    """One pass over the data of ``level``; each batch has a random state of its own."""
     data: Any = [None] if level.batches is None else level.batches.data
     with replay(RandomState.capture()):
         batches = enumerate(map(level.on_device, data))

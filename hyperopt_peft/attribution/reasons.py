@@ -10,25 +10,25 @@ from typing import Any
 from hyperopt_peft.utils.plots import row_groups
 from hyperopt_peft.utils.tables import cells, printable, write_csv
 
-#: The rows of a set in texts, and in a panel of a picture; the panels of a picture.
+#: The training rows shown for a prediction, and the predictions in a picture.
 SHOWN, PANELS = 10, 4
 
 
 @dataclass(frozen=True)
 class Reason:
-    """Few training rows whose removal changes the prediction for one row or token.
+    """A few training rows whose removal changes the prediction for one row or token.
 
     Attributes:
         row: the number of the explained row.
-        token: the number of the token among the row's tokens with a label; None for a class a row.
+        token: the number of the token among the row's labelled tokens; None if a row has one class.
         predicted: the number of the class that the head predicts.
         becomes: the class that the head predicts without ``rows``; None if no set was found.
         rows: the numbers of the training rows to remove, the largest score first.
-        scores: dΦ/dv of each of ``rows``, the rise of Φ for each unit of the row's weight.
+        scores: dΦ/dv of each of ``rows``, where v is the row's weight.
         margin: Φ, the logit of ``predicted`` minus log Σ exp of the other logits.
         searched: the largest number of rows that a search removes.
         adapter: the classes that the adapter predicts, trained on all rows and without ``rows``;
-            None if it was not trained.
+            None if the adapter was not trained.
     """
 
     row: int
@@ -47,11 +47,11 @@ class Reasons(Sequence[Reason]):
     """A `Reason` for each explained row, or token.
 
     Attributes:
-        reasons: in the order of the rows.
+        reasons: the reasons in the order of the rows.
         names: the name of each class by its number.
         columns: the training rows' columns to show.
         explained: the explained rows' columns to show.
-        numbers: the number that texts and tables give to each training row; by default its place.
+        numbers: the number to show for each training row; by default its index.
 
     Example:
         >>> reason = Reason(0, None, 1, 0, [1], [0.9], 0.5, 2)
@@ -86,7 +86,9 @@ class Reasons(Sequence[Reason]):
         lines, count = [self.title(reason)], len(reason.rows)
         begin = f"  predicted {self.name(reason.predicted)}"
         if reason.becomes is None:
-            return f"{lines[0]}\n{begin}, even without the {reason.searched} rows that hold it most"
+            return (
+                f"{lines[0]}\n{begin}, even without the {reason.searched} rows that support it most"
+            )
         lines.append(f"{begin}; {self.name(reason.becomes)} without {self._rows(reason)}:")
         lines += [f"  {self.line(row)}" for row in reason.rows[:shown]]
         lines += [f"       … and {count - shown} more"] * (count > shown)
@@ -114,7 +116,7 @@ class Reasons(Sequence[Reason]):
         return f"{number:6d}  {cells(self.columns, row, width)}".rstrip()
 
     def to_csv(self, path: str | Path, *, escape_formulas: bool = False) -> None:
-        """Write a line for each pair of an explained and a training row; see `write_csv`."""
+        """Write a line for each explained row and each of its training rows; see `write_csv`."""
         lines = []
         for reason in self.reasons:
             of_adapter = map(self.name, reason.adapter or (None, None))

@@ -1,4 +1,4 @@
-"""The training of another Trainer again, with a weight for each row and its steps recorded."""
+"""Repeats the training of another Trainer with a weight for each row, and records its steps."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from hyperopt_peft.utils.models import trainable
 
 
 class RecordedTrainer(BilevelTrainer):
-    """The training of another trainer, in one phase or two, whose steps are recorded in ``run``.
+    """Trains the model of ``trainer`` as it would, in one phase or two; records steps in ``run``.
 
-    The model is the other's, which its method has prepared. In what a method takes for the
-    Trainer's loss each row has a weight. Nothing is logged. ``options`` are arguments of `Run`, and
-    ``twice`` says whether losses are differentiated twice.
+    The method of ``trainer`` has prepared the model. The method's levels get a `task_loss` in which
+    each row has a weight. ``options`` are arguments of `Run`; ``twice`` says whether losses are
+    differentiated twice. Nothing is logged.
     """
 
     run: Run | None = None
@@ -38,12 +38,12 @@ class RecordedTrainer(BilevelTrainer):
     ) -> None:
         self.method, self.passes = (method := method_of(trainer)), PassCounter()
         self.tags, self.twice, self.options = (*method.tags, ROW), twice, options
-        self._rows, self.may_share_rows = data.of_retraining, True  # as the other has checked
+        self._rows, self.may_share_rows = data.of_retraining, True  # ``trainer`` has checked them
         dtypes = [parameter.dtype for _, parameter in trainable(trainer.model)]
         dtype = torch.promote_types((dtypes or [torch.float32])[0], torch.float32)
         ones = torch.ones(len(data.train_rows), dtype=dtype, device=args.device)
         self.weights = ones.requires_grad_()
-        # The Trainer makes those of model_init itself.
+        # With model_init the Trainer makes optimizer and schedule itself.
         given = (None, None) if trainer.model_init else (trainer.optimizer, trainer.lr_scheduler)
         more = {
             "data_collator": data.collate,
@@ -64,18 +64,18 @@ class RecordedTrainer(BilevelTrainer):
 
     @cached_property
     def weighted(self) -> WeightedRows:
-        """The loss of the model, in which each row has a weight."""
+        """The model's loss with a weight for each row."""
         weights, how = self.weights, dict[str, Any](tags=self.tags, twice=self.twice)
         return WeightedRows(self.model, lambda batch: weights[batch[ROW]], [weights], **how)
 
     def task_loss(self, batch: Any, *, training: bool = True) -> Tensor:
-        """`weighted`, in the precision of training; ``training`` with dropout."""
+        """The loss `weighted` in the precision of training, with dropout if ``training``."""
         self.model.train(training)
         with self.compute_loss_context_manager():
             return self.weighted.weighted(self.weighted.losses(batch), batch)["loss"]
 
     def adopt_prepared_parameters(self) -> None:
-        """As `BilevelTrainer.adopt_prepared_parameters`; begins the run, or its second phase."""
+        """As in `BilevelTrainer`; also begins the run, or its second phase."""
         super().adopt_prepared_parameters()
         limits = (self.args.max_grad_norm, self.args.upper_max_grad_norm)
         levels = [
@@ -98,7 +98,7 @@ class RecordedTrainer(BilevelTrainer):
             self._assigned = {k: self.run.variables[k].detach().clone() for k in indices}
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """As `BilevelTrainer.training_step`; records a complete step, which is about to be made."""
+        """As in `BilevelTrainer`; also records a step once its gradients are complete."""
         loss = super().training_step(model, inputs, *args, **kwargs)
         step = self.current_step
         if step.complete:
@@ -123,7 +123,7 @@ class RecordedTrainer(BilevelTrainer):
         self._assigned = {}
 
     def _upper_update(self, run: Run, batch: list[MicroBatch]) -> ParameterUpdate:
-        """The upper level's: its gradient again, since a hypergradient has no rows' shares."""
+        """The upper level's update; computes the row weights' gradient, which training lacks."""
         number, level = self._first + 1, run.levels[self._first + 1]
         _, _, gradient = level.differentiate(batch, (*level.variables, self.weights))
         (visits,) = distributed.mean((self._seen(batch),), (self.weights,))
@@ -148,5 +148,5 @@ class RecordedTrainer(BilevelTrainer):
 
 
 def method_of(trainer: Any) -> Method:
-    """The method of ``trainer``; a plain one trains as a stock Trainer does."""
+    """The method of ``trainer``; for a stock Trainer a plain `Method`, which trains alike."""
     return getattr(trainer, "method", None) or Method()

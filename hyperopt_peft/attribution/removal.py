@@ -18,16 +18,16 @@ Numbers = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Removal:
-    """Numbers on a test set, such as ``loss``, by name, after trainings without some rows.
+    """Metrics on a test set, such as ``loss``, after trainings without some rows.
 
     Attributes:
         count: the number of rows left out.
-        plain: after the training on all rows.
-        without: without the rows of the largest scores.
-        highest_loss: without as many rows of the highest mean training loss.
-        random: without as many random rows, once for each draw.
-        with_evaluation: after as many passes over the training and the evaluation rows; None if
-            the evaluation rows are not known, and for two levels.
+        plain: the metrics after training on all rows.
+        without: the metrics without the ``count`` rows with the largest scores.
+        highest_loss: the metrics without the ``count`` rows with the highest training loss.
+        random: the metrics without ``count`` random rows, once for each draw.
+        with_evaluation: the metrics after training on the evaluation rows too, with as many passes;
+            None if this is not possible, as for two levels or levels of your own.
 
     Example:
         >>> plain, less, more = {"loss": 1.0}, {"loss": 0.9}, {"loss": 1.05}
@@ -44,7 +44,7 @@ class Removal:
 
     @property
     def verdict(self) -> str:
-        """Whether leaving out by score gained accuracy, or else loss, on the test rows."""
+        """Whether removal by score improves the test accuracy, or without an accuracy the loss."""
         name, sign = ("accuracy", 1) if "accuracy" in self.plain else ("loss", -1)
 
         def move(numbers: Numbers) -> float:
@@ -56,7 +56,7 @@ class Removal:
         elif gain > sign * move(self.highest_loss):
             judgement = "a gain that no other removal has"
         else:
-            judgement = "a gain that the highest loss has too"
+            judgement = "a gain, but removal by highest loss gains at least as much"
         text = f"leaving {self.count} rows out by score moves the {name} by "
         text += f"{move(self.without):+.4f}: {judgement}"
         if self.with_evaluation is not None:
@@ -65,7 +65,7 @@ class Removal:
         return text
 
     def table(self) -> list[list[str]]:
-        """Cells: the heads, then a row for each training."""
+        """The cells of a table: the heads, then a row for each training."""
         rows = [
             ("on all rows", self.plain),
             (f"without {self.count} rows by score", self.without),
@@ -90,7 +90,7 @@ def remove(
     draws: int,
     seed: int,
 ) -> Removal:
-    """Train without the rows ``worst``, and otherwise; see `Attribution.removal`."""
+    """Train without the rows ``worst``, and in the other ways; see `Attribution.removal`."""
     measure, count = setup.test(test), len(worst)
 
     @torch.no_grad()

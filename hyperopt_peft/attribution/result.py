@@ -1,4 +1,4 @@
-"""`Attribution`: the scores of the training rows, and what can be done with them."""
+"""`Attribution`: the scores of the training rows, their check and their uses."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.plots import row_scores
 from hyperopt_peft.utils.tables import cells, write_csv
 
-#: What tables and pictures say before a check.
+#: The note in tables and pictures before a check.
 UNCHECKED = "unchecked: call check() before relying on them"
 
 
 @dataclass
 class Attribution:
-    """One score a training row: how the evaluation loss Φ changes if the row's weight v grows.
+    """A score per training row: the derivative of the evaluation loss Φ in the row's weight v.
 
     Attributes:
         scores: dΦ/dv, ``(n,)`` in float64. Positive: the row hurts. NaN: the run never saw it.
@@ -32,9 +32,9 @@ class Attribution:
         losses: the mean training loss of each row over its visits, ``(n,)``; for rows with several
             labels, relative to the mean number of labels of a row in the batch.
         values: Φ of each slice after the run.
-        settings: of the run and the estimator.
-        columns: the columns of the rows by name, for `to_csv` and `table`.
-        numbers: the number that files, tables and pictures give to each row; by default its place.
+        settings: metadata of the run and the estimator; ``seconds`` is the training time.
+        columns: the columns of the training rows to show, by name.
+        numbers: the number to show for each row; by default its index.
         checked: the last `check`, or None.
 
     Example:
@@ -71,9 +71,9 @@ class Attribution:
         Args:
             retrainings: R, at least 5; use 20 or more. Each takes ``settings["seconds"]``.
             share: the share of the seen rows that each retraining leaves out.
-            perturbation: how far the rows' weights move to measure the metasmoothness, which costs
-                another attribution; None skips it, as does an estimator of the run's end.
-            seed: of the random rows and signs.
+            perturbation: the change of the row weights that measures the metasmoothness, at the
+                cost of another attribution; None skips it. It needs the estimator unrolled.
+            seed: the seed of the random rows and signs.
 
         Raises:
             ProblemError: fewer than 5 retrainings, or a share that leaves out no row, or all.
@@ -84,7 +84,7 @@ class Attribution:
         return self.checked
 
     def ranks(self) -> Tensor:
-        """The rank of each row, ``(n,)``: 1 for the row that hurts most; 0 for an unseen row."""
+        """The rank of each row, ``(n,)``: 1 for the row that hurts most, 0 for an unseen row."""
         order = torch.argsort(torch.nan_to_num(self.scores, nan=-torch.inf), descending=True)
         return (order.argsort() + 1).masked_fill(self.scores.isnan(), 0)
 
@@ -103,8 +103,8 @@ class Attribution:
     def without(self, share: float) -> list[int]:
         """The rows to keep, in order: all but the ``share`` with the largest positive scores.
 
-        A training on these rows alone has other batches, so that the scores predict it less well. A
-        weight of 0 for the other rows leaves the batches as they are.
+        Training on these rows alone has other batches, so the scores predict it less well. With a
+        weight of 0 for the other rows the batches stay the same.
 
         Raises:
             ProblemError: a share that is not between 0 and 1.
@@ -113,22 +113,22 @@ class Attribution:
         return [row for row in range(len(self.scores)) if row not in worst]
 
     def removal(self, share: float, test: Any = None, *, draws: int = 5, seed: int = 0) -> Removal:
-        """Train without the rows that hurt most, and judge on unseen rows.
+        """Train without the rows that hurt most, and evaluate on unseen test rows.
 
-        The result has as many rows removed by training loss and at random beside it, and a training
-        on the evaluation rows too with as many passes. Removed rows have the weight 0, so that all
-        these trainings but the last have the run's batches and random numbers.
+        For comparison, as many rows are removed by training loss and at random, and another
+        training adds the evaluation rows, with as many passes. Removed rows get the weight 0, so
+        all trainings but this last one have the run's batches and random numbers.
 
         Args:
             share: the share of the rows to leave out.
             test: for a level, a function that returns a loss or a mapping of numbers; for a
                 Trainer, a data set without training and evaluation rows.
-            draws: how often random rows are left out.
-            seed: of the random rows.
+            draws: the number of trainings without random rows.
+            seed: the seed of the random rows.
 
         Raises:
-            ProblemError: no test rows, a Trainer's test rows are training or evaluation rows too,
-                or a share that is not between 0 and 1.
+            ProblemError: there are no test rows, a Trainer's test rows are training or evaluation
+                rows too, or the share is not between 0 and 1.
             NonFiniteError: a training diverges.
         """
         worst = self.ends(self._count(share))[0]
@@ -138,14 +138,14 @@ class Attribution:
         """Rows whose labels may be wrong, by ``folds`` trainings; see `Suspects`.
 
         Raises:
-            ProblemError: a level of one's own, a task without one class a row, fewer than 2 folds,
-                or more folds than rows.
+            ProblemError: the training is a level of your own, rows do not have one class each, or
+                there are fewer than 2 folds, or more than rows.
             NonFiniteError: a training without a fold diverges.
         """
         return suspects(self._setup, folds, seed)
 
     def ends(self, count: int) -> tuple[list[int], list[int]]:
-        """The ``count`` rows that hurt most, and the ``count`` that help most."""
+        """The up to ``count`` rows that hurt most, and as many that help most."""
         order = torch.argsort(torch.nan_to_num(self.scores), descending=True).tolist()
         hurting = [row for row in order if self.scores[row] > 0]
         helping = [row for row in reversed(order) if self.scores[row] < 0]
@@ -168,8 +168,8 @@ class Attribution:
     ) -> None:
         """Write row, the data's columns, score, rank, weight, training loss and scores of slices.
 
-        A data column with one of these names becomes ``data_…``. ``extra`` has more columns by
-        name. For ``escape_formulas`` see `write_csv`.
+        A data column with one of these names becomes ``data_…``. ``extra`` adds columns by name.
+        For ``escape_formulas`` see `write_csv`.
         """
         slices = {f"score_{name}": values.tolist() for name, values in self.by_slice.items()}
         results: dict[str, Sequence[Any]] = {

@@ -1,4 +1,4 @@
-"""The derivative of a whole run, by one sweep from its end."""
+"""Differentiates a whole run by one backward sweep."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from hyperopt_peft.utils.vector import Vector
 
 
 class Sweep:
-    """(dz_T/dv)ᵀλ for each λ of ``adjoints``: z are the run's variables, v the row weights.
+    """(dz_T/dv)ᵀλ for each λ in ``adjoints``; z are the run's variables, v the row weights.
 
     A step of level k moves its variables, z_k ← Φ_k(z_k, g_k) with g_k = ∂f_k(z, v)/∂z_k. So
 
         λ_k ← (∂Φ_k/∂z_k)ᵀλ_k,   λ ← λ + (∂g_k/∂z)ᵀ(∂Φ_k/∂g_k)ᵀλ_k,   s ← s + (∂g_k/∂v)ᵀ(…)ᵀλ_k
 
-    with the step's batch, random numbers, moments and clipping; all products are one second
-    backward pass a level and λ. Reverse-mode differentiation: arXiv:1502.03492; of a training run
-    as here, arXiv:2503.13751. The steps between two checkpoints are done again.
+    with the step's batch, random state, moments and clipping. A level and a λ need one second
+    backward pass. Steps between two checkpoints are repeated. Reverse-mode differentiation:
+    arXiv:1502.03492; for row weights: arXiv:2503.13751.
 
     Args:
         run: the run.
-        adjoints: the gradients of some functions of z_T, each a tensor for each variable.
+        adjoints: gradients of functions of z_T, each with one tensor per variable.
         passes: counts the passes.
-        product: how second derivatives are taken.
+        product: how second derivatives are computed.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Sweep:
         self.adjoints = [list(adjoint) for adjoint in adjoints]
         self.moments: list[list[list[Tensor] | None]] = [[None] * len(run.levels) for _ in adjoints]
         self.products = [torch.zeros_like(run.weights) for _ in adjoints]
-        # Of each level, the indices of the variables that its loss may read and it does not own.
+        # For each level, the indices of the variables that it does not own, but its loss may read.
         self.others = [
             [index for index in range(len(run.variables)) if index not in owned]
             for owned in map(set, run.indices)
@@ -65,9 +65,9 @@ class Sweep:
     def back(
         self, checkpoints: Checkpoints, *, last_steps: int | None = None, progress: bool = False
     ) -> list[Tensor]:
-        """(dz_T/dv)ᵀλ for each λ, ``(n,)``, through the ``last_steps`` steps, None for all.
+        """(dz_T/dv)ᵀλ for each λ, ``(n,)``, through the ``last_steps`` last steps; None for all.
 
-        ``checkpoints`` are those of the run that is differentiated.
+        ``checkpoints`` must belong to the run at whose end the adjoints were computed.
         """
         run, total, every = self.run, len(self.run.steps), checkpoints.every
         first = 0 if last_steps is None else max(0, total - last_steps)
@@ -89,7 +89,7 @@ class Sweep:
         return self.products
 
     def _pull(self, number: int, point: Point) -> None:
-        """From the adjoints after the step ``number`` to those before."""
+        """Replace the adjoints after the step ``number`` by those before it."""
         values = self.run.begin(number, point)
         assign_(self.run.variables, values)
         before = [list(adjoint) for adjoint in self.adjoints]

@@ -1,8 +1,8 @@
-"""Rows with their numbers, and a model's losses on batches of them."""
+"""Numbered rows, and a model's losses and predictions on batches of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from hyperopt_peft.trainer.step import MicroBatch
 from hyperopt_peft.trainer.tags import without
 from hyperopt_peft.utils.random_state import RandomState
 
-#: The tag with the number of each row of a batch.
+#: The entry of a batch with the number of each row.
 ROW = "attribution_row"
 
 
@@ -41,8 +41,8 @@ class ModelOnRows:
 
     Args:
         model: the model.
-        precision: a context of its passes.
-        tags: entries of a batch that the model does not read, besides `ROW`.
+        precision: returns a context for the model's passes.
+        tags: entries of a batch, besides `ROW`, that the model does not read.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ModelOnRows:
     def micro_batches(
         self, batches: Sequence[Any], states: Sequence[RandomState]
     ) -> list[MicroBatch]:
-        """``batches`` as those of one step, with the weights for a mean over all labels."""
+        """``batches`` as one step, weighted so that its loss is the mean over all labels."""
         shifted = labels_are_shifted(self.model, without(batches[0], self.tags))
         weights = label_weights(batches, shifted=shifted)
         triples = zip(batches, weights, states, strict=True)
@@ -70,7 +70,7 @@ class ModelOnRows:
 
     @torch.no_grad()
     def mean(self, batches: Sequence[Any]) -> list[Callable[[], Tensor]]:
-        """The mean loss over the labels of ``batches``, in parts that are summed."""
+        """Functions, one per batch, whose sum is the mean loss over the labels of ``batches``."""
         total = int(sum(self.losses(batch)[1].sum() for batch in batches))
         if total == 0:
             raise ProblemError("labels: no row has a label that is scored; give rows with labels")
@@ -78,23 +78,20 @@ class ModelOnRows:
 
     @torch.no_grad()
     def measured(self, batches: Sequence[Any]) -> dict[str, float]:
-        """The mean loss over the labels of ``batches``.
-
-        Where each label is the class of its own logits, the accuracy over labels too.
-        """
+        """The mean ``loss`` over the labels of ``batches``, and for a classifier ``accuracy``."""
         numbers = {"loss": float(sum(part() for part in self.mean(batches)))}
-        labels = [batch["labels"] for batch in batches]
         first = without(batches[0], self.tags)
-        if labels[0].is_floating_point() or labels_are_shifted(self.model, first):
+        if first["labels"].is_floating_point() or labels_are_shifted(self.model, first):
             return numbers
-        right = self.of_labels(batches).argmax(-1) == (classes := torch.cat(_entries(labels)))
-        return {**numbers, "accuracy": float(right[classes != IGNORED].float().mean())}
+        pairs = ((self.logits(batch).argmax(-1), batch["labels"]) for batch in batches)
+        right = torch.cat([(guess == label)[label != IGNORED] for guess, label in pairs])
+        return {**numbers, "accuracy": float(right.float().mean())}
 
     @torch.no_grad()
     def of_labels(self, batches: Sequence[Any]) -> Tensor:
-        """The logits of each row, or of each token that has a label, ``(m, classes)``."""
-        logits = map(self.logits, batches)
-        return torch.cat(_entries([x["labels"] for x in batches], logits))
+        """The logits of each row, or of each labelled token, ``(m, classes)``."""
+        pairs = ((self.logits(batch), batch["labels"]) for batch in batches)
+        return torch.cat([x if label.dim() == 1 else x[label != IGNORED] for x, label in pairs])
 
     @torch.no_grad()
     def probabilities(self, batches: Sequence[Any]) -> Tensor:
@@ -108,14 +105,8 @@ class ModelOnRows:
         return logits
 
 
-def _entries(labels: Iterable[Tensor], values: Iterable[Tensor] | None = None) -> list[Tensor]:
-    """Of ``values``, by default the labels: each row's, or those of tokens that have a label."""
-    pairs = zip(labels, labels if values is None else values, strict=True)
-    return [value if label.dim() == 1 else value[label != IGNORED] for label, value in pairs]
-
-
 def classes_of_rows(batches: Sequence[Any]) -> Tensor | None:
-    """The class of each row, ``(n,)``, where each has one."""
+    """The class of each row, ``(n,)``; None if labels are not one class per row."""
     labels = [batch.get("labels") for batch in batches]
     if any(not isinstance(x, Tensor) or x.dtype != torch.int64 or x.dim() != 1 for x in labels):
         return None

@@ -1,4 +1,4 @@
-"""A training with a weight for each row, which can be differentiated, and done again."""
+"""A training with a weight for each row, recorded so that it can be repeated and differentiated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hyperopt_peft.hypergradients.unrolled.optimizer_step import DifferentiableS
 from hyperopt_peft.utils.random_state import RandomState, replay
 from hyperopt_peft.utils.restore import assign_, perturbed, preserve_state
 
-#: Steps between two checkpoints where not every step is one.
+#: The steps between two checkpoints, if checkpoints of all steps need too much memory.
 SEGMENT = 16
 GIB = 2**30
 #: The values of a run's variables, and the state of each level's optimizer by the level's number.
@@ -27,15 +27,15 @@ Point = tuple[tuple[Tensor, ...], Mapping[int, Any]]
 
 
 class Training(ABC):
-    """What scores and their check need of a training: its end, and the end with other weights.
+    """A training that can be repeated with other row weights.
 
     Attributes:
         weights: the rows' weights v, ``(n,)``, a leaf that requires a gradient.
-        row_weights: the weights of the training that was done.
-        variables: what is trained.
-        steps: the steps of its optimizers.
-        visits: how many steps saw each row, ``(n,)``.
-        losses: the sum of each row's losses in them, ``(n,)`` in float64.
+        row_weights: the values of ``weights`` in this training.
+        variables: the trained variables.
+        steps: the optimizers' steps.
+        visits: the number of steps that saw each row, ``(n,)``.
+        losses: the sum of each row's losses over its visits, ``(n,)`` in float64.
         settings: metadata of the training; ``seconds`` is its wall time.
     """
 
@@ -48,13 +48,13 @@ class Training(ABC):
 
     @abstractmethod
     def repeated(self, weights: Tensor) -> AbstractContextManager[Any]:
-        """The training again, with ``weights`` for v: in the body variables and v are its end's.
+        """Train again with ``weights`` for v; the body sees the resulting variables and v.
 
         Raises NonFiniteError if the training diverges.
         """
 
     def without(self, rows: Sequence[int] | Tensor) -> AbstractContextManager[Any]:
-        """The training again, with the weight 0 for ``rows``; otherwise as `repeated`."""
+        """As `repeated`, with the weight 0 for ``rows``."""
         weights = self.row_weights.clone()
         weights[rows] = 0.0
         return self.repeated(weights)
@@ -63,7 +63,7 @@ class Training(ABC):
 class Checkpoints:
     """The variables and the optimizers' states before each ``every``-th step.
 
-    They are in memory where ``every`` is 1, and otherwise in files of a temporary folder.
+    Checkpoints are in memory if ``every`` is 1, otherwise in files of a temporary folder.
     """
 
     def __init__(self, every: int) -> None:
@@ -72,14 +72,14 @@ class Checkpoints:
         self._folder = None if every == 1 else TemporaryDirectory(prefix="attribution-")
 
     def put(self, step: int, point: Point) -> None:
-        """Store ``point``, where variables and optimizers were before ``step``."""
+        """Store ``point`` as the checkpoint before ``step``."""
         self._points[step] = point
         if self._folder is not None:
             self._points[step] = Path(self._folder.name) / f"{step}.pt"
             torch.save(point, self._points[step])
 
     def get(self, step: int) -> Point:
-        """The point that was stored before ``step``."""
+        """The checkpoint before ``step``."""
         point: Point | Path = self._points[step]
         if isinstance(point, Path):
             point = cast(Point, torch.load(point, weights_only=True))
@@ -88,14 +88,14 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class ParameterUpdate:
-    """What repeats a level's update, without tensors.
+    """A level's update, without the variables' values: enough to repeat it from a `Point`.
 
     Attributes:
         level: the number of the level in the run.
         batch: the batch.
         random_state: the generator states before the loss was evaluated.
         optimizer: the optimizer's options.
-        read: which of the level's variables the loss read, and so the optimizer moved.
+        read: for each variable of the level, whether the loss read it and the optimizer moved it.
     """
 
     level: int
@@ -106,26 +106,25 @@ class ParameterUpdate:
 
 
 class Run(Training):
-    """T steps of levels whose losses read a weight for each training row.
+    """T recorded steps of levels whose losses read a weight for each training row.
 
-    Each level moves its own variables by its own optimizer, along the gradient of its own loss.
-    Two levels may own the same variables, one after the other, as in a training of two phases.
-    Batches, order, random numbers and the optimizers' options are those of the run that was
-    recorded, in every repetition and in the derivative.
+    Each level moves its own variables by its own optimizer, along the gradient of its own loss. In
+    a training of two phases, two levels may own the same variables. Repetitions and derivatives use
+    the recorded batches, order, random states and optimizer options.
 
     Args:
-        levels: the levels that are trained, each with an optimizer.
+        levels: the trained levels, each with an optimizer.
         weights: the rows' weights v, ``(n,)``, a leaf that requires a gradient.
         length: T.
-        memory_limit: the memory in GiB that checkpoints may take. Where those of all steps fit, a
-            derivative costs two passes a step; otherwise every 16th step has a checkpoint, in
+        memory_limit: the memory in GiB that checkpoints may take. If checkpoints of all steps fit,
+            a derivative costs two passes per step. Otherwise every 16th step has a checkpoint, in
             temporary files, and a derivative costs three.
-        differentiated: whether the steps are differentiated. Otherwise only the begin has a
-            checkpoint, and a run whose optimizer has no known derivative cannot be repeated.
+        differentiated: whether the steps are differentiated. Otherwise only the first step has a
+            checkpoint. A repetition needs a known optimizer step in either case.
 
     Raises:
-        ProblemError: a run is differentiated, and an optimizer's step has no known derivative or
-            even 16 steps do not fit.
+        ProblemError: if ``differentiated``, an optimizer's step has no known derivative, or even 16
+            steps do not fit.
     """
 
     def __init__(
@@ -142,7 +141,7 @@ class Run(Training):
         self.levels: list[Problem] = []
         #: The indices of each level's variables in ``variables``.
         self.indices: list[list[int]] = []
-        #: The values that variables, by their index, got before each step.
+        #: For each step, the values that variables got before it, by their index.
         self.assigned: list[Mapping[int, Tensor]] = []
         self._optimizers: dict[int, DifferentiableStep] = {}
         for level in levels:
@@ -151,18 +150,16 @@ class Run(Training):
         self.checkpoints = Checkpoints(every)
 
     def add(self, level: Problem) -> None:
-        """Add a level, which moves in later steps."""
+        """Add a level for later steps."""
+        self.variables = tuple({id(v): v for v in (*self.variables, *level.variables)}.values())
         index_of = {id(variable): index for index, variable in enumerate(self.variables)}
-        new = [variable for variable in level.variables if id(variable) not in index_of]
-        index_of |= {id(v): len(index_of) + k for k, v in enumerate(new)}
-        self.variables = (*self.variables, *new)
         self.indices.append([index_of[id(variable)] for variable in level.variables])
         self.levels.append(level)
         if self.differentiated:
             self.optimizer(len(self.levels) - 1)
 
     def _interval(self, length: int, limit: float) -> int:
-        """The steps between two checkpoints of a run that is differentiated."""
+        """The number of steps between two checkpoints, for a run that is differentiated."""
         size = sum(
             (1 + len(self.optimizer(number).moment_names)) * v.numel() * v.element_size() / GIB
             for number, level in enumerate(self.levels)
@@ -178,7 +175,7 @@ class Run(Training):
         return every
 
     def optimizer(self, level: int) -> DifferentiableStep:
-        """The step of a level's optimizer as a function; ProblemError where it is not known."""
+        """The optimizer step of a level as a function; ProblemError if it is not known."""
         if level not in self._optimizers:
             snapshot = self.levels[level].optimizer_snapshot(with_state=False)
             self._optimizers[level] = DifferentiableStep(self.levels[level], snapshot)
@@ -187,9 +184,9 @@ class Run(Training):
     def record(
         self, *updates: ParameterUpdate, assigned: Mapping[int, Tensor] | None = None
     ) -> None:
-        """Record a step of the levels that move, before the optimizers take it.
+        """Record a step, one update per level that moves, before the optimizers make it.
 
-        ``assigned`` has values that variables, by their index in the run, got before the step.
+        ``assigned`` maps a variable's index in the run to the value that it got before the step.
         """
         number = len(self.steps)
         if number % self.checkpoints.every == 0:
@@ -210,10 +207,10 @@ class Run(Training):
         gradient: Sequence[Tensor | None],
         seen: Tensor | None = None,
     ) -> ParameterUpdate:
-        """The update that a level is about to make; the rows of its batch are counted.
+        """The update that a level is about to make; adds its rows to ``visits`` and ``losses``.
 
-        ``gradient`` has one entry for each variable of the level, then that of the row weights.
-        ``seen`` says which rows are in the batch, ``(n,)``; by default those with a share in it.
+        ``gradient`` has one entry per variable of the level, then one for the row weights. ``seen``
+        marks the rows of the batch, ``(n,)``; by default, the rows whose weights have a gradient.
         """
         problem, (*of_w, of_v) = self.levels[level], gradient
         if of_v is None:
@@ -231,7 +228,7 @@ class Run(Training):
 
     @contextmanager
     def repeated(self, weights: Tensor, *, keep: bool = False) -> Iterator[Checkpoints]:
-        """As `Training.repeated`; with ``keep`` the checkpoints yielded are of the new run."""
+        """As `Training.repeated`; yields the recorded checkpoints, or with ``keep`` new ones."""
         checkpoints = Checkpoints(self.checkpoints.every) if keep else self.checkpoints
         tensors = (self.weights, *self.variables)
         with preserve_state(tensors, devices_of(*self.levels)), perturbed(tensors):
@@ -248,11 +245,11 @@ class Run(Training):
             yield checkpoints
 
     def begin(self, number: int, point: Point) -> list[Tensor]:
-        """The values of ``point`` with those that are assigned before the step ``number``."""
+        """The values of ``point``, after the assignments before the step ``number``."""
         return [self.assigned[number].get(index, value) for index, value in enumerate(point[0])]
 
     def advance(self, number: int, point: Point) -> Point:
-        """The point after the step ``number`` from ``point``; the variables stay at ``point``."""
+        """The point after the step ``number`` from ``point``; the variables remain at ``point``."""
         values, states = self.begin(number, point), dict(point[1])
         after = list(values)
         assign_(self.variables, values)
@@ -282,7 +279,7 @@ class Run(Training):
             update.batch,
             update.random_state,
             tuple(values[index] for index in self.indices[update.level]),
-            # One along no gradient is a place alone, at which `Sweep` evaluates the loss.
+            # `Sweep` gives no gradient: it only evaluates the loss at these values.
             tuple(g if read else None for g, read in zip(gradient, update.read, strict=False)),
             optimizer={**update.optimizer, "state": state},
         )

@@ -1,4 +1,4 @@
-"""From a run to one score a row: through the run's steps, or at its end."""
+"""Computes one score per row, through the run's steps or at its end."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from hyperopt_peft.hypergradients.products import Passes
 from hyperopt_peft.hypergradients.unrolled.reverse import Unrolled
 from hyperopt_peft.utils.random_state import RandomState
 
-#: Returns a loss, or its share of one that is computed in parts.
+#: Returns a loss, or a term of a loss.
 LossPart = Callable[[], Tensor]
-#: Φ; or Φ in parts that are summed.
+#: Φ, or the terms whose sum is Φ.
 Loss = LossPart | Sequence[LossPart]
 
 
 class Evaluation(Problem):
-    """min over the row weights v of Φ, the loss on the rows that a user cares about.
+    """min over the row weights v of Φ, the loss on the evaluation rows.
 
-    ``slices`` are the parts of Φ, by name; or of a single Φ, whose name is ``"all"``. A batch is
-    the parts of one slice's Φ, which are summed; one graph is in memory at a time.
+    ``slices`` maps a name to each Φ; a single Φ gets the name ``"all"``. A batch has the terms of
+    one slice's Φ. Only one term's graph is in memory at a time.
     """
 
     def __init__(self, weights: Tensor, slices: Loss | Mapping[str, Loss]) -> None:
@@ -45,11 +45,11 @@ class Evaluation(Problem):
             raise ProblemError(f"evaluation: give functions that return a loss, got {slices!r}")
 
     def loss(self, batch: LossPart) -> Tensor:
-        """One part of Φ."""
+        """One term of Φ."""
         return batch()
 
     def terms(self, batch: Sequence[LossPart]) -> Iterator[tuple[Tensor, dict[str, float]]]:
-        """The parts of Φ, one after the other."""
+        """The terms of Φ, one after the other."""
         for function in batch:
             yield from super().terms(function)
 
@@ -64,20 +64,20 @@ class RetrainingSetup:
     """A run, Φ, and the loss over all training rows at the run's end.
 
     Attributes:
-        run: the training, a `Run` where it has steps that are differentiated.
-        evaluation: Φ, by slice.
-        shares: the share of each slice in the whole Φ.
-        final: the level with the mean loss over all rows, over the run's variables.
-        rows: its batch.
-        test: from test rows, a function that measures the model on them.
-        enlarged: the training with the evaluation rows among the training rows, of as many visits,
-            in an order of the seed; None where it is not known.
-        probabilities: for a classifier with one class a row, a function from rows to the class
-            probabilities.
-        labels: likewise, the class of each row, ``(n,)``.
-        logits: a function that returns the logits of each evaluation row, or of each token that has
-            a label, ``(m, classes)``.
-        columns: of the rows, to show.
+        run: the training; a `Run` if its steps can be differentiated.
+        evaluation: Φ of each slice.
+        shares: each slice's weight in the mean Φ.
+        final: a level with the mean loss over all training rows and the run's variables.
+        rows: returns the batch of all training rows for ``final``.
+        test: takes test rows, and returns a function that measures the model on them.
+        enlarged: takes a seed, and trains on training and evaluation rows, in a random order, with
+            as many visits as the run; None if this is not possible.
+        probabilities: returns the class probabilities of given training rows, ``(k, classes)``.
+        labels: the class of each training row, ``(n,)``; None if rows do not have one class each.
+        logits: returns the logits of each evaluation row, or of each labelled token,
+            ``(m, classes)``.
+        columns: the columns of the training rows to show.
+        progress: whether to show progress bars.
     """
 
     run: Training
@@ -94,18 +94,18 @@ class RetrainingSetup:
     progress: bool = False
 
     def total(self, by_slice: dict[str, Any]) -> Any:
-        """The sum over the slices by their shares."""
+        """The mean over the slices, weighted by ``shares``."""
         return sum(self.shares[name] * value for name, value in by_slice.items())
 
 
 def scores(
     setup: RetrainingSetup, estimator: ScoreEstimator, checkpoints: Checkpoints | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """dΦ/dv of each slice, ``(n,)`` in float64, at the current end of the run; and the cost.
+    """dΦ/dv of each slice, ``(n,)`` in float64, at the variables' current values; and the cost.
 
-    The cost has the forward+backward passes, ``gradients``, the second backward passes,
-    ``products``, and for a solver the relative ``residuals`` by slice and its ``notes``.
-    ``checkpoints`` are those of a run that led to the current point, by default the recorded one's.
+    The cost counts forward-backward passes as ``gradients`` and second backward passes as
+    ``products``; a solver adds the relative ``residuals`` by slice and its ``notes``.
+    ``checkpoints`` belong to the run that led to the current values, by default the recorded run.
 
     Raises:
         NonFiniteError: a loss, a gradient, a curvature or a score is NaN or infinite.

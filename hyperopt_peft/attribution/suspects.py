@@ -1,4 +1,4 @@
-"""Rows whose labels may be wrong, by predictions of models that did not train on these rows."""
+"""Finds labels that may be wrong, by predictions of models that did not train on the row."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ class Suspects:
 
     Attributes:
         confidence: the probability of the given label, or cleanlab's label quality (Northcutt et
-            al. 2021, arXiv:1911.00068), ``(n,)``; low is doubtful, NaN is a row without a label.
+            al. 2021, arXiv:1911.00068), ``(n,)``; low if doubtful, NaN for a row without a label.
         flagged: the rows that cleanlab flags, most doubtful first; without cleanlab the rows whose
-            label is not the most probable class; none if ``kappa`` is at most `SLIGHT`.
-        probabilities: of each class, from the fold without the row, ``(n, classes)``.
+            label is not the most probable class. Empty if ``kappa`` is at most `SLIGHT`.
+        probabilities: the class probabilities, from a model that did not train on the row,
+            ``(n, classes)``.
         accuracy: the share of the labels that are the most probable class.
         kappa: how far ``accuracy`` is above chance: 0 at chance, 1 if all labels are predicted
             (Cohen 1960, doi:10.1177/001316446002000104).
@@ -56,14 +57,14 @@ class Suspects:
         """How many labels may be wrong, or why none can be flagged."""
         if self.kappa <= SLIGHT:
             return (
-                "no label is flagged: models that train on the other rows predict the labels "
-                "hardly better than chance; train for longer, or on more rows"
+                "no label is flagged: models predict the labels of held-out rows hardly better "
+                "than chance; train for longer, or on more rows"
             )
         return "; ".join([f"{len(self.flagged)} labels may be wrong", *filter(None, [self.advice])])
 
     @property
     def advice(self) -> str:
-        """How to flag fewer rows, where that is possible."""
+        """How to flag fewer rows; empty if cleanlab is installed."""
         return "" if self.method == CLEANLAB else INSTALL
 
     @property
@@ -82,7 +83,7 @@ def suspects(setup: RetrainingSetup, folds: int, seed: int) -> Suspects:
     """See `Attribution.suspects`."""
     labels = setup.labels
     if labels is None or setup.probabilities is None:
-        raise ProblemError("suspects: needs a Trainer of a classifier with one class a row")
+        raise ProblemError("suspects: needs a Trainer of a classifier with one class per row")
     if not 2 <= folds <= len(labels):
         raise ProblemError(f"folds: must be from 2 to the number of rows, got {folds}")
     splits = KFold(folds, shuffle=True, random_state=seed).split(labels)
@@ -103,7 +104,7 @@ def suspects(setup: RetrainingSetup, folds: int, seed: int) -> Suspects:
 
 
 def _doubts(labels: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
-    """The confidence in each label, and the positions of the doubtful ones, worst first."""
+    """The confidence in each label, and the indices of the doubtful ones, worst first."""
     if find_spec("cleanlab") is None:
         confidence = probabilities.gather(1, labels[:, None])[:, 0]
         wrong = (probabilities.argmax(1) != labels).nonzero().flatten()

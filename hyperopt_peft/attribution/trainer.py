@@ -1,4 +1,4 @@
-"""The run, Φ and the rows of a `transformers.Trainer`."""
+"""Trains and records what a `transformers.Trainer` trains; returns the run and Φ."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from hyperopt_peft.utils.models import evaluating
 from hyperopt_peft.utils.precision import require_float32
 from hyperopt_peft.utils.random_state import RandomState, replay
 
-#: Libraries whose own methods of these names train as the recorded run does, if the loss agrees.
+#: Methods of a Trainer that decide how it trains, but which the recorded run does not call. Those
+#: of these libraries train as the recorded run does, if the loss agrees.
 KNOWN_LIBRARIES = ("transformers", "trl", "hyperopt_peft")
-#: Methods of a Trainer that decide what is trained and that the recorded run does not call.
 UNSUPPORTED_OVERRIDES = (
     *("create_optimizer", "get_optimizer_cls_and_kwargs", "get_decay_parameter_names"),
     *("create_scheduler", "get_train_dataloader", "_get_train_sampler", "get_batch_samples"),
@@ -58,8 +58,7 @@ def setup_from_trainer(
 ) -> RetrainingSetup:
     """Train what ``trainer`` trains, and return its run and Φ; see `attribute`.
 
-    ``twice`` says whether the estimator differentiates gradients of the training loss; ``run`` are
-    arguments of `Run`.
+    ``twice`` says whether the training loss is differentiated twice; ``run`` has options of `Run`.
     """
     require_attributable(trainer)
     data = TrainerData.read(trainer, evaluation, slices)
@@ -68,7 +67,7 @@ def setup_from_trainer(
     _require_mean_over_labels(trainer, data)
     if twice:
         require_norm_in_graph(trainer.model)
-    with TemporaryDirectory(prefix="attribution-") as folder:  # the user's has his checkpoints
+    with TemporaryDirectory(prefix="attribution-") as folder:  # apart from the user's checkpoints
         changes = {"remove_unused_columns": False, "disable_tqdm": not progress}
         args = quiet(trainer.args, folder, BilevelTrainingArguments, **changes)
         runner = RecordedTrainer(trainer, args, data, run, twice=twice)
@@ -114,7 +113,7 @@ def _setup(runner: RecordedTrainer, run: Run, data: TrainerData) -> RetrainingSe
 
 @contextmanager
 def _enlarged(run: Run, model: ModelOnRows, data: TrainerData, seed: int) -> Iterator[None]:
-    """The run on training and evaluation rows, in a new order, each with the first row's weight."""
+    """The run on training and evaluation rows in random order, all with the first row's weight."""
     rows: Any = ConcatDataset([data.train_rows, data.evaluation_rows])
     generator = torch.Generator().manual_seed(seed)
     share = slice(distributed.rank(), None, distributed.world_size())
@@ -139,19 +138,19 @@ def _enlarged(run: Run, model: ModelOnRows, data: TrainerData, seed: int) -> Ite
 
 
 def require_trainer(trainer: Any) -> None:
-    """Raise ProblemError for something else than a Trainer, or one with levels of its own."""
+    """Raise ProblemError unless ``trainer`` is a Trainer, with a method if it is bilevel."""
     name = type(trainer).__name__
     if not isinstance(trainer, Trainer):
         raise ProblemError(f"training: must be a Problem or a transformers.Trainer, got {name}")
     if getattr(trainer, "method", trainer) is None:
         raise ProblemError(
-            f"training: {name} has levels whose share of each row is not known; give it a method, "
-            "or an Engine with levels of your own"
+            f"training: {name} has levels without a loss for each row; give it a method, or use an "
+            "Engine with levels of your own"
         )
 
 
 def require_attributable(trainer: Any) -> None:
-    """Raise ProblemError where the trainer has trained, or trains in a way that is not known."""
+    """Raise ProblemError if the trainer has trained, or if the recorded run would differ."""
     require_trainer(trainer)
     if trainer.state.global_step and trainer.model_init is None:
         raise ProblemError(
@@ -162,20 +161,19 @@ def require_attributable(trainer: Any) -> None:
     for name in ("finish", "after_upper_step", "after_search"):
         if getattr(type(method), name) is not getattr(Method, name):
             raise ProblemError(
-                f"training: {type(method).__name__}.{name} changes the model in the run, and its "
-                "derivative is not known; give a method without it, or an Engine"
+                f"training: {type(method).__name__}.{name} changes the model during the run, and "
+                "its derivative is not known; give a method without it, or an Engine"
             )
     for name in UNSUPPORTED_OVERRIDES:
         module = getattr(getattr(trainer, name), "__module__", "").partition(".")[0]
         if module not in KNOWN_LIBRARIES:
             raise ProblemError(
                 f"training: {type(trainer).__name__} has a {name} of its own, which the recorded "
-                "run would not call; use the arguments or optimizers of a transformers.Trainer, or "
-                "a level of your own"
+                "run would not call; use the arguments of a stock Trainer, or a level of your own"
             )
     refused = {
-        "neftune_noise_alpha": "the noise is of the Trainer's own run, and not of its repetitions",
-        "packing": "a pack is one row of many texts, which would share a score",
+        "neftune_noise_alpha": "repetitions of the run would lack the noise",
+        "packing": "the texts in a pack would share a score",
         "activation_offloading": "the recorded run keeps activations on the device",
     }
     for name, reason in refused.items():
@@ -185,10 +183,10 @@ def require_attributable(trainer: Any) -> None:
 
 @torch.no_grad()
 def _require_mean_over_labels(trainer: Any, data: TrainerData) -> None:
-    """Raise ProblemError where the trainer's loss of the first batch is no mean over its labels.
+    """Raise ProblemError if the trainer's loss of the first batch is not the mean over its labels.
 
-    No name decides: the trainer's own ``compute_loss`` is compared with `row_losses`, without
-    dropout. ``SFTTrainer`` with ``loss_type="nll"`` passes.
+    The trainer's ``compute_loss`` is compared with `row_losses`, without dropout. ``SFTTrainer``
+    with ``loss_type="nll"`` passes.
     """
     size = trainer.args.per_device_train_batch_size
     batch = data.batches(data.train_rows, range(len(data.train_rows))[:size])[0]
@@ -206,17 +204,17 @@ def _require_mean_over_labels(trainer: Any, data: TrainerData) -> None:
             loss = trainer.compute_loss(trainer.model, {**batch})  # which may add entries
         if not counts.any() or (loss - mean).abs() <= TOLERANCE * mean.abs():
             return
-        own = f"has the loss {float(loss):.4g}, and the mean over its labels is {float(mean):.4g}"
+        own = f"has the loss {float(loss):.4g}, but the mean over its labels is {float(mean):.4g}"
     raise ProblemError(
         f"training: the first batch of {type(trainer).__name__} {own}: the trainer has a loss of "
-        "its own, whose share of each row is not known; use attribute with a level of your own"
+        "its own, which has no part for each row; write a level of your own"
     )
 
 
 def require_norm_in_graph(model: Any) -> None:
-    """Raise ProblemError where a DoRA layer leaves its norm out of the gradient, as PEFT's do.
+    """Raise ProblemError if a DoRA layer leaves its norm out of the gradient, as PEFT's do.
 
-    Such a gradient is that of no function, and double backward does not give its derivative.
+    Double backward does not give the derivative of such a gradient.
     """
     full: tuple[Any, ...] = (FastFullNorm, *(variant for _, variant in VARIANTS.values()))
     detached = [
@@ -234,10 +232,9 @@ def require_norm_in_graph(model: Any) -> None:
 
 
 def _new_model(trainer: Any) -> RandomState | None:
-    """Give ``trainer`` the model that its training begins with; returns the random state there.
+    """Give ``trainer`` a new model if it has ``model_init``; returns the random state after that.
 
-    With ``model_init`` the Trainer makes the model after it has set its seed; otherwise training
-    begins with the random state that the construction of a Trainer leaves, here None.
+    Without ``model_init`` the result is None: training begins with the current random state.
     """
     if trainer.model_init is not None:
         seed = trainer.args.seed

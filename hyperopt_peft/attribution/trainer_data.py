@@ -1,4 +1,4 @@
-"""The rows of a `transformers.Trainer` that are trained on, explained and judged on."""
+"""The training, evaluation and test rows of a `transformers.Trainer`."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class TrainerData:
-    """The rows of a run, those of Φ, and how both are read.
+    """The training rows of a run, the evaluation rows of Φ, and the collator of both.
 
     Attributes:
-        train: the rows that are trained on, of both levels where there are two.
-        evaluation: the rows of Φ.
-        train_rows, evaluation_rows: the same with the columns that the model takes.
-        of_levels: the training rows with their numbers, the lower and the upper level's.
-        of_retraining: likewise, from which a method takes those of its second phase.
-        groups: the numbers of the evaluation rows of each slice.
-        collate: makes a batch from a list of rows, with the numbers as `ROW`.
+        train: the training rows, of both levels if there are two.
+        evaluation: the evaluation rows.
+        train_rows, evaluation_rows: the same rows, numbered, with the columns that the model takes.
+        of_levels: the numbered training rows of the lower and of the upper level.
+        of_retraining: likewise, for a method to choose from in its second phase.
+        groups: the numbers of the evaluation rows in each slice.
+        collate: makes a batch from a list of rows, with their numbers as `ROW`.
         trainer: the trainer.
     """
 
@@ -54,7 +54,7 @@ class TrainerData:
 
     @classmethod
     def read(cls, trainer: Any, evaluation: Any, slices: str | None) -> TrainerData:
-        """The rows that are trained on and those of Φ, which are others."""
+        """The rows of ``trainer``; ProblemError if all evaluation rows are training rows."""
         train = trainer.train_dataset
         if getattr(trainer, "upper", None) is not None:
             train, prepared, of_levels, of_retraining = _rows_of_levels(trainer)
@@ -66,25 +66,22 @@ class TrainerData:
         evaluation = trainer.eval_dataset if evaluation is None else evaluation
         evaluation_rows = _numbered_rows(trainer, evaluation, "eval_dataset")
         count = len(evaluation_rows)
-        common = count if evaluation is train else shared(evaluation, train)
+        common = shared(evaluation, train)
         if common == count:
             raise ProblemError(
                 "evaluation: every row of it is a training row too, and would explain itself; give "
-                "rows that are not trained on"
+                "rows that are not in the training set"
             )
         if common:
             logger.warning("%d of %d evaluation rows are training rows too", common, count)
+        columns = getattr(evaluation, "column_names", [])
+        if slices is not None and slices not in columns:
+            raise ProblemError(
+                f"slices: the evaluation rows have no column {slices!r}, only {columns}"
+            )
         groups: dict[str, list[int]] = {}
-        if slices is None:
-            groups["all"] = list(range(count))
-        else:
-            columns = getattr(evaluation, "column_names", [])
-            if slices not in columns:
-                raise ProblemError(
-                    f"slices: the evaluation rows have no column {slices!r}, only {columns}"
-                )
-            for row, value in enumerate(evaluation[slices]):
-                groups.setdefault(str(value), []).append(row)
+        for row, value in enumerate(evaluation[slices] if slices else ["all"] * count):
+            groups.setdefault(str(value), []).append(row)
         loader = loader_of(trainer, trainer.train_dataset, "train_dataset")
         collate = TagCollator(loader.collate_fn, (*getattr(trainer, "tags", ()), ROW))
         sets = train, evaluation, train_rows, evaluation_rows, of_levels, of_retraining
@@ -96,17 +93,17 @@ class TrainerData:
         return {name: len(rows) / len(self.evaluation_rows) for name, rows in self.groups.items()}
 
     def batches(self, rows: NumberedRows, chosen: Sequence[int] | None = None) -> list[Any]:
-        """``rows``, or those ``chosen``, in batches on the model's device, in order."""
+        """``rows``, or only the ``chosen`` ones, in batches on the model's device, in order."""
         args = self.trainer.args
         return batches_of(
             rows, self.collate, args.per_device_eval_batch_size, args.device, chosen=chosen
         )
 
     def test_rows(self, test: Any) -> NumberedRows:
-        """``test``, of which no row may be known, with the columns that the model takes."""
+        """``test``, numbered; ProblemError if a row is a training or an evaluation row."""
         rows = _numbered_rows(self.trainer, test, "test")
         for name, other in (("training", self.train), ("evaluation", self.evaluation)):
-            if common := len(rows) if test is other else shared(test, other):
+            if common := shared(test, other):
                 raise ProblemError(
                     f"test: {common} of {len(rows)} rows are {name} rows too, which the scores "
                     "have seen; remove them"
@@ -115,7 +112,7 @@ class TrainerData:
 
 
 def _rows_of_levels(trainer: Any) -> tuple[Any, Any, tuple[Any, Any], tuple[Any, Any]]:
-    """The given rows of both levels; prepared in this order; by level; and of the second phase."""
+    """``train``, ``train_rows``, ``of_levels`` and ``of_retraining`` of `TrainerData`."""
     args, (lower, upper) = trainer.args, trainer._rows
     if upper is None:
         given, seed = lower, args.seed if args.data_seed is None else args.data_seed
@@ -130,8 +127,8 @@ def _rows_of_levels(trainer: Any) -> tuple[Any, Any, tuple[Any, Any], tuple[Any,
         rows = _selected(trainer, getattr(trainer, name), name)
         if len(rows) != len(of_level):
             raise ProblemError(
-                f"{name}: the trainer left {len(of_level) - len(rows)} rows out, so that the rest "
-                "cannot be numbered; remove them before"
+                f"{name}: the trainer left {len(of_level) - len(rows)} rows out, so the others "
+                "cannot be numbered; remove these rows first"
             )
         levels.append(rows.add_column(ROW, of_level))
     everything = joined(train_dataset=levels[0], upper_dataset=levels[1])
@@ -141,7 +138,7 @@ def _rows_of_levels(trainer: Any) -> tuple[Any, Any, tuple[Any, Any], tuple[Any,
 
 
 def _numbered_rows(trainer: Any, data: Any, name: str) -> NumberedRows:
-    """`_selected` rows with their numbers."""
+    """The rows of `_selected` with their numbers."""
     require_examples(name, data, by_index=True)
     return NumberedRows(_selected(trainer, data, name))
 
@@ -154,7 +151,7 @@ def _selected(trainer: Any, data: Any, name: str) -> Any:
 
 
 def shown_columns(data: Any) -> dict[str, Sequence[Any]]:
-    """Text and the label of each row of ``data``, to show."""
+    """The text columns and the label column of ``data``, to show."""
     if not isinstance(data, datasets.Dataset):
         return {}
     label = label_column(data)

@@ -257,7 +257,7 @@ def batches_of(
 def require_apart(lower: Any, upper: Any, evaluation: Any, *, may_share_rows: bool = False) -> None:
     """Raise ProblemError if ``upper`` is in the evaluation set, or shares rows with ``lower``."""
     for held_out in evaluation.values() if isinstance(evaluation, Mapping) else [evaluation]:
-        if upper is held_out or shared(upper, held_out) == len(upper):
+        if shared(upper, held_out) == len(upper):
             raise ProblemError(
                 "eval_dataset is given as the upper level's data, so the evaluation would be on "
                 "training data; give a part of the training set, or upper_fraction"
@@ -269,7 +269,7 @@ def require_apart(lower: Any, upper: Any, evaluation: Any, *, may_share_rows: bo
         )
     if may_share_rows:
         return
-    if common := len(upper) if upper is lower else shared(upper, lower):
+    if common := shared(upper, lower):
         raise ProblemError(
             f"{common} of {len(upper)} examples of upper_dataset are in train_dataset too, so they "
             "are not held out; remove them from one of the two"
@@ -303,7 +303,7 @@ def _columns(one: Dataset, other: Dataset) -> list[str]:
 
 def shared(data: Any, other: Any) -> int:
     """The number of examples of ``data`` that are also in ``other``; 0 if unknown."""
-    return len(shared_rows(data, other))
+    return len(data) if data is other else len(shared_rows(data, other))
 
 
 def shared_rows(data: Any, other: Any) -> list[int]:
