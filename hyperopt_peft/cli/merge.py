@@ -83,7 +83,7 @@ def _load(args: MergeArguments) -> Any:
         return PeftModel.from_pretrained(base, args.adapter).eval()
     except (RuntimeError, ValueError) as error:
         raise ProblemError(
-            f"adapter: does not fit {name} ({error}); give its base model"
+            f"adapter: {folder} does not fit {name}; give its base: {error}"
         ) from error
 
 

@@ -205,7 +205,7 @@ def test_rows_of_both_levels_of_bidora(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"slices": "orign"}, "evaluation examples have no column 'orign'"),
-        ({"eval_file": None, "eval_fraction": 0}, "attribute needs evaluation examples"),
+        ({"eval_file": None, "eval_fraction": 0}, "attribute needs evaluation rows"),
         ({"retrain_without": 0.1, "eval_fraction": 0}, "for retrain_without test examples"),
         ({"retrain_without": 0.1, "test_file": "train"}, "24 of 24 rows are training examples too"),
         ({"eval_file": "copy"}, "every row of it is a training row too"),
@@ -213,8 +213,8 @@ def test_rows_of_both_levels_of_bidora(tmp_path: Path) -> None:
         ({"optim": "adafactor"}, "Adafactor"),
         ({"method": "bidora", "hypergradient": "darts"}, "derivative of darts is not known"),
         ({"why": "none.csv"}, "why: there is no file none.csv"),
-        ({"why": "copy"}, "24 of 24 rows are training examples, which would explain"),
-        ({"why": "bare"}, "24 of 24 rows are training examples, which would explain"),
+        ({"why": "copy"}, "24 of 24 rows are training examples; remove"),
+        ({"why": "bare"}, "24 of 24 rows are training examples; remove"),
     ],
 )
 def test_bad_runs_are_named(
