@@ -99,7 +99,12 @@ def chosen_l2(
 
 
 class HeadTraining(Training):
-    """The minimum over ``head`` of the weighted loss on the ``features`` of ``count`` rows."""
+    """The minimum over ``head`` of the weighted loss on the ``features`` of ``count`` rows.
+
+    ``tolerance`` is the largest entry of the gradient at a minimum.
+    """
+
+    tolerance = TOLERANCE
 
     def __init__(self, head: Head, features: Features, count: int, l2: float) -> None:
         weights = head.weight.new_ones(count, requires_grad=True)
@@ -116,7 +121,7 @@ class HeadTraining(Training):
         self.losses.index_add_(0, features.row.cpu(), sums).div_(labels.clamp(min=1))
 
     def _solve(self, features: Features) -> None:
-        lbfgs(self.level, batch_of(features), tolerance=TOLERANCE, max_steps=STEPS)
+        lbfgs(self.level, batch_of(features), tolerance=self.tolerance, max_steps=STEPS)
 
     @contextmanager
     def repeated(self, weights: Tensor) -> Iterator[None]:

@@ -34,6 +34,9 @@ from hyperopt_peft.utils.models import base_model
 
 #: The largest share of the training rows that a search removes.
 MOST = 0.5
+#: The largest entry of the gradient in a search, and in the trainings that verify its result. A
+#: search to the second one takes ten times as long if λ is small.
+TOLERANCES = 1e-5, 1e-6
 
 
 def why(trainer: Any, rows: Any = None, *, adapter: bool = False, progress: bool = True) -> Reasons:
@@ -171,9 +174,27 @@ def fewest(
 ) -> tuple[int, int] | None:
     """How many rows of ``order`` to remove until ``x`` ``(1, d)`` changes its class; the new class.
 
-    With one row fewer the class does not change. The number doubles from ``guess``, and bisection
-    then finds it. None if removing `MOST` of the training rows is not enough.
+    With one row fewer the class does not change. None if removing `MOST` of the training rows is
+    not enough. Trainings to a lower tolerance verify the result; if they disagree, the search is
+    repeated with that tolerance.
     """
+    limit, predicted = _limit(training, order), _predicted(training, x)
+    try:
+        training.tolerance, verified = TOLERANCES
+        result = _search(training, x, order, guess)
+        training.tolerance = verified
+        count = result[0] if result else limit
+        after = _without(training, x, order[:count])
+        before = _without(training, x, order[: count - 1]) if result else predicted
+        if before != predicted or (after == predicted) == bool(result):
+            return _search(training, x, order, guess)
+    finally:
+        del training.tolerance  # back to that of the class
+    return (count, after) if result else None
+
+
+def _search(training: HeadTraining, x: Tensor, order: Tensor, guess: int) -> tuple[int, int] | None:
+    """As `fewest`: the number doubles from ``guess``, and bisection then finds it."""
     predicted, limit = _predicted(training, x), _limit(training, order)
     too_few, count = 0, min(max(guess, 1), limit)
     while (becomes := _without(training, x, order[:count])) == predicted:
