@@ -7,6 +7,7 @@ import re
 import statistics
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,7 @@ def test_the_answer(tmp_path: Path, whole: Whole) -> None:
     whole = statistics.fmean(comparison.differences(("BiDoRA", "method"), ("LoRA", "method")))
     assert len(gaps) == 3 and sum(gaps) == pytest.approx(whole, abs=2e-4)
     heading, versions, begin, *_ = (latex := comparison.to_latex()).splitlines()
-    assert heading == f"% {comparison.heading()}" and f"torch {torch.__version__}" in versions
+    assert heading == f"% {comparison.heading()}" and f"torch {version('torch')}" in versions
     assert begin.startswith(r"\begin{tabular}") and latex.count(r"\\") == 5
     assert comparison.plot(tmp_path / "c.png").axes
     comparison.to_csv(tmp_path / "c.csv")
