@@ -158,7 +158,8 @@ def train_again(argv: Sequence[str], chosen: Chosen, output: Path) -> str:
     words = {name: values for name, values in flags.items() if name in names}
     words |= {"method": [chosen.name], "output_dir": [f"{output}-corrected"]}
     words["corrections"] = [*chosen.options.get("corrections", ()), f"{output}/suspects.csv"]
-    words["eval_file"] = ["TEST_ROWS.csv"]  # other rows than those by which the rows were scored
+    if "eval_file" in chosen.options:  # other rows than those by which the rows were scored
+        words["eval_file"] = ["TEST_ROWS.csv"]
     return shlex.join(["hyperopt-peft", "train", *file, *flags_of(words)])
 
 

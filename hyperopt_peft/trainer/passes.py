@@ -60,8 +60,7 @@ class PassCounter(TrainerCallback):
     @property
     def passes(self) -> float:
         """The count since `begin`."""
-        # Rounded, so that a resumed run has the number of an unbroken one.
-        return round(self._earlier + self._thirds / (3 * self._batch), 9)
+        return self._earlier + self._thirds / (3 * self._batch)
 
     def read(self) -> dict[str, float]:
         """The ``passes`` and the ``seconds`` since `begin`."""

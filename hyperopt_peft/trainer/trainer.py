@@ -289,7 +289,9 @@ class BilevelTrainer(PhasesTrainer):
         if self.is_in_train and self.trainer_loss:
             logs |= upper_gap(logs, self.state.log_history)
         if self.is_in_train or "train_runtime" in logs:
-            logs |= distributed.averages(self.passes.read())  # a process has rows of its own
+            spent = distributed.averages(self.passes.read())  # a process has rows of its own
+            # A resumed run adds two parts, whose last digit may be another.
+            logs |= {name: round(value, 9) for name, value in spent.items()}
         super().log(logs, start_time)
 
     def end_training(self) -> None:

@@ -60,7 +60,7 @@ def test_estimators_without_a_known_derivative_are_refused() -> None:
             attribute(levels, weights, evaluation_of(levels), training_steps=2, estimator=estimator)
     levels = engine(weights)
     levels.run(1)
-    with pytest.raises(ProblemError, match="first step"):
+    with pytest.raises(ProblemError, match="every step"):
         attribute(levels, weights, evaluation_of(levels), training_steps=2)
 
 

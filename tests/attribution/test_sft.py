@@ -122,7 +122,7 @@ def test_a_base_in_4_bits_has_the_scores_of_its_weights(tmp_path: Path) -> None:
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"args": {"loss_type": "dft"}}, "a loss of its own"),
-    ({"layout": "packed"}, "packing: a pack is one row"),
+    ({"layout": "packed"}, "packing: the texts in a pack"),
     ({"offloading": True}, "activation_offloading"),
 ]
 

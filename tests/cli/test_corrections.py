@@ -62,6 +62,7 @@ def test_corrected_labels_are_trained_on_by_the_command_that_is_shown(
     marked = [{**line, "label": f"'{line['label']}"} for line in edited]
     write(tmp_path / "rows/suspects.csv", marked)
     words = shlex.split(command)
+    words[words.index("--eval_file=TEST_ROWS.csv")] = f"--eval_file={options['eval_file']}"
     assert words[:2] == ["hyperopt-peft", "train"]
     assert main(words[1:]) == 0
     printed = capsys.readouterr().out

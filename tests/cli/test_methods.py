@@ -136,7 +136,6 @@ def test_a_class_of_a_file_with_its_options(
     run("train", str(config), "--dry_run", **options)
     printed = capsys.readouterr()
     assert "method: Mine(weight=0.5)" in printed.out and "direct, for 4 updates" in printed.out
-    assert "other commands, tasks or methods: gamma" in printed.err
     run("train", **options, weight="1e-3", hypergradient="cg:steps=2")
     settings = json.loads((tmp_path / "out/bilevel_settings.json").read_text())
     assert settings["hypergradient"] == "cg:steps=2"

@@ -72,13 +72,12 @@ def test_a_mapping_reaches_training_arguments(tmp_path: Path) -> None:
     assert args.lr_scheduler_kwargs == {"num_cycles": 2} and args.report_to == []
 
 
-def test_one_file_serves_all_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_file_serves_all_commands(tmp_path: Path) -> None:
     """An option of another command is not read; what was read gives the same again."""
     parsed, given = parse("merge", (Options,), [yaml(tmp_path, "rate: 2\nmethod: lora"), "--quiet"])
     assert parsed == [Options(2.0, quiet=True)]
     assert parse("merge", (Options,), flags_of({"rate": ["2"], "quiet": []}))[0] == parsed
     assert given == {"rate": ["2"], "method": ["lora"], "quiet": []}
-    assert "methods: method" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
