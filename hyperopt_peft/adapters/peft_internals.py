@@ -58,16 +58,14 @@ def convolution(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def is_caching(layer: LoraLayer) -> bool:
-    """Whether ``peft.helpers.DoraCaching`` (PEFT 0.19) makes ``layer`` cache B·A and the norm."""
-    return getattr(dora, "ENABLE_DORA_CACHING", False) and not layer.training
+    """Whether ``peft.helpers.DoraCaching`` makes ``layer`` cache B·A and the norm."""
+    return dora.ENABLE_DORA_CACHING and not layer.training
 
 
 def clear_dora_cache(layer: LoraLayer, adapter_name: str) -> None:
     """Drop the cached B·A and norm, as PEFT's own forward pass does outside of DoraCaching."""
     if adapter_name in layer.lora_magnitude_vector:
-        cache = getattr(layer.lora_magnitude_vector[adapter_name], "_dora_cache", None)
-        if cache:  # PEFT 0.18 has none
-            cache.clear()
+        layer.lora_magnitude_vector[adapter_name]._dora_cache.clear()
 
 
 def is_placed(module: nn.Module) -> bool:

@@ -115,12 +115,9 @@ class _Once:
         return self
 
     def install(self, model: nn.Module) -> None:
-        """Put the hooks; older PEFT calls no hook of the base model inside."""
+        """Put the hooks."""
         self.hooks = [
-            *(
-                each.register_forward_pre_hook(self._begin, with_kwargs=True)
-                for each in {model, base_model(model)}
-            ),
+            base_model(model).register_forward_pre_hook(self._begin, with_kwargs=True),
             self.layers[self.count].register_forward_pre_hook(self._enter, with_kwargs=True),
         ]
         for layer in self.layers[: self.count]:

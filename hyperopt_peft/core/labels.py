@@ -253,7 +253,7 @@ def _output(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     with model_reads(batch):
         output = model(**batch)
         loss, logits = getattr(output, "loss", None), getattr(output, "logits", None)
-        if logits is None:  # TRL 1.4 to 1.14 returns none if there are labels
+        if logits is None:  # a fused head may return none if there are labels
             output = model(**{key: value for key, value in batch.items() if key != "labels"})
             logits = getattr(output, "logits", None)
     if not isinstance(loss, Tensor) or not isinstance(logits, Tensor):

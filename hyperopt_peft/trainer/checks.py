@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate.utils import send_to_device
 from datasets import Dataset
-from packaging.version import Version
 from torch import nn
 from transformers import Trainer
 from transformers.utils import logging
@@ -38,8 +36,6 @@ from hyperopt_peft.utils.random_state import RandomState, replay
 from hyperopt_peft.utils.validation import require_writable
 
 logger = logging.get_logger(__name__)
-#: The oldest transformers version that was seen to load a sharded adapter.
-FSDP2_SINCE = Version("5.10")
 #: The least rate × steps with which an adapter learns: twice the distance that Adam moves a weight
 #: under linear decay. DoRA's held-out score on five tasks was .46 at .03, .60 at .1 and .68 to .70
 #: from .3 on, whether by more steps or by a higher rate.
@@ -253,11 +249,6 @@ def check_accelerator(trainer: Trainer, levels: Sequence[Problem], estimator: Es
 
 
 def _check_fsdp(trainer: Trainer, levels: Sequence[Problem], estimator: Estimator) -> None:
-    if Version(transformers.__version__) < FSDP2_SINCE:
-        raise ProblemError(
-            f"fsdp: FSDP2 needs transformers {FSDP2_SINCE} or newer, got "
-            f"{transformers.__version__}, which does not load sharded adapters; use DDP, or upgrade"
-        )
     plugin, precision = trainer.accelerator.state.fsdp_plugin, trainer.accelerator.mixed_precision
     if plugin.fsdp_version != 2:
         raise ProblemError("fsdp_version: FSDP1 hides the parameters that a level owns; set 2")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import weakref
 from collections import UserDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -48,7 +47,6 @@ class PassCounter(TrainerCallback):
         self.limit, self.joined, self._paused = math.inf, False, False
         self.unit: int | None = None
         self._batch, self._thirds = 1, 0  # whole numbers, so that a sum is exact
-        self._last: Any = lambda: None
         self._hooks: list[Any] = []
         self.begin()
 
@@ -73,8 +71,8 @@ class PassCounter(TrainerCallback):
         self._earlier, self._thirds = self.passes, 0
         self._micro = args.train_batch_size
         self._batch = self.unit or self._micro * args.gradient_accumulation_steps
-        for each in {model, base_model(model)}:  # older PEFT calls the hooks of only one of them
-            self._hooks.append(each.register_forward_hook(self._passed, with_kwargs=True))
+        base = base_model(model)  # some losses call it without the adapter's wrapper
+        self._hooks.append(base.register_forward_hook(self._passed, with_kwargs=True))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """End the training at the limit, up to rounding."""
@@ -100,9 +98,8 @@ class PassCounter(TrainerCallback):
             return
         read = _first(args) if args else _first(kwargs.values())
         followed = _first((output,), gradient=True)
-        if read is None or followed is None or followed is self._last():
+        if read is None or followed is None:
             return
-        self._last = weakref.ref(followed)
         rows, before = len(read), False
         if rows == 1 and kwargs.get("position_ids") is not None:  # as TRL's padding_free
             self.joined, rows = True, self._micro

@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from datasets import Dataset, Value
-from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import BertForSequenceClassification, Trainer, TrainingArguments
@@ -74,8 +72,6 @@ def test_scores_are_slopes_of_retraining(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_run_is_the_trainers_own(tmp_path: Path, kind: str) -> None:
     """With weights of one: variables and evaluation loss of the stock Trainer."""
-    if kind == "regression" and Version(transformers.__version__) < Version("5.10"):
-        pytest.skip("the stock Trainer has no regression in float64")
     args = {"gradient_accumulation_steps": 1}  # which rounds in another order
     plain = stock(tmp_path, kind, args=args)
     plain.train()

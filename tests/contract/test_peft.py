@@ -83,9 +83,6 @@ def test_names_and_bases() -> None:
 
 
 def test_dora_caching_sets_enable_dora_caching_and_fills_dora_cache() -> None:
-    if not hasattr(helpers, "DoraCaching"):
-        assert not hasattr(dora, "ENABLE_DORA_CACHING")
-        return
     model = single().eval()
     layer = adapted_layer(model)
     with helpers.DoraCaching():

@@ -22,8 +22,6 @@ from tests.support.over_trl import CONFIGS, made  # noqa: E402
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_step_of_a_trainer_only_offloads_besides(kind: type) -> None:
     """That is refused, so that a bilevel step may replace TRL's."""
-    if "training_step" not in vars(kind):  # in older releases
-        pytest.skip("the step is the Trainer's own")
     lines = inspect.getsource(kind.training_step).splitlines()[1:]  # type: ignore[attr-defined]
     assert [line.strip() for line in lines if line.strip()] == [
         "with self.maybe_activation_offload_context:",
@@ -38,5 +36,4 @@ def test_metrics_packs_and_the_reference_have_their_names(tmp_path: Path) -> Non
     assert {"_metrics", "_total_train_tokens"} <= vars(sft).keys() & set(METRICS)
     again = {"model": get_peft_model(language_model(), lora()), "peft_config": None}
     dpo = made(tmp_path, trl.DPOTrainer, options=again)
-    # Older releases make no copy for the reference.
     assert set(dpo.model.peft_config) - {"default"} <= {REFERENCE}

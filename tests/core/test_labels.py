@@ -138,8 +138,6 @@ def test_chunks_of_logits_change_no_derivative(shifted: bool, monkeypatch: Any) 
 def test_a_fused_head_gives_the_losses_of_the_logits() -> None:
     """Also of rows that TRL's own trainers wrap in an adapter."""
     utils = pytest.importorskip("trl.trainer.utils")
-    if not hasattr(utils, "add_fused_lm_head"):
-        pytest.skip("this TRL has no fused head")
     plain, rows = MODELS["Llama"][0]().eval(), batch()
     expected = label_losses(plain, rows)
     fused = MODELS["Llama"][0]().eval()
@@ -227,8 +225,6 @@ def test_an_auxiliary_loss_has_no_rows(fused: bool) -> None:
     model = language_model(experts=4, output_router_logits=True, router_aux_loss_coef=1e-3)
     if fused:
         head = pytest.importorskip("trl.trainer.utils")
-        if not hasattr(head, "add_fused_lm_head"):
-            pytest.skip("TRL has no fused head")
         head.add_fused_lm_head(model)
     ids = torch.tensor([[3, 4, 5], [6, 7, 8]])
     batch = {"input_ids": ids, "labels": ids}

@@ -96,8 +96,6 @@ def test_a_fused_head_that_is_not_called_is_refused_before_any_step(
 ) -> None:
     """It reads the weight, which "saved head" trains and whose gradient ``fastmix`` takes."""
     utils = pytest.importorskip("trl.trainer.utils")
-    if not hasattr(utils, "add_fused_lm_head"):
-        pytest.skip("this TRL has no fused head")
     model = adapted(**ADAPTERS[adapter])
     levels = weighted("source", model, 2)
     check_estimator(get_estimator(method), *levels)

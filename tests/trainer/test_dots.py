@@ -5,15 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from torch import Tensor
 
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, NonFiniteError
 from hyperopt_peft.problems.row_weights import RowWeights
 from hyperopt_peft.problems.sources import Sources
 from hyperopt_peft.problems.weight_net import WeightNet
-from hyperopt_peft.trainer.checks import FSDP2_SINCE
 from tests.support import dots_in_processes, two_processes
 from tests.support.trainers import QUIET, data, peft_model
 
@@ -99,8 +96,6 @@ def test_an_upper_loss_that_is_not_finite_skips_the_step(tmp_path: Path) -> None
 @pytest.mark.slow
 def test_shards_train_as_one_process_does(tmp_path: Path) -> None:
     """Under FSDP2 the adapter is sharded, and the weights of the sources are on both processes."""
-    if Version(transformers.__version__) < FSDP2_SINCE:
-        pytest.skip(f"FSDP2 is refused with transformers older than {FSDP2_SINCE}")
     shipped = Path(__file__).parents[2] / "examples" / "accelerate" / "fsdp2.yaml"
     configuration = tmp_path / "fsdp2.yaml"
     configuration.write_text(shipped.read_text().replace("BertLayer", "LlamaDecoderLayer"))

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from hyperopt_peft import BiDoRA, BilevelTrainer, Problem, ProblemError, bilevel
@@ -18,12 +16,6 @@ from tests.support.trainers import QUIET, data, peft_model, values
 
 SETTINGS = {**QUIET, "max_steps": 4, "learning_rate": 1e-2}
 SETTINGS |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
-
-
-#: Before, a Trainer decides by other attributes whether it trains the sum.
-SINCE = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.19"), reason="loss_is_scaled_for_ga is not read"
-)
 
 
 class Confident(Trainer):
@@ -52,10 +44,7 @@ def trained(kind: Any, folder: Path, model: Any, settings: Any = None, **options
     return trainer
 
 
-@pytest.mark.skipif(
-    not hasattr(Trainer, "loss_is_scaled_for_ga"), reason="Transformers does not read it"
-)
-@pytest.mark.parametrize("scaled", [False, pytest.param(True, marks=SINCE)])
+@pytest.mark.parametrize("scaled", [False, True])
 def test_one_level_over_a_loss_of_one_s_own_is_that_trainer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scaled: bool
 ) -> None:

@@ -11,11 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from peft import PeftModel
 
-from hyperopt_peft.trainer.checks import FSDP2_SINCE
 from tests.support import trainer_in_processes as in_processes
 from tests.support import trainers as models
 from tests.support import two_processes
@@ -43,8 +40,6 @@ class Launched(dict[str, Any]):
         self.folders = folders
 
     def __missing__(self, kind: str) -> Any:
-        if kind == "fsdp" and Version(transformers.__version__) < FSDP2_SINCE:
-            pytest.skip(f"FSDP2 is refused with transformers older than {FSDP2_SINCE}")
         launcher = ["accelerate.commands.launch", "--config_file"]
         launcher += [str(CONFIGURATIONS / KINDS[kind]), "--num_processes", "2"]
         launcher += ["--main_process_port", "0"]

@@ -7,20 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from datasets import Dataset
-from packaging.version import Version
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
 
 from hyperopt_peft import BiDoRA, BilevelTrainer, bilevel
 from tests.support.trainers import QUIET, arguments, data, peft_model, ragged, trainer, values
 from tests.support.watch import SGD, Watch
-
-#: Of the stock Trainer, which counts a label that no logits predict, or sums a smoothed loss.
-COUNTS_OTHERWISE = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.10"), reason="counts labels otherwise"
-)
 
 
 class Hundredfold(Trainer):
@@ -89,8 +82,8 @@ def stock(folder: Path, table: Dataset, kind: str, options: Any = None, **settin
     ("table", "kind", "options", "smoothing"),
     [
         (ragged("tokens"), "tokens", {"compute_loss_func": by_sum}, 0.0),
-        pytest.param(data(), "classes", {}, 0.3, marks=COUNTS_OTHERWISE),
-        pytest.param(ragged("causal"), "causal", {}, 0.0, marks=COUNTS_OTHERWISE),
+        (data(), "classes", {}, 0.3),
+        (ragged("causal"), "causal", {}, 0.0),
     ],
 )
 def test_a_loss_that_counts_labels_is_the_trainers(
@@ -149,9 +142,7 @@ def test_a_micro_batch_without_labels_of_a_language_model_counts_nothing(tmp_pat
     assert all(log["loss"] == log["loss"] for log in logs)
 
 
-@pytest.mark.parametrize(
-    ("kind", "warned"), [("classes", True), pytest.param("causal", False, marks=COUNTS_OTHERWISE)]
-)
+@pytest.mark.parametrize(("kind", "warned"), [("classes", True), ("causal", False)])
 def test_a_step_is_the_mean_where_the_trainer_sums(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str, warned: bool
 ) -> None:

@@ -213,7 +213,6 @@ def test_bad_input_is_refused_before_any_work(
 
 
 def test_an_exact_product_of_a_fused_head_is_refused_before_any_step(tmp_path: Path) -> None:
-    pytest.importorskip("trl", minversion="1.16")
     settings = {"lower_steps": 3, "hypergradient": "minres", "gradient_checkpointing": False}
     trainer = made(tmp_path, SFT, BiDoRA(), adapter={"use_dora": True}, **settings)
     with pytest.raises(ProblemError, match=r"no second derivative.*product=.difference"):
