@@ -110,5 +110,5 @@ def _epoch(level: Problem) -> Sequence[MicroBatch]:
     data: Any = [None] if level.batches is None else level.batches.data
     with replay(RandomState.capture()):
         batches = enumerate(map(level.on_device, data))
-        seeded = partial(RandomState.seeded, level.devices, "attribution")
+        seeded = partial(RandomState.seeded, devices_of(level), "attribution")
         return [MicroBatch(batch, seeded(number)) for number, batch in batches]

@@ -13,7 +13,7 @@ from torch import Tensor
 from hyperopt_peft.attribution.estimators import ScoreEstimator
 from hyperopt_peft.attribution.reverse import Sweep
 from hyperopt_peft.attribution.run import Checkpoints, Run, Training
-from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.core.problem import Problem, devices_of
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import Passes
@@ -117,7 +117,7 @@ def scores(
         level = Problem(variables, name="the run")
     else:
         rows = setup.rows()
-    fixed = RandomState.seeded(level.devices, "attribution")
+    fixed = RandomState.seeded(devices_of(level), "attribution")
     oracles = [
         Oracle(setup.evaluation, level, losses, rows, fixed, fixed, passes=passes)
         for losses in setup.evaluation.slices.values()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -47,8 +47,7 @@ def present_options(level: Any) -> list[dict[str, float]]:
 
 def write_options(level: Any) -> None:
     """Write the current values of ``level.optimizer_options()`` into the optimizer's groups."""
-    options = present_options(level)
-    if options and level.optimizer is not None:
+    if options := present_options(level):
         for group, values in zip(level.optimizer.param_groups, options, strict=True):
             group.update(values)
 
@@ -81,29 +80,24 @@ def _number(level: Any, name: str, value: Tensor | float) -> Tensor:
     return number.reshape(())
 
 
-def optimizer_state_copy(
-    optimizer: Any,
-    variables: Sequence[Tensor],
-    *,
-    with_state: bool,
-    options: Sequence[Mapping[str, float]] = (),
-) -> dict[str, Any]:
-    """Copies of the options and the state of ``optimizer`` for ``variables``.
-
-    ``options`` has values for each parameter group that replace the group's own.
+def optimizer_state_copy(level: Any, *, with_state: bool) -> dict[str, Any]:
+    """Copies of the options and the state of the optimizer of ``level``.
 
     Returns:
-        ``"kind"``, the optimizer's class; ``"groups"``, the options of each parameter group that
-        holds some of ``variables``, with their positions under ``"variables"``; ``"state"``, the
-        optimizer's state of each variable (such as its momentum), by the variable's position.
+        ``"kind"``, the optimizer's class, None without an optimizer; ``"groups"``, the present
+        options of each parameter group that is not empty, with the positions of its variables under
+        ``"variables"``; ``"state"``, the optimizer's state of each variable (such as its momentum),
+        by the variable's position.
     """
-    position = {id(variable): index for index, variable in enumerate(variables)}
+    optimizer = level.optimizer
+    if optimizer is None:
+        return {"kind": None, "groups": [], "state": {}}
+    position = {id(variable): index for index, variable in enumerate(level.variables)}
+    options = present_options(level) or [{}] * len(optimizer.param_groups)
     groups = [
         {key: deepcopy(value) for key, value in group.items() if key != "params"}
         | {**values, "variables": [position[id(x)] for x in group["params"] if id(x) in position]}
-        for group, values in zip(
-            optimizer.param_groups, options or [{}] * len(optimizer.param_groups), strict=True
-        )
+        for group, values in zip(optimizer.param_groups, options, strict=True)
     ]
     states = optimizer.state.items() if with_state else ()
     return {

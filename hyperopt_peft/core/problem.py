@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from hyperopt_peft.core.data import DataStream, to_device
-from hyperopt_peft.core.optimizer import optimizer_state_copy, present_options, write_options
+from hyperopt_peft.core.optimizer import optimizer_state_copy, write_options
 from hyperopt_peft.core.prior import GaussianPrior, Prior, as_prior, prior_value
 from hyperopt_peft.core.validation import (
     Variables,
@@ -174,11 +174,6 @@ class Problem:
     def examples(self) -> Problem | None:
         """The `WeightedExamples` that this level is or evaluates; None if there is none."""
         return None
-
-    @property
-    def devices(self) -> list[torch.device]:
-        """The devices that hold the variables of this level and of its lower levels."""
-        return devices_of(self)
 
     def next_batch(self) -> Any:
         """The next batch of the level's data, on the level's device; None without data."""
@@ -361,12 +356,7 @@ class Problem:
 
     def optimizer_snapshot(self, *, with_state: bool) -> dict[str, Any]:
         """The optimizer's kind, options and, optionally, state; see `optimizer_state_copy`."""
-        if self.optimizer is None:
-            return {"kind": None, "groups": [], "state": {}}
-        options = present_options(self)
-        return optimizer_state_copy(
-            self.optimizer, self.variables, with_state=with_state, options=options
-        )
+        return optimizer_state_copy(self, with_state=with_state)
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of the variables, and the states of optimizer, scheduler, data and prior."""

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -179,15 +178,10 @@ def read_state(path: Path) -> Any:
         return load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ProblemError(f"{path}: there is no such file; give the path of another") from error
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # a damaged file makes the unpickler raise exceptions of any kind
         raise ProblemError(
-            f"{path}: the file is truncated or would execute code, and was not loaded; use a "
-            "checkpoint that you wrote yourself"
-        ) from error
-    # A damaged file makes the unpickler raise exceptions of any kind.
-    except Exception as error:
-        raise ProblemError(
-            f"{path}: the file is damaged ({error}); use an earlier checkpoint"
+            f"{path}: the file is damaged or would execute code, and was not loaded; use an "
+            "earlier checkpoint that you wrote yourself"
         ) from error
 
 

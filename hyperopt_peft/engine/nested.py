@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hyperopt_peft.core.optimizer import read_by_options
-from hyperopt_peft.core.problem import LossGradient, Problem, StepRecord
+from hyperopt_peft.core.problem import LossGradient, Problem, StepRecord, devices_of
 from hyperopt_peft.engine.step import BilevelStep
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import check_ownership, like
@@ -245,13 +246,12 @@ class Nested(Problem):
         """
         with replay(RandomState.capture()):
             key = int(torch.randint(2**62, ()))
+        seeded = partial(RandomState.seeded, devices_of(self))
         place = (self._rounds, *distributed.rank_key())
         last = self._step.last
         if last is None:
-            random_state = RandomState.seeded(self.devices, "below", *place)
-            last = StepRecord(self.lower.peek_batch(), random_state)
-        upper_random = RandomState.seeded(self.devices, key, *place)
-        oracle = self._step.oracle(_Reading(level, variables), batch, upper_random, last)
+            last = StepRecord(self.lower.peek_batch(), seeded("below", *place))
+        oracle = self._step.oracle(_Reading(level, variables), batch, seeded(key, *place), last)
         oracle.history = ()  # no record belongs to a perturbed point
         return oracle
 

@@ -73,11 +73,7 @@ class BilevelStep:
     estimator requires, builds its `Oracle`, and holds its state.
 
     Args:
-        upper: the upper level, with loss F and variables u.
-        lower: the lower level, with loss f and variables w.
-        estimator: the estimator of dF/du.
-        seed: the seed of F's random numbers (dropout). They depend only on the seed and the step,
-            so that F does not affect the random numbers of f.
+        upper, lower, estimator, seed: as for `Engine`.
         recorded: the largest number of lower steps with a record, see `require_history`.
 
     Raises:
@@ -285,11 +281,7 @@ class BilevelStep:
         return packed(self.state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a result of `state_dict`, and delete the records of lower steps.
-
-        Raises:
-            ProblemError: ``state`` does not fit these levels; nothing has changed.
-        """
+        """Restore a result of `state_dict`, and delete the records of lower steps."""
         self.state = unpacked(state, self.lower.variables)
         self.forget()
 

@@ -140,7 +140,6 @@ def other_scheduler(state: dict[str, Any]) -> None:
 CHANGES: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     *((drop(name), name) for name in ("settings", "lower", "random", "estimator", "callbacks")),
     (dict.clear, "'lower'"),
-    (put({"v": [torch.ones(3)]}, "estimator"), "v"),
     *((drop("lower", name), name) for name in ("variables", "optimizer", "batches")),
     (put({}, "lower", "extra"), "extra"),
     (put(None, "lower"), "NoneType"),

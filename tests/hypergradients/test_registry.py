@@ -75,7 +75,6 @@ MISTAKES = {
     "neuman:terms=3": "'neuman'.*'neumann'",
     "xyzzy": "'xyzzy'.*cg, darts, direct",
     "cg:step=4": "cg: .*'step'.*'steps'",
-    "cg:steps=4,steps=5": "cg: .*'steps'",
     "cg:40": "cg: .*'40'",
     "cg:steps=0": "cg: steps .* 0",
     "cg:steps=2.5": "cg: steps .*2.5",

@@ -17,8 +17,6 @@ from hyperopt_peft.utils.distributed import is_sharded
 from hyperopt_peft.utils.validation import Fraction, NonNegativeInt, PositiveFloat
 from hyperopt_peft.utils.vector import Vector, widened, zeros_like
 
-ONLY_PRECONDITIONER = "the result is P⁻¹b, from the preconditioner P alone"
-
 
 @register("kfac", kind="implicit", tolerance=1e-2)
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ class KFAC(Solver):
         limits = self.steps, self.damping or 0.0, self.tolerance, self.rounding(b)
         solution = conjugate_gradients(matvec, b, *limits, precondition=inverse)
         if solution.note and solution.residual == 1 and inverse is not None:  # v is still 0
-            note = f"{solution.note}; {ONLY_PRECONDITIONER}"
+            note = f"{solution.note}; the result is P⁻¹b, from the preconditioner P alone"
             solution = replace(solution, v=inverse(b), note=note)
         return solution
 

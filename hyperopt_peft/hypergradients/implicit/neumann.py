@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver, read_finite
+from hyperopt_peft.hypergradients.implicit.solver import (
+    Matvec,
+    Solution,
+    Solver,
+    power_iteration,
+    read_finite,
+)
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.utils.validation import NonNegativeInt, PositiveFloat
-from hyperopt_peft.utils.vector import Vector, inner, normalised, zeros_like
+from hyperopt_peft.utils.vector import Vector, inner, zeros_like
 
 POWER_STEPS = 10  # of the power iteration for the largest eigenvalue
 
@@ -42,7 +47,7 @@ class Neumann(Solver):
         """v ≈ H⁻¹ b."""
         eta = self.step_size
         if eta is None:
-            largest = _largest_eigenvalue(matvec, b)
+            _, largest = power_iteration(matvec, b, POWER_STEPS)
             if largest == 0:
                 return Solution(zeros_like(b), 1.0, 0, "the Hessian is zero along ∂F/∂w")
             eta = 1 / largest
@@ -52,11 +57,3 @@ class Neumann(Solver):
         last, first = read_finite(inner(p, p), inner(b, b))
         note = f"the series diverges at step_size {eta:.3g}" if last > first else ""
         return Solution(total.mul_(eta), None, self.terms, note)
-
-
-def _largest_eigenvalue(matvec: Matvec, start: Vector) -> float:
-    """A lower bound of |λ|max of a symmetric matrix, by power iteration."""
-    v = start
-    for _ in range(POWER_STEPS):
-        v = matvec(normalised(v))
-    return math.sqrt(*read_finite(inner(v, v)))

@@ -15,7 +15,7 @@ from hyperopt_peft.hypergradients.oracle import Estimate, Oracle, State
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.utils.reductions import to_floats
 from hyperopt_peft.utils.validation import PositiveFloat
-from hyperopt_peft.utils.vector import Vector, machine_epsilon, zeros_like
+from hyperopt_peft.utils.vector import Vector, inner, machine_epsilon, normalised, zeros_like
 
 Matvec = Callable[[Vector], Vector]
 
@@ -100,6 +100,14 @@ class Solver(Estimator):
     def advance(self, matvec: Matvec, b: Vector, state: State) -> tuple[Solution, State]:
         """The solution, and the next ``state``; a subclass may use ``state`` as a warm start."""
         return self.solve(matvec, b), {}
+
+
+def power_iteration(matvec: Matvec, start: Vector, steps: int) -> tuple[Vector, float]:
+    """Hv for the last unit vector v of ``steps`` power steps, and ‖Hv‖ ≤ |λ|max."""
+    v = start
+    for _ in range(steps):
+        v = matvec(normalised(v))
+    return v, math.sqrt(*read_finite(inner(v, v)))
 
 
 def read_finite(*scalars: Tensor) -> list[float]:

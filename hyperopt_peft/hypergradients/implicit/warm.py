@@ -11,7 +11,7 @@ from hyperopt_peft.hypergradients.implicit.solver import (
     Matvec,
     Solution,
     Solver,
-    read_finite,
+    power_iteration,
     require_finite,
 )
 from hyperopt_peft.hypergradients.oracle import State
@@ -102,7 +102,5 @@ class WarmStart(Solver):
         """The power iteration's unit vector, and an estimate of |λ|max."""
         direction = cast(Vector, state["direction"]) if state else b
         largest = FORGET * cast(float, state["largest"]) if state else 0.0
-        for _ in range(1 if state else FIRST_STEPS):
-            direction = matvec(normalised(direction))
-        length = math.sqrt(*read_finite(inner(direction, direction)))
+        direction, length = power_iteration(matvec, direction, 1 if state else FIRST_STEPS)
         return normalised(direction if length else b), max(largest, length)
