@@ -22,6 +22,7 @@ from benchmarks.last_layers import LastLayers, States, encode, movies
 from hyperopt_peft import Problem
 from hyperopt_peft.attribution.levels import train_levels
 from hyperopt_peft.attribution.scores import Evaluation, RetrainingSetup
+from hyperopt_peft.core.problem import devices_of
 from hyperopt_peft.trainer.step import Accumulated, MicroBatch
 from hyperopt_peft.utils.random_state import RandomState
 
@@ -206,7 +207,7 @@ def trained(
     parts = [partial(part_of_mean, lower, index) for index in rows.above.split(chunk)]
 
     def everything() -> Sequence[MicroBatch]:
-        state = RandomState.capture(lower.devices)
+        state = RandomState.capture(devices_of(lower))
         return [MicroBatch(part, state) for part in torch.arange(len(rows.train)).split(CHUNK)]
 
     @torch.no_grad()

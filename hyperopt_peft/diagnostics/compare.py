@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.core.problem import Problem, devices_of
 from hyperopt_peft.diagnostics.curvature import Spectrum, spectrum
 from hyperopt_peft.diagnostics.retraining import Coordinates, Retraining
 from hyperopt_peft.errors import NonFiniteError, ProblemError
@@ -239,7 +239,7 @@ def _run(oracle: Oracle, estimator: Estimator) -> _Run:
     begin = time.perf_counter()
     check_estimator(estimator, oracle.upper, oracle.lower)
     result = oracle.estimate(estimator)
-    for device in {*oracle.upper.devices, *oracle.lower.devices}:
+    for device in devices_of(oracle.upper, oracle.lower):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     seconds = time.perf_counter() - begin
