@@ -19,8 +19,8 @@ from hyperopt_peft.diagnostics.retraining import Retraining
 from hyperopt_peft.hypergradients.estimate import open_oracle
 from hyperopt_peft.hypergradients.registry import get_estimator
 from hyperopt_peft.utils.random_state import RandomState
-from tests.support.by_hand import OPTIMIZERS
 from tests.support.networks import differences, give_gradients, network_levels, snapshot
+from tests.support.optimizers import OPTIMIZERS
 from tests.support.quadratic import FunctionLevel, Level, Program, flat, program
 
 SMALL: dict[str, Any] = {"w_shapes": [(2,), ()], "u_shapes": [(), (2,)]}

@@ -10,7 +10,7 @@ from hyperopt_peft import Engine, ProblemError, hypergradient
 from hyperopt_peft.core.problem import StepRecord
 from hyperopt_peft.hypergradients import Vector
 from hyperopt_peft.hypergradients.unrolled.optimizer_step import DifferentiableStep
-from tests.support.by_hand import BATCHES, f, make_levels, start, upper_f
+from tests.support.optimizers import BATCHES, f, make_levels, start, upper_f
 from tests.support.quadratic import flat, program
 
 

@@ -10,7 +10,7 @@ from torch.optim import SGD, Optimizer
 from hyperopt_peft import Engine, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import Estimate, Oracle
 from hyperopt_peft.hypergradients.unrolled.optimizer_step import DifferentiableStep
-from tests.support.by_hand import OPTIMIZERS, make_levels, start
+from tests.support.optimizers import OPTIMIZERS, make_levels, start
 from tests.support.quadratic import FunctionLevel, flat
 
 Points = list[tuple[Tensor, Tensor]]

@@ -1,24 +1,17 @@
-"""Unrolling, backwards and forwards, against autograd through the same optimizer steps by hand."""
+"""Unrolling, backwards and forwards, against differences over steps of torch's optimizers."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.optim import SGD
+from torch.optim.lr_scheduler import ExponentialLR
 
 from benchmarks.memory import peak_memory
 from hyperopt_peft import Engine, hypergradient
-from tests.support.by_hand import (
-    BATCHES,
-    OPTIMIZERS,
-    ByHand,
-    make_levels,
-    start,
-    trained,
-    trained_by_hand,
-    upper_f,
-)
+from tests.support.optimizers import OPTIMIZERS, make_levels, slopes, start, trained, upper_f
 from tests.support.quadratic import FunctionLevel, flat
 
 SOME = ("nesterov", "adamw", "rmsprop-centered")
@@ -29,13 +22,32 @@ each_optimizer = pytest.mark.parametrize(
 both_modes = pytest.mark.parametrize("method", ["unrolled", "forward"])
 
 
-@each_optimizer
-def test_training_is_differentiated_like_the_steps_by_hand(optimizer: str, method: str) -> None:
+def made(optimizer: str, setting: str = "") -> Any:
+    """Levels; "groups" are in the reverse order of the variables."""
     kind, options = OPTIMIZERS[optimizer]
     w, u = start()
-    expected = trained_by_hand(ByHand(kind, [options] * 2), 2, 3)
-    actual = trained(make_levels(kind(w, **options), w, u), 2, 3, f"{method}:steps=3")
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    groups, more = [{"params": w}], {}
+    if setting == "groups":
+        faster = options | {"lr": 3 * options["lr"], "weight_decay": 0.2}
+        groups = [{"params": [w[1]], **faster}, {"params": [w[0]]}]
+    elif setting == "clipping":
+        more["max_grad_norm"] = 0.05
+    elif setting == "dropout":
+        more["dropout"] = 0.5
+    optimizer_of_w = kind(groups, **options)
+    if setting == "schedule":
+        more["scheduler"] = ExponentialLR(optimizer_of_w, 0.7)
+    return make_levels(optimizer_of_w, w, u, **more)
+
+
+def assert_slope(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-9)
+
+
+@each_optimizer
+def test_training_is_differentiated(optimizer: str, method: str) -> None:
+    actual = trained(made(optimizer), 2, 3, f"{method}:steps=3")
+    assert_slope(actual, slopes(partial(made, optimizer), 3, before=2))
 
 
 @both_modes
@@ -44,30 +56,10 @@ def test_training_is_differentiated_like_the_steps_by_hand(optimizer: str, metho
 def test_each_step_is_differentiated_as_it_was_done(
     optimizer: str, setting: str, method: str
 ) -> None:
-    """The groups are in the reverse order of the variables; each step has its own dropout mask."""
-    kind, options = OPTIMIZERS[optimizer]
-    w, u = start()
-    groups, more, steps = [{"params": w}], {}, 3
-    hand = ByHand(kind, [options] * 2)
-    if setting == "clipping":
-        hand.max_norm = more["max_grad_norm"] = 0.05
-    elif setting == "groups":
-        faster = options | {"lr": 3 * options["lr"], "weight_decay": 0.2}
-        groups = [{"params": [w[1]], **faster}, {"params": [w[0]]}]
-        hand = ByHand(kind, [options, faster])
-    elif setting == "dropout":
-        hand.dropout = more["dropout"] = 0.5
-    optimizer_of_w = kind(groups, **options)
-    if setting == "schedule":
-        hand.gamma = 0.7
-        more["scheduler"] = torch.optim.lr_scheduler.ExponentialLR(optimizer_of_w, 0.7)
-    torch.manual_seed(3)
-    done = 5 if setting == "truncated" else steps
-    expected = trained_by_hand(hand, 2 + done - steps, steps)
-    torch.manual_seed(3)
-    levels: Any = make_levels(optimizer_of_w, w, u, **more)
-    actual = trained(levels, 2, done, f"{method}:steps={steps}")
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    """Each step has its own dropout mask."""
+    done = 5 if setting == "truncated" else 3
+    actual = trained(made(optimizer, setting), 2, done, f"{method}:steps=3")
+    assert_slope(actual, slopes(partial(made, optimizer, setting), 3, before=done - 1))
 
 
 @each_optimizer
@@ -75,20 +67,21 @@ def test_outside_training_steps_are_simulated_from_the_current_point(
     optimizer: str, method: str
 ) -> None:
     """F is differentiated at the current point, on which the optimizer's state depends."""
-    kind, options = OPTIMIZERS[optimizer]
-    w, u = start()
-    hand, made = ByHand(kind, [options] * 2), kind(w, **options)
-    upper, lower = make_levels(made, w, u)
-    hand.run(2, w, u, BATCHES)
-    for _ in range(2):
-        lower.step(lower.gradient(lower.next_batch(), w).gradient)
-    hand.forget_the_graph()
+
+    def advanced() -> Any:
+        upper, lower = made(optimizer)
+        for _ in range(2):
+            lower.step(lower.gradient(lower.next_batch(), lower.variables).gradient)
+        batch = lower.peek_batch()
+        lower.next_batch = lambda: batch
+        return upper, lower
+
+    upper, lower = advanced()
+    u, w = upper.variables, lower.variables
     direct = flat(torch.autograd.grad(upper_f(w, u), u, materialize_grads=True))
-    adjoint = torch.autograd.grad(upper_f(w, u), w)
-    after = hand.run(3, w, u, [BATCHES[2]])
-    implicit = flat(torch.autograd.grad(after, u, adjoint))
-    actual = flat(hypergradient(upper, lower, f"{method}:steps=3"))
-    torch.testing.assert_close(actual, direct + implicit, rtol=1e-12, atol=1e-12)
+    b = flat(torch.autograd.grad(upper_f(w, u), w))
+    implicit = slopes(advanced, 3, value=lambda _, lower: flat(lower.variables) @ b)
+    assert_slope(flat(hypergradient(upper, lower, f"{method}:steps=3")), direct + implicit)
     assert implicit.norm() > 0.01 * direct.norm()
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from tests.support.by_hand import BATCHES, f, start, upper_f
+from tests.support.optimizers import BATCHES, f, start, upper_f
 from tests.support.quadratic import FunctionLevel
 
 
@@ -26,12 +26,6 @@ def logs() -> list[Tensor]:
     return [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (-2.0, -1.5)]
 
 
-def rate_and_decay(rate: Tensor, decay: Tensor, grouped: bool) -> Any:
-    """The same for both variables, or options of their own for the second one."""
-    options = {"lr": rate.exp(), "weight_decay": decay.exp()}
-    return [options, {"lr": rate.exp() / 2 + decay.exp() / 9}] if grouped else options
-
-
 def make(
     kind: type[Optimizer],
     options: dict[str, Any],
@@ -39,8 +33,14 @@ def make(
     upper_rate: float = 1.0,
     **level: Any,
 ) -> tuple[FunctionLevel, Learned]:
+    """Levels whose options are the same for both variables, or others for the second one."""
     w, u = start()
     rate, decay = logs()
+
+    def learned() -> Any:
+        options = {"lr": rate.exp(), "weight_decay": decay.exp()}
+        return [options, {"lr": rate.exp() / 2 + decay.exp() / 9}] if grouped else options
+
     groups = [{"params": [x]} for x in w] if grouped else w
     upper = FunctionLevel(
         lambda _: upper_f(w, u), [*u, rate, decay], optimizer=SGD([*u, rate, decay], upper_rate)
@@ -48,7 +48,7 @@ def make(
     lower = Learned(
         lambda b: f(w, u, b),
         w,
-        lambda: rate_and_decay(rate, decay, grouped),
+        learned,
         data=BATCHES,
         optimizer=kind(groups, **options),
         **level,

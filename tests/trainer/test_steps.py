@@ -13,9 +13,9 @@ from torch.optim import AdamW
 from transformers import TrainerCallback
 
 from hyperopt_peft import BilevelTrainer
-from tests.support.by_hand import BATCHES, ByHand, f, start, upper_f
 from tests.support.class_weights import Stream, streamed
 from tests.support.networks import differences
+from tests.support.optimizers import BATCHES, f, start, upper_f
 from tests.support.quadratic import FunctionLevel
 from tests.support.resume import end
 from tests.support.trainers import arguments
@@ -85,13 +85,20 @@ def trained(
 
 def by_hand(lower_steps: int, max_grad_norm: float) -> list[Tensor]:
     """The same run in plain torch: AdamW's step on w as a differentiable function of u."""
-    w, u = start()
-    hand = ByHand(AdamW, [BELOW] * len(w))
-    hand.max_norm = max_grad_norm or None
+    (w, u), (beta1, beta2), lr = start(), BELOW["betas"], BELOW["lr"]
+    moments = [(torch.zeros_like(x), torch.zeros_like(x)) for x in w]
     upper = AdamW(u, **ABOVE)
     for step in range(1, STEPS + 1):
-        hand.forget_the_graph()
-        after = hand.step(w, u, BATCHES[0])
+        gradient = torch.autograd.grad(f(w, u, BATCHES[0]), w, create_graph=True)
+        norm = torch.cat([g.flatten() for g in gradient]).norm()
+        clip = torch.clamp(max_grad_norm / (norm + 1e-6), max=1) if max_grad_norm else 1.0
+        after = []
+        for k, (x, g) in enumerate(zip(w, gradient, strict=True)):
+            g, (m, v) = clip * g, moments[k]
+            m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+            update = m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + BELOW["eps"])
+            after.append(x - lr * BELOW["weight_decay"] * x - lr * update)
+            moments[k] = (m.detach(), v.detach())
         if step % lower_steps == 0:  # at w, where the step begins
             b = torch.autograd.grad(upper_f(w, u), w)
             implicit = torch.autograd.grad(after, u, b, retain_graph=True)

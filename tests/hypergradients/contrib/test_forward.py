@@ -9,8 +9,8 @@ from torch.optim import SGD
 
 from hyperopt_peft import BilevelTrainingArguments, Engine, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import Oracle
-from tests.support.by_hand import OPTIMIZERS
 from tests.support.learned_options import make
+from tests.support.optimizers import OPTIMIZERS
 from tests.support.quadratic import flat
 
 

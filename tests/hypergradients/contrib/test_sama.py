@@ -5,7 +5,7 @@ import torch
 from torch.optim import SGD, AdamW
 
 from hyperopt_peft import hypergradient
-from tests.support.by_hand import OPTIMIZERS, make_levels, start, trained
+from tests.support.optimizers import OPTIMIZERS, make_levels, start, trained
 from tests.support.quadratic import FunctionLevel, flat
 
 
