@@ -252,10 +252,7 @@ def _output(model: nn.Module, batch: Mapping[str, Any]) -> Any:
         batch = {key: value for key, value in batch.items() if key in parameters}
     with model_reads(batch):
         output = model(**batch)
-        loss, logits = getattr(output, "loss", None), getattr(output, "logits", None)
-        if logits is None:  # a fused head may return none if there are labels
-            output = model(**{key: value for key, value in batch.items() if key != "labels"})
-            logits = getattr(output, "logits", None)
+    loss, logits = getattr(output, "loss", None), getattr(output, "logits", None)
     if not isinstance(loss, Tensor) or not isinstance(logits, Tensor):
         raise ProblemError(
             f"{type(model).__name__}: the model must return loss and logits for a batch with "

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy, deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ class StepRecord:
     #: ∂f/∂u from the same backward pass; None if the estimator does not require it.
     upper_gradient: tuple[Tensor | None, ...] | None = None
     #: `Problem.optimizer_snapshot` before the step.
-    optimizer: Mapping[str, Any] | None = None
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass

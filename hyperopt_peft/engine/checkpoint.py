@@ -41,7 +41,8 @@ def write_manifest(folder: Path, record: Mapping[str, Any]) -> None:
 
     The manifest appears by an atomic rename, so that an interrupted write leaves none.
     """
-    files = {path.relative_to(folder).as_posix(): _digest(path) for path in _files(folder)}
+    paths = [p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(MANIFEST)]
+    files = {path.relative_to(folder).as_posix(): _digest(path) for path in sorted(paths)}
     text = json.dumps({**record, "written": time.time(), "files": files}, indent=1)
     temporary = folder / (MANIFEST + ".part")
     with temporary.open("w") as file:
@@ -57,15 +58,12 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
     ``"written"`` is the time at which the manifest was written, in seconds.
 
     Raises:
-        ProblemError: ``folder`` does not exist, has no readable manifest, or has a file that is
-            missing or has changed.
+        ProblemError: ``folder`` has no readable manifest, or a file is missing or has changed.
     """
-    if not folder.is_dir():
-        raise ProblemError(f"{folder}: there is no such checkpoint; give the path of another")
     if not (folder / MANIFEST).is_file():
         raise ProblemError(
-            f"{folder}: no file {MANIFEST} (writing was interrupted, or another program wrote the "
-            "folder); resume from an earlier checkpoint"
+            f"{folder}: no file {MANIFEST} (there is no such folder, writing was interrupted, or "
+            "another program wrote it); resume from another checkpoint"
         )
     try:
         record = json.loads((folder / MANIFEST).read_text())
@@ -77,14 +75,10 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
         ) from error
     for name, digest in files.items():
         path = folder / name
-        if folder.resolve() not in path.resolve().parents or not path.is_file():
+        if not path.is_file() or _digest(path) != digest:
             raise ProblemError(
-                f"{folder}: the file {name} is missing; resume from an earlier checkpoint"
-            )
-        if _digest(path) != digest:
-            raise ProblemError(
-                f"{path}: the file was truncated or changed after writing; resume from an earlier "
-                "checkpoint"
+                f"{folder}: the file {name} is missing, truncated or changed; resume from an "
+                "earlier checkpoint"
             )
     return dict(record)
 
@@ -183,10 +177,6 @@ def read_state(path: Path) -> Any:
             f"{path}: the file is damaged or would execute code, and was not loaded; use an "
             "earlier checkpoint that you wrote yourself"
         ) from error
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(MANIFEST))
 
 
 def _in_order(*folders: Path) -> list[Path]:

@@ -223,11 +223,7 @@ class Nested(Problem):
         self.lower.check_state(state["below"])
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a result of `state_dict`.
-
-        Raises:
-            ProblemError: ``state`` does not fit these levels; nothing has changed.
-        """
+        """Restore a result of `state_dict`; raises ProblemError if ``state`` does not fit."""
         self.check_state(state)
         self.middle.load_state_dict(state["middle"])
         self.lower.load_state_dict(state["below"])

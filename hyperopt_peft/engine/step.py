@@ -259,7 +259,6 @@ class BilevelStep:
             "products": oracle.passes.products,
             "note": result.note,
         }
-        assert result.norms is not None  # `estimate` has read them
         if result.norms[0] == 0 < oracle.upper_gradient.norm and self.estimator.name != "direct":
             warnings.warn(
                 f"{self.estimator.name}: the hypergradient of {self.upper.name} is exactly 0"

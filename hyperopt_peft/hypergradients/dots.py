@@ -139,12 +139,12 @@ class Dots:
         names, w = self.level.names, self.level.variables
         if self.along is None:
             if not self._called:
-                self._refuse(UNCALLED)
+                raise refusal(self.level, UNCALLED)
             return
         for layer, numbers in self.layers.items():
             unseen = [names[k] for k in numbers if k is not None and gradient[k] is not None]
             if unseen and layer not in self._called:
-                self._refuse(f"reads variable {unseen[0]!r} without calling its layer")
+                raise refusal(self.level, f"reads variable {unseen[0]!r} without calling its layer")
         slope = Vector.of(gradient, w)
         if self.level.prior is not None:
             term = prior_value(self.level.prior, w, self.level.name)
@@ -155,13 +155,11 @@ class Dots:
         here = distributed.average(here)
         total, size, expected = to_floats([*here, inner(slope, self.along)])
         if abs(total - expected) > self._epsilon**0.5 * size:
-            self._refuse(
+            raise refusal(
+                self.level,
                 f"has a derivative of {expected:.6g}, but the dot products of its layers sum to "
-                f"{total:.6g}: it uses a weight outside its layer, or w outside losses"
+                f"{total:.6g}: it uses a weight outside its layer, or w outside losses",
             )
-
-    def _refuse(self, reason: str) -> None:
-        raise ProblemError(f"{self.level.name}: dot products: the loss {reason}; {ADVICE}")
 
     def mixed(self, variables: Sequence[Tensor]) -> Vector:
         """∂²f/∂u∂w·b for the upper ``variables`` u, averaged over the processes."""
@@ -271,10 +269,10 @@ def linear_layers(level: Problem) -> dict[nn.Linear, tuple[int | None, int | Non
                 f"and {name!r} is neither; {ADVICE}"
             )
     if has_fused_head(model) and layers.keys() & {*model.get_output_embeddings().modules()}:
-        raise uncalled(level)
+        raise refusal(level, UNCALLED)
     return layers
 
 
-def uncalled(level: Problem) -> ProblemError:
-    """The error for a loss of ``level`` that does not call the model's output layer."""
-    return ProblemError(f"{level.name}: dot products: the loss {UNCALLED}; {ADVICE}")
+def refusal(level: Problem, reason: str) -> ProblemError:
+    """The error for a loss of ``level`` whose dot products would be wrong."""
+    return ProblemError(f"{level.name}: dot products: the loss {reason}; {ADVICE}")

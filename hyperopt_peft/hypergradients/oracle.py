@@ -65,7 +65,7 @@ class Estimate:
         steps: the number of steps of the solver.
         note: a message for the user.
         state: the `Oracle.state` of the next upper step.
-        norms: the 2-norms of dF/du, ``direct`` and ``implicit``; set by `estimate`.
+        norms: the 2-norms of dF/du, ``direct`` and ``implicit``; set by `Oracle.estimate`.
 
     Example:
         >>> from torch import ones
@@ -80,7 +80,7 @@ class Estimate:
     steps: int | None = None
     note: str = ""
     state: State = field(default_factory=dict)
-    norms: tuple[float, float, float] | None = None
+    norms: tuple[float, float, float] = (math.nan, math.nan, math.nan)
 
     @property
     def hypergradient(self) -> Vector:
@@ -90,7 +90,7 @@ class Estimate:
     @property
     def implicit_ratio(self) -> float:
         """‖implicit‖/‖direct‖; infinite if only ``direct`` is zero."""
-        _, direct, implicit = self.norms or (0.0, self.direct.norm(), self.implicit.norm())
+        _, direct, implicit = self.norms
         return implicit / direct if direct else (float("inf") if implicit else 0.0)
 
 
@@ -135,6 +135,11 @@ class Oracle:
     losses: list[Tensor] = field(default_factory=list)
     dots: Dots | None = None
     implicit: bool = True
+
+    @property
+    def last(self) -> StepRecord | None:
+        """The last lower step; None outside training."""
+        return self.history[-1] if self.history else None
 
     @contextmanager
     def open(self) -> Iterator[Oracle]:

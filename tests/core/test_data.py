@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -102,13 +101,3 @@ def test_every_epoch_has_an_order_of_its_own(kind: str) -> None:
     batches = DataStream(LOADERS[kind](), "fit")
     epochs = [torch.cat(draw(batches, 4)).tolist() for _ in range(4)]
     assert len({tuple(epoch) for epoch in epochs}) == 4
-
-
-def test_states_are_plain_values_and_tensors(tmp_path: Path) -> None:
-    """So that they can be saved and loaded without executing code."""
-    batches = DataStream(LOADERS["own generator"](), "fit")
-    draw(batches, 3)
-
-    torch.save(batches.state_dict(), tmp_path / "state.pt")
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert not differences(state, batches.state_dict())

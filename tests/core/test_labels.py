@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
@@ -147,23 +146,6 @@ def test_a_fused_head_gives_the_losses_of_the_logits() -> None:
         losses, scored = label_losses(model, rows)
         torch.testing.assert_close(losses, expected[0])
         assert torch.equal(scored, expected[1]) and labels_are_shifted(model, rows)
-
-
-def test_a_head_may_make_no_logits_where_there_are_labels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As that of TRL's SFTTrainer in some releases."""
-    plain, rows = MODELS["Llama"][0]().eval(), batch()
-    expected = row_losses(plain, rows)
-    chunked = MODELS["Llama"][0]().eval()
-    chunked.load_state_dict(plain.state_dict())
-    forward = chunked.forward
-
-    @wraps(forward)
-    def without_logits(*args: Any, **inputs: Any) -> Any:
-        output = forward(*args, **inputs)
-        return output if inputs.get("labels") is None else SimpleNamespace(loss=output.loss)
-
-    monkeypatch.setattr(chunked, "forward", without_logits)
-    assert all(map(torch.equal, row_losses(chunked, rows), expected))
 
 
 def test_asking_changes_nothing() -> None:

@@ -33,17 +33,13 @@ def moved(leaves: Any, seed: int = 0) -> Tensor:
 
 
 def upper_of(quadratic: Program, prior: Any = None) -> FunctionLevel:
-    u, w = quadratic.u, quadratic.w
-    sgd = torch.optim.SGD(u, lr=0.05)
-    loss = lambda _: quadratic.upper_f(flat(w), flat(u))  # noqa: E731
-    return FunctionLevel(loss, u, optimizer=sgd, prior=prior, name="upper")
+    loss = lambda _: quadratic.upper_f(flat(quadratic.w), flat(quadratic.u))  # noqa: E731
+    return FunctionLevel(loss, quadratic.u, lr=0.05, prior=prior, name="upper")
 
 
 def lower_of(quadratic: Program, prior: Any = None) -> FunctionLevel:
-    u, w = quadratic.u, quadratic.w
-    sgd = torch.optim.SGD(w, lr=0.05)
-    loss = lambda _: quadratic.f(flat(w), flat(u))  # noqa: E731
-    return FunctionLevel(loss, w, optimizer=sgd, prior=prior, name="lower")
+    loss = lambda _: quadratic.f(flat(quadratic.w), flat(quadratic.u))  # noqa: E731
+    return FunctionLevel(loss, quadratic.w, lr=0.05, prior=prior, name="lower")
 
 
 @given(quadratic=programs(), weight=st.floats(0, 100), seed=st.integers(0, 1000))
@@ -155,11 +151,9 @@ def test_records_have_losses_without_the_prior() -> None:
 def test_an_upper_variable_that_the_prior_alone_reads_is_named() -> None:
     """One that the lower loss reads is not."""
     u, w, unused = (torch.ones(2, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    sgd = torch.optim.SGD([u, unused], lr=0.1)
-    named = {"u": u, "unused": unused}.items()
-    upper = FunctionLevel(lambda _: w.square().sum(), named, optimizer=sgd, prior=TAU)
-    sgd = torch.optim.SGD([w], lr=0.1)
-    lower = FunctionLevel(lambda _: (w - u).square().sum(), [w], optimizer=sgd)
+    named = [("u", u), ("unused", unused)]
+    upper = FunctionLevel(lambda _: w.square().sum(), named, lr=0.1, prior=TAU)
+    lower = FunctionLevel(lambda _: (w - u).square().sum(), [w], lr=0.1)
     (error,) = (f for f in check_problem(upper, lower, progress=False).findings)
     assert error.kind == "unread variable" and "'unused'" in error.words
     upper.evaluated.half = None  # not yet evaluated

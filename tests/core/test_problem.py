@@ -234,14 +234,6 @@ def test_gradients_leave_those_that_are_held_alone(fails: bool) -> None:
     assert w.grad is held and torch.equal(held, torch.full_like(w, 7)) and v.grad is None
 
 
-def test_gradients_fire_the_hooks_of_a_wrapped_model() -> None:
-    """Data-parallel wrappers reduce gradients in such hooks."""
-    w, fired = leaf(1.0), []
-    w.register_post_accumulate_grad_hook(lambda tensor: fired.append(tensor.grad.item()))
-    FunctionLevel(lambda _: (5 * w).sum(), [w]).gradient(None, [w])
-    assert fired == [5.0]
-
-
 def test_a_step_is_that_of_the_optimizer_and_the_scheduler() -> None:
     w, twin = leaf(1.0, 2.0), leaf(1.0, 2.0)
     optimizer, reference = Adam([w], lr=0.1), Adam([twin], lr=0.1)
@@ -255,41 +247,3 @@ def test_a_step_is_that_of_the_optimizer_and_the_scheduler() -> None:
         schedule.step()
     assert torch.equal(w, twin) and w.grad is None
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 8)
-
-
-def test_a_variable_without_gradient_is_left_alone() -> None:
-    """Not decayed, not moved by momentum."""
-    w, v = leaf(1.0), leaf(1.0)
-    level = Problem([w, v], optimizer=SGD([w, v], lr=0.1, momentum=0.9, weight_decay=0.1))
-    level.step([torch.ones(1), torch.ones(1)])
-    before = v.clone()
-    level.step([torch.ones(1), None])
-    assert torch.equal(v, before) and w.item() < before.item()
-
-
-@pytest.mark.parametrize("limit", [0.5, 2.9, 3.1])
-def test_clipping_bounds_the_step_and_reports_the_norm_before(limit: float) -> None:
-    w, v = leaf(0.0, 0.0), leaf(0.0)
-    level = Problem([w, v], optimizer=SGD([w, v], lr=1.0), max_grad_norm=limit)
-    assert level.step([torch.tensor([2.0, 1.0]), torch.tensor([2.0])]) == pytest.approx(3)
-    bounded = -min(limit, 3.0) * torch.tensor([2, 1, 2]) / 3
-    torch.testing.assert_close(torch.cat([w, v]).detach(), bounded)
-
-
-def test_a_snapshot_tells_groups_and_states_by_position() -> None:
-    w, v = leaf(1.0), leaf(2.0, 3.0)
-    groups = [{"params": [v], "lr": 0.5}, {"params": [], "lr": 0.2}, {"params": [w]}]
-    level = Problem([w, v], optimizer=SGD(groups, lr=0.1, momentum=0.9))
-    level.step([torch.ones(1), torch.ones(2)])
-    snapshot = level.optimizer_snapshot(with_state=True)
-    assert [(g["variables"], g["lr"]) for g in snapshot["groups"]] == [([1], 0.5), ([0], 0.1)]
-    assert not any("params" in group for group in snapshot["groups"])  # they would be copied
-    level.step([torch.ones(1), torch.ones(2)])
-    buffers = {k: state["momentum_buffer"] for k, state in snapshot["state"].items()}
-    assert not differences(buffers, {0: torch.ones(1), 1: torch.ones(2)})
-    assert level.optimizer_snapshot(with_state=False)["state"] == {}
-    assert Problem([w]).optimizer_snapshot(with_state=True) == {
-        "kind": None,
-        "groups": [],
-        "state": {},
-    }

@@ -70,18 +70,12 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "name"),
-    [
-        *((text, MANIFEST) for text in ("", "[]", "null", '{"files": {}}', '{"files": 3}')),
-        ('{"files": {}, "written": "x"}', MANIFEST),
-        ('{"files": {"../secret": "0"}, "written": 1}', "../secret"),  # no file outside
-    ],
+    "text", ["", "[]", "null", '{"files": {}}', '{"files": 3}', '{"files": {}, "written": "x"}']
 )
-def test_a_damaged_manifest_is_named(tmp_path: Path, text: str, name: str) -> None:
+def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
     path = write(tmp_path, 3)
-    (tmp_path / "secret").write_text("x")
     (path / MANIFEST).write_text(text)
-    with pytest.raises(ProblemError, match=name):
+    with pytest.raises(ProblemError, match=MANIFEST):
         verify_manifest(path)
     assert last_valid(tmp_path) is None
 

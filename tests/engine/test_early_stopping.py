@@ -21,10 +21,9 @@ def leaf(value: float) -> Tensor:
 def following(**options: Any) -> tuple[Any, ...]:
     """w follows u at once, and u goes from 0 to the row above: w = u = 5·(1 − 0.8^k)."""
     u, w = leaf(0.0), leaf(0.0)
-    above, below = torch.optim.SGD([u], lr=0.1), torch.optim.SGD([w], lr=0.5)
     rows = [torch.tensor(5.0).double()]
-    upper = FunctionLevel(lambda y: (w - y).square(), [u], data=rows, optimizer=above, **options)
-    lower = FunctionLevel(lambda _: (w - u).square(), [w], optimizer=below)
+    upper = FunctionLevel(lambda y: (w - y).square(), [u], data=rows, lr=0.1, **options)
+    lower = FunctionLevel(lambda _: (w - u).square(), [w], lr=0.5)
     return upper, lower, u, w
 
 

@@ -32,8 +32,8 @@ def logged_levels(log: Log, **options: Any) -> tuple[FunctionLevel, FunctionLeve
         log.append(("upper", batch))
         return {"loss": w.square().sum() + u.square().sum(), "batch": batch}
 
-    upper = FunctionLevel(above, [u], data=[10, 11], optimizer=SGD([u], lr=0.1), name="above")
-    lower = FunctionLevel(below, [w], data=[0, 1, 2], optimizer=SGD([w], lr=0.1), name="below")
+    upper = FunctionLevel(above, [u], data=[10, 11], lr=0.1, name="above")
+    lower = FunctionLevel(below, [w], data=[0, 1, 2], lr=0.1, name="below")
     return upper, lower
 
 
@@ -186,12 +186,8 @@ def test_mistakes_are_named(construct: Callable[[], object], message: str) -> No
 def test_a_variable_that_one_loss_reads_is_enough() -> None:
     """The penalty of a ridge regression is read by f alone, a bias of F's by F alone."""
     w, of_f, of_upper = leaf(), leaf(), leaf()
-    upper = FunctionLevel(
-        lambda _: (w + of_upper).square().sum(),
-        [of_f, of_upper],
-        optimizer=SGD([of_f, of_upper], lr=0.1),
-    )
-    lower = FunctionLevel(lambda _: (w - of_f).square().sum(), [w], optimizer=SGD([w], lr=0.1))
+    upper = FunctionLevel(lambda _: (w + of_upper).square().sum(), [of_f, of_upper], lr=0.1)
+    lower = FunctionLevel(lambda _: (w - of_f).square().sum(), [w], lr=0.1)
     Engine(upper, lower, "cg", progress=False).run(2)
     assert of_f.item() != 1 and of_upper.item() != 1
     before = of_f.item()
@@ -203,8 +199,8 @@ def test_a_variable_that_one_loss_reads_is_enough() -> None:
 def test_a_hypergradient_without_an_implicit_term_is_noticed() -> None:
     """Of a loss that is concave at the lower variables, and of another copy of these."""
     w, u = leaf(), leaf()
-    upper = FunctionLevel(lambda _: w.square().sum(), [u], optimizer=SGD([u], lr=0.1))
-    lower = FunctionLevel(lambda _: -u * w.square().sum(), [w], optimizer=SGD([w], lr=0.1))
+    upper = FunctionLevel(lambda _: w.square().sum(), [u], lr=0.1)
+    lower = FunctionLevel(lambda _: -u * w.square().sum(), [w], lr=0.1)
     with pytest.warns(HypergradientWarning, match="cg: .*exactly 0 .*curvature"):
         Engine(upper, lower, "cg", progress=False).run(1)
     copy = leaf()
@@ -217,17 +213,12 @@ def test_a_hypergradient_without_an_implicit_term_is_noticed() -> None:
 def test_a_variable_that_the_first_losses_read_may_be_left_out_later() -> None:
     """By a batch of another kind, say; the step then leaves it alone."""
     (w, v), (u, c) = (leaf(), leaf()), (leaf(), leaf())
+    options = {"data": [True, False], "lr": 0.1}
     upper = FunctionLevel(
-        lambda all_of_it: (w - u).sum() + (c.sum() if all_of_it else 0),
-        [u, c],
-        data=[True, False],
-        optimizer=SGD([u, c], lr=0.1),
+        lambda whole: (w - u).sum() + (c.sum() if whole else 0), [u, c], **options
     )
     lower = FunctionLevel(
-        lambda all_of_it: (w - u).square().sum() + (v.sum() if all_of_it else 0),
-        [w, v],
-        data=[True, False],
-        optimizer=SGD([w, v], lr=0.1),
+        lambda whole: (w - u).square().sum() + (v.sum() if whole else 0), [w, v], **options
     )
     Engine(upper, lower, "cg:damping=1", progress=False).run(2)
     assert v.item() == c.item() == pytest.approx(0.9)

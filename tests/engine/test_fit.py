@@ -41,13 +41,6 @@ def test_a_loss_that_is_not_finite_ends_the_fit_at_a_named_step() -> None:
     assert problem.variables[0].item() == pytest.approx(0.8)
 
 
-def test_fit_needs_an_optimizer() -> None:
-    problem = level([1.0])
-    problem.optimizer = None
-    with pytest.raises(ProblemError, match=r"fit: .*optimizer"):
-        fit(problem, 1, progress=False)
-
-
 def test_minimize_reaches_the_closed_form_and_leaves_the_optimizer_alone() -> None:
     _, lower = ridge.diabetes()
     _, solved = ridge.diabetes()

@@ -1,12 +1,11 @@
 """Three levels and more: closed forms, autograd, purity, random numbers, and what is refused."""
 
 from collections.abc import Callable
-from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import softplus
 from torch.optim import SGD
 
@@ -14,13 +13,15 @@ from hyperopt_peft import Engine, Nested, NonFiniteError, Problem, ProblemError,
 from hyperopt_peft.engine import fit, minimize
 from hyperopt_peft.trainer.checks import check_levels
 from tests.support.chains import chain, nested
-from tests.support.networks import Interruption, adam_levels, differences, interrupt
-from tests.support.quadratic import FunctionLevel
-
-
-def relative_error(found: Any, expected: Any) -> Any:
-    return float((found - expected).norm() / expected.norm())
-
+from tests.support.networks import (
+    Interruption,
+    adam_levels,
+    differences,
+    give_gradients,
+    interrupt,
+    snapshot,
+)
+from tests.support.quadratic import FunctionLevel, relative_error
 
 # On a quadratic a difference of gradients is exact at any step length.
 EXACT = "exact:product=difference,epsilon=1.0"
@@ -151,21 +152,6 @@ def network_engine(method: str, **options: Any) -> Engine:
     return Engine(top, level, method, lower_steps=2, progress=False)
 
 
-def everything(engine: Any) -> dict[str, Any]:
-    """All that may not change; the data are judged by the batches that they give."""
-    net = engine.upper.net
-    state = deepcopy(engine.state_dict())
-    for level in (state["upper"], state["lower"]["middle"], state["lower"]["below"]):
-        del level["batches"]
-    return {
-        "state": state,
-        "tensors": {k: v.clone() for k, v in net.state_dict().items()},
-        "objects": {k: (id(v), v.data_ptr(), id(v.grad)) for k, v in net.named_parameters()},
-        "random": torch.get_rng_state(),
-        "hooks": len(nn.modules.module._global_forward_pre_hooks),
-    }
-
-
 @pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_hypergradient_leaves_no_trace(method: str) -> None:
@@ -175,11 +161,10 @@ def test_a_hypergradient_leaves_no_trace(method: str) -> None:
         torch.manual_seed(1)
         run.run(2)
     levels = (engine.upper, engine.lower.middle, engine.lower.lower)
-    for parameter in engine.upper.net.parameters():
-        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
-    before = everything(engine)
+    give_gradients(engine.upper.net)
+    before = snapshot(*levels)
     found = hypergradient(engine.upper, engine.lower, method)
-    assert not differences(before, everything(engine))
+    assert not differences(before, snapshot(*levels))
     evaluations = interrupt(levels, 0)
     assert not differences(found, hypergradient(engine.upper, engine.lower, method))
     total = evaluations()
@@ -188,9 +173,8 @@ def test_a_hypergradient_leaves_no_trace(method: str) -> None:
         interrupt(levels, k)
         with pytest.raises(Interruption):
             hypergradient(engine.upper, engine.lower, method)
-        assert not differences(before, everything(engine)), f"evaluation {k} of {total}"
-    for parameter in engine.upper.net.parameters():
-        parameter.grad = None
+        assert not differences(before, snapshot(*levels)), f"evaluation {k} of {total}"
+    engine.upper.net.zero_grad()
     for run in (engine, twin):
         torch.manual_seed(2)
         run.run(2)
@@ -221,9 +205,9 @@ def test_derivatives_of_the_level_below_are_on_its_last_batch_and_masks() -> Non
         return batch * (w - mask * v).square().sum()
 
     levels = (
-        FunctionLevel(lambda _: w.square().sum(), [u], optimizer=SGD([u], lr=0.1)),
-        FunctionLevel(lambda _: (w - u * v).square().sum(), [v], optimizer=SGD([v], lr=0.1)),
-        FunctionLevel(below, [w], optimizer=SGD([w], lr=0.01), data=[1, 2, 3, 4, 5, 6, 7]),
+        FunctionLevel(lambda _: w.square().sum(), [u], lr=0.1),
+        FunctionLevel(lambda _: (w - u * v).square().sum(), [v], lr=0.1),
+        FunctionLevel(below, [w], lr=0.01, data=[1, 2, 3, 4, 5, 6, 7]),
     )
     level = Nested(*levels[1:], lower_steps=2)
     engine = Engine(levels[0], level, "cg:product=difference", lower_steps=2, progress=False)
@@ -252,7 +236,7 @@ def three(**losses: Any) -> Engine:
     """An engine over three levels of one number each, with other losses where given."""
     variables = leaf(), leaf(), leaf()
     first, middle, lower = (
-        FunctionLevel(lambda _, h=h: h(*variables), [x], optimizer=SGD([x], lr=0.1), name=name)
+        FunctionLevel(lambda _, h=h: h(*variables), [x], lr=0.1, name=name)
         for h, x, name in zip((LOSSES | losses).values(), variables, ("first", "middle", "last"))
     )
     level = Nested(middle, lower)

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torch.optim import SGD
 
 from hyperopt_peft import Engine, NonFiniteError, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import Direct, Estimate, Oracle
@@ -20,14 +19,9 @@ def non_finite_levels(bad: set[tuple[str, int]]) -> tuple[FunctionLevel, Functio
         counts[level] += 1
         return math.nan if (level, counts[level]) in bad else 1.0
 
-    upper = FunctionLevel(
-        lambda _: factor("upper") * (w * u).sum(), [u], optimizer=SGD([u], lr=0.1), name="above"
-    )
+    upper = FunctionLevel(lambda _: factor("upper") * (w * u).sum(), [u], lr=0.1, name="above")
     lower = FunctionLevel(
-        lambda _: factor("lower") * (w - u).square().sum(),
-        [w],
-        optimizer=SGD([w], lr=0.1),
-        name="below",
+        lambda _: factor("lower") * (w - u).square().sum(), [w], lr=0.1, name="below"
     )
     return upper, lower
 
@@ -70,7 +64,7 @@ def test_a_skipped_first_step_does_not_hide_a_variable_that_no_loss_reads(owner:
     levels = {"upper": upper, "lower": lower}
     variables = [*levels[owner].variables, torch.ones(1, requires_grad=True)]
     function = levels[owner].function
-    levels[owner] = FunctionLevel(function, variables, optimizer=SGD(variables, lr=0.1))
+    levels[owner] = FunctionLevel(function, variables, lr=0.1)
     engine = Engine(**levels, hypergradient="direct", non_finite="skip", progress=False)
     with pytest.raises(ProblemError, match="'variable 1'"):
         engine.run(3)

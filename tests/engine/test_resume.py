@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,42 +99,33 @@ def test_a_state_is_a_copy() -> None:
     assert not differences(state, copy)
 
 
-def drop(*path: str) -> Callable[[dict[str, Any]], None]:
-    def change(state: dict[str, Any]) -> None:
-        for key in path[:-1]:
-            state = state[key]
-        del state[path[-1]]
-
-    return change
+DROP = object()
 
 
 def put(value: Any, *path: str) -> Callable[[dict[str, Any]], None]:
+    """A change of the entry at ``path``; ``value`` may be a function of the lower variables."""
+
     def change(state: dict[str, Any]) -> None:
+        lower = state["lower"]["variables"].values() if callable(value) else ()
+        made = value([v.clone().requires_grad_() for v in lower]) if callable(value) else value
         for key in path[:-1]:
             state = state[key]
-        state[path[-1]] = value
+        state[path[-1]] = made
+        if value is DROP:
+            del state[path[-1]]
 
     return change
 
 
-def variables_of(state: dict[str, Any]) -> list[Any]:
-    return [v.clone().requires_grad_() for v in state["lower"]["variables"].values()]
+drop = partial(put, DROP)
 
 
-def other_optimizer(state: dict[str, Any]) -> None:
-    """A state of the same tensors under another optimizer."""
-    state["lower"]["optimizer"] = SGD(variables_of(state), lr=0.1).state_dict()
+def one_cycle(w: list[Any]) -> dict[str, Any]:
+    return OneCycleLR(SGD(w, lr=0.1, momentum=0.9), max_lr=1, total_steps=5).state_dict()
 
 
-def two_groups(state: dict[str, Any]) -> None:
-    first, *others = variables_of(state)
-    state["lower"]["optimizer"] = Adam([{"params": [first]}, {"params": others}]).state_dict()
-
-
-def other_scheduler(state: dict[str, Any]) -> None:
-    optimizer = SGD([torch.ones(1, requires_grad=True)], lr=0.1, momentum=0.9)
-    schedule = OneCycleLR(optimizer, max_lr=1, total_steps=5)
-    state["lower"]["scheduler"] = schedule.state_dict()
+def two_groups(w: list[Any]) -> dict[str, Any]:
+    return Adam([{"params": w[:1]}, {"params": w[1:]}]).state_dict()
 
 
 #: A change of the state, and the error.
@@ -145,9 +137,9 @@ CHANGES: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (put(None, "lower"), "NoneType"),
     (drop("lower", "variables", "head.bias"), "head.bias"),
     (put(torch.ones(2), "lower", "variables", "head.bias"), "head.bias"),
-    (two_groups, "parameter groups"),
-    (other_optimizer, "Adam"),
-    (other_scheduler, "LambdaLR"),
+    (put(two_groups, "lower", "optimizer"), "parameter groups"),
+    (put(lambda w: SGD(w, lr=0.1).state_dict(), "lower", "optimizer"), "Adam"),
+    (put(one_cycle, "lower", "scheduler"), "LambdaLR"),
     (put(3, "settings", "lower_steps"), "lower_steps: .* 3.* 2"),
     (put("CG()", "settings", "hypergradient"), r"hypergradient: .*CG.*xi=1.0"),
 ]

@@ -31,7 +31,7 @@ def test_a_schedule_and_a_learnt_decay_go_together() -> None:
     def levels() -> Any:
         (w, u), (_, decay) = start(), logs()
         made = SGD(w, lr=0.3)
-        upper = FunctionLevel(lambda _: upper_f(w, u), [*u, decay], optimizer=SGD([*u, decay], 1.0))
+        upper = FunctionLevel(lambda _: upper_f(w, u), [*u, decay], lr=1.0)
         return upper, Learned(
             lambda b: f(w, u, b),
             w,

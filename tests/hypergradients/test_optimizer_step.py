@@ -61,7 +61,7 @@ def test_variables_that_a_batch_does_not_read_are_left_alone(
         first = (w[0] * u[0][:, None]).square().sum()
         return first + (w[1] * u[1]).square() if reads_both else first
 
-    upper = FunctionLevel(lambda _: w[0].sum() * w[1], u, optimizer=SGD(u, lr=0.0))
+    upper = FunctionLevel(lambda _: w[0].sum() * w[1], u, lr=0.0)
     made = kind([{"params": [x]} for x in w], **options)
     lower = FunctionLevel(loss, w, data=[True, False], optimizer=made)
     Engine(upper, lower, "unrolled:steps=2", lower_steps=2, progress=False).run(1)
@@ -104,7 +104,7 @@ def test_a_variable_of_no_dimension_keeps_its_precision(
         lower = FunctionLevel(
             lambda _, w=w, u=u: (w - u).square(), [w], optimizer=kind([w], lr=0.1)
         )
-        upper = FunctionLevel(lambda _, w=w: w.square(), [u], optimizer=SGD([u], lr=1.0))
+        upper = FunctionLevel(lambda _, w=w: w.square(), [u], lr=1.0)
         assert hypergradient(upper, lower, method)[0].dtype is dtype
         Engine(upper, lower, method, lower_steps=3, progress=False).run(1)
         actual.append(float(u.detach()))
@@ -122,7 +122,7 @@ def test_a_gradient_just_below_the_limit_is_clipped_alike(limit: float, replayed
     lower = FunctionLevel(
         lambda _: (w.square() / 2 + u * w).sum(), [w], optimizer=optimizer, max_grad_norm=limit
     )
-    upper = FunctionLevel(lambda _: w.sum(), [u], optimizer=SGD([u], lr=0.0))
+    upper = FunctionLevel(lambda _: w.sum(), [u], lr=0.0)
     x = w.detach().clone().requires_grad_()
     x.grad = x.detach().clone()
     torch.nn.utils.clip_grad_norm_([x], limit)

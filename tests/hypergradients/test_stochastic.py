@@ -1,18 +1,16 @@
 """Dropout: all evaluations of one objective inside one hypergradient see the same masks."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy
 
-from hyperopt_peft import Engine, Problem, ProblemError, hypergradient
+from hyperopt_peft import Engine, Problem, hypergradient
 from tests.support.minilm import levels, minilm
 from tests.support.networks import Network, differences, loader, owned
-from tests.support.quadratic import FunctionLevel, Once, flat
+from tests.support.quadratic import FunctionLevel, flat
 
 
 @pytest.fixture(scope="module")
@@ -32,65 +30,6 @@ def test_a_hypergradient_is_a_function_of_the_random_state(
     elsewhere = hypergradient(*language_model, "darts", seed=seed)
     assert not differences(first, again)
     assert bool(differences(first, elsewhere)) == (seed is None)
-
-
-def flash(w: Tensor) -> Tensor:
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return scaled_dot_product_attention(w, w, w)
-
-
-@pytest.mark.parametrize(
-    "operation",
-    [pytest.param(flash, id="flash attention"), pytest.param(Once.apply, id="once differentiable")],
-)
-@pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
-@pytest.mark.parametrize("method", ["darts", "cg"])
-def test_operations_without_second_derivative_are_refused_with_advice(
-    operation: Callable[[Tensor], Tensor], method: str
-) -> None:
-    """Never a gradient that silently lacks its implicit term; the difference works."""
-    w = torch.randn(1, 2, 3, 4, requires_grad=True)
-    u = torch.randn(1, 2, 3, 4, requires_grad=True)
-    upper = FunctionLevel(lambda _: w.square().sum() + u.sum(), [u])
-    lower = FunctionLevel(lambda _: (operation(w) * u).sum() + w.square().sum(), [w])
-    hypergradient(upper, lower, f"{method}:product=difference")
-    with pytest.raises(ProblemError, match='product="difference"'):
-        hypergradient(upper, lower, f"{method}:product=exact")
-
-
-@pytest.mark.parametrize("method", ["darts", "cg"])
-def test_a_function_without_second_derivative_is_refused_where_it_ends_the_loss(
-    method: str,
-) -> None:
-    """What it is given does not depend on w, so autograd itself leaves no trace of an error."""
-    w, u = (torch.randn(3, requires_grad=True) for _ in range(2))
-    upper = FunctionLevel(lambda _: w.sum() + u.sum(), [u])
-    lower = FunctionLevel(lambda _: Once.apply(w - u).sum(), [w])
-    with pytest.raises(ProblemError, match="Once"):
-        hypergradient(upper, lower, f"{method}:product=exact")
-
-
-class Fails(torch.autograd.Function):
-    """Its backward pass has an error of its own."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.square()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        raise RuntimeError("out of patience")
-
-
-@pytest.mark.parametrize("method", ["darts:product=exact", "darts"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_another_error_of_the_loss_stays_what_it_is(method: str, dtype: torch.dtype) -> None:
-    """Advice on second derivatives or on precision would send the user the wrong way."""
-    w, u = (torch.randn(3, dtype=dtype, requires_grad=True) for _ in range(2))
-    upper = FunctionLevel(lambda _: w.sum() + u.sum(), [u])
-    lower = FunctionLevel(lambda _: Fails.apply(w * u).sum(), [w])
-    with pytest.raises(RuntimeError, match=r"^out of patience$"):
-        hypergradient(upper, lower, method)
 
 
 def double_precision_levels(lr: float = 0.1) -> tuple[Problem, Problem, Network]:

@@ -97,7 +97,7 @@ def test_graphs_of_two_steps_are_never_held_at_once(method: str) -> None:
         def f(_: Any) -> Tensor:
             return (torch.tanh(x @ w) * u).exp().square().mean()
 
-        upper = FunctionLevel(lambda _: w.square().sum(), [u], optimizer=SGD([u], lr=0.1))
+        upper = FunctionLevel(lambda _: w.square().sum(), [u], lr=0.1)
         lower = FunctionLevel(f, [w], optimizer=SGD([w], lr=0.1, momentum=0.9))
         engine = Engine(upper, lower, f"{method}:steps={steps}", lower_steps=steps, progress=False)
         engine.run(1)

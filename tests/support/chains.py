@@ -37,7 +37,7 @@ class Chain:
             FunctionLevel(
                 lambda _, k=k: self.objective(k, self.blocks),
                 [x],
-                optimizer=torch.optim.SGD([x], lr=lr),
+                lr=lr,
                 data=data,
                 name=f"level {k}",
             )

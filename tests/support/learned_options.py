@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 from tests.support.optimizers import BATCHES, f, start, upper_f
 from tests.support.quadratic import FunctionLevel
@@ -30,7 +30,6 @@ def make(
     kind: type[Optimizer],
     options: dict[str, Any],
     grouped: bool = False,
-    upper_rate: float = 1.0,
     **level: Any,
 ) -> tuple[FunctionLevel, Learned]:
     """Levels whose options are the same for both variables, or others for the second one."""
@@ -42,9 +41,7 @@ def make(
         return [options, {"lr": rate.exp() / 2 + decay.exp() / 9}] if grouped else options
 
     groups = [{"params": [x]} for x in w] if grouped else w
-    upper = FunctionLevel(
-        lambda _: upper_f(w, u), [*u, rate, decay], optimizer=SGD([*u, rate, decay], upper_rate)
-    )
+    upper = FunctionLevel(lambda _: upper_f(w, u), [*u, rate, decay], lr=1.0)
     lower = Learned(
         lambda b: f(w, u, b),
         w,

@@ -10,7 +10,7 @@ from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, Optimizer, 
 
 from hyperopt_peft import Engine
 from tests.support.differences import displace, gradient
-from tests.support.quadratic import FunctionLevel, flat
+from tests.support.quadratic import FunctionLevel, flat, normal, taken
 
 Leaves = Sequence[Tensor]
 Options = dict[str, Any]
@@ -37,11 +37,6 @@ OPTIMIZERS: dict[str, tuple[type[Optimizer], Options]] = {
 }
 
 
-def normal(*size: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*size, dtype=torch.float64, generator=generator)
-
-
 BATCHES = [(normal(5, 3, seed=k), normal(5, 2, seed=10 + k)) for k in range(3)]
 
 
@@ -64,9 +59,8 @@ def start() -> tuple[list[Tensor], list[Tensor]]:
 
 
 def make_levels(optimizer: Optimizer | None, w: Leaves, u: Leaves, **options: Any) -> Any:
-    """An upper level whose step is minus the hypergradient, and a lower one."""
     p = options.pop("dropout", 0.0)
-    upper = FunctionLevel(lambda _: upper_f(w, u), u, optimizer=SGD(u, lr=1.0))
+    upper = FunctionLevel(lambda _: upper_f(w, u), u, lr=1.0)
     lower = FunctionLevel(lambda b: f(w, u, b, p), w, data=BATCHES, optimizer=optimizer, **options)
     return upper, lower
 
@@ -94,9 +88,6 @@ def slopes(
 
 def trained(levels: Any, warmup: int, lower_steps: int, method: str) -> Tensor:
     """The hypergradient that the Engine's first upper step takes."""
-    upper, lower = levels
-    before = flat(upper.variables).detach()
     steps = {"lower_steps": lower_steps, "warmup_steps": warmup}
     torch.manual_seed(3)
-    Engine(upper, lower, method, progress=False, **steps).run(1)
-    return before - flat(upper.variables).detach()
+    return taken(Engine(*levels, method, progress=False, **steps))[0]

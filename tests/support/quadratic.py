@@ -27,12 +27,15 @@ CONDITION = 10.0
 
 
 class FunctionLevel(Problem):
-    """A level whose loss is any function of the batch."""
+    """A level whose loss is any function of the batch; ``lr`` is that of gradient descent."""
 
     def __init__(
-        self, function: Callable[[Any], Tensor], owned: Iterable[Any], **options: Any
+        self, function: Any, owned: Iterable[Any], *, lr: float | None = None, **options: Any
     ) -> None:
         self.function = function
+        if lr is not None:
+            tensors = [x[1] if isinstance(x, tuple) else x for x in owned]
+            options["optimizer"] = torch.optim.SGD(tensors, lr=lr)
         super().__init__(owned, **options)
 
     def loss(self, batch: Any) -> Tensor:
@@ -51,8 +54,7 @@ class Level(FunctionLevel):
         lr: float = 0.05,
     ) -> None:
         self.objective = objective
-        optimizer = torch.optim.SGD(owned, lr=lr)
-        super().__init__(lambda _: objective(flat(w), flat(u)), owned, optimizer=optimizer)
+        super().__init__(lambda _: objective(flat(w), flat(u)), owned, lr=lr)
 
 
 class Once(torch.autograd.Function):
@@ -122,6 +124,24 @@ class Program:
 
 def flat(leaves: Sequence[Tensor] | Vector) -> Tensor:
     return torch.cat([leaf.reshape(-1) for leaf in leaves])
+
+
+def relative_error(actual: Any, expected: Any) -> float:
+    """‖actual − expected‖/‖expected‖ of two tensors, vectors or sequences of tensors."""
+    x, y = (x if isinstance(x, Tensor) else flat(x) for x in (actual, expected))
+    return float((x - y).norm() / y.norm())
+
+
+def normal(*size: int, seed: int = 0) -> Tensor:
+    return torch.randn(*size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def taken(engine: Any, steps: int = 1) -> list[Tensor]:
+    """The hypergradients of a run as flat vectors; the upper variables do not move."""
+    result: list[Tensor] = []
+    engine.upper.step = lambda gradient, norm: result.append(flat(gradient)) or norm
+    engine.run(steps)
+    return result
 
 
 def leaves(values: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hyperopt_peft.core.labels import has_fused_head
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.hypergradients.dots import ADVICE, UNCALLED, Dots, uncalled, weighted_examples
+from hyperopt_peft.hypergradients.dots import ADVICE, UNCALLED, Dots, refusal, weighted_examples
 from hyperopt_peft.hypergradients.estimator import Estimator, Requirements
 from hyperopt_peft.hypergradients.oracle import Estimate, Oracle
 from hyperopt_peft.hypergradients.registry import register
@@ -62,8 +62,7 @@ class FastMix(Estimator):
 
     def estimate(self, oracle: Oracle) -> Estimate:
         """dF/du at the oracle's point."""
-        at = oracle.history[-1] if oracle.history else None
-        dots = oracle.dots or oracle.observe(self.observe(oracle), at)
+        dots = oracle.dots or oracle.observe(self.observe(oracle), oracle.last)
         mixed = dots.mixed(oracle.upper.variables)
         return Estimate(oracle.upper_gradient.direct, -self.xi * mixed)
 
@@ -80,7 +79,7 @@ def output_layer(level: Problem) -> nn.Module:
     """
     model = weighted_examples(level).model
     if has_fused_head(model):
-        raise uncalled(level)
+        raise refusal(level, UNCALLED)
     modules: Iterator[Any] = model.modules()  # a wrapper for processes has no such method
     owners = (each for each in modules if hasattr(each, "get_output_embeddings"))
     layer: nn.Module | None = next((each.get_output_embeddings() for each in owners), None)

@@ -57,12 +57,11 @@ class OneStep(Estimator):
 
     def mixed(self, oracle: Oracle, v: Vector) -> Vector:
         """∂²f/∂u∂w · v at the start of the last lower step (outside training, at the current w)."""
-        at = oracle.history[-1] if oracle.history else None
         if self.product == "dots":
-            dots = oracle.dots or oracle.observe(Dots.of(oracle.lower, v), at)
+            dots = oracle.dots or oracle.observe(Dots.of(oracle.lower, v), oracle.last)
             return dots.mixed(oracle.upper.variables)
         with oracle.product(
-            self.product, at=at, epsilon=self.epsilon, scheme=self.scheme
+            self.product, at=oracle.last, epsilon=self.epsilon, scheme=self.scheme
         ) as product:
             return product.mixed(v)
 
@@ -111,7 +110,7 @@ class DARTS(OneStep):
         return oracle.upper_gradient.b if self.xi != 0 else None
 
     def _learning_rate(self, oracle: Oracle) -> float:
-        last = oracle.history[-1].optimizer if oracle.history else None
+        last = oracle.last and oracle.last.optimizer
         snapshot = last or oracle.lower.optimizer_snapshot(with_state=False)
         rates = {float(group["lr"]) for group in snapshot["groups"]}
         self.require(len(rates) > 0, 'xi="lr" needs an optimizer at the lower level')

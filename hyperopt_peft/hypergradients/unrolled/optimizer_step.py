@@ -134,7 +134,7 @@ class DifferentiableStep:
             if gradient is not None:
                 new = dict(zip(self.moment_names, moments[i * width :], strict=False))
                 state[i] |= {"step": _count(step, i) + 1, **new}
-        return tuple(point), {**_snapshot(step), "state": state}
+        return tuple(point), {**step.optimizer, "state": state}
 
     def _inputs(
         self, step: StepRecord, clipping: Clipping
@@ -161,7 +161,7 @@ class DifferentiableStep:
         moments: list[Tensor],
         options: list[Tensor],
     ) -> tuple[list[Tensor], list[Tensor]]:
-        groups, values = _snapshot(step)["groups"], iter(options)
+        groups, values = step.optimizer["groups"], iter(options)
         after, moments_after = list(point), list(moments)
         width = len(self.moment_names)
         for group, names in zip(groups, self._learnt or [{}] * len(groups), strict=True):
@@ -202,13 +202,8 @@ def _clipping_derivative(clipping: Clipping, x: Vector) -> Vector:
     return (x - along * g) * factor
 
 
-def _snapshot(step: StepRecord) -> Mapping[str, Any]:
-    assert step.optimizer is not None
-    return step.optimizer
-
-
 def _state(step: StepRecord, index: int) -> Mapping[str, Any]:
-    state: Mapping[str, Any] = _snapshot(step)["state"].get(index, {})
+    state: Mapping[str, Any] = step.optimizer["state"].get(index, {})
     return state
 
 

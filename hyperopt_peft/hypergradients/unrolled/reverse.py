@@ -96,16 +96,16 @@ class Unrolled(Estimator):
 
 def last_steps(oracle: Oracle, count: int) -> tuple[DifferentiableStep, Sequence[StepRecord]]:
     """The lower optimizer's step as a function, and the recorded (or ``count`` simulated) steps."""
-    last = oracle.history[-1].optimizer if oracle.history else None
-    state = last or oracle.lower.optimizer_snapshot(with_state=True)
-    optimizer = DifferentiableStep(oracle.lower, state)
+    lower = oracle.lower
+    state = oracle.last.optimizer if oracle.last else lower.optimizer_snapshot(with_state=True)
+    optimizer = DifferentiableStep(lower, state)
     if oracle.history:
         return optimizer, oracle.history
     steps: list[StepRecord] = []
-    point = tuple(variable.detach().clone() for variable in oracle.lower.variables)
+    point = tuple(variable.detach().clone() for variable in lower.variables)
     while True:
-        with perturbed(oracle.lower.variables):
-            assign_(oracle.lower.variables, point)
+        with perturbed(lower.variables):
+            assign_(lower.variables, point)
             gradient = oracle.lower_parts()
         steps.append(
             StepRecord(oracle.lower_batch, oracle.lower_random, point, gradient, None, state)

@@ -1,59 +1,40 @@
 """`forward`: tangents over a whole run, and few upper unknowns; test_unrolled has the rest."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch.optim import SGD
 
 from hyperopt_peft import BilevelTrainingArguments, Engine, ProblemError, hypergradient
-from hyperopt_peft.hypergradients import Oracle
 from tests.support.learned_options import make
 from tests.support.optimizers import OPTIMIZERS
-from tests.support.quadratic import flat
-
-
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The hypergradients of an Engine's run."""
-    actual = []
-
-    plain = Oracle.estimate
-
-    def spy(oracle: Any, method: Any) -> Any:
-        result = plain(oracle, method)
-        actual.append(flat(result.hypergradient))
-        return result
-
-    monkeypatch.setattr(Oracle, "estimate", spy)
-    return actual
+from tests.support.quadratic import taken
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_carried_tangents_look_back_on_the_whole_run(optimizer: str, seen: Any) -> None:
+def test_carried_tangents_look_back_on_the_whole_run(optimizer: str) -> None:
     """At a u that rests, six upper steps of one lower step are reverse mode through six."""
 
     def engine(method: str, **options: int) -> Engine:
-        levels = make(*OPTIMIZERS[optimizer], upper_rate=0.0, max_grad_norm=0.3)
+        levels = make(*OPTIMIZERS[optimizer], max_grad_norm=0.3)
         return Engine(*levels, method, warmup_steps=1, progress=False, **options)
 
     forward, again = (engine("forward:carry=true") for _ in range(2))
-    forward.run(2)
+    carried = taken(forward, 2)
     again.load_state_dict(forward.state_dict())
-    again.run(4)
-    for k, carried in list(enumerate(seen, 1)):
-        engine(f"unrolled:steps={k}", lower_steps=k).run(1)
-        torch.testing.assert_close(carried, seen[-1], rtol=1e-12, atol=1e-12)
+    for k, actual in enumerate([*carried, *taken(again, 4)], 1):
+        (expected,) = taken(engine(f"unrolled:steps={k}", lower_steps=k))
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     assert len(again._step._records) == 1  # one step is kept, whatever it looks back on
 
 
-def test_without_carry_the_steps_before_the_last_upper_step_are_left_out(seen: Any) -> None:
-    for method in ("forward:steps=2", "unrolled:steps=2"):
-        levels = make(*OPTIMIZERS["adamw"], upper_rate=0.0)
-        Engine(*levels, method, lower_steps=2, progress=False).run(3)
-    for forward, reverse in zip(seen[:3], seen[3:], strict=True):
-        torch.testing.assert_close(forward, reverse, rtol=1e-12, atol=1e-13)
+def test_without_carry_the_steps_before_the_last_upper_step_are_left_out() -> None:
+    forward, reverse = (
+        taken(Engine(*make(*OPTIMIZERS["adamw"]), method, lower_steps=2, progress=False), 3)
+        for method in ("forward:steps=2", "unrolled:steps=2")
+    )
+    torch.testing.assert_close(forward, reverse, rtol=1e-12, atol=1e-13)
 
 
 def test_too_many_unknowns_are_sent_to_reverse_mode() -> None:
