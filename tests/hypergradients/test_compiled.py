@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from hyperopt_peft import Engine, Problem, attribute, hypergradient
 from tests.support.networks import Network, loader, owned
-from tests.support.quadratic import FunctionLevel, flat
+from tests.support.quadratic import FunctionLevel, flat, taken
 
 # PyTorch warns that a hook of all modules sees a compiled model twice, which is harmless.
 pytestmark = pytest.mark.filterwarnings(
@@ -67,21 +67,17 @@ def levels(way: Way, *, dropout: float = 0.3) -> tuple[Problem, Problem]:
         pull = sum(v.square().sum() for part in parts for _, v in part)
         return cross_entropy(call(x), y) + 0.05 * pull
 
-    u, w = (torch.optim.SGD([v for _, v in part], lr=0.0) for part in parts)
     return (
-        FunctionLevel(lambda _: loss(x + 1), parts[0], optimizer=u, name="upper"),
-        FunctionLevel(lambda _: loss(x), parts[1], optimizer=w, name="lower"),
+        FunctionLevel(lambda _: loss(x + 1), parts[0], lr=0.0, name="upper"),
+        FunctionLevel(lambda _: loss(x), parts[1], lr=0.0, name="lower"),
     )
 
 
 def trained(method: str, way: Way, **options: Any) -> Tensor:
     """The hypergradient of an `Engine`, after a lower step with the rate 0."""
-    upper, lower = levels(way, **options)
-    taken: list[tuple[Tensor, ...]] = []
-    upper.step = lambda gradient, norm: taken.append(gradient) or 0.0
+    engine = Engine(*levels(way, **options), method, progress=False)
     torch.manual_seed(5)
-    Engine(upper, lower, method, progress=False).run(1)
-    return flat(taken[0])
+    return taken(engine)[0]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -109,7 +105,7 @@ def scores(way: Way) -> Tensor:
     def losses(x: Tensor) -> Tensor:
         return cross_entropy(call(x), y, reduction="none")
 
-    lower = FunctionLevel(lambda _: (v * losses(x)).mean(), w, optimizer=torch.optim.SGD(w, lr=0.1))
+    lower = FunctionLevel(lambda _: (v * losses(x)).mean(), w, lr=0.1)
     options: dict[str, Any] = {"training_steps": 9, "progress": False}
     return attribute(lower, v, lambda: losses(x.flip(0)).mean(), **options).scores
 
