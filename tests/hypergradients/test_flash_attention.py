@@ -9,7 +9,6 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
 
 from hyperopt_peft import (
@@ -20,11 +19,11 @@ from hyperopt_peft import (
     attribute,
     hypergradient,
 )
-from hyperopt_peft.core.examples import WeightedExamples
 from tests.support.flash_attention import flash_attention
 from tests.support.language import language_model, lora
 from tests.support.minilm import cosine
 from tests.support.quadratic import FunctionLevel
+from tests.support.weighted_levels import weighted
 
 IDS = torch.randint(3, 20, (6, 8), generator=torch.Generator().manual_seed(0))
 REFUSED = (
@@ -47,38 +46,23 @@ def adapted(attention: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     return get_peft_model(model, lora(target_modules=["q_proj", "v_proj"]))
 
 
-class Rows(WeightedExamples):
-    """The softmax of ``shares`` weights six rows."""
-
-    def __init__(self, model: nn.Module, shares: Tensor) -> None:
-        self.model, self.shares = model, shares
-        w = [p for p in model.parameters() if p.requires_grad]
-        super().__init__(w, optimizer=torch.optim.SGD(w, lr=0.1), name="rows")
-
-    def groups(self, ids: Tensor) -> Tensor:
-        return torch.arange(len(ids))
-
-    def losses(self, ids: Tensor) -> Tensor:
-        logits = self.model(input_ids=ids).logits[:, :-1].float()
-        return cross_entropy(logits.mT, ids[:, 1:], reduction="none").mean(1)
-
-    def weighted(self, losses: Tensor, ids: Tensor) -> Tensor:
-        return losses @ self.shares.softmax(0)
-
-
 def levels(
     attention: str, dtype: torch.dtype = torch.bfloat16, *, checkpointed: bool = False
 ) -> tuple[Problem, Problem]:
-    model, shares = adapted(attention, dtype), torch.zeros(6, requires_grad=True)
+    model = adapted(attention, dtype)
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    lower = Rows(model.train(), shares)
-    return FunctionLevel(lambda ids: lower.losses(ids.flip(1)).mean(), [shares]), lower
+    upper, lower = weighted("index", model.train(), 6, torch.float32)
+    lower.optimizer = torch.optim.SGD(lower.variables, lr=0.1)
+    return upper, lower
 
 
 def gradient(method: str, *args: Any, **options: Any) -> tuple[Tensor, ...]:
-    batches = {"upper_batch": IDS, "lower_batch": IDS}
-    return hypergradient(*levels(*args, **options), method, **batches)
+    above, below = (
+        {"input_ids": ids, "labels": ids, "index": torch.arange(6)} for ids in (IDS.flip(1), IDS)
+    )
+    both = levels(*args, **options)
+    return hypergradient(*both, method, upper_batch=above, lower_batch=below)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

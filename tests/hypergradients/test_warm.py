@@ -13,18 +13,13 @@ from torch import Tensor
 from hyperopt_peft import NonFiniteError
 from hyperopt_peft.hypergradients import Matvec, Vector, WarmStart
 from hyperopt_peft.hypergradients.implicit.warm import FIRST_STEPS
-from tests.support.quadratic import positive, symmetric
+from tests.support.quadratic import normal, positive, symmetric
 
 State = dict[str, Any]
 
 
 def of(matrix: Tensor) -> Matvec:
     return lambda v: Vector([matrix @ v.parts[0]])
-
-
-def random(*size: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*size, dtype=torch.float64, generator=generator)
 
 
 def calls(solver: WarmStart, systems: Sequence[tuple[Tensor, Tensor]], state: State) -> list[Any]:
@@ -47,7 +42,7 @@ def test_the_error_is_the_product_of_all_steps(
     n: int, steps: int, decay: float, damping: float, seed: int
 ) -> None:
     """v* − v = Π (I − (a/k^decay)(H + damping·I)) v*, the first steps being Neumann's."""
-    h, b, a = positive(n, torch.Generator().manual_seed(seed)), random(n, seed=seed), 0.05
+    h, b, a = positive(n, torch.Generator().manual_seed(seed)), normal(n, seed=seed), 0.05
     one = torch.eye(n, dtype=torch.float64)
     damped = h + damping * one
     solution = torch.linalg.solve(damped, b)
@@ -70,7 +65,7 @@ def test_the_step_is_one_over_the_largest_eigenvalue(
     damping: float, scale: float, seed: int
 ) -> None:
     """Found by one product a call, and the solution at its rate: (1 − 1/10)^200 = 7e-10."""
-    h, b = scale * positive(8, torch.Generator().manual_seed(seed)), random(8, seed=seed)
+    h, b = scale * positive(8, torch.Generator().manual_seed(seed)), normal(8, seed=seed)
     damping = damping * scale
     *actual, state = calls(WarmStart(decay=0.0, damping=damping), [(h, b)] * 200, {})
     assert 8 * scale < state["largest"] < 10.001 * scale  # a draw may hardly have that eigenvector
@@ -83,9 +78,9 @@ def test_its_mean_over_all_sequences_of_batches_is_that_of_the_mean_batch() -> N
 
     A solver that starts anew on each batch has the mean of H⁻¹b, which is another.
     """
-    batches = [(positive(4, torch.Generator().manual_seed(k)), random(4, seed=k)) for k in range(3)]
+    batches = [(positive(4, torch.Generator().manual_seed(k)), normal(4, seed=k)) for k in range(3)]
     mean = sum(h for h, _ in batches) / 3, sum(b for _, b in batches) / 3
-    solver, start = WarmStart(step_size=0.08), {"v": Vector([random(4, seed=9)]), "k": 0}
+    solver, start = WarmStart(step_size=0.08), {"v": Vector([normal(4, seed=9)]), "k": 0}
     *expected, _ = calls(solver, [mean] * 5, start)
     ends = [calls(solver, sequence, start)[-2].v.flat() for sequence in product(batches, repeat=5)]
     actual = torch.stack(ends).mean(0)
@@ -108,7 +103,7 @@ def test_curvature_that_appears_later_is_found(factor: float) -> None:
 
 def test_curvature_that_has_gone_is_forgotten() -> None:
     """Or the step would stay as short as at the steepest point of the run."""
-    h, b = positive(4, torch.Generator().manual_seed(0)), random(4)
+    h, b = positive(4, torch.Generator().manual_seed(0)), normal(4)
     *_, state = calls(WarmStart(), [(h, b)] * 20, {})
     *_, later = calls(WarmStart(), [(h / 100, b)] * 200, state)
     assert later["largest"] == pytest.approx(state["largest"] / 100, rel=0.02)
@@ -117,7 +112,7 @@ def test_curvature_that_has_gone_is_forgotten() -> None:
 def test_negative_curvature_starts_again_and_damping_prevents_it() -> None:
     """Otherwise v would grow for ever along it: here as 1.1^400."""
     eigenvalues = torch.tensor([-0.5, 1.0, 3.0, 5.0], dtype=torch.float64)
-    h, b = symmetric(eigenvalues, torch.Generator().manual_seed(0)), random(4)
+    h, b = symmetric(eigenvalues, torch.Generator().manual_seed(0)), normal(4)
     *actual, _ = calls(WarmStart(decay=0.0), [(h, b)] * 400, {})
     notes = [each.note for each in actual]
     assert "negative curvature along v, which is reset" in notes and "" in notes
@@ -130,7 +125,7 @@ def test_negative_curvature_starts_again_and_damping_prevents_it() -> None:
 
 
 def test_a_hessian_that_is_zero_keeps_the_state() -> None:
-    zero, b = torch.zeros(3, 3, dtype=torch.float64), Vector([random(3)])
+    zero, b = torch.zeros(3, 3, dtype=torch.float64), Vector([normal(3)])
     solution, state = WarmStart().advance(of(zero), b, {})
     assert "zero along" in solution.note and solution.v.norm() == 0 and not state
     damped, state = WarmStart(damping=2.0).advance(of(zero), b, {})
@@ -142,6 +137,6 @@ def test_a_hessian_that_is_zero_keeps_the_state() -> None:
 
 
 def test_a_divergence_is_an_error_before_it_is_kept() -> None:
-    h, b = positive(4, torch.Generator().manual_seed(0)), random(4)
+    h, b = positive(4, torch.Generator().manual_seed(0)), normal(4)
     with pytest.raises(NonFiniteError, match="step_size "):
         WarmStart(step_size=1e30, steps=20).advance(of(h), Vector([b]), {})

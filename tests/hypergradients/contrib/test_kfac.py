@@ -17,13 +17,9 @@ from hyperopt_peft.hypergradients.contrib import KFAC, kronecker
 from hyperopt_peft.hypergradients.contrib.kfac import layer_samples
 from hyperopt_peft.hypergradients.contrib.kronecker import RELATIVE_DAMPING, empirical_fisher
 from hyperopt_peft.hypergradients.estimate import open_oracle
-from tests.support.quadratic import FunctionLevel, flat, program
+from tests.support.quadratic import FunctionLevel, flat, normal, program, relative_error
 
 DAMPING = 0.3
-
-
-def normal(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(*size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def over(variables: Sequence[Tensor], loss: Callable[[], Tensor]) -> tuple[Problem, Problem]:
@@ -102,10 +98,7 @@ def test_corrected_eigenvalues_are_the_second_moments_of_the_rows_gradients(
     monkeypatch.setattr(kronecker, "MAX_SIDE", max_size)
     net = Sequences(bias)
     variables = list(net.layer.parameters())
-    levels = over(variables, lambda: net.rows().mean())
-    oracle = open_oracle(*levels)
-    with oracle.open():
-        samples = layer_samples(oracle)
+    _, samples = layers_of(*over(variables, lambda: net.rows().mean()))
     (block,) = empirical_fisher(samples, variables)
 
     out = net.layer(net.x)
@@ -138,9 +131,7 @@ def test_variables_of_no_layer_have_the_mean_eigenvalue() -> None:
 
     variables = [scale, *net.layer.parameters()]
     levels = over(variables, loss)
-    oracle = open_oracle(*levels)
-    with oracle.open():
-        samples = layer_samples(oracle)
+    _, samples = layers_of(*levels)
     (block,) = empirical_fisher(samples, variables)
     mean, b = block.values.mean(), b_of(levels)[:4]
     for damping, shift in ((0.3, 0.3), (None, RELATIVE_DAMPING * mean)):
@@ -242,11 +233,10 @@ def badly_scaled() -> tuple[Problem, Problem]:
 def test_as_a_preconditioner_it_saves_products() -> None:
     levels = badly_scaled()
     exact = flat(hypergradient(*levels, "exact"))
-    errors = [
-        float((flat(hypergradient(*levels, f"{name}:steps=4")) - exact).norm() / exact.norm())
-        for name in ("kfac", "cg")
-    ]
-    assert errors[0] < errors[1]
+    kfac, cg = (
+        relative_error(hypergradient(*levels, f"{name}:steps=4"), exact) for name in ("kfac", "cg")
+    )
+    assert kfac < cg
 
 
 @pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")

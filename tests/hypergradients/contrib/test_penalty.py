@@ -12,13 +12,9 @@ from hyperopt_peft.hypergradients.contrib import F2SA, penalty
 from hyperopt_peft.hypergradients.estimate import open_oracle
 from hyperopt_peft.problems.textbook import logistic
 from tests.support.newton import minimise
-from tests.support.quadratic import Level, Program, flat, program, symmetric
+from tests.support.quadratic import Level, Program, flat, program, relative_error, symmetric
 
 LONG = "inner_steps=200,tolerance=1e-11"
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())
 
 
 def displaced(quadratic: Program) -> Program:
@@ -67,7 +63,7 @@ def test_errors_fall_at_their_order(
     for length in lengths:
         monkeypatch.setattr(F2SA, "_nu", lambda *_, nu=length: nu)
         monkeypatch.setattr(penalty, "GAMMA", 1 / length)
-        errors.append(relative(flat(hypergradient(*cancer, f"{method}:{LONG}")), exact))
+        errors.append(relative_error(hypergradient(*cancer, f"{method}:{LONG}"), exact))
     assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.03)
     assert errors[1] > 1e-7  # the inner runs', and rounding, are far below
 
@@ -78,7 +74,7 @@ def test_away_from_the_minimum_they_tend_to_the_implicit_formula(method: str, se
     """A minimum of this f is far from w; and on a quadratic the penalty's estimate is exact."""
     quadratic = displaced(program(seed))
     actual = flat(hypergradient(*quadratic.levels(), method))
-    assert relative(actual, quadratic.direct + quadratic.exact_implicit) < 1e-7
+    assert relative_error(actual, quadratic.direct + quadratic.exact_implicit) < 1e-7
 
 
 @pytest.mark.parametrize("factor", [2.0**-12, 2.0**12])
@@ -106,11 +102,11 @@ def test_a_small_gradient_of_a_curved_upper_loss_makes_nu_no_larger(
     )
     _, lower = quadratic.levels()
     exact = flat(hypergradient(upper, lower, "exact"))
-    assert relative(flat(hypergradient(upper, lower, f"f2sa:{LONG}")), exact) < 1e-3
+    assert relative_error(hypergradient(upper, lower, f"f2sa:{LONG}"), exact) < 1e-3
     monkeypatch.setattr(F2SA, "_nu", lambda *_: 1.0)
     with pytest.warns(HypergradientWarning, match="f2sa"):
         far = flat(hypergradient(upper, lower, f"f2sa:{LONG}"))
-    assert relative(far, exact) > 0.1
+    assert relative_error(far, exact) > 0.1
 
 
 @pytest.mark.parametrize(("method", "passes"), [("f2sa", 8), ("penalty", 4)])
@@ -120,7 +116,7 @@ def test_runs_start_where_they_ended(method: str, passes: int) -> None:
     again, warm = asked(levels, f"{method}:tolerance=1e-5", first.state)
     assert warm == passes < cost and again.steps == 0
     assert again.residual is not None and again.residual <= 1e-4
-    assert relative(flat(again.hypergradient), flat(first.hypergradient)) < 1e-3
+    assert relative_error(flat(again.hypergradient), flat(first.hypergradient)) < 1e-3
     cold, _ = asked(levels, f"{method}:inner_steps=0")
     assert cold.residual is not None and cold.residual > 0.1
 
