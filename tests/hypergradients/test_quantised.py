@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from torch import Tensor, nn
 
 from hyperopt_peft import Problem, ProblemError, hypergradient
-from hyperopt_peft.core.labels import losses_of_logits
+from hyperopt_peft.core.data import DataStream
 from hyperopt_peft.hypergradients import oracle, registered
 from tests.support.language import lora, quantised
-from tests.support.quadratic import FunctionLevel, flat
+from tests.support.quadratic import relative_error
+from tests.support.weighted_levels import weighted
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast")
@@ -29,37 +29,22 @@ def levels(base: Any, *, training: bool = True) -> tuple[Problem, Problem]:
     """Weights of eight examples above an adapter."""
     torch.manual_seed(0)
     model = get_peft_model(base, lora(r=1, target_modules=["v_proj", "up_proj"])).train(training)
-    weights = nn.Parameter(torch.zeros(8))
-
-    def loss(batch: Tensor, shares: Tensor) -> Tensor:
-        logits = model(input_ids=batch).logits
-        return losses_of_logits(model, logits, batch, shifted=True)[0].mean(-1) @ shares
-
-    equal = torch.full((8,), 1 / 8)
-    w = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in w:
+    both = weighted("index", model, 8, torch.float32)
+    both[0].variables[0].data.zero_()
+    for parameter in both[1].variables:
         parameter.data *= 0.3  # a smooth loss, whose difference has a small truncation error
-    batches = (
-        torch.randint(3, 20, (8, 8), generator=torch.Generator().manual_seed(k)) for k in (0, 1)
-    )
-    sgd = torch.optim.SGD(w, lr=0.1)
-    return (
-        FunctionLevel(lambda rows: loss(rows, equal), [weights], data=[next(batches)]),
-        FunctionLevel(
-            lambda rows: loss(rows, weights.softmax(0)), w, data=[next(batches)], optimizer=sgd
-        ),
-    )
+    for seed, level in enumerate(both):
+        ids = torch.randint(3, 20, (8, 8), generator=torch.Generator().manual_seed(seed))
+        rows = {"input_ids": ids, "labels": ids, "index": torch.arange(8)}
+        level.batches = DataStream([rows], level.name)
+    both[1].optimizer = torch.optim.SGD(both[1].variables, lr=0.1)
+    return both
 
 
 @pytest.fixture(scope="module")
 def in_8_bits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Problem, Problem]:
     """In evaluation mode, where CPUs too round activations."""
     return levels(quantised(tmp_path_factory.mktemp("8bit"), bits=8), training=False)
-
-
-def relative_error(actual: Any, expected: Any) -> float:
-    x, y = flat(actual), flat(expected)
-    return float((x - y).norm() / y.norm())
 
 
 @pytest.mark.parametrize("method", DIFFERENCES)

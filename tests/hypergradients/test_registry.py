@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 import pytest
-import torch
 
 from hyperopt_peft import Engine, Estimator, ProblemError, Solver, hypergradient, register
 from hyperopt_peft.hypergradients import (
@@ -14,10 +13,8 @@ from hyperopt_peft.hypergradients import (
     MINRES,
     ConjugateGradient,
     Direct,
-    Estimate,
     Matvec,
     Neumann,
-    Oracle,
     Solution,
     Vector,
     get_estimator,
@@ -146,21 +143,3 @@ def test_a_solver_of_the_user_is_a_few_lines() -> None:
     assert Engine(*levels, "richardson:steps=20", progress=False).run(1)[0]["solver_steps"] == 20
     with pytest.raises(ProblemError, match=r"richardson: .*'rates'.*'rate'"):
         get_estimator("richardson:rates=1")
-
-
-def test_an_estimator_of_the_user_is_a_class_with_one_method() -> None:
-    """Without options it need not be a dataclass."""
-
-    @register("twice", kind="direct")
-    class Twice(Estimator):
-        def estimate(self, oracle: Oracle) -> Estimate:
-            direct = oracle.upper_gradient.direct
-            return Estimate(2 * direct, zeros_like(direct))
-
-    quadratic = program(0)
-    for method in ("twice", Twice()):
-        actual = flat(hypergradient(*quadratic.levels(), method))
-        torch.testing.assert_close(actual, 2 * quadratic.direct)
-    with pytest.raises(ProblemError, match=r"twice: .*'steps'"):
-        get_estimator("twice:steps=3")
-    assert repr(Twice()) == repr(Twice())
