@@ -17,13 +17,9 @@ from transformers import BatchEncoding
 from hyperopt_peft import NonFiniteError, Problem, ProblemError
 from hyperopt_peft.engine import fit
 from tests.support.networks import differences
-from tests.support.quadratic import FunctionLevel
+from tests.support.quadratic import FunctionLevel, leaf
 
 Pair = namedtuple("Pair", "x y")
-
-
-def leaf(*values: float) -> Tensor:
-    return torch.tensor(values, requires_grad=True)
 
 
 W, V = leaf(1.0, 2.0), leaf(3.0)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from hyperopt_peft import Problem, ProblemError, hypergradient
-from tests.support.quadratic import FunctionLevel
 
 FLAT = torch.arange(12.0)
 
@@ -35,11 +34,7 @@ def test_variables_of_one_level_or_of_two_that_overlap(tensors: tuple[Tensor, ..
     for order in (views(*tensors), views(*reversed(tensors))):
         with pytest.raises(ProblemError, match=r"fit: variable \d and variable \d share memory"):
             Problem(order, name="fit")
-        u, *_, w = order
-        upper = FunctionLevel(lambda _, w=w: w.float().square().sum(), [u], name="upper")
-        lower = FunctionLevel(
-            lambda _, u=u, w=w: (w.float().sum() - u.float().sum()) ** 2, [w], name="lower"
-        )
+        upper, lower = Problem(order[:1], name="upper"), Problem(order[-1:], name="lower")
         with pytest.raises(ProblemError, match=r"upper's.*lower's|lower's.*upper's"):
             hypergradient(upper, lower, "direct")
 

@@ -11,13 +11,9 @@ from torch.optim.lr_scheduler import ExponentialLR
 
 from hyperopt_peft import Engine, ProblemError, hypergradient
 from hyperopt_peft.errors import HypergradientWarning
-from tests.support.quadratic import FunctionLevel, program
+from tests.support.quadratic import FunctionLevel, leaf, program
 
 Log = list[tuple[str, Any]]
-
-
-def leaf(value: float = 1.0) -> Tensor:
-    return torch.tensor([value], requires_grad=True)
 
 
 def logged_levels(log: Log, **options: Any) -> tuple[FunctionLevel, FunctionLevel]:
@@ -145,7 +141,7 @@ def test_each_level_is_clipped_and_scheduled_by_its_own_steps() -> None:
     assert history[0]["lower_grad_norm"] == pytest.approx(7)
 
 
-W, U = leaf(), leaf()
+W, U = leaf(1.0), leaf(1.0)
 
 
 def nadam() -> FunctionLevel:
@@ -170,8 +166,8 @@ def level(variables: Any, optimizer: bool = True, **options: Any) -> FunctionLev
         (lambda: Engine(level([U]), level([W]), non_finite="ignore"), "non_finite.*ignore"),
         (lambda: Engine(level([U]), level([W]), "dart"), "'dart'.*'darts'"),
         (lambda: Engine(level([U]), level([W]), "unrolled:steps=3"), "unrolled.*lower_steps"),
-        (lambda: Engine(level([U]), level([W, leaf()]), "direct").run(1), "'variable 1'"),
-        (lambda: Engine(level([U, leaf()]), level([W]), "direct").run(1), "'variable 1'"),
+        (lambda: Engine(level([U]), level([W, leaf(1.0)]), "direct").run(1), "'variable 1'"),
+        (lambda: Engine(level([U, leaf(1.0)]), level([W]), "direct").run(1), "'variable 1'"),
         *(
             (lambda name=name: Engine(level([U]), nadam(), name), "NAdam")
             for name in ("sama", "unrolled", "forward")
@@ -185,7 +181,7 @@ def test_mistakes_are_named(construct: Callable[[], object], message: str) -> No
 
 def test_a_variable_that_one_loss_reads_is_enough() -> None:
     """The penalty of a ridge regression is read by f alone, a bias of F's by F alone."""
-    w, of_f, of_upper = leaf(), leaf(), leaf()
+    w, of_f, of_upper = leaf(1.0), leaf(1.0), leaf(1.0)
     upper = FunctionLevel(lambda _: (w + of_upper).square().sum(), [of_f, of_upper], lr=0.1)
     lower = FunctionLevel(lambda _: (w - of_f).square().sum(), [w], lr=0.1)
     Engine(upper, lower, "cg", progress=False).run(2)
@@ -198,12 +194,12 @@ def test_a_variable_that_one_loss_reads_is_enough() -> None:
 
 def test_a_hypergradient_without_an_implicit_term_is_noticed() -> None:
     """Of a loss that is concave at the lower variables, and of another copy of these."""
-    w, u = leaf(), leaf()
+    w, u = leaf(1.0), leaf(1.0)
     upper = FunctionLevel(lambda _: w.square().sum(), [u], lr=0.1)
     lower = FunctionLevel(lambda _: -u * w.square().sum(), [w], lr=0.1)
     with pytest.warns(HypergradientWarning, match="cg: .*exactly 0 .*curvature"):
         Engine(upper, lower, "cg", progress=False).run(1)
-    copy = leaf()
+    copy = leaf(1.0)
     upper.function = lambda _: copy.square().sum()
     lower.function = lambda _: (w - u).square().sum()
     with pytest.warns(HypergradientWarning, match="no implicit term"):
@@ -212,7 +208,7 @@ def test_a_hypergradient_without_an_implicit_term_is_noticed() -> None:
 
 def test_a_variable_that_the_first_losses_read_may_be_left_out_later() -> None:
     """By a batch of another kind, say; the step then leaves it alone."""
-    (w, v), (u, c) = (leaf(), leaf()), (leaf(), leaf())
+    (w, v), (u, c) = (leaf(1.0), leaf(1.0)), (leaf(1.0), leaf(1.0))
     options = {"data": [True, False], "lr": 0.1}
     upper = FunctionLevel(
         lambda whole: (w - u).sum() + (c.sum() if whole else 0), [u, c], **options

@@ -21,7 +21,7 @@ from tests.support.networks import (
     interrupt,
     snapshot,
 )
-from tests.support.quadratic import FunctionLevel, relative_error
+from tests.support.quadratic import FunctionLevel, leaf, relative_error
 
 # On a quadratic a difference of gradients is exact at any step length.
 EXACT = "exact:product=difference,epsilon=1.0"
@@ -221,10 +221,6 @@ def test_derivatives_of_the_level_below_are_on_its_last_batch_and_masks() -> Non
         assert all(torch.equal(mask, first) for mask in others)
 
 
-def leaf(value: float = 1.0) -> Any:
-    return torch.tensor([value], requires_grad=True)
-
-
 LOSSES = {
     "top": lambda u, v, w: (w + v).square().sum(),
     "g": lambda u, v, w: (v - u + w).square().sum(),
@@ -234,7 +230,7 @@ LOSSES = {
 
 def three(**losses: Any) -> Engine:
     """An engine over three levels of one number each, with other losses where given."""
-    variables = leaf(), leaf(), leaf()
+    variables = leaf(1.0), leaf(1.0), leaf(1.0)
     first, middle, lower = (
         FunctionLevel(lambda _, h=h: h(*variables), [x], lr=0.1, name=name)
         for h, x, name in zip((LOSSES | losses).values(), variables, ("first", "middle", "last"))
@@ -281,7 +277,7 @@ class Plain(Problem):
 
 
 def plain(value: Any = None, name: str = "level", **options: Any) -> Plain:
-    tensor = leaf() if value is None else value
+    tensor = leaf(1.0) if value is None else value
     return Plain([tensor], optimizer=SGD([tensor], lr=0.1), name=name, **options)
 
 
@@ -289,7 +285,7 @@ def pair(*estimator: str, **options: Any) -> Nested:
     return Nested(plain(), plain(), *estimator, **options)
 
 
-X, UNROLLED = leaf(), "unrolled:steps=2,product=difference"
+X, UNROLLED = leaf(1.0), "unrolled:steps=2,product=difference"
 
 
 @pytest.mark.parametrize(
@@ -305,7 +301,10 @@ X, UNROLLED = leaf(), "unrolled:steps=2,product=difference"
         (lambda: Engine(plain(), pair(), UNROLLED, lower_steps=2), "level: .*unrolled.*steps=1"),
         (lambda: Engine(pair(), plain(), "direct"), "Nested"),
         (lambda: Engine(plain(X), Nested(plain(), plain(X)), "direct"), "variable 0"),
-        (lambda: Engine(plain(), Nested(plain(), Plain([leaf()], name="last"))), "last: .*optim"),
+        (
+            lambda: Engine(plain(), Nested(plain(), Plain([leaf(1.0)], name="last"))),
+            "last: .*optim",
+        ),
         (lambda: minimize(pair()), "level"),
         (lambda: check_levels([plain(), pair()]), "a trainer has two"),
         (lambda: check_levels([pair(), plain()]), "a trainer has two"),

@@ -144,6 +144,10 @@ def taken(engine: Any, steps: int = 1) -> list[Tensor]:
     return result
 
 
+def leaf(*values: float) -> Tensor:
+    return torch.tensor(values, requires_grad=True)
+
+
 def leaves(values: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
     """Leaves of ``shapes`` that hold the entries of ``values``."""
     chunks = values.split([math.prod(shape) for shape in shapes])
