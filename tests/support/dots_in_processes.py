@@ -1,7 +1,6 @@
-"""Hypergradients by dot products of `Layers`, plain or distributed; run as one of two processes."""
+"""Hypergradients by dot products of `Layers`, plain or distributed in two processes."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, hypergradient
 from hyperopt_peft.problems.sources import Sources
 from hyperopt_peft.utils.distributed import gather
-from tests.support import trainers, two_processes
+from tests.support import trainers
 from tests.support.weighted_levels import Layers, sequences, weighted
 
 METHODS = ["darts:product=dots", "sama:product=dots", "fastmix"]
@@ -69,13 +68,9 @@ def train(folder: Path, batch: int, **options: Any) -> dict[str, Any]:
     return {"logits": method.logits.detach(), **values}
 
 
-def work(folder: Path) -> dict[str, Any]:
+def work(folder: Path, *kinds: str) -> dict[str, Any]:
     if "ACCELERATE_USE_FSDP" in os.environ:
         return {name: train(folder / name, 2, **options) for name, options in RUNS.items()}
     dist.init_process_group("gloo")
     place = dist.get_world_size(), dist.get_rank()
-    return {kind: estimates(kind, *place) for kind in sys.argv[2:]}
-
-
-if __name__ == "__main__":
-    two_processes.main(work)
+    return {kind: estimates(kind, *place) for kind in kinds}

@@ -1,4 +1,4 @@
-"""BiDoRA in each of two processes; run as a script by one of them."""
+"""BiDoRA in each of two processes."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,6 @@ from torch import distributed as dist
 from hyperopt_peft import NonFiniteError, ProblemError
 from hyperopt_peft.utils.distributed import gather
 from tests.support import trainers as models
-from tests.support import two_processes
 
 OPTIONS = {"max_steps": 6, "upper_fraction": 1 / 3, "lower_steps": 2}
 RUNS = {
@@ -137,7 +136,3 @@ def work(folder: Path) -> dict[str, Any]:
         os.environ["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT"
         results["refused"] = refused | {"state": refusal(folder / "state")}
     return results
-
-
-if __name__ == "__main__":
-    two_processes.main(work)

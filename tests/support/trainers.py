@@ -23,15 +23,15 @@ from transformers import (
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
 from hyperopt_peft.problems import BiDoRA, DoRA, LoRA
 
-CONFIG = BertConfig(
-    vocab_size=50,
-    hidden_size=8,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=12,
-    initializer_range=0.5,  # the default leaves a network of this size all but constant
-    num_labels=3,
-)
+SIZES: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+    "initializer_range": 0.5,  # the default leaves a network of this size all but constant
+}
+CONFIG = BertConfig(num_labels=3, **SIZES)
 LENGTH = 6
 #: Arguments of any Trainer: on the CPU, without bars and checkpoints, a log a step.
 QUIET: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
@@ -51,18 +51,8 @@ def base_model(kind: str = "classes", dropout: float = 0.1) -> Any:
     if kind == "tokens":
         return BertForTokenClassification(config)
     if kind == "causal":
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=50,
-                hidden_size=8,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                intermediate_size=12,
-                initializer_range=0.5,
-                tie_word_embeddings=False,
-                attention_dropout=dropout,
-            )
-        )
+        llama = LlamaConfig(tie_word_embeddings=False, attention_dropout=dropout, **SIZES)
+        return LlamaForCausalLM(llama)
     if kind == "seq2seq":
         return T5ForConditionalGeneration(
             T5Config(

@@ -13,6 +13,7 @@ from hyperopt_peft.core.examples import WeightedRows
 from hyperopt_peft.core.task_level import TaskLevel
 from hyperopt_peft.problems.weight_net import WeightNet
 from hyperopt_peft.trainer.tags import without
+from tests.support.newton import minimise
 
 TAGS = ("source", "index")
 
@@ -79,24 +80,15 @@ def regularised(level: Any) -> Any:
 
 
 def value(upper: Any, lower: Any, upper_batch: Any, lower_batch: Any) -> Any:
-    """F at the lower level's minimum, found from 0 by Newton's method."""
-    (w,) = lower.variables
-    with torch.no_grad():
-        w.zero_()
-    for _ in range(12):
-        (gradient,) = torch.autograd.grad(lower.loss(lower_batch), w, create_graph=True)
-        rows = [
-            torch.autograd.grad(g, w, retain_graph=True)[0].flatten() for g in gradient.view(-1)
-        ]
-        with torch.no_grad():
-            w -= torch.linalg.solve(torch.stack(rows), gradient.view(-1)).view_as(w)
-    assert gradient.norm() < 1e-12
+    """F at the lower level's minimum, found from 0."""
+    nn.init.zeros_(lower.variables[0])
+    minimise(lower, batch=lower_batch, tolerance=1e-12)
     return float(upper.loss(upper_batch).detach())
 
 
-def central_difference(variable: Any, entry: Any, function: Any, step: float = 1e-4) -> Any:
+def central_difference(variable: Any, entry: Any, function: Any) -> Any:
     """d function/d variable[entry], where ``function`` takes no argument."""
-    values = []
+    values, step = [], 1e-4
     for sign in (1, -1):
         with torch.no_grad():
             variable[entry] += sign * step
