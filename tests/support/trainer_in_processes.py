@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType
 from torch import distributed as dist
 
 from hyperopt_peft import NonFiniteError, ProblemError
@@ -69,13 +67,6 @@ def make(
             for parameter in model.parameters():
                 parameter.add_(parameter.requires_grad)
     options = {"eval_dataset": models.data(rows=8, seed=5)}
-
-    def before() -> None:
-        if "ACCELERATE_USE_FSDP" in os.environ:
-            # accelerate shards over GPUs only; it does not look at what they are.
-            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-
-    settings["before"] = before
     settings |= {"model": model, "rows": rows, "options": options, "method": method}
     return models.trainer(folder, **settings)
 

@@ -2,11 +2,14 @@
 
 import copy
 import gc
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from datasets import ClassLabel, Dataset, Features, List, Value
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -152,20 +155,22 @@ def trainer(
     model: nn.Module | None = None,
     options: Any = None,
     method: str = "bidora",
-    before: Any = lambda: None,
     **settings: Any,
 ) -> Any:
-    """A trainer of the task; ``settings`` are the arguments' or the method's.
-
-    ``before`` is called once the arguments are made, which reset the state of accelerate.
-    """
+    """A trainer of the task; ``settings`` are the arguments' or the method's."""
     model = model or peft_model(kind, dropout, dora=method != "lora")
     chosen = {"bidora": BiDoRA, "dora": DoRA, "lora": LoRA}[method]
     own = {x.name: settings.pop(x.name) for x in fields(chosen) if x.name in settings}
     given = {"train_dataset": data(kind, rows), "method": chosen(**own), **(options or {})}
     args = arguments(folder, **settings)
-    before()
+    shard_on_cpus()
     return BilevelTrainer(model, args, **given)
+
+
+def shard_on_cpus() -> None:
+    """accelerate shards over GPUs only, and looks at no device; arguments reset what it knows."""
+    if "ACCELERATE_USE_FSDP" in os.environ:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def values(model: nn.Module) -> dict[str, Any]:
