@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -85,24 +84,3 @@ def test_tests_share_helpers_through_support_alone() -> None:
 
 def test_every_module_has_a_room() -> None:
     assert {name for name, _ in modules()} == {*ALLOWED, "__init__", "__main__"}
-
-
-def test_no_module_is_in_a_circle() -> None:
-    """Imports for type checkers alone included."""
-    names = {".".join(("hyperopt_peft", *path.with_suffix("").parts)): path for path in inside()}
-    graph = {}
-    for name, path in names.items():
-        source = ROOT / path if path.parts[0] == "problems" else ROOT / "hyperopt_peft" / path
-        nodes = [
-            n for n in ast.walk(ast.parse(source.read_text())) if isinstance(n, ast.ImportFrom)
-        ]
-        targets = {f"{n.module}.{alias.name}" for n in nodes for alias in n.names}
-        graph[name] = ((targets | {n.module for n in nodes}) & names.keys()) - {name}
-    list(TopologicalSorter(graph).static_order())
-
-
-def inside() -> list[Path]:
-    """Every module's path below the package, where ``problems`` is installed."""
-    package = ROOT / "hyperopt_peft"
-    paths = [path.relative_to(package) for path in package.rglob("*.py")]
-    return paths + [path.relative_to(ROOT) for path in (ROOT / "problems").rglob("*.py")]

@@ -11,7 +11,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TRAINERS = {"transformers", "datasets", "sklearn", "matplotlib", "peft", "accelerate", "pandas"}
-SHARDS = {"torch.distributed.fsdp"}
 ENGINE = """
 import torch
 from hyperopt_peft import Engine, Problem
@@ -27,7 +26,7 @@ class Upper(Problem):
 w, u = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
 lower = Lower([w], optimizer=torch.optim.SGD([w], lr=0.1))
 upper = Upper([u], optimizer=torch.optim.SGD([u], lr=0.1))
-Engine(upper, lower, {estimator!r}, progress=False).run(steps=2)
+Engine(upper, lower, "{estimator}", progress=False).run(steps=2)
 """
 
 
@@ -45,19 +44,20 @@ def test_the_package_alone_loads_nothing() -> None:
     assert not loaded("import hyperopt_peft") & (TRAINERS | {"torch", "numpy"})
 
 
-def test_engine_and_problem_load_pytorch_and_no_shards() -> None:
-    """Making an optimizer imports them: PyTorch's own, with its compiler."""
-    modules = loaded("from hyperopt_peft import Engine, Problem")
-    assert not modules & (TRAINERS | SHARDS | {"torchopt"})
-
-
-@pytest.mark.parametrize(("estimator", "unrolls"), [("cg", False), ("unrolled", True)])
-def test_a_program_with_an_engine_loads_no_trainer(estimator: str, unrolls: bool) -> None:
-    modules = loaded(ENGINE.replace("{estimator!r}", repr(estimator)))
-    assert not modules & TRAINERS
-    assert ("torchopt" in modules) == unrolls
-
-
-def test_a_program_of_the_library_loads_no_trainer() -> None:
-    modules = loaded("from hyperopt_peft.problems.textbook import ridge")
-    assert not modules & {"transformers", "datasets", "peft", "matplotlib"}
+@pytest.mark.parametrize(
+    ("program", "left_out"),
+    [
+        # Making an optimizer imports the shards: PyTorch's own, with its compiler.
+        (
+            "from hyperopt_peft import Engine, Problem",
+            TRAINERS | {"torch.distributed.fsdp", "torchopt"},
+        ),
+        (ENGINE.format(estimator="cg"), TRAINERS | {"torchopt"}),
+        (ENGINE.format(estimator="unrolled"), TRAINERS),
+        ("from hyperopt_peft.problems.textbook import ridge", TRAINERS - {"sklearn", "pandas"}),
+    ],
+    ids=["import", "cg", "unrolled", "textbook"],
+)
+def test_pytorch_is_loaded_and_no_library_of_the_trainer(program: str, left_out: set[str]) -> None:
+    modules = loaded(program)
+    assert "torch" in modules and not modules & left_out

@@ -19,8 +19,8 @@ from hyperopt_peft import (
 from hyperopt_peft.core.task_level import TaskLevel
 from hyperopt_peft.problems import DoRA, LayerScales
 from hyperopt_peft.utils.models import trainable
-from tests.support.attributed import error, error_of_slopes, require_equal, setup_of
-from tests.support.attributed_bilevel import ROWS, STEPS, engine, evaluation_of, ones
+from tests.support.attributed import ROWS, error, error_of_slopes, ones, require_equal, setup_of
+from tests.support.attributed_bilevel import STEPS, engine, evaluation_of
 from tests.support.methods import ARGUMENTS, RowWeights
 from tests.support.trainers import data, peft_model
 

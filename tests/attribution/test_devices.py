@@ -6,16 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils import backend_registration
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
-    reason="this PyTorch has no device in Python",
-)
 def test_heads_mix_no_tensors_of_two_devices(tmp_path: Path) -> None:
     """Scores, removals, reasons and a comparison: they are those of the CPU, on the CPU."""
     command = [sys.executable, "-m", "tests.support.heads_on_a_card", str(tmp_path)]

@@ -25,7 +25,7 @@ from hyperopt_peft.problems import (
 )
 from hyperopt_peft.problems.features import Features, features_of
 from hyperopt_peft.problems.head import L2
-from tests.support.sources_in_processes import rows, sources
+from tests.support.sources import rows, sources
 from tests.support.trainers import base_model, data
 
 TRUSTED, TEST = rows(24, 3), rows(60, 4)

@@ -9,7 +9,10 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, Trainer, TrainingArguments
+from transformers.integrations.flash_attention import get_target_dtype
+from transformers.masking_utils import flash_attention_mask
 
 from hyperopt_peft import (
     BilevelTrainer,
@@ -19,7 +22,8 @@ from hyperopt_peft import (
     attribute,
     hypergradient,
 )
-from tests.support.flash_attention import flash_attention
+from hyperopt_peft.core.examples import WeightedExamples
+from hyperopt_peft.utils.autograd import HALF
 from tests.support.language import language_model, lora
 from tests.support.minilm import cosine
 from tests.support.quadratic import FunctionLevel
@@ -33,10 +37,43 @@ REFUSED = (
 REMEDY = 'choose direct or product=dots, or load the model with attn_implementation="sdpa"$'
 
 
+class HalfAlone(torch.autograd.Function):
+    """Attention whose backward pass autograd does not see, as that of FlashAttention's kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        if any(x.dtype not in HALF for x in (q, k, v)):
+            raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+        ctx.save_for_backward(q, k, v)
+        ctx.options = {"scale": scale, "is_causal": True, "enable_gqa": True}
+        return scaled_dot_product_attention(q, k, v, **ctx.options)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+            y = scaled_dot_product_attention(*inputs, **ctx.options)
+        return (*torch.autograd.grad(y, inputs, slope), None)
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, scaling: float, **__: Any
+) -> tuple[Tensor, None]:
+    """Of rows without padding, after Transformers' own cast."""
+    to = get_target_dtype(query, module)
+    q, k, v = (x.to(to or x.dtype) for x in (query, key, value))
+    return HalfAlone.apply(q, k, v, scaling).transpose(1, 2), None
+
+
 @pytest.fixture(autouse=True)
 def flash() -> Iterator[str]:
-    with flash_attention() as name:
-        yield name
+    """The name of FlashAttention on a CPU, which a config can choose."""
+    name = "flash_on_cpu"
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, flash_attention_mask)
+    yield name
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        interface._global_mapping.pop(name)
 
 
 def adapted(attention: str, dtype: torch.dtype = torch.bfloat16) -> Any:

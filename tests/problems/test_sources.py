@@ -14,14 +14,12 @@ from hyperopt_peft import Method, ProblemError, bilevel, hypergradient
 from hyperopt_peft.core.labels import label_losses
 from hyperopt_peft.problems import Agreement, EqualSources, Sources, TrustedRepeated
 from hyperopt_peft.trainer.tags import TagCollator, without
-from tests.support import language, two_processes
-from tests.support import sources_in_processes as in_processes
+from tests.support import language
 from tests.support.resume import require_same_end
-from tests.support.sources_in_processes import rows, sources, trainer
+from tests.support.sources import rows, sources, trainer
 from tests.support.trainers import QUIET
 from tests.support.watch import SGD
 
-LAUNCHER = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 NAMES = ("web", "forum", "trusted")
 
 
@@ -73,15 +71,6 @@ def test_the_prior_s_default_is_a_variance_of_eight(tmp_path: Path, prior: float
 def test_it_resumes(tmp_path: Path, stop: Any) -> None:
     saving = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "logging_steps": 3}
     require_same_end(tmp_path, stop, make=trainer, retrain="scratch", **saving)
-
-
-@pytest.mark.slow  # tests/trainer has the fast guard of two processes
-def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
-    """Each with half of every micro-batch: the logits, and the adapter."""
-    two = two_processes.run(LAUNCHER, "sources_in_processes.py", tmp_path)
-    for name, value in in_processes.train(tmp_path / "one", 8).items():
-        assert torch.equal(two[0][name], two[1][name]), name
-        assert (two[0][name] - value).norm() <= 1e-6 * value.norm(), name
 
 
 def test_simple_ways_have_their_shares(tmp_path: Path) -> None:

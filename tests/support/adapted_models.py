@@ -4,7 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,10 +18,21 @@ from transformers import (
     GPT2LMHeadModel,
     PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D
 
 torch.set_num_threads(1)
 
-KINDS = ("linear", "conv1d_gpt2", "embedding", "conv1d", "conv2d", "conv3d")
+#: By kind a layer, never square, so that a transposed weight cannot pass unnoticed, and the shape
+#: of its input.
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(4, 5), (2, 3, 4)),
+    "conv1d_gpt2": (lambda: Conv1D(5, 4), (2, 3, 4)),
+    "embedding": (lambda: nn.Embedding(7, 4), ()),
+    "conv1d": (lambda: nn.Conv1d(4, 5, 3, padding=1), (2, 4, 6)),
+    "conv2d": (lambda: nn.Conv2d(4, 5, (3, 2), stride=2, padding=1), (2, 4, 5, 6)),
+    "conv3d": (lambda: nn.Conv3d(2, 5, 2), (2, 2, 3, 4, 3)),
+}
+KINDS = tuple(LAYERS)
 
 
 class Single(nn.Module):
@@ -36,35 +47,18 @@ class Single(nn.Module):
 
 
 def base_layer(kind: str) -> nn.Module:
-    """A non-square layer, so that a transposed weight cannot pass unnoticed."""
-    from transformers.pytorch_utils import Conv1D
-
     torch.manual_seed(0)
+    layer = LAYERS[kind][0]()
     if kind == "conv1d_gpt2":
-        layer = Conv1D(5, 4)
         nn.init.normal_(layer.bias)
-        return layer
-    return {
-        "linear": lambda: nn.Linear(4, 5),
-        "embedding": lambda: nn.Embedding(7, 4),
-        "conv1d": lambda: nn.Conv1d(4, 5, 3, padding=1),
-        "conv2d": lambda: nn.Conv2d(4, 5, (3, 2), stride=2, padding=1),
-        "conv3d": lambda: nn.Conv3d(2, 5, 2),
-    }[kind]()
+    return layer
 
 
 def layer_input(kind: str, dtype: torch.dtype = torch.float64) -> Tensor:
     torch.manual_seed(1)
     if kind == "embedding":
         return torch.tensor([[0, 3, 3], [6, 1, 2]])
-    shape = {
-        "linear": (2, 3, 4),
-        "conv1d_gpt2": (2, 3, 4),
-        "conv1d": (2, 4, 6),
-        "conv2d": (2, 4, 5, 6),
-        "conv3d": (2, 2, 3, 4, 3),
-    }[kind]
-    return torch.randn(shape, dtype=torch.float64).to(dtype)
+    return torch.randn(LAYERS[kind][1], dtype=torch.float64).to(dtype)
 
 
 def wrap(module: nn.Module, **options: Any) -> PeftModel:
@@ -135,10 +129,10 @@ def bert(*, dtype: torch.dtype = torch.float64, **config: Any) -> PreTrainedMode
     return BertForSequenceClassification(BertConfig(**(sizes | config))).to(dtype)
 
 
-def dora_bert(*, dtype: torch.dtype = torch.float64, **options: Any) -> PeftModel:
+def dora_bert(**options: Any) -> PeftModel:
     """BERT with DoRA on query and value; the classifier is the trainable head."""
     defaults = {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
-    return wrap(bert(dtype=dtype), **(defaults | options))
+    return wrap(bert(), **(defaults | options))
 
 
 def gpt2(**config: Any) -> PreTrainedModel:

@@ -17,19 +17,28 @@ Levels = tuple[Problem, Tensor, Callable[[], Tensor]]
 
 
 class RowWeighted(Problem):
-    """1/B Σ v_i ℓ_i over a batch of row numbers, by a network with dropout."""
+    """1/B Σ v_i ℓ_i over a batch of row numbers, by a network or, as ``named``, a part of it."""
 
-    def __init__(self, net: nn.Module, weights: Tensor, **options: Any) -> None:
+    def __init__(self, net: nn.Module, weights: Tensor, named: Any = None, **options: Any) -> None:
         source = torch.Generator().manual_seed(0)
         self.x = torch.randn(ROWS, 3, generator=source, dtype=torch.float64)
         self.y = torch.randint(0, 2, (ROWS,), generator=source).double()
         self.net, self.weights = net, weights
-        super().__init__(net.named_parameters(), **options)
+        super().__init__(named or net.named_parameters(), **options)
 
     def loss(self, rows: Tensor) -> Tensor:
         logits = self.net(self.x[rows]).squeeze(-1)
         each = binary_cross_entropy_with_logits(logits, self.y[rows], reduction="none")
         return (self.weights[rows] * each).mean()
+
+
+def network(dropout: float = 0.2) -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(dropout), nn.Linear(4, 1)).double()
+
+
+def ones() -> Tensor:
+    return torch.ones(ROWS, dtype=torch.float64, requires_grad=True)
 
 
 def levels(
@@ -40,9 +49,7 @@ def levels(
     rows: int = ROWS,
     **options: Any,
 ) -> Levels:
-    torch.manual_seed(1)
-    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.2), nn.Linear(4, 1)).double()
-    weights = torch.ones(ROWS, dtype=torch.float64, requires_grad=True)
+    net, weights = network(), ones()
     steps = optimizer(net.parameters(), **(options or {"lr": 1e-2}))
     schedule = torch.optim.lr_scheduler.ExponentialLR(steps, 0.95) if scheduled else None
     batches = [torch.arange(k, min(k + 5, rows)) for k in range(0, rows, 5)]
@@ -57,8 +64,9 @@ def levels(
     return lower, weights, evaluation
 
 
-def scored(problem: Levels, **options: Any) -> Attribution:
-    lower, weights, evaluation = problem
+def scored(problem: Levels | None = None, **options: Any) -> Attribution:
+    """The whole run of ``problem``, by default of `levels`."""
+    lower, weights, evaluation = problem or levels()
     options = {"training_steps": STEPS, "progress": False, **options}
     return attribute(lower, weights, evaluation, **options)
 
@@ -97,8 +105,3 @@ def require_equal(model: nn.Module, other: nn.Module, rounding: float) -> None:
     for name, value in values(model).items():
         truth = expected[name]
         assert float((value - truth).norm()) <= rounding * float(truth.norm()), name
-
-
-def scored_levels() -> Attribution:
-    """The whole run of `levels`."""
-    return scored(levels())

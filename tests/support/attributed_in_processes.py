@@ -1,4 +1,4 @@
-"""An attribution of one process, or of two with half of each batch each; run as a script."""
+"""An attribution of one process, or of two with half of each batch each."""
 
 from pathlib import Path
 from typing import Any
@@ -7,9 +7,8 @@ import torch
 from torch import distributed as dist
 
 from hyperopt_peft import attribute
-from tests.support import two_processes
-from tests.support.attributed import levels, scored
-from tests.support.attributed_bilevel import STEPS, engine, evaluation_of, ones
+from tests.support.attributed import levels, ones, scored
+from tests.support.attributed_bilevel import STEPS, engine, evaluation_of
 
 ESTIMATORS = ("unrolled", "unrolled:product=difference", "minres:damping=0.1", "gradient")
 
@@ -43,7 +42,3 @@ def levels_of(processes: int, rank: int) -> Any:
 def work(folder: Path) -> dict[str, Any]:
     dist.init_process_group("gloo")
     return results(dist.get_world_size(), dist.get_rank())
-
-
-if __name__ == "__main__":
-    two_processes.main(work)

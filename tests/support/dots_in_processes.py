@@ -1,13 +1,11 @@
-"""Hypergradients by dot products of `Layers`, plain or distributed; run as one of two processes."""
+"""Hypergradients by dot products of `Layers`, plain or distributed in two processes."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType
+from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -15,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, hypergradient
 from hyperopt_peft.problems.sources import Sources
 from hyperopt_peft.utils.distributed import gather
-from tests.support import trainers, two_processes
+from tests.support import trainers
 from tests.support.weighted_levels import Layers, sequences, weighted
 
 METHODS = ["darts:product=dots", "sama:product=dots", "fastmix"]
@@ -47,35 +45,45 @@ def estimates(kind: str, count: int = 1, rank: int = 0) -> dict[str, Any]:
     }
 
 
-def train(folder: Path, batch: int, **options: Any) -> dict[str, Any]:
-    """A run with dot products over a Llama in float64: the weights, and the adapter, at its end."""
-    if "ACCELERATE_USE_FSDP" in os.environ:
-        # accelerate shards over GPUs only; it does not look at what they are.
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    settings = {"max_steps": 4, "lower_steps": 2, "per_device_train_batch_size": batch}
-    settings |= {"gradient_accumulation_steps": 2, "learning_rate": 1e-2, "retrain": "none"}
-    settings |= {"upper_learning_rate": 0.1, "hypergradient": "darts:product=dots"}
-    model = trainers.peft_model("causal", dropout=0.0, dora=False).double()
-    method = Sources()
+def learnt(trainer: Any) -> Tensor:
+    return torch.cat([x.detach().flatten() for x in trainer.upper.variables])
+
+
+def trained(folder: Path, product: str, *, method: Any = Sources, **options: Any) -> Any:
+    """A trainer after a run over a causal model, with Adam above."""
+    model = options.pop("model", None) or trainers.peft_model("causal", dropout=0.1, dora=False)
+    torch.manual_seed(7)
+    dtype = options.pop("dtype", torch.float32)
+    settings = {"max_steps": 4, "lower_steps": 2, "hypergradient": product, "learning_rate": 1e-2}
+    settings |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    settings |= {"upper_learning_rate": 0.1, "retrain": "none", **trainers.QUIET}
+    args = BilevelTrainingArguments(str(folder), **{**settings, **options})
+    trainers.shard_on_cpus()
     trainer = BilevelTrainer(
-        model,
-        BilevelTrainingArguments(str(folder), **{**trainers.QUIET, **settings, **options}),
-        method=method,
+        model.to(dtype),
+        args,
+        method=method(),
         train_dataset=trainers.data("causal").add_column("source", [k % 2 for k in range(24)]),
         upper_dataset=trainers.data("causal", 8, seed=5),
     )
+    assert trainer.is_fsdp_enabled == ("ACCELERATE_USE_FSDP" in os.environ)
+    trainer.start = learnt(trainer)
     trainer.train()
+    return trainer
+
+
+def train(folder: Path, batch: int, **options: Any) -> dict[str, Any]:
+    """A run with dot products over a Llama in float64: the weights, and the adapter, at its end."""
+    options |= {"dtype": torch.float64, "per_device_train_batch_size": batch}
+    options["model"] = trainers.peft_model("causal", dropout=0.0, dora=False)
+    trainer = trained(folder, "darts:product=dots", **options)
     values = {name: gather(value) for name, value in trainers.values(trainer.model).items()}
-    return {"logits": method.logits.detach(), **values}
+    return {"logits": learnt(trainer), **values}
 
 
-def work(folder: Path) -> dict[str, Any]:
+def work(folder: Path, *kinds: str) -> dict[str, Any]:
     if "ACCELERATE_USE_FSDP" in os.environ:
         return {name: train(folder / name, 2, **options) for name, options in RUNS.items()}
     dist.init_process_group("gloo")
     place = dist.get_world_size(), dist.get_rank()
-    return {kind: estimates(kind, *place) for kind in sys.argv[2:]}
-
-
-if __name__ == "__main__":
-    two_processes.main(work)
+    return {kind: estimates(kind, *place) for kind in kinds}

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from hyperopt_peft import BilevelTrainingArguments, attribute, compare_methods, why
 from hyperopt_peft.problems import Agreement, RowWeights, Sources
 from tests.support.other_device import CARD, card
-from tests.support.sources_in_processes import rows, sources
+from tests.support.sources import rows, sources
 from tests.support.trainers import base_model, data
 
 

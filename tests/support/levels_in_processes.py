@@ -1,6 +1,5 @@
-"""Two levels over a small network, plain or distributed; run as a script, one of two processes."""
+"""Two levels over a small network, plain or distributed in two processes."""
 
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hyperopt_peft import Engine, Nested, NonFiniteError, Problem, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import registered
-from tests.support import two_processes
 
 WHOLE = sorted(
     {*registered()} - {"fastmix"}
@@ -93,11 +91,11 @@ class Level(Problem):
         return {"loss": cross_entropy(logits, y) + penalty / 5, "accuracy": accuracy}
 
 
-def batches(count: int, rank: int, seed: int, number: int = 3) -> Any:
+def batches(count: int, rank: int, seed: int) -> Any:
     """This process's share of each batch; the first process alone has special rows."""
     generator = torch.Generator().manual_seed(seed)
     result = []
-    for _ in range(number):
+    for _ in range(3):
         x = torch.randn(12, 6, dtype=torch.float64, generator=generator)
         y = torch.randint(3, (12,), generator=generator)
         special = torch.arange(12) < 4
@@ -226,7 +224,7 @@ def drawn(kind: str, *place: Any) -> Any:
     return upper.drawn
 
 
-def work(folder: Path) -> dict[str, Any]:
+def work(folder: Path, *kinds: str) -> dict[str, Any]:
     dist.init_process_group("gloo")
     place = dist.get_world_size(), dist.get_rank()
     results = {
@@ -242,12 +240,8 @@ def work(folder: Path) -> dict[str, Any]:
             "poisoned": poisoned(kind, *place),
             "drawn": drawn(kind, *place),
         }
-        for kind in sys.argv[2:]
+        for kind in kinds
     }
     if "fsdp" in results:
         results["refusals"] = refusals("fsdp", *place)
     return results
-
-
-if __name__ == "__main__":
-    two_processes.main(work)

@@ -8,7 +8,7 @@ from torch import Tensor
 from hyperopt_peft import Problem
 
 
-def derivatives(lower: Problem, batch: Any) -> tuple[Tensor, Tensor]:
+def derivatives(lower: Problem, batch: Any = None) -> tuple[Tensor, Tensor]:
     """∂f/∂w and ∂²f/∂w², dense."""
     (w,) = lower.variables
     loss, _ = lower.evaluate(batch)
@@ -18,7 +18,9 @@ def derivatives(lower: Problem, batch: Any) -> tuple[Tensor, Tensor]:
     return gradient.detach(), hessian.reshape(len(unit), -1)
 
 
-def minimise(lower: Problem, hessian: Tensor | None = None, batch: Any = None) -> Tensor:
+def minimise(
+    lower: Problem, hessian: Tensor | None = None, batch: Any = None, tolerance: float = 1e-13
+) -> Tensor:
     """Newton's method to rounding; a ``hessian`` of a close point is used throughout."""
     (w,) = lower.variables
     for _ in range(30):
@@ -28,7 +30,7 @@ def minimise(lower: Problem, hessian: Tensor | None = None, batch: Any = None) -
             (part,) = lower.gradient(batch, [w]).gradient
             assert part is not None
             gradient, newest = part.reshape(-1), hessian
-        if gradient.norm() < 1e-13:
+        if gradient.norm() < tolerance:
             return newest
         with torch.no_grad():
             w -= torch.linalg.solve(newest, gradient).reshape(w.shape)

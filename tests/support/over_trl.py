@@ -31,11 +31,11 @@ CONFIGS = {
 }
 
 
-def data_for(kind: type, layout: str, count: int = 24, seed: int = 0) -> Dataset:
+def data_for(kind: type, layout: str) -> Dataset:
     """Rows that a trainer ``kind`` reads; ``layout`` is SFTTrainer's."""
     if kind is SFTTrainer:
-        return rows(layout, count, seed)
-    pairs = rows("preference", count, seed)
+        return rows(layout, 24)
+    pairs = rows("preference", 24)
     if kind is not KTOTrainer:
         return pairs
     return Dataset.from_list(

@@ -1,4 +1,4 @@
-"""Bilevel trainers over SFTTrainer in each of two processes; run as a script by one of them."""
+"""Bilevel trainers over SFTTrainer in each of two processes."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,6 @@ import torch
 from trl import SFTTrainer
 
 from hyperopt_peft import BiDoRA
-from tests.support import two_processes
 from tests.support.language import language_model, rows
 from tests.support.over_trl import made
 
@@ -48,7 +47,3 @@ def train(folder: Path, batch: int, estimator: str) -> tuple[list[dict[str, Any]
 def work(folder: Path) -> dict[str, Any]:
     """The runs, by estimator."""
     return {name: train(folder / name, 2, name) for name in RUNS}
-
-
-if __name__ == "__main__":
-    two_processes.main(work)

@@ -1,18 +1,15 @@
-"""BiDoRA in each of two processes; run as a script by one of them."""
+"""BiDoRA in each of two processes."""
 
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType
 from torch import distributed as dist
 
 from hyperopt_peft import NonFiniteError, ProblemError
 from hyperopt_peft.utils.distributed import gather
 from tests.support import trainers as models
-from tests.support import two_processes
 
 OPTIONS = {"max_steps": 6, "upper_fraction": 1 / 3, "lower_steps": 2}
 RUNS = {
@@ -70,13 +67,6 @@ def make(
             for parameter in model.parameters():
                 parameter.add_(parameter.requires_grad)
     options = {"eval_dataset": models.data(rows=8, seed=5)}
-
-    def before() -> None:
-        if "ACCELERATE_USE_FSDP" in os.environ:
-            # accelerate shards over GPUs only; it does not look at what they are.
-            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-
-    settings["before"] = before
     settings |= {"model": model, "rows": rows, "options": options, "method": method}
     return models.trainer(folder, **settings)
 
@@ -137,7 +127,3 @@ def work(folder: Path) -> dict[str, Any]:
         os.environ["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT"
         results["refused"] = refused | {"state": refusal(folder / "state")}
     return results
-
-
-if __name__ == "__main__":
-    two_processes.main(work)

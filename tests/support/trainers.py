@@ -2,11 +2,14 @@
 
 import copy
 import gc
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from datasets import ClassLabel, Dataset, Features, List, Value
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -23,15 +26,15 @@ from transformers import (
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
 from hyperopt_peft.problems import BiDoRA, DoRA, LoRA
 
-CONFIG = BertConfig(
-    vocab_size=50,
-    hidden_size=8,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=12,
-    initializer_range=0.5,  # the default leaves a network of this size all but constant
-    num_labels=3,
-)
+SIZES: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+    "initializer_range": 0.5,  # the default leaves a network of this size all but constant
+}
+CONFIG = BertConfig(num_labels=3, **SIZES)
 LENGTH = 6
 #: Arguments of any Trainer: on the CPU, without bars and checkpoints, a log a step.
 QUIET: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
@@ -51,18 +54,8 @@ def base_model(kind: str = "classes", dropout: float = 0.1) -> Any:
     if kind == "tokens":
         return BertForTokenClassification(config)
     if kind == "causal":
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=50,
-                hidden_size=8,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                intermediate_size=12,
-                initializer_range=0.5,
-                tie_word_embeddings=False,
-                attention_dropout=dropout,
-            )
-        )
+        llama = LlamaConfig(tie_word_embeddings=False, attention_dropout=dropout, **SIZES)
+        return LlamaForCausalLM(llama)
     if kind == "seq2seq":
         return T5ForConditionalGeneration(
             T5Config(
@@ -162,20 +155,22 @@ def trainer(
     model: nn.Module | None = None,
     options: Any = None,
     method: str = "bidora",
-    before: Any = lambda: None,
     **settings: Any,
 ) -> Any:
-    """A trainer of the task; ``settings`` are the arguments' or the method's.
-
-    ``before`` is called once the arguments are made, which reset the state of accelerate.
-    """
+    """A trainer of the task; ``settings`` are the arguments' or the method's."""
     model = model or peft_model(kind, dropout, dora=method != "lora")
     chosen = {"bidora": BiDoRA, "dora": DoRA, "lora": LoRA}[method]
     own = {x.name: settings.pop(x.name) for x in fields(chosen) if x.name in settings}
     given = {"train_dataset": data(kind, rows), "method": chosen(**own), **(options or {})}
     args = arguments(folder, **settings)
-    before()
+    shard_on_cpus()
     return BilevelTrainer(model, args, **given)
+
+
+def shard_on_cpus() -> None:
+    """accelerate shards over GPUs only, and looks at no device; arguments reset what it knows."""
+    if "ACCELERATE_USE_FSDP" in os.environ:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def values(model: nn.Module) -> dict[str, Any]:

@@ -15,10 +15,6 @@ from tests.support.trainers import peft_model, trainer
 SGD = {"optim": "sgd", "max_grad_norm": 0.0, "upper_max_grad_norm": 0.0}
 
 
-def double(model: nn.Module) -> Any:
-    return model.double()
-
-
 class Watch(TrainerCallback):
     """Keeps gradients and variables as they are just before each optimizer step."""
 
@@ -43,7 +39,7 @@ def watched(folder: Path, model: nn.Module, **settings: Any) -> tuple[Any, ...]:
 
 def replayed(watch: Watch, prior: float | None = None) -> tuple[Problem, Problem, Any]:
     """Lower and upper level over a fresh model, and what moves it to a step of ``watch``."""
-    model = double(peft_model(dropout=0.0))
+    model = peft_model(dropout=0.0).double()
     use_fast_dora(model, "full")
     named = dict(model.named_parameters())
 

@@ -81,9 +81,8 @@ def regularised(level: Any) -> Any:
 
 def value(upper: Any, lower: Any, upper_batch: Any, lower_batch: Any) -> Any:
     """F at the lower level's minimum, found from 0 by Newton's method."""
-    with torch.no_grad():
-        lower.variables[0].zero_()
-    minimise(lower, batch=lower_batch)
+    nn.init.zeros_(lower.variables[0])
+    minimise(lower, batch=lower_batch, tolerance=1e-12)
     return float(upper.loss(upper_batch).detach())
 
 

@@ -7,49 +7,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, NonFiniteError
+from hyperopt_peft import NonFiniteError
 from hyperopt_peft.problems.row_weights import RowWeights
 from hyperopt_peft.problems.sources import Sources
 from hyperopt_peft.problems.weight_net import WeightNet
 from tests.support import dots_in_processes, two_processes
-from tests.support.trainers import QUIET, data, peft_model
+from tests.support.dots_in_processes import learnt, trained
+from tests.support.trainers import peft_model
 
 WEIGHTS: dict[str, Any] = {
     "sources": Sources,
     "rows": lambda: RowWeights(keep=None),
     "net": lambda: WeightNet(5),
 }
-
-
-def trained(
-    folder: Path,
-    product: str,
-    *,
-    method: Any = Sources,
-    **options: Any,
-) -> Any:
-    """A trainer after a run over a causal model, with Adam above."""
-    model = options.pop("model", None) or peft_model("causal", dropout=0.1, dora=False)
-    torch.manual_seed(7)
-    dtype = options.pop("dtype", torch.float32)
-    settings = {"max_steps": 4, "lower_steps": 2, "hypergradient": product, "learning_rate": 1e-2}
-    settings |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    settings |= {"upper_learning_rate": 0.1, "retrain": "none", **QUIET}
-    train = data("causal").add_column("source", [row % 2 for row in range(24)])
-    trainer = BilevelTrainer(
-        model.to(dtype),
-        BilevelTrainingArguments(str(folder), **{**settings, **options}),
-        method=method(),
-        train_dataset=train,
-        upper_dataset=data("causal", 8, seed=5),
-    )
-    trainer.start = learnt(trainer)
-    trainer.train()
-    return trainer
-
-
-def learnt(trainer: Any) -> Tensor:
-    return torch.cat([x.detach().flatten() for x in trainer.upper.variables])
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -99,9 +69,7 @@ def test_shards_train_as_one_process_does(tmp_path: Path) -> None:
     shipped = Path(__file__).parents[2] / "examples" / "accelerate" / "fsdp2.yaml"
     configuration = tmp_path / "fsdp2.yaml"
     configuration.write_text(shipped.read_text().replace("BertLayer", "LlamaDecoderLayer"))
-    launcher = ["accelerate.commands.launch", "--config_file", str(configuration)]
-    launcher += ["--num_processes", "2", "--main_process_port", "0"]
-    two = two_processes.run(launcher, "dots_in_processes.py", tmp_path)
+    two = two_processes.run(dots_in_processes, tmp_path, configuration=configuration)
     for name, options in dots_in_processes.RUNS.items():
         one = dots_in_processes.train(tmp_path / "one", 4, **options)
         for key, expected in one.items():

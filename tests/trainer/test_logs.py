@@ -13,7 +13,7 @@ from hyperopt_peft import BilevelTrainingArguments
 from hyperopt_peft.adapters import split_parameters
 from tests.support.class_weights import Penalised, Plain, Weighted, pair, rows, streamed
 from tests.support.trainers import data, peft_model, trainer
-from tests.support.watch import double, watched
+from tests.support.watch import watched
 
 
 def logs(made: Any, key: str = "loss") -> Any:
@@ -145,7 +145,7 @@ def test_the_loss_of_a_lower_level_is_logged_without_its_prior(tmp_path: Path) -
 
 def test_the_logged_ratio_is_of_the_window(tmp_path: Path) -> None:
     settings = {"max_steps": 12, "lower_steps": 2, "logging_steps": 6}
-    run, watch = watched(tmp_path, double(peft_model(dropout=0.0)), **settings)
+    run, watch = watched(tmp_path, peft_model(dropout=0.0).double(), **settings)
     run.train()
     names = list(split_parameters(run.model).magnitudes)
     upper = [torch.cat([g[n].flatten() for n in names]) for g in watch.gradients[1::2]]

@@ -6,6 +6,7 @@ processes are started with the configurations that are shipped, for DDP and for 
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,36 +33,26 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
 
 
-class Launched(dict[str, Any]):
-    """By kind, the results of each process of every run: a launch for each kind asked for."""
-
-    def __init__(self, folders: Any) -> None:
-        super().__init__()
-        self.folders = folders
-
-    def __missing__(self, kind: str) -> Any:
-        launcher = ["accelerate.commands.launch", "--config_file"]
-        launcher += [str(CONFIGURATIONS / KINDS[kind]), "--num_processes", "2"]
-        launcher += ["--main_process_port", "0"]
-        results = two_processes.run(launcher, "trainer_in_processes.py", self.folders[kind])
-        return self.setdefault(kind, results)
-
-
 @pytest.fixture(scope="module")
 def two(folders: Any) -> Any:
-    return Launched(folders)
+    """The results of each process of every run, of a kind: a launch for each kind asked for."""
+
+    @cache
+    def launched(kind: str) -> Any:
+        configuration = CONFIGURATIONS / KINDS[kind]
+        return two_processes.run(in_processes, folders[kind], configuration=configuration)
+
+    return launched
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The logs and parameters of each method in one process."""
-    known = {}
 
-    def train(name: Any) -> Any:
-        if name not in known:
-            folder = tmp_path_factory.mktemp("one")
-            known[name] = in_processes.train(folder, 4, **in_processes.RUNS[name])
-        return known[name]
+    @cache
+    def train(name: str) -> Any:
+        folder = tmp_path_factory.mktemp("one")
+        return in_processes.train(folder, 4, **in_processes.RUNS[name])
 
     return train
 
@@ -75,7 +66,7 @@ def test_two_processes_train_as_one_does(two: Any, one: Any, kind: Any, name: An
     """Losses, gradient norms, the levels' metrics, and every parameter at the end."""
     expected_logs, expected = one(name)
     tolerance = ROUNDING.get(name, 1e-12)
-    for result in two[kind]:
+    for result in two(kind):
         logs, values = result[name]
         for key, value in expected.items():
             assert (values[key] - value).norm() < tolerance * value.norm(), key
@@ -85,13 +76,13 @@ def test_two_processes_train_as_one_does(two: Any, one: Any, kind: Any, name: An
                 # The Trainer adds losses up in float32.
                 near = max(tolerance, 1e-6) if key in ("loss", "train_loss") else tolerance
                 assert log[key] == pytest.approx(other[key], rel=near), key
-    assert same(two[kind][0][name][1], two[kind][1][name][1])
+    assert same(two(kind)[0][name][1], two(kind)[1][name][1])
 
 
 @pytest.mark.parametrize(("kind", "name"), RUNS)
 def test_what_is_saved_is_a_plain_adapter(two: Any, folders: Any, kind: Any, name: Any) -> None:
     """Whole, and once."""
-    trained = two[kind][0][name][1]
+    trained = two(kind)[0][name][1]
     plain = models.base_model(dropout=0.0).double()
     loaded = PeftModel.from_pretrained(plain, folders[kind] / name / "adapter", is_trainable=True)
     assert same(models.values(loaded), trained)
@@ -102,7 +93,7 @@ def test_two_processes_resume_from_a_checkpoint_that_is_written_once(
     two: Any, folders: Any, kind: Any
 ) -> None:
     """With the random states of both; the best model comes back at the end."""
-    for result in two[kind]:
+    for result in two(kind):
         (logs, values), (logs_resumed, values_resumed) = result["saved"], result["resumed"]
         assert same(values, values_resumed)
         assert [log for log in logs if "loss" in log] == [x for x in logs_resumed if "loss" in x]
@@ -114,7 +105,7 @@ def test_two_processes_resume_from_a_checkpoint_that_is_written_once(
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_nan_on_one_process_stops_both(two: Any, folders: Any, kind: Any) -> None:
     """After the state before the step was written."""
-    for result in two[kind]:
+    for result in two(kind):
         assert "step 4 (epoch 0.75, 1 micro-batches)" in result["stopped"]
         assert "the loss is nan" in result["stopped"]
         assert str(folders[kind] / "stopped" / "checkpoint-3") in result["stopped"]
@@ -123,7 +114,7 @@ def test_a_nan_on_one_process_stops_both(two: Any, folders: Any, kind: Any) -> N
 
 def test_what_shards_cannot_do_is_refused(two: Any) -> None:
     """Before anything is trained."""
-    for result in two["fsdp"]:
+    for result in two("fsdp"):
         refused = result["refused"]
         assert 'choose product="difference"' in refused["cg"]
         assert "reads parameters outside" in refused["gamma"]

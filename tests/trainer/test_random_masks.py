@@ -8,20 +8,61 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    Wav2Vec2Config,
+    Wav2Vec2ForSequenceClassification,
+)
 
 from hyperopt_peft import bilevel
 from hyperopt_peft.core.task_level import TaskLevel
 from tests.support.class_weights import rows
 from tests.support.networks import differences
 from tests.support.resume import require_same_end
-from tests.support.speech import speech_model, speech_rows
 from tests.support.trainers import QUIET, values
 
 SETTINGS = {**QUIET, "max_steps": 4, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
 SETTINGS |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "seed": 3}
+
+
+def speech_model() -> Any:
+    """A Wav2Vec2 with LoRA and with masks from NumPy (SpecAugment), equal at every call."""
+    torch.manual_seed(0)
+    config = Wav2Vec2Config(
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=12,
+        conv_dim=(8, 8),
+        conv_kernel=(5, 3),
+        conv_stride=(4, 2),
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        classifier_proj_size=8,
+        num_labels=3,
+        initializer_range=0.5,
+        mask_time_prob=0.5,
+        mask_time_length=2,
+        mask_time_min_masks=2,
+    )
+    adapter = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    return get_peft_model(Wav2Vec2ForSequenceClassification(config), adapter)
+
+
+def speech_rows(count: int, seed: int = 0) -> Dataset:
+    """Recordings of noise, each with a class."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(count, 120, generator=generator).tolist()
+    labels = torch.randint(0, 3, (count,), generator=generator).tolist()
+    return Dataset.from_dict({"input_values": noise, "labels": labels})
 
 
 class MeanOfRows(Trainer):

@@ -13,7 +13,7 @@ from hyperopt_peft import hypergradient
 from hyperopt_peft.adapters import split_parameters
 from tests.support.class_weights import pair
 from tests.support.trainers import QUIET, data, peft_model, trainer, values
-from tests.support.watch import SGD, batches_of, double, replayed, watched
+from tests.support.watch import SGD, batches_of, replayed, watched
 
 
 # A solve that stops early is the same early.
@@ -31,7 +31,7 @@ def test_the_variables_move_by_gradient_and_hypergradient_at_one_point(
 ) -> None:
     """With `upper_prior` those of a level with a prior, which the logs have apart."""
     settings = {"hypergradient": method, "per_device_upper_batch_size": 4, "upper_prior": prior}
-    run, watch = watched(tmp_path, double(peft_model(dropout=0.0)), **settings)
+    run, watch = watched(tmp_path, peft_model(dropout=0.0).double(), **settings)
     lower_batches = batches_of(run, 6)
     start = values(run.model)
     run.train()
@@ -62,7 +62,7 @@ def test_the_variables_move_by_gradient_and_hypergradient_at_one_point(
 
 def test_both_levels_have_their_own_rate(tmp_path: Path) -> None:
     settings = {"max_steps": 2, "upper_learning_rate": 0.3}
-    run, watch = watched(tmp_path, double(peft_model(dropout=0.0)), **settings)
+    run, watch = watched(tmp_path, peft_model(dropout=0.0).double(), **settings)
     run.train()
     end = values(run.model)
     below = split_parameters(run.model)
@@ -78,7 +78,7 @@ def test_dropout_masks_are_those_of_the_lower_step(tmp_path: Path) -> None:
     ends = {}
     for method in ("darts:product=exact", "darts", "darts:scheme=forward"):
         settings = {"hypergradient": method, "gradient_accumulation_steps": 2, **SGD}
-        run = trainer(tmp_path, model=double(peft_model(dropout=0.2)), **settings)
+        run = trainer(tmp_path, model=peft_model(dropout=0.2).double(), **settings)
         run.train()
         ends[method] = split_parameters(run.model).magnitudes
     for method, tolerance in (("darts", 1e-7), ("darts:scheme=forward", 1e-5)):

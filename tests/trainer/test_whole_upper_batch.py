@@ -11,7 +11,7 @@ import torch
 from hyperopt_peft.trainer.upper_batches import FULL
 from tests.support.class_weights import pair, rows
 from tests.support.trainers import data, peft_model, ragged, trainer, values
-from tests.support.watch import double, watched
+from tests.support.watch import watched
 
 METHODS = {"darts:scheme=forward": 1e-5, "cg:steps=3,damping=1.0": 1e-11}
 
@@ -27,7 +27,7 @@ def test_pieces_are_the_batch(tmp_path: Path, method: str) -> None:
     runs = []
     for size in (None, 7):
         settings = {"per_device_upper_batch_size": size, "hypergradient": method, "rows": 31}
-        model = double(peft_model(dropout=0.0))
+        model = peft_model(dropout=0.0).double()
         run, watch = watched(tmp_path / str(size), model, upper_prior=3.0, **settings)
         assert (run.upper_batches.count, len(run.upper_dataset)) == (2 if size is None else 1, 7)
         run.train()
@@ -52,7 +52,7 @@ def test_a_label_counts_the_same_in_each_piece(tmp_path: Path, kind: str) -> Non
     for size, count in ((None, 3), (9, 1)):
         settings = {"per_device_upper_batch_size": size, "hypergradient": "direct"}
         model, options = peft_model(kind, dropout=0.0), {"train_dataset": ragged(kind, 45)}
-        run = trainer(tmp_path / str(size), model=double(model), options=options, **settings)
+        run = trainer(tmp_path / str(size), model=model.double(), options=options, **settings)
         assert run.upper_batches.count == count
         run.train()
         losses.append([record["upper_loss"] for record in above(run)])

@@ -8,7 +8,7 @@ may hide a fault: no half precision, compilation, checkpoint, transform, hook or
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, make_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -51,26 +51,8 @@ GRAMMAR: dict[str, dict[str, int]] = {
 ODD = ["call", "precision", "storage", "extra", "function", "meddling"]
 
 
-@dataclass(frozen=True)
-class Form:
-    """A sentence of `GRAMMAR`, and the seed of its numbers."""
-
-    seed: int
-    first: str
-    second: str
-    activation: str
-    noise: str
-    upper: str
-    task: str
-    call: str
-    precision: str
-    storage: str
-    extra: str
-    curvature: str
-    function: str
-    meddling: str
-    prior: str
-    optimizer: str
+class Form(make_dataclass("Words", ["seed", *GRAMMAR], frozen=True)):  # type: ignore[misc]
+    """A sentence of `GRAMMAR`, a word for each of its fields, and the seed of its numbers."""
 
     @classmethod
     def draw(cls, seed: int) -> Form:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -119,48 +117,18 @@ def weight_of_squares(form: Form, state: Any) -> float:
     return float(max(-values.min(), 0.0) + 0.25 * values.abs().max())
 
 
-@dataclass
 class Point:
     """The derivatives at one point: ∂F/∂u (d), ∂F/∂w (b), ∂²f/∂w² (h), ∂²f/∂u∂w (m)."""
 
-    functions: Functions
-    w: Tensor
-    u: Tensor
-    upper_state: Any
-    lower_state: Any
-
-    @cached_property
-    def above(self) -> tuple[Tensor, Tensor]:
-        return self.functions.gradient("upper", self.w, self.u, self.upper_state)
-
-    @property
-    def b(self) -> Tensor:
-        return self.above[0]
-
-    @property
-    def d(self) -> Tensor:
-        return self.above[1]
-
-    @cached_property
-    def second(self) -> tuple[Tensor, Tensor]:
-        return self.functions.second(self.w, self.u, self.lower_state)
-
-    @property
-    def h(self) -> Tensor:
-        return self.second[0]
-
-    @property
-    def m(self) -> Tensor:
-        return self.second[1]
-
-    @cached_property
-    def inverse(self) -> Tensor:
-        return torch.linalg.pinv(self.h, hermitian=True, rtol=1e-7)
-
-    @cached_property
-    def definite(self) -> bool:
-        values = torch.linalg.eigvalsh(self.h)
-        return bool(values.min() > 1e-3 * values.max())
+    def __init__(
+        self, functions: Functions, w: Tensor, u: Tensor, upper_state: Any, lower_state: Any
+    ) -> None:
+        self.functions, self.w, self.u, self.lower_state = functions, w, u, lower_state
+        self.b, self.d = functions.gradient("upper", w, u, upper_state)
+        self.h, self.m = functions.second(w, u, lower_state)
+        self.inverse = torch.linalg.pinv(self.h, hermitian=True, rtol=1e-7)
+        eigenvalues = torch.linalg.eigvalsh(self.h)
+        self.definite = bool(eigenvalues.min() > 1e-3 * eigenvalues.max())
 
     @property
     def truth(self) -> Tensor:

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+import multiprocessing
 import random
 import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -33,6 +32,7 @@ from tests.support.resume import end, logs_of, saving
 from tests.support.trainers import data
 
 FINAL, STATE = "final.pt", "engine.pt"
+FORK = multiprocessing.get_context("fork")
 Ready = Callable[[], object]
 
 
@@ -94,39 +94,20 @@ class Child:
     """A process forked from this one that trains in ``folder`` and writes how it ended."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        self.folder = folder
-        reader, writer = os.pipe()
-        self.pid = os.fork()
-        if self.pid == 0:
-            self._work(name, writer)
-        os.close(writer)
-        with os.fdopen(reader, "rb") as pipe:
-            pipe.read(1)  # returns when the first step is near, or the child has ended
+        self.folder, started = folder, FORK.Event()
+        self.process = FORK.Process(target=self._work, args=(name, started.set))
+        self.process.start()
+        while self.process.is_alive() and not started.wait(0.01):
+            pass  # until the first step is near
 
-    def _work(self, name: str, writer: int) -> None:
-        """Train, and end the process."""
+    def _work(self, name: str, ready: Ready) -> None:
         train, settings = RUNS[name]
-
-        def ready() -> None:
-            with suppress(BrokenPipeError):  # nobody waits for the second phase
-                os.write(writer, b".")
-
-        try:
-            write_state(self.folder / FINAL, train(self.folder, ready, **settings))
-        except BaseException:
-            os.write(2, traceback.format_exc().encode())
-        os._exit(0)
-
-    def running(self) -> bool:
-        if self.pid and os.waitpid(self.pid, os.WNOHANG)[0]:
-            self.pid = 0
-            assert (self.folder / FINAL).exists(), "the run failed, see above"
-        return self.pid != 0
+        write_state(self.folder / FINAL, train(self.folder, ready, **settings))
 
     def finish(self) -> Any:
         """Wait for the end, and read it."""
-        while self.running():
-            time.sleep(0.001)
+        self.process.join()
+        assert self.process.exitcode == 0, "the run failed, see above"
         return read_state(self.folder / FINAL)
 
     def kill(self, delay: float, into_save: float | None) -> bool:
@@ -134,14 +115,13 @@ class Child:
         time.sleep(delay)
         if into_save is not None:
             begin = time.time()
-            while self.running() and not being_written(self.folder, begin):
+            while self.process.is_alive() and not being_written(self.folder, begin):
                 time.sleep(0.0002)
             time.sleep(into_save)
-        if not self.running():
-            return False
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
-        return not (self.folder / FINAL).exists()  # it may have ended in that very moment
+        self.process.kill()
+        self.process.join()
+        assert self.process.exitcode in (0, -signal.SIGKILL), "the run failed, see above"
+        return not (self.folder / FINAL).exists()
 
 
 def being_written(folder: Path, since: float) -> bool:

@@ -1,7 +1,4 @@
-"""Small runs of `Sources`: a right source, a wrong one, and a few trusted rows.
-
-Run as a script by one of two processes.
-"""
+"""Small runs of `Sources`: a right source, a wrong one, and a few trusted rows."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +6,11 @@ from typing import Any
 
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value, concatenate_datasets
-from torch import Tensor
 from transformers import PrinterCallback, default_data_collator
 
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, Method
 from hyperopt_peft.problems import Sources
-from tests.support import two_processes
-from tests.support.trainers import QUIET, peft_model, values
+from tests.support.trainers import QUIET, peft_model
 
 
 def rows(count: int, seed: int, *, wrong: bool = False) -> Dataset:
@@ -70,22 +65,3 @@ def trainer(
     )
     made.remove_callback(PrinterCallback)
     return made
-
-
-def train(folder: Path, batch: int) -> dict[str, Tensor]:
-    """The logits and the adapter at the end, in float64."""
-    run = trainer(
-        folder,
-        double=True,
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=3,
-        hypergradient="minres:steps=3,damping=0.1",
-        max_steps=4,  # before an epoch ends, whose last batch the processes would fill up
-        lower_steps=2,
-    )
-    run.train()
-    return {"logits": run.method.logits.detach().clone(), **values(run.model)}
-
-
-if __name__ == "__main__":
-    two_processes.main(lambda folder: train(folder, 4))
