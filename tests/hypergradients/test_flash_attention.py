@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, Trainer, TrainingArguments
 from transformers.integrations.flash_attention import get_target_dtype
 from transformers.masking_utils import flash_attention_mask
@@ -22,7 +22,6 @@ from hyperopt_peft import (
     attribute,
     hypergradient,
 )
-from hyperopt_peft.core.examples import WeightedExamples
 from hyperopt_peft.utils.autograd import HALF
 from tests.support.language import language_model, lora
 from tests.support.minilm import cosine
