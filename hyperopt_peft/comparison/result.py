@@ -20,6 +20,8 @@ from hyperopt_peft.utils.tables import aligned, latex
 from hyperopt_peft.utils.versions import versions
 
 Row = list[str]
+#: Columns of the table of scores that are not in a paper's.
+NOT_PRINTED = ("rate", "upper rate", "seconds", "MB")
 
 
 @dataclass
@@ -238,9 +240,14 @@ class Comparison:
         return dict(self.store.settings.get("versions") or versions())
 
     def to_latex(self) -> str:
-        """The scores as a LaTeX table of the package booktabs, below the versions as a comment."""
+        """The scores, differences and passes as a LaTeX table of the package booktabs.
+
+        The heading and the versions are comments above the table.
+        """
         notes = self.heading(), ", ".join(map(" ".join, self.versions.items()))
-        return "\n".join([*(f"% {note}" for note in notes), latex(self.table()), ""])
+        columns = [column for column in zip(*self.table()) if column[0] not in NOT_PRINTED]
+        table = latex([*zip(*columns)])
+        return "\n".join([*(f"% {note}" for note in notes), table, ""])
 
     def results(self) -> list[Result]:
         """The entries of all runs."""

@@ -89,8 +89,8 @@ class Work:
             total += minutes
             numbers = [str(runs), " + ".join(map(str, steps)), f"{passes:.0f}", f"{minutes:.1f}"]
             rows.append([name + ABLATIONS[kind], *numbers])
-        lines = [aligned(rows), f"together about {total / self.jobs:.0f} minutes", self.task.layers]
-        return "\n".join(lines)
+        whole = f"together about {total / self.jobs:.0f} minutes as measured now"
+        return "\n".join([aligned(rows), whole, self.task.layers])
 
 
 def require_pickled(task: Task) -> None:
