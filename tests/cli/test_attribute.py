@@ -116,17 +116,6 @@ def test_tags_are_explained_by_their_words(
     assert re.search(rf"row 0, token \d+ \(({'|'.join(map(re.escape, word))})\): ", printed)
 
 
-def test_formulas_get_an_apostrophe_where_that_is_wanted(tmp_path: Path) -> None:
-    table = rows()
-    table[3] = {**table[3], "text": f"=1+{table[3]['text']}"}
-    path = write(tmp_path / "formula.jsonl", table)
-    chosen = {"train_file": path, "score_model": "head"}
-    for escaped, mark in ((True, "'"), (False, "")):
-        changes = {"escape_formulas": escaped, "overwrite_output_dir": True}
-        run("attribute", **options(tmp_path, **chosen, **changes))
-        assert written(tmp_path)[3]["text"] == f"{mark}{table[3]['text']}"
-
-
 def test_rows_of_others_write_no_controls_to_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,14 +196,14 @@ def test_rows_of_both_levels_of_bidora(tmp_path: Path) -> None:
         ({"slices": "orign"}, "evaluation examples have no column 'orign'"),
         ({"eval_file": None, "eval_fraction": 0}, "attribute needs evaluation rows"),
         ({"retrain_without": 0.1, "eval_fraction": 0}, "for retrain_without test examples"),
-        ({"retrain_without": 0.1, "test_file": "train"}, "24 of 24 rows are training examples too"),
+        ({"retrain_without": 0.1, "test_file": "train"}, "24 of 24 rows are training rows too"),
         ({"eval_file": "copy"}, "every row of it is a training row too"),
         ({"memory_limit": 1e-9}, r"memory_limit: .* more than the limit"),
         ({"optim": "adafactor"}, "Adafactor"),
         ({"method": "bidora", "hypergradient": "darts"}, "derivative of darts is not known"),
         ({"why": "none.csv"}, "why: there is no file none.csv"),
-        ({"why": "copy"}, "24 of 24 rows are training examples; remove"),
-        ({"why": "bare"}, "24 of 24 rows are training examples; remove"),
+        ({"why": "copy"}, "24 of 24 rows are training rows too"),
+        ({"why": "bare"}, "24 of 24 rows are training rows too"),
     ],
 )
 def test_bad_runs_are_named(

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-import threading
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import concatenate_datasets
 from torch import nn
 from torch.nn.utils import parametrize
 
 from hyperopt_peft import Method, ProblemError
 from hyperopt_peft.problems import LoRA
-from tests.support.comparisons import accuracy, compared
+from tests.support.comparisons import compared
 from tests.support.trainers import data
 
 ONE = {"LoRA": LoRA()}
@@ -55,13 +52,6 @@ class Greedy(Method):
         return loss + task_loss(batch) if self.steps > 5 else loss
 
 
-class Peeks(Method):
-    """Trains on rows that it has of its own."""
-
-    def all_rows(self, train: Any, upper: Any) -> Any:
-        return concatenate_datasets([train, TEST.select(range(3))])
-
-
 @dataclass
 class Fragile(Method):
     """Its loss is NaN once a parameter is above ``limit``."""
@@ -83,13 +73,6 @@ class Breaking(Method):
         return task_loss(batch) * (math.nan if self.steps > 5 else 1.0)
 
 
-def locked(outputs: Any, lock: Any) -> dict[str, float]:
-    return accuracy(outputs)
-
-
-LOCKED = partial(locked, lock=threading.Lock())
-
-
 def undefined(outputs: Any) -> dict[str, float]:
     return {"accuracy": math.nan}
 
@@ -100,7 +83,6 @@ def undefined(outputs: Any) -> dict[str, float]:
         ({"m": Idle()}, {}, "m: the training has changed no logit"),
         ({"m": Parametrised()}, {}, "m: finish leaves a parametrisation at .*lora_A"),
         ({"m": Greedy()}, {"passes": 20}, "m: its 20 passes ended after"),
-        ({"m": Peeks()}, {}, "m: trains on 3 of 20 test rows"),
         ({"m": Fragile(0.0)}, {}, "m, seed 0, rate 0.06: step 1 .*; give lower"),
         ({"m": Breaking()}, {}, "m, seed 0, rate 0.06: the score is nan"),
         (ONE, {"compute_metrics": undefined}, "LoRA, seed 0, rate 0.06: the score is nan"),
@@ -108,16 +90,10 @@ def undefined(outputs: Any) -> dict[str, float]:
         (ONE, {"seeds": [0]}, "one seed has no interval"),
         (ONE, {"seeds": [0, 100]}, r"development: the seeds \[100\] are reported"),
         (ONE, {"passes": 1}, "passes: 1 leave LoRA a phase of"),
-        ({}, {}, "methods: there is none"),
         (ONE, {"ablations": ["LoRA"]}, r"ablations: \['LoRA'\] are no methods with an upper"),
         (ONE, {"test_dataset": data(rows=30)}, "all of its rows are training rows"),
         (ONE, {"test_dataset": TEST.select([])}, "test_dataset has no examples"),
         (ONE, {"test_dataset": TEST.to_list()}, "test_dataset: must be a datasets.Dataset"),
-        (
-            ONE,
-            {"jobs": 2, "compute_metrics": partial(locked, lock=threading.Lock())},
-            "jobs: .*cannot be pickled",
-        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
