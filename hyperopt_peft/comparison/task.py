@@ -136,7 +136,6 @@ class Task:
             metrics,
             passes=trainer.passes.passes,
             steps=steps,
-            spent=price.spent(steps),
             seconds=time.perf_counter() - begin,
             memory=peak(),
             finish=watch.change,

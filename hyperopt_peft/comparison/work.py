@@ -82,7 +82,7 @@ class Work:
             self.task.price(run)  # fills the store of frozen layers
             price = self.task.price(run)
             steps = price.steps(self.task.passes)
-            passes = sum(price.spent(steps).values())
+            passes = price.rows(*steps) / price.unit
             runs = plan.count(name, kind)
             minutes = runs * (price.start + passes * price.a_pass) / 60
             total += minutes
