@@ -63,16 +63,6 @@ class Fragile(Method):
         return task_loss(batch) * (math.nan if largest > self.limit else 1.0)
 
 
-class Breaking(Method):
-    """Its loss is NaN from the sixth step on."""
-
-    steps = 0
-
-    def lower_loss(self, model: Any, batch: Any, task_loss: Any) -> Any:
-        self.steps += 1
-        return task_loss(batch) * (math.nan if self.steps > 5 else 1.0)
-
-
 def undefined(outputs: Any) -> dict[str, float]:
     return {"accuracy": math.nan}
 
@@ -84,7 +74,6 @@ def undefined(outputs: Any) -> dict[str, float]:
         ({"m": Parametrised()}, {}, "m: finish leaves a parametrisation at .*lora_A"),
         ({"m": Greedy()}, {"passes": 20}, "m: its 20 passes ended after"),
         ({"m": Fragile(0.0)}, {}, "m, seed 0, rate 0.06: step 1 .*; give lower"),
-        ({"m": Breaking()}, {}, "m, seed 0, rate 0.06: the score is nan"),
         (ONE, {"compute_metrics": undefined}, "LoRA, seed 0, rate 0.06: the score is nan"),
         (ONE, {"metric": "f1"}, "metric: f1 is none of .*accuracy"),
         (ONE, {"seeds": [0]}, "one seed has no interval"),
