@@ -18,6 +18,7 @@ from hyperopt_peft.trainer.data import (
     joined,
     label_column,
     require_examples,
+    require_unseen,
     shared,
     split_dataset,
 )
@@ -102,12 +103,7 @@ class TrainerData:
     def test_rows(self, test: Any) -> NumberedRows:
         """``test``, numbered; ProblemError if a row is a training or an evaluation row."""
         rows = _numbered_rows(self.trainer, test, "test")
-        for name, other in (("training", self.train), ("evaluation", self.evaluation)):
-            if common := shared(test, other):
-                raise ProblemError(
-                    f"test: {common} of {len(rows)} rows are {name} rows too, which the scores "
-                    "have seen; remove them"
-                )
+        require_unseen("test", test, training=self.train, evaluation=self.evaluation)
         return rows
 
 

@@ -32,7 +32,7 @@ from hyperopt_peft.cli.text.data import (
 from hyperopt_peft.cli.text.setup import SHARED, Chosen, Setup, choose, prepare
 from hyperopt_peft.cli.text.tasks import SFT
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.trainer.data import shared
+from hyperopt_peft.trainer.data import require_unseen
 from hyperopt_peft.utils import distributed
 
 SLICE, UNROLLED = "slice", "unrolled"
@@ -59,7 +59,6 @@ class AttributeArguments(OutputArguments):
     retrain_without: float | None = HfArg(default=None, help="share of the worst rows to leave out")
     test_file: list[str] | None = HfArg(default=None, help="rows that judge retrain_without")
     method: str = HfArg(default="lora", help="as the option of train; rows of both levels count")
-    escape_formulas: bool = HfArg(default=False, help="keep a spreadsheet from running texts")
     memory_limit: float = HfArg(default=1.0, help="GiB that the run's checkpoints may take")
 
     def __post_init__(self) -> None:
@@ -183,11 +182,7 @@ def split(
     elif command.retrain_without is not None:
         read = read_files(command.test_file or [], "test_file")
         test = setup.encoder.encode(read, "the test examples")
-        for other, name in ((setup.train, "training"), (evaluation, "evaluation")):
-            if common := shared(test, other):
-                raise ProblemError(
-                    f"test_file: {common} of {len(test)} rows are {name} examples too; remove them"
-                )
+        require_unseen("test_file", test, training=setup.train, evaluation=evaluation)
     return replace(setup, train=train.sort(attributed.ROW), evaluation=evaluation), test
 
 
@@ -198,9 +193,7 @@ def rows_to_explain(files: Sequence[str], setup: Setup) -> tuple[Dataset, dict[s
     if unlabelled:  # the model needs a label, which is not shown
         rows = rows.add_column(label, [setup.encoder.names[0]] * len(rows))
     encoded = setup.encoder.encode(rows, "the rows of why")
-    texts = encoded.remove_columns("labels")
-    if common := sum(shared(texts, part) for part in (setup.train, setup.upper)):
-        raise ProblemError(f"why: {common} of {len(texts)} rows are training examples; remove them")
+    require_unseen("why", encoded.remove_columns("labels"), training=setup.train, upper=setup.upper)
     names = [name for name in setup.encoder.columns if name != label or not unlabelled]
     shown = {name: rows[name][:] for name in names}
     for name, column in shown.items():

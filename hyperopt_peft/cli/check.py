@@ -130,6 +130,7 @@ def _examine(trainer: Any, command: CheckArguments) -> Report:
     point = {"upper_batch": uppers[0], "lower_batch": lowers[0]}
     several: dict[str, Any] = {"upper_batches": uppers, "lower_batches": lowers}
     steps = command.solver_steps
+    print("measuring both levels …", file=sys.stderr)
     check = check_problem(upper, lower, **point, **several, solver_steps=steps, **shown)
     found = "\n".join(map(str, check.findings))
     page = Report("check", "both levels are sound", {})
@@ -142,6 +143,7 @@ def _examine(trainer: Any, command: CheckArguments) -> Report:
         return page
     measured = check.curvature or spectrum(upper, lower, **point, seed=args.seed)
     estimators, reference = command.chosen(measured, args.learning_rate), command.truth(measured)
+    print(f"computing {len(estimators)} estimates and {reference} …", file=sys.stderr)
     comparison = compare_hypergradients(
         upper, lower, estimators, reference, repeats=1, **point, **shown
     )

@@ -34,7 +34,8 @@ def plan(works: Sequence[Work], trainer: Any) -> str:
     minutes = [work.trainings * work.passes * seconds / 60 for work in works]
     rows: list[Sequence[Any]] = [("", "trainings", "steps", "minutes")]
     rows += [(w.name, w.trainings, w.steps or "", f"{m:.1f}") for w, m in zip(works, minutes)]
-    return f"{aligned(rows)}\ntogether about {sum(minutes):.1f} minutes without evaluation"
+    total = f"together about {sum(minutes):.1f} minutes as measured now, without evaluation"
+    return f"{aligned(rows)}\n{total}"
 
 
 def seconds_a_pass(trainer: Any) -> float:

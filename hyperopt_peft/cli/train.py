@@ -42,6 +42,7 @@ def run(argv: Sequence[str]) -> None:
     chosen = choose("train", TrainArguments, argv)
     command, args = chosen.command, chosen.args
     checkpoint = command.require_output(args)
+    args.details = command.details
     setup = prepare(chosen.model, chosen.data, args, chosen.method)
     trainer = setup.trainer(args, chosen.method)
     works = phases(trainer)

@@ -20,6 +20,8 @@ from hyperopt_peft.utils.tables import aligned, latex
 from hyperopt_peft.utils.versions import versions
 
 Row = list[str]
+#: Columns of the table of scores that are not in a paper's.
+NOT_PRINTED = ("rate", "upper rate", "seconds", "MB")
 
 
 @dataclass
@@ -188,22 +190,10 @@ class Comparison:
         alike = len(layers) == 1
         return found + [k if alike else f"{', '.join(names)}: {k}" for k, names in layers.items()]
 
-    def spent(self) -> list[Row]:
-        """The passes of each method, by use; means over seeds."""
-        rows: list[Row] = []
-        for name, kind in self.plan.candidates():
-            results = self._results(name, kind)
-            means = {key: fmean(r["spent"][key] for r in results) for key in results[0]["spent"]}
-            rows = rows or [["method", *means]]
-            rows.append([name + ABLATIONS[kind], *(f"{x:.1f}" for x in means.values())])
-        return rows
-
     def tables(self) -> dict[str, list[Row]]:
-        """All tables by heading; rates and passes only where runs have a budget."""
-        if not self.passes:
-            return {"Scores": self.table()}
-        others = {"Held-out score at every rate": self.rates(), "Passes": self.spent()}
-        return {"Scores": self.table(), **others}
+        """All tables by heading; heads have no rates."""
+        rates = {"Held-out score at every rate": self.rates()} if self.passes else {}
+        return {"Scores": self.table(), **rates}
 
     def heading(self) -> str:
         """The score, the rows, the budget and the number of seeds, in a line."""
@@ -238,9 +228,14 @@ class Comparison:
         return dict(self.store.settings.get("versions") or versions())
 
     def to_latex(self) -> str:
-        """The scores as a LaTeX table of the package booktabs, below the versions as a comment."""
+        """The scores, differences and passes as a LaTeX table of the package booktabs.
+
+        The heading and the versions are comments above the table.
+        """
         notes = self.heading(), ", ".join(map(" ".join, self.versions.items()))
-        return "\n".join([*(f"% {note}" for note in notes), latex(self.table()), ""])
+        columns = [column for column in zip(*self.table()) if column[0] not in NOT_PRINTED]
+        table = latex([*zip(*columns)])
+        return "\n".join([*(f"% {note}" for note in notes), table, ""])
 
     def results(self) -> list[Result]:
         """The entries of all runs."""

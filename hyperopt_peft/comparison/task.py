@@ -25,7 +25,6 @@ from hyperopt_peft.comparison.price import Price, measured, peak_memory
 from hyperopt_peft.comparison.watch import Watch
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
-from hyperopt_peft.trainer.data import shared_rows
 from hyperopt_peft.trainer.fingerprint import frozen_fingerprint
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.quiet import QUIET, no_bars
@@ -48,14 +47,8 @@ SOME = 64
 class Run:
     """What distinguishes a run from the others of a comparison.
 
-    Attributes:
-        method: its name.
-        kind: the method, or one of its two ablations.
-        seed: of the held-out rows, the split, the start and the order.
-        rate: the peak learning rate of the lower level.
-        upper_rate: that of the upper level; None is that of the arguments.
-        development: whether the score is that of rows held out from the training rows, not of the
-            test rows.
+    The seed sets the held-out rows, the split, the start and the order. An upper rate of None is
+    that of the arguments. Rows held out from the training rows score a run of development.
     """
 
     method: str
@@ -137,7 +130,6 @@ class Task:
             metrics,
             passes=trainer.passes.passes,
             steps=steps,
-            spent=price.spent(steps),
             seconds=time.perf_counter() - begin,
             memory=peak(),
             finish=watch.change,
@@ -188,8 +180,7 @@ class Task:
         """What the steps of ``run`` cost.
 
         Raises:
-            ProblemError: the metric is unknown; the method trains on test rows; a loss is not
-                finite; as `BilevelTrainer`.
+            ProblemError: the metric is unknown; a loss is not finite; as `BilevelTrainer`.
         """
         begin = time.perf_counter()
         data = self.data.of(run.seed, run.development)
@@ -199,20 +190,10 @@ class Task:
             some = range(0, len(rows), -(-len(rows) // SOME))  # of every class, if they are sorted
             self.require_metric(trainer.evaluate(rows.select(some)))
             try:
-                price = measured(trainer, time.perf_counter() - begin, self.unit)
+                return measured(trainer, time.perf_counter() - begin, self.unit)
             except NonFiniteError as error:
                 where, _, _ = str(error).partition(";")
                 raise ProblemError(f"{run}: {where}; give lower rates") from error
-        if run.development:  # a repeated row may be on both sides
-            return price
-        for rows in (trainer.train_dataset, trainer.upper_dataset, trainer.all_rows()):
-            known = {*data[2].column_names} <= {*getattr(rows, "column_names", ())}
-            if known and (common := shared_rows(data[2], rows)):
-                raise ProblemError(
-                    f"{run.method}: trains on {len(common)} of {len(data[2])} test rows; let rows "
-                    "and all_rows return rows of train_dataset alone"
-                )
-        return price
 
     def require_metric(self, metrics: Mapping[str, Any]) -> None:
         """Raise ProblemError where ``metrics`` of an evaluation lack the score."""

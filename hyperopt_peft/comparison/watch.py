@@ -18,14 +18,9 @@ ENTRIES = 100_000
 
 
 class Watch:
-    """Watches the training of a method.
+    """Watches the training of the method ``name`` by ``trainer``, which has not begun.
 
-    Args:
-        trainer: before its training.
-        name: the method's.
-
-    Attributes:
-        change: the largest change of a logit by ``finish``, relative to the largest logit.
+    ``change`` is the largest change of a logit by ``finish``, relative to the largest logit.
     """
 
     def __init__(self, trainer: Any, name: str) -> None:

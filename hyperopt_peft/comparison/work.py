@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -83,28 +82,18 @@ class Work:
             self.task.price(run)  # fills the store of frozen layers
             price = self.task.price(run)
             steps = price.steps(self.task.passes)
-            passes = sum(price.spent(steps).values())
+            passes = price.rows(*steps) / price.unit
             runs = plan.count(name, kind)
             minutes = runs * (price.start + passes * price.a_pass) / 60
             total += minutes
             numbers = [str(runs), " + ".join(map(str, steps)), f"{passes:.0f}", f"{minutes:.1f}"]
             rows.append([name + ABLATIONS[kind], *numbers])
-        lines = [aligned(rows), f"together about {total / self.jobs:.0f} minutes", self.task.layers]
-        return "\n".join(lines)
+        whole = f"together about {total / self.jobs:.0f} minutes as measured now"
+        return "\n".join([aligned(rows), whole, self.task.layers])
 
 
-def require_pickled(task: Task) -> None:
-    """Raise ProblemError if ``task`` cannot be sent to other processes.
-
-    Classes that other processes cannot import by name are pickled by value.
-    """
+def pickle_by_value(task: Task) -> None:
+    """Let classes that other processes cannot import by name be pickled by value."""
     for module in {sys.modules[type(method).__module__] for method in task.methods.values()}:
         if module.__name__.endswith(".py") or not module.__package__:
             cloudpickle.register_pickle_by_value(module)
-    try:
-        cloudpickle.dumps(task)
-    except (TypeError, AttributeError, ValueError, pickle.PicklingError) as error:
-        raise ProblemError(
-            f"jobs: what the runs share cannot be pickled for other processes ({error}); make it "
-            "in base_model or in a method's prepare, or leave jobs at 1"
-        ) from error

@@ -306,6 +306,15 @@ def shared(data: Any, other: Any) -> int:
     return len(data) if data is other else len(shared_rows(data, other))
 
 
+def require_unseen(name: str, rows: Any, **others: Any) -> None:
+    """Raise ProblemError if some of ``rows``, the argument ``name``, are in one of ``others``."""
+    for kind, other in others.items():
+        if common := shared(rows, other):
+            raise ProblemError(
+                f"{name}: {common} of {len(rows)} rows are {kind} rows too; remove them"
+            )
+
+
 def shared_rows(data: Any, other: Any) -> list[int]:
     """The indices of the examples of ``data`` that are also in ``other``; none if unknown."""
     if not (isinstance(data, Dataset) and isinstance(other, Dataset) and _columns(data, other)):

@@ -9,8 +9,9 @@ from transformers import PrinterCallback, ProgressCallback
 
 from hyperopt_peft.utils import distributed
 
-#: The numbers in a printed line; all others are in the Trainer's state.
-PRINTED = ("loss", "upper_loss", "implicit_ratio", "grad_norm", "upper_grad_norm", "learning_rate")
+#: The numbers in a printed line, and those that ``args.details`` adds.
+PRINTED = ("loss", "upper_loss", "implicit_ratio")
+DETAILS = ("grad_norm", "upper_grad_norm", "learning_rate")
 PRINTED_AT_END = ("train_loss", "train_runtime")
 #: The name endings of an evaluation's timings, which are not printed.
 TIMINGS = ("_runtime", "_per_second", "_time")
@@ -45,9 +46,10 @@ def upper_gap(logs: Mapping[str, float], history: list[dict[str, float]]) -> dic
     return {"eval_upper_gap": logs["eval_loss"] - losses[-1]}
 
 
-def line_of(state: Any, logs: Mapping[str, Any]) -> str:
-    """A short line from ``logs``: "step 20/50  loss 0.8321  grad_norm 1.2"."""
-    names = [name for name in (*PRINTED, *PRINTED_AT_END) if name in logs]
+def line_of(args: Any, state: Any, logs: Mapping[str, Any]) -> str:
+    """A short line from ``logs``: "step 20/50  loss 0.8321  upper_loss 0.9"."""
+    details = DETAILS if getattr(args, "details", False) else ()
+    names = [name for name in (*PRINTED, *details, *PRINTED_AT_END) if name in logs]
     names += [name for name in logs if name.startswith("eval_") and not name.endswith(TIMINGS)]
     numbers = [
         f"{name} {logs[name]:.4g}" if isinstance(logs[name], float) else f"{name} {logs[name]}"
@@ -63,7 +65,7 @@ class ShortProgress(ProgressCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Write the line."""
         if state.is_world_process_zero and self.training_bar is not None:
-            self.training_bar.write(line_of(state, logs))
+            self.training_bar.write(line_of(args, state, logs))
 
 
 class ShortPrinter(PrinterCallback):
@@ -72,7 +74,7 @@ class ShortPrinter(PrinterCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Print the line."""
         if state.is_world_process_zero and logs:
-            print(line_of(state, logs), flush=True)
+            print(line_of(args, state, logs), flush=True)
 
 
 def shorten(trainer: Any) -> None:

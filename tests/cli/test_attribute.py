@@ -1,6 +1,5 @@
 """``attribute``: the file has one line a training row, the parts do not overlap, errors name."""
 
-import csv
 import json
 import re
 from pathlib import Path
@@ -11,13 +10,12 @@ import torch
 from peft import PeftConfig
 from safetensors.torch import load_file
 
-from hyperopt_peft.attribution import Attribution
 from hyperopt_peft.cli.attribute import AttributeArguments, split
 from hyperopt_peft.cli.main import main
 from hyperopt_peft.cli.text.data import DataArguments
 from hyperopt_peft.cli.text.models import ModelArguments
 from hyperopt_peft.cli.text.setup import prepare
-from tests.support.cli import refused, run, small_run
+from tests.support.cli import read_csv, refused, run, small_run
 from tests.support.files import rows, write
 
 
@@ -27,8 +25,7 @@ def options(folder: Path, task: str = "text-classification", **changes: Any) -> 
 
 
 def written(folder: Path) -> list[dict[str, str]]:
-    with (folder / "out/attribution.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return read_csv(folder / "out/attribution.csv")
 
 
 def test_everything_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,8 +80,7 @@ def test_why_with_and_without_labels(tmp_path: Path, capsys: pytest.CaptureFixtu
     told = [{"text": row["text"]} for row in rows(number=3, seed=5)]
     bare = write(tmp_path / "bare.jsonl", told)
     run("attribute", **options(tmp_path, score_model="head", why=bare))
-    with (tmp_path / "out/why.csv").open(newline="", encoding="utf-8") as file:
-        lines = list(csv.DictReader(file))
+    lines = read_csv(tmp_path / "out/why.csv")
     assert {line["explained"] for line in lines} == {"0", "1", "2"}
     names = {row["label"] for row in rows()}
     assert {line["predicted"] for line in lines} <= names
@@ -116,21 +112,10 @@ def test_tags_are_explained_by_their_words(
     assert re.search(rf"row 0, token \d+ \(({'|'.join(map(re.escape, word))})\): ", printed)
 
 
-def test_formulas_get_an_apostrophe_where_that_is_wanted(tmp_path: Path) -> None:
-    table = rows()
-    table[3] = {**table[3], "text": f"=1+{table[3]['text']}"}
-    path = write(tmp_path / "formula.jsonl", table)
-    chosen = {"train_file": path, "score_model": "head"}
-    for escaped, mark in ((True, "'"), (False, "")):
-        changes = {"escape_formulas": escaped, "overwrite_output_dir": True}
-        run("attribute", **options(tmp_path, **chosen, **changes))
-        assert written(tmp_path)[3]["text"] == f"{mark}{table[3]['text']}"
-
-
 def test_rows_of_others_write_no_controls_to_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither from `attribute` and an error, nor in Python; the file has them unchanged."""
+    """Neither from `attribute` nor from an error; the file has them unchanged."""
     marks = "\x1b[31m\x9b2J\x07\u202e\u2066"
     table = [{**row, "text": f"{row['text']} {marks}"} for row in rows(number=34)]
     path = write(tmp_path / "marked.jsonl", table[:24])
@@ -140,8 +125,6 @@ def test_rows_of_others_write_no_controls_to_the_terminal(
     shown = capsys.readouterr().out
     assert main(["train", "--train_file", "x\x1b[31m.csv", "--model", "m"]) == 2
     shown += capsys.readouterr().err
-    x = torch.ones(1)
-    shown += Attribution(x, {}, x, {}, {}, {"text": [marks]}).table()
     assert shown.count("\\x1b[31m") > 12 and "\\u202e\\u2066" in shown
     assert not set(marks) - set("[31m2J") & set(shown)
 
@@ -207,14 +190,14 @@ def test_rows_of_both_levels_of_bidora(tmp_path: Path) -> None:
         ({"slices": "orign"}, "evaluation examples have no column 'orign'"),
         ({"eval_file": None, "eval_fraction": 0}, "attribute needs evaluation rows"),
         ({"retrain_without": 0.1, "eval_fraction": 0}, "for retrain_without test examples"),
-        ({"retrain_without": 0.1, "test_file": "train"}, "24 of 24 rows are training examples too"),
+        ({"retrain_without": 0.1, "test_file": "train"}, "24 of 24 rows are training rows too"),
         ({"eval_file": "copy"}, "every row of it is a training row too"),
         ({"memory_limit": 1e-9}, r"memory_limit: .* more than the limit"),
         ({"optim": "adafactor"}, "Adafactor"),
         ({"method": "bidora", "hypergradient": "darts"}, "derivative of darts is not known"),
         ({"why": "none.csv"}, "why: there is no file none.csv"),
-        ({"why": "copy"}, "24 of 24 rows are training examples; remove"),
-        ({"why": "bare"}, "24 of 24 rows are training examples; remove"),
+        ({"why": "copy"}, "24 of 24 rows are training rows too"),
+        ({"why": "bare"}, "24 of 24 rows are training rows too"),
     ],
 )
 def test_bad_runs_are_named(

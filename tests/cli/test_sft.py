@@ -1,6 +1,5 @@
 """``--task sft``: texts, prompts with completions and messages, through TRL's trainer."""
 
-import csv
 import json
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 from peft import PeftConfig
 
 from tests.support import language
-from tests.support.cli import refused, run
+from tests.support.cli import read_csv, refused, results_of, run
 from tests.support.files import write
 
 pytest.importorskip("trl")
@@ -61,8 +60,7 @@ def test_rows_have_scores(tmp_path: Path, model: Path, layout: str) -> None:
     chosen = options(tmp_path, model, layout, assistant_only_loss=layout == "messages")
     write(tmp_path / "train.jsonl", rows)
     run("attribute", **chosen, estimator="gradient")
-    with (tmp_path / "out/attribution.csv").open(newline="", encoding="utf-8") as file:
-        table = list(csv.DictReader(file))
+    table = read_csv(tmp_path / "out/attribution.csv")
     numbers = [k for k in range(8) if layout != "completion" or k != 2]
     assert [int(line["row"]) for line in table] == numbers
     for line, number in zip(table, numbers, strict=True):
@@ -74,7 +72,7 @@ def test_rows_have_scores(tmp_path: Path, model: Path, layout: str) -> None:
 def test_a_method_trains(tmp_path: Path, model: Path, method: str) -> None:
     chosen = options(tmp_path, model, method=method, max_steps=2, lower_steps=1)
     run("train", **chosen)
-    results = json.loads((tmp_path / "out/all_results.json").read_text())
+    results = results_of(tmp_path)
     assert results["eval_loss"] > 0 and ("retrain_loss" in results) == (method == "bidora")
     assert PeftConfig.from_pretrained(tmp_path / "out").use_dora == (method == "bidora")
 
@@ -109,7 +107,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"packing_strategy": "bdf", "packing": True}, "packing_strategy|strategy"),
     ({"text_columns": ["text"]}, "--text_columns: is for other tasks"),
     ({"retrain_without": 0.1}, "retrain_without: is not of task sft"),
-    ({"tokenizer": "plain"}, "messages, and the tokenizer no chat template"),
+    ({"tokenizer": "plain"}, "chat.template"),
 ]
 
 

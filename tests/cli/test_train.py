@@ -13,7 +13,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from hyperopt_peft.cli.text.tasks import TASKS
-from tests.support.cli import refused, run, small_run, state, stock
+from tests.support.cli import refused, results_of, run, small_run, state, stock
 from tests.support.files import KINDS, rows, write
 
 
@@ -55,11 +55,6 @@ def expected(model: Any, tokenizer: Any, task: str) -> dict[str, float]:
         "macro_f1": f1_score(true, predicted, average="macro"),
         "matthews": matthews_corrcoef(true, predicted),
     }
-
-
-def results_of(folder: Path) -> dict[str, Any]:
-    results: dict[str, Any] = json.loads((folder / "out/all_results.json").read_text())
-    return results
 
 
 @pytest.mark.parametrize("task", KINDS)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-import threading
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import concatenate_datasets
 from torch import nn
 from torch.nn.utils import parametrize
 
 from hyperopt_peft import Method, ProblemError
 from hyperopt_peft.problems import LoRA
-from tests.support.comparisons import accuracy, compared
+from tests.support.comparisons import compared
 from tests.support.trainers import data
 
 ONE = {"LoRA": LoRA()}
@@ -55,13 +52,6 @@ class Greedy(Method):
         return loss + task_loss(batch) if self.steps > 5 else loss
 
 
-class Peeks(Method):
-    """Trains on rows that it has of its own."""
-
-    def all_rows(self, train: Any, upper: Any) -> Any:
-        return concatenate_datasets([train, TEST.select(range(3))])
-
-
 @dataclass
 class Fragile(Method):
     """Its loss is NaN once a parameter is above ``limit``."""
@@ -71,23 +61,6 @@ class Fragile(Method):
     def lower_loss(self, model: Any, batch: Any, task_loss: Any) -> Any:
         largest = max(p.detach().abs().max() for p in model.parameters() if p.requires_grad)
         return task_loss(batch) * (math.nan if largest > self.limit else 1.0)
-
-
-class Breaking(Method):
-    """Its loss is NaN from the sixth step on."""
-
-    steps = 0
-
-    def lower_loss(self, model: Any, batch: Any, task_loss: Any) -> Any:
-        self.steps += 1
-        return task_loss(batch) * (math.nan if self.steps > 5 else 1.0)
-
-
-def locked(outputs: Any, lock: Any) -> dict[str, float]:
-    return accuracy(outputs)
-
-
-LOCKED = partial(locked, lock=threading.Lock())
 
 
 def undefined(outputs: Any) -> dict[str, float]:
@@ -100,24 +73,16 @@ def undefined(outputs: Any) -> dict[str, float]:
         ({"m": Idle()}, {}, "m: the training has changed no logit"),
         ({"m": Parametrised()}, {}, "m: finish leaves a parametrisation at .*lora_A"),
         ({"m": Greedy()}, {"passes": 20}, "m: its 20 passes ended after"),
-        ({"m": Peeks()}, {}, "m: trains on 3 of 20 test rows"),
         ({"m": Fragile(0.0)}, {}, "m, seed 0, rate 0.06: step 1 .*; give lower"),
-        ({"m": Breaking()}, {}, "m, seed 0, rate 0.06: the score is nan"),
         (ONE, {"compute_metrics": undefined}, "LoRA, seed 0, rate 0.06: the score is nan"),
         (ONE, {"metric": "f1"}, "metric: f1 is none of .*accuracy"),
         (ONE, {"seeds": [0]}, "one seed has no interval"),
         (ONE, {"seeds": [0, 100]}, r"development: the seeds \[100\] are reported"),
         (ONE, {"passes": 1}, "passes: 1 leave LoRA a phase of"),
-        ({}, {}, "methods: there is none"),
         (ONE, {"ablations": ["LoRA"]}, r"ablations: \['LoRA'\] are no methods with an upper"),
         (ONE, {"test_dataset": data(rows=30)}, "all of its rows are training rows"),
         (ONE, {"test_dataset": TEST.select([])}, "test_dataset has no examples"),
         (ONE, {"test_dataset": TEST.to_list()}, "test_dataset: must be a datasets.Dataset"),
-        (
-            ONE,
-            {"jobs": 2, "compute_metrics": partial(locked, lock=threading.Lock())},
-            "jobs: .*cannot be pickled",
-        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore")

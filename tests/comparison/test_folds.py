@@ -22,6 +22,8 @@ from tests.support.trainers import data
 TRUSTED = Dataset.from_dict({"x": range(11)})
 TRAIN = Dataset.from_dict({"x": [100, 101]})
 SEEN: list[set[str]] = []
+FOLDS: dict[str, Any] = {"test_dataset": None, "folds": 2}
+NINE = data(rows=9, seed=7)
 
 
 @dataclass
@@ -62,13 +64,11 @@ def test_parts_of_the_test_rows() -> None:
 
 def test_no_run_trains_on_the_rows_that_score_it() -> None:
     """By the rows of each training: a seed leaves its fold out, development another part."""
-    trusted = data(rows=9, seed=7)
-    options: dict[str, Any] = {"test_dataset": None, "upper_dataset": trusted, "folds": 2}
-    options["rates"] = (3e-2, 6e-2)  # a choice has development runs
+    options = {**FOLDS, "upper_dataset": NINE, "rates": (3e-2, 6e-2)}  # with development runs
     SEEN.clear()
     comparison = compared({"mine": Recording(), "LoRA": LoRA()}, seeds=None, **options)
     assert comparison.plan.seeds == [0, 1] and comparison.metric == "accuracy"
-    all_rows = set(map(str, trusted["input_ids"]))
+    all_rows = set(map(str, NINE["input_ids"]))
     left_out = {frozenset(all_rows - seen) for seen in SEEN}
     assert len(left_out) == 3 and all(len(rows) == 3 for rows in left_out)
     assert frozenset.union(*left_out) == all_rows
@@ -79,24 +79,13 @@ def test_no_run_trains_on_the_rows_that_score_it() -> None:
     [
         ({"folds": 2}, "give either test_dataset or folds"),
         ({"test_dataset": None}, "give either test_dataset or folds"),
-        ({"test_dataset": None, "folds": 2}, "upper_dataset: there is none"),
-        ({"test_dataset": None, "folds": 9, "upper_dataset": data(rows=9)}, "give 2 to 8"),
-        (
-            {"test_dataset": None, "folds": 2, "upper_dataset": data(rows=9)},
-            "row 0 .* in train_dataset",
-        ),
+        ({**FOLDS}, "upper_dataset: there is none"),
+        ({**FOLDS, "folds": 9, "upper_dataset": data(rows=9)}, "give 2 to 8"),
+        ({**FOLDS, "upper_dataset": data(rows=9)}, "row 0 .* in train_dataset"),
         ({"upper_dataset": data(rows=20, seed=5)}, "all of its rows are training rows"),
-        (
-            {
-                "test_dataset": None,
-                "folds": 2,
-                "upper_dataset": data(rows=9, seed=7).select([0, 1, 2, 3, 0]),
-            },
-            "row 4 .* in another fold",
-        ),
+        ({**FOLDS, "upper_dataset": NINE.select([0, 1, 2, 3, 0])}, "row 4 .* in another fold"),
         ({"passes": None}, "passes: must be .*got None"),
         ({"passes": float("nan")}, "passes: must be .*got nan"),
-        ({"jobs": 0}, "jobs: must be"),
     ],
 )
 def test_bad_input_is_one_line(options: Any, message: str) -> None:

@@ -22,21 +22,8 @@ from hyperopt_peft import BiDoRA, BilevelTrainer, Method
 from hyperopt_peft.comparison.frozen_layers import compute_once
 from hyperopt_peft.problems import LoRA
 from tests.support import language
+from tests.support.files import tokenizer
 from tests.support.trainers import arguments, data, peft_model, values
-
-
-class Padding:
-    """Stands for a tokenizer: pads token ids with 0."""
-
-    model_input_names = ("input_ids", "attention_mask")
-    padding_side = "right"
-
-    def pad(self, rows: list[dict[str, Any]], **_: Any) -> dict[str, torch.Tensor]:
-        width = max(len(row["input_ids"]) for row in rows)
-        names = [name for name in rows[0] if name in self.model_input_names]
-        padded = {n: [r[n] + [0] * (width - len(r[n])) for r in rows] for n in names}
-        others = {n: [r[n] for r in rows] for n in rows[0] if n not in names}
-        return {n: torch.tensor(x) for n, x in {**padded, **others}.items()}
 
 
 def ragged(kind: str) -> Any:
@@ -60,7 +47,7 @@ def trainer(
 ) -> Any:
     """BiDoRA on the upper one of two layers, of texts of unequal lengths."""
     collators = {"classes": DataCollatorWithPadding, "tokens": DataCollatorForTokenClassification}
-    collate = collators.get(kind, DataCollatorForTokenClassification)(Padding())
+    collate = collators.get(kind, DataCollatorForTokenClassification)(tokenizer())
     model = peft_model(kind, dropout, **{"layers_to_transform": [1], **adapter})
     options = {"train_dataset": ragged(kind), "data_collator": collate}
     args = arguments(folder, **(settings or {}))
@@ -139,11 +126,11 @@ def test_their_dropout_may_go(tmp_path: Path) -> None:
 def test_frozen_layers_of_a_decoder(tmp_path: Path, absolute: bool, side: str) -> None:
     """Padding on the left moves a text, which learned positions show and rotary ones do not."""
     last = {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]}
-    tokenizer, sizes = language.tokenizer(), {"n_embd": 16, "n_layer": 2, "n_head": 2}
-    tokenizer.padding_side = side
+    words, sizes = language.tokenizer(), {"n_embd": 16, "n_layer": 2, "n_head": 2}
+    words.padding_side = side
     none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    config = GPT2Config(vocab_size=len(tokenizer), initializer_range=0.2, **sizes, **none)
-    rows = language.rows("text", 12).map(lambda row: tokenizer(row["text"]), remove_columns="text")
+    config = GPT2Config(vocab_size=len(words), initializer_range=0.2, **sizes, **none)
+    rows = language.rows("text", 12).map(lambda row: words(row["text"]), remove_columns="text")
     torch.manual_seed(0)
     base = GPT2LMHeadModel(config) if absolute else language.language_model()
     adapter = {**last, "target_modules": ["c_attn"]} if absolute else last
@@ -153,7 +140,7 @@ def test_frozen_layers_of_a_decoder(tmp_path: Path, absolute: bool, side: str) -
         arguments(tmp_path),
         method=LoRA(),
         train_dataset=rows,
-        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        data_collator=DataCollatorForLanguageModeling(words, mlm=False),
     )
     batch = made.data_collator([rows[k] for k in range(6)])
     read = batch["attention_mask"].bool()

@@ -106,6 +106,12 @@ def test_numbers_are_predicted_too() -> None:
     assert all(0 < score < 10 for score in scores)
 
 
+def untrusted(kind: str) -> dict[str, Any]:
+    """Rows of the task ``kind``, of which none are trusted."""
+    rows = {"train_dataset": data(kind, 12), "test_dataset": data(kind, 6, 5)}
+    return {"kind": kind, "upper_dataset": None, **rows}
+
+
 @pytest.mark.parametrize(
     ("methods", "options", "message"),
     [
@@ -113,26 +119,8 @@ def test_numbers_are_predicted_too() -> None:
         ({"BiDoRA": BiDoRA()}, {}, "BiDoRA: a head has no adapter"),
         ({"LoRA": LoRA()}, {"metric": "f1"}, "metric: f1 is none of loss"),
         ({"some": SomeSources(["books"])}, {}, "chosen: no training row has 'books'"),
-        (
-            {"LoRA": LoRA()},
-            {
-                "kind": "tokens",
-                "train_dataset": data("tokens", 12),
-                "upper_dataset": None,
-                "test_dataset": data("tokens", 6, 5),
-            },
-            'a label for each token; choose model="adapter"',
-        ),
-        (
-            {"LoRA": LoRA()},
-            {
-                "kind": "causal",
-                "train_dataset": data("causal", 12),
-                "upper_dataset": None,
-                "test_dataset": data("causal", 6, 5),
-            },
-            "are text",
-        ),
+        ({"LoRA": LoRA()}, untrusted("tokens"), 'for each token; choose model="adapter"'),
+        ({"LoRA": LoRA()}, untrusted("causal"), "are text"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -83,6 +84,18 @@ def stock(folder: Path, task: str = "text-classification") -> tuple[Any, Any]:
     )
     model = PeftModel.from_pretrained(base, folder / "out").eval()
     return model, AutoTokenizer.from_pretrained(folder / "out")
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The lines of a CSV file."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    """The numbers that a run wrote to ``out`` in ``folder``."""
+    results: dict[str, Any] = json.loads((folder / "out/all_results.json").read_text())
+    return results
 
 
 def state(folder: Path) -> dict[str, Any]:

@@ -185,8 +185,7 @@ def prepare(
     tokenizer = models.load_tokenizer(name, config, length, args.task)
     encoder: Any
     if of_trl:
-        template = bool(tokenizer.chat_template or training.chat_template_path)
-        encoder = Conversations(tokenizer, training.dataset_text_field, template)
+        encoder = Conversations(tokenizer, training.dataset_text_field)
     else:
         encoder = Encoder(args.task, data, tokenizer, names)
     require_columns(rows, read, TRAIN)
