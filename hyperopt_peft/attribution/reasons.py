@@ -115,8 +115,8 @@ class Reasons(Sequence[Reason]):
         number = self.numbers[row] if self.numbers else row
         return f"{number:6d}  {cells(self.columns, row, width)}".rstrip()
 
-    def to_csv(self, path: str | Path) -> None:
-        """Write a line for each explained row and each of its training rows."""
+    def to_csv(self, path: str | Path, *, escape_formulas: bool = False) -> None:
+        """Write a line for each explained row and each of its training rows; see `write_csv`."""
         lines = []
         for reason in self.reasons:
             of_adapter = map(self.name, reason.adapter or (None, None))
@@ -130,7 +130,7 @@ class Reasons(Sequence[Reason]):
                 lines.append((*begin, *[None] * (2 + len(self.columns))))
         heads = ("explained", "token", "predicted", "becomes", "adapter", "adapter_becomes")
         names = [*heads, "row", "score", *(f"data_{x}" if x in heads else x for x in self.columns)]
-        write_csv(path, names, lines)
+        write_csv(path, names, lines, escape_formulas=escape_formulas)
 
     def plot(self, path: str | Path | None = None) -> Any:
         """A matplotlib figure of the first explained rows, each with its training rows.

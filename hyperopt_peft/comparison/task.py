@@ -25,6 +25,7 @@ from hyperopt_peft.comparison.price import Price, measured, peak_memory
 from hyperopt_peft.comparison.watch import Watch
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
+from hyperopt_peft.trainer.data import shared_rows
 from hyperopt_peft.trainer.fingerprint import frozen_fingerprint
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.quiet import QUIET, no_bars
@@ -180,7 +181,8 @@ class Task:
         """What the steps of ``run`` cost.
 
         Raises:
-            ProblemError: the metric is unknown; a loss is not finite; as `BilevelTrainer`.
+            ProblemError: the metric is unknown; the method trains on test rows; a loss is not
+                finite; as `BilevelTrainer`.
         """
         begin = time.perf_counter()
         data = self.data.of(run.seed, run.development)
@@ -190,10 +192,20 @@ class Task:
             some = range(0, len(rows), -(-len(rows) // SOME))  # of every class, if they are sorted
             self.require_metric(trainer.evaluate(rows.select(some)))
             try:
-                return measured(trainer, time.perf_counter() - begin, self.unit)
+                price = measured(trainer, time.perf_counter() - begin, self.unit)
             except NonFiniteError as error:
                 where, _, _ = str(error).partition(";")
                 raise ProblemError(f"{run}: {where}; give lower rates") from error
+        if run.development:  # a repeated row may be on both sides
+            return price
+        for rows in (trainer.train_dataset, trainer.upper_dataset, trainer.all_rows()):
+            known = {*data[2].column_names} <= {*getattr(rows, "column_names", ())}
+            if known and (common := shared_rows(data[2], rows)):
+                raise ProblemError(
+                    f"{run.method}: trains on {len(common)} of {len(data[2])} test rows; let rows "
+                    "and all_rows return rows of train_dataset alone"
+                )
+        return price
 
     def require_metric(self, metrics: Mapping[str, Any]) -> None:
         """Raise ProblemError where ``metrics`` of an evaluation lack the score."""

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hyperopt_peft.errors import ProblemError
+
 #: Control characters except tab and newline, direction marks, invisible characters, surrogates.
 UNSAFE = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
@@ -40,10 +42,33 @@ def cells(columns: Mapping[str, Sequence[Any]], row: int, width: int = 80) -> st
     return " | ".join(text if len(text) <= width else f"{text[: width - 1]}…" for text in texts)
 
 
-def write_csv(path: str | Path, heads: Iterable[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write ``heads`` and ``rows`` to the file ``path``."""
-    with Path(path).open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([heads, *rows])
+def write_csv(
+    path: str | Path,
+    heads: Iterable[str],
+    rows: Iterable[Sequence[Any]],
+    *,
+    escape_formulas: bool = False,
+) -> None:
+    """Write ``heads`` and ``rows`` to the file ``path``.
+
+    A spreadsheet runs text that begins with = + - or @ as a formula. ``escape_formulas`` puts an
+    apostrophe before such text; spreadsheets hide it, and other programs read it as text. Numbers
+    do not change.
+
+    Raises:
+        ProblemError: the file cannot be written.
+    """
+
+    def escaped(cell: Any) -> Any:
+        formula = isinstance(cell, str) and cell.lstrip("\t\r\n ").startswith(("=", "+", "-", "@"))
+        return f"'{cell}" if escape_formulas and formula else cell
+
+    try:
+        with Path(path).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerows(map(escaped, row) for row in (heads, *rows))
+    except OSError as error:
+        raise ProblemError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def aligned(rows: Sequence[Sequence[Any]]) -> str:

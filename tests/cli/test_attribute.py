@@ -112,6 +112,17 @@ def test_tags_are_explained_by_their_words(
     assert re.search(rf"row 0, token \d+ \(({'|'.join(map(re.escape, word))})\): ", printed)
 
 
+def test_formulas_get_an_apostrophe_where_that_is_wanted(tmp_path: Path) -> None:
+    table = rows()
+    table[3] = {**table[3], "text": f"=1+{table[3]['text']}"}
+    path = write(tmp_path / "formula.jsonl", table)
+    chosen = {"train_file": path, "score_model": "head"}
+    for escaped, mark in ((True, "'"), (False, "")):
+        changes = {"escape_formulas": escaped, "overwrite_output_dir": True}
+        run("attribute", **options(tmp_path, **chosen, **changes))
+        assert written(tmp_path)[3]["text"] == f"{mark}{table[3]['text']}"
+
+
 def test_rows_of_others_write_no_controls_to_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

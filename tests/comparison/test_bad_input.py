@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import concatenate_datasets
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -52,6 +53,13 @@ class Greedy(Method):
         return loss + task_loss(batch) if self.steps > 5 else loss
 
 
+class Peeks(Method):
+    """Trains on rows that it has of its own."""
+
+    def all_rows(self, train: Any, upper: Any) -> Any:
+        return concatenate_datasets([train, TEST.select(range(3))])
+
+
 @dataclass
 class Fragile(Method):
     """Its loss is NaN once a parameter is above ``limit``."""
@@ -73,12 +81,14 @@ def undefined(outputs: Any) -> dict[str, float]:
         ({"m": Idle()}, {}, "m: the training has changed no logit"),
         ({"m": Parametrised()}, {}, "m: finish leaves a parametrisation at .*lora_A"),
         ({"m": Greedy()}, {"passes": 20}, "m: its 20 passes ended after"),
+        ({"m": Peeks()}, {}, "m: trains on 3 of 20 test rows"),
         ({"m": Fragile(0.0)}, {}, "m, seed 0, rate 0.06: step 1 .*; give lower"),
         (ONE, {"compute_metrics": undefined}, "LoRA, seed 0, rate 0.06: the score is nan"),
         (ONE, {"metric": "f1"}, "metric: f1 is none of .*accuracy"),
         (ONE, {"seeds": [0]}, "one seed has no interval"),
         (ONE, {"seeds": [0, 100]}, r"development: the seeds \[100\] are reported"),
         (ONE, {"passes": 1}, "passes: 1 leave LoRA a phase of"),
+        ({}, {}, "methods: there is none"),
         (ONE, {"ablations": ["LoRA"]}, r"ablations: \['LoRA'\] are no methods with an upper"),
         (ONE, {"test_dataset": data(rows=30)}, "all of its rows are training rows"),
         (ONE, {"test_dataset": TEST.select([])}, "test_dataset has no examples"),
