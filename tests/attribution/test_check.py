@@ -8,11 +8,11 @@ import torch
 from hyperopt_peft import ProblemError
 from hyperopt_peft.attribution import ScoreCheck
 from hyperopt_peft.attribution.check import rank_interval
-from tests.support.attributed import levels, scored, scored_levels
+from tests.support.attributed import levels, scored
 
 
 def test_exact_scores_of_a_smooth_run_predict_retraining() -> None:
-    check = scored_levels().check(12, share=0.1)
+    check = scored(levels()).check(12, share=0.1)
     assert check.lds > 0.95 and 0.8 < check.slope < 1.25 and check.trustworthy
     assert not check.of_head
     assert check.metasmoothness is not None and check.metasmoothness > 0.95
@@ -20,7 +20,7 @@ def test_exact_scores_of_a_smooth_run_predict_retraining() -> None:
 
 def test_retrainings_are_those_without_the_rows() -> None:
     """Predicted changes add up scores; a seed gives the same rows again."""
-    result = scored_levels()
+    result = scored(levels())
     one, other = (result.check(6, share=0.1, perturbation=None, seed=3) for _ in range(2))
     assert torch.equal(one.actual, other.actual) and one.metasmoothness is None
     assert set(one.predicted.tolist()) <= {-float(score) for score in result.scores}
@@ -32,7 +32,7 @@ def test_smoothness_is_that_of_the_run() -> None:
 
 
 def test_wrong_scores_are_called_worthless() -> None:
-    result = scored_levels()
+    result = scored(levels())
     result.by_slice["all"] = -result.by_slice["all"]
     check = result.check(12, share=0.1, perturbation=None)
     assert check.lds < -0.9 and not check.trustworthy
@@ -84,4 +84,4 @@ def test_the_verdict_is_one_that_can_be_followed() -> None:
 )
 def test_bad_arguments_are_named(retrainings: int, share: float, named: str) -> None:
     with pytest.raises(ProblemError, match=named):
-        scored_levels().check(retrainings, share=share)
+        scored(levels()).check(retrainings, share=share)

@@ -17,14 +17,14 @@ Levels = tuple[Problem, Tensor, Callable[[], Tensor]]
 
 
 class RowWeighted(Problem):
-    """1/B Σ v_i ℓ_i over a batch of row numbers, by a network with dropout."""
+    """1/B Σ v_i ℓ_i over a batch of row numbers; ``named`` are some of the net's parameters."""
 
-    def __init__(self, net: nn.Module, weights: Tensor, **options: Any) -> None:
+    def __init__(self, net: nn.Module, weights: Tensor, named: Any = None, **options: Any) -> None:
         source = torch.Generator().manual_seed(0)
         self.x = torch.randn(ROWS, 3, generator=source, dtype=torch.float64)
         self.y = torch.randint(0, 2, (ROWS,), generator=source).double()
         self.net, self.weights = net, weights
-        super().__init__(net.named_parameters(), **options)
+        super().__init__(named or net.named_parameters(), **options)
 
     def loss(self, rows: Tensor) -> Tensor:
         logits = self.net(self.x[rows]).squeeze(-1)
@@ -97,8 +97,3 @@ def require_equal(model: nn.Module, other: nn.Module, rounding: float) -> None:
     for name, value in values(model).items():
         truth = expected[name]
         assert float((value - truth).norm()) <= rounding * float(truth.norm()), name
-
-
-def scored_levels() -> Attribution:
-    """The whole run of `levels`."""
-    return scored(levels())

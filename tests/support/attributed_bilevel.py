@@ -5,34 +5,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperopt_peft import Engine, Problem
+from hyperopt_peft import Engine
+from tests.support.attributed import ROWS, RowWeighted
 
-ROWS, STEPS = 12, 6
+STEPS = 6
 
 
-class RowWeighted(Problem):
-    """1/B Σ v_i (net(x_i) − y_i)² over row numbers; two levels of one network."""
-
-    def __init__(
-        self, net: nn.Module, weights: Tensor, named: Any, rows: Tensor, share: slice
-    ) -> None:
-        source = torch.Generator().manual_seed(0)
-        self.x = torch.randn(ROWS, 3, generator=source, dtype=torch.float64)
-        self.y = torch.randn(ROWS, generator=source, dtype=torch.float64)
-        self.net, self.weights = net, weights
-        named = list(named)
-        optimizer = torch.optim.Adam([p for _, p in named], lr=0.02)
-        super().__init__(
-            named,
-            data=[batch[share] for batch in rows.split(4)],
-            optimizer=optimizer,
-            scheduler=torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9),
-            max_grad_norm=0.5,
-        )
-
-    def loss(self, rows: Tensor) -> Tensor:
-        each = (self.net(self.x[rows]).squeeze(-1) - self.y[rows]).square()
-        return (self.weights[rows] * each).mean()
+def level(net: nn.Module, weights: Tensor, layer: int, rows: Tensor, share: slice) -> RowWeighted:
+    """The level of one layer of ``net``."""
+    named = list(net[layer].named_parameters(prefix=str(layer)))
+    optimizer = torch.optim.Adam([p for _, p in named], lr=0.02)
+    options: dict[str, Any] = {"data": [batch[share] for batch in rows.split(4)]}
+    options["scheduler"] = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    return RowWeighted(net, weights, named, optimizer=optimizer, max_grad_norm=0.5, **options)
 
 
 def engine(
@@ -41,9 +26,8 @@ def engine(
     """``share`` of each batch of four rows is this process's share."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(dropout), nn.Linear(4, 1)).double()
-    first, last = net[0].named_parameters(prefix="0"), net[3].named_parameters(prefix="3")
-    lower = RowWeighted(net, weights, first, torch.arange(8), share)
-    upper = RowWeighted(net, weights, last, torch.arange(8, ROWS), share)
+    lower = level(net, weights, 0, torch.arange(8), share)
+    upper = level(net, weights, 3, torch.arange(8, ROWS), share)
     return Engine(upper, lower, hypergradient, lower_steps=2, warmup_steps=1, progress=False)
 
 

@@ -14,6 +14,7 @@ from torch import distributed
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+LAUNCHER = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def run(launcher: Any, script: str | Path, folder: Path, *arguments: Any) -> list[Any]:
