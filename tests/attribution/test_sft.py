@@ -13,9 +13,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from hyperopt_peft import BiDoRA, ProblemError, attribute
-from hyperopt_peft.attribution import Attribution
-from tests.support.attributed import error, error_of_slopes, require_equal, setup_of
+from hyperopt_peft import BiDoRA, ProblemError
+from tests.support.attributed import attributed, error, error_of_slopes, require_equal, setup_of
 from tests.support.language import lora, quantised, rows, tokenizer
 from tests.support.trainers import QUIET
 
@@ -39,10 +38,6 @@ def sft(folder: Path, layout: str = "completion", *, args: Any = (), **options: 
     sets = {"train_dataset": rows(layout, 7), "eval_dataset": rows(layout, 4, seed=1)}
     made, kind, settings = over_trl.made, over_trl.SFTTrainer, {**SETTINGS, **dict(args)}
     return made(folder, kind, None, layout, options=sets | options, **settings)
-
-
-def attributed(trainer: Any, **options: Any) -> Attribution:
-    return attribute(trainer, progress=False, **options)
 
 
 def test_scores_are_slopes_of_retraining(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

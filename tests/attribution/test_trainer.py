@@ -19,10 +19,9 @@ from transformers import (
     default_data_collator,
 )
 
-from hyperopt_peft import NonFiniteError, ProblemError, attribute
-from hyperopt_peft.attribution import Attribution
+from hyperopt_peft import NonFiniteError, ProblemError
 from hyperopt_peft.attribution.suspects import suspects
-from tests.support.attributed import error_of_slopes, require_equal
+from tests.support.attributed import attributed, error_of_slopes, require_equal
 from tests.support.trainers import CONFIG, QUIET, data, peft_model
 
 KINDS = ("classes", "regression", "tokens", "causal")
@@ -57,10 +56,6 @@ def in_float64(rows: list[Any]) -> dict[str, Any]:
 def labelled(labels: list[int]) -> Dataset:
     rows = data(rows=len(labels)).remove_columns("labels")
     return rows.add_column("labels", labels)
-
-
-def attributed(trainer: Any, **options: Any) -> Attribution:
-    return attribute(trainer, progress=False, **options)
 
 
 @pytest.mark.parametrize("kind", KINDS)
