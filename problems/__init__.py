@@ -29,56 +29,33 @@ if TYPE_CHECKING:
     from hyperopt_peft.problems.sources import Sources as Sources
     from hyperopt_peft.problems.weight_net import WeightNet as WeightNet
 
-_MODULES = {
-    "Agreement": "problems.agreement",
-    "AutoLoRA": "problems.autolora",
-    "BiDoRA": "problems.bidora",
-    "BiLoRA": "problems.bilora",
-    "ClassOffsets": "problems.class_offsets",
-    "DoRA": "problems.baselines",
-    "EqualSources": "problems.data_plans",
-    "FrequencyWeights": "problems.class_priors",
-    "GivenWeights": "problems.baselines",
-    "Head": "problems.head",
-    "LayerDecay": "problems.layer_decay",
-    "LayerScales": "problems.layer_scales",
-    "LogitAdjustment": "problems.class_priors",
-    "LoRA": "problems.baselines",
-    "RowWeights": "problems.row_weights",
-    "S3Delta": "problems.s3delta",
-    "SEAL": "problems.seal",
-    "SomeSources": "problems.data_plans",
-    "Sources": "problems.sources",
-    "TaskLevel": "core.task_level",
-    "TunedAdjustment": "problems.class_priors",
-    "TrustedRepeated": "problems.baselines",
-    "WeightNet": "problems.weight_net",
-    "find_method": "problems.find",
-}
-#: The methods by the name that `find_method` and ``hyperopt-peft train --method`` take.
+#: The methods' modules and classes, by the name that `find_method` and ``train --method`` take.
 METHODS = {
-    "lora": "LoRA",
-    "dora": "DoRA",
-    "bidora": "BiDoRA",
-    "bilora": "BiLoRA",
-    "autolora": "AutoLoRA",
-    "s3delta": "S3Delta",
-    "layer_scales": "LayerScales",
-    "layer_decay": "LayerDecay",
-    "class_offsets": "ClassOffsets",
-    "logit_adjustment": "LogitAdjustment",
-    "tuned_adjustment": "TunedAdjustment",
-    "frequency_weights": "FrequencyWeights",
-    "row_weights": "RowWeights",
-    "seal": "SEAL",
-    "weight_net": "WeightNet",
-    "given_weights": "GivenWeights",
-    "sources": "Sources",
-    "equal_sources": "EqualSources",
-    "some_sources": "SomeSources",
-    "agreement": "Agreement",
-    "trusted_repeated": "TrustedRepeated",
+    "lora": ("baselines", "LoRA"),
+    "dora": ("baselines", "DoRA"),
+    "bidora": ("bidora", "BiDoRA"),
+    "bilora": ("bilora", "BiLoRA"),
+    "autolora": ("autolora", "AutoLoRA"),
+    "s3delta": ("s3delta", "S3Delta"),
+    "layer_scales": ("layer_scales", "LayerScales"),
+    "layer_decay": ("layer_decay", "LayerDecay"),
+    "class_offsets": ("class_offsets", "ClassOffsets"),
+    "logit_adjustment": ("class_priors", "LogitAdjustment"),
+    "tuned_adjustment": ("class_priors", "TunedAdjustment"),
+    "frequency_weights": ("class_priors", "FrequencyWeights"),
+    "row_weights": ("row_weights", "RowWeights"),
+    "seal": ("seal", "SEAL"),
+    "weight_net": ("weight_net", "WeightNet"),
+    "given_weights": ("baselines", "GivenWeights"),
+    "sources": ("sources", "Sources"),
+    "equal_sources": ("data_plans", "EqualSources"),
+    "some_sources": ("data_plans", "SomeSources"),
+    "agreement": ("agreement", "Agreement"),
+    "trusted_repeated": ("baselines", "TrustedRepeated"),
 }
+_MODULES = {made: f"problems.{module}" for module, made in METHODS.values()}
+_MODULES |= {"Head": "problems.head", "find_method": "problems.find"}
+_MODULES["TaskLevel"] = "core.task_level"
 __all__ = ["METHODS", *_MODULES]
 
 

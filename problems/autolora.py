@@ -29,9 +29,9 @@ from hyperopt_peft.adapters.gains import (
     squares,
 )
 from hyperopt_peft.core.problem import TaskLoss
-from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems.common import regularised, require_weight
+from hyperopt_peft.problems.common import regularised
 from hyperopt_peft.trainer.method import Method
+from hyperopt_peft.utils.validation import NonNegativeFloat, Share
 
 #: Equal weights are kept, whatever their rounding.
 ROUNDING = 1e-6
@@ -75,17 +75,11 @@ class AutoLoRA(Method):
     """
 
     threshold: float = 1.0
-    share: float | None = None
-    decay: float = 0.0
+    share: Share | None = None
+    decay: NonNegativeFloat = 0.0
     choose: Literal["weights", "sizes", "random"] = "weights"
 
     defaults = MappingProxyType({"hypergradient": "darts:scheme=forward", "retrain": "scratch"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_weight("decay", self.decay)
-        if self.share is not None and not 0 < self.share <= 1:
-            raise ProblemError(f"share: must be in (0, 1], or None, got {self.share}")
 
     @property
     def absorbed(self) -> bool:

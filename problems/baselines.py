@@ -19,6 +19,7 @@ from hyperopt_peft.core.problem import TaskLoss
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import joined, require_examples
 from hyperopt_peft.trainer.method import Method
+from hyperopt_peft.utils.validation import PositiveInt
 
 
 @dataclass
@@ -80,13 +81,11 @@ class TrustedRepeated(Method):
         [1, 2, 7, 7, 7]
     """
 
-    times: int = 10
+    times: PositiveInt = 10
 
     def all_rows(self, train: Any, upper: Any) -> Any:
         """The training rows, and the trusted ones ``times`` times."""
         require_examples("upper_dataset", upper)
-        if self.times < 1:
-            raise ProblemError(f"times: must be at least 1, got {self.times}")
         more = concatenate_datasets([upper] * self.times)
         return joined(train_dataset=train, upper_dataset=more)
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from hyperopt_peft.adapters import gram_penalty, set_norm_grad, split_parameters, use_fast_dora
 from hyperopt_peft.core.problem import TaskLoss
 from hyperopt_peft.core.task_level import TaskLevel
-from hyperopt_peft.problems.common import regularised, require_weight
+from hyperopt_peft.problems.common import regularised
 from hyperopt_peft.trainer.method import Method
+from hyperopt_peft.utils.validation import NonNegativeFloat
 
 
 @dataclass
@@ -45,17 +46,13 @@ class BiDoRA(Method):
         [(2, 4), (3, 2), (3,)]
     """
 
-    gamma: float = 0.0
+    gamma: NonNegativeFloat = 0.0
     norm_grad: Literal["full", "detach"] = "full"
     fast_dora: bool = True
 
     # As good as the published defaults, darts and an upper step after each lower one, and cheaper
     # (benchmarks/methods).
     defaults = MappingProxyType({"hypergradient": "direct", "lower_steps": 4})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_weight("gamma", self.gamma)
 
     @classmethod
     def published(cls, **options: Any) -> Self:

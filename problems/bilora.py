@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from hyperopt_peft.adapters.gains import add_gains, gain_variables, gained_layers, remove_gains
 from hyperopt_peft.core.problem import TaskLoss
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems.common import regularised, require_weight
+from hyperopt_peft.problems.common import regularised
 from hyperopt_peft.trainer.method import Method
+from hyperopt_peft.utils.validation import NonNegativeFloat
 
 
 @dataclass
@@ -49,13 +50,9 @@ class BiLoRA(Method):
         [(1, 2)]
     """
 
-    gamma: float = 0.1
+    gamma: NonNegativeFloat = 0.1
 
     defaults = MappingProxyType({"hypergradient": "darts:scheme=forward", "retrain": "none"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_weight("gamma", self.gamma)
 
     @property
     def absorbed(self) -> bool:
@@ -64,7 +61,7 @@ class BiLoRA(Method):
 
     def prepare(self, model: Any) -> None:
         """Let B be P Λ, with equal outputs."""
-        for each in add_gains(model, _identity, columns=True):
+        for each in add_gains(model, torch.positive, columns=True):
             values = _decompose(each.name, each.a, each.b)
             each.gain.u.data.copy_(values.view_as(each.gain.u))
 
@@ -96,10 +93,6 @@ def _distance(rows: Tensor) -> Tensor:
     """‖M Mᵀ − I‖² of M (r, n)."""
     m = rows.to(torch.promote_types(rows.dtype, torch.float32))
     return (m @ m.T - torch.eye(len(m), dtype=m.dtype, device=m.device)).square().sum()
-
-
-def _identity(values: Tensor) -> Tensor:
-    return values
 
 
 @torch.no_grad()

@@ -25,7 +25,6 @@ from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.core.problem import TaskLoss
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.class_offsets import balanced_loss, class_labels, logits_and_labels
-from hyperopt_peft.problems.common import require_finite
 from hyperopt_peft.trainer.method import Method
 
 
@@ -68,10 +67,6 @@ class LogitAdjustment(_Counting):
     """
 
     tau: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_finite("tau", self.tau)
 
     def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Tensor:
         """The cross entropy of z + τ·log π."""
@@ -132,10 +127,6 @@ class FrequencyWeights(_Counting):
     """
 
     power: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_finite("power", self.power)
 
     def weights(self, logits: Tensor) -> Tensor:
         """v of each class of ``logits``."""

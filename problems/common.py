@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,18 +9,6 @@ from torch import Tensor
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.distributed import is_sharded
-
-
-def require_weight(name: str, value: float) -> None:
-    """Raise ProblemError unless the option ``name``, the weight of a penalty, is one."""
-    if not 0 <= value < float("inf"):
-        raise ProblemError(f"{name}: must be finite and not negative, got {value}")
-
-
-def require_finite(name: str, value: float) -> None:
-    """Raise ProblemError if the option ``name`` is NaN or infinite."""
-    if not math.isfinite(value):
-        raise ProblemError(f"{name}: must be finite, got {value}")
 
 
 def require_unsharded(model: Any, advice: str) -> None:

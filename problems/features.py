@@ -26,13 +26,14 @@ from hyperopt_peft.utils.models import base_model, evaluating
 
 @dataclass(frozen=True)
 class Features:
-    """The rows of a head: features, labels, and the row of the data that each comes from."""
+    """The rows of a head.
 
-    #: ``(m, d)``; m is the number of rows, or of tokens with a label.
+    ``x`` has the features ``(m, d)`` of m rows, or of m tokens with a label; ``labels`` a class
+    ``(m,)``, or numbers ``(m,)`` or ``(m, C)``; ``row`` the number of each one's row in the data.
+    """
+
     x: Tensor
-    #: A class ``(m,)``, or numbers ``(m,)`` or ``(m, C)``.
     labels: Tensor
-    #: The number of each one's row in the data, ``(m,)``.
     row: Tensor
 
     @classmethod
@@ -87,11 +88,8 @@ def features_of(
 
     Args:
         model: a model of Transformers, with or without a PEFT adapter.
-        rows: the rows, with labels.
-        collate: makes a batch of some of them.
-        batch_size: rows of a batch.
+        rows, collate: the rows, with labels, and a function that makes a batch of some of them.
         precision: of the passes, such as a Trainer's ``compute_loss_context_manager``.
-        progress: whether to show a progress bar.
 
     Raises:
         ProblemError: the model returns no states of tokens; a batch has no labels, or one that is
@@ -123,8 +121,7 @@ def features_of(
                         f"{tuple(states.shape[:2])}; a head needs a label for each token"
                     )
                 row, token = (labels != IGNORED).nonzero(as_tuple=True)
-                x, labels = states[row, token], labels[row, token]
-                number = number[row]
+                x, labels, number = states[row, token], labels[row, token], number[row]
             parts.append(Features(x.float().cpu(), labels, number))
     if not parts:
         raise ProblemError("labels: no row has a label that is scored; give rows with labels")

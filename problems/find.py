@@ -31,7 +31,7 @@ def find_method(spec: str) -> type[Method]:
     if not colon:
         if spec not in METHODS:
             raise ProblemError(f"method: unknown {spec!r}{did_you_mean(spec, METHODS)}")
-        found: type[Method] = getattr(problems, METHODS[spec])
+        found: type[Method] = getattr(problems, METHODS[spec][1])
         return found
     made = getattr(import_file(path, "method"), name, None)
     if not (isinstance(made, type) and issubclass(made, Method)):

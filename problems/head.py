@@ -87,7 +87,9 @@ def head_of(model: Any, features: Features) -> Head:
     outputs = labels.shape[1] if labels.dim() > 1 else 1
     if not labels.is_floating_point():
         outputs = max(int(labels.max()) + 1, getattr(config, "num_labels", 0))
-    kind = problem_type_of(config, labels)
+    kind: str | None = getattr(config, "problem_type", None)
+    if kind is None and labels.is_floating_point() and outputs > 1:
+        kind = MULTI_LABEL  # as Transformers infers from several numbers a row
     return Head(x.shape[1], outputs, problem_type=kind, dtype=x.dtype, device=x.device)
 
 
@@ -105,13 +107,6 @@ def require_head(model: Any, batch: Any) -> None:
             "model: a head predicts classes, numbers or the tags of tokens, and the labels of "
             f'{type(base_model(model)).__name__} are text; choose model="adapter"'
         )
-
-
-def problem_type_of(config: Any, labels: Tensor) -> str | None:
-    """The ``problem_type`` of ``config``; if unset, as Transformers infers it from ``labels``."""
-    kind: str | None = getattr(config, "problem_type", None)
-    several = labels.is_floating_point() and labels.dim() > 1 and labels.shape[1] > 1
-    return MULTI_LABEL if kind is None and several else kind
 
 
 def l2_penalty(l2: float = L2) -> Callable[[Sequence[Tensor]], Tensor]:

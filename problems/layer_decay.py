@@ -21,7 +21,7 @@ from hyperopt_peft.adapters.gains import PREFIX
 from hyperopt_peft.adapters.layers import factors, lora_layers
 from hyperopt_peft.core.problem import TaskLoss
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems.common import regularised, require_finite, require_unsharded
+from hyperopt_peft.problems.common import regularised, require_unsharded
 from hyperopt_peft.trainer.method import Method
 
 
@@ -58,10 +58,6 @@ class LayerDecay(Method):
     defaults = MappingProxyType(
         {"hypergradient": "minres:steps=5,damping=0.1", "upper_learning_rate": 0.1}
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_finite("start", self.start)
 
     def prepare(self, model: Any) -> None:
         """Make u of each layer, or one."""

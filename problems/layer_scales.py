@@ -25,8 +25,9 @@ from hyperopt_peft.adapters.gains import (
     squares,
 )
 from hyperopt_peft.core.problem import TaskLoss
-from hyperopt_peft.problems.common import regularised, require_weight
+from hyperopt_peft.problems.common import regularised
 from hyperopt_peft.trainer.method import Method
+from hyperopt_peft.utils.validation import NonNegativeFloat
 
 
 @dataclass
@@ -56,13 +57,9 @@ class LayerScales(Method):
         {'^0': 1.0}
     """
 
-    decay: float = 0.0
+    decay: NonNegativeFloat = 0.0
 
     defaults = MappingProxyType({"hypergradient": "direct", "lower_steps": 5})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_weight("decay", self.decay)
 
     @property
     def absorbed(self) -> bool:

@@ -20,10 +20,10 @@ from torch.nn.functional import pad
 
 from hyperopt_peft.core.examples import WeightedRows
 from hyperopt_peft.core.problem import Problem, TaskLoss
-from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import joined, require_examples
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.tags import INDEX
+from hyperopt_peft.utils.validation import Share
 
 
 @dataclass
@@ -48,17 +48,12 @@ class RowWeights(Method):
         tensor([1., 1.], grad_fn=<MulBackward0>)
     """
 
-    keep: float | None = 0.8
+    keep: Share | None = 0.8
     form: Literal["sigmoid", "softmax"] = "sigmoid"
 
     tags = (INDEX,)
     # An upper step after each lower one leaves too few steps at equal price (benchmarks/methods).
     defaults = MappingProxyType({"hypergradient": "darts:product=dots", "lower_steps": 4})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.keep is not None and not 0 < self.keep <= 1:
-            raise ProblemError(f"keep: must be a share in (0, 1], or None, got {self.keep}")
 
     def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:
         """The given ones."""

@@ -13,11 +13,10 @@ Hu et al. 2022, arXiv:2206.07382, who have gates for other kinds of adapters too
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from hyperopt_peft.adapters.gains import add_gains, drawn, gain_variables, gaine
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.utils.distributed import gather
+from hyperopt_peft.utils.validation import Bound, PositiveFloat
 
 
 @dataclass
@@ -60,21 +60,14 @@ class S3Delta(Method):
         ('1', ['1'])
     """
 
-    share: float = 0.5
-    beta: float = 1.0
+    share: Annotated[float, Bound(">", 0), Bound("<", 1)] = 0.5
+    beta: PositiveFloat = 1.0
     sampled: bool = True
     choose: Literal["gates", "sizes", "random"] = "gates"
 
     defaults = MappingProxyType(
         {"hypergradient": "darts:xi=lr", "upper_learning_rate": 0.1, "retrain": "scratch"}
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.share < 1:
-            raise ProblemError(f"share: must be in (0, 1), got {self.share}")
-        if not 0 < self.beta < math.inf:
-            raise ProblemError(f"beta: must be finite and positive, got {self.beta}")
 
     @property
     def absorbed(self) -> bool:

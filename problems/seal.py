@@ -17,17 +17,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
 from hyperopt_peft.core.examples import WeightedRows
 from hyperopt_peft.core.problem import Problem, TaskLoss
-from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.row_weights import RowWeights
 from hyperopt_peft.trainer.data import joined
 from hyperopt_peft.trainer.tags import INDEX, label_counts
+from hyperopt_peft.utils.validation import Bound
 
 
 @dataclass
@@ -58,15 +58,10 @@ class SEAL(RowWeights):
     """
 
     form: Literal["sigmoid", "softmax"] = "softmax"
-    trust: float = 0.97
+    trust: Annotated[float, Bound("≥", 0), Bound("≤", 1)] = 0.97
 
     # The estimator is part of the method.
     defaults = MappingProxyType({"hypergradient": "direct", "lower_steps": 1, "retrain": "scratch"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.trust <= 1:
-            raise ProblemError(f"trust: must be in [0, 1], got {self.trust}")
 
     def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:
         """All rows for the lower level, the training rows for the upper one."""

@@ -71,13 +71,11 @@ def attribute(
         evaluation: for levels, a function that returns Φ, a list of functions whose sum is Φ, or a
             mapping from names of slices to these, whose mean is Φ. For a Trainer, a data set; by
             default its ``eval_dataset``.
-        model: whether to train the Trainer's adapter or a head on its features.
         estimator: see above; by default ``"unrolled"``, and ``"cg"`` for a head.
         training_steps: the number T of a level's steps, or of an Engine's upper steps.
         slices: a column of a Trainer's evaluation rows; each value gets a Φ and scores, all from
             one run.
         memory_limit: the memory in GiB that checkpoints of the run may take; see `Run`.
-        progress: whether to show progress bars.
 
     Raises:
         ProblemError: there are no rows to train on or to evaluate; the loss does not read the

@@ -10,7 +10,8 @@ from typing import Any
 from hyperopt_peft.utils.plots import row_groups
 from hyperopt_peft.utils.tables import cells, printable, write_csv
 
-#: The training rows shown for a prediction, and the predictions in a picture.
+#: The training rows shown for a prediction, and the predictions in a picture. A set of more rows
+#: gets a remark: the median sets have 3 to 6 of 300 rows (benchmarks/results/attribution.md).
 SHOWN, PANELS = 10, 4
 
 
@@ -81,8 +82,8 @@ class Reasons(Sequence[Reason]):
         """The name of the class ``label``, for a terminal."""
         return "" if label is None else printable(str(self.names.get(label, label)))
 
-    def text(self, reason: Reason, shown: int = SHOWN) -> str:
-        """``reason`` in lines, with up to ``shown`` of its training rows."""
+    def text(self, reason: Reason) -> str:
+        """``reason`` in lines, with up to `SHOWN` of its training rows."""
         lines, count = [self.title(reason)], len(reason.rows)
         begin = f"  predicted {self.name(reason.predicted)}"
         if reason.becomes is None:
@@ -90,8 +91,8 @@ class Reasons(Sequence[Reason]):
                 f"{lines[0]}\n{begin}, even without the {reason.searched} rows that support it most"
             )
         lines.append(f"{begin}; {self.name(reason.becomes)} without {self._rows(reason)}:")
-        lines += [f"  {self.line(row)}" for row in reason.rows[:shown]]
-        lines += [f"       … and {count - shown} more"] * (count > shown)
+        lines += [f"  {self.line(row)}" for row in reason.rows[:SHOWN]]
+        lines += [f"       … and {count - SHOWN} more"] * (count > SHOWN)
         if reason.adapter is not None:
             first, then = map(self.name, reason.adapter)
             lines.append(f"  the adapter: {first}; {then} without them")
@@ -108,7 +109,8 @@ class Reasons(Sequence[Reason]):
 
     def _rows(self, reason: Reason) -> str:
         count = len(reason.rows)
-        return "this training row" if count == 1 else f"these {count} training rows"
+        many = " (no few rows decide this prediction)" if count > SHOWN else ""
+        return "this training row" if count == 1 else f"these {count} training rows{many}"
 
     def line(self, row: int, width: int = 80) -> str:
         """The number and the columns of the training row ``row``."""

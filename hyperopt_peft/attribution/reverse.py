@@ -30,9 +30,7 @@ class Sweep:
     arXiv:1502.03492; for row weights: arXiv:2503.13751.
 
     Args:
-        run: the run.
         adjoints: gradients of functions of z_T, each with one tensor per variable.
-        passes: counts the passes.
         product: how second derivatives are computed.
     """
 

@@ -40,7 +40,6 @@ class ModelOnRows:
     """The losses and predictions of a model on batches of numbered rows.
 
     Args:
-        model: the model.
         precision: returns a context for the model's passes.
         tags: entries of a batch, besides `ROW`, that the model does not read.
     """

@@ -32,7 +32,6 @@ class Training(ABC):
     Attributes:
         weights: the rows' weights v, ``(n,)``, a leaf that requires a gradient.
         row_weights: the values of ``weights`` in this training.
-        variables: the trained variables.
         steps: the optimizers' steps.
         visits: the number of steps that saw each row, ``(n,)``.
         losses: the sum of each row's losses over its visits, ``(n,)`` in float64.
@@ -92,7 +91,6 @@ class ParameterUpdate:
 
     Attributes:
         level: the number of the level in the run.
-        batch: the batch.
         random_state: the generator states before the loss was evaluated.
         optimizer: the optimizer's options.
         read: for each variable of the level, whether the loss read it and the optimizer moved it.
@@ -114,7 +112,6 @@ class Run(Training):
 
     Args:
         levels: the trained levels, each with an optimizer.
-        weights: the rows' weights v, ``(n,)``, a leaf that requires a gradient.
         length: T.
         memory_limit: the memory in GiB that checkpoints may take. If checkpoints of all steps fit,
             a derivative costs two passes per step. Otherwise every 16th step has a checkpoint, in

@@ -77,7 +77,6 @@ class RetrainingSetup:
         logits: returns the logits of each evaluation row, or of each labelled token,
             ``(m, classes)``.
         columns: the columns of the training rows to show.
-        progress: whether to show progress bars.
     """
 
     run: Training

@@ -34,13 +34,11 @@ class TrainerData:
 
     Attributes:
         train: the training rows, of both levels if there are two.
-        evaluation: the evaluation rows.
-        train_rows, evaluation_rows: the same rows, numbered, with the columns that the model takes.
+        train_rows, evaluation_rows: the rows, numbered, with the columns that the model takes.
         of_levels: the numbered training rows of the lower and of the upper level.
         of_retraining: likewise, for a method to choose from in its second phase.
         groups: the numbers of the evaluation rows in each slice.
         collate: makes a batch from a list of rows, with their numbers as `ROW`.
-        trainer: the trainer.
     """
 
     train: Any

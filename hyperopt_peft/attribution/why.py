@@ -58,7 +58,6 @@ def why(trainer: Any, rows: Any = None, *, adapter: bool = False, progress: bool
             ``eval_dataset``.
         adapter: whether to train the Trainer's model too, once on all rows and once without each
             set, and report its predictions.
-        progress: whether to show progress bars.
 
     Raises:
         ProblemError: there are no rows, or all are training rows; labels are not one class per row

@@ -77,7 +77,6 @@ def check_problem(
             sequence is repeated. One batch of each level gives no ratio.
         seed: the seed of the losses' random numbers.
         solver_steps: the number of steps of each solver.
-        progress: whether to show a progress bar.
 
     Raises:
         ProblemError: ``solver_steps`` is not positive, or `Problem.optimizer_options` are invalid.
@@ -108,11 +107,7 @@ def check_problem(
         oracle.passes = Passes(update=stack.enter_context(bar).update)
         start = stack.enter_context(perturbed((*upper.variables, *lower.variables)))
         stack.enter_context(oracle.open())
-        examination = _Examination(oracle, start, seed, solver_steps, pairs)
-        examination.run()
-    findings = sorted(examination.findings, key=lambda finding: finding.severity)
-    curvature, not_compared = examination.curvature, examination.not_compared
-    return Check(tuple(findings), curvature, examination.signal_to_noise, not_compared)
+        return _Examination(oracle, start, seed, solver_steps, pairs).result()
 
 
 def _pairs(oracle: Oracle, *of_levels: Sequence[Any] | None) -> list[tuple[Any, Any]]:
@@ -127,9 +122,8 @@ def _pairs(oracle: Oracle, *of_levels: Sequence[Any] | None) -> list[tuple[Any, 
     return list(islice(zip(*map(cycle, both)), count if count > 1 else 0))
 
 
-#: The kinds of findings that are warnings; the others are errors.
-WARNINGS = {"no implicit term", "no mixed derivative", "no double backward", "negative curvature"}
-WARNINGS |= {"ill-conditioned", "far from stationary", "noisy hypergradient", "absorbed"}
+#: The kinds of findings that are errors; the others are warnings.
+ERRORS = {"in-place edit", "not reproducible", "unread variable", "not finite", "bad loss"}
 #: The terms cancel if ‖direct + implicit‖/‖direct‖ is below this plus min(this, the residual).
 CANCELS = 0.02
 #: Advice for findings whose advice does not depend on numbers.
@@ -164,7 +158,13 @@ class _Examination:
     not_compared: str = ""
     envelope: float = math.inf  # ‖∂f/∂u‖/‖∂F/∂u‖
 
-    def run(self) -> None:
+    def result(self) -> Check:
+        """All findings and measurements."""
+        self._examine()
+        findings = sorted(self.findings, key=lambda finding: finding.severity)
+        return Check(tuple(findings), self.curvature, self.signal_to_noise, self.not_compared)
+
+    def _examine(self) -> None:
         oracle = self.oracle
         above = self._first_order(oracle.upper, oracle.upper_batch, oracle.upper_random)
         below = self._first_order(oracle.lower, oracle.lower_batch, oracle.lower_random)
@@ -181,9 +181,8 @@ class _Examination:
         self._second_order("exact" if exact else "difference")
 
     def _add(self, kind: str, level: Problem, words: str, advice: str = "") -> None:
-        severity: Severity = "warning" if kind in WARNINGS else "error"
-        advice = advice or REMEDIES[kind]
-        self.findings.append(Finding(kind, severity, level.name, words, advice))
+        severity: Severity = "error" if kind in ERRORS else "warning"
+        self.findings.append(Finding(kind, severity, level.name, words, advice or REMEDIES[kind]))
 
     @property
     def _has_error(self) -> bool:
@@ -211,9 +210,11 @@ class _Examination:
             if not any(word in str(error) for word in ("in-place", "inplace")):
                 raise
             self._add("in-place edit", level, f"the loss edits a tensor in place: {error}")
-        edited = self._edited()
-        if edited and len(self.findings) == before:
-            self._add("in-place edit", level, f"the loss writes to {', '.join(edited)}")
+        # Even through ``.data``.
+        if edited := rewritten((self.oracle.upper, self.oracle.lower), self.start):
+            assign_(self._variables, self.start)
+            if len(self.findings) == before:
+                self._add("in-place edit", level, f"the loss writes to {', '.join(edited)}")
         if evaluation is None or edited:
             return None
         if self._differs(level, evaluation, self._evaluate(level, batch, random)):
@@ -231,13 +232,6 @@ class _Examination:
                 evaluation = lower.gradient_above(level, batch, self._variables)
         self.oracle.buffers.restore()
         return evaluation
-
-    def _edited(self) -> list[str]:
-        """The variables that have changed, even through ``.data``; their values are restored."""
-        edited = rewritten((self.oracle.upper, self.oracle.lower), self.start)
-        if edited:
-            assign_(self._variables, self.start)
-        return edited
 
     def _differs(self, level: Problem, one: LossGradient, other: LossGradient) -> bool:
         """Whether two evaluations differ by more than rounding in another order of summation."""

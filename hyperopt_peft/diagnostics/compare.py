@@ -137,11 +137,8 @@ def compare_hypergradients(
             several of these.
         reference: ``"exact"`` (up to 5,000 lower unknowns); a long solve, such as
             ``"cg:steps=200,tolerance=1e-10"``; or ``"retraining:steps=20,directions=4"``.
-        repeats: the number of repeats.
-        seed: the seed of the random numbers.
         upper_batch, lower_batch: the batches; by default the next batch of each level's data.
             Levels for a Trainer have no data, and need batches.
-        progress: whether to show progress bars.
 
     Raises:
         ProblemError: an estimator is unknown; no estimator is given; or ``repeats`` is below 1.
@@ -218,8 +215,8 @@ def option(estimator: Estimator, name: str) -> float | None:
 
 
 def _dominance(estimator: Estimator, ends: Spectrum | None) -> str:
-    damping = option(estimator, "damping") or 0.0
-    if ends is None or not ends.dominated_by(damping):
+    damping = option(estimator, "damping")
+    if ends is None or not damping or damping < ends.radius:
         return ""
     return (
         f"damping {damping:g} dominates the Hessian, whose eigenvalues are within "
@@ -230,8 +227,7 @@ def _dominance(estimator: Estimator, ends: Spectrum | None) -> str:
 @dataclass(frozen=True)
 class _Run:
     estimate: Estimate
-    gradients: int
-    products: int
+    passes: Passes
     seconds: float
 
 
@@ -242,8 +238,7 @@ def _run(oracle: Oracle, estimator: Estimator) -> _Run:
     for device in devices_of(oracle.upper, oracle.lower):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - begin
-    return _Run(result, oracle.passes.gradients, oracle.passes.products, seconds)
+    return _Run(result, oracle.passes, time.perf_counter() - begin)
 
 
 def _retrained(
@@ -279,8 +274,8 @@ def _row(name: str, runs: Sequence[_Run], truths: Sequence[_Truth], note: str) -
         factor=statistics.median(map(factor, runs, truths)),
         residual=_largest_residual(runs),
         spread=_ratio(variance**0.5, mean.norm()),
-        gradients=runs[0].gradients,
-        products=runs[0].products,
+        gradients=runs[0].passes.gradients,
+        products=runs[0].passes.products,
         seconds=statistics.median(run.seconds for run in runs),
         note="; ".join(filter(None, (note, _first_note(runs)))),
     )

@@ -51,10 +51,6 @@ class Spectrum:
         """
         return max(0.0, (self.largest - CONDITION * self.smallest) / (CONDITION - 1))
 
-    def dominated_by(self, damping: float) -> bool:
-        """Whether the damping δ is at least ``|λ|max``, so that (H + δI)⁻¹ is close to I/δ."""
-        return damping > 0 and damping >= self.radius
-
 
 @dataclass(frozen=True)
 class Curvature(Spectrum):

@@ -17,14 +17,10 @@ MAX_RESIDUAL = 0.1
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The recommended estimator, None if none is close enough, and the reasons.
-
-    ``xi`` is the ξ ≥ 0 at which ``darts`` is closest to the reference; None without ``darts``.
-    """
+    """The recommended estimator, None if none is close enough, and the reasons."""
 
     estimator: str | None
     reasons: tuple[str, ...]
-    xi: float | None = None
 
     def __str__(self) -> str:
         return "\n".join(self.reasons)
@@ -33,8 +29,8 @@ class Recommendation:
 def recommend(comparison: Comparison) -> Recommendation:
     """The fastest estimator with a cosine of at least 0.95 and a relative error of at most 0.3.
 
-    The reasons warn of a reference that did not converge, and name estimators without a result. The
-    recommended ξ of ``darts`` is the least-squares one, `ComparisonRow.factor` times the ξ it had.
+    The reasons warn of a reference that did not converge, and name estimators without a result and
+    the ξ of ``darts`` with the least squared error, `ComparisonRow.factor` times the ξ it had.
 
     Example:
         >>> from hyperopt_peft import compare_hypergradients
@@ -81,8 +77,7 @@ def recommend(comparison: Comparison) -> Recommendation:
     reasons += [
         f"{row.estimator} gave no result: {row.problem}" for row in comparison.rows if row.problem
     ]
-    estimator = None if best is None else best.estimator
-    return Recommendation(estimator, tuple(reasons), None if math.isnan(xi) else max(0.0, xi))
+    return Recommendation(None if best is None else best.estimator, tuple(reasons))
 
 
 def _errors(row: ComparisonRow) -> str:

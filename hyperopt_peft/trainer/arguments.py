@@ -20,7 +20,7 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator, get_estimator
 from hyperopt_peft.hypergradients.registry import DEFAULT
 from hyperopt_peft.trainer.over import Combined
-from hyperopt_peft.utils.validation import matches, type_name
+from hyperopt_peft.utils.validation import mistakes
 
 #: The fields of `transformers.TrainingArguments`, in any version, that change a run's result. A
 #: checkpoint and the run that resumes from it must agree in them.
@@ -136,13 +136,8 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
     def _check(self) -> None:
         rates = ["learning_rate", "weight_decay", "max_grad_norm"]
         counts = ["per_device_train_batch_size", "gradient_accumulation_steps"]
-        hints = get_type_hints(type(self))
-        for name in (*rates, *counts, *self.bilevel_settings()):
-            value = getattr(self, name)
-            if not matches(value, hints[name]):
-                raise ProblemError(f"{name} must be {type_name(hints[name])}, got {value!r}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ProblemError(f"{name} must be finite, got {value}")
+        for name, message in mistakes(self, (*rates, *counts, *self.bilevel_settings())):
+            raise ProblemError(f"{name} {message}")
         self.estimator()
         rates += [f"upper_{x}" for x in ("learning_rate", "weight_decay", "max_grad_norm", "prior")]
         counts += ["lower_steps", "per_device_upper_batch_size"]

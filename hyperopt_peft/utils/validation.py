@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from functools import cache, partial
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hyperopt_peft.errors import ProblemError
 
 _COMPARISONS = {"≥": operator.ge, ">": operator.gt, "≤": operator.le, "<": operator.lt}
+# Cached, since evaluating type hints takes as long as a small network's pass.
+_hints: Callable[[type], dict[str, Any]] = cache(partial(get_type_hints, include_extras=True))
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,14 @@ NonNegativeInt = Annotated[int, Bound("≥", 0)]
 PositiveFloat = Annotated[float, Bound(">", 0)]
 NonNegativeFloat = Annotated[float, Bound("≥", 0)]
 Fraction = Annotated[float, Bound("≥", 0), Bound("<", 1)]
+Share = Annotated[float, Bound(">", 0), Bound("≤", 1)]
 
 
 def matches(value: Any, hint: Any) -> bool:
     """Whether ``value`` has the type ``hint``: a class, a Literal or a union, with `Bound`s.
 
-    An int is accepted as a float; a bool is accepted neither as an int nor as a float.
+    An int is accepted as a float; a bool is accepted neither as an int nor as a float. A float must
+    be finite.
 
     Example:
         >>> matches(3, float | None), matches(True, int), matches("cg", Literal["cg", "minres"])
@@ -56,10 +62,26 @@ def matches(value: Any, hint: Any) -> bool:
     if get_origin(hint) is Literal:
         return any(value == choice and type(value) is type(choice) for choice in get_args(hint))
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return hint is Any or isinstance(value, get_origin(hint) or hint)
+
+
+def mistakes(options: Any, names: Iterable[str] | None = None) -> Iterator[tuple[str, str]]:
+    """The names of fields whose values do not match their type hints, each with a message.
+
+    ``options`` is a dataclass; ``names`` are the fields to look at, by default all.
+
+    Example:
+        >>> next(mistakes(Bound("≥", "one")))
+        ('number', "must be finite float, got 'one'")
+    """
+    hints = _hints(type(options))
+    for name in [field.name for field in fields(options)] if names is None else names:
+        if not matches(value := getattr(options, name), hints[name]):
+            yield name, f"must be {type_name(hints[name])}, got {value!r}"
 
 
 def require_count(name: str, value: Any, *, least: int) -> None:
@@ -96,6 +118,8 @@ def type_name(hint: Any) -> str:
         return " or ".join(type_name(choice) for choice in get_args(hint))
     if get_origin(hint) is Literal:
         return " or ".join(repr(choice) for choice in get_args(hint))
+    if hint is float:
+        return "finite float"
     return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))
 
 

@@ -69,10 +69,10 @@ class CleanImages(Problem):
         return float((predicted == self.data.y_test).double().mean())
 
 
-def digits(noise: float = 0.5) -> tuple[CleanImages, WeightedImages]:
+def digits() -> tuple[CleanImages, WeightedImages]:
     """The two levels on scikit-learn's digits in float64: 800 noisy, 400 clean, 597 test images.
 
-    ``noise`` is the fraction of training labels that are redrawn at random. W = 0 and x = 0.
+    About half of the training labels are redrawn at random. W = 0 and x = 0.
 
     Example:
         >>> upper, lower = digits()
@@ -83,7 +83,7 @@ def digits(noise: float = 0.5) -> tuple[CleanImages, WeightedImages]:
     x, x_test, y, y_test = train_test_split(x, y, test_size=597, random_state=0)
     x, x_val, y, y_val = train_test_split(x, y, test_size=400, random_state=0)
     random = np.random.RandomState(0)
-    redrawn = random.rand(len(y)) < noise
+    redrawn = random.rand(len(y)) < 0.5
     y[redrawn] = random.randint(0, 10, redrawn.sum())
     x, x_val, x_test = (torch.from_numpy(a) for a in (x, x_val, x_test))
     x_test, (x, x_val) = standardised(x, x_test)[1], standardised(x, x_val)

@@ -6,42 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
 
 from hyperopt_peft import attribute
 from hyperopt_peft.attribution.check import check_scores
 from hyperopt_peft.attribution.estimators import HEAD_ESTIMATOR, parse_estimator
-from hyperopt_peft.attribution.head import (
-    PENALTIES,
-    HeadTraining,
-    batch_of,
-    chosen_l2,
-    held_out_losses,
-)
+from hyperopt_peft.attribution.head import PENALTIES, batch_of, chosen_l2, held_out_losses
 from hyperopt_peft.attribution.scores import Evaluation, RetrainingSetup, scores
 from hyperopt_peft.problems.features import Features
 from hyperopt_peft.problems.head import Head
 from tests.support.attributed import error_of_slopes, require_equal
-from tests.support.trainers import data, peft_model, ragged
-
-
-def trainer(folder: Path, kind: str = "classes", **options: Any) -> Trainer:
-    args = TrainingArguments(str(folder), report_to="none", use_cpu=True)
-    sets = {"train_dataset": data(kind, 14), "eval_dataset": data(kind, 7, seed=1)}
-    return Trainer(peft_model(kind, dora=False), args, **sets | options)
-
-
-def features(count: int, seed: int = 0, noise: float = 1.0) -> Features:
-    """Of rows whose classes are linear in x, up to noise."""
-    source = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, 6, generator=source, dtype=torch.float64)
-    logits = x[:, :3] + noise * torch.randn(count, 3, generator=source, dtype=torch.float64)
-    return Features(x, logits.argmax(1), torch.arange(count))
-
-
-def fitted(rows: Features, l2: float = 0.1) -> HeadTraining:
-    count = int(rows.row.max()) + 1
-    return HeadTraining(Head(6, 3, dtype=torch.float64), rows, count, l2)
+from tests.support.heads import features, fitted, trainer
+from tests.support.trainers import data, ragged
 
 
 @pytest.mark.parametrize("kind", ["classes", "soft", "regression", "tokens"])
@@ -81,7 +56,7 @@ def test_a_head_on_more_rows_is_their_minimum() -> None:
 
 def test_the_penalty_follows_the_rows() -> None:
     """Small where the classes are linear in the features, the largest where they are random."""
-    head = Head(6, 3, dtype=torch.float64)
+    head = Head(5, 3, dtype=torch.float64)
     linear, random = features(300, noise=0.01), features(60, noise=100.0)
     assert chosen_l2(head, linear, 300) < 0.1 and chosen_l2(head, random, 60) == max(PENALTIES)
     assert chosen_l2(head, random, 60, largest=False) < chosen_l2(head, random, 60)

@@ -13,25 +13,16 @@ from transformers import (
     TrainingArguments,
 )
 
-from hyperopt_peft import BiDoRA, BilevelTrainer, ProblemError, attribute
-from hyperopt_peft.attribution import Attribution
-from tests.support.attributed import error, error_of_slopes, require_equal, setup_of
-from tests.support.language import LAYOUTS, language_model, lora, quantised, rows, tokenizer
+from hyperopt_peft import BiDoRA, ProblemError
+from tests.support.attributed import attributed, error, error_of_slopes, require_equal, setup_of
+from tests.support.language import lora, quantised, rows, tokenizer
+from tests.support.trainers import QUIET
 
-trl = pytest.importorskip("trl")
+over_trl = pytest.importorskip("tests.support.over_trl")
 
-SETTINGS: dict[str, Any] = {
-    "max_steps": 3,
-    "per_device_train_batch_size": 3,
-    "per_device_eval_batch_size": 4,
-    "learning_rate": 1e-2,
-    "warmup_steps": 2,
-    "report_to": "none",
-    "save_strategy": "no",
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "bf16": False,
-}
+SETTINGS: dict[str, Any] = {**QUIET, "max_steps": 3, "per_device_train_batch_size": 3}
+SETTINGS |= {"per_device_eval_batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 2}
+SETTINGS["bf16"] = False
 
 
 def gpt2() -> GPT2LMHeadModel:
@@ -42,16 +33,11 @@ def gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config).double()
 
 
-def sft(folder: Path, layout: str = "completion", **options: Any) -> Any:
+def sft(folder: Path, layout: str = "completion", *, args: Any = (), **options: Any) -> Any:
     """An SFTTrainer with TRL's defaults, in float32."""
-    options.setdefault("eval_dataset", rows(layout, 4, seed=1))
-    args = trl.SFTConfig(str(folder), **{**SETTINGS, **LAYOUTS[layout], **options.pop("args", {})})
-    defaults = {"processing_class": tokenizer(), "peft_config": lora(), "model": language_model()}
-    return trl.SFTTrainer(args=args, train_dataset=rows(layout, 7), **{**defaults, **options})
-
-
-def attributed(trainer: Any, **options: Any) -> Attribution:
-    return attribute(trainer, progress=False, **options)
+    sets = {"train_dataset": rows(layout, 7), "eval_dataset": rows(layout, 4, seed=1)}
+    made, kind, settings = over_trl.made, over_trl.SFTTrainer, {**SETTINGS, **dict(args)}
+    return made(folder, kind, None, layout, options=sets | options, **settings)
 
 
 def test_scores_are_slopes_of_retraining(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,26 +125,12 @@ def test_bad_input_is_named(tmp_path: Path, options: dict[str, Any], fragment: s
 
 def test_two_levels_over_it_have_scores(tmp_path: Path) -> None:
     """Of rows as the trainer has prepared them; the run is its own."""
-    kind = BilevelTrainer.over(trl.SFTTrainer)
-    settings = {
-        **SETTINGS,
-        "retrain_arguments": {"max_steps": 2},
-        "upper_fraction": 0.3,
-        "lower_steps": 2,
-    }
-
-    def trainer(folder: str) -> Any:
-        return kind(
-            language_model(),
-            args=kind.Arguments(str(tmp_path / folder), **settings),
-            method=BiDoRA(),
-            train_dataset=rows(count=10),
-            eval_dataset=rows(count=4, seed=1),
-            processing_class=tokenizer(),
-            peft_config=lora(),
-        )
-
-    plain, watched = trainer("plain"), trainer("watched")
+    settings = {"retrain_arguments": {"max_steps": 2}, "upper_fraction": 0.3, "lower_steps": 2}
+    sets = {"train_dataset": rows(count=10), "eval_dataset": rows(count=4, seed=1)}
+    plain, watched = (
+        over_trl.made(folder, over_trl.SFTTrainer, BiDoRA(), options=sets, **SETTINGS, **settings)
+        for folder in (tmp_path / "plain", tmp_path / "watched")
+    )
     plain.train()
     result = attributed(watched)
     require_equal(watched.model, plain.model, 1e-4)
@@ -170,13 +142,7 @@ def test_two_levels_over_it_have_scores(tmp_path: Path) -> None:
 
 
 def test_a_loss_of_pairs_is_refused(tmp_path: Path) -> None:
-    trainer = trl.DPOTrainer(
-        language_model(),
-        args=trl.DPOConfig(str(tmp_path), **SETTINGS),
-        train_dataset=rows("preference", 6),
-        eval_dataset=rows("preference", 3, seed=1),
-        processing_class=tokenizer(),
-        peft_config=lora(),
-    )
+    sets = {"eval_dataset": rows("preference", 3, seed=1)}
+    trainer = over_trl.made(tmp_path, over_trl.DPOTrainer, options=sets, **SETTINGS)
     with pytest.raises(ProblemError, match="DPOTrainer has no labels: the trainer has a loss"):
         attributed(trainer)

@@ -1,46 +1,22 @@
 """`why`: each set changes the prediction of the head that is trained without it."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from transformers import Trainer, TrainingArguments
 
 from hyperopt_peft import BiDoRA, BilevelTrainer, BilevelTrainingArguments, ProblemError, why
-from hyperopt_peft.attribution.head import HeadTraining
 from hyperopt_peft.attribution.reasons import Reason, Reasons
 from hyperopt_peft.attribution.trainer import setup_from_trainer
 from hyperopt_peft.attribution.why import explained, fewest, reason_for
 from hyperopt_peft.problems.features import Features
-from hyperopt_peft.problems.head import Head
 from tests.support.attributed import require_equal
+from tests.support.heads import L2, features, fitted, trainer
 from tests.support.trainers import data, peft_model, ragged
-
-L2 = 0.1
-
-
-def trainer(folder: Path, kind: str, train: Any, rows: Any, **options: Any) -> Trainer:
-    args = TrainingArguments(
-        str(folder), report_to="none", use_cpu=True, max_steps=30, learning_rate=0.1
-    )
-    model = peft_model(kind, dora=False)
-    return Trainer(model, args, train_dataset=train, eval_dataset=rows, **options)
-
-
-def features(count: int, seed: int = 0, classes: int = 2) -> Features:
-    """Rows whose classes are those of a linear map, but for noise."""
-    source = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, 5, generator=source, dtype=torch.float64)
-    logits = x[:, :classes] + torch.randn(count, classes, generator=source, dtype=torch.float64)
-    return Features(x, logits.argmax(1), torch.arange(count))
-
-
-def fitted(rows: Features, classes: int = 2) -> HeadTraining:
-    head = Head(5, classes, dtype=torch.float64)
-    return HeadTraining(head, rows, int(rows.row.max()) + 1, L2)
 
 
 def prediction(rows: Features, out: list[int], x: torch.Tensor) -> int:
@@ -54,8 +30,8 @@ def prediction(rows: Features, out: list[int], x: torch.Tensor) -> int:
 @pytest.mark.parametrize("seed", range(4))
 def test_a_set_changes_the_prediction_of_another_library_s_head(seed: int) -> None:
     """And the set without its last row does not. Classes of three, whose rivals are several."""
-    train, others, found = features(60, seed, 3), features(12, seed + 10, 3), 0
-    training = fitted(train, 3)
+    train, others, found = features(60, seed), features(12, seed + 10), 0
+    training = fitted(train)
     for place in range(12):
         reason = reason_for(training, others, place)
         if reason.becomes is None:
@@ -70,8 +46,8 @@ def test_a_set_changes_the_prediction_of_another_library_s_head(seed: int) -> No
 
 def test_sets_are_smaller_than_those_of_random_rows_of_the_class() -> None:
     """On the whole: not for each row."""
-    train, others = features(80, classes=3), features(30, 1, classes=3)
-    training, sizes = fitted(train, 3), []
+    train, others = features(80), features(30, 1)
+    training, sizes = fitted(train), []
     for place in range(30):
         reason, x = reason_for(training, others, place), others.x[place : place + 1]
         of_class = (train.labels == reason.predicted).nonzero()[:, 0]
@@ -91,7 +67,7 @@ def test_a_row_with_a_wrong_label_is_why_its_neighbour_is_wrong() -> None:
     x[:, 0] += 2 * labels - 1
     x[0, 1], x[0, 0], labels[0] = 3.0, -0.2, 1
     other = x[:1].clone()
-    training = fitted(Features(x, labels, torch.arange(40)))
+    training = fitted(Features(x, labels, torch.arange(40)), 2)
     reason = reason_for(training, Features(other, torch.tensor([0]), torch.tensor([0])), 0)
     assert (reason.predicted, reason.becomes, reason.rows) == (1, 0, [0])
 
@@ -100,14 +76,14 @@ def test_a_prediction_that_half_of_the_rows_do_not_hold_up_has_a_bound() -> None
     """Each row says the same."""
     x = torch.ones(20, 5, dtype=torch.float64)
     labels = torch.tensor([0] * 18 + [1] * 2)
-    training = fitted(Features(x, labels, torch.arange(20)))
+    training = fitted(Features(x, labels, torch.arange(20)), 2)
     reason = reason_for(training, Features(x[:1], labels[:1], torch.tensor([0])), 0)
     assert reason.becomes is None and reason.rows == [] and reason.searched == 10
     assert "even without the 10 rows" in Reasons([reason], {}, {}, {}).text(reason)
 
 
 def test_of_tags_wrong_tokens_are_explained_and_else_the_least_sure() -> None:
-    training = fitted(features(60))
+    training = fitted(features(60, classes=2), 2)
     x = torch.zeros(5, 5, dtype=torch.float64)
     x[:, 0] = torch.tensor([3.0, -3.0, 2.0, 3.0, 0.5])
     sure = training.on_rows.model(x).logits.argmax(1)
@@ -127,7 +103,9 @@ def test_with_a_trainer_and_its_adapter(tmp_path: Path) -> None:
     rows = rows.map(
         lambda row, number: {"labels": -100 if number == 2 else row["labels"]}, with_indices=True
     )
-    watched, unchanged = (trainer(tmp_path, "classes", train, rows) for _ in range(2))
+    watched, unchanged = (
+        trainer(tmp_path, train_dataset=train, eval_dataset=rows) for _ in range(2)
+    )
     reasons = why(watched, progress=False)
     require_equal(watched.model, unchanged.model, 0.0)
     assert [reason.row for reason in reasons] == list(range(6))
@@ -135,7 +113,7 @@ def test_with_a_trainer_and_its_adapter(tmp_path: Path) -> None:
     both = why(watched, rows, adapter=True, progress=False)
     assert [each.rows for each in both] == [each.rows for each in reasons]
     options: dict[str, Any] = {"twice": False, "differentiated": False, "memory_limit": 1.0}
-    again = trainer(tmp_path, "classes", train, rows)
+    again = trainer(tmp_path, train_dataset=train, eval_dataset=rows)
     setup = setup_from_trainer(again, rows, None, progress=False, **options)
     logits, changed = setup.logits, 0
     assert logits is not None
@@ -153,7 +131,7 @@ def test_with_a_trainer_and_its_adapter(tmp_path: Path) -> None:
 def test_what_an_adapter_s_run_cannot_repeat_is_refused_first(tmp_path: Path) -> None:
     """A trainer that has trained, and two levels whose upper step has no known derivative."""
     train, rows = data("classes", 30), data("classes", 6, seed=1)
-    trained = trainer(tmp_path, "classes", train, rows)
+    trained = trainer(tmp_path, train_dataset=train, eval_dataset=rows)
     trained.train()
     with pytest.raises(ProblemError, match="from its first step"):
         why(trained, adapter=True, progress=False)
@@ -169,7 +147,9 @@ def test_what_an_adapter_s_run_cannot_repeat_is_refused_first(tmp_path: Path) ->
 def test_tags_of_a_trainer_and_a_file(tmp_path: Path) -> None:
     """Whole rows are removed for a token."""
     train, rows = ragged("tokens", 30), data("tokens", 5, seed=2)
-    reasons = why(trainer(tmp_path, "tokens", train, rows), progress=False)
+    reasons = why(
+        trainer(tmp_path, "tokens", train_dataset=train, eval_dataset=rows), progress=False
+    )
     assert {reason.row for reason in reasons} == set(range(5))
     assert all(reason.token is not None for reason in reasons)
     reasons.to_csv(tmp_path / "why.csv")
@@ -182,12 +162,11 @@ def test_tags_of_a_trainer_and_a_file(tmp_path: Path) -> None:
 
 
 def test_numbers_and_rows_that_are_trained_on_are_refused(tmp_path: Path) -> None:
-    rows = data("regression", 12)
+    numbers, classes = trainer(tmp_path, "regression"), trainer(tmp_path)
     with pytest.raises(ProblemError, match="classes can be explained"):
-        why(trainer(tmp_path, "regression", rows, data("regression", 3, seed=1)), progress=False)
-    rows = data("classes", 12)
+        why(numbers, progress=False)
     with pytest.raises(ProblemError, match="would explain itself"):
-        why(trainer(tmp_path, "classes", rows, rows), progress=False)
+        why(classes, classes.train_dataset, progress=False)
 
 
 def test_text_names_rows_and_words() -> None:
@@ -195,9 +174,11 @@ def test_text_names_rows_and_words() -> None:
     reason = Reason(0, 1, 1, 0, list(range(12)), [1.0] * 12, 0.5, 20, (1, 0))
     shown = {"tokens": [["in", "London\x1b[31m"]]}
     columns = {"text": [f"text {k}\x1b[31m" for k in range(12)]}
-    text = str(Reasons([reason], {0: "O", 1: "place"}, columns, shown, [k + 7 for k in range(12)]))
+    reasons = Reasons([reason], {0: "O", 1: "place"}, columns, shown, [k + 7 for k in range(12)])
+    text, few = str(reasons), reasons.text(replace(reason, rows=list(range(6))))
     assert text.startswith(
         "row 0, token 1 (London\\x1b[31m): in London\\x1b[31m\n  predicted place; O without these"
     )
     assert "     7  text 0\\x1b[31m" in text and "and 2 more" in text
+    assert "no few rows decide" in text and "no few rows decide" not in few
     assert text.endswith("the adapter: place; O without them")

@@ -41,7 +41,6 @@ def test_the_spectrum_of_a_level_and_its_scale() -> None:
     assert actual.damping() == pytest.approx(0, abs=1e-6)
     scaled = spectrum(*program(0).levels(scale=1e3), lanczos_steps=12)
     assert scaled.largest == pytest.approx(1e3 * CONDITION)
-    assert actual.dominated_by(CONDITION * 1.01) and not actual.dominated_by(CONDITION / 2)
 
 
 def test_bad_arguments_are_refused() -> None:

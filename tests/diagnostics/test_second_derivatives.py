@@ -46,15 +46,6 @@ class WrongFactor(Cube):
         return 2 * ctx.saved_tensors[0] ** 2 * slope
 
 
-class Activation(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
 def levels(
     activation: Callable[[Tensor], Tensor] = torch.tanh,
     dtype: torch.dtype = torch.float32,
@@ -62,12 +53,12 @@ def levels(
 ) -> tuple[FunctionLevel, FunctionLevel]:
     """Rows with weights exp(u), and a network of two layers."""
     torch.manual_seed(0)
-    first, last = normalise(nn.Linear(6, 16)), normalise(nn.Linear(16, 3))
-    net = nn.Sequential(first, Activation(activation), last).to(dtype)
+    net = nn.ModuleList([normalise(nn.Linear(6, 16)), normalise(nn.Linear(16, 3))]).to(dtype)
+    logits = lambda: net[1](activation(net[0](x)))  # noqa: E731
     x, y = torch.randn(50, 6).to(dtype), torch.randint(0, 3, (50,))
     u = torch.zeros(50, dtype=dtype, requires_grad=True)
-    f = lambda _: (cross_entropy(net(x), y, reduction="none") * u.exp()).mean()  # noqa: E731
-    above = FunctionLevel(lambda _: cross_entropy(net(x), y), [("u", u)], name="above")
+    f = lambda _: (cross_entropy(logits(), y, reduction="none") * u.exp()).mean()  # noqa: E731
+    above = FunctionLevel(lambda _: cross_entropy(logits(), y), [("u", u)], name="above")
     return above, FunctionLevel(f, net.named_parameters(), name="below")
 
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, get_peft_model
 
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, ProblemError
-from hyperopt_peft.problems import DoRA, LoRA
+from hyperopt_peft.problems import DoRA
 from tests.support.trainers import QUIET, base_model, data, peft_model, values
 
 
@@ -43,9 +43,3 @@ def test_an_adapter_that_is_no_lora_is_trained_on_both_data_sets(tmp_path: Path)
 def test_bad_input_is_named(tmp_path: Path, options: Any, message: str) -> None:
     with pytest.raises(ProblemError, match=message):
         trainer(tmp_path, **{"model": peft_model(), **options})
-
-
-@pytest.mark.parametrize("method", [LoRA(), DoRA()])
-def test_a_new_adapter_is_the_method_s(method: Any) -> None:
-    config = method.adapter(LoraConfig(use_dora=isinstance(method, LoRA)))
-    assert config.use_dora == isinstance(method, DoRA)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from hyperopt_peft import Engine, ProblemError, hypergradient
+from hyperopt_peft import Engine, hypergradient
 from hyperopt_peft.core.data import DataStream
 from hyperopt_peft.core.labels import label_losses
 from hyperopt_peft.problems import SEAL, RowWeights, WeightNet
@@ -127,17 +127,3 @@ def test_seal_s_means_are_over_labels(tmp_path: Path) -> None:
     counted = method.labels
     run.train()
     assert method.labels == counted
-
-
-REFUSED: dict[str, tuple[Any, str]] = {
-    "a share": (lambda d: RowWeights(keep=1.5), "keep"),
-    "trust": (lambda d: SEAL(trust=1.5), "trust"),
-    "no trusted rows": (lambda d: method_trainer(d, method=RowWeights()), "upper_dataset"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused(tmp_path: Path, name: str) -> None:
-    make, message = REFUSED[name]
-    with pytest.raises(ProblemError, match=message):
-        make(str(tmp_path))

@@ -8,16 +8,14 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
-from transformers import PrinterCallback
 
-from hyperopt_peft import Method, ProblemError, bilevel, hypergradient
+from hyperopt_peft import ProblemError, hypergradient
 from hyperopt_peft.core.labels import label_losses
-from hyperopt_peft.problems import Agreement, EqualSources, Sources, TrustedRepeated
+from hyperopt_peft.problems import Agreement, EqualSources, RowWeights, Sources, TrustedRepeated
 from hyperopt_peft.trainer.tags import TagCollator, without
 from tests.support import language
 from tests.support.resume import require_same_end
 from tests.support.sources import rows, sources, trainer
-from tests.support.trainers import QUIET
 from tests.support.watch import SGD
 
 NAMES = ("web", "forum", "trusted")
@@ -110,45 +108,27 @@ def texts(name: str, layout: str = "completion", count: int = 12) -> Dataset:
 
 
 def over_trl(
-    folder: Path,
-    callbacks: Sequence[Any] = (),
-    *,
-    layout: str = "completion",
-    kind: str = "SFTTrainer",
-    data: Any = None,
-    options: Any = None,
-    method: Method | None = None,
-    **settings: Any,
+    folder: Path, callbacks: Sequence[Any] = (), *, layout: str = "completion", **settings: Any
 ) -> Any:
-    """Two sources and the trusted rows; ``settings`` are arguments, ``options`` the trainer's."""
-    trl = pytest.importorskip("trl")
+    """Over SFTTrainer: two sources and the trusted rows."""
+    support = pytest.importorskip("tests.support.over_trl")
+    parts = [texts(n, layout).add_column("origin", [n] * 12) for n in NAMES]
+    sets = {"train_dataset": concatenate_datasets(parts[:2]), "upper_dataset": parts[2]}
+    if layout == "flat":
+        settings |= {"padding_free": True, "max_length": None}
     common = {
         "max_steps": 4,
         "lower_steps": 2,
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-2,
         "upper_learning_rate": 0.3,
         "bf16": False,
         "gradient_checkpointing": False,
-        **QUIET,
         "retrain": "none",
-        **{**language.LAYOUTS, "flat": {"padding_free": True, "max_length": None}}.get(layout, {}),
     }
-    made_class, parts = bilevel(getattr(trl, kind)), data or [texts(n, layout) for n in NAMES]
-    parts = [part.add_column("origin", [n] * len(part)) for n, part in zip(NAMES, parts)]
-    made = made_class(
-        language.language_model(),
-        made_class.Arguments(str(folder), **{**common, **settings}),
-        method=method or Sources(column="origin"),
-        train_dataset=concatenate_datasets(parts[:2]),
-        upper_dataset=parts[2],
-        callbacks=list(callbacks),
-        processing_class=language.tokenizer(),
-        **{"peft_config": language.lora(), **(options or {})},
-    )
-    made.remove_callback(PrinterCallback)
-    return made
+    kind = support.DPOTrainer if layout == "preference" else support.SFTTrainer
+    options = {"callbacks": callbacks, "options": sets, **common, **settings}
+    return support.made(folder, kind, Sources(column="origin"), layout, **options)
 
 
 @pytest.mark.parametrize("layout", ["text", "completion", "messages", "packed", "flat"])
@@ -211,12 +191,13 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "a smooth loss": (lambda d: trainer(d, label_smoothing_factor=0.1), "the mean over its labels"),
     "pairs": (
-        lambda d: over_trl(d, kind="DPOTrainer", layout="preference"),
+        lambda d: over_trl(d, layout="preference"),
         "labels: the batch must have",
     ),
     "cut texts": (lambda d: over_trl(d, layout="wrapped"), "packing_strategy.*'bfd'"),
     "one source": (lambda d: trainer(d, data=rows(9, 1)), "column 'source': .*two or more"),
     "no trusted rows": (lambda d: trainer(d, trusted=False), "upper_dataset: "),
+    "no rows": (lambda d: trainer(d, method=RowWeights(), trusted=False), "upper_dataset"),
     "an unknown paper": (lambda _: Sources.published("x"), "'x'.*scalebio, fastmix, dreamprm"),
     "trusted rows in both": (lambda d: trainer(d, trusted=sources().select(range(5))), "5 of 5"),
 }

@@ -71,6 +71,10 @@ def scored(problem: Levels | None = None, **options: Any) -> Attribution:
     return attribute(lower, weights, evaluation, **options)
 
 
+def attributed(trainer: Any, **options: Any) -> Attribution:
+    return attribute(trainer, progress=False, **options)
+
+
 def setup_of(result: Attribution) -> RetrainingSetup:
     setup: RetrainingSetup = result._setup
     return setup
