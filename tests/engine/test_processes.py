@@ -67,7 +67,10 @@ def test_hypergradients_are_those_of_the_whole_batch(two: Any, kind: str) -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_is_that_of_one_process(two: Any, kind: str) -> None:
-    """Records, metrics included, and all variables; bit for bit the same on both processes."""
+    """Records, metrics included, and all variables; bit for bit the same on both processes.
+
+    The moments of an Adam below are sharded as the variables are.
+    """
     for method, (records, variables) in two[0][kind]["runs"].items():
         assert records == two[1][kind]["runs"][method][0], method
         assert all(map(torch.equal, variables, two[1][kind]["runs"][method][1])), method
@@ -89,15 +92,6 @@ def test_three_levels_are_those_of_one_process(two: Any, kind: str) -> None:
     (_, first), (_, second) = (result[kind]["chained"] for result in two)
     assert all(map(torch.equal, first, second))
     assert distance(first, end) < 1e-6
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_state_of_an_adam_below_is_read_where_it_is(two: Any, kind: str) -> None:
-    """Its moments are sharded as the variables are."""
-    for method, variables in two[0][kind]["adaptive"].items():
-        assert all(map(torch.equal, variables, two[1][kind]["adaptive"][method])), method
-        expected = levels.adaptive("plain", [method])[method]
-        assert distance(variables, expected) < rounding(method), method
 
 
 @pytest.mark.parametrize("kind", KINDS)

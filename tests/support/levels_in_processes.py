@@ -37,11 +37,11 @@ SHARDED_RUNS = [
     KEPT,
     "f2sa:inner_steps=2",
     "penalty",
+    "sama",
 ]
-RUNS = [*SHARDED_RUNS, "cg:steps=5", "unrolled:steps=2"]
+RUNS = [*SHARDED_RUNS, "cg:steps=5", "unrolled:steps=2", "sama:product=exact"]
 SECOND_ORDER = ["cg", "exact", "darts:product=exact", "unrolled", "unrolled:product=difference"]
 SECOND_ORDER += ["sama:product=exact", "nystrom", "kfac", "kfac:product=difference"]
-ADAPTIVE = ["sama", "sama:product=exact"]  # the latter not over shards
 
 
 class Block(nn.Module):
@@ -151,8 +151,10 @@ def estimates(kind: str, methods: Any, *place: Any) -> dict[str, Any]:
 
 
 def trained(kind: str, method: str, *place: Any) -> tuple[Any, ...]:
-    """The records of a short run, and both levels' variables at its end."""
+    """The records of a short run, and both levels' variables at its end; SAMA reads an Adam."""
     upper, lower = levels(kind, *place)
+    if method.startswith("sama"):
+        lower.optimizer = torch.optim.Adam(lower.variables, lr=0.05, eps=1e-3)
     records = Engine(upper, lower, method, lower_steps=2, progress=False).run(4)
     return records, whole((*upper.variables, *lower.variables))
 
@@ -169,17 +171,6 @@ def chained(kind: str, *place: Any) -> tuple[Any, ...]:
     level = Nested(middle, lower, "cg:product=difference,steps=3", lower_steps=2)
     records = Engine(top, level, "cg:product=difference,steps=2", progress=False).run(2)
     return records, whole((*top.variables, *middle.variables, *lower.variables))
-
-
-def adaptive(kind: str, methods: Any, *place: Any) -> Any:
-    """All variables after runs with estimators that read the state of an Adam below."""
-    result = {}
-    for method in methods:
-        upper, lower = levels(kind, *place)
-        lower.optimizer = torch.optim.Adam(lower.variables, lr=0.05, eps=1e-3)
-        Engine(upper, lower, method, lower_steps=2, progress=False).run(2)
-        result[method] = whole((*upper.variables, *lower.variables))
-    return result
 
 
 def resumed(kind: str, method: str, *place: Any) -> tuple[Any, ...]:
@@ -235,7 +226,6 @@ def work(folder: Path, *kinds: str) -> dict[str, Any]:
                 m: trained(kind, m, *place) for m in (SHARDED_RUNS if kind == "fsdp" else RUNS)
             },
             "chained": chained(kind, *place),
-            "adaptive": adaptive(kind, ADAPTIVE[:1] if kind == "fsdp" else ADAPTIVE, *place),
             "resumed": resumed(kind, KEPT, *place),
             "poisoned": poisoned(kind, *place),
             "drawn": drawn(kind, *place),
