@@ -260,7 +260,7 @@ class BilevelTrainer(PhasesTrainer):
             except NonFiniteError as error:
                 step.clear_gradients()
                 self._skip_or_stop(error)
-        return loss.float() - step.last_prior  # older Trainers sum in its dtype
+        return loss - step.last_prior
 
     def _skip_or_stop(self, error: NonFiniteError) -> None:
         """Count the step as skipped, or save the state before the step and raise."""

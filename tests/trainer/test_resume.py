@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hyperopt_peft import ProblemError
 from hyperopt_peft.engine.checkpoint import last_valid
@@ -29,9 +28,6 @@ def reweighting(folder: Path, callbacks: Any = (), **settings: Any) -> Any:
     return streamed(folder, callbacks, **{**options, **settings})
 
 
-BY_LENGTH: dict[str, Any] = {"train_sampling_strategy": "group_by_length"}
-if "group_by_length" in {field.name for field in fields(TrainingArguments)}:  # before 5.2
-    BY_LENGTH = {"group_by_length": True}
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2}
 # Each stopped in its fourth step, between two checkpoints, and in its eighth, in an epoch of five.
 RUNS: dict[str, dict[str, Any]] = {
@@ -56,7 +52,11 @@ RUNS: dict[str, dict[str, Any]] = {
         "rows": 25,
         "max_steps": 13,
     },
-    "a sampler by length": {"rows": 25, "max_steps": 13, **BY_LENGTH},
+    "a sampler by length": {
+        "train_sampling_strategy": "group_by_length",
+        "rows": 25,
+        "max_steps": 13,
+    },
     "one level": {"method": "dora"},
     "a checkpoint an epoch": {
         "save_strategy": "epoch",
