@@ -121,7 +121,7 @@ def test_a_base_in_4_bits_has_the_scores_of_its_weights(tmp_path: Path) -> None:
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"args": {"loss_type": "dft"}}, "a loss of its own"),
+    ({"args": {"loss_type": "dft"}}, "no losses of their own"),
     ({"layout": "packed"}, "packing: the texts in a pack"),
     ({"offloading": True}, "activation_offloading"),
 ]
@@ -178,5 +178,5 @@ def test_a_loss_of_pairs_is_refused(tmp_path: Path) -> None:
         processing_class=tokenizer(),
         peft_config=lora(),
     )
-    with pytest.raises(ProblemError, match="DPOTrainer has no labels: the trainer has a loss"):
+    with pytest.raises(ProblemError, match="DPOTrainer: the first batch has no labels"):
         attributed(trainer)
