@@ -148,12 +148,6 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         counts += ["lower_steps", "per_device_upper_batch_size"]
         self._require("not be negative", lambda x: x >= 0, *rates)
         self._require("be at least 1", lambda n: n >= 1, *counts)
-        if self.max_steps <= 0 and self.num_train_epochs <= 0:
-            raise ProblemError(
-                f"num_train_epochs must be positive where max_steps is not, got "
-                f"{self.num_train_epochs}: the run would train nothing"
-            )
-        self._require("be in [0, 2³²)", lambda n: 0 <= n < 2**32, "seed", "data_seed")
         self._require("be in (0, 1)", lambda x: 0 < x < 1, "upper_fraction")
 
     def _require(self, requirement: str, rule: Callable[[Any], bool], *names: str) -> None:

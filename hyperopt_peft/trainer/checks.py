@@ -83,10 +83,6 @@ def check_arguments(
         "trainer that read trainer.task_loss"
     )
     refused = {
-        "fsdp": (
-            args.fsdp and distributed.world_size() == 1,
-            "one process has nothing to shard; start several, or use DDP",
-        ),
         f"n_gpu={args.n_gpu}": (
             args.n_gpu > 1,
             "its threads split the batch; start one process a device, with torchrun",
@@ -98,10 +94,6 @@ def check_arguments(
         "torch_compile=True": (
             args.torch_compile,
             "the levels call the model and not its compiled wrapper; use model.compile()",
-        ),
-        "torch_empty_cache_steps": (
-            args.torch_empty_cache_steps,
-            "a step has many passes; empty the cache in a callback",
         ),
         "activation_offloading=True": (
             getattr(args, "activation_offloading", False),

@@ -9,9 +9,9 @@ from transformers import PrinterCallback, ProgressCallback
 
 from hyperopt_peft.utils import distributed
 
-#: The numbers in a printed line; all others are in the Trainer's state.
+#: The numbers in a printed line, the last two at the end; all others are in the Trainer's state.
 PRINTED = ("loss", "upper_loss", "implicit_ratio", "grad_norm", "upper_grad_norm", "learning_rate")
-PRINTED_AT_END = ("train_loss", "train_runtime")
+PRINTED += ("train_loss", "train_runtime")
 #: The name endings of an evaluation's timings, which are not printed.
 TIMINGS = ("_runtime", "_per_second", "_time")
 
@@ -47,7 +47,7 @@ def upper_gap(logs: Mapping[str, float], history: list[dict[str, float]]) -> dic
 
 def line_of(state: Any, logs: Mapping[str, Any]) -> str:
     """A short line from ``logs``: "step 20/50  loss 0.8321  grad_norm 1.2"."""
-    names = [name for name in (*PRINTED, *PRINTED_AT_END) if name in logs]
+    names = [name for name in PRINTED if name in logs]
     names += [name for name in logs if name.startswith("eval_") and not name.endswith(TIMINGS)]
     numbers = [
         f"{name} {logs[name]:.4g}" if isinstance(logs[name], float) else f"{name} {logs[name]}"

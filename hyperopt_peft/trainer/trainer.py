@@ -30,7 +30,6 @@ from hyperopt_peft.trainer.internals import counters_of, metrics_restored, packe
 from hyperopt_peft.trainer.logs import shorten, upper_gap
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.optimizer import check_optimizers, params_of
-from hyperopt_peft.trainer.over import loads_names
 from hyperopt_peft.trainer.passes import PassCounter
 from hyperopt_peft.trainer.phases import PhasesTrainer
 from hyperopt_peft.trainer.step import Accumulated, OptimizerStep
@@ -137,7 +136,7 @@ class BilevelTrainer(PhasesTrainer):
         checks.check_arguments(
             args, trainer, trainer_loss=self.trainer_loss, custom_loss=self.has_own_loss()
         )
-        if not isinstance(model, nn.Module) and not loads_names(self.parent()):
+        if not isinstance(model, nn.Module) and self.parent() is Trainer:
             raise ProblemError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         evaluation = trainer.pop("eval_dataset", None)
         train_dataset, upper_dataset = data_of_levels(
