@@ -10,8 +10,9 @@ from transformers import PrinterCallback, ProgressCallback
 from hyperopt_peft.utils import distributed
 
 #: The numbers in a printed line, the last two at the end; all others are in the Trainer's state.
-PRINTED = ("loss", "upper_loss", "implicit_ratio", "grad_norm", "upper_grad_norm", "learning_rate")
-PRINTED += ("train_loss", "train_runtime")
+PRINTED = """
+loss upper_loss implicit_ratio grad_norm upper_grad_norm learning_rate train_loss train_runtime
+""".split()  # noqa: SIM905
 #: The name endings of an evaluation's timings, which are not printed.
 TIMINGS = ("_runtime", "_per_second", "_time")
 

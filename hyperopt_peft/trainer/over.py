@@ -98,14 +98,8 @@ def combined_arguments(ours: Any, parents: Any) -> Any:
     """
     if issubclass(ours, parents):
         return ours
-    standard = {field.name for field in fields(TrainingArguments)}
     declared = [inspect.get_annotations(base) for base in ours.__mro__ if type(base) is Combined]
     new = [field for field in fields(ours) if any(field.name in names for names in declared)]
-    for name in {field.name for field in new} - standard:
-        if name in parents.__dataclass_fields__:
-            raise ProblemError(
-                f"{name}: both {parents.__name__} and {ours.__name__} have this argument; rename it"
-            )
     hints = get_type_hints(ours)
     made = make_dataclass(
         ours.__name__.removesuffix("TrainingArguments") + parents.__name__,

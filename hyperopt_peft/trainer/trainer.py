@@ -196,20 +196,6 @@ class BilevelTrainer(PhasesTrainer):
             self.upper_batches = upper_batches(self.upper_dataset, loader, args)
         self._set_step(self.optimizer or self._new_optimizer())
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """As `transformers.Trainer.create_scheduler`; refuses a run without an upper step."""
-        self.require_upper_step(num_training_steps)
-        return super().create_scheduler(num_training_steps, optimizer)
-
-    def require_upper_step(self, steps: int) -> None:
-        """Raise ProblemError if a run of ``steps`` lower steps has no upper step."""
-        if self.upper is not None and steps < self.args.lower_steps:
-            raise ProblemError(
-                f"lower_steps: {self.args.lower_steps} leaves no upper step in a run of "
-                f"{steps} steps of {self.args.gradient_accumulation_steps} micro-batches; train "
-                "for longer, or lower lower_steps or gradient_accumulation_steps"
-            )
-
     def adopt_prepared_parameters(self) -> None:
         """Replace the levels' variables by the optimizer's, which FSDP2 has made shards."""
         prepared = dict(zip(map(id, self._unprepared), params_of(self.optimizer), strict=True))
@@ -243,11 +229,6 @@ class BilevelTrainer(PhasesTrainer):
 
         Each ``.grad`` is set by `BilevelCallback.on_pre_optimizer_step`, after the Trainer clips.
         """
-        if not self.is_in_train:
-            raise ProblemError(
-                "training_step: a step of two levels is a part of train(); call train(), or "
-                "hyperopt_peft.hypergradient for one hypergradient"
-            )
         self._set_training_mode(model)
         step = self.current_step
         loss = step.evaluate(inputs)

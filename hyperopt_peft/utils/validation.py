@@ -106,11 +106,6 @@ def require_settings(
 
     The message has the name and both values of the first difference, at any depth of lists and
     mappings, and the number of other differences.
-
-    Example:
-        >>> require_settings("the state", {"a": [2, 8]}, "this run", {"a": [4, 8]})
-        Traceback (most recent call last):
-        hyperopt_peft.errors.ProblemError: a[0]: the state was made with 2, this run has 4; ...
     """
     if differences := list(_differences("", saved, current)):
         (name, before, after), *others = differences

@@ -8,13 +8,11 @@ import torch
 from tests.support import attributed_in_processes as attributed
 from tests.support import two_processes
 
-LAUNCHER = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("two")
-    return two_processes.run(LAUNCHER, "attributed_in_processes.py", folder)
+    return two_processes.run("attributed_in_processes.py", folder)
 
 
 def test_scores_and_checks_are_those_of_one_process(two: Any) -> None:

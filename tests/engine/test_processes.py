@@ -12,7 +12,6 @@ import torch
 from tests.support import levels_in_processes as levels
 from tests.support import two_processes
 
-LAUNCHER = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 KINDS = ("plain", "ddp", pytest.param("fsdp", marks=pytest.mark.slow))
 
 
@@ -23,7 +22,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Any:
     @cache
     def results(*kinds: str) -> Any:
         folder = tmp_path_factory.mktemp("two")
-        return two_processes.run(LAUNCHER, "levels_in_processes.py", folder, *kinds)
+        return two_processes.run("levels_in_processes.py", folder, *kinds)
 
     return results
 

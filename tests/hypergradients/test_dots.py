@@ -303,9 +303,8 @@ def test_not_a_number_is_reported_as_such() -> None:
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path: Path) -> None:
     """Each with half of both batches; under FSDP2 the variables are shards, the weights whole."""
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     kinds = ["ddp", "fsdp", "fsdp-half"]
-    two = two_processes.run(launcher, "dots_in_processes.py", tmp_path, *kinds)
+    two = two_processes.run("dots_in_processes.py", tmp_path, *kinds)
     one = dots_in_processes.estimates("one")
     for kind in kinds:
         for method, expected in one.items():

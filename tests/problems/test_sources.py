@@ -21,7 +21,6 @@ from tests.support.sources_in_processes import rows, sources, trainer
 from tests.support.trainers import QUIET
 from tests.support.watch import SGD
 
-LAUNCHER = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 NAMES = ("web", "forum", "trusted")
 
 
@@ -78,7 +77,7 @@ def test_it_resumes(tmp_path: Path, stop: Any) -> None:
 @pytest.mark.slow  # tests/trainer has the fast guard of two processes
 def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     """Each with half of every micro-batch: the logits, and the adapter."""
-    two = two_processes.run(LAUNCHER, "sources_in_processes.py", tmp_path)
+    two = two_processes.run("sources_in_processes.py", tmp_path)
     for name, value in in_processes.train(tmp_path / "one", 8).items():
         assert torch.equal(two[0][name], two[1][name]), name
         assert (two[0][name] - value).norm() <= 1e-6 * value.norm(), name

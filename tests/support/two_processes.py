@@ -16,8 +16,15 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-def run(launcher: Any, script: str | Path, folder: Path, *arguments: Any) -> list[Any]:
-    """What each of two processes wrote to ``folder``, by rank."""
+def run(script: str, folder: Path, *arguments: Any, configuration: Path | None = None) -> list[Any]:
+    """What each of two processes wrote to ``folder``, by rank.
+
+    ``configuration`` is a file of accelerate; without one torchrun starts the processes.
+    """
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    if configuration is not None:
+        launcher = ["accelerate.commands.launch", "--config_file", str(configuration)]
+        launcher += ["--num_processes", "2", "--main_process_port", "0"]
     paths = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     one_thread = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(

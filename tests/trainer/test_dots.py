@@ -99,9 +99,7 @@ def test_shards_train_as_one_process_does(tmp_path: Path) -> None:
     shipped = Path(__file__).parents[2] / "examples" / "accelerate" / "fsdp2.yaml"
     configuration = tmp_path / "fsdp2.yaml"
     configuration.write_text(shipped.read_text().replace("BertLayer", "LlamaDecoderLayer"))
-    launcher = ["accelerate.commands.launch", "--config_file", str(configuration)]
-    launcher += ["--num_processes", "2", "--main_process_port", "0"]
-    two = two_processes.run(launcher, "dots_in_processes.py", tmp_path)
+    two = two_processes.run("dots_in_processes.py", tmp_path, configuration=configuration)
     for name, options in dots_in_processes.RUNS.items():
         one = dots_in_processes.train(tmp_path / "one", 4, **options)
         for key, expected in one.items():

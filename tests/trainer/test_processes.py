@@ -40,10 +40,8 @@ class Launched(dict[str, Any]):
         self.folders = folders
 
     def __missing__(self, kind: str) -> Any:
-        launcher = ["accelerate.commands.launch", "--config_file"]
-        launcher += [str(CONFIGURATIONS / KINDS[kind]), "--num_processes", "2"]
-        launcher += ["--main_process_port", "0"]
-        results = two_processes.run(launcher, "trainer_in_processes.py", self.folders[kind])
+        folder, file = self.folders[kind], CONFIGURATIONS / KINDS[kind]
+        results = two_processes.run("trainer_in_processes.py", folder, configuration=file)
         return self.setdefault(kind, results)
 
 

@@ -294,15 +294,6 @@ def test_it_is_refused_and_nothing_has_moved(message: str, act: Any, tmp_path: P
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
-def test_a_step_outside_of_training_is_refused(tmp_path: Path) -> None:
-    run = trainer(tmp_path)
-    batch = next(iter(run.get_train_dataloader()))
-    for _ in range(2):
-        with pytest.raises(ProblemError, match=r"training_step: .*call train\(\)"):
-            run.training_step(run.model, batch)
-        run.train()
-
-
 def folded(examples: Any) -> Any:
     batch = as_tensors(examples)
     return {**batch, "labels": batch["labels"] % 3}

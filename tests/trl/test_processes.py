@@ -19,9 +19,8 @@ OTHER = ("runtime", "_per_second", "seconds", "total_flos")
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     """Losses, TRL's metrics, and every parameter, with norms in float32."""
-    launcher = ["accelerate.commands.launch", "--config_file", str(CONFIGURATION)]
-    launcher += ["--num_processes", "2", "--main_process_port", "0"]
-    results = two_processes.run(launcher, "sft_in_processes.py", tmp_path / "two")
+    folder = tmp_path / "two"
+    results = two_processes.run("sft_in_processes.py", folder, configuration=CONFIGURATION)
     for name in in_processes.RUNS:
         logs, values = in_processes.train(tmp_path / name, 4, name)
         for result in results:
