@@ -90,7 +90,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 FAST = {"plain", "micro-batches, a last step of one, metrics of a level", "a stream"}
-FAST |= {"the upper level's data at every step, evaluation", "retraining from scratch"}
+FAST |= {"retraining from scratch"}
 
 
 @pytest.mark.parametrize(
