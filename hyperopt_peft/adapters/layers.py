@@ -159,18 +159,14 @@ def split_parameters(peft_model: PeftModel) -> ParameterSplit:
     return split
 
 
-def require_plain(layer: lora.LoraLayer, adapter_name: str, name: str | None = None) -> None:
-    """Check that ``layer`` computes with V = W0 + s·B·A and that W0 can be read.
-
-    Args:
-        name: the layer's name in errors; its class by default.
+def require_plain(layer: lora.LoraLayer, adapter_name: str, name: str) -> None:
+    """Check that the layer ``name`` computes with V = W0 + s·B·A and that W0 can be read.
 
     Raises:
         ProblemError: the layer type is unknown; its base layer is quantised or has a forward pass
             of its own; its convolution is grouped, dilated or not zero-padded; or the adapter uses
             a LoRA variant other than DoRA.
     """
-    name = name or f"lora.{type(layer).__name__}"
     base: Any = layer.get_base_layer()
     if not isinstance(layer, READABLE_LAYERS) or not _is_plain(layer, base):
         raise ProblemError(

@@ -189,7 +189,6 @@ class Pulled(Plain):
 SPLIT, TRAIN, UPPER, EVAL = "cannot give 20% of", "train_dataset", "upper_dataset", "eval_dataset"
 LOSS = {"compute_loss_func": lambda *_, **__: 0}
 SEVEN = [torch.zeros(7)]
-OWN_CLASS = (torch.optim.SGD, {"beta": 0.9})
 CHECKPOINTED = {"use_reentrant": True}
 REFUSED: list[tuple[str, Any]] = [
     # Data.
@@ -272,8 +271,6 @@ REFUSED: list[tuple[str, Any]] = [
         "optimizers.*scheduler",
         with_optimizer(lambda g: adam(*g), lambda g: torch.optim.lr_scheduler.ConstantLR(adam(*g))),
     ),
-    ("SGD.*beta", made({"optimizer_cls_and_kwargs": OWN_CLASS})),
-    ("AdamW.*1.5", made(adam_beta1=1.5)),
     ("Adafactor", made(hypergradient="sama", optim="adafactor")),
     ("Adafactor", made(hypergradient="unrolled:steps=1", optim="adafactor")),
     ("layer_wise", made({"optimizer_cls_and_kwargs": (layer_wise, {})})),
