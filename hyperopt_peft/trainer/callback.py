@@ -162,6 +162,8 @@ class BilevelCallback(TrainerCallback):
             within = done % steps > 0 and not args.ignore_data_skip
             RandomState(position["epoch" if within else "now"]).restore()
             self.epoch_step = position["step"] if within else done
+            if hasattr(train_dataloader, "set_epoch"):  # accelerate's skip_first_batches forgets it
+                train_dataloader.set_epoch(done // steps)
         self.epoch_random = RandomState.capture(self.trainer.devices)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

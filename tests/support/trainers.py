@@ -23,15 +23,10 @@ from transformers import (
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
 from hyperopt_peft.problems import BiDoRA, DoRA, LoRA
 
-CONFIG = BertConfig(
-    vocab_size=50,
-    hidden_size=8,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=12,
-    initializer_range=0.5,  # the default leaves a network of this size all but constant
-    num_labels=3,
-)
+SIZES: dict[str, Any] = {"vocab_size": 50, "hidden_size": 8, "intermediate_size": 12}
+SIZES |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES |= {"initializer_range": 0.5}  # the default leaves so small a network all but constant
+CONFIG = BertConfig(**SIZES, num_labels=3)
 LENGTH = 6
 #: Arguments of any Trainer: on the CPU, without bars and checkpoints, a log a step.
 QUIET: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
@@ -51,32 +46,13 @@ def base_model(kind: str = "classes", dropout: float = 0.1) -> Any:
     if kind == "tokens":
         return BertForTokenClassification(config)
     if kind == "causal":
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=50,
-                hidden_size=8,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                intermediate_size=12,
-                initializer_range=0.5,
-                tie_word_embeddings=False,
-                attention_dropout=dropout,
-            )
-        )
+        llama = LlamaConfig(**SIZES, tie_word_embeddings=False, attention_dropout=dropout)
+        return LlamaForCausalLM(llama)
     if kind == "seq2seq":
-        return T5ForConditionalGeneration(
-            T5Config(
-                vocab_size=50,
-                d_model=8,
-                d_kv=4,
-                d_ff=12,
-                num_layers=1,
-                num_heads=2,
-                dropout_rate=dropout,
-                decoder_start_token_id=0,
-                tie_word_embeddings=False,
-            )
-        )
+        sizes = {"vocab_size": 50, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1}
+        options = {"decoder_start_token_id": 0, "tie_word_embeddings": False}
+        t5 = T5Config(**sizes, num_heads=2, dropout_rate=dropout, **options)
+        return T5ForConditionalGeneration(t5)
     return BertForSequenceClassification(config)
 
 
