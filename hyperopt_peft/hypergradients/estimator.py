@@ -6,20 +6,17 @@ import dataclasses
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cache, partial
-from typing import ClassVar, get_type_hints
+from typing import ClassVar
 
 from hyperopt_peft.core.optimizer import read_by_options
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.dots import Dots
 from hyperopt_peft.hypergradients.oracle import Estimate, Oracle
-from hyperopt_peft.utils.validation import matches, type_name
+from hyperopt_peft.utils.validation import require_types
 
 #: `Requirements.history` of an estimator that needs a record of every lower step.
 ALL = sys.maxsize
-# Cached, since evaluating type hints takes as long as a small network's pass.
-_hints = cache(partial(get_type_hints, include_extras=True))
 
 
 @dataclass(frozen=True)
@@ -75,13 +72,8 @@ class Estimator(ABC):
     name: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        hints = _hints(type(self))
-        for option in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, option.name)
-            if not matches(value, hints[option.name]):
-                self.require(
-                    False, f"{option.name} must be {type_name(hints[option.name])}, got {value!r}"
-                )
+        names = [option.name for option in dataclasses.fields(self)]  # type: ignore[arg-type]
+        require_types(self, names, f"{self.name or type(self).__name__}: ")
 
     def require(self, condition: bool, message: str) -> None:
         """Raise ProblemError with the estimator's name and ``message`` unless ``condition``."""

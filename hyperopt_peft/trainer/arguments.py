@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Self, cast, get_type_hints
+from typing import Annotated, Any, Literal, Self, cast, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -20,7 +20,7 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator, get_estimator
 from hyperopt_peft.hypergradients.registry import DEFAULT
 from hyperopt_peft.trainer.over import Combined
-from hyperopt_peft.utils.validation import matches, type_name
+from hyperopt_peft.utils.validation import Bound, NonNegativeFloat, PositiveInt, require_types
 
 #: The fields of `transformers.TrainingArguments` that change a run's result. A checkpoint and the
 #: run that resumes from it must agree in them.
@@ -32,6 +32,12 @@ lr_scheduler_type max_grad_norm max_steps neftune_noise_alpha num_train_epochs o
 optim_target_modules per_device_train_batch_size remove_unused_columns seed tf32
 train_sampling_strategy use_liger_kernel warmup_steps weight_decay
 """.split()  # noqa: SIM905
+
+#: The types of arguments of `transformers.TrainingArguments` that are checked.
+BOUNDS: dict[str, Any] = {
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm"), NonNegativeFloat),
+    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), PositiveInt),
+}
 
 
 @dataclass
@@ -60,28 +66,28 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         help="hypergradient estimator, with options: cg:steps=5,damping=1.0",
     )
     logging_steps: float = HfArg(default=10, help="steps between log lines, or a share of all")
-    lower_steps: int = HfArg(
+    lower_steps: PositiveInt = HfArg(
         default=1, help="optimizer steps of the lower level for each update of the upper level"
     )
-    upper_learning_rate: float = HfArg(
+    upper_learning_rate: NonNegativeFloat = HfArg(
         default=1e-3, help="peak learning rate of the upper level's variables"
     )
-    upper_weight_decay: float = HfArg(
+    upper_weight_decay: NonNegativeFloat = HfArg(
         default=0.0, help="weight decay of the upper level's variables"
     )
-    upper_prior: float | None = HfArg(
+    upper_prior: NonNegativeFloat | None = HfArg(
         default=None,
         help="weight τ of the upper level's prior, ½·τ·mean‖u − u0‖² with the initial values u0",
     )
-    upper_max_grad_norm: float = HfArg(
+    upper_max_grad_norm: NonNegativeFloat = HfArg(
         default=1.0, help="norm to which the hypergradient is clipped; 0 for no clipping"
     )
-    per_device_upper_batch_size: int | None = HfArg(
+    per_device_upper_batch_size: PositiveInt | None = HfArg(
         default=None,
         help="upper-level examples per device and batch; by default all of them, if they are few, "
         "in pieces of per_device_train_batch_size, else per_device_train_batch_size",
     )
-    upper_fraction: float = HfArg(
+    upper_fraction: Annotated[float, Bound(">", 0), Bound("<", 1)] = HfArg(
         default=0.2,
         help="share of train_dataset that the upper level gets if there is no upper_dataset",
     )
@@ -134,27 +140,8 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
             self.for_retraining()
 
     def _check(self) -> None:
-        rates = ["learning_rate", "weight_decay", "max_grad_norm"]
-        counts = ["per_device_train_batch_size", "gradient_accumulation_steps"]
-        hints = get_type_hints(type(self))
-        for name in (*rates, *counts, *self.bilevel_settings()):
-            value = getattr(self, name)
-            if not matches(value, hints[name]):
-                raise ProblemError(f"{name} must be {type_name(hints[name])}, got {value!r}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ProblemError(f"{name} must be finite, got {value}")
+        require_types(self, (*BOUNDS, *self.bilevel_settings()), **BOUNDS)
         self.estimator()
-        rates += [f"upper_{x}" for x in ("learning_rate", "weight_decay", "max_grad_norm", "prior")]
-        counts += ["lower_steps", "per_device_upper_batch_size"]
-        self._require("not be negative", lambda x: x >= 0, *rates)
-        self._require("be at least 1", lambda n: n >= 1, *counts)
-        self._require("be in (0, 1)", lambda x: 0 < x < 1, "upper_fraction")
-
-    def _require(self, requirement: str, rule: Callable[[Any], bool], *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not rule(value):
-                raise ProblemError(f"{name} must {requirement}, got {value}")
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
         """A copy with ``defaults`` for the arguments that the user did not give.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from types import MappingProxyType
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from hyperopt_peft.core.task_level import TaskLevel
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import joined
 from hyperopt_peft.utils.models import trainable
-from hyperopt_peft.utils.validation import matches, type_name
+from hyperopt_peft.utils.validation import require_types
 
 
 class Method:
@@ -66,13 +66,8 @@ class Method:
 
     def __post_init__(self) -> None:
         """Raise ProblemError if an option does not have its field's type."""
-        hints = get_type_hints(type(self))
         options: Any = fields(self) if is_dataclass(self) else ()
-        for each in options:
-            value = getattr(self, each.name)
-            if not matches(value, hints[each.name]):
-                kind = type_name(hints[each.name])
-                raise ProblemError(f"{each.name}: must be {kind}, got {value!r}")
+        require_types(self, [each.name for each in options])
 
     @property
     def absorbed(self) -> bool:

@@ -100,7 +100,7 @@ def combined_arguments(ours: Any, parents: Any) -> Any:
         return ours
     declared = [inspect.get_annotations(base) for base in ours.__mro__ if type(base) is Combined]
     new = [field for field in fields(ours) if any(field.name in names for names in declared)]
-    hints = get_type_hints(ours)
+    hints = get_type_hints(ours, include_extras=True)
     made = make_dataclass(
         ours.__name__.removesuffix("TrainingArguments") + parents.__name__,
         [(field.name, hints[field.name], copy(field)) for field in new],

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hyperopt_peft.errors import ProblemError
 
@@ -60,6 +61,23 @@ def matches(value: Any, hint: Any) -> bool:
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return hint is Any or isinstance(value, get_origin(hint) or hint)
+
+
+@cache  # since evaluating type hints takes as long as a small network's pass
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+def require_types(owner: Any, names: Iterable[str], where: str = "", **hints: Any) -> None:
+    """Raise ProblemError unless the attributes ``names`` of ``owner`` match their type hints.
+
+    ``hints`` replace those of the class. The message begins with ``where``.
+    """
+    kind: Any = type(owner)
+    hints = _hints(kind) | hints
+    for name in names:
+        if not matches(value := getattr(owner, name), hints[name]):
+            raise ProblemError(f"{where}{name} must be {type_name(hints[name])}, got {value!r}")
 
 
 def require_count(name: str, value: Any, *, least: int) -> None:

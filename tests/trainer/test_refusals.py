@@ -25,7 +25,7 @@ ARGUMENTS: dict[str, list[Any]] = {
     "lower_steps": [0, 1.5, True],
     "upper_learning_rate": ["1e-3", NAN, -1e-3],
     "learning_rate": [NAN],
-    "weight_decay": [float("inf")],
+    "weight_decay": [-0.1],
     "max_grad_norm": [-1.0],
     "per_device_train_batch_size": [0],
     "gradient_accumulation_steps": [0],
