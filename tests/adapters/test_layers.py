@@ -7,11 +7,19 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from hyperopt_peft.adapters import dora_layers, gram_penalty, lora_layers, split_parameters
+from hyperopt_peft.adapters import (
+    dora_layers,
+    gram_penalty,
+    lora_layers,
+    set_norm_grad,
+    split_parameters,
+    use_fast_dora,
+)
 from hyperopt_peft.adapters.layers import base_weight, direction, magnitude, require_plain, row_norm
 from hyperopt_peft.errors import ProblemError
 from tests.support.adapted_models import (
     KINDS,
+    Quantised,
     Single,
     adapted_layer,
     base_layer,
@@ -56,13 +64,6 @@ def test_direction_is_float32_on_a_bfloat16_base_and_under_autocast() -> None:
     torch.testing.assert_close(v.double(), expected, rtol=1e-6, atol=1e-6)
 
 
-class QuantisedLinear(nn.Linear):
-    """Stands for the many quantised layers that subclass nn.Linear."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x)
-
-
 class PackedTensor(torch.Tensor):
     """Stands for torchao's tensors, which report a floating dtype."""
 
@@ -85,7 +86,7 @@ def merged() -> Any:
 
 
 def quantised() -> Any:
-    return adapted_layer(wrap(Single(QuantisedLinear(4, 5))))
+    return adapted_layer(wrap(Single(Quantised(4, 5))))
 
 
 def with_weight(change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -102,6 +103,9 @@ def convolution(**options: Any) -> Any:
 def alora() -> Any:
     options = {"use_dora": False, "alora_invocation_tokens": [1]}
     return adapted_layer(wrap(Single(nn.Linear(4, 5)), **options))
+
+
+NONE: Any = "none"
 
 
 def plain(layer: Any) -> None:
@@ -125,7 +129,10 @@ def without_a_magnitude() -> Any:
         (lambda: lora_layers(merged()), r"query: .*merged.*'default'"),
         (lambda: dora_layers(dora_bert(use_dora=False)), r"layer\.0.*query: .*use_dora"),
         (lambda: dora_layers(without_a_magnitude()), r"layer\.1\.attention\.self\.value: "),
-        (lambda: plain(quantised()), "here: .*QuantisedLinear"),
+        (lambda: use_fast_dora(single(use_dora=False)), r"model\.layer: .*use_dora"),
+        (lambda: use_fast_dora(single(), NONE), "norm_grad: .*'none'"),
+        (lambda: set_norm_grad(single(), NONE), "norm_grad: .*'none'"),
+        (lambda: plain(quantised()), "here: .*Quantised"),
         (lambda: plain(with_weight(lambda w: w.as_subclass(PackedTensor))), "here: .*W0"),
         (lambda: plain(with_weight(lambda w: w.to(torch.float8_e4m3fn))), "here: .*W0"),
         (lambda: plain(convolution(groups=2)), "here: .*groups=2"),

@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from hyperopt_peft import BiDoRA, BilevelTrainer, Method, Problem, ProblemError
 from hyperopt_peft.problems import LayerScales
 from hyperopt_peft.problems.bidora import Direction, Magnitude
+from tests.support.adapted_models import Quantised
 from tests.support.class_weights import Plain, pair
 from tests.support.methods import RowWeights, method_trainer
 from tests.support.trainers import arguments, base_model, data, peft_model, trainer
@@ -142,13 +143,6 @@ def on_two_gpus(model: Any, folder: Path) -> Any:
 def below_a_file(model: Any, folder: Path) -> Any:
     (folder / "file").touch()
     return trainer(folder / "file" / "below", model=model, save_strategy="steps")
-
-
-class Quantised(nn.Linear):
-    """What a quantised layer looks like: a forward of its own."""
-
-    def forward(self, x: Any) -> Any:
-        return super().forward(x)
 
 
 class Linear8bitLt(Quantised):
