@@ -251,17 +251,13 @@ def _is_plain(layer: lora.LoraLayer, base: Any) -> bool:
     return isinstance(weight, Tensor) and is_torch and weight.dtype in PLAIN_DTYPES
 
 
-def is_dora(model: Any) -> bool:
-    """Whether the active adapter of a PeftModel has magnitudes."""
-    return bool(getattr(model.peft_config[active_adapter(model)], "use_dora", False))
-
-
 def adapter_settings(model: Any) -> dict[str, Any]:
     """The adapter's type and options, which must be equal in a checkpoint and a resumed run."""
     config = model.peft_config[active_adapter(model)]
+    dora = getattr(config, "use_dora", False)
     names = ("lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
     return {
-        "adapter": "dora" if is_dora(model) else str(config.peft_type.value).lower(),
+        "adapter": "dora" if dora else str(config.peft_type.value).lower(),
         "rank": getattr(config, "r", None),
         **{name: getattr(config, name, None) for name in names},
     }

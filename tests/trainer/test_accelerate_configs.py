@@ -1,4 +1,4 @@
-"""examples/accelerate: accelerate accepts every file, and two CPU processes train one model."""
+"""examples/accelerate: accelerate accepts every file, and two CPU processes save once."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def launch(script: str, folder: Path) -> Any:
 
 
 @pytest.mark.slow  # processes of its own
-def test_two_processes_train_one_model_and_save_it_once(tmp_path: Path) -> None:
+def test_two_processes_save_a_model_once(tmp_path: Path) -> None:
     run, records = launch(SCRIPT, tmp_path)
     assert run.returncode == 0, run.stderr
     first, second = records
