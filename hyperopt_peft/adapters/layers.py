@@ -159,18 +159,14 @@ def split_parameters(peft_model: PeftModel) -> ParameterSplit:
     return split
 
 
-def require_plain(layer: lora.LoraLayer, adapter_name: str, name: str | None = None) -> None:
-    """Check that ``layer`` computes with V = W0 + s·B·A and that W0 can be read.
-
-    Args:
-        name: the layer's name in errors; its class by default.
+def require_plain(layer: lora.LoraLayer, adapter_name: str, name: str) -> None:
+    """Check that the layer ``name`` computes with V = W0 + s·B·A and that W0 can be read.
 
     Raises:
         ProblemError: the layer type is unknown; its base layer is quantised or has a forward pass
             of its own; its convolution is grouped, dilated or not zero-padded; or the adapter uses
             a LoRA variant other than DoRA.
     """
-    name = name or f"lora.{type(layer).__name__}"
     base: Any = layer.get_base_layer()
     if not isinstance(layer, READABLE_LAYERS) or not _is_plain(layer, base):
         raise ProblemError(
@@ -255,17 +251,13 @@ def _is_plain(layer: lora.LoraLayer, base: Any) -> bool:
     return isinstance(weight, Tensor) and is_torch and weight.dtype in PLAIN_DTYPES
 
 
-def is_dora(model: Any) -> bool:
-    """Whether the active adapter of a PeftModel has magnitudes."""
-    return bool(getattr(model.peft_config[active_adapter(model)], "use_dora", False))
-
-
 def adapter_settings(model: Any) -> dict[str, Any]:
     """The adapter's type and options, which must be equal in a checkpoint and a resumed run."""
     config = model.peft_config[active_adapter(model)]
+    dora = getattr(config, "use_dora", False)
     names = ("lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
     return {
-        "adapter": "dora" if is_dora(model) else str(config.peft_type.value).lower(),
+        "adapter": "dora" if dora else str(config.peft_type.value).lower(),
         "rank": getattr(config, "r", None),
         **{name: getattr(config, name, None) for name in names},
     }

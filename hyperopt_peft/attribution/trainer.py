@@ -24,18 +24,15 @@ from hyperopt_peft.attribution.rows import ROW, ModelOnRows, classes_of_rows
 from hyperopt_peft.attribution.run import ParameterUpdate, Run
 from hyperopt_peft.attribution.scores import Evaluation, RetrainingSetup
 from hyperopt_peft.attribution.trainer_data import TrainerData, shown_columns
-from hyperopt_peft.core.labels import TOLERANCE, row_losses
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
-from hyperopt_peft.trainer.internals import metrics_restored
+from hyperopt_peft.trainer.checks import require_mean_over_labels
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.quiet import quiet
 from hyperopt_peft.trainer.step import Accumulated, MicroBatch
-from hyperopt_peft.trainer.tags import without
 from hyperopt_peft.utils import distributed
-from hyperopt_peft.utils.models import evaluating
 from hyperopt_peft.utils.precision import require_float32
-from hyperopt_peft.utils.random_state import RandomState, replay
+from hyperopt_peft.utils.random_state import RandomState
 
 #: Methods of a Trainer that decide how it trains, but which the recorded run does not call. Those
 #: of these libraries train as the recorded run does, if the loss agrees.
@@ -64,7 +61,7 @@ def setup_from_trainer(
     data = TrainerData.read(trainer, evaluation, slices)
     random_state = _new_model(trainer)
     require_float32(trainer.model)
-    _require_mean_over_labels(trainer, data)
+    require_mean_over_labels(trainer, data.train_rows, data.collate, data.collate.tags)
     if twice:
         require_norm_in_graph(trainer.model)
     with TemporaryDirectory(prefix="attribution-") as folder:  # apart from the user's checkpoints
@@ -179,36 +176,6 @@ def require_attributable(trainer: Any) -> None:
     for name, reason in refused.items():
         if getattr(trainer.args, name, None):
             raise ProblemError(f"{name}: {reason}; leave it out")
-
-
-@torch.no_grad()
-def _require_mean_over_labels(trainer: Any, data: TrainerData) -> None:
-    """Raise ProblemError if the trainer's loss of the first batch is not the mean over its labels.
-
-    The trainer's ``compute_loss`` is compared with `row_losses`, without dropout. ``SFTTrainer``
-    with ``loss_type="nll"`` passes.
-    """
-    size = trainer.args.per_device_train_batch_size
-    batch = data.batches(data.train_rows, range(len(data.train_rows))[:size])[0]
-    batch = without(batch, data.collate.tags)
-    own = "has no labels"
-    if isinstance(batch.get("labels"), torch.Tensor):
-        with (
-            evaluating(trainer.model),
-            replay(RandomState.capture()),
-            metrics_restored(trainer),
-            trainer.compute_loss_context_manager(),
-        ):
-            sums, counts = row_losses(trainer.model, batch)
-            mean = sums.sum() / counts.sum().clamp(min=1)
-            loss = trainer.compute_loss(trainer.model, {**batch})  # which may add entries
-        if not counts.any() or (loss - mean).abs() <= TOLERANCE * mean.abs():
-            return
-        own = f"has the loss {float(loss):.4g}, but the mean over its labels is {float(mean):.4g}"
-    raise ProblemError(
-        f"training: the first batch of {type(trainer).__name__} {own}: the trainer has a loss of "
-        "its own, which has no part for each row; write a level of your own"
-    )
 
 
 def require_norm_in_graph(model: Any) -> None:

@@ -12,7 +12,7 @@ from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.dots import Dots
 from hyperopt_peft.hypergradients.oracle import Estimate, Oracle
-from hyperopt_peft.utils.validation import mistakes
+from hyperopt_peft.utils.validation import require_types
 
 #: `Requirements.history` of an estimator that needs a record of every lower step.
 ALL = sys.maxsize
@@ -71,8 +71,7 @@ class Estimator(ABC):
     name: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        for name, message in mistakes(self):
-            self.require(False, f"{name} {message}")
+        require_types(self, where=f"{self.name or type(self).__name__}: ")
 
     def require(self, condition: bool, message: str) -> None:
         """Raise ProblemError with the estimator's name and ``message`` unless ``condition``."""

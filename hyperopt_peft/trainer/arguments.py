@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Self, cast, get_type_hints
+from typing import Annotated, Any, Literal, Self, cast, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -20,18 +20,24 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator, get_estimator
 from hyperopt_peft.hypergradients.registry import DEFAULT
 from hyperopt_peft.trainer.over import Combined
-from hyperopt_peft.utils.validation import mistakes
+from hyperopt_peft.utils.validation import Bound, NonNegativeFloat, PositiveInt, require_types
 
-#: The fields of `transformers.TrainingArguments`, in any version, that change a run's result. A
-#: checkpoint and the run that resumes from it must agree in them.
+#: The fields of `transformers.TrainingArguments` that change a run's result. A checkpoint and the
+#: run that resumes from it must agree in them.
 RESUME_MUST_MATCH = """
 accelerator_config adam_beta1 adam_beta2 adam_epsilon average_tokens_across_devices bf16 data_seed
-dataloader_drop_last full_determinism gradient_accumulation_steps group_by_length label_names
+dataloader_drop_last full_determinism gradient_accumulation_steps label_names
 label_smoothing_factor learning_rate length_column_name liger_kernel_config lr_scheduler_kwargs
 lr_scheduler_type max_grad_norm max_steps neftune_noise_alpha num_train_epochs optim optim_args
 optim_target_modules per_device_train_batch_size remove_unused_columns seed tf32
-train_sampling_strategy use_liger_kernel warmup_ratio warmup_steps weight_decay
+train_sampling_strategy use_liger_kernel warmup_steps weight_decay
 """.split()  # noqa: SIM905
+
+#: The types of arguments of `transformers.TrainingArguments` that are checked.
+BOUNDS: dict[str, Any] = {
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm"), NonNegativeFloat),
+    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), PositiveInt),
+}
 
 
 @dataclass
@@ -60,28 +66,28 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         help="hypergradient estimator, with options: cg:steps=5,damping=1.0",
     )
     logging_steps: float = HfArg(default=10, help="steps between log lines, or a share of all")
-    lower_steps: int = HfArg(
+    lower_steps: PositiveInt = HfArg(
         default=1, help="optimizer steps of the lower level for each update of the upper level"
     )
-    upper_learning_rate: float = HfArg(
+    upper_learning_rate: NonNegativeFloat = HfArg(
         default=1e-3, help="peak learning rate of the upper level's variables"
     )
-    upper_weight_decay: float = HfArg(
+    upper_weight_decay: NonNegativeFloat = HfArg(
         default=0.0, help="weight decay of the upper level's variables"
     )
-    upper_prior: float | None = HfArg(
+    upper_prior: NonNegativeFloat | None = HfArg(
         default=None,
         help="weight τ of the upper level's prior, ½·τ·mean‖u − u0‖² with the initial values u0",
     )
-    upper_max_grad_norm: float = HfArg(
+    upper_max_grad_norm: NonNegativeFloat = HfArg(
         default=1.0, help="norm to which the hypergradient is clipped; 0 for no clipping"
     )
-    per_device_upper_batch_size: int | None = HfArg(
+    per_device_upper_batch_size: PositiveInt | None = HfArg(
         default=None,
         help="upper-level examples per device and batch; by default all of them, if they are few, "
         "in pieces of per_device_train_batch_size, else per_device_train_batch_size",
     )
-    upper_fraction: float = HfArg(
+    upper_fraction: Annotated[float, Bound(">", 0), Bound("<", 1)] = HfArg(
         default=0.2,
         help="share of train_dataset that the upper level gets if there is no upper_dataset",
     )
@@ -134,38 +140,8 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
             self.for_retraining()
 
     def _check(self) -> None:
-        rates = ["learning_rate", "weight_decay", "max_grad_norm"]
-        counts = ["per_device_train_batch_size", "gradient_accumulation_steps"]
-        for name, message in mistakes(self, (*rates, *counts, *self.bilevel_settings())):
-            raise ProblemError(f"{name} {message}")
+        require_types(self, (*BOUNDS, *self.bilevel_settings()), **BOUNDS)
         self.estimator()
-        rates += [f"upper_{x}" for x in ("learning_rate", "weight_decay", "max_grad_norm", "prior")]
-        counts += ["lower_steps", "per_device_upper_batch_size"]
-        self._require("not be negative", lambda x: x >= 0, *rates)
-        self._require("be at least 1", lambda n: n >= 1, *counts)
-        if self.max_steps <= 0 and self.num_train_epochs <= 0:
-            raise ProblemError(
-                f"num_train_epochs must be positive where max_steps is not, got "
-                f"{self.num_train_epochs}: the run would train nothing"
-            )
-        self._require("be in [0, 2³²)", lambda n: 0 <= n < 2**32, "seed", "data_seed")
-        self._require("be in (0, 1)", lambda x: 0 < x < 1, "upper_fraction")
-
-    def _require(self, requirement: str, rule: Callable[[Any], bool], *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not rule(value):
-                raise ProblemError(f"{name} must {requirement}, got {value}")
-
-    @property
-    def device(self) -> torch.device:
-        """As `transformers.TrainingArguments.device`, but a CPU has no index.
-
-        With several processes accelerate gives the CPU an index, and Transformers 5.0 passes that
-        device to `torch.load` when it resumes, which fails.
-        """
-        device: torch.device = super().device
-        return torch.device("cpu") if device.type == "cpu" else device
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
         """A copy with ``defaults`` for the arguments that the user did not give.
@@ -248,5 +224,4 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         levels = {n: v for n, v in levels.items() if n != "non_finite" and "retrain" not in n}
         standard = {field.name for field in fields(TrainingArguments)}
         of_parents = [field.name for field in fields(self.parents) if field.name not in standard]
-        names = (*RESUME_MUST_MATCH, *of_parents)
-        return {**{name: values[name] for name in names if name in values}, **levels}
+        return {**{name: values[name] for name in (*RESUME_MUST_MATCH, *of_parents)}, **levels}

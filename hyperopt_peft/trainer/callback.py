@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
 from hyperopt_peft.engine import checkpoint
@@ -69,21 +68,12 @@ class BilevelCallback(TrainerCallback):
 
     def _check(self, folder: Path, record: Mapping[str, Any]) -> None:
         """Raise ProblemError unless the run can resume from the checkpoint ``folder``."""
-        if missing := {"settings", "skipped"} - record.keys():
-            raise ProblemError(
-                f"{folder / checkpoint.MANIFEST}: the entries {sorted(missing)} are missing; use "
-                "an earlier checkpoint"
-            )
         for name in (LEVELS, ESTIMATOR, *NEEDED):
             if not (folder / name).is_file():
                 raise ProblemError(
                     f"{folder}: written without {name} (save_only_model?); use an earlier "
                     "checkpoint, or start a new run"
                 )
-        try:
-            TrainerState.load_from_json(path := str(folder / TRAINER_STATE_NAME))
-        except (ValueError, TypeError) as error:
-            raise ProblemError(f"{path}: the file is damaged; use an earlier checkpoint") from error
         require_settings(str(folder), record["settings"], "this run", self.settings)
         self.trainer.skipped = record["skipped"]
         logger.warning("resuming from %s", folder)
@@ -169,12 +159,6 @@ class BilevelCallback(TrainerCallback):
             steps = state.max_steps
             if has_length(train_dataloader):
                 steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)
-            if position["step"] not in (done - done % steps, done - (done % steps or steps)):
-                logger.warning(
-                    "%s: an epoch ended early (should_epoch_stop), so the resumed run reads the "
-                    "data in another order than an uninterrupted run",
-                    folder,
-                )
             within = done % steps > 0 and not args.ignore_data_skip
             RandomState(position["epoch" if within else "now"]).restore()
             self.epoch_step = position["step"] if within else done

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch import nn
 from transformers import Trainer
@@ -16,13 +15,15 @@ from transformers.utils import logging
 
 from hyperopt_peft.adapters.layers import require_plain
 from hyperopt_peft.core.examples import WeightedRows
-from hyperopt_peft.core.labels import TOLERANCE
+from hyperopt_peft.core.labels import TOLERANCE, row_losses
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator
 from hyperopt_peft.hypergradients.estimate import check_ownership
 from hyperopt_peft.hypergradients.products import SHARDED
-from hyperopt_peft.trainer.data import collating, label_column
+from hyperopt_peft.trainer.data import batches_of, label_column
+from hyperopt_peft.trainer.internals import metrics_restored
+from hyperopt_peft.trainer.tags import without
 from hyperopt_peft.trainer.upper_batches import loader_of
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.models import (
@@ -82,10 +83,6 @@ def check_arguments(
         "trainer that read trainer.task_loss"
     )
     refused = {
-        "fsdp": (
-            args.fsdp and distributed.world_size() == 1,
-            "one process has nothing to shard; start several, or use DDP",
-        ),
         f"n_gpu={args.n_gpu}": (
             args.n_gpu > 1,
             "its threads split the batch; start one process a device, with torchrun",
@@ -97,10 +94,6 @@ def check_arguments(
         "torch_compile=True": (
             args.torch_compile,
             "the levels call the model and not its compiled wrapper; use model.compile()",
-        ),
-        "torch_empty_cache_steps": (
-            args.torch_empty_cache_steps,
-            "a step has many passes; empty the cache in a callback",
         ),
         "activation_offloading=True": (
             getattr(args, "activation_offloading", False),
@@ -183,28 +176,44 @@ def read_rows(trainer: Any) -> Any:
     return rows.select_columns(loader_of(trainer, rows, name).dataset.column_names)
 
 
-@torch.no_grad()
 def check_weighted(trainer: Any, level: Problem) -> None:
     """Raise ProblemError if ``level`` weights rows, but the trainer's loss is not their mean.
 
-    The first batch decides. Under FSDP2, which may load parameters later, there is no check.
+    Under FSDP2, which may load parameters later, there is no check.
     """
     changed = trainer.compute_loss_func or trainer.label_smoother or trainer.has_own_loss()
-    if not isinstance(level, WeightedRows) or not changed or trainer.is_fsdp_enabled:
-        return
-    rows = read_rows(trainer)
-    with collating("train_dataset"), replay(RandomState.capture()):
-        count = min(trainer.args.per_device_train_batch_size, len(rows))
-        batch = trainer.data_collator([rows[row] for row in range(count)])
-        batch = send_to_device(batch, trainer.args.device)
-        with evaluating(trainer.model), trainer._measuring():
-            mean, loss = float(level.losses(batch).sum()), float(trainer.task_loss(batch))
-    if abs(loss - mean) > TOLERANCE * abs(mean):
-        raise ProblemError(
-            f"{type(trainer).__name__}: the loss of the first batch is {loss:.4g}, but the mean "
-            f"over its labels is {mean:.4g}, so rows cannot be weighted; use a trainer, or "
-            "settings, whose loss is that mean"
-        )
+    if isinstance(level, WeightedRows) and changed and not trainer.is_fsdp_enabled:
+        require_mean_over_labels(trainer, read_rows(trainer), trainer.data_collator, trainer.tags)
+
+
+@torch.no_grad()
+def require_mean_over_labels(trainer: Any, rows: Any, collate: Any, tags: Sequence[str]) -> None:
+    """Raise ProblemError if a Trainer's loss of the first batch is not the mean over its labels.
+
+    The loss is that of ``compute_loss``, without dropout. ``rows``, ``collate`` and ``tags`` make
+    the batch.
+    """
+    size, device = trainer.args.per_device_train_batch_size, trainer.args.device
+    (batch,) = batches_of(rows, collate, size, device, chosen=range(len(rows))[:size])
+    batch = without(batch, tags)
+    found = "the first batch has no labels"
+    if isinstance(batch.get("labels"), torch.Tensor):
+        with (
+            evaluating(trainer.model),
+            replay(RandomState.capture()),
+            metrics_restored(trainer),
+            trainer.compute_loss_context_manager(),
+        ):
+            sums, counts = row_losses(trainer.model, batch)
+            mean = sums.sum() / counts.sum().clamp(min=1)
+            loss = trainer.compute_loss(trainer.model, {**batch})  # which may add entries
+        if not counts.any() or (loss - mean).abs() <= TOLERANCE * mean.abs():
+            return
+        found = f"the loss of the first batch is {loss:.4g}, the mean of its labels {mean:.4g}"
+    raise ProblemError(
+        f"{type(trainer).__name__}: {found}, so that rows have no losses of their own; use a "
+        "trainer or settings whose loss is the mean over the labels"
+    )
 
 
 def check_layers(model: nn.Module, levels: Sequence[Problem], estimator: Estimator) -> None:

@@ -31,9 +31,7 @@ def split_dataset(
     classes: a ClassLabel, or integers that each occur at least three times on average.
 
     Args:
-        train: the training set.
         upper_fraction: the upper level's share of the rows, in (0, 1).
-        seed: the seed of the permutation.
         label: the column of the classes.
 
     Raises:

@@ -62,5 +62,4 @@ def frozen_fingerprint(model: nn.Module, levels: Iterable[Problem]) -> str:
             places = torch.linspace(0, tensor.numel() - 1, entries, dtype=torch.float64).long()
             sample = tensor.detach().reshape(-1)[places.to(tensor.device)]
             digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    identities: list[str] = distributed.union([digest.hexdigest()])
-    return identities[0]
+    return distributed.union([digest.hexdigest()])[0]

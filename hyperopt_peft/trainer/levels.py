@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from hyperopt_peft.core.prior import GaussianPrior
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine import checkpoint
+from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.callback import BilevelCallback
@@ -102,13 +103,24 @@ class TwoLevelTrainer(TaskLossTrainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """As `transformers.Trainer.create_scheduler`, for a prepared optimizer.
+        """As `transformers.Trainer.create_scheduler`; refuses a run without an upper step.
 
-        Under FSDP2 tensors outside the model are replicated; their groups join the optimizer here.
+        Under FSDP2 tensors outside the model are replicated; their groups join the prepared
+        optimizer here.
         """
+        self.require_upper_step(num_training_steps)
         while self._replicated:
             self.optimizer.add_param_group(self._replicated.pop(0))
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def require_upper_step(self, steps: int) -> None:
+        """Raise ProblemError if a run of ``steps`` lower steps has no upper step."""
+        if self.upper is not None and steps < self.args.lower_steps:
+            raise ProblemError(
+                f"lower_steps: {self.args.lower_steps} leaves no upper step in a run of "
+                f"{steps} steps of {self.args.gradient_accumulation_steps} micro-batches; train "
+                "for longer, or lower lower_steps or gradient_accumulation_steps"
+            )
 
     def _optimizer_kind(self) -> Any:
         given = self.optimizer_cls_and_kwargs

@@ -16,7 +16,7 @@ from hyperopt_peft.core.task_level import TaskLevel
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import joined
 from hyperopt_peft.utils.models import trainable
-from hyperopt_peft.utils.validation import mistakes
+from hyperopt_peft.utils.validation import require_types
 
 
 class Method:
@@ -65,8 +65,7 @@ class Method:
 
     def __post_init__(self) -> None:
         """Raise ProblemError if an option does not have its field's type, within its `Bound`s."""
-        for name, message in mistakes(self):
-            raise ProblemError(f"{name}: {message}")
+        require_types(self)
 
     @property
     def absorbed(self) -> bool:

@@ -43,21 +43,15 @@ def no_bars() -> Iterator[None]:
 
     Also hidden is the warning of Transformers each time PEFT reads `is_gradient_checkpointing`.
     """
-    libraries = (
-        (are_progress_bars_disabled(), disable_progress_bars, enable_progress_bars),
-        (
-            not logging.is_progress_bar_enabled(),
-            logging.disable_progress_bar,
-            logging.enable_progress_bar,
-        ),
-    )
-    for _, disable, _ in libraries:
-        disable()
+    of_datasets, of_models = not are_progress_bars_disabled(), logging.is_progress_bar_enabled()
+    disable_progress_bars()
+    logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".is_gradient_checkpointing.", FutureWarning)
             yield
     finally:
-        for disabled, _, enable in libraries:
-            if not disabled:
-                enable()
+        if of_datasets:
+            enable_progress_bars()
+        if of_models:
+            logging.enable_progress_bar()

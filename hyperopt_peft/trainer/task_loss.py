@@ -57,7 +57,7 @@ class TaskLossTrainer(CombinedTrainer):
 
     def _set_loss_rule(self) -> None:
         # The loss is scaled to the step (True) or to a micro-batch (False); None: not yet known.
-        self._scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        self._scaled = self.loss_is_scaled_for_ga
         self._reads_items, self._model_reads_items = self._scaled, self._scaled
         self._custom = self.compute_loss_func is not None or self.has_own_loss()
         self._warned = False

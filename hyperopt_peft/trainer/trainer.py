@@ -30,7 +30,6 @@ from hyperopt_peft.trainer.internals import counters_of, metrics_restored, packe
 from hyperopt_peft.trainer.logs import shorten, upper_gap
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.optimizer import check_optimizers, params_of
-from hyperopt_peft.trainer.over import loads_names
 from hyperopt_peft.trainer.passes import PassCounter
 from hyperopt_peft.trainer.phases import PhasesTrainer
 from hyperopt_peft.trainer.step import Accumulated, OptimizerStep
@@ -137,7 +136,7 @@ class BilevelTrainer(PhasesTrainer):
         checks.check_arguments(
             args, trainer, trainer_loss=self.trainer_loss, custom_loss=self.has_own_loss()
         )
-        if not isinstance(model, nn.Module) and not loads_names(self.parent()):
+        if not isinstance(model, nn.Module) and self.parent() is Trainer:
             raise ProblemError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         evaluation = trainer.pop("eval_dataset", None)
         train_dataset, upper_dataset = data_of_levels(
@@ -197,20 +196,6 @@ class BilevelTrainer(PhasesTrainer):
             self.upper_batches = upper_batches(self.upper_dataset, loader, args)
         self._set_step(self.optimizer or self._new_optimizer())
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """As `transformers.Trainer.create_scheduler`; refuses a run without an upper step."""
-        self.require_upper_step(num_training_steps)
-        return super().create_scheduler(num_training_steps, optimizer)
-
-    def require_upper_step(self, steps: int) -> None:
-        """Raise ProblemError if a run of ``steps`` lower steps has no upper step."""
-        if self.upper is not None and steps < self.args.lower_steps:
-            raise ProblemError(
-                f"lower_steps: {self.args.lower_steps} leaves no upper step in a run of "
-                f"{steps} steps of {self.args.gradient_accumulation_steps} micro-batches; train "
-                "for longer, or lower lower_steps or gradient_accumulation_steps"
-            )
-
     def adopt_prepared_parameters(self) -> None:
         """Replace the levels' variables by the optimizer's, which FSDP2 has made shards."""
         prepared = dict(zip(map(id, self._unprepared), params_of(self.optimizer), strict=True))
@@ -244,11 +229,6 @@ class BilevelTrainer(PhasesTrainer):
 
         Each ``.grad`` is set by `BilevelCallback.on_pre_optimizer_step`, after the Trainer clips.
         """
-        if not self.is_in_train:
-            raise ProblemError(
-                "training_step: a step of two levels is a part of train(); call train(), or "
-                "hyperopt_peft.hypergradient for one hypergradient"
-            )
         self._set_training_mode(model)
         step = self.current_step
         loss = step.evaluate(inputs)
@@ -260,7 +240,7 @@ class BilevelTrainer(PhasesTrainer):
             except NonFiniteError as error:
                 step.clear_gradients()
                 self._skip_or_stop(error)
-        return loss.float() - step.last_prior  # older Trainers sum in its dtype
+        return loss - step.last_prior
 
     def _skip_or_stop(self, error: NonFiniteError) -> None:
         """Count the step as skipped, or save the state before the step and raise."""

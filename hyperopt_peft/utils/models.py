@@ -60,12 +60,6 @@ def rounds_activations(module: nn.Module) -> bool:
     A loss with such layers is piecewise constant, so that a difference of its gradients at close
     points is not a derivative. On CPUs bitsandbytes rounds only in evaluation mode; its layers
     still count, since on GPUs they round in training too.
-
-    Example:
-        >>> rounds_activations(type("Linear8bitLt", (nn.Linear,), {})(2, 1))
-        True
-        >>> rounds_activations(type("Linear4bit", (nn.Linear,), {})(2, 1))
-        False
     """
     weight = module._parameters.get("weight")  # torchao's layers have no class of their own
     names = [kind.__name__.lower() for kind in type(module).__mro__]

@@ -38,13 +38,8 @@ def drawing(
 ) -> Iterator[tuple[Any, Any]]:
     """A new figure and its axes in this style, saved to ``path`` when the block ends.
 
-    It does not use pyplot, so that there is no global figure and no display.
-
-    Args:
-        path: the file to write, or None.
-        width, height: the size of the figure, in inches.
-        rows, columns: the numbers of rows and columns of axes.
-        subplots: other arguments of ``Figure.subplots``, such as ``sharex`` and ``width_ratios``.
+    Width and height are in inches; ``subplots`` has other arguments of ``Figure.subplots``. Without
+    pyplot there is no global figure and no display.
 
     Raises:
         ProblemError: the file cannot be written, or its suffix names no format.

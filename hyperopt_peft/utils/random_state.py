@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from hyperopt_peft.errors import ProblemError
-
 
 @dataclass(frozen=True)
 class RandomState:
@@ -100,15 +98,11 @@ _OF_SEEDED = MT19937(0)
 _SEEDED = np.random.RandomState(_OF_SEEDED)
 
 
-def _twister() -> MT19937:
+def _twister() -> Any:
     """NumPy's global generator, converted to this class if it is a plain MT19937."""
-    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
+    generator: Any = np.random.get_bit_generator()  # type: ignore[attr-defined]
     if type(generator) is np.random.MT19937:
         state, generator = np.random.get_state(legacy=False), MT19937(0)
         np.random.set_bit_generator(generator)  # type: ignore[attr-defined]
         np.random.set_state(state)
-    if not isinstance(generator, MT19937):
-        raise ProblemError(
-            f"np.random: {type(generator).__name__} cannot be replayed; set an MT19937 instead"
-        )
     return generator

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -15,8 +15,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from hyperopt_peft.errors import ProblemError
 
 _COMPARISONS = {"≥": operator.ge, ">": operator.gt, "≤": operator.le, "<": operator.lt}
-# Cached, since evaluating type hints takes as long as a small network's pass.
-_hints: Callable[[type], dict[str, Any]] = cache(partial(get_type_hints, include_extras=True))
 
 
 @dataclass(frozen=True)
@@ -69,19 +67,28 @@ def matches(value: Any, hint: Any) -> bool:
     return hint is Any or isinstance(value, get_origin(hint) or hint)
 
 
-def mistakes(options: Any, names: Iterable[str] | None = None) -> Iterator[tuple[str, str]]:
-    """The names of fields whose values do not match their type hints, each with a message.
+@cache  # since evaluating type hints takes as long as a small network's pass
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
 
-    ``options`` is a dataclass; ``names`` are the fields to look at, by default all.
+
+def require_types(
+    options: Any, names: Iterable[str] | None = None, where: str = "", **hints: Any
+) -> None:
+    """Raise ProblemError unless the fields of the dataclass ``options`` match their type hints.
+
+    ``names`` are the fields to look at, by default all. ``hints`` replace those of the class. The
+    message begins with ``where``.
 
     Example:
-        >>> next(mistakes(Bound("≥", "one")))
-        ('number', "must be finite float, got 'one'")
+        >>> require_types(Bound("≥", "one"))
+        Traceback (most recent call last):
+        hyperopt_peft.errors.ProblemError: number must be finite float, got 'one'
     """
-    hints = _hints(type(options))
+    hints = _hints(type(options)) | hints
     for name in [field.name for field in fields(options)] if names is None else names:
         if not matches(value := getattr(options, name), hints[name]):
-            yield name, f"must be {type_name(hints[name])}, got {value!r}"
+            raise ProblemError(f"{where}{name} must be {type_name(hints[name])}, got {value!r}")
 
 
 def require_count(name: str, value: Any, *, least: int) -> None:
@@ -130,11 +137,6 @@ def require_settings(
 
     The message has the name and both values of the first difference, at any depth of lists and
     mappings, and the number of other differences.
-
-    Example:
-        >>> require_settings("the state", {"a": [2, 8]}, "this run", {"a": [4, 8]})
-        Traceback (most recent call last):
-        hyperopt_peft.errors.ProblemError: a[0]: the state was made with 2, this run has 4; ...
     """
     if differences := list(_differences("", saved, current)):
         (name, before, after), *others = differences

@@ -182,15 +182,6 @@ def test_adapters_in_turn_and_together() -> None:
         torch.testing.assert_close(model(x), base_layer("linear").double()(x))
 
 
-def test_an_error_for_an_unknown_choice_and_without_dora() -> None:
-    choice: Any = "none"
-    for use in (use_fast_dora, set_norm_grad):
-        with pytest.raises(ValueError, match=r"norm_grad: .*'none'"):
-            use(single(), choice)
-    with pytest.raises(ValueError, match=r"model\.layer: .*use_dora"):
-        use_fast_dora(single(use_dora=False))
-
-
 def saved_shapes(model: PeftModel, x: Tensor) -> list[tuple[int, ...]]:
     """The shapes of what a forward pass saves, parameters and repetitions apart."""
     parameters = {p.data_ptr() for p in model.parameters()}

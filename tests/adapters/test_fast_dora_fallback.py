@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from hyperopt_peft.adapters import set_norm_grad, use_fast_dora
 from tests.support.adapted_models import (
+    Quantised,
     Single,
     adapted_layer,
     assert_same,
@@ -56,13 +57,6 @@ def test_a_hook_on_the_base_layer_is_honoured(everywhere: bool) -> None:
         expected = set_norm_grad(model)(x)
         torch.testing.assert_close(use_fast_dora(model)(x), expected)
     assert all(torch.equal(output, copied) for output, copied in seen)
-
-
-class Quantised(nn.Linear):
-    """What a quantised layer looks like: a forward of its own."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)
 
 
 def test_an_unreadable_layer_keeps_the_forward_of_peft_and_says_so_once() -> None:

@@ -7,11 +7,19 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from hyperopt_peft.adapters import dora_layers, gram_penalty, lora_layers, split_parameters
+from hyperopt_peft.adapters import (
+    dora_layers,
+    gram_penalty,
+    lora_layers,
+    set_norm_grad,
+    split_parameters,
+    use_fast_dora,
+)
 from hyperopt_peft.adapters.layers import base_weight, direction, magnitude, require_plain, row_norm
 from hyperopt_peft.errors import ProblemError
 from tests.support.adapted_models import (
     KINDS,
+    Quantised,
     Single,
     adapted_layer,
     base_layer,
@@ -38,6 +46,8 @@ def test_peft_merges_the_weight_that_the_direction_defines(kind: str, use_rslora
     v, m = direction(layer, "default"), magnitude(layer, "default")
     expected = m[:, None] * v / row_norm(v)[:, None]
     assert expected.shape[0] == {"embedding": 4}.get(kind, 5)
+    split = split_parameters(model)
+    assert (len(split.magnitudes), len(split.directions), split.rest) == (1, 2, {})
 
     merged = rows(model.merge_and_unload().layer.weight, kind)
     torch.testing.assert_close(merged, expected)
@@ -52,13 +62,6 @@ def test_direction_is_float32_on_a_bfloat16_base_and_under_autocast() -> None:
         v = direction(layer, "default")
     assert v.dtype == torch.float32
     torch.testing.assert_close(v.double(), expected, rtol=1e-6, atol=1e-6)
-
-
-class QuantisedLinear(nn.Linear):
-    """Stands for the many quantised layers that subclass nn.Linear."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x)
 
 
 class PackedTensor(torch.Tensor):
@@ -83,7 +86,7 @@ def merged() -> Any:
 
 
 def quantised() -> Any:
-    return adapted_layer(wrap(Single(QuantisedLinear(4, 5))))
+    return adapted_layer(wrap(Single(Quantised(4, 5))))
 
 
 def with_weight(change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -100,6 +103,13 @@ def convolution(**options: Any) -> Any:
 def alora() -> Any:
     options = {"use_dora": False, "alora_invocation_tokens": [1]}
     return adapted_layer(wrap(Single(nn.Linear(4, 5)), **options))
+
+
+NONE: Any = "none"
+
+
+def plain(layer: Any) -> None:
+    require_plain(layer, "default", "here")
 
 
 def without_a_magnitude() -> Any:
@@ -119,45 +129,28 @@ def without_a_magnitude() -> Any:
         (lambda: lora_layers(merged()), r"query: .*merged.*'default'"),
         (lambda: dora_layers(dora_bert(use_dora=False)), r"layer\.0.*query: .*use_dora"),
         (lambda: dora_layers(without_a_magnitude()), r"layer\.1\.attention\.self\.value: "),
-        (lambda: require_plain(quantised(), "default"), r"lora\.Linear: .*QuantisedLinear"),
+        (lambda: use_fast_dora(single(use_dora=False)), r"model\.layer: .*use_dora"),
+        (lambda: use_fast_dora(single(), NONE), "norm_grad: .*'none'"),
+        (lambda: set_norm_grad(single(), NONE), "norm_grad: .*'none'"),
+        (lambda: plain(quantised()), "here: .*Quantised"),
+        (lambda: plain(with_weight(lambda w: w.as_subclass(PackedTensor))), "here: .*W0"),
+        (lambda: plain(with_weight(lambda w: w.to(torch.float8_e4m3fn))), "here: .*W0"),
+        (lambda: plain(convolution(groups=2)), "here: .*groups=2"),
+        (lambda: plain(convolution(dilation=2)), r"dilation=\(2, 2\)"),
         (
-            lambda: require_plain(with_weight(lambda w: w.as_subclass(PackedTensor)), "default"),
-            r"lora\.Linear: .*W0",
-        ),
-        (
-            lambda: require_plain(with_weight(lambda w: w.to(torch.float8_e4m3fn)), "default"),
-            r"lora\.Linear: .*W0",
-        ),
-        (lambda: require_plain(convolution(groups=2), "default"), "lora.Conv2d: .*groups=2"),
-        (lambda: require_plain(convolution(dilation=2), "default"), r"dilation=\(2, 2\)"),
-        (
-            lambda: require_plain(convolution(padding_mode="circular", padding=1), "default"),
+            lambda: plain(convolution(padding_mode="circular", padding=1)),
             "padding_mode='circular'",
         ),
         (
             lambda: gram_penalty(wrap(Single(nn.MultiheadAttention(4, 2)), use_dora=False)),
             r"model\.layer: .*MultiheadAttention",
         ),
-        (lambda: require_plain(alora(), "default", "here"), r"here: .*Variant .*'default'"),
+        (lambda: plain(alora()), r"here: .*Variant .*'default'"),
     ],
 )
 def test_bad_input_is_named(bad: Callable[[], Any], fragment: str) -> None:
     with pytest.raises(ProblemError, match=fragment):
         bad()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_layer_type_has_one_magnitude_and_two_factors(kind: str) -> None:
-    split = split_parameters(single(kind))
-    name = "embedding_" if kind == "embedding" else ""
-    suffix = "" if kind == "embedding" else ".weight"
-    prefix = "base_model.model.layer.lora_"
-    assert list(split.magnitudes) == [f"{prefix}magnitude_vector.default.weight"]
-    assert list(split.directions) == [
-        f"{prefix}{name}A.default{suffix}",
-        f"{prefix}{name}B.default{suffix}",
-    ]
-    assert split.rest == {}
 
 
 def test_the_three_groups_partition_the_trainable_parameters_in_model_order() -> None:

@@ -107,7 +107,7 @@ def test_a_base_in_4_bits_has_the_scores_of_its_weights(tmp_path: Path) -> None:
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"args": {"loss_type": "dft"}}, "a loss of its own"),
+    ({"args": {"loss_type": "dft"}}, "no losses of their own"),
     ({"layout": "packed"}, "packing: the texts in a pack"),
     ({"offloading": True}, "activation_offloading"),
 ]
@@ -144,5 +144,5 @@ def test_two_levels_over_it_have_scores(tmp_path: Path) -> None:
 def test_a_loss_of_pairs_is_refused(tmp_path: Path) -> None:
     sets = {"eval_dataset": rows("preference", 3, seed=1)}
     trainer = over_trl.made(tmp_path, over_trl.DPOTrainer, options=sets, **SETTINGS)
-    with pytest.raises(ProblemError, match="DPOTrainer has no labels: the trainer has a loss"):
+    with pytest.raises(ProblemError, match="DPOTrainer: the first batch has no labels"):
         attributed(trainer)

@@ -164,7 +164,7 @@ def test_a_class_that_is_no_method_of_the_command_line(
         ({"method": "bidorra"}, "method: unknown 'bidorra'; did you mean 'bidora'"),
         ({"method": "none.py:Mine"}, "method: none.py is no file of Python"),
         ({"method": "lora", "gamma": 1}, "--gamma: is for bidora.*leave it out"),
-        ({"gamma": -1}, "gamma: must be finite float ≥ 0"),
+        ({"gamma": -1}, "gamma must be finite float ≥ 0"),
         ({"plugin": "none.py"}, "plugin: none.py is no file of Python"),
         ({"method": "broken"}, "broken.py cannot be imported: Mod"),
     ],

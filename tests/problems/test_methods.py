@@ -387,9 +387,9 @@ def read(method: Any) -> Any:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "tau": (lambda: TunedAdjustment(tau=math.nan), "tau: must be finite"),
-    "power": (lambda: FrequencyWeights(power=math.inf), "power: must be finite"),
-    "start": (lambda: LayerDecay(start=-math.inf), "start: must be finite"),
+    "tau": (lambda: TunedAdjustment(tau=math.nan), "tau must be finite"),
+    "power": (lambda: FrequencyWeights(power=math.inf), "power must be finite"),
+    "start": (lambda: LayerDecay(start=-math.inf), "start must be finite"),
     "frozen": (lambda: LayerDecay().prepare(frozen()), "model: no LoRA factor"),
     "no counts": (lambda: LogitAdjustment().class_shares(torch.ones(1, 2)), "call read_rows"),
     "numbers read": (lambda: read(FrequencyWeights()), "labels: must be numbers of classes"),

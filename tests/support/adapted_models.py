@@ -75,6 +75,13 @@ def single(
     return wrap(module, fan_in_fan_out=kind == "conv1d_gpt2", **options)
 
 
+class Quantised(nn.Linear):
+    """Stands for the quantised layers that subclass nn.Linear: a forward pass of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
 class TwoLayers(nn.Module):
     """Layers of 12 and 11 inputs and outputs together."""
 

@@ -42,6 +42,7 @@ REFUSED = {
     "gamma": {"gamma": 0.1},
     "bf16": {"bf16": True},
     "version": {"fsdp": True, "fsdp_config": {"version": 1, "sync_module_states": False}},
+    "state": {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}},
 }
 
 
@@ -122,8 +123,5 @@ def work(folder: Path) -> dict[str, Any]:
     results["resumed"] = train(folder / "saved", 2, str(last), **saving)
     results["stopped"] = stopped(folder / "stopped", 2)
     if sharded:
-        refused = {name: refusal(folder / name, **options) for name, options in REFUSED.items()}
-        # As a file of accelerate's sets it; Transformers 5.0 has no argument for it.
-        os.environ["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT"
-        results["refused"] = refused | {"state": refusal(folder / "state")}
+        results["refused"] = {n: refusal(folder / n, **options) for n, options in REFUSED.items()}
     return results

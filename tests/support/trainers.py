@@ -57,19 +57,10 @@ def base_model(kind: str = "classes", dropout: float = 0.1) -> Any:
         llama = LlamaConfig(tie_word_embeddings=False, attention_dropout=dropout, **SIZES)
         return LlamaForCausalLM(llama)
     if kind == "seq2seq":
-        return T5ForConditionalGeneration(
-            T5Config(
-                vocab_size=50,
-                d_model=8,
-                d_kv=4,
-                d_ff=12,
-                num_layers=1,
-                num_heads=2,
-                dropout_rate=dropout,
-                decoder_start_token_id=0,
-                tie_word_embeddings=False,
-            )
-        )
+        sizes = {"vocab_size": 50, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1}
+        options = {"decoder_start_token_id": 0, "tie_word_embeddings": False}
+        t5 = T5Config(**sizes, num_heads=2, dropout_rate=dropout, **options)
+        return T5ForConditionalGeneration(t5)
     return BertForSequenceClassification(config)
 
 

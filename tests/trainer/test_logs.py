@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from hyperopt_peft import BilevelTrainingArguments
 from hyperopt_peft.adapters import split_parameters
 from tests.support.class_weights import Penalised, Plain, Weighted, pair, rows, streamed
 from tests.support.trainers import data, peft_model, trainer
@@ -172,8 +171,3 @@ def test_the_gap_is_of_the_trainer_s_own_loss(tmp_path: Path) -> None:
     other, _ = pair(tmp_path / "other", evaluation=rows(8, 2), **settings)
     other.train()  # the levels' losses are not the model's
     assert not any("eval_upper_gap" in record for record in other.state.log_history)
-
-
-def test_a_short_run_is_logged_by_default(tmp_path: Path) -> None:
-    """The implicit ratio is to be seen at the beginning of a run."""
-    assert BilevelTrainingArguments(str(tmp_path), report_to="none").logging_steps == 10

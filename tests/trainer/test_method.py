@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,33 +67,6 @@ def test_a_column_with_the_name_of_row_numbers_is_refused(tmp_path: Path) -> Non
     rows = data().add_column("index", list(range(1000, 1024)))
     with pytest.raises(ProblemError, match="index: this name is reserved"):
         method_trainer(tmp_path, method=RowWeights(), options={"train_dataset": rows})
-
-
-@dataclass
-class Chosen(Method):
-    """Reads what `finish` has learned in `all_rows`."""
-
-    def prepare(self, model: Any) -> None:
-        self.u = torch.zeros((), requires_grad=True)
-
-    def upper_variables(self, model: Any) -> dict[str, Any]:
-        return {"u": self.u}
-
-    def lower_loss(self, model: Any, batch: Any, task_loss: Any) -> Any:
-        return self.u.exp() * task_loss(batch)
-
-    def finish(self, model: Any) -> Any:
-        self.kept = [0, 1, 2, 3]
-        return model
-
-    def all_rows(self, train: Any, upper: Any) -> Any:
-        return train.select(self.kept)
-
-
-def test_the_rows_of_the_second_phase_are_asked_for_after_the_search(tmp_path: Path) -> None:
-    run = method_trainer(tmp_path, method=Chosen(), retrain="warm")
-    run.train()
-    assert len(run.retrainer.train_dataset) == 4
 
 
 def test_the_user_s_arguments_come_before_the_method_s(tmp_path: Path) -> None:

@@ -96,13 +96,6 @@ def test_an_optimizer_of_the_parent_s_own_holds_the_levels_variables(tmp_path: P
         trained(bilevel(own), tmp_path, peft_model(), train_dataset=data(), method=BiDoRA())
 
 
-@pytest.mark.parametrize("kind", [BilevelTrainer, bilevel(Confident)])
-def test_a_name_is_no_model_where_the_parent_loads_none(tmp_path: Path, kind: Any) -> None:
-    args = kind.Arguments(str(tmp_path), **SETTINGS)
-    with pytest.raises(ProblemError, match=r"model must be a .*Module, got str"):
-        kind("name", args=args, lower=lambda made: made, upper=None, train_dataset=data())
-
-
 def test_levels_that_would_not_have_the_loss_of_the_parent_are_refused(tmp_path: Path) -> None:
     class Own(Problem):
         pass

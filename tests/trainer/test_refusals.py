@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from hyperopt_peft import BiDoRA, BilevelTrainer, Method, Problem, ProblemError
 from hyperopt_peft.problems import LayerScales
 from hyperopt_peft.problems.bidora import Direction, Magnitude
+from tests.support.adapted_models import Quantised
 from tests.support.class_weights import Plain, pair
 from tests.support.methods import RowWeights, method_trainer
 from tests.support.trainers import arguments, base_model, data, peft_model, trainer
@@ -25,7 +26,7 @@ ARGUMENTS: dict[str, list[Any]] = {
     "lower_steps": [0, 1.5, True],
     "upper_learning_rate": ["1e-3", NAN, -1e-3],
     "learning_rate": [NAN],
-    "weight_decay": [float("inf")],
+    "weight_decay": [-0.1],
     "max_grad_norm": [-1.0],
     "per_device_train_batch_size": [0],
     "gradient_accumulation_steps": [0],
@@ -33,17 +34,13 @@ ARGUMENTS: dict[str, list[Any]] = {
     "upper_max_grad_norm": [None],
     "upper_prior": [-1.0, "1"],
     "per_device_upper_batch_size": [0],
-    "seed": [-3, 2**32],
-    "data_seed": [-3],
     "upper_fraction": [0.0, 20],
     "non_finite": ["ignore"],
     "hypergradient": [3, "unrolled:steps=2"],
     "retrain": [True],
-    "num_train_epochs": [0],
     "retrain_arguments": [
         {"learning_rate": -1.0},
         {"learning_rate": "high"},
-        {"num_train_epochs": 0.0},
         {"rate": 1.0},
     ],
 }
@@ -53,9 +50,8 @@ ARGUMENTS: dict[str, list[Any]] = {
     ("name", "value"), [(name, value) for name, values in ARGUMENTS.items() for value in values]
 )
 def test_an_argument_out_of_range_is_named(tmp_path: Path, name: str, value: Any) -> None:
-    steps = {"max_steps": -1} if name == "num_train_epochs" else {"lower_steps": 2}
     with pytest.raises(ProblemError, match=name):
-        arguments(tmp_path, **{**steps, name: value})
+        arguments(tmp_path, **{name: value})
 
 
 @pytest.mark.parametrize(
@@ -120,7 +116,7 @@ def of_levels(options: Any = lambda _: {}, *, settings: Any = None, **level: Any
     def act(model: Any, folder: Path) -> Any:
         levels = {"lower": Direction(model, **level), "upper": Magnitude(model)}
         given = {"args": arguments(folder, **(settings or {})), **APART, **options(model)}
-        return BilevelTrainer(model, **{**levels, **given})
+        return BilevelTrainer(**{"model": model, **levels, **given})
 
     return act
 
@@ -147,13 +143,6 @@ def on_two_gpus(model: Any, folder: Path) -> Any:
 def below_a_file(model: Any, folder: Path) -> Any:
     (folder / "file").touch()
     return trainer(folder / "file" / "below", model=model, save_strategy="steps")
-
-
-class Quantised(nn.Linear):
-    """What a quantised layer looks like: a forward of its own."""
-
-    def forward(self, x: Any) -> Any:
-        return super().forward(x)
 
 
 class Linear8bitLt(Quantised):
@@ -194,7 +183,6 @@ class Pulled(Plain):
 SPLIT, TRAIN, UPPER, EVAL = "cannot give 20% of", "train_dataset", "upper_dataset", "eval_dataset"
 LOSS = {"compute_loss_func": lambda *_, **__: 0}
 SEVEN = [torch.zeros(7)]
-OWN_CLASS = (torch.optim.SGD, {"beta": 0.9})
 CHECKPOINTED = {"use_reentrant": True}
 REFUSED: list[tuple[str, Any]] = [
     # Data.
@@ -237,6 +225,7 @@ REFUSED: list[tuple[str, Any]] = [
         "args must be BilevelTrainingArguments, got TrainingArguments",
         of_levels(lambda _: {"args": TrainingArguments("nowhere", report_to="none")}),
     ),
+    ("model must be a .*Module, got str", of_levels(lambda _: {"model": "name"})),
     ("n_gpu", on_two_gpus),
     ("auto_find_batch_size", of_levels(settings={"auto_find_batch_size": True})),
     ("model_init", of_levels(lambda _: {"model_init": peft_model})),
@@ -276,8 +265,6 @@ REFUSED: list[tuple[str, Any]] = [
         "optimizers.*scheduler",
         with_optimizer(lambda g: adam(*g), lambda g: torch.optim.lr_scheduler.ConstantLR(adam(*g))),
     ),
-    ("SGD.*beta", made({"optimizer_cls_and_kwargs": OWN_CLASS})),
-    ("AdamW.*1.5", made(adam_beta1=1.5)),
     ("Adafactor", made(hypergradient="sama", optim="adafactor")),
     ("Adafactor", made(hypergradient="unrolled:steps=1", optim="adafactor")),
     ("layer_wise", made({"optimizer_cls_and_kwargs": (layer_wise, {})})),
@@ -296,15 +283,6 @@ def test_it_is_refused_and_nothing_has_moved(message: str, act: Any, tmp_path: P
     with pytest.raises(ProblemError, match=message):
         act(model, tmp_path)
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
-
-
-def test_a_step_outside_of_training_is_refused(tmp_path: Path) -> None:
-    run = trainer(tmp_path)
-    batch = next(iter(run.get_train_dataloader()))
-    for _ in range(2):
-        with pytest.raises(ProblemError, match=r"training_step: .*call train\(\)"):
-            run.training_step(run.model, batch)
-        run.train()
 
 
 def folded(examples: Any) -> Any:

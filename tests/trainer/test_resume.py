@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hyperopt_peft import ProblemError
 from hyperopt_peft.engine.checkpoint import last_valid
@@ -29,9 +28,6 @@ def reweighting(folder: Path, callbacks: Any = (), **settings: Any) -> Any:
     return streamed(folder, callbacks, **{**options, **settings})
 
 
-BY_LENGTH: dict[str, Any] = {"train_sampling_strategy": "group_by_length"}
-if "group_by_length" in {field.name for field in fields(TrainingArguments)}:  # before 5.2
-    BY_LENGTH = {"group_by_length": True}
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2}
 # Each stopped in its fourth step, between two checkpoints, and in its eighth, in an epoch of five.
 RUNS: dict[str, dict[str, Any]] = {
@@ -56,7 +52,11 @@ RUNS: dict[str, dict[str, Any]] = {
         "rows": 25,
         "max_steps": 13,
     },
-    "a sampler by length": {"rows": 25, "max_steps": 13, **BY_LENGTH},
+    "a sampler by length": {
+        "train_sampling_strategy": "group_by_length",
+        "rows": 25,
+        "max_steps": 13,
+    },
     "one level": {"method": "dora"},
     "a checkpoint an epoch": {
         "save_strategy": "epoch",
@@ -90,7 +90,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 FAST = {"plain", "micro-batches, a last step of one, metrics of a level", "a stream"}
-FAST |= {"the upper level's data at every step, evaluation", "retraining from scratch"}
+FAST |= {"retraining from scratch"}
 
 
 @pytest.mark.parametrize(
@@ -196,24 +196,6 @@ def test_a_resumed_run_pulls_to_the_first_run_s_initial_values(tmp_path: Path) -
     assert resumed.upper.prior.start[0].tolist() == [1.0, -1.0, 0.0]
     with pytest.raises(ProblemError, match=r"^[\w ]*prior"):
         reweighting(tmp_path / "broken", upper_max_grad_norm=0.0).train(True)
-
-
-def test_an_epoch_that_a_callback_ended_is_warned_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Five steps an epoch, of which the first has three."""
-
-    class Leave(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            control.should_epoch_stop = state.global_step == 3
-
-    settings = {"rows": 25, "save_steps": 1, "logging_steps": 1}
-    with pytest.raises(Stop):
-        saving(tmp_path, [Leave(), StopAt(5)], **settings).train()
-    resumed = saving(tmp_path, [Leave()], **settings)
-    resumed.train(resume_from_checkpoint=True)
-    assert f"resuming from {tmp_path / 'checkpoint-4'}" in caplog.text
-    assert "should_epoch_stop" in caplog.text and resumed.state.global_step == 9
 
 
 def test_the_arguments_are_the_users_on_disk_and_in_memory(tmp_path: Path) -> None:

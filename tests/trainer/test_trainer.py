@@ -128,29 +128,6 @@ def test_each_level_is_clipped_apart(tmp_path: Path) -> None:
         assert not above or torch.stack(above).norm() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_frozen_parameters_and_magnitudes_at_rate_zero_do_not_move(tmp_path: Path) -> None:
-    model = peft_model()
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    run = trainer(tmp_path, model=model, upper_learning_rate=0.0)
-    run.train()
-    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    parts = split_parameters(model)
-    assert moved == {*parts.directions, *parts.rest}
-
-
-def test_bfloat16_autocast(tmp_path: Path) -> None:
-    ends = {}
-    for bf16 in (False, True):
-        settings = {"max_steps": 2, "bf16": bf16, "lower_steps": 1}
-        run, watch = watched(tmp_path / str(bf16), peft_model(dropout=0.0), **settings)
-        run.train()
-        magnitudes = split_parameters(run.model).magnitudes
-        ends[bf16] = torch.cat([watch.gradients[0][name].flatten() for name in magnitudes])
-        assert all(v.dtype == torch.float32 for v in values(run.model).values())
-    difference = (ends[True] - ends[False]).norm() / ends[False].norm()
-    assert 0 < difference < 0.1
-
-
 def test_levels_by_the_model_s_own_names_get_the_decay_of_the_trainer(tmp_path: Path) -> None:
     run, _ = pair(tmp_path, weight_decay=0.5, upper_weight_decay=0.25)
     groups = run.create_optimizer().param_groups

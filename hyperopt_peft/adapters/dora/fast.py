@@ -104,10 +104,9 @@ def _forward(
     s: float = module.scaling[adapter]
     wide = reduce(torch.promote_types, (w0.dtype, m.dtype, a.dtype, torch.float32))
     wide_a, wide_b = a.to(wide), b.to(wide)
-    norms = measure(w0, wide_a, wide_b, s)
-    n = norms.norm
+    n, v_a = measure(w0, wide_a, wide_b, s)
     if slow is FullNormLinear:
-        n = RowNorm.apply(wide_a, wide_b, w0, n, norms.v_a, s)
+        n = RowNorm.apply(wide_a, wide_b, w0, n, v_a, s)
     g = m.to(wide) / n
 
     dropout, bias = module.lora_dropout[adapter], module.get_base_layer().bias

@@ -8,7 +8,6 @@ float32 or wider. If V_j is much shorter than W0_j, the terms cancel, and n_j is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,20 +19,12 @@ from hyperopt_peft.utils.autograd import without_autocast
 CANCELLED = 1e-2
 
 
-@dataclass(frozen=True)
-class RowNorms:
-    """n of shape (out,) and V Aᵀ of shape (out, r), both without a graph."""
-
-    norm: Tensor
-    v_a: Tensor
-
-
 @torch.no_grad()
 @without_autocast
-def measure(w0: Tensor, a: Tensor, b: Tensor, s: float) -> RowNorms:
-    """n and V Aᵀ for W0 (out, in), A (r, in), B (out, r), in the dtype of A and B.
+def measure(w0: Tensor, a: Tensor, b: Tensor, s: float) -> tuple[Tensor, Tensor]:
+    """n (out,) and V Aᵀ (out, r) for W0 (out, in), A (r, in), B (out, r), in the dtype of A and B.
 
-    Reads from the device whether the terms of a row cancel.
+    Neither has a graph. Reads from the device whether the terms of a row cancel.
     """
     w0_a = (a @ w0.to(a.dtype).T).T
     v_a = _v_a(w0_a, a, b, s)
@@ -44,11 +35,11 @@ def measure(w0: Tensor, a: Tensor, b: Tensor, s: float) -> RowNorms:
     if len(rows):
         v = torch.addmm(w0[rows].to(a.dtype), b[rows], a, alpha=s)
         norm[rows] = torch.linalg.vector_norm(v, dim=1)
-    return RowNorms(norm.clamp_min(torch.finfo(norm.dtype).tiny), v_a)
+    return norm.clamp_min(torch.finfo(norm.dtype).tiny), v_a
 
 
 class RowNorm(torch.autograd.Function):
-    """n as a function of A and B, given the `RowNorms` at their values.
+    """n as a function of A and B, given n and V Aᵀ at their values.
 
         q = ∂L/∂n / n     ∂L/∂B = s·q ∘ (V Aᵀ)     ∂L/∂A = s·(q ∘ B)ᵀ V
 
