@@ -85,7 +85,8 @@ def require_types(
         Traceback (most recent call last):
         hyperopt_peft.errors.ProblemError: number must be finite float, got 'one'
     """
-    hints = _hints(type(options)) | hints
+    kind: Any = type(options)
+    hints = _hints(kind) | hints
     for name in [field.name for field in fields(options)] if names is None else names:
         if not matches(value := getattr(options, name), hints[name]):
             raise ProblemError(f"{where}{name} must be {type_name(hints[name])}, got {value!r}")
