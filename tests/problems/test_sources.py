@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
-from transformers import PrinterCallback
 
 from hyperopt_peft import Method, ProblemError, bilevel, hypergradient
 from hyperopt_peft.core.labels import label_losses
@@ -137,7 +136,7 @@ def over_trl(
     }
     made_class, parts = bilevel(getattr(trl, kind)), data or [texts(n, layout) for n in NAMES]
     parts = [part.add_column("origin", [n] * len(part)) for n, part in zip(NAMES, parts)]
-    made = made_class(
+    return made_class(
         language.language_model(),
         made_class.Arguments(str(folder), **{**common, **settings}),
         method=method or Sources(column="origin"),
@@ -147,8 +146,6 @@ def over_trl(
         processing_class=language.tokenizer(),
         **{"peft_config": language.lora(), **(options or {})},
     )
-    made.remove_callback(PrinterCallback)
-    return made
 
 
 @pytest.mark.parametrize("layout", ["text", "completion", "messages", "packed", "flat"])
