@@ -37,6 +37,7 @@ train_sampling_strategy use_liger_kernel warmup_steps weight_decay
 BOUNDS: dict[str, Any] = {
     **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm"), NonNegativeFloat),
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), PositiveInt),
+    "seed": Annotated[int, Bound("≥", 0), Bound("<", 2**32)],
 }
 
 
@@ -141,6 +142,11 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
 
     def _check(self) -> None:
         require_types(self, (*BOUNDS, *self.bilevel_settings()), **BOUNDS)
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            raise ProblemError(
+                f"num_train_epochs must be positive where max_steps is not, got "
+                f"{self.num_train_epochs}: the run would train nothing"
+            )
         self.estimator()
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, Problem
 from tests.support.trainers import QUIET
@@ -130,6 +130,4 @@ def streamed(
         "hypergradient": "darts",
         **settings,
     }
-    made, _ = pair(folder, data or Stream(count), callbacks, **options)
-    made.remove_callback(PrinterCallback)
-    return made
+    return pair(folder, data or Stream(count), callbacks, **options)[0]

@@ -1,8 +1,8 @@
 """Runs that SIGKILL ends at random moments and that go on from their last whole checkpoint.
 
-python -m tests.faults.killed SEED KILLS NAME …
+python -m tests.support.killed SEED KILLS NAME
 
-Prints how often each run was killed, and where its end differs from that of a run left alone. A
+Prints how often the run was killed, and where its end differs from that of a run left alone. A
 process of its own, since it forks: each run is a child of it.
 """
 
@@ -156,6 +156,6 @@ if __name__ == "__main__":
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("hyperopt_peft").setLevel(logging.ERROR)  # a killed checkpoint is skipped
     source = random.Random(int(sys.argv[1]))
-    results = {name: killed(name, int(sys.argv[2]), source) for name in sys.argv[3:]}
+    result = killed(sys.argv[3], int(sys.argv[2]), source)
     sys.stderr.flush()
-    print(json.dumps(results))
+    print(json.dumps(result))

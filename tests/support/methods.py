@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback
 
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, Method
 from hyperopt_peft.core.labels import row_losses
@@ -64,6 +63,4 @@ def method_trainer(
     args = BilevelTrainingArguments(str(folder), **{**ARGUMENTS, **settings})
     options = {"train_dataset": data(task), **(options or {})}
     model = model or peft_model(task, dora=False)
-    made = kind(model, args, method=method, callbacks=list(callbacks), **options)
-    made.remove_callback(PrinterCallback)
-    return made
+    return kind(model, args, method=method, callbacks=list(callbacks), **options)

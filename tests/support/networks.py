@@ -63,16 +63,22 @@ def owned(net: Network) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tenso
     return upper, [pair for pair in named if pair[0] not in ("gate", "temperature")]
 
 
-def network_levels(*, dropout: float = 0.3, upper_lr: float = 0.05) -> tuple[Classify, Classify]:
-    """Upper and lower level over one network, equal at every call."""
+def network_levels(
+    *, dropout: float = 0.3, generators: bool = False, upper_lr: float = 0.05
+) -> tuple[Classify, Classify]:
+    """Upper and lower level over one network, equal at every call.
+
+    ``generators`` gives each loader a generator of its own.
+    """
     torch.manual_seed(0)
     net = Network(dropout)
     upper, lower = owned(net)
+    own = [torch.Generator().manual_seed(k) if generators else None for k in range(2)]
     adam = torch.optim.Adam([v for _, v in upper], lr=upper_lr)
     momentum = torch.optim.SGD([v for _, v in lower], lr=0.05, momentum=0.9)
     return (
-        Classify(net, upper, data=loader(14), optimizer=adam, name="upper"),
-        Classify(net, lower, data=loader(18), optimizer=momentum, name="lower"),
+        Classify(net, upper, data=loader(14, own[0]), optimizer=adam, name="upper"),
+        Classify(net, lower, data=loader(18, own[1]), optimizer=momentum, name="lower"),
     )
 
 

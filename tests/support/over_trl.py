@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForSequenceClassification, PrinterCallback
+from transformers import LlamaConfig, LlamaForSequenceClassification
 from trl import (
     DPOConfig,
     DPOTrainer,
@@ -91,7 +91,7 @@ def made(
         arguments = cls.Arguments
     config = lora(**(adapter or {}))
     config.task_type = task
-    trainer = cls(
+    return cls(
         model=model,
         args=arguments(str(folder), **common),
         **{
@@ -102,5 +102,3 @@ def made(
             **options,
         },
     )
-    trainer.remove_callback(PrinterCallback)
-    return trainer

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 
 from hyperopt_peft.engine.checkpoint import last_valid
 from tests.support.networks import differences
@@ -42,9 +42,7 @@ def saving(
     """A trainer that logs and saves every third step."""
     common = {"max_steps": 9, "save_strategy": "steps", "save_steps": 3, "logging_steps": 3}
     options = {"callbacks": list(callbacks), **(options or {})}
-    made = trainer(folder, options=options, **{**common, **settings})
-    made.remove_callback(PrinterCallback)
-    return made
+    return trainer(folder, options=options, **{**common, **settings})
 
 
 def interrupted(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value, concatenate_datasets
-from transformers import PrinterCallback, default_data_collator
+from transformers import default_data_collator
 
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, Method
 from hyperopt_peft.problems import Sources
@@ -54,7 +54,7 @@ def trainer(
     }
     model = peft_model("classes", dropout=0.0, dora=False)
     trusted = rows(30, 3) if trusted is None else trusted
-    made = BilevelTrainer(
+    return BilevelTrainer(
         model.double() if double else model,
         BilevelTrainingArguments(**{**settings, **options}),
         method=method or Sources(),
@@ -63,5 +63,3 @@ def trainer(
         data_collator=default_data_collator,
         callbacks=list(callbacks),
     )
-    made.remove_callback(PrinterCallback)
-    return made

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
 from hyperopt_peft import BilevelTrainer
 from tests.support.networks import differences
@@ -36,7 +36,6 @@ def test_embeddings_keep_states_of_32_bits_as_in_the_trainer(tmp_path: Path) -> 
             disable_tqdm=True,
         )
         trainer = kind(model=model, args=args, train_dataset=table)
-        trainer.remove_callback(PrinterCallback)
         trainer.train()
         states = trainer.optimizer.state
         kinds = {name: states[p]["state1"].dtype for name, p in model.named_parameters()}

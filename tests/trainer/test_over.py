@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hyperopt_peft import BiDoRA, BilevelTrainer, Problem, ProblemError, bilevel
 from hyperopt_peft.utils.models import trainable
@@ -39,7 +39,6 @@ def trained(kind: Any, folder: Path, model: Any, settings: Any = None, **options
     arguments = getattr(kind, "Arguments", TrainingArguments)
     args = arguments(str(folder), **SETTINGS | (settings or {}))
     trainer = kind(model=model, args=args, **options)
-    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer
 

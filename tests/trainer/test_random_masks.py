@@ -14,7 +14,6 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import (
-    PrinterCallback,
     Trainer,
     TrainingArguments,
     Wav2Vec2Config,
@@ -85,7 +84,7 @@ def two_levels(folder: Path, callbacks: Any = (), *, parent: Any = Trainer, **se
     """LoRA's A below and B above, of whose batch there are four pieces."""
     make = bilevel(parent)
     more = {"upper_learning_rate": 1e-2, "hypergradient": "darts", **settings}
-    made = make(
+    return make(
         speech_model(),
         lower=of_parameters("lora_A"),
         upper=of_parameters("lora_B"),
@@ -94,8 +93,6 @@ def two_levels(folder: Path, callbacks: Any = (), *, parent: Any = Trainer, **se
         upper_dataset=speech_rows(8, seed=1),
         callbacks=list(callbacks),
     )
-    made.remove_callback(PrinterCallback)
-    return made
 
 
 def logs(trainer: Any) -> list[dict[str, float]]:
