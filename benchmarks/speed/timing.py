@@ -7,8 +7,8 @@
 PEFT's DoRA: forward, backward, clipping and AdamW. A bilevel step is ``lower`` such steps of the
 directions, with the fast layer, and one of the magnitudes; a quarter upper batch has a quarter of
 the rows. *Layer*: forward+backward of the same model without an optimizer; the frozen model with
-the gradient of its first layer's input is the floor. *Kept* is the memory between a forward pass and
-its backward pass. *MLP*: a lower step, a hypergradient and an upper step of a small problem
+the gradient of its first layer's input is the floor. *Kept* is the memory between forward and
+backward pass. *MLP*: a lower step, a hypergradient and an upper step of a small problem
 (`mlp`), in forward+backward passes of its lower loss.
 
 All runs of a table are interleaved; times are medians, ratios medians of the ratios within each

@@ -19,7 +19,7 @@ SLOW = [
     "estimators convergence --quick",
     "estimators fidelity --quick",
     "estimators noise --quick",
-    "attribution scores --quick --parts methods cost memory suspects",
+    "attribution scores --quick --parts methods cost suspects",
     "attribution trainers --quick",
     "attribution heads --quick",
     "methods run --quick",
