@@ -28,7 +28,6 @@ PACKAGES = (
     "peft",
     "betty-ml",
     "torchopt",
-    "optuna",
     "trl",
     "bitsandbytes",
     "flash_attn",

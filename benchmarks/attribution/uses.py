@@ -141,9 +141,7 @@ def kinds(runs: Store, cell: str, seed: int, quick: bool) -> None:
         "without rows by score": removal.without,
         "without rows of highest loss": removal.highest_loss,
         "without random rows": mean_of(removal.random),
-        "without rows by the head's score, evaluation rows too": trained(
-            job, seed, [*kept, *above]
-        ),
+        "without rows by the head's score, evaluation rows too": trained(job, seed, both),
     }
     measure = setup.test(JUDGES)
     for name, out in (
