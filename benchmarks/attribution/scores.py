@@ -6,22 +6,19 @@ Tweets and movie sentences, LoRA in the last two layers of MiniLM on cached stat
 below (`runs`). Parts: ``smooth``, which change makes a run smooth (development rows and seeds);
 ``methods``, every method against the same retrainings; ``cost``; ``suspects``. Each run is an entry
 of the file, saved after every few retrainings, so that an interrupted benchmark continues, and a
-method that is added later needs no new retrainings. Seconds are processor time of one thread, which
-other processes do not lengthen.
+method that is added later needs no new retrainings. Seconds are processor time of one thread.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from benchmarks.attribution.peers import peers
 from benchmarks.attribution.runs import (
     DEVELOPMENT_SEEDS,
     TRAIN,
@@ -33,20 +30,18 @@ from benchmarks.attribution.runs import (
     random_rows,
     trained,
 )
-from benchmarks.attribution.tables import SHARE, TASKS, WHOLE, check, tables_of, targets_of
+from benchmarks.attribution.tables import SHARE, TASKS, WHOLE, check, tables_of
 from benchmarks.measure import show
-from benchmarks.memory import peak_memory
 from benchmarks.pages import RESULTS
 from benchmarks.store import Row, Store, opened, run_parser
 from hyperopt_peft.attribution.check import metasmoothness
 from hyperopt_peft.attribution.estimators import parse_estimator
 from hyperopt_peft.attribution.scores import RetrainingSetup, scores
 from hyperopt_peft.attribution.suspects import suspects
-from hyperopt_peft.hypergradients import registered
 
 SEEDS, RETRAININGS, DEVELOPMENT_RETRAININGS = (0, 1, 2), 50, 20
 SHARES = (0.1, 0.2, 0.4)
-PARTS = ("smooth", "methods", "cost", "memory", "suspects")
+PARTS = ("smooth", "methods", "cost", "suspects")
 
 ROUGH = Recipe()
 #: Chosen on development seed 100: the loss of the evaluation rows is about that of the rough run
@@ -65,36 +60,28 @@ CHANGES = {
     "smooth, with dropout": replace(SMOOTH, dropout=0.1),
 }
 SETTINGS = {"rough": ROUGH, "smooth": SMOOTH}
-#: Dampings of the solvers, among which the LDS of ``minres`` on development seeds chooses.
-DAMPINGS = (0.01, 0.1, 1.0)
-DAMPING = 0.1
+#: The damping 0.1 was chosen among 0.01, 0.1 and 1 by the LDS of ``minres`` on development seeds.
+METHODS = (
+    WHOLE,
+    "minres:steps=5,damping=0.1",
+    "cg:steps=5,damping=0.1",
+    "nystrom:rank=5,steps=5,damping=0.1",
+    "kfac:steps=0",
+    "kfac:steps=5,damping=0.1",
+    "gradient",
+)
 PERTURBATION = 0.1
 LONG, BATCH_OF_LONG = 1000, 4
 
 
-def methods() -> list[str]:
-    """The names of all methods and of the installed peers."""
-    return [
-        WHOLE,
-        *(f"{name}:steps=5,damping={DAMPING:g}" for name in ("minres", "cg")),
-        f"nystrom:rank=5,steps=5,damping={DAMPING:g}",
-        *(["kfac:steps=0", f"kfac:steps=5,damping={DAMPING:g}"] if "kfac" in registered() else []),
-        "gradient",
-        *peers(),
-    ]
-
-
-def by_name(setting: RetrainingSetup, name: str) -> tuple[Tensor, Mapping[str, float]]:
-    """The scores of a method or peer, and a method's passes in units of a training."""
-    if name in peers():
-        return peers()[name](setting), {}
+def by_name(setting: RetrainingSetup, name: str) -> tuple[Tensor, float]:
+    """The scores of a method, and its passes in units of a training."""
     estimator = parse_estimator(name)
     by_slice, cost = scores(setting, estimator, setting.run.checkpoints)
     passes = cost["gradients"] + cost["products"]
     run = setting.run
     visits = float(run.visits.sum()) / len(run.visits)
-    unit = len(run.steps) if estimator.differentiates_run else visits
-    return by_slice["all"], {"trainings": passes / unit}
+    return by_slice["all"], passes / (len(run.steps) if estimator.differentiates_run else visits)
 
 
 class Trained:
@@ -147,7 +134,7 @@ def score(runs: Store, row: Row, run: Trained, names: Sequence[str], masks: list
         measured[name] = {
             "predicted": rounded(predicted(values, masks)),
             "seconds": seconds,
-            **cost,
+            "trainings": cost,
         }
         if name == WHOLE:
             row["loss"] = setting.evaluation.values()["all"]
@@ -159,7 +146,7 @@ def score(runs: Store, row: Row, run: Trained, names: Sequence[str], masks: list
 
 
 def smooth(runs: Store, quick: bool) -> None:
-    """Measure which change makes a run smooth, and dampings, on development seeds."""
+    """Measure which change makes a run smooth, on development seeds."""
     for task, seed in zip(TASKS, DEVELOPMENT_SEEDS):
         for name, recipe in CHANGES.items():
             row = runs.entry(part="smooth", task=task, seed=seed, recipe=repr(recipe))
@@ -169,9 +156,6 @@ def smooth(runs: Store, quick: bool) -> None:
             masks = random_rows(TRAIN, SHARE, count, seed)
             score(runs, row, run, [WHOLE], masks)
             retrain(runs, row, run, seed, count)
-            if recipe in SETTINGS.values():
-                names = [f"minres:steps=5,damping={damping:g}" for damping in DAMPINGS]
-                score(runs, row, run, names, masks)
             print(task, name, check(row, WHOLE), flush=True)
 
 
@@ -188,13 +172,13 @@ def compare(runs: Store, quick: bool) -> None:
                 masks = random_rows(TRAIN, SHARE, count, seed)
                 score(runs, row, run, [WHOLE, "gradient"], masks)
                 retrain(runs, row, run, seed, count)
-                score(runs, row, run, methods(), masks)
+                score(runs, row, run, METHODS, masks)
                 for name in row["methods"]:
                     print(task, setting, seed, name, check(row, name), flush=True)
 
 
 def cost(runs: Store, quick: bool) -> None:
-    """Measure passes, time and memory of differentiating the whole run."""
+    """Measure passes and time of differentiating the whole run."""
     for name, recipe in SETTINGS.items():
         recipe = replace(recipe, epochs=1.0) if quick else recipe
         row = runs.entry(part="cost", task="tweets", recipe=repr(recipe))
@@ -212,27 +196,6 @@ def cost(runs: Store, quick: bool) -> None:
     if "rounds" not in row:
         row["rounds"] = [timed(long, memory_limit=limit)]
         runs.save(row)
-    if "memory" not in row:
-        one = replace(long, epochs=BATCH_OF_LONG / TRAIN)
-        row["memory of one step"] = peak(one, limit) / size
-        row["memory"] = peak(long, limit) / size - row["memory of one step"]
-        runs.save(row)
-
-
-def memory(runs: Store, quick: bool) -> None:
-    """Measure the peak memory of each method on a run, with all activations."""
-    recipe = replace(SMOOTH, epochs=1.0) if quick else SMOOTH
-    row, run = runs.entry(part="memory", recipe=repr(recipe)), Trained(draw("tweets", 0), recipe, 0)
-    sizes = row.setdefault("adapters", {})
-    for name in methods():
-        if name not in sizes:
-            setting = run.setting
-            size = sum(v.numel() * v.element_size() for v in setting.run.levels[0].variables)
-            peak_bytes = peak_memory(
-                lambda name=name: by_name(run.setting, name), torch.device("cpu")
-            )
-            sizes[name] = peak_bytes / size
-            runs.save(row)
 
 
 def timed(recipe: Recipe, memory_limit: float) -> Row:
@@ -248,17 +211,7 @@ def timed(recipe: Recipe, memory_limit: float) -> Row:
     setting = trained(lower, recipe, memory_limit)
     _, passes = by_name(setting, WHOLE)
     with_scores = time.process_time() - begin
-    return {"plain": plain, "whole": with_scores, "trainings": 1 + passes["trainings"]}
-
-
-def peak(recipe: Recipe, memory_limit: float) -> int:
-    """The peak memory of training and scores in bytes; every row has the longest length."""
-    rows = draw("tweets", 0)
-    full_length = replace(rows.states, mask=torch.ones_like(rows.states.mask))
-    lower = level(replace(rows, states=full_length), recipe, 0)
-    return peak_memory(
-        lambda: by_name(trained(lower, recipe, memory_limit, chunk=1), WHOLE), torch.device("cpu")
-    )
+    return {"plain": plain, "whole": with_scores, "trainings": 1 + passes}
 
 
 def find(runs: Store, quick: bool) -> None:
@@ -280,28 +233,15 @@ def find(runs: Store, quick: bool) -> None:
 def ranked(run: Trained) -> Row:
     """The area under the curve with which each ranking finds wrong labels."""
     assert isinstance(run.rows, Rows)
-    setting, wrong, labels = run.setting, run.rows.wrong, run.rows.labels
+    setting, wrong = run.setting, run.rows.wrong
     by_run, gradient = (by_name(setting, name)[0] for name in (WHOLE, "gradient"))
     losses = setting.run.losses / setting.run.visits
-    result = suspects(setting, 5, 0)
     orders = {
-        "library (`suspects`)": -result.confidence,
-        "out-of-fold probability": -result.probabilities.gather(1, labels[:, None])[:, 0],
+        "library (`suspects`)": -suspects(setting, 5, 0).confidence,
         "mean training loss": losses,
         "score of the whole run": by_run,
         "score by gradients": gradient,
     }
-    if find_spec("cleanlab"):
-        from cleanlab.rank import get_label_quality_scores
-
-        for name, options in (
-            ("cleanlab, self-confidence", {}),
-            ("cleanlab, adjusted", {"adjust_pred_probs": True}),
-        ):
-            quality = get_label_quality_scores(
-                labels.numpy(), result.probabilities.numpy(), method="self_confidence", **options
-            )
-            orders[name] = -torch.from_numpy(quality)
     auc = {name: float(roc_auc_score(wrong, order)) for name, order in orders.items()}
     return {"wrong": int(wrong.sum()), "auc": auc}
 
@@ -311,10 +251,9 @@ def main() -> None:
     title = __doc__.partition("\n")[0]
     options = run_parser(title, RESULTS / "attribution.jsonl", PARTS).parse_args()
     runs = opened(options)
-    steps = {"smooth": smooth, "methods": compare, "cost": cost, "memory": memory, "suspects": find}
+    steps = {"smooth": smooth, "methods": compare, "cost": cost, "suspects": find}
     for part in options.parts:
         if not (options.quick and part == "smooth"):
             steps[part](runs, options.quick)
-    tables = tables_of(runs)
-    show(tables, targets_of(tables))
+    show(tables_of(runs))
     runs.finish()

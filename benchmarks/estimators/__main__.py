@@ -1,4 +1,4 @@
-"""Which hypergradient estimator is right, how noisy and how dear is it, and what breaks it?"""
+"""Which hypergradient estimator is right, how noisy and how dear is it?"""
 
 import sys
 from pathlib import Path
@@ -13,6 +13,6 @@ run_script(
         "comparison": "all estimators and other libraries on four problems; docs/comparison.md",
         "convergence": "the value function against passes, and its figure",
         "fidelity": "the implicit term under dropout and in bfloat16",
-        "noise": "error, bias and spread under minibatches",
+        "noise": "the minimum that minibatches reach",
     },
 )

@@ -1,4 +1,4 @@
-"""Every estimator on four problems: error, noise, cost, and what breaks it.
+"""Every estimator on four problems: error, noise and cost.
 
     python benchmarks/estimators comparison --json benchmarks/results/comparison.json
     python benchmarks/estimators comparison --json FILE --methods kfac:steps=10
@@ -16,10 +16,10 @@ Minibatches have 64 rows of each level's data; noise.py explains the three colum
 from __future__ import annotations
 
 import json
+import re
 import statistics
-import subprocess
 import sys
-import tempfile
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,19 +28,38 @@ from typing import Any
 import torch
 
 from benchmarks.estimators import noise
-from benchmarks.estimators.breaks import found, in_one_process, refusal
 from benchmarks.estimators.levels import METHODS, Levels, encoder_problem, small_problems
 from benchmarks.estimators.peers import Peer, peers
 from benchmarks.measure import arguments, report, table
 from benchmarks.memory import peak_memory
 from benchmarks.pages import DOCS, RESULTS, ROOT, between, machine_line
-from hyperopt_peft import Problem, ProblemError, hypergradient
+from hyperopt_peft import NonFiniteError, Problem, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import Vector, dot, get_estimator, registered
-from hyperopt_peft.hypergradients.estimate import open_oracle
+from hyperopt_peft.hypergradients.estimate import check_estimator, open_oracle
 from hyperopt_peft.hypergradients.products import Passes
 
 REFERENCE = "minres:steps=200,tolerance=1e-6"
 Row = dict[str, Any]
+
+
+def found(method: str | Peer, levels: Levels, passes: Passes | None = None) -> Vector | str:
+    """The hypergradient, or the short reason why there is none; ``passes`` counts its passes."""
+    try:
+        if not isinstance(method, str):
+            return method(*levels)
+        check_estimator(get_estimator(method), *levels)
+        oracle = open_oracle(*levels, seed=0)
+        oracle.passes = passes or oracle.passes
+        return oracle.estimate(get_estimator(method)).hypergradient
+    except (ProblemError, NonFiniteError) as error:
+        return refusal(error)
+    except (RuntimeError, ArithmeticError, AttributeError, TypeError) as error:
+        return textwrap.shorten(f"fails: {error}", 50, placeholder=" …")
+
+
+def refusal(error: Exception) -> str:
+    """The first words of an estimator's refusal."""
+    return "refused: " + re.split("[;,(]", str(error).split(": ", 1)[-1])[0]
 
 
 def against(truth: Vector, result: Vector | str) -> Row:
@@ -90,13 +109,12 @@ def noisy(methods: Mapping[str, str | Peer], draws: int) -> dict[str, Row]:
     """Error, bias and spread of the estimates on B over minibatches; see noise.py."""
     upper, lower = noise.levels()
     noise.minimise(lower)
-    batches = noise.Draws(len(lower.data.y), len(upper.data.y_val))
     result: dict[str, Row] = {}
     for name in methods:
         if name not in METHODS:
             continue
         try:
-            row = noise.noise(name, upper, lower, batches, draws, settle=250)
+            row = noise.noise(name, upper, lower, draws, settle=250)
         except ProblemError as error:
             row = {"error": refusal(error)}
         result[name] = {f"B, batch 64: {c}": row.get(c) for c in ("error", "bias", "spread")}
@@ -123,17 +141,6 @@ def encoder(levels: Levels, methods: Mapping[str, str | Peer], truth: Vector) ->
     return rows
 
 
-def two_processes(methods: Mapping[str, str | Peer]) -> dict[str, Row]:
-    """DDP and FSDP2 against one process."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "rows.json"
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-        command = [*launch, "-m", "benchmarks.estimators.breaks", str(file), *methods]
-        subprocess.run(command, check=True, timeout=500, cwd=ROOT)
-        result: dict[str, Row] = json.loads(file.read_text())
-        return result
-
-
 def measured(quick: bool, names: Sequence[str]) -> tuple[list[Row], Row]:
     """The rows of the methods ``names``, and facts about the problems."""
     others, missing = peers()
@@ -143,7 +150,6 @@ def measured(quick: bool, names: Sequence[str]) -> tuple[list[Row], Row]:
     oracle = open_oracle(*levels)
     reference = oracle.estimate(get_estimator("minres:steps=5" if quick else REFERENCE))
     parts.append(encoder(levels, methods, reference.hypergradient))
-    parts += [in_one_process(methods), two_processes(methods)]
     rows = []
     for name in methods:
         row: Row = {"estimator": name}
@@ -166,7 +172,6 @@ def merged(measured: list[Row], new: list[Row]) -> list[Row]:
     return [*ours, *rows.values()]
 
 
-BREAKS = {"SDPA": "error", "bf16": "cosine", "DDP": "error", "FSDP2": "error"}
 SECTIONS: dict[str, tuple[str, dict[str, str]]] = {
     "Right at the lower minimum": (
         "A, B, C: relative error to the exact hypergradient; there every estimator of this library "
@@ -189,19 +194,6 @@ SECTIONS: dict[str, tuple[str, dict[str, str]]] = {
         {
             **{f"B, batch 64: {c}": c for c in ("error", "bias", "spread")},
             **{c: c for c in ("passes", "ms", "MB")},
-        },
-    ),
-    "What breaks it": (
-        "SDPA: error with stock attention, whose kernel has no second derivative, against eager "
-        "attention, on a small BERT without dropout. bf16: cosine of the estimate under autocast "
-        "to the one in float32. DDP and FSDP2: error of two processes, each with half of each "
-        "batch, against one process, in float64. The row of this library has its worst estimator "
-        "in each column. If FSDP2 refuses an estimator, the error names one to use instead.",
-        {
-            "SDPA: error": "SDPA",
-            "bf16: cosine": "bf16",
-            "DDP: error": "DDP",
-            "FSDP2: error": "FSDP2",
         },
     ),
 }
@@ -270,17 +262,6 @@ AVOID = {
     "minres:steps=10": "the loss has no second derivative: add `product=difference`",
     "warm": "u moves fast, or there is only one upper step",
 }
-
-
-def _worst(rows: list[Row]) -> list[Row]:
-    """One row with this library's worst number in each column of `BREAKS`, and the peers' rows."""
-    ours = [row for row in rows if row["kind"] != "peer"]
-    worst: Row = {"estimator": "all of this library", "kind": "peer"}
-    for setting, number in BREAKS.items():
-        column = f"{setting}: {number}"
-        values = [row[column] for row in ours if isinstance(row[column], float)]
-        worst[column] = min(values) if number == "cosine" else max(values)
-    return [worst, *(row for row in rows if row["kind"] == "peer")]
 
 
 def _columns(rows: list[Row], columns: Mapping[str, str]) -> str:
@@ -357,8 +338,7 @@ def page_table(content: Row) -> str:
         for row in map(_short, rows)
     ]
     words = "\n\n".join(
-        f"## {title}\n\n{text}\n\n"
-        f"{_columns(_worst(rows) if title == 'What breaks it' else rows, columns)}"
+        f"## {title}\n\n{text}\n\n{_columns(rows, columns)}"
         for title, (text, columns) in SECTIONS.items()
     )
     return (
@@ -386,7 +366,7 @@ def main() -> None:
     options = arguments("every estimator on four problems", methods=everything)
     rows, details = measured(options.quick, options.methods)
     if options.methods == everything or options.json is None:
-        report(options, {"Estimators": rows}, [], details)
+        report(options, {"Estimators": rows}, details)
         return
     print(table(rows))
     content = json.loads(options.json.read_text())

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Target, arguments, report
+from benchmarks.measure import arguments, report
 from benchmarks.pages import DOCS
 from hyperopt_peft import Engine, NonFiniteError, ProblemError
 from hyperopt_peft.engine import minimize
@@ -127,13 +127,7 @@ def main() -> None:
         | {"B: test accuracy": runs["B"][m][1].test_accuracy() if len(curves["B"][m]) > 1 else None}
         for m in METHODS
     ]
-    best = {key: min(points[-1][1] for points in of.values()) for key, of in curves.items()}
-    accuracy = max(row["B: test accuracy"] or 0.0 for row in rows)
-    targets = [
-        Target("A: best value (a long run of projected gradients: .03138)", best["A"], 0.0316),
-        Target("B: best test accuracy", accuracy, 0.92, at_least=True),
-    ]
-    report(options, {f"Value after {calls} passes": rows}, targets, {"curves": curves})
+    report(options, {f"Value after {calls} passes": rows}, {"curves": curves})
     if options.json is not None:
         draw(curves)
 

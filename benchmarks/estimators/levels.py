@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from text_data import load_data
+from text_data import model_path, tweets
 from torch import Tensor
+from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from benchmarks.minilm import minilm
 from hyperopt_peft import Problem
@@ -77,9 +78,17 @@ def encoder_problem(steps: int, strength: float = 0.2) -> tuple[Levels, float]:
 
     The model is in eval mode, without dropout; fidelity.py is about dropout.
     """
-    data = load_data("tweets", "minilm", train_size=64, test_size=64, max_length=16, seed=0)
-    batches = data.batches(data.train, 8, shuffle=False)
-    below, above, *_ = (dict(batch) for batch in batches)
+    rows = tweets()
+    for size in ({"test_size": 64}, {"train_size": 64}):
+        parts = rows.train_test_split(**size, seed=0, stratify_by_column="label")
+        rows = parts["train"]
+    tokenizer = AutoTokenizer.from_pretrained(model_path("minilm"))
+    items = [
+        {**tokenizer(text, truncation=True, max_length=16), "labels": label}
+        for text, label in zip(rows["text"][:16], rows["label"][:16], strict=True)
+    ]
+    collate = DataCollatorWithPadding(tokenizer)
+    below, above = (dict(collate(part)) for part in (items[:8], items[8:]))
     model = minilm("fast full", rank=4, targets=["query", "value"]).eval()
     parts = split_parameters(model)
     w, u = [*parts.directions.values(), *parts.rest.values()], list(parts.magnitudes.values())

@@ -33,11 +33,19 @@ def _parts(upper: Problem, lower: Problem) -> tuple[Vector, tuple[Tensor, ...]]:
     return Vector(gradient[: len(u)]), gradient[len(u) :]
 
 
-def betty(method: str, options: dict[str, Any], upper: Problem, lower: Problem) -> Vector:
-    """Betty's hypergradient function ``method`` with its Config's ``options``."""
+#: The options of Betty's Config for each of its functions.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "darts": {"darts_alpha": 0.01, "darts_multitask": False},
+    "neumann": {"neumann_iterations": 20, "neumann_alpha": 1.0},
+    "cg": {"cg_iterations": 10, "cg_alpha": 1.0},
+}
+BETTY = f"Betty {version('betty-ml')}" if find_spec("betty") else ""
+
+
+def betty_term(method: str, upper: Problem, lower: Problem, b: Sequence[Tensor]) -> Vector:
+    """The implicit term by Betty's function ``method`` from ∂F/∂w; w may be displaced then."""
     from betty.hypergradient import jvp_fn_mapping
 
-    direct, b = _parts(upper, lower)
     below = SimpleNamespace(
         meta_trainable_parameters=lambda: lower.variables,
         trainable_parameters=lambda: lower.variables,
@@ -46,12 +54,18 @@ def betty(method: str, options: dict[str, Any], upper: Problem, lower: Problem) 
         cur_batch=lower.peek_batch(),
         loss=None,
         paths=[],
-        config=SimpleNamespace(**options),
+        config=SimpleNamespace(**CONFIGS[method]),
         _strategy="default",
     )
     above = SimpleNamespace(trainable_parameters=lambda: upper.variables)
-    with perturbed(lower.variables):  # Betty may leave them displaced
-        return direct + Vector(jvp_fn_mapping[method](b, below, above, False))
+    return Vector(jvp_fn_mapping[method](b, below, above, False))
+
+
+def betty(method: str, upper: Problem, lower: Problem) -> Vector:
+    """The hypergradient by Betty's function ``method``."""
+    direct, b = _parts(upper, lower)
+    with perturbed(lower.variables):
+        return direct + betty_term(method, upper, lower, b)
 
 
 def torchopt_cg(steps: int, upper: Problem, lower: Problem) -> Vector:
@@ -129,14 +143,10 @@ def peers() -> tuple[dict[str, Peer], list[str]]:
         "loop: cg (10)": partial(plain, partial(conjugate_gradients, steps=10)),
     }
     missing = []
-    if find_spec("betty"):
-        name = f"Betty {version('betty-ml')}"
-        darts = {"darts_alpha": 0.01, "darts_multitask": False}
-        neumann = {"neumann_iterations": 20, "neumann_alpha": 1.0}
-        cg = {"cg_iterations": 10, "cg_alpha": 1.0}
-        installed[f"{name} darts: H⁻¹ = I"] = partial(betty, "darts", darts)
-        installed[f"{name} neumann (20): step 1 by default"] = partial(betty, "neumann", neumann)
-        installed[f"{name} cg (10): wrong second direction"] = partial(betty, "cg", cg)
+    if BETTY:
+        installed[f"{BETTY} darts: H⁻¹ = I"] = partial(betty, "darts")
+        installed[f"{BETTY} neumann (20): step 1 by default"] = partial(betty, "neumann")
+        installed[f"{BETTY} cg (10): wrong second direction"] = partial(betty, "cg")
     else:
         missing.append("Betty (pip install --no-deps --ignore-requires-python betty-ml==0.2.1)")
     if find_spec("torchopt"):

@@ -10,9 +10,7 @@ from benchmarks.measure import run_script  # noqa: E402
 run_script(
     "speed",
     {
-        "timing": "step, layer and MLP iteration in one process; writes results/speed.json",
-        "floor": "iterations beside the same passes in bare PyTorch, in CPU time of one thread",
-        "dora_layer": "the DoRA layer alone: widths, dropout, kept activations, equality",
+        "timing": "step, layers and MLP iteration in one process; writes results/speed.json",
         "language": "memory and time of a language model's steps; results/speed_language.json",
         "gpu": "everything on one GPU in nine minutes; writes results/speed_gpu.json",
         "on_paper": "memory of 8B and 70B on eight cards, on the meta device",

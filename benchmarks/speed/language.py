@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from benchmarks.measure import Target, arguments, report, rounds, table_of, wait
+from benchmarks.measure import arguments, report, rounds, table_of, wait
 from benchmarks.pages import RESULTS, ROOT
 from benchmarks.speed import llama
 
@@ -189,12 +189,5 @@ def main() -> None:
         for checkpointing in (False, True):
             peaks += memory(shape, checkpointing, sizes, estimators)
         times += steps(shape, timed_sizes, timed, 1 if quick else 3)
-    of_dots = [row for row in peaks if row["estimator"] == DOTS and row["checkpointing"] == "yes"]
-    targets = [Target(f"{r['model']}: upper ÷ lower step, memory", r["÷"], 1.1) for r in of_dots]
-    targets += [
-        Target(f"{row['model']}: {row['run']}", row[f"÷ {PLAIN}"], 1.15)
-        for row in times
-        if row["run"].endswith(DOTS)
-    ]
     tables = {"Peak of memory above the model's": peaks, "Time, checkpointing": times}
-    report(options, tables, targets, sizes)
+    report(options, tables, sizes)

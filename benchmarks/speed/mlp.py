@@ -1,4 +1,4 @@
-"""The problem of `estimators.cost`: an MLP whose samples are weighed by a second network.
+"""The problem of `timing`: an MLP whose samples are weighed by a second network.
 
     lower: min over w   mean_i σ_u(CE_i(w))·CE_i(w)      MLP 784-512-512-10, a batch of 128
     upper: min over u   mean CE(w) on a clean batch       σ_u: 1-100-1 with a sigmoid

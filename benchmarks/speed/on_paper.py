@@ -12,17 +12,15 @@ difference, for which shards must be in float32. Allocators and communication ne
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
 from benchmarks.measure import arguments, report
+from benchmarks.memory import peak_memory
 from benchmarks.pages import RESULTS
 from benchmarks.speed import llama
 
@@ -31,42 +29,6 @@ CARDS, ROWS, LENGTH, RANK = 8, 4, 2048, 16
 WHOLE = 2
 GB = 1e9
 Row = dict[str, Any]
-
-
-class Living(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make, each storage once.
-
-    Attributes:
-        now: bytes of those that live.
-        peak: the most that lived at once.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if _is(x)}
-        for tensor in filter(_is, tree_leaves(result)):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in given | self._known:
-                self._known.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
-        return result
-
-    def _free(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
-
-
-def _is(value: Any) -> bool:
-    return isinstance(value, Tensor)
 
 
 def flash(
@@ -89,16 +51,19 @@ def on_a_card(shape: str, dtype: torch.dtype) -> Row:
     adapter = [p for p in adapted.parameters() if p.requires_grad]
     layer = adapted.get_base_model().model.layers[0]
     ids = torch.zeros(ROWS, LENGTH, dtype=torch.long, device="meta")
-    with Living() as living, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        states = adapted.get_base_model().model(ids).last_hidden_state
-        torch.autograd.grad(states.float().sum(), adapter)
+
+    def a_pass() -> None:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            states = adapted.get_base_model().model(ids).last_hidden_state
+            torch.autograd.grad(states.float().sum(), adapter)
+
     frozen = [p for p in adapted.parameters() if not p.requires_grad]
     return {
         "weights, sharded": size(frozen) / CARDS,
         "whole layers": WHOLE * size(p for p in layer.parameters() if not p.requires_grad),
         # The adapter, its gradient, and Adam's two moments.
         "adapter and Adam": 4 * size(adapter) / CARDS,
-        "a pass": living.peak,
+        "a pass": peak_memory(a_pass, torch.device("meta")),
         "a direction": size(adapter) / CARDS,
     }
 
@@ -137,4 +102,4 @@ def main() -> None:
         row for shape in (("tiny",) if options.quick else ("8B", "70B")) for row in table(shape)
     ]
     details = {"cards": CARDS, "rows": ROWS, "tokens": LENGTH, "rank": RANK}
-    report(options, {"GB on each card": rows}, details=details)
+    report(options, {"GB on each card": rows}, details)

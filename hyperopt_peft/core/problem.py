@@ -167,6 +167,21 @@ class Problem:
         mapping applies to all parameter groups; a list has one for each group. Each step first
         writes the values into the groups. ``"unrolled"`` and ``"forward"`` differentiate through
         the options; other estimators raise ProblemError.
+
+        Example:
+            >>> from hyperopt_peft import Engine
+            >>> class Fit(Problem):
+            ...     def loss(self, batch):
+            ...         return (w - 1).square()
+            >>> class Learned(Fit):
+            ...     def optimizer_options(self):
+            ...         return {"lr": log_rate.exp()}
+            >>> w, log_rate = (torch.tensor(x, requires_grad=True) for x in (0.0, -4.0))
+            >>> upper = Fit([log_rate], optimizer=torch.optim.Adam([log_rate], lr=0.1))
+            >>> lower = Learned([w], optimizer=torch.optim.SGD([w], lr=0.0))
+            >>> history = Engine(upper, lower, "unrolled:steps=1", progress=False).run(20)
+            >>> log_rate.item() > -3
+            True
         """
         return {}
 

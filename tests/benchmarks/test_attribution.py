@@ -8,7 +8,6 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.attribution import scores, tables, trainers
-from benchmarks.attribution.peers import datainf_layer
 from benchmarks.attribution.runs import Recipe, actual, planted, random_rows
 from benchmarks.store import Store
 from hyperopt_peft.attribution.check import metasmoothness
@@ -25,16 +24,6 @@ def test_planted_noise_has_its_share_and_its_kind() -> None:
         turned = (found[changed] == (labels[changed] + 1) % 3).double().mean()
         assert turned == 1 if noise == "class-dependent" else 0.3 < turned < 0.7
     assert torch.equal(planted(labels, 3, "none", 0.2, torch.Generator()), labels)
-
-
-def test_datainf_is_the_mean_of_the_rows_inverses() -> None:
-    """By inverting g gᵀ + λ of each row."""
-    torch.manual_seed(0)
-    rows, wanted = torch.randn(6, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
-    damping = 0.1 * rows.square().mean()
-    inverses = [torch.linalg.inv(torch.outer(g, g) + damping * torch.eye(4)) for g in rows]
-    expected = -rows @ torch.stack(inverses).mean(0) @ wanted / 6
-    assert torch.allclose(datainf_layer(rows, wanted), expected)
 
 
 def test_retrainings_are_those_of_the_check() -> None:
@@ -66,24 +55,22 @@ def test_methods_share_the_retrainings_of_a_check(
 ) -> None:
     """An entry has what each method predicts of them, and is not measured twice."""
     made = []
-    part = (lambda seed, quick: made.append(seed) or task(), (), (0,), 8)
-    monkeypatch.setitem(trainers.PARTS, "documents", part)
+    monkeypatch.setattr(trainers, "tags", lambda seed, quick: made.append(seed) or task())
+    monkeypatch.setattr(trainers, "METHODS", trainers.METHODS[:-1])  # heads are of classifiers
+    monkeypatch.setattr(trainers, "RETRAININGS", 8)
     monkeypatch.setattr(trainers, "SHARE", 0.2)
     for _ in range(2):
         runs = Store(tmp_path / "runs.jsonl")
-        trainers.measure(runs, "documents", 3, False)
+        trainers.measure(runs, 3, False)
     (row,) = runs.rows
     assert made == [3]
     assert set(row["methods"]) == set(trainers.METHODS)
     assert all(len(m["predicted"]) == len(row["actual"]) == 8 for m in row["methods"].values())
     check = tables.check(row, "unrolled")
     assert check.lds > 0.9 and check.slope == pytest.approx(1, abs=0.2)
-    found = tables.tables_of(runs)
-    whole, *_ = found[tables.TRAINERS["documents"]]
-    assert whole["documents: LDS"] == pytest.approx(check.lds)
+    whole, *_ = tables.tables_of(runs)[tables.TAGS]
+    assert whole["tags: LDS"] == pytest.approx(check.lds)
     assert whole["trainings"] == pytest.approx(3, abs=0.2)  # one, and two passes a step
-    (target,) = tables.targets_of(found)
-    assert target.value > 0 and "documents" in target.name
 
 
 def test_development_seeds_have_rows_of_their_own() -> None:

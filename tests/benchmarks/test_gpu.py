@@ -12,7 +12,7 @@ from benchmarks.speed.gpu import PARTS, Part, run
 from benchmarks.speed.gpu.machine import Machine
 
 #: The rest takes a few seconds, and is tried without ``-m slow``.
-SLOW = ("step", "levels", "memory", "attribution", "4-bit")
+SLOW = ("step", "levels", "attribution", "4-bit")
 CPU = Machine("cpu", small=True, threads=1)
 HERE = "tests.support.gpu_parts"
 

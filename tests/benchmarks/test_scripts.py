@@ -12,8 +12,6 @@ import benchmarks  # noqa: F401 - its entry in sys.path is there before a test t
 ROOT = Path(__file__).parents[2]
 SLOW = [
     "speed timing --quick",
-    "speed dora_layer --quick",
-    "speed floor --quick",
     "speed language --quick",
     "speed gpu --device cpu --small --threads 1 --parts layer head",
     "speed on_paper --quick",
@@ -21,7 +19,7 @@ SLOW = [
     "estimators convergence --quick",
     "estimators fidelity --quick",
     "estimators noise --quick",
-    "attribution scores --quick --parts methods cost memory suspects",
+    "attribution scores --quick --parts methods cost suspects",
     "attribution trainers --quick",
     "attribution heads --quick",
     "methods run --quick",

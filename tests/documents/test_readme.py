@@ -2,14 +2,12 @@
 
 import json
 import re
-import runpy
 from pathlib import Path
 
 import pytest
 
 from benchmarks import pages
 from benchmarks.estimators import comparison
-from hyperopt_peft.hypergradients import registered, registry
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -41,14 +39,3 @@ def test_the_estimator_table_is_that_of_the_measurements() -> None:
             near = isinstance(value, float)  # otherwise no cosine, or a refusal's words
             expected = pytest.approx(value, rel=0.2, abs=1e-6) if near else value
             assert row[column] == expected, row["estimator"]
-
-
-def test_custom_problem_example_runs(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(registry, "_ENTRIES", registered())  # the example registers its own
-    runpy.run_path(str(ROOT / "examples/custom_problem.py"), run_name="__main__")
-    printed = capsys.readouterr().out
-    assert "steepest" in printed
-    before, after = map(float, re.search(r"loss ([\d.]+) → ([\d.]+)", printed).groups())
-    assert after < before / 10

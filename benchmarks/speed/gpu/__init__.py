@@ -67,8 +67,7 @@ HERE = "benchmarks.speed.gpu"
 PARTS = {
     "layer": Part("DoRA layer of 4096²", f"{HERE}.layers:layer", 45),
     "step": Part("BiDoRA's step on MiniLM", f"{HERE}.layers:step", 60, (MINILM,)),
-    "levels": Part("Seconds of a run, 1B", f"{HERE}.levels:levels", 90),
-    "memory": Part("Memory of a step, 1B", f"{HERE}.levels:memory", 90),
+    "levels": Part("Seconds and memory of a run, 1B", f"{HERE}.levels:levels", 90),
     "equality": Part("Equality with checkpointing, 1B", f"{HERE}.equality:equality", 75),
     "attribution": Part("Scores of training rows, 1B", f"{HERE}.scores:attribution", 75),
     "features": Part("Features of a head, MiniLM", f"{HERE}.scores:features", 45, (MINILM,)),

@@ -20,7 +20,7 @@ def layer(machine: Machine) -> Iterator[dict[str, Any]]:
     width, tokens = (64, [32]) if machine.small else (4096, [256, 4096])
     rounds = machine.rounds if machine.small else MANY
     for count in tokens:
-        yield from single_layer(width, count, rounds, machine.device, torch.bfloat16)
+        yield single_layer(width, count, rounds, machine.device, torch.bfloat16)
 
 
 def step(machine: Machine) -> Iterator[dict[str, Any]]:

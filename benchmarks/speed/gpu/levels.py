@@ -49,6 +49,7 @@ def levels(machine: Machine, model: Any = None) -> Iterator[Row]:
     working = [name for name, result in results.items() if result == "done"]
     seconds = rounds(working, one, machine.rounds, warmup=0)  # each has run once
     table = {row["run"]: row for row in table_of(seconds, PLAIN)}
+    alone = peaks[ALONE].value if ALONE in table else None
     for name, result in results.items():
         row = table.get(name, {"run": name, "s": None, f"÷ {PLAIN}": None})
         peak = peaks[name] if name in table else None
@@ -56,41 +57,9 @@ def levels(machine: Machine, model: Any = None) -> Iterator[Row]:
             **row,
             "before, MB": peak and peak.before,
             "peak above, MB": peak and peak.value,
+            "peak ÷ lower alone": peak.value / alone if peak and alone else None,
             "result": result,
         }
-
-
-def memory(machine: Machine) -> Iterator[Row]:
-    """The peak of lower steps alone, beside the peak where each is followed by an upper step."""
-    options: Row = {**machine.sizes, "device": machine.device, "max_steps": 2}
-    for checkpointing in (False, True):
-        model, alone = machine.model(), None
-        options["gradient_checkpointing"] = checkpointing
-
-        def two_steps(name: str, model: Any = model) -> Peak:
-            trainer: Any
-            if name == PLAIN:
-                trainer = llama.plain(machine.shape, model, **options)
-            else:
-                estimator = None if name == ALONE else name
-                trainer = llama.sources(machine.shape, model, estimator, lower_steps=1, **options)
-            peak = Peak(machine.device)
-            trainer.add_callback(peak)
-            trainer.train()
-            return peak
-
-        attempted(partial(two_steps, PLAIN))  # warms up: libraries allocate memory of their own
-        for name in (PLAIN, ALONE, *ESTIMATORS):
-            peak, result = attempted(partial(two_steps, name))
-            alone = peak.value if peak and name == ALONE else alone
-            yield {
-                "checkpointing": "yes" if checkpointing else "no",
-                "steps": {PLAIN: "plain", ALONE: "lower alone"}.get(name, f"upper, {name}"),
-                "before, MB": peak and peak.before,
-                "peak above, MB": peak and peak.value,
-                "÷ lower alone": peak.value / alone if peak and alone else None,
-                "result": result,
-            }
 
 
 def four_bits(machine: Machine) -> Iterator[Row]:
