@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -13,7 +14,7 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 from datasets import ClassLabel, Dataset, Value
 
 from hyperopt_peft.cli.text.data import TRAIN, require_columns
-from hyperopt_peft.cli.text.encode import class_names
+from hyperopt_peft.cli.text.encode import class_names, number
 from hyperopt_peft.cli.text.tasks import SFT
 from hyperopt_peft.errors import ProblemError
 
@@ -161,4 +162,12 @@ def _task_of_label(rows: Dataset, label: str) -> str:
     kind, many = rows.features[label].dtype, _different(rows, label) > _most_classes(rows)
     if kind.startswith("float") or (kind.startswith("int") and many):
         return "regression"
+    if many and kind in ("string", "large_string"):
+        values = [str(value).strip() for value in rows[label][:1000]]
+        wrong = [row for row, value in enumerate(values) if math.isnan(number(value))]
+        if wrong and len(wrong) * 2 < len(values):
+            raise ProblemError(
+                f"label_column: {label} has {values[wrong[0]]!r} in row {wrong[0]} (from 0) among "
+                f"numbers; correct the row, or {NO_LABEL}"
+            )
     return "text-classification"

@@ -21,7 +21,7 @@ from hyperopt_peft.comparison.heads import RATE, HeadTask
 from hyperopt_peft.comparison.result import Comparison
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Task
-from hyperopt_peft.comparison.work import Work, pickle_by_value
+from hyperopt_peft.comparison.work import Work, require_pickled
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.find import find_method
 from hyperopt_peft.trainer.fingerprint import data_fingerprint
@@ -153,6 +153,8 @@ def compare_methods(
         )
     if not on_heads and not 0 < (passes or 0) < math.inf:
         raise ProblemError(f"passes: must be the budget of a run, such as 300, got {passes}")
+    if jobs == 0:
+        raise ProblemError("jobs: must be a number of processes, got 0")
     if part != (1, 1) and folder is None:
         raise ProblemError("part: the parts share their runs through a folder; give folder")
     parts = seeds if on_heads and folds is None else ()
@@ -181,7 +183,7 @@ def compare_methods(
         where, settings_of(task) if where else {}, "" if count == 1 else f"-{number}-of-{count}"
     )
     if jobs != 1:
-        pickle_by_value(task)
+        require_pickled(task)
     total, done = sum(plan.count(*each) for each in plan.candidates()), len(store.results)
     hidden = dry_run or not progress or done >= total
     with tqdm(total=total, initial=min(done, total), disable=hidden, unit="run") as bar:

@@ -100,7 +100,7 @@ class HeadTask(Task):
         model, seconds = self.solved[run]
         metrics = self.evaluate(model, test)
         self.require_metric(metrics)
-        more = {"seconds": seconds, "memory": peak(), "steps": []}
+        more = {"seconds": seconds, "memory": peak(), "steps": [], "spent": {}}
         return self.line(scored, metrics, passes=0.0, finish=0.0, **more)
 
     def solve(self, run: Run) -> Any:

@@ -62,11 +62,16 @@ class Price:
     start: float = 0.0
     a_pass: float = 0.0
 
-    def rows(self, search: int, again: int = 0) -> float:
-        """The rows that the steps of both phases send through the model."""
-        upper = search // self.every * self.upper if self.every else 0
-        second = rows_of(again, self.everything, self.batch)
-        return rows_of(search, self.lower, self.batch) + upper + second
+    def spent(self, steps: Sequence[int]) -> dict[str, float]:
+        """The passes of lower steps, upper steps and the second training."""
+        return {name: rows / self.unit for name, rows in self._rows(*steps).items()}
+
+    def _rows(self, search: int, again: int = 0) -> dict[str, float]:
+        return {
+            "lower steps": rows_of(search, self.lower, self.batch),
+            "upper steps": search // self.every * self.upper if self.every else 0,
+            "second training": rows_of(again, self.everything, self.batch),
+        }
 
     def of_run(self, steps: Sequence[int], passes: float) -> Price:
         """This price with the mean cost of an upper step in a run that took ``passes``.
@@ -75,8 +80,9 @@ class Price:
             >>> Price(10, 10, lower=80, everything=100, every=2, upper=20).of_run([40], 80).upper
             20.0
         """
-        rest = passes * self.unit - replace(self, upper=0.0).rows(*steps)
-        return replace(self, upper=rest / max(1, steps[0] // (self.every or 1)))
+        rows = self._rows(*steps) | {"upper steps": 0}
+        upper = (passes * self.unit - sum(rows.values())) / max(1, steps[0] // (self.every or 1))
+        return replace(self, upper=upper)
 
     def steps(self, passes: float) -> list[int]:
         """The steps of each phase of a run of ``passes`` passes.
@@ -91,9 +97,9 @@ class Price:
         allowed = passes * self.unit
         if not self.every:
             return [steps_for(allowed, self.lower, self.batch)]
-        a_cycle = self.rows(self.every, self.every if self.again else 0)
+        a_cycle = sum(self._rows(self.every, self.every if self.again else 0).values())
         search = max(1, int(allowed // a_cycle)) * self.every
-        left = allowed - self.rows(search)
+        left = allowed - sum(self._rows(search).values())
         if self.again:
             return [search, steps_for(left, self.everything, self.batch)]
         return [search + min(self.every - 1, int(max(0, left) // self.batch))]

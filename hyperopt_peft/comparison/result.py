@@ -190,10 +190,22 @@ class Comparison:
         alike = len(layers) == 1
         return found + [k if alike else f"{', '.join(names)}: {k}" for k, names in layers.items()]
 
+    def spent(self) -> list[Row]:
+        """The passes of each method, by use; means over seeds."""
+        rows: list[Row] = []
+        for name, kind in self.plan.candidates():
+            results = self._results(name, kind)
+            means = {key: fmean(r["spent"][key] for r in results) for key in results[0]["spent"]}
+            rows = rows or [["method", *means]]
+            rows.append([name + ABLATIONS[kind], *(f"{x:.1f}" for x in means.values())])
+        return rows
+
     def tables(self) -> dict[str, list[Row]]:
-        """All tables by heading; heads have no rates."""
-        rates = {"Held-out score at every rate": self.rates()} if self.passes else {}
-        return {"Scores": self.table(), **rates}
+        """All tables by heading; rates and passes only where runs have a budget."""
+        if not self.passes:
+            return {"Scores": self.table()}
+        others = {"Held-out score at every rate": self.rates(), "Passes": self.spent()}
+        return {"Scores": self.table(), **others}
 
     def heading(self) -> str:
         """The score, the rows, the budget and the number of seeds, in a line."""

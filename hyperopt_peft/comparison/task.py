@@ -48,8 +48,14 @@ SOME = 64
 class Run:
     """What distinguishes a run from the others of a comparison.
 
-    The seed sets the held-out rows, the split, the start and the order. An upper rate of None is
-    that of the arguments. Rows held out from the training rows score a run of development.
+    Attributes:
+        method: its name.
+        kind: the method, or one of its two ablations.
+        seed: of the held-out rows, the split, the start and the order.
+        rate: the peak learning rate of the lower level.
+        upper_rate: that of the upper level; None is that of the arguments.
+        development: whether the score is that of rows held out from the training rows, not of the
+            test rows.
     """
 
     method: str
@@ -131,6 +137,7 @@ class Task:
             metrics,
             passes=trainer.passes.passes,
             steps=steps,
+            spent=price.spent(steps),
             seconds=time.perf_counter() - begin,
             memory=peak(),
             finish=watch.change,

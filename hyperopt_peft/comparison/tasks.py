@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from statistics import fmean
 
 from hyperopt_peft.comparison.result import Comparison, Row
@@ -75,10 +75,17 @@ class AcrossTasks(Comparison):
 
     def rates(self) -> list[Row]:
         """As `Comparison.rates`, by task."""
-        rows = [["task", "method", "rate", "upper rate", self.metric]]
-        for task, each in self.comparisons.items():
-            rows += [[task, *row] for row in each.rates()[1:]]
-        return rows
+        heads, *rows = self._by_task(Comparison.rates)
+        return [[*heads[:-1], self.metric], *rows]
+
+    def spent(self) -> list[Row]:
+        """As `Comparison.spent`, by task."""
+        return self._by_task(Comparison.spent)
+
+    def _by_task(self, table: Callable[[Comparison], list[Row]]) -> list[Row]:
+        tables = {task: table(each) for task, each in self.comparisons.items()}
+        heads = ["task", *next(iter(tables.values()))[0]]
+        return [heads, *([task, *row] for task, (_, *rows) in tables.items() for row in rows)]
 
     def remarks(self) -> list[str]:
         """As `Comparison.remarks`, with the tasks where these are not all."""

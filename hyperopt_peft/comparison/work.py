@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -82,7 +83,7 @@ class Work:
             self.task.price(run)  # fills the store of frozen layers
             price = self.task.price(run)
             steps = price.steps(self.task.passes)
-            passes = price.rows(*steps) / price.unit
+            passes = sum(price.spent(steps).values())
             runs = plan.count(name, kind)
             minutes = runs * (price.start + passes * price.a_pass) / 60
             total += minutes
@@ -92,8 +93,18 @@ class Work:
         return "\n".join([aligned(rows), whole, self.task.layers])
 
 
-def pickle_by_value(task: Task) -> None:
-    """Let classes that other processes cannot import by name be pickled by value."""
+def require_pickled(task: Task) -> None:
+    """Raise ProblemError if ``task`` cannot be sent to other processes.
+
+    Classes that other processes cannot import by name are pickled by value.
+    """
     for module in {sys.modules[type(method).__module__] for method in task.methods.values()}:
         if module.__name__.endswith(".py") or not module.__package__:
             cloudpickle.register_pickle_by_value(module)
+    try:
+        cloudpickle.dumps(task)
+    except (TypeError, AttributeError, ValueError, pickle.PicklingError) as error:
+        raise ProblemError(
+            f"jobs: what the runs share cannot be pickled for other processes ({error}); make it "
+            "in base_model or in a method's prepare, or leave jobs at 1"
+        ) from error

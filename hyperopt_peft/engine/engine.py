@@ -16,6 +16,7 @@ from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import check_ownership
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.registry import DEFAULT, EstimatorLike, get_estimator
+from hyperopt_peft.hypergradients.state import unpacked
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.random_state import RandomState
 from hyperopt_peft.utils.validation import require_count, require_settings
@@ -182,7 +183,8 @@ class Engine:
             ProblemError: ``state`` is incomplete, or belongs to other levels or settings; nothing
                 has changed.
         """
-        if missing := ENTRIES - set(state):
+        if not isinstance(state, Mapping) or (missing := ENTRIES - state.keys()):
+            missing = missing if isinstance(state, Mapping) else ENTRIES
             raise ProblemError(
                 f"state: the entries {sorted(missing)} are missing; use a state of an Engine"
             )
@@ -194,6 +196,7 @@ class Engine:
             )
         self.upper.check_state(state["upper"])
         self.lower.check_state(state["lower"])
+        unpacked(state["estimator"], self.lower.variables)  # before anything changes
         self.upper.load_state_dict(state["upper"])
         self.lower.load_state_dict(state["lower"])
         self._step.load_state_dict(state["estimator"])

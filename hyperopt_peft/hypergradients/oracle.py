@@ -65,7 +65,8 @@ class Estimate:
         steps: the number of steps of the solver.
         note: a message for the user.
         state: the `Oracle.state` of the next upper step.
-        norms: the 2-norms of dF/du, ``direct`` and ``implicit``; set by `Oracle.estimate`.
+        norms: the 2-norms of dF/du, ``direct`` and ``implicit``; set by `Oracle.estimate`,
+            NaN before.
 
     Example:
         >>> from torch import ones

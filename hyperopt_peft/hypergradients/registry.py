@@ -140,6 +140,8 @@ def with_options(estimator: type[EstimatorT], text: str) -> EstimatorT:
             raise ProblemError(f"{name}: write options as option=value, got {part!r}")
         if option not in names:
             raise ProblemError(f"{name}: unknown option {option!r}{did_you_mean(option, names)}")
+        if option in options:
+            raise ProblemError(f"{name}: option {option!r} is given twice")
         options[option] = _literal(value)
     return estimator(**options)
 

@@ -37,7 +37,8 @@ train_sampling_strategy use_liger_kernel warmup_steps weight_decay
 BOUNDS: dict[str, Any] = {
     **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm"), NonNegativeFloat),
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), PositiveInt),
-    "seed": Annotated[int, Bound("≥", 0), Bound("<", 2**32)],
+    "seed": (SEED := Annotated[int, Bound("≥", 0), Bound("<", 2**32)]),
+    "data_seed": SEED | None,
 }
 
 

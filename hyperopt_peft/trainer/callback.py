@@ -159,6 +159,12 @@ class BilevelCallback(TrainerCallback):
             steps = state.max_steps
             if has_length(train_dataloader):
                 steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)
+            if position["step"] not in (done - done % steps, done - (done % steps or steps)):
+                logger.warning(
+                    "%s: an epoch ended early (should_epoch_stop), so the resumed run reads the "
+                    "data in another order than an uninterrupted run",
+                    folder,
+                )
             within = done % steps > 0 and not args.ignore_data_skip
             RandomState(position["epoch" if within else "now"]).restore()
             self.epoch_step = position["step"] if within else done

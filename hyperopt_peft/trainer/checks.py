@@ -83,6 +83,10 @@ def check_arguments(
         "trainer that read trainer.task_loss"
     )
     refused = {
+        "fsdp": (
+            args.fsdp and distributed.world_size() == 1,
+            "one process has nothing to shard; start several, or use DDP",
+        ),
         f"n_gpu={args.n_gpu}": (
             args.n_gpu > 1,
             "its threads split the batch; start one process a device, with torchrun",
@@ -94,6 +98,10 @@ def check_arguments(
         "torch_compile=True": (
             args.torch_compile,
             "the levels call the model and not its compiled wrapper; use model.compile()",
+        ),
+        "torch_empty_cache_steps": (
+            args.torch_empty_cache_steps,
+            "a step has many passes; empty the cache in a callback",
         ),
         "activation_offloading=True": (
             getattr(args, "activation_offloading", False),
@@ -206,7 +214,9 @@ def require_mean_over_labels(trainer: Any, rows: Any, collate: Any, tags: Sequen
         ):
             sums, counts = row_losses(trainer.model, batch)
             mean = sums.sum() / counts.sum().clamp(min=1)
-            loss = trainer.compute_loss(trainer.model, {**batch})  # which may add entries
+            items = counts.sum() if distributed.world_size() == 1 else None  # else it is scaled
+            copy = {**batch}  # the trainer may add entries
+            loss = trainer.compute_loss(trainer.model, copy, num_items_in_batch=items)
         if not counts.any() or (loss - mean).abs() <= TOLERANCE * mean.abs():
             return
         found = f"the loss of the first batch is {loss:.4g}, the mean of its labels {mean:.4g}"

@@ -25,7 +25,12 @@ def new_optimizer(
         raise ProblemError(
             f"optim: {name} takes no groups of parameters; use one that does, such as adamw_torch"
         )
-    return kind(groups, **options)
+    try:
+        return kind(groups, **options)
+    except (TypeError, ValueError) as error:
+        raise ProblemError(
+            f"optim: {name} does not take {options} ({error}); change the options"
+        ) from error
 
 
 def parameter_groups(
@@ -62,14 +67,16 @@ def learning_rate(optimizer: Any, level: Problem) -> float | None:
 
 def check_optimizers(source: str, optimizer: Any, scheduler: Any, levels: list[Problem]) -> None:
     """Raise ProblemError unless the ``optimizer`` of ``source`` holds each level's groups."""
-    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
-        raise ProblemError(
-            f"{source}: the scheduler drives another optimizer; give the two that belong together"
-        )
     if optimizer is None:
+        if scheduler is not None:
+            raise ProblemError(f"{source}: a scheduler without an optimizer; give both or neither")
         return
     named = [(n, v) for level in levels for n, v in zip(level.names, level.variables, strict=True)]
     check_optimizer(optimizer, named, source)
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise ProblemError(
+            f"{source}: the scheduler drives another optimizer; make the scheduler for this one"
+        )
     groups = [{id(p) for p in group["params"]} for group in optimizer.param_groups]
     of_levels = [{id(v) for v in level.variables} for level in levels]
     if any(sum(bool(group & of_level) for of_level in of_levels) > 1 for group in groups):

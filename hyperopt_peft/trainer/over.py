@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import inspect
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from copy import copy
@@ -70,7 +71,7 @@ def arguments_of(parent: type[Trainer]) -> Any:
     for base in parent.__mro__:
         if kind := UNHINTED.get(f"{base.__module__}.{base.__qualname__}"):
             return kind
-        if annotation := _annotation(base):
+        if annotation := _annotation(base, "args"):
             hint = SimpleNamespace(__annotations__={"args": annotation})
             with suppress(NameError):  # the hint's class is imported for type checkers only
                 hinted = get_type_hints(hint, vars(base)["__init__"].__globals__)["args"]
@@ -80,10 +81,16 @@ def arguments_of(parent: type[Trainer]) -> Any:
     return TrainingArguments
 
 
-def _annotation(base: type) -> Any:
-    """The annotation of ``args`` in an ``__init__`` that ``base`` itself defines, else None."""
+def loads_names(parent: type[Trainer]) -> bool:
+    """Whether ``parent`` loads a model by name: the type hint of ``model`` allows ``str``."""
+    hints = (_annotation(base, "model") for base in parent.__mro__)
+    return bool(re.search(r"\bstr\b", str(next(filter(None, hints), ""))))
+
+
+def _annotation(base: type, name: str) -> Any:
+    """The annotation of ``name`` in an ``__init__`` that ``base`` itself defines, else None."""
     init = vars(base).get("__init__")
-    parameter = None if init is None else inspect.signature(init).parameters.get("args")
+    parameter = None if init is None else inspect.signature(init).parameters.get(name)
     if parameter is None or parameter.annotation is parameter.empty:
         return None
     return None if parameter.kind is parameter.VAR_POSITIONAL else parameter.annotation
@@ -98,8 +105,14 @@ def combined_arguments(ours: Any, parents: Any) -> Any:
     """
     if issubclass(ours, parents):
         return ours
+    standard = {field.name for field in fields(TrainingArguments)}
     declared = [inspect.get_annotations(base) for base in ours.__mro__ if type(base) is Combined]
     new = [field for field in fields(ours) if any(field.name in names for names in declared)]
+    for name in {field.name for field in new} - standard:
+        if name in parents.__dataclass_fields__:
+            raise ProblemError(
+                f"{name}: both {parents.__name__} and {ours.__name__} have this argument; rename it"
+            )
     hints = get_type_hints(ours, include_extras=True)
     made = make_dataclass(
         ours.__name__.removesuffix("TrainingArguments") + parents.__name__,

@@ -30,6 +30,7 @@ from hyperopt_peft.trainer.internals import counters_of, metrics_restored, packe
 from hyperopt_peft.trainer.logs import shorten, upper_gap
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.optimizer import check_optimizers, params_of
+from hyperopt_peft.trainer.over import loads_names
 from hyperopt_peft.trainer.passes import PassCounter
 from hyperopt_peft.trainer.phases import PhasesTrainer
 from hyperopt_peft.trainer.step import Accumulated, OptimizerStep
@@ -136,7 +137,7 @@ class BilevelTrainer(PhasesTrainer):
         checks.check_arguments(
             args, trainer, trainer_loss=self.trainer_loss, custom_loss=self.has_own_loss()
         )
-        if not isinstance(model, nn.Module) and self.parent() is Trainer:
+        if not isinstance(model, nn.Module) and not loads_names(self.parent()):
             raise ProblemError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         evaluation = trainer.pop("eval_dataset", None)
         train_dataset, upper_dataset = data_of_levels(
@@ -229,6 +230,11 @@ class BilevelTrainer(PhasesTrainer):
 
         Each ``.grad`` is set by `BilevelCallback.on_pre_optimizer_step`, after the Trainer clips.
         """
+        if not self.is_in_train:
+            raise ProblemError(
+                "training_step: a step of two levels is a part of train(); call train(), or "
+                "hyperopt_peft.hypergradient for one hypergradient"
+            )
         self._set_training_mode(model)
         step = self.current_step
         loss = step.evaluate(inputs)

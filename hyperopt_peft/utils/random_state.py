@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from hyperopt_peft.errors import ProblemError
+
 
 @dataclass(frozen=True)
 class RandomState:
@@ -98,11 +100,15 @@ _OF_SEEDED = MT19937(0)
 _SEEDED = np.random.RandomState(_OF_SEEDED)
 
 
-def _twister() -> Any:
+def _twister() -> MT19937:
     """NumPy's global generator, converted to this class if it is a plain MT19937."""
-    generator: Any = np.random.get_bit_generator()  # type: ignore[attr-defined]
+    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
     if type(generator) is np.random.MT19937:
         state, generator = np.random.get_state(legacy=False), MT19937(0)
         np.random.set_bit_generator(generator)  # type: ignore[attr-defined]
         np.random.set_state(state)
+    if not isinstance(generator, MT19937):
+        raise ProblemError(
+            f"np.random: {type(generator).__name__} cannot be replayed; set an MT19937 instead"
+        )
     return generator

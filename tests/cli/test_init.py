@@ -66,7 +66,7 @@ def test_task_and_columns_are_guessed(
         # Not the only column with two values, of which one may be the label.
         ({"text": TEXTS, "label": ["a"] * 20, "lang": AB}, {}, "label_column: .*one class"),
         ({"text": TEXTS, "target": TEXTS}, {}, "label_column: target has 20 classes"),
-        ({"text": TEXTS, "stars": ["n/a", *map(str, range(19))]}, {}, "5 rows of n/a"),
+        ({"text": TEXTS, "stars": ["n/a", *map(str, range(19))]}, {}, "stars has 'n/a' in row 0"),
         ({"text": [None, *TEXTS[1:]], "label": AB}, {}, "'text' is empty in 1 of 20 rows"),
         ({"n": [*range(20)], "label": AB}, {}, "text_columns: none of n, label looks like texts"),
         (MIXED, {"label": "meta"}, "name another column"),

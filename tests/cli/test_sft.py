@@ -107,7 +107,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"packing_strategy": "bdf", "packing": True}, "packing_strategy|strategy"),
     ({"text_columns": ["text"]}, "--text_columns: is for other tasks"),
     ({"retrain_without": 0.1}, "retrain_without: is not of task sft"),
-    ({"tokenizer": "plain"}, "chat.template"),
+    ({"tokenizer": "plain"}, "messages, and the tokenizer no chat template"),
 ]
 
 

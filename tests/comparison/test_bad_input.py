@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from hyperopt_peft import Method, ProblemError
 from hyperopt_peft.problems import LoRA
-from tests.support.comparisons import compared
+from tests.support.comparisons import accuracy, compared
 from tests.support.trainers import data
 
 ONE = {"LoRA": LoRA()}
@@ -71,6 +73,20 @@ class Fragile(Method):
         return task_loss(batch) * (math.nan if largest > self.limit else 1.0)
 
 
+class Breaking(Method):
+    """Its loss is NaN from the sixth step on."""
+
+    steps = 0
+
+    def lower_loss(self, model: Any, batch: Any, task_loss: Any) -> Any:
+        self.steps += 1
+        return task_loss(batch) * (math.nan if self.steps > 5 else 1.0)
+
+
+def locked(outputs: Any, lock: Any) -> dict[str, float]:
+    return accuracy(outputs)
+
+
 def undefined(outputs: Any) -> dict[str, float]:
     return {"accuracy": math.nan}
 
@@ -83,6 +99,7 @@ def undefined(outputs: Any) -> dict[str, float]:
         ({"m": Greedy()}, {"passes": 20}, "m: its 20 passes ended after"),
         ({"m": Peeks()}, {}, "m: trains on 3 of 20 test rows"),
         ({"m": Fragile(0.0)}, {}, "m, seed 0, rate 0.06: step 1 .*; give lower"),
+        ({"m": Breaking()}, {}, "m, seed 0, rate 0.06: the score is nan"),
         (ONE, {"compute_metrics": undefined}, "LoRA, seed 0, rate 0.06: the score is nan"),
         (ONE, {"metric": "f1"}, "metric: f1 is none of .*accuracy"),
         (ONE, {"seeds": [0]}, "one seed has no interval"),
@@ -93,6 +110,11 @@ def undefined(outputs: Any) -> dict[str, float]:
         (ONE, {"test_dataset": data(rows=30)}, "all of its rows are training rows"),
         (ONE, {"test_dataset": TEST.select([])}, "test_dataset has no examples"),
         (ONE, {"test_dataset": TEST.to_list()}, "test_dataset: must be a datasets.Dataset"),
+        (
+            ONE,
+            {"jobs": 2, "compute_metrics": partial(locked, lock=threading.Lock())},
+            "jobs: .*cannot be pickled",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore")

@@ -86,6 +86,7 @@ def test_no_run_trains_on_the_rows_that_score_it() -> None:
         ({**FOLDS, "upper_dataset": NINE.select([0, 1, 2, 3, 0])}, "row 4 .* in another fold"),
         ({"passes": None}, "passes: must be .*got None"),
         ({"passes": float("nan")}, "passes: must be .*got nan"),
+        ({"jobs": 0}, "jobs: must be"),
     ],
 )
 def test_bad_input_is_one_line(options: Any, message: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from hyperopt_peft import BiDoRA, BilevelTrainer, Problem, ProblemError, bilevel
 from hyperopt_peft.utils.models import trainable
@@ -39,6 +39,7 @@ def trained(kind: Any, folder: Path, model: Any, settings: Any = None, **options
     arguments = getattr(kind, "Arguments", TrainingArguments)
     args = arguments(str(folder), **SETTINGS | (settings or {}))
     trainer = kind(model=model, args=args, **options)
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer
 
@@ -93,6 +94,13 @@ def test_an_optimizer_of_the_parent_s_own_holds_the_levels_variables(tmp_path: P
     own = type("Own", (Optimizing,), {"rate": 0.1})
     with pytest.raises(ProblemError, match=r"create_optimizer: .* remove tensors of shape"):
         trained(bilevel(own), tmp_path, peft_model(), train_dataset=data(), method=BiDoRA())
+
+
+@pytest.mark.parametrize("kind", [BilevelTrainer, bilevel(Confident)])
+def test_a_name_is_no_model_where_the_parent_loads_none(tmp_path: Path, kind: Any) -> None:
+    args = kind.Arguments(str(tmp_path), **SETTINGS)
+    with pytest.raises(ProblemError, match=r"model must be a .*Module, got str"):
+        kind("name", args=args, lower=lambda made: made, upper=None, train_dataset=data())
 
 
 def test_levels_that_would_not_have_the_loss_of_the_parent_are_refused(tmp_path: Path) -> None:

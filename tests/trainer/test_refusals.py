@@ -26,7 +26,7 @@ ARGUMENTS: dict[str, list[Any]] = {
     "lower_steps": [0, 1.5, True],
     "upper_learning_rate": ["1e-3", NAN, -1e-3],
     "learning_rate": [NAN],
-    "weight_decay": [-0.1],
+    "weight_decay": [-0.1, float("inf")],
     "max_grad_norm": [-1.0],
     "per_device_train_batch_size": [0],
     "gradient_accumulation_steps": [0],
@@ -34,13 +34,17 @@ ARGUMENTS: dict[str, list[Any]] = {
     "upper_max_grad_norm": [None],
     "upper_prior": [-1.0, "1"],
     "per_device_upper_batch_size": [0],
+    "seed": [-3, 2**32],
+    "data_seed": [-3],
     "upper_fraction": [0.0, 20],
     "non_finite": ["ignore"],
     "hypergradient": [3, "unrolled:steps=2"],
     "retrain": [True],
+    "num_train_epochs": [0],
     "retrain_arguments": [
         {"learning_rate": -1.0},
         {"learning_rate": "high"},
+        {"num_train_epochs": 0.0},
         {"rate": 1.0},
     ],
 }
@@ -50,8 +54,9 @@ ARGUMENTS: dict[str, list[Any]] = {
     ("name", "value"), [(name, value) for name, values in ARGUMENTS.items() for value in values]
 )
 def test_an_argument_out_of_range_is_named(tmp_path: Path, name: str, value: Any) -> None:
+    steps = {"max_steps": -1} if name == "num_train_epochs" else {"lower_steps": 2}
     with pytest.raises(ProblemError, match=name):
-        arguments(tmp_path, **{name: value})
+        arguments(tmp_path, **{**steps, name: value})
 
 
 @pytest.mark.parametrize(
@@ -265,6 +270,7 @@ REFUSED: list[tuple[str, Any]] = [
         "optimizers.*scheduler",
         with_optimizer(lambda g: adam(*g), lambda g: torch.optim.lr_scheduler.ConstantLR(adam(*g))),
     ),
+    ("AdamW.*1.5", made(adam_beta1=1.5)),
     ("Adafactor", made(hypergradient="sama", optim="adafactor")),
     ("Adafactor", made(hypergradient="unrolled:steps=1", optim="adafactor")),
     ("layer_wise", made({"optimizer_cls_and_kwargs": (layer_wise, {})})),
@@ -283,6 +289,15 @@ def test_it_is_refused_and_nothing_has_moved(message: str, act: Any, tmp_path: P
     with pytest.raises(ProblemError, match=message):
         act(model, tmp_path)
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_a_step_outside_of_training_is_refused(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    batch = next(iter(run.get_train_dataloader()))
+    for _ in range(2):
+        with pytest.raises(ProblemError, match=r"training_step: .*call train\(\)"):
+            run.training_step(run.model, batch)
+        run.train()
 
 
 def folded(examples: Any) -> Any:

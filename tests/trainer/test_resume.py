@@ -198,6 +198,24 @@ def test_a_resumed_run_pulls_to_the_first_run_s_initial_values(tmp_path: Path) -
         reweighting(tmp_path / "broken", upper_max_grad_norm=0.0).train(True)
 
 
+def test_an_epoch_that_a_callback_ended_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Five steps an epoch, of which the first has three."""
+
+    class Leave(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_epoch_stop = state.global_step == 3
+
+    settings = {"rows": 25, "save_steps": 1, "logging_steps": 1}
+    with pytest.raises(Stop):
+        saving(tmp_path, [Leave(), StopAt(5)], **settings).train()
+    resumed = saving(tmp_path, [Leave()], **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert f"resuming from {tmp_path / 'checkpoint-4'}" in caplog.text
+    assert "should_epoch_stop" in caplog.text and resumed.state.global_step == 9
+
+
 def test_the_arguments_are_the_users_on_disk_and_in_memory(tmp_path: Path) -> None:
     during = []
 

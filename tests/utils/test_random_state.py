@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from hyperopt_peft import ProblemError
 from hyperopt_peft.utils.random_state import RandomState, replay
 
 CPU = [torch.device("cpu")]
@@ -78,3 +79,12 @@ def test_numpys_functions_are_as_they_were_after_a_capture() -> None:
     words = [int(word) for word in kept[1]]
     np.random.set_state((kept[0], words, *kept[2:]))
     assert np.array_equal(np.random.get_state()[1], kept[1])
+
+
+def test_another_kind_of_generator_is_refused() -> None:
+    try:
+        np.random.set_bit_generator(np.random.PCG64(0))
+        with pytest.raises(ProblemError, match="PCG64"):
+            RandomState.capture()
+    finally:
+        np.random.set_bit_generator(np.random.MT19937(0))

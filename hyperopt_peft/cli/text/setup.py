@@ -185,7 +185,8 @@ def prepare(
     tokenizer = models.load_tokenizer(name, config, length, args.task)
     encoder: Any
     if of_trl:
-        encoder = Conversations(tokenizer, training.dataset_text_field)
+        template = bool(tokenizer.chat_template or training.chat_template_path)
+        encoder = Conversations(tokenizer, training.dataset_text_field, template)
     else:
         encoder = Encoder(args.task, data, tokenizer, names)
     require_columns(rows, read, TRAIN)

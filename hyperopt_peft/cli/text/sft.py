@@ -33,6 +33,7 @@ class Conversations:
 
     tokenizer: Any
     text_field: str = "text"
+    chat_template: bool = True
     columns: tuple[str, ...] = field(default=(), init=False)
 
     def encode(self, rows: Dataset, where: str, keep: Collection[str] = ()) -> Dataset:
@@ -65,9 +66,10 @@ class Conversations:
             if wrong:
                 raise ProblemError(f"{column!r} has {wrong}")
 
-    @staticmethod
-    def _wrong(messages: Any) -> str:
+    def _wrong(self, messages: Any) -> str:
         """The fault of ``messages``, or nothing."""
+        if not self.chat_template:
+            return "messages, and the tokenizer no chat template; give chat_template_path, or texts"
         every = messages if isinstance(messages, list) else []
         if not every or not all(isinstance(x, Mapping) and x.get("role") for x in every):
             return f"{messages!r}, not a list of messages with a 'role' and a 'content' each"
