@@ -93,19 +93,23 @@ def held_out(comparison: Comparison, name: str) -> float:
 
 
 def scores(tasks: Mapping[str, Comparison]) -> list[Row]:
-    """The scores on each task in points, with intervals over seeds; the mean of several tasks."""
+    """The scores on each task in points, with intervals over seeds, and the differences.
+
+    Three tasks or more have a mean, and the differences' interval over tasks.
+    """
     first = next(iter(tasks.values()))
-    joined = AcrossTasks(tasks) if len(tasks) > 1 else None
+    joined = AcrossTasks(tasks) if len(tasks) > 2 else None
     rows = []
     for name, kind in first.plan.candidates():
         row = {"method": name + ABLATIONS[kind]}
         for task, each in tasks.items():
             row[task] = points(each.scores(name, kind))
-        gaps = (joined or first).differences((name, kind), (first.first, "method"))
+        pair = (name, kind), (first.first, "method")
         if joined:
             row["mean"] = f"{100 * fmean(joined.scores(name, kind)):.1f}"
-        of_first = (name, kind) == (first.first, "method")
-        rows.append(row | {f"− {first.first}": "–" if of_first else points(gaps, "+")})
+        compared = [joined] if joined else tasks.values()
+        gaps = ", ".join(points(each.differences(*pair), "+") for each in compared)
+        rows.append(row | {f"− {first.first}": "–" if pair[0] == pair[1] else gaps})
     return rows
 
 
