@@ -75,7 +75,8 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
         ) from error
     for name, digest in files.items():
         path = folder / name
-        if not path.is_file() or _digest(path) != digest:
+        inside = folder.resolve() in path.resolve().parents
+        if not inside or not path.is_file() or _digest(path) != digest:
             raise ProblemError(
                 f"{folder}: the file {name} is missing, truncated or changed; resume from an "
                 "earlier checkpoint"

@@ -113,6 +113,9 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         metadata={"help": "whether callbacks, such as early stopping, resume with their state"},
     )
 
+    #: Whether printed lines have norms and rates too; no field, since it is an option of a command.
+    details = False
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Note the names of the arguments that the user gives."""
         made: Self = super().__new__(cls)

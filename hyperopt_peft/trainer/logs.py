@@ -48,7 +48,7 @@ def upper_gap(logs: Mapping[str, float], history: list[dict[str, float]]) -> dic
 
 def line_of(args: Any, state: Any, logs: Mapping[str, Any]) -> str:
     """A short line from ``logs``: "step 20/50  loss 0.8321  upper_loss 0.9"."""
-    details = DETAILS if getattr(args, "details", False) else ()
+    details = DETAILS if args.details else ()
     names = [name for name in (*PRINTED, *details, *PRINTED_AT_END) if name in logs]
     names += [name for name in logs if name.startswith("eval_") and not name.endswith(TIMINGS)]
     numbers = [

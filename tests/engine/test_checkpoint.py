@@ -70,12 +70,18 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "null", '{"files": {}}', '{"files": 3}', '{"files": {}, "written": "x"}']
+    ("text", "name"),
+    [
+        *((text, MANIFEST) for text in ("", "[]", "null", '{"files": {}}', '{"files": 3}')),
+        ('{"files": {}, "written": "x"}', MANIFEST),
+        ('{"files": {"../secret": "0"}, "written": 1}', "../secret"),  # no file outside
+    ],
 )
-def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
+def test_a_damaged_manifest_is_named(tmp_path: Path, text: str, name: str) -> None:
     path = write(tmp_path, 3)
+    (tmp_path / "secret").write_text("x")
     (path / MANIFEST).write_text(text)
-    with pytest.raises(ProblemError, match=MANIFEST):
+    with pytest.raises(ProblemError, match=name):
         verify_manifest(path)
     assert last_valid(tmp_path) is None
 
