@@ -101,10 +101,11 @@ def test_the_second_phase_has_the_best_rows_or_the_weights(tmp_path: Path, keep:
 
 def test_by_default_all_rows_train_anew_with_their_weights(tmp_path: Path) -> None:
     method, begun = RowWeights(), []
+    finish = method.finish
     options = {"upper_dataset": data(rows=5, seed=1)}
     run = method_trainer(tmp_path, method=method, options=options, max_steps=2)
     start = flat(run.lower.variables)
-    method.finish = lambda model: begun.append(flat(run.lower.variables)) or model
+    method.finish = lambda model: begun.append(flat(run.lower.variables)) or finish(model)
     run.train()
     assert torch.equal(begun[0], start) and len(run.retrainer.train_dataset) == 29
     batch = {"index": torch.arange(24)}
