@@ -234,4 +234,5 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         levels = {n: v for n, v in levels.items() if n != "non_finite" and "retrain" not in n}
         standard = {field.name for field in fields(TrainingArguments)}
         of_parents = [field.name for field in fields(self.parents) if field.name not in standard]
-        return {**{name: values[name] for name in (*RESUME_MUST_MATCH, *of_parents)}, **levels}
+        names = (*RESUME_MUST_MATCH, *of_parents)  # some are of later releases
+        return {**{name: values[name] for name in names if name in values}, **levels}

@@ -16,12 +16,13 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
-from hyperopt_peft.adapters.peft_internals import SEQ_CLS_HEAD_NAMES
 from hyperopt_peft.cli.text.tasks import Task, TaskName
 from hyperopt_peft.errors import ProblemError, did_you_mean
 from hyperopt_peft.trainer.method import Method
 
 ALL_LINEAR = "all-linear"
+#: The names of classification heads, which PEFT trains in full.
+HEADS = "score", "classifier"
 
 
 @dataclass
@@ -129,7 +130,7 @@ def adapter_config(model: Any, args: ModelArguments, task: Task) -> LoraConfig:
             if name != ALL_LINEAR and not any(f".{each}".endswith(f".{name}") for each in modules):
                 raise ProblemError(f"{option}: no module {name!r}{did_you_mean(name, endings)}")
     targets: Any = list(args.target_modules)
-    heads = (*SEQ_CLS_HEAD_NAMES, *(args.modules_to_save or []))
+    heads = (*HEADS, *(args.modules_to_save or []))
     trained = [x for x in heads if any(name.endswith(x) for name in modules)]  # as PEFT finds them
     exclude = None
     if targets == [ALL_LINEAR]:  # by which PEFT means modules that are trained in full too
