@@ -134,12 +134,11 @@ def run(argv: Sequence[str]) -> None:
         classes = dict(zip(setup.train["labels"], rows[data.label_column]))
         same = attributed.contradicted(setup.rows, setup.encoder.columns)
     again = train_again(argv, chosen, output)
-    columns = {attributed.SAME_TEXT: [same.get(row, "") for row in result.numbers]}
     if same:
         text = f"{len(same)} rows; the column {attributed.SAME_TEXT} has the first row of each text"
         page.sections = {"The same text with another label": text}
-    folder = output if first else None
-    answers = Answers(result, command, page, folder, marks, classes, again, columns)
+    answers = Answers(result, command, page, output if first else None, marks, classes, again)
+    answers.columns[attributed.SAME_TEXT] = [same.get(row, "") for row in result.numbers]
 
     def reasons() -> Reasons:
         fresh, on_adapter = new_trainer(), command.score_model == "adapter"

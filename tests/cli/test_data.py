@@ -145,8 +145,8 @@ REGRESSION, TAGGING = {"task": "regression"}, {"task": "token-classification"}
 # Data, options, and the words that the error has.
 ERRORS: list[tuple[list[Any], dict[str, Any], str]] = [
     (rows(), {"text_columns": "txt"}, "'txt'.*'text'"),
-    (rows(), {"text_columns": "label"}, "columns label, label is given twice"),
-    (rows(), {**TAGGING, "tokens_column": "label"}, "columns label, label is given twice"),
+    (rows(), {"text_columns": "label"}, "one of label, label is given twice"),
+    (rows(), {**TAGGING, "tokens_column": "label"}, "one of label, label is given twice"),
     (rows(), {"label_column": "True"}, "no column 'True'.* quotes around yes and no"),
     (bad(rows(), text=None), {}, r"'text' .* 1 of 24 .*row 1 \(from 0\)"),
     (bad(rows(), text=" "), {}, r"row 1 \(from 0\).*'text'"),

@@ -99,7 +99,7 @@ def read_files(paths: Sequence[str], option: str, *, by_source: bool = False) ->
     names = {name for rows in tables for name in rows.column_names}
     for path, rows in zip(paths, tables):
         if lacking := ", ".join(sorted(names.difference(rows.column_names))):
-            logger.warning(f"{option}: {path} has no column {lacking}: empty in its rows")
+            logger.warning(f"{option}: {path} has no column {lacking}; it is empty there")
     if by_source and len(paths) > 1 and SOURCE not in tables[0].column_names:
         tables = [rows.add_column(SOURCE, [x] * len(rows)) for x, rows in zip(paths, tables)]
     try:
@@ -185,7 +185,7 @@ def cache_folder() -> str:
 def require_columns(data: Dataset, columns: Sequence[str], where: str) -> None:
     """Raise ProblemError if ``data`` lacks one of ``columns`` or has an empty cell in one."""
     if len({*columns}) < len(columns):
-        raise ProblemError(f"{where}: one of the columns {', '.join(columns)} is given twice")
+        raise ProblemError(f"{where}: one of {', '.join(columns)} is given twice; name another")
     for column in columns:
         if column not in data.column_names:
             near = did_you_mean(column, data.column_names)

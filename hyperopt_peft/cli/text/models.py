@@ -133,7 +133,7 @@ def adapter_config(model: Any, args: ModelArguments, task: Task) -> LoraConfig:
     trained = [x for x in heads if any(name.endswith(x) for name in modules)]  # as PEFT finds them
     most = max((min(p.shape) for p in model.parameters() if p.dim() > 1), default=args.rank)
     if args.rank > most:
-        raise ProblemError(f"rank: {args.rank} is above {most}, the rank of the largest weight")
+        raise ProblemError(f"rank: {args.rank} is above {most}, the largest of a weight; lower it")
     exclude = None
     if targets == [ALL_LINEAR]:  # by which PEFT means modules that are trained in full too
         targets = ALL_LINEAR
