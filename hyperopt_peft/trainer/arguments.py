@@ -146,10 +146,10 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
 
     def _check(self) -> None:
         require_types(self, (*BOUNDS, *self.bilevel_settings()), **BOUNDS)
-        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+        if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):
             raise ProblemError(
-                f"num_train_epochs must be positive where max_steps is not, got "
-                f"{self.num_train_epochs}: the run would train nothing"
+                "max_steps must be positive, or -1 with a positive num_train_epochs, got "
+                f"{self.max_steps} with {self.num_train_epochs}: the run would train nothing"
             )
         self.estimator()
 

@@ -132,6 +132,9 @@ def adapter_config(model: Any, args: ModelArguments, task: Task) -> LoraConfig:
     targets: Any = list(args.target_modules)
     heads = (*HEADS, *(args.modules_to_save or []))
     trained = [x for x in heads if any(name.endswith(x) for name in modules)]  # as PEFT finds them
+    most = max((min(p.shape) for p in model.parameters() if p.dim() > 1), default=args.rank)
+    if args.rank > most:
+        raise ProblemError(f"rank: {args.rank} is above {most}, the largest of a weight; lower it")
     exclude = None
     if targets == [ALL_LINEAR]:  # by which PEFT means modules that are trained in full too
         targets = ALL_LINEAR
@@ -149,8 +152,8 @@ def adapter_config(model: Any, args: ModelArguments, task: Task) -> LoraConfig:
 
 def add_adapter(model: Any, args: ModelArguments, task: Task, method: Method) -> Any:
     """``model`` in train mode with a new adapter for ``method``; A depends on the current seed."""
+    config = adapter_config(model, args, task)
     try:
-        config = method.adapter(adapter_config(model, args, task))
-        return get_peft_model(model, config).train()
+        return get_peft_model(model, method.adapter(config)).train()
     except (ValueError, TypeError) as error:
         raise ProblemError(f"target_modules, rank: the model cannot be adapted: {error}") from error
