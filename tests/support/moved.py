@@ -117,7 +117,7 @@ def training(rate: float) -> list[str]:
         options = QUIET | {"save_strategy": "steps", "save_steps": 2, "retrain": "none"}
         args = BilevelTrainingArguments(folder, max_steps=4, learning_rate=rate, **options)
         rows = {"train_dataset": data(), "upper_dataset": data(rows=6, seed=1)}
-        BilevelTrainer(peft_model(), args, method=RowWeights(), **rows).train()
+        BilevelTrainer(peft_model(dora=False), args, method=RowWeights(), **rows).train()
         return sorted(path.name for path in Path(folder, "checkpoint-4").iterdir())
 
 
