@@ -31,6 +31,9 @@ from hyperopt_peft.utils.versions import versions
 
 #: How the names of scores end that are better where they are lower.
 LOWER_IS_BETTER = ("loss", "error", "mse", "mae", "perplexity", "wer", "cer", "ece", "brier")
+#: The arguments that only adapters read, with their defaults.
+OF_ADAPTERS = {"passes": [None], "rates": [*RATES], "upper_rates": [*UPPER_RATES]}
+OF_ADAPTERS |= {"development": [100, 101, 102], "held_out": [0.2]}
 
 
 def compare_methods(
@@ -81,14 +84,16 @@ def compare_methods(
         methods: by name; the first one is what the others are compared with.
         base_model: a function that makes a new model without an adapter.
         adapter: the PEFT config, which a method may change.
-        args: the arguments of all runs, without rates, lengths, seeds and folders; a second
-            training has the rate and the batch of the first one.
+        args: the arguments of all runs. Each run sets the rates, the length, the seeds and the
+            folder, writes no logs and checkpoints, and is evaluated at its end alone; its second
+            training has the rate and the batch of the first one. Heads read the size of evaluation
+            batches, the precision and ``upper_fraction``, and nothing of the optimization.
         train_dataset: the rows; a method with an upper level splits them without trusted ones.
         upper_dataset: the trusted rows; a baseline trains on them too, as its ``all_rows`` says.
         test_dataset: the rows that score; training rows among them are left out.
         folds: K, in place of ``test_dataset``.
         model: what is trained.
-        passes: the budget of an adapter's run.
+        passes: the budget of an adapter's run; heads have none, and no rates to choose.
         seeds: each is a split, a start and an order of the rows, the same for all methods; by
             default five, or as many as folds.
         metric: the score, a key of ``compute_metrics``, or ``loss``.
@@ -110,9 +115,10 @@ def compare_methods(
         options: further arguments of the trainer, such as ``compute_metrics``.
 
     Raises:
-        ProblemError: fewer than two seeds, or development seeds among them; no test rows but
-            training rows; a method that trains on test rows; a metric that the task lacks; a run
-            that takes more passes than it says, or has no finite score; as `BilevelTrainer`.
+        ProblemError: fewer than two seeds, or development seeds among them; an argument that would
+            have no effect; one model in place of new ones; no test rows but training rows; a method
+            that trains on test rows; a metric that the task lacks; a run that takes more passes
+            than it says, or has no finite score; as `BilevelTrainer`.
 
     Example:
         >>> import torch
@@ -142,6 +148,13 @@ def compare_methods(
     """
     seeds = list(dict.fromkeys(map(int, seeds if seeds is not None else range(folds or 5))))
     development, on_heads = list(dict.fromkeys(map(int, development))), model == "head"
+    grids: list[list[Any]] = [[*rates], [*upper_rates], development]
+    for name, given in zip(OF_ADAPTERS, [[passes], *grids, [held_out]], strict=True):
+        if on_heads and given != OF_ADAPTERS[name]:
+            raise ProblemError(
+                f'{name}: has no effect with model="head", whose runs are solved without a budget '
+                "and without a choice of rates; leave it out"
+            )
     if len(seeds) < 2 or not development:
         raise ProblemError(
             f"seeds: {len(seeds)} reported and {len(development)} of development; one seed has no "
@@ -179,9 +192,7 @@ def compare_methods(
         )
     plan = Plan(known, rates, upper_rates, development, seeds, lower_is_better, ablated)
     where, (number, count) = None if folder is None else Path(folder), part
-    store = Store(
-        where, settings_of(task) if where else {}, "" if count == 1 else f"-{number}-of-{count}"
-    )
+    store = Store(where, settings_of(task), "" if count == 1 else f"-{number}-of-{count}")
     if jobs != 1:
         require_pickled(task)
     total, done = sum(plan.count(*each) for each in plan.candidates()), len(store.results)
