@@ -6,6 +6,7 @@ import math
 import threading
 from dataclasses import dataclass
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from hyperopt_peft import Method, ProblemError
+from hyperopt_peft.comparison.choice import Plan
+from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.problems import LoRA
 from tests.support.comparisons import accuracy, compared
 from tests.support.trainers import data
@@ -153,3 +156,14 @@ def test_a_rate_at_which_a_loss_is_not_finite_is_the_worst() -> None:
     runs = comparison.plan.runs_of(comparison.store, "mine", "method")
     assert {run.rate for run in runs} <= {3e-2, 6e-2}
     assert ["mine", "90", "", "nan"] in comparison.rates()
+
+
+@pytest.mark.parametrize("lower_is_better", [False, True])
+def test_a_score_that_is_not_finite_wins_in_no_order(lower_is_better: bool) -> None:
+    plan = Plan(ONE, (1.0, 2.0, 3.0, 4.0), (1.0,), [100], [0, 1], lower_is_better)
+    for scores in permutations((math.nan, -math.inf if lower_is_better else math.inf, 0.3, 0.4)):
+        store = Store(None, {})
+        for run, score in zip(plan.first_rates(), scores, strict=True):
+            store.add({**vars(run), "score": score})
+        best = store.scores([plan.chosen(store, "LoRA", "method")])
+        assert best == [0.3 if lower_is_better else 0.4]
