@@ -91,7 +91,7 @@ def run(argv: Sequence[str]) -> None:
         for path in output.glob("runs*.jsonl"):
             path.unlink()
     base, _ = setup.base()
-    on_adapters, unread = command.score_model == "adapter", OF_ADAPTERS.keys() - flags.keys()
+    unread = OF_ADAPTERS.keys() - flags.keys() if command.score_model == "head" else ()
     comparison = compare_methods(
         {name: each.method for name, each in zip(names, chosen, strict=True)},
         lambda: setup.base()[0],
@@ -106,7 +106,7 @@ def run(argv: Sequence[str]) -> None:
         folder=output,
         part=(int(number), int(count)),
         trainer=setup.trainer_class(),
-        **{name: getattr(command, name) for name in SAME if on_adapters or name not in unread},
+        **{name: getattr(command, name) for name in SAME if name not in unread},
         **setup.options(base),
     )
     if command.dry_run:

@@ -84,10 +84,9 @@ def compare_methods(
         methods: by name; the first one is what the others are compared with.
         base_model: a function that makes a new model without an adapter.
         adapter: the PEFT config, which a method may change.
-        args: the arguments of all runs. Each run sets the rates, the length, the seeds and the
-            folder, writes no logs and checkpoints, and is evaluated at its end alone; its second
-            training has the rate and the batch of the first one. Heads read the size of evaluation
-            batches, the precision and ``upper_fraction``, and nothing of the optimization.
+        args: the arguments of all runs, which set rates, lengths, seeds and folders, write nothing
+            and are evaluated at their end alone; a second training has the rate and the batch of
+            the first one. Heads read ``upper_fraction`` and what makes features alone.
         train_dataset: the rows; a method with an upper level splits them without trusted ones.
         upper_dataset: the trusted rows; a baseline trains on them too, as its ``all_rows`` says.
         test_dataset: the rows that score; training rows among them are left out.
@@ -115,10 +114,10 @@ def compare_methods(
         options: further arguments of the trainer, such as ``compute_metrics``.
 
     Raises:
-        ProblemError: fewer than two seeds, or development seeds among them; an argument that would
-            have no effect; one model in place of new ones; no test rows but training rows; a method
-            that trains on test rows; a metric that the task lacks; a run that takes more passes
-            than it says, or has no finite score; as `BilevelTrainer`.
+        ProblemError: fewer than two seeds, or development seeds among them; an argument without
+            effect; one model in place of new ones; no test rows but training rows, or a method that
+            trains on them; a metric that the task lacks; a run that takes more passes than it says,
+            or has no finite score; as `BilevelTrainer`.
 
     Example:
         >>> import torch
@@ -151,10 +150,7 @@ def compare_methods(
     grids: list[list[Any]] = [[*rates], [*upper_rates], development]
     for name, given in zip(OF_ADAPTERS, [[passes], *grids, [held_out]], strict=True):
         if on_heads and given != OF_ADAPTERS[name]:
-            raise ProblemError(
-                f'{name}: has no effect with model="head", whose runs are solved without a budget '
-                "and without a choice of rates; leave it out"
-            )
+            raise ProblemError(f"{name}: has no effect on heads, which are solved; leave it out")
     if len(seeds) < 2 or not development:
         raise ProblemError(
             f"seeds: {len(seeds)} reported and {len(development)} of development; one seed has no "
@@ -199,11 +195,11 @@ def compare_methods(
     hidden = dry_run or not progress or done >= total
     with tqdm(total=total, initial=min(done, total), disable=hidden, unit="run") as bar:
         work = Work(task, store, jobs, part, bar)
+        if budget and not store.results:  # a head is solved
+            work.require_learning(plan)
         if dry_run:
             print(work.estimate(plan))
             return Comparison(plan, store, metric, budget, note)
-        if budget and not store.results:  # a head is solved
-            work.require_learning(plan)
         work.do(plan.first_rates())
         work.do(plan.next_rates(store))
         work.do(plan.reported(store))

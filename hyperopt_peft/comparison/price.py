@@ -87,9 +87,8 @@ class Price:
     def steps(self, passes: float) -> list[int]:
         """The steps of each phase of a run of ``passes`` passes.
 
-        Both phases have about the same number, at least one upper step, and no room for one more
-        step. The search ends with an upper step; without a second phase it ends with lower steps
-        that use up the rest.
+        Both phases have about the same number, and ``passes`` leave no room for one more step. The
+        search ends with an upper step; without a second phase it ends with lower steps.
 
         Example:
             >>> Price(10, 10, lower=80, everything=100, every=4, upper=20, again=True).steps(300)

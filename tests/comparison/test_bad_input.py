@@ -58,6 +58,13 @@ class Greedy(Method):
         return loss + task_loss(batch) if self.steps > 5 else loss
 
 
+class Refuses(Method):
+    """Its loss is refused when it is first computed."""
+
+    def lower_loss(self, model: Any, batch: Any, task_loss: Any) -> Any:
+        raise ProblemError("label_smoothing_factor: the levels have their own losses")
+
+
 class Peeks(Method):
     """Trains on rows that it has of its own."""
 
@@ -108,6 +115,7 @@ def undefined(outputs: Any) -> dict[str, float]:
         (ONE, {"seeds": [0]}, "one seed has no interval"),
         (ONE, {"seeds": [0, 100]}, r"development: the seeds \[100\] are reported"),
         (ONE, {"passes": 1}, "passes: 1 leave LoRA a phase of"),
+        (ONE, {"passes": 1, "dry_run": True}, "passes: 1 leave LoRA a phase of"),
         ({}, {}, "methods: there is none"),
         (ONE, {"ablations": ["LoRA"]}, r"ablations: \['LoRA'\] are no methods with an upper"),
         (ONE, {"test_dataset": data(rows=30)}, "all of its rows are training rows"),
@@ -125,6 +133,15 @@ def test_a_line_in_place_of_a_table(methods: Any, options: Any, message: str) ->
     with pytest.raises(ProblemError, match=message) as error:
         compared(methods, **options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("rates", [(6e-2,), (3e-2, 6e-2)])
+def test_a_loss_that_is_refused_at_its_first_step_is_refused_before_any_run(
+    tmp_path: Path, rates: Any
+) -> None:
+    with pytest.raises(ProblemError, match="label_smoothing_factor"):
+        compared({**ONE, "late": Refuses()}, folder=tmp_path, rates=rates)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_store_of_other_settings(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def untrusted(kind: str) -> dict[str, Any]:
         ({"wide": Wide()}, {}, "wide: a head lacks .*hidden_size"),
         ({"LoRA": LoRA()}, {"compute_loss_func": halved}, "rows have no losses of their own"),
         ({"LoRA": LoRA()}, {"arguments": {"label_smoothing_factor": 0.1}}, "losses of their own"),
-        ({"LoRA": LoRA()}, {"passes": 300}, "passes: has no effect with model=.head.*leave it out"),
+        ({"LoRA": LoRA()}, {"passes": 300}, "passes: has no effect on heads.*leave it out"),
         ({"LoRA": LoRA()}, {"rates": [1e-3]}, "rates: has no effect"),
         ({"LoRA": LoRA()}, {"upper_rates": [1e-3]}, "upper_rates: has no effect"),
         ({"LoRA": LoRA()}, {"development": [100]}, "development: has no effect"),
