@@ -10,11 +10,11 @@ with exact products gives the hypergradient to its tolerance.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hyperopt_peft.core.labels import labels_are_shifted
@@ -68,7 +68,7 @@ class Head(nn.Module):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.config = SimpleNamespace(problem_type=problem_type)
+        self.config = PreTrainedConfig(num_labels=outputs, problem_type=problem_type)
         self.weight = nn.Parameter(torch.zeros(size, outputs, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.zeros(outputs, dtype=dtype, device=device))
 

@@ -15,6 +15,7 @@ from hyperopt_peft.cli.text import models
 from hyperopt_peft.cli.text.setup import SHARED, choose, prepare
 from hyperopt_peft.comparison import compare_methods
 from hyperopt_peft.comparison.choice import RATES, UPPER_RATES
+from hyperopt_peft.comparison.compare import OF_ADAPTERS
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.find import find_method
 
@@ -90,6 +91,7 @@ def run(argv: Sequence[str]) -> None:
         for path in output.glob("runs*.jsonl"):
             path.unlink()
     base, _ = setup.base()
+    unread = OF_ADAPTERS.keys() - flags.keys() if command.score_model == "head" else ()
     comparison = compare_methods(
         {name: each.method for name, each in zip(names, chosen, strict=True)},
         lambda: setup.base()[0],
@@ -104,7 +106,7 @@ def run(argv: Sequence[str]) -> None:
         folder=output,
         part=(int(number), int(count)),
         trainer=setup.trainer_class(),
-        **{name: getattr(command, name) for name in SAME},
+        **{name: getattr(command, name) for name in SAME if name not in unread},
         **setup.options(base),
     )
     if command.dry_run:

@@ -31,6 +31,9 @@ from hyperopt_peft.utils.versions import versions
 
 #: How the names of scores end that are better where they are lower.
 LOWER_IS_BETTER = ("loss", "error", "mse", "mae", "perplexity", "wer", "cer", "ece", "brier")
+#: The arguments that only adapters read, with their defaults.
+OF_ADAPTERS = {"passes": [None], "rates": [*RATES], "upper_rates": [*UPPER_RATES]}
+OF_ADAPTERS |= {"development": [100, 101, 102], "held_out": [0.2]}
 
 
 def compare_methods(
@@ -81,14 +84,15 @@ def compare_methods(
         methods: by name; the first one is what the others are compared with.
         base_model: a function that makes a new model without an adapter.
         adapter: the PEFT config, which a method may change.
-        args: the arguments of all runs, without rates, lengths, seeds and folders; a second
-            training has the rate and the batch of the first one.
+        args: the arguments of all runs, which set rates, lengths, seeds and folders, write nothing
+            and are evaluated at their end alone; a second training has the rate and the batch of
+            the first one. Heads read ``upper_fraction`` and what makes features alone.
         train_dataset: the rows; a method with an upper level splits them without trusted ones.
         upper_dataset: the trusted rows; a baseline trains on them too, as its ``all_rows`` says.
         test_dataset: the rows that score; training rows among them are left out.
         folds: K, in place of ``test_dataset``.
         model: what is trained.
-        passes: the budget of an adapter's run.
+        passes: the budget of an adapter's run; heads have none, and no rates to choose.
         seeds: each is a split, a start and an order of the rows, the same for all methods; by
             default five, or as many as folds.
         metric: the score, a key of ``compute_metrics``, or ``loss``.
@@ -110,9 +114,10 @@ def compare_methods(
         options: further arguments of the trainer, such as ``compute_metrics``.
 
     Raises:
-        ProblemError: fewer than two seeds, or development seeds among them; no test rows but
-            training rows; a method that trains on test rows; a metric that the task lacks; a run
-            that takes more passes than it says, or has no finite score; as `BilevelTrainer`.
+        ProblemError: fewer than two seeds, or development seeds among them; an argument without
+            effect; one model in place of new ones; no test rows but training rows, or a method that
+            trains on them; a metric that the task lacks; a run that takes more passes than it says,
+            or has no finite score; as `BilevelTrainer`.
 
     Example:
         >>> import torch
@@ -142,6 +147,10 @@ def compare_methods(
     """
     seeds = list(dict.fromkeys(map(int, seeds if seeds is not None else range(folds or 5))))
     development, on_heads = list(dict.fromkeys(map(int, development))), model == "head"
+    grids: list[list[Any]] = [[*rates], [*upper_rates], development]
+    for name, given in zip(OF_ADAPTERS, [[passes], *grids, [held_out]], strict=True):
+        if on_heads and given != OF_ADAPTERS[name]:
+            raise ProblemError(f"{name}: has no effect on heads, which are solved; leave it out")
     if len(seeds) < 2 or not development:
         raise ProblemError(
             f"seeds: {len(seeds)} reported and {len(development)} of development; one seed has no "
@@ -179,20 +188,18 @@ def compare_methods(
         )
     plan = Plan(known, rates, upper_rates, development, seeds, lower_is_better, ablated)
     where, (number, count) = None if folder is None else Path(folder), part
-    store = Store(
-        where, settings_of(task) if where else {}, "" if count == 1 else f"-{number}-of-{count}"
-    )
+    store = Store(where, settings_of(task), "" if count == 1 else f"-{number}-of-{count}")
     if jobs != 1:
         require_pickled(task)
     total, done = sum(plan.count(*each) for each in plan.candidates()), len(store.results)
     hidden = dry_run or not progress or done >= total
     with tqdm(total=total, initial=min(done, total), disable=hidden, unit="run") as bar:
         work = Work(task, store, jobs, part, bar)
+        if budget and not store.results:  # a head is solved
+            work.require_learning(plan)
         if dry_run:
             print(work.estimate(plan))
             return Comparison(plan, store, metric, budget, note)
-        if budget and not store.results:  # a head is solved
-            work.require_learning(plan)
         work.do(plan.first_rates())
         work.do(plan.next_rates(store))
         work.do(plan.reported(store))

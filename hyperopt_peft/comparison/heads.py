@@ -32,7 +32,7 @@ from hyperopt_peft.engine.fit import lbfgs
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.features import Features, features_of
 from hyperopt_peft.problems.head import Head, head_of, l2_penalty, require_head
-from hyperopt_peft.trainer.checks import read_rows
+from hyperopt_peft.trainer.checks import read_rows, require_mean_over_labels
 from hyperopt_peft.trainer.data import split_dataset
 from hyperopt_peft.trainer.method import Method, has_upper_level
 from hyperopt_peft.trainer.quiet import no_bars
@@ -122,9 +122,9 @@ class HeadTask(Task):
         method.read_rows(model, rows, read)
         try:
             method.prepare(model)
-        except ProblemError as error:
+        except (ProblemError, AttributeError) as error:  # of its config, say
             advice = 'choose model="adapter", or --score_model adapter'
-            text = f"{run.method}: a head has no adapter for it ({error}); {advice}"
+            text = f"{run.method}: a head lacks what it reads of a model ({error}); {advice}"
             raise ProblemError(text) from error
         if bilevel:
             if run.kind == "method":
@@ -179,6 +179,7 @@ class HeadTask(Task):
             trainer = plain.make(run, (rows, None, rows), folder, max_steps=1)
         model, prepared = trainer.model, read_rows(trainer)
         require_head(model, trainer.data_collator([prepared[0]]))
+        require_mean_over_labels(trainer, prepared, trainer.data_collator, trainer.tags)
         features = features_of(
             model,
             prepared,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -27,15 +28,14 @@ def rows_of(steps: int, rows: int, batch: int) -> int:
     return epochs * rows + min(rest * batch, rows)
 
 
-def steps_for(allowed: float, rows: int, batch: int) -> int:
-    """The most steps that read at most ``allowed`` rows.
+def most(allowed: float, rows: Callable[[int], float]) -> int:
+    """The largest number n with ``rows(n)`` of at most ``allowed``; rows(n) ≥ n rise with n.
 
     Example:
-        >>> [steps_for(allowed, 10, 4) for allowed in (7, 8, 10, 14)]
+        >>> [most(allowed, lambda steps: rows_of(steps, 10, 4)) for allowed in (7, 8, 10, 14)]
         [1, 2, 3, 4]
     """
-    epochs, rest = divmod(int(allowed), rows)
-    return epochs * -(-rows // batch) + rest // batch
+    return bisect_right(range(1, int(max(0, allowed)) + 1), allowed, key=rows)
 
 
 @dataclass(frozen=True)
@@ -87,22 +87,22 @@ class Price:
     def steps(self, passes: float) -> list[int]:
         """The steps of each phase of a run of ``passes`` passes.
 
-        Both phases have about the same number. The search ends with an upper step; without a second
-        phase it ends with lower steps that use up the rest.
+        Both phases have about the same number, and ``passes`` leave no room for one more step. The
+        search ends with an upper step; without a second phase it ends with lower steps.
 
         Example:
             >>> Price(10, 10, lower=80, everything=100, every=4, upper=20, again=True).steps(300)
             [120, 120]
         """
-        allowed = passes * self.unit
-        if not self.every:
-            return [steps_for(allowed, self.lower, self.batch)]
-        a_cycle = sum(self._rows(self.every, self.every if self.again else 0).values())
-        search = max(1, int(allowed // a_cycle)) * self.every
-        left = allowed - sum(self._rows(search).values())
-        if self.again:
-            return [search, steps_for(left, self.everything, self.batch)]
-        return [search + min(self.every - 1, int(max(0, left) // self.batch))]
+        allowed, every = passes * self.unit, self.every
+
+        def rows(search: int, again: int = 0) -> float:
+            return sum(self._rows(search, again).values())
+
+        if not self.again:
+            return [max(every, most(allowed, rows))]
+        search = max(1, most(allowed, lambda n: rows(n * every, n * every))) * every
+        return [search, most(allowed, lambda n: rows(search, n))]
 
 
 def measured(trainer: Any, start: float, unit: int) -> Price:

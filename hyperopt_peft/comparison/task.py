@@ -25,6 +25,7 @@ from hyperopt_peft.comparison.price import Price, measured, peak_memory
 from hyperopt_peft.comparison.watch import Watch
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
+from hyperopt_peft.trainer.checks import check_class
 from hyperopt_peft.trainer.data import shared_rows
 from hyperopt_peft.trainer.fingerprint import frozen_fingerprint
 from hyperopt_peft.trainer.method import Method
@@ -40,6 +41,8 @@ ABLATIONS: dict[Kind, str] = {
     "one level": ", one level",
 }
 
+#: Arguments of every run; a user's other values, which would change its result, are refused.
+FIXED = {"dataloader_drop_last": False, "eval_strategy": "no", "load_best_model_at_end": False}
 #: The rows that an evaluation is tried on.
 SOME = 64
 
@@ -89,6 +92,17 @@ class Task:
     options: Mapping[str, Any] = field(default_factory=dict)
     frozen_dropout: bool = True
     layers: str = ""
+
+    def __post_init__(self) -> None:
+        check_class(self.args, self.trainer.Arguments)
+        again = cast(Mapping[str, Any], self.args.retrain_arguments or {})
+        for place, given in {"": vars(self.args), "retrain_arguments: ": again}.items():
+            for name, value in FIXED.items():
+                if given.get(name, value) != value:
+                    raise ProblemError(
+                        f"{place}{name}: a run of a comparison reads all of its rows, and no test "
+                        "row chooses where it ends; leave it out"
+                    )
 
     def run(self, run: Run, price: Price) -> dict[str, Any]:
         """Train and score; the entries of ``run`` with score, passes, seconds and steps.
@@ -230,9 +244,8 @@ class Task:
     def make(self, run: Run, rows: Sequence[Any], folder: str, **sizes: Any) -> BilevelTrainer:
         """A trainer of ``run``, which writes and shows nothing."""
         args, method = copy.copy(self.args), self.method_of(run)
-        changes = {**QUIET, "output_dir": folder, "disable_tqdm": True, "seed": run.seed}
-        changes |= {"data_seed": None, "dataloader_drop_last": False}
-        changes |= {"retrain_arguments": self.retrain_arguments or None}
+        changes = {**QUIET, **FIXED, "output_dir": folder, "disable_tqdm": True, "seed": run.seed}
+        changes |= {"data_seed": None, "retrain_arguments": self.retrain_arguments or None}
         upper_rate = 0.0 if run.kind == "frozen" else run.upper_rate
         if upper_rate is not None:
             changes["upper_learning_rate"] = upper_rate

@@ -80,7 +80,7 @@ class Work:
         rows, total = [["method", "runs", "steps", "passes", "minutes"]], 0.0
         for name, kind in plan.candidates():
             run = Run(name, kind, plan.seeds[0], plan.rates[0])
-            self.task.price(run)  # fills the store of frozen layers
+            self._price(run)  # fills the store of frozen layers
             price = self.task.price(run)
             steps = price.steps(self.task.passes)
             passes = sum(price.spent(steps).values())

@@ -55,12 +55,16 @@ def test_folds_of_trusted_examples_recommend_a_method(
     short = SHORT | {"seeds": None, "folds": 2}
     options = small_run(tmp_path, methods=["lora", "trusted_repeated"], **short)
     options["upper_file"] = options.pop("eval_file")
+    of_adapters = {n: options.pop(n) for n in ("passes", "development", "rates", "upper_rates")}
+    (tmp_path / "both.yaml").write_text(json.dumps(of_adapters))
     for model, lines in (("head", 1 + 2 * 2), ("adapter", 1 + 2 * (2 + 2))):
-        options["output_dir"] = tmp_path / model
-        run("compare", **options, score_model=model)
+        options |= {"output_dir": tmp_path / model, "score_model": model}
+        run("compare", str(tmp_path / "both.yaml"), **options)
         out = capsys.readouterr().out
         assert " is recommended: its mean loss" in out and "folds of the trusted rows" in out
         assert len((tmp_path / model / "runs.jsonl").read_text().splitlines()) == lines
+    options |= {"score_model": "head", "rates": 3e-2, "overwrite_output_dir": True}
+    refused(capsys, "compare", options, "rates: has no effect")
 
 
 def test_one_seed_is_one_start_and_models_leave_the_options_as_they_are(tmp_path: Path) -> None:

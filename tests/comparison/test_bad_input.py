@@ -6,6 +6,7 @@ import math
 import threading
 from dataclasses import dataclass
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from hyperopt_peft import Method, ProblemError
+from hyperopt_peft.comparison.choice import Plan
+from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.problems import LoRA
 from tests.support.comparisons import accuracy, compared
 from tests.support.trainers import data
@@ -53,6 +56,13 @@ class Greedy(Method):
         self.steps += 1
         loss = task_loss(batch)
         return loss + task_loss(batch) if self.steps > 5 else loss
+
+
+class Refuses(Method):
+    """Its loss is refused when it is first computed."""
+
+    def lower_loss(self, model: Any, batch: Any, task_loss: Any) -> Any:
+        raise ProblemError("label_smoothing_factor: the levels have their own losses")
 
 
 class Peeks(Method):
@@ -105,6 +115,7 @@ def undefined(outputs: Any) -> dict[str, float]:
         (ONE, {"seeds": [0]}, "one seed has no interval"),
         (ONE, {"seeds": [0, 100]}, r"development: the seeds \[100\] are reported"),
         (ONE, {"passes": 1}, "passes: 1 leave LoRA a phase of"),
+        (ONE, {"passes": 1, "dry_run": True}, "passes: 1 leave LoRA a phase of"),
         ({}, {}, "methods: there is none"),
         (ONE, {"ablations": ["LoRA"]}, r"ablations: \['LoRA'\] are no methods with an upper"),
         (ONE, {"test_dataset": data(rows=30)}, "all of its rows are training rows"),
@@ -122,6 +133,15 @@ def test_a_line_in_place_of_a_table(methods: Any, options: Any, message: str) ->
     with pytest.raises(ProblemError, match=message) as error:
         compared(methods, **options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("rates", [(6e-2,), (3e-2, 6e-2)])
+def test_a_loss_that_is_refused_at_its_first_step_is_refused_before_any_run(
+    tmp_path: Path, rates: Any
+) -> None:
+    with pytest.raises(ProblemError, match="label_smoothing_factor"):
+        compared({**ONE, "late": Refuses()}, folder=tmp_path, rates=rates)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_store_of_other_settings(tmp_path: Path) -> None:
@@ -153,3 +173,14 @@ def test_a_rate_at_which_a_loss_is_not_finite_is_the_worst() -> None:
     runs = comparison.plan.runs_of(comparison.store, "mine", "method")
     assert {run.rate for run in runs} <= {3e-2, 6e-2}
     assert ["mine", "90", "", "nan"] in comparison.rates()
+
+
+@pytest.mark.parametrize("lower_is_better", [False, True])
+def test_a_score_that_is_not_finite_wins_in_no_order(lower_is_better: bool) -> None:
+    plan = Plan(ONE, (1.0, 2.0, 3.0, 4.0), (1.0,), [100], [0, 1], lower_is_better)
+    for scores in permutations((math.nan, -math.inf if lower_is_better else math.inf, 0.3, 0.4)):
+        store = Store(None, {})
+        for run, score in zip(plan.first_rates(), scores, strict=True):
+            store.add({**vars(run), "score": score})
+        best = store.scores([plan.chosen(store, "LoRA", "method")])
+        assert best == [0.3 if lower_is_better else 0.4]

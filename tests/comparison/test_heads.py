@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from itertools import pairwise
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from datasets import Dataset
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import default_data_collator
 
-from hyperopt_peft import BiDoRA, BilevelTrainingArguments, ProblemError, compare_methods
+from hyperopt_peft import BiDoRA, BilevelTrainingArguments, Method, ProblemError, compare_methods
 from hyperopt_peft.comparison import Comparison
+from hyperopt_peft.comparison.heads import OnFeatures
 from hyperopt_peft.problems import (
     Agreement,
+    ClassOffsets,
     DoRA,
     EqualSources,
+    Head,
     LoRA,
     RowWeights,
     SomeSources,
@@ -33,7 +40,8 @@ COLUMNS = ["input_ids", "labels"]
 
 
 def on_heads(methods: Any, **options: Any) -> Comparison:
-    args = BilevelTrainingArguments("unused", report_to="none", use_cpu=True)
+    own = options.pop("arguments", {})
+    args = BilevelTrainingArguments("unused", report_to="none", use_cpu=True, **own)
     kind = options.pop("kind", "classes")
     settings: dict[str, Any] = {
         "train_dataset": sources(24),
@@ -43,9 +51,8 @@ def on_heads(methods: Any, **options: Any) -> Comparison:
         "model": "head",
         "progress": False,
     }
-    return compare_methods(
-        methods, partial(base_model, kind), None, args, **{**settings, **options}
-    )
+    model = options.pop("base_model", partial(base_model, kind))
+    return compare_methods(methods, model, None, args, **{**settings, **options})
 
 
 def features(*tables: Any) -> list[Features]:
@@ -106,6 +113,51 @@ def test_numbers_are_predicted_too() -> None:
     assert all(0 < score < 10 for score in scores)
 
 
+class Kept(ClassOffsets):
+    """Keeps what is learned."""
+
+    learned: ClassVar[list[Tensor]] = []
+
+    def finish(self, model: Any) -> Any:
+        self.learned.append(self.offsets.detach())
+        return model
+
+
+def balanced(outputs: Any) -> dict[str, float]:
+    right = outputs.predictions.argmax(1) == outputs.label_ids
+    return {"recall": sum(float(right[outputs.label_ids == c].mean()) for c in range(3)) / 3}
+
+
+def test_offsets_of_classes_come_near_their_log_shares() -> None:
+    """Of 80, 10 and 10 % of the rows, whose features are normal around the class's corner."""
+    source, counts = torch.Generator().manual_seed(0), ([240, 30, 30], [60] * 3, [100] * 3)
+    classes = [torch.arange(3).repeat_interleave(torch.tensor(each)) for each in counts]
+    y = torch.cat(classes)
+    x = torch.eye(3)[y] + torch.randn(len(y), 3, generator=source)
+    table = Dataset.from_dict({"head_row": range(len(y)), "labels": y.tolist()})
+    ends = torch.tensor([0, *map(len, classes)]).cumsum(0).tolist()
+    parts = [table.select(range(*pair)) for pair in pairwise(ends)]
+    names = ("train_dataset", "upper_dataset", "test_dataset")
+    options: dict[str, Any] = {"metric": "recall", "compute_metrics": balanced}
+    options |= {"base_model": lambda: OnFeatures(x, Head(3, 3)), **dict(zip(names, parts))}
+    comparison = on_heads({"offsets": Kept()}, **options)
+    offsets, shares = Kept.learned[0], torch.tensor([0.8, 0.1, 0.1]).double().log()
+    torch.testing.assert_close(offsets - offsets.mean(), shares - shares.mean(), atol=0.3, rtol=0)
+    gains = comparison.differences(("offsets", "method"), ("offsets", "frozen"))
+    assert all(gain > 0.03 for gain in gains)
+
+
+class Wide(Method):
+    """Reads a setting that a head has no use for."""
+
+    def prepare(self, model: Any) -> None:
+        self.width = model.config.hidden_size
+
+
+def halved(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    return cross_entropy(outputs.logits, labels) / 2
+
+
 def untrusted(kind: str) -> dict[str, Any]:
     """Rows of the task ``kind``, of which none are trusted."""
     rows = {"train_dataset": data(kind, 12), "test_dataset": data(kind, 6, 5)}
@@ -115,12 +167,19 @@ def untrusted(kind: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("methods", "options", "message"),
     [
-        ({"DoRA": DoRA()}, {}, "DoRA: a head has no adapter"),
-        ({"BiDoRA": BiDoRA()}, {}, "BiDoRA: a head has no adapter"),
+        ({"DoRA": DoRA()}, {}, "DoRA: a head lacks"),
+        ({"BiDoRA": BiDoRA()}, {}, "BiDoRA: a head lacks"),
         ({"LoRA": LoRA()}, {"metric": "f1"}, "metric: f1 is none of loss"),
         ({"some": SomeSources(["books"])}, {}, "chosen: no training row has 'books'"),
         ({"LoRA": LoRA()}, untrusted("tokens"), 'for each token; choose model="adapter"'),
         ({"LoRA": LoRA()}, untrusted("causal"), "are text"),
+        ({"wide": Wide()}, {}, "wide: a head lacks .*hidden_size"),
+        ({"LoRA": LoRA()}, {"compute_loss_func": halved}, "rows have no losses of their own"),
+        ({"LoRA": LoRA()}, {"arguments": {"label_smoothing_factor": 0.1}}, "losses of their own"),
+        ({"LoRA": LoRA()}, {"passes": 300}, "passes: has no effect on heads.*leave it out"),
+        ({"LoRA": LoRA()}, {"rates": [1e-3]}, "rates: has no effect"),
+        ({"LoRA": LoRA()}, {"upper_rates": [1e-3]}, "upper_rates: has no effect"),
+        ({"LoRA": LoRA()}, {"development": [100]}, "development: has no effect"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")

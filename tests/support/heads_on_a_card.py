@@ -35,7 +35,6 @@ def results(folder: Path) -> dict[str, Any]:
         upper_dataset=rows(8, 3),
         test_dataset=rows(12, 4),
         seeds=[0, 1],
-        development=[100],
         model="head",
         progress=False,
     )

@@ -1,0 +1,58 @@
+"""The price of a training: the passes that are counted, and the number of its steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import grad
+from transformers import Trainer
+
+from hyperopt_peft import BilevelTrainingArguments
+from hyperopt_peft.trainer.passes import PassCounter
+from tests.support.trainers import QUIET, data, peft_model, trainer
+
+
+def test_a_product_of_second_derivatives_is_two_passes(tmp_path: Path) -> None:
+    """And a forward alone a third of one, without gradients nothing."""
+    counter, model = PassCounter(), nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+    args = BilevelTrainingArguments(str(tmp_path), per_device_train_batch_size=4, **QUIET)
+    counter.on_train_begin(args, None, None, model=model)
+    counts, weights = [], tuple(model.parameters())
+    with torch.no_grad():
+        model(torch.ones(4, 2))
+    counts.append(counter.passes)
+    loss = model(torch.randn(4, 2)).square().mean()
+    counts.append(counter.passes)
+    gradient = grad(loss, weights, create_graph=True)
+    counts.append(counter.passes)
+    for _ in range(2):
+        products = grad(gradient, weights, [torch.ones_like(g) for g in gradient], True)
+        counts.append(counter.passes)
+    counter.end()
+    assert any(product.any() for product in products)
+    assert counts == pytest.approx([0, 1 / 3, 1, 3, 5])
+
+
+def test_each_further_step_of_a_solver_with_exact_products_is_two_passes(tmp_path: Path) -> None:
+    passes = []
+    for steps in (1, 2, 4):
+        estimator = f"cg:steps={steps},tolerance=1e-12,damping=30.0"
+        made = trainer(tmp_path, hypergradient=estimator, dropout=0.0, max_steps=2)
+        passes.append(made.train().metrics["passes"])
+    assert [passes[1] - passes[0], passes[2] - passes[1]] == pytest.approx([2, 4])
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize(("rows", "accumulation", "epochs"), [(10, 1, 2), (13, 2, 1), (9, 3, 1.5)])
+def test_the_steps_are_those_of_the_trainer(
+    tmp_path: Path, rows: int, accumulation: int, epochs: float, drop_last: bool
+) -> None:
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulation}
+    settings |= {"num_train_epochs": epochs, "dataloader_drop_last": drop_last}
+    args = BilevelTrainingArguments(str(tmp_path), **settings, **QUIET)
+    made = Trainer(peft_model(dora=False), args, train_dataset=data(rows=rows))
+    made.train()
+    assert args.steps_of(rows) == made.state.global_step
