@@ -36,6 +36,7 @@ class ClassOffsets(Method):
 
     Args:
         factor: whether a factor 2σ(Δ) of each class's logit is learned too.
+        paper: whether the default estimator and steps are those of AutoBalance's code.
 
     Raises:
         ProblemError: labels are no classes.
@@ -53,22 +54,23 @@ class ClassOffsets(Method):
     """
 
     factor: bool = False
+    paper: bool = False
 
     # Neumann steps of size 1, the published ones, diverge where a curvature is above 2.
     defaults = MappingProxyType({"hypergradient": "minres:steps=5,damping=1.0", "lower_steps": 4})
+    published_defaults = MappingProxyType(
+        {"hypergradient": "neumann:terms=5,step_size=1.0", "lower_steps": 20}
+    )
 
     @classmethod
     def published(cls) -> Self:
-        """Offsets and factors, with the estimator and the steps of AutoBalance's code.
+        """Offsets and factors, with ``paper``.
 
         Example:
             >>> ClassOffsets.published().factor
             True
         """
-        method = cls(factor=True)
-        estimator = {"hypergradient": "neumann:terms=5,step_size=1.0", "lower_steps": 20}
-        method.__dict__["defaults"] = estimator
-        return method
+        return cls(factor=True, paper=True)
 
     def prepare(self, model: Any) -> None:
         """Make l and Δ, 0."""
