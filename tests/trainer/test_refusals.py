@@ -205,7 +205,7 @@ class Pulled(Plain):
 
 SPLIT, TRAIN, UPPER, EVAL = "cannot give 20% of", "train_dataset", "upper_dataset", "eval_dataset"
 SMOOTH = {"label_smoothing_factor": 0.01}
-LOSS = {"compute_loss_func": lambda *_, **__: 0}
+LOSS = {"compute_loss_func": lambda outputs, labels, **_: outputs.logits.sum()}
 SEVEN = [torch.zeros(7)]
 CHECKPOINTED = {"use_reentrant": True}
 REFUSED: list[tuple[str, Any]] = [
