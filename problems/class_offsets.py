@@ -32,7 +32,7 @@ class ClassOffsets(Method):
 
     The upper loss gives the classes of a *batch* equal weights: let ``per_device_upper_batch_size``
     be many times their number. The saved model has plain logits; ``offsets`` and ``factors`` stay
-    with the method. ``compute_loss`` of a Trainer is not called.
+    with the method. Label smoothing and a Trainer's own loss are refused.
 
     Args:
         factor: whether a factor 2σ(Δ) of each class's logit is learned too.

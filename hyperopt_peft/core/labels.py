@@ -230,8 +230,7 @@ def with_all_classes(model: Any, batch: Mapping[str, Any]) -> Mapping[str, Any]:
     labels = require_labels(batch)
     if labels.is_floating_point():
         return batch
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    inputs = {key: rows_of(value, len(labels), slice(1)) for key, value in inputs.items()}
+    inputs = {k: rows_of(x, len(labels), slice(1)) for k, x in batch.items() if k != "labels"}
     with _probing(model), torch.no_grad(), model_reads(inputs):
         logits = model(**inputs).logits
     numbers = torch.arange(labels.numel(), device=labels.device) % logits.shape[-1]

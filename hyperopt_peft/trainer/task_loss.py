@@ -48,7 +48,7 @@ class TaskLossTrainer(CombinedTrainer):
     #: Passes and seconds of the training, for both phases of a method together.
     passes: PassCounter
     model: Any
-    _loss_read = False  # by the lower level, since this was last set to False
+    _loss_read = _loss_checked = False  # by a level's last evaluation; by the first step
 
     @classmethod
     def has_own_loss(cls) -> bool:

@@ -96,7 +96,6 @@ class BilevelTrainer(PhasesTrainer):
     current_step: OptimizerStep
     eval_dataset: Any
     current_flos: float
-    _loss_checked = False
 
     def __init__(
         self,
@@ -237,10 +236,9 @@ class BilevelTrainer(PhasesTrainer):
         self._set_training_mode(model)
         step, self._loss_read = self.current_step, False
         loss = step.evaluate(inputs)
-        if not self._loss_checked:
-            self._loss_checked = True
-            if not self._loss_read:
-                checks.check_unread(self, self.lower, step.micro[0].batch)
+        if not (self._loss_read or self._loss_checked):
+            checks.check_unread(self, self.lower, step.micro[0].batch)
+        self._loss_checked = True
         if step.complete:
             try:
                 with metrics_restored(self):
