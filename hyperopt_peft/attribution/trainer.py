@@ -62,8 +62,7 @@ def setup_from_trainer(
     random_state = _new_model(trainer)
     require_float32(trainer.model)
     first = range(len(data.train_rows))[: trainer.args.per_device_train_batch_size]
-    batch = data.batches(data.train_rows, first)[0]
-    require_mean_over_labels(trainer, batch, data.collate.tags)
+    require_mean_over_labels(trainer, data.batches(data.train_rows, first)[0], data.collate.tags)
     if twice:
         require_norm_in_graph(trainer.model)
     with TemporaryDirectory(prefix="attribution-") as folder:  # apart from the user's checkpoints

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -178,8 +177,8 @@ def check_unread(trainer: Any, level: Problem, batch: Any) -> None:
     model's own. Under FSDP2 a loss is not evaluated here, and passes.
     """
     changes = (trainer.label_smoother, trainer.compute_loss_func, trainer.has_own_loss())
-    names = compress(("label_smoothing_factor", "compute_loss_func", "compute_loss"), changes)
-    name = next(names, None)
+    names = "label_smoothing_factor", "compute_loss_func", "compute_loss"
+    name = next((name for name, used in zip(names, changes) if used), None)
     if name is None or (trainer.is_fsdp_enabled and not trainer.label_smoother):
         return
     try:

@@ -54,8 +54,7 @@ class DifferentiableStep:
         optimizer = getattr(level.optimizer, "optimizer", level.optimizer)  # accelerate wraps it
         if any(getattr(optimizer, f"_optimizer_step_{when}_hooks", 0) for when in ("pre", "post")):
             raise ProblemError(
-                f"{level.name}: the optimizer has step hooks, which a derivative of its step would "
-                "leave out; remove them, or choose an estimator that does not differentiate steps"
+                f"{level.name}: the optimizer has step hooks, which have no derivative; remove them"
             )
         self.level, self._rule = level, RULES[kind]
         self._clips = clipping and level.max_grad_norm is not None
