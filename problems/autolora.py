@@ -5,7 +5,8 @@
 
 The update of a layer is ΔW = s·Σ_j p_j·B_:j A_j: with p = r·softmax(α), which is LoRA at α = 0.
 Terms with p_j under a threshold are removed, and the adapter with the remaining ranks is trained on
-all data. Zhang et al. 2024, arXiv:2403.09113, which has no decay.
+all data. Zhang et al. 2024, arXiv:2403.09113, which has no decay. Its code has p = softmax(α), so
+that ΔW starts at 1/r of LoRA's, and keeps terms by α itself: those with α_j/Σα of 1/r or more.
 """
 
 from __future__ import annotations

@@ -5,8 +5,7 @@
 
 z are the logits of the model w. A frequent class gets a larger offset in training, so that the
 model itself need not prefer it: l = log π, with the classes' shares π in D_train, is Bayes-optimal
-for balanced accuracy. Li et al. 2021, arXiv:2201.01212 (AutoBalance), which has σ(Δ) and starts at
-Δ = 1.
+for balanced accuracy. Li et al. 2021, arXiv:2201.01212 (AutoBalance), who have σ(Δ) from Δ = 1.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from hyperopt_peft.core.labels import ENTRIES, WEIGHT, require_labels
+from hyperopt_peft.core.labels import WEIGHT, require_labels
 from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.core.problem import TaskLoss
 from hyperopt_peft.errors import ProblemError
@@ -36,7 +35,7 @@ class ClassOffsets(Method):
 
     Args:
         factor: whether a factor 2σ(Δ) of each class's logit is learned too.
-        paper: whether the default estimator and steps are those of AutoBalance's code.
+        paper: whether the default estimator, steps and phases are those of AutoBalance's code.
 
     Raises:
         ProblemError: labels are no classes.
@@ -59,7 +58,7 @@ class ClassOffsets(Method):
     # Neumann steps of size 1, the published ones, diverge where a curvature is above 2.
     defaults = MappingProxyType({"hypergradient": "minres:steps=5,damping=1.0", "lower_steps": 4})
     published_defaults = MappingProxyType(
-        {"hypergradient": "neumann:terms=5,step_size=1.0", "lower_steps": 20}
+        {"hypergradient": "neumann:terms=5,step_size=1.0", "lower_steps": 20, "retrain": "scratch"}
     )
 
     @classmethod
@@ -87,19 +86,19 @@ class ClassOffsets(Method):
 
     def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Tensor:
         """The cross entropy of 2σ(Δ)⊙z + l."""
-        logits, labels = logits_and_labels(model, batch)
+        logits, labels = logits_and_labels(self, model, batch)
         logits = 2 * self.factors.sigmoid() * logits + self.offsets
         weight: Tensor | float = batch.get(WEIGHT, 1.0)
         return cross_entropy(logits, labels) * weight
 
     def upper_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Tensor:
         """The cross entropy of z with equal weights for the classes of the batch or piece."""
-        return balanced_loss(model, batch)
+        return balanced_loss(self, model, batch)
 
 
-def balanced_loss(model: Any, batch: Any) -> Tensor:
+def balanced_loss(method: Method, model: Any, batch: Any) -> Tensor:
     """The mean over the classes of ``batch`` of their mean cross entropies."""
-    logits, labels = logits_and_labels(model, batch)
+    logits, labels = logits_and_labels(method, model, batch)
     counts = labels[labels != IGNORED].bincount(minlength=logits.shape[-1])
     return cross_entropy(logits, labels, 1 / counts.clamp(min=1).to(logits.dtype))
 
@@ -115,9 +114,7 @@ def class_labels(batch: Any) -> Tensor:
     return labels
 
 
-def logits_and_labels(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+def logits_and_labels(method: Method, model: Any, batch: Any) -> tuple[Tensor, Tensor]:
     """The logits of each label, (n, classes), in float32 or wider, and the labels, (n,)."""
     labels = class_labels(batch)
-    inputs = {name: x for name, x in batch.items() if name not in ("labels", *ENTRIES)}
-    logits = model(**inputs).logits.flatten(0, -2)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.flatten()
+    return method.logits_of(model, batch).flatten(0, -2), labels.flatten()

@@ -70,13 +70,10 @@ class LogitAdjustment(_Counting):
 
     def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Tensor:
         """The cross entropy of z + τ·log π."""
-        logits, labels = logits_and_labels(model, batch)
-        logits = logits + self._tau() * self.class_shares(logits).log()
+        logits, labels = logits_and_labels(self, model, batch)
+        logits = logits + getattr(self, "learned", self.tau) * self.class_shares(logits).log()
         weight: Tensor | float = batch.get(WEIGHT, 1.0)
         return cross_entropy(logits, labels) * weight
-
-    def _tau(self) -> Tensor | float:
-        return self.tau
 
 
 @dataclass
@@ -103,10 +100,7 @@ class TunedAdjustment(LogitAdjustment):
 
     def upper_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Tensor:
         """The cross entropy of z with equal weights for the classes of the batch."""
-        return balanced_loss(model, batch)
-
-    def _tau(self) -> Tensor:
-        return self.learned
+        return balanced_loss(self, model, batch)
 
 
 @dataclass
@@ -135,7 +129,7 @@ class FrequencyWeights(_Counting):
 
     def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Tensor:
         """The mean of v_y·CE over the labels."""
-        logits, labels = logits_and_labels(model, batch)
+        logits, labels = logits_and_labels(self, model, batch)
         losses = cross_entropy(logits, labels, self.weights(logits), reduction="none")
         weight: Tensor | float = batch.get(WEIGHT, 1.0)
         return losses.sum() / (labels != IGNORED).sum().clamp(min=1) * weight

@@ -27,16 +27,18 @@ def find_method(spec: str) -> type[Method]:
         ...
         hyperopt_peft.errors.ProblemError: method: unknown 'bidorra'; did you mean 'bidora'?
     """
-    path, colon, name = spec.rpartition(":")
+    path, colon, name = f"{spec}{':' * spec.endswith('.py')}".rpartition(":")
     if not colon:
         if spec not in METHODS:
             raise ProblemError(f"method: unknown {spec!r}{did_you_mean(spec, METHODS)}")
         found: type[Method] = getattr(problems, METHODS[spec][1])
         return found
-    made = getattr(import_file(path, "method"), name, None)
-    if not (isinstance(made, type) and issubclass(made, Method)):
-        raise ProblemError(f"method: {path} has no class {name} that is a hyperopt_peft.Method")
-    return made
+    every = vars(import_file(path, "method"))
+    known = {k: x for k, x in every.items() if isinstance(x, type) and issubclass(x, Method)}
+    if name not in known:
+        near = did_you_mean(name, sorted({*known} - {"Method"}))
+        raise ProblemError(f"method: {path} has no Method {name!r}; give {path}:Class{near}")
+    return known[name]
 
 
 def import_file(path: str, option: str) -> ModuleType:

@@ -4,7 +4,8 @@
     lower: A*, B*(u) = argmin over A, B, head   L(A, B, u; D_train) + decay·½(‖A‖² + ‖B‖²)
 
 The update of layer l is ΔW_l = e^(u_l)·s_l·B_l A_l. A scale near 0 removes a layer's adapter. Tian,
-Liu and Sun 2025 (MetaPEFT), arXiv:2603.01759, for LoRA.
+Liu and Sun 2025 (MetaPEFT), arXiv:2603.01759, for LoRA. Its code has a raw factor for e^u, and for
+each upper step takes K lower steps on a third split, which it then undoes.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     upper: min over u   L(w*(u); trusted rows)
     lower: w*(u) = argmin over adapter and head w   1/N Σ_i v_i(u) ℓ_i(w)
 
-ℓ_i is the loss of row i (of each of its labels where texts are packed), N the number of labels.
-v_i = 2σ(u_i): Franceschi et al. 2017, arXiv:1703.01785 §5.1. v_i = n·softmax(u)_i, with mean 1:
-Shen et al. 2025, arXiv:2410.07471; `SEAL` has their estimator and second phase.
+ℓ_i is the loss of row i (of each label where texts are packed), N the number of labels. v is 2σ(u)
+or, with mean 1, n·softmax(u): Shen et al. 2025, arXiv:2410.07471; `SEAL` has their estimator. In
+Franceschi et al. 2017, arXiv:1703.01785, v is in [0, 1] and has a bounded sum.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hyperopt_peft.utils.validation import Share
 
 @dataclass
 class RowWeights(Method):
-    """A weight for each training row; the second phase trains on the best rows and the trusted.
+    """A weight for each training row; then a training from scratch, on the trusted rows too.
 
     Args:
         keep: the share of rows, by largest weight, on which the second phase trains with equal
@@ -48,12 +48,14 @@ class RowWeights(Method):
         tensor([1., 1.], grad_fn=<MulBackward0>)
     """
 
-    keep: Share | None = 0.8
+    keep: Share | None = None
     form: Literal["sigmoid", "softmax"] = "sigmoid"
 
     tags = (INDEX,)
     # An upper step after each lower one leaves too few steps at equal price (benchmarks/methods).
-    defaults = MappingProxyType({"hypergradient": "darts:product=dots", "lower_steps": 4})
+    defaults = MappingProxyType(
+        {"hypergradient": "darts:product=dots", "lower_steps": 4, "retrain": "scratch"}
+    )
 
     def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:
         """The given ones."""

@@ -7,8 +7,8 @@ The update of layer l is ΔW_l = z_l·s·B_l A_l with p_l = σ(α_l/β) and n_l 
 z_l = σ(logit p_l + logit U) with U uniform in (0, 1), a draw of the binary concrete distribution;
 in evaluation z_l = p_l. Then the layers of largest p within the budget are trained from scratch.
 Hu et al. 2022, arXiv:2206.07382, who have gates for other kinds of adapters too.
-
-α is shifted to the budget after each upper step; the published code does so in each pass.
+α is shifted to the budget after each upper step. Their code does so in each pass, and also holds
+Σ_l p_l constant in ∂p/∂α (``shift_detach``).
 """
 
 from __future__ import annotations

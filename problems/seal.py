@@ -27,7 +27,7 @@ from hyperopt_peft.core.problem import Problem, TaskLoss
 from hyperopt_peft.problems.row_weights import RowWeights
 from hyperopt_peft.trainer.data import joined
 from hyperopt_peft.trainer.tags import INDEX, label_counts
-from hyperopt_peft.utils.validation import Bound
+from hyperopt_peft.utils.validation import Bound, Share
 
 
 @dataclass
@@ -57,6 +57,7 @@ class SEAL(RowWeights):
         tensor([0.0450, 0.0450, 2.9100], grad_fn=...)
     """
 
+    keep: Share | None = 0.8
     form: Literal["sigmoid", "softmax"] = "softmax"
     trust: Annotated[float, Bound("≥", 0), Bound("≤", 1)] = 0.97
 

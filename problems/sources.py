@@ -9,10 +9,11 @@ label of source k has the weight v_k = p_k·N/n_k in the mean over all N labels.
 
     ScaleBiO   arXiv:2406.19976   softmax         a penalty, γ = 10 to 100; w trains on trusted rows
     FastMix    arXiv:2606.14971   softmax         dot products of the output layer's gradients
-    DreamPRM   arXiv:2505.20241   softplus/Σ      darts with ξ = 1 after five lower steps
+    DreamPRM   arXiv:2505.20241   softplus        darts with ξ = 1 after five lower steps
 
-FastMix samples by the shares instead of weighting. DreamPRM's losses for a process reward model are
-left out. In the last two papers the trusted rows are no source.
+DreamPRM has v_k = softplus(u_k)/mean softplus(u) whatever n_k, so that rows start alike, and not
+sources; its losses for a process reward model are left out. FastMix's code draws sources alike and
+weights their losses by p_k: 1/K of this loss. In these two papers trusted rows are no source.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from hyperopt_peft.core.examples import WeightedRows
 from hyperopt_peft.core.prior import GaussianPrior
 from hyperopt_peft.core.problem import Problem, TaskLoss
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems.data_plans import EqualSources
+from hyperopt_peft.problems.data_plans import SOURCE, EqualSources
 from hyperopt_peft.trainer.data import require_examples
 
 #: Form and arguments of each paper.
@@ -50,7 +51,7 @@ class Sources(EqualSources):
         column: as for `EqualSources`.
         prior: τ. By default K/(8n) for n trusted rows: exp(−n·(F + prior)), with F their mean loss,
             is then a posterior whose prior has the variance 8 a logit.
-        form: p of u; "softplus" is softplus(u) by its sum.
+        form: "softmax" is p of u, and "softplus" DreamPRM's v of u; p_k is then v_k·n_k by its sum.
         paper: whose estimator and steps are the defaults; `published` sets form and prior too.
 
     Raises:
@@ -106,10 +107,17 @@ class Sources(EqualSources):
         self.logits = torch.zeros(len(self.names), device=device, requires_grad=True)
 
     def p(self) -> Tensor:
-        """softmax(u), or softplus(u) by its sum, ``(K,)``."""
+        """softmax(u), or the shares that DreamPRM's weights give, ``(K,)``."""
         if self.form == "softmax":
             return self.logits.softmax(0)
-        return softplus(self.logits) / softplus(self.logits).sum()
+        shares = softplus(self.logits) * self.counts.to(self.logits)
+        return shares / shares.sum()
+
+    def weights(self, batch: Any) -> Tensor:
+        """As `EqualSources.weights`, or softplus(u) by its mean over the sources."""
+        if self.form == "softmax":
+            return super().weights(batch)
+        return (softplus(self.logits) / softplus(self.logits).mean())[batch[SOURCE]]
 
     def upper_variables(self, model: Any) -> dict[str, Tensor]:
         """u, a logit a source."""

@@ -4,7 +4,7 @@
     lower: w*(u) = argmin over adapter and head w   1/N Σ_i v_i ℓ_i(w),   v_i = 2σ(V(ℓ_i; u))
 
 ℓ_i is the loss of row i, N the number of labels. Shu et al. 2019 (Meta-Weight-Net),
-arXiv:1902.07379, who leave ∂v_i/∂w out.
+arXiv:1902.07379, whose code has σ for 2σ and the learning rate for ξ, and leaves ∂v_i/∂w out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The test-suite on the oldest and the newest packages that pyproject.toml allows.
+"""The test-suite on sets of packages that pyproject.toml allows.
 
     python -m tests.matrix                                 every set, in a temporary folder
     python -m tests.matrix oldest --folder ~/matrix        one set, whose environment is kept
@@ -6,9 +6,11 @@
 
 Each set gets a virtual environment of its own outside the repository, with this checkout installed
 editable. The set ``oldest`` has each dependency, TRL and bitsandbytes included, at its lower bound.
-The set ``peft`` runs PEFT's own tests of DoRA, from PEFT's source distribution, with the fast layer
-in place of PEFT's: those files of them that need no GPU, without the tests that ask for a model
-from the hub.
+The sets ``axolotl``, ``axolotl-0.21``, ``unsloth``, ``ms-swift`` and ``llamafactory`` have the
+versions that these programs require. The set ``main`` has the main branches of Transformers and
+PEFT. The set ``peft`` runs PEFT's own tests of DoRA, from PEFT's source distribution, with the fast
+layer in place of PEFT's: those files of them that need no GPU, without the tests that ask for a
+model from the hub.
 """
 
 from __future__ import annotations
@@ -29,12 +31,22 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-INTERPRETERS = {
-    "oldest": "python3.11",
-    "newest": "python3.11",
-    "python3.13": "python3.13",
-    "peft": "python3.11",
+GITHUB = "git+https://github.com/huggingface"
+#: The versions that a set asks for; the others are the newest.
+PINS = {
+    "newest": "",
+    "python3.13": "",
+    "axolotl": "transformers==5.16.1 peft==0.20.0 trl==1.9.0 accelerate==1.13.0 datasets==4.8.4",
+    "axolotl-0.21": "torch<2.15 transformers==5.20.1 peft==0.21.2 trl==1.14.1 accelerate==1.15.0 "
+    "datasets==5.0.1",
+    "unsloth": "transformers==5.17.0 trl==1.15.0 datasets==4.8.4",
+    "ms-swift": "transformers==5.19.0 peft==0.20.0 trl==0.29.1 datasets==4.8.4",
+    "llamafactory": "transformers==5.6.0 peft==0.18.1 accelerate==1.11.0 datasets==4.0.0",
+    "main": f"transformers@{GITHUB}/transformers peft@{GITHUB}/peft",
+    "peft": "",
 }
+SETS = ("oldest", *PINS)
+NEWER_PYTHON = ("python3.13", "axolotl-0.21")
 PEFT_TESTS = ("custom_models", "helpers", "initialization", "lora_variants")
 PEFT_NEEDS = ("attrs", "diffusers", "parameterized")
 PACKAGES = (
@@ -65,6 +77,11 @@ def lower_bounds() -> list[str]:
     return [re.sub(r">=([\d.]+).*", r"==\1", bound) for bound in bounds()]
 
 
+def pins(name: str) -> list[str]:
+    """The versions that the set ``name`` asks for: ``torch==2.10`` and so on."""
+    return lower_bounds() if name == "oldest" else PINS[name].split()
+
+
 def environment(name: str, folder: Path) -> Path:
     """The interpreter of the set ``name``; its environment is made unless ``folder`` has it."""
     home = folder / name
@@ -72,13 +89,12 @@ def environment(name: str, folder: Path) -> Path:
     install: list[str | Path] = [python, "-m", "pip", "install", "-q"]
     if not (home / "complete").exists():
         shutil.rmtree(home, ignore_errors=True)
-        base = shutil.which(INTERPRETERS[name]) or sys.exit(f"{name}: no {INTERPRETERS[name]}")
+        interpreter = "python3.13" if name in NEWER_PYTHON else "python3.11"
+        base = shutil.which(interpreter) or sys.exit(f"{name}: no {interpreter}")
         subprocess.run([base, "-m", "venv", home], check=True)
-        pinned = home / "constraints.txt"
-        pinned.write_text("\n".join(lower_bounds()) if name == "oldest" else "")
         more = list(PEFT_NEEDS) if name == "peft" else []
         subprocess.run([*install, "--upgrade", "pip"], check=True)
-        subprocess.run([*install, "-c", pinned, "-e", f"{ROOT}[dev]", *more], check=True)
+        subprocess.run([*install, "-e", f"{ROOT}[test]", *pins(name), *more], check=True)
         (home / "complete").touch()
     subprocess.run([*install, "--no-deps", "-e", ROOT], check=True)  # a kept one may be of another
     return python
@@ -149,17 +165,17 @@ def main() -> int:
     """Run the sets that were asked for; 1 where a test failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("sets", nargs="*", metavar="set", help=", ".join(INTERPRETERS))
+    parser.add_argument("sets", nargs="*", metavar="set", help=", ".join(SETS))
     parser.add_argument("--folder", type=Path, help="keep the environments here")
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     given, options = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
-    if unknown := set(given.sets) - INTERPRETERS.keys():
-        parser.error(f"set: no {', '.join(unknown)}; known are {', '.join(INTERPRETERS)}")
+    if unknown := set(given.sets) - set(SETS):
+        parser.error(f"set: no {', '.join(unknown)}; known are {', '.join(SETS)}")
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = (given.folder or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        for name in given.sets or INTERPRETERS:
+        for name in given.sets or SETS:
             rows.append(run(name, environment(name, folder), folder, options))
             print(f"\n{table(rows)}\n", flush=True)
     return int(any(row["failed"] for row in rows))

@@ -155,6 +155,8 @@ def magnitudes(batch: int) -> dict[str, Method]:
 
 #: Upper batches of 64 rows contain most classes; a training then has few upper steps.
 CLASSES: dict[str, Any] = {"per_device_upper_batch_size": 64, "lower_steps": 8}
+#: The second phase of the stored runs of `RowWeights`.
+WARM = {"retrain": "warm"}
 SETTINGS = {
     "magnitudes": Setting(
         ("trec", "sst2", "tweets", "tags"),
@@ -230,7 +232,7 @@ SETTINGS = {
             "inverse-frequency weights": FrequencyWeights(),
             "inverse-frequency weights, root": FrequencyWeights(power=0.5),
             "logit adjustment, τ learned": with_arguments(TunedAdjustment(), **CLASSES),
-            "ClassOffsets": with_arguments(ClassOffsets(factor=True), **CLASSES),
+            "ClassOffsets": with_arguments(ClassOffsets(), **CLASSES),
             "LayerScales": LayerScales(),
         },
         ("ClassOffsets", "LayerScales"),
@@ -247,8 +249,8 @@ SETTINGS = {
             "trusted rows 10 times": TrustedRepeated(),
             "loss under a trusted model": KeptRows(),
             "suspicion": KeptRows(trusted=False),
-            "RowWeights": RowWeights(),
-            "RowWeights, 1 lower step": with_arguments(RowWeights(), lower_steps=1),
+            "RowWeights": with_arguments(RowWeights(keep=0.8), **WARM),
+            "RowWeights, 1 lower step": with_arguments(RowWeights(keep=0.8), lower_steps=1, **WARM),
             "SEAL": SEAL(),
         },
         ("RowWeights", "RowWeights, 1 lower step", "SEAL"),

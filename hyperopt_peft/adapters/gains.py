@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -81,7 +81,7 @@ def add_gains(
     adapter, layers = active_adapter(peft_model), lora_layers(peft_model)
     for name, layer in layers:
         variant = peft_internals.variant(layer, adapter)
-        if adapter not in layer.lora_A or isinstance(layer, peft_internals.ParamWrapper) or variant:
+        if adapter not in layer.lora_A or isinstance(layer, ParamWrapper) or variant:
             kind = type(variant or layer).__name__
             raise ProblemError(
                 f"{name}: is a {kind}, and a gain needs plain LoRA on linear layers or "

@@ -1,46 +1,71 @@
-"""All private names of PEFT and accelerate that this library uses.
+"""All private names of PEFT and accelerate that this library uses, each read on first use.
 
 PEFT calls the methods of a ``LoraVariant`` "prone to change and should thus considered to be
 private", but no public interface replaces the forward pass of a LoRA layer. If a release moves a
-name, tests/contract/test_peft.py fails with it.
+name, tests/contract/test_peft.py fails with it, and a function that needs it raises a ProblemError.
 """
 
 from __future__ import annotations
 
+import inspect
+import sys
 from typing import Any
 
-from peft.tuners.lora import dora
+import peft
 from peft.tuners.lora.layer import Embedding, LoraLayer
-from peft.tuners.lora.layer import LoraVariant as LoraVariant
-from peft.tuners.lora.layer import ParamWrapper as ParamWrapper
-from peft.tuners.lora.variants import DoraConv1dVariant as DoraConv1dVariant
-from peft.tuners.lora.variants import DoraConv2dVariant as DoraConv2dVariant
-from peft.tuners.lora.variants import DoraConv3dVariant as DoraConv3dVariant
-from peft.tuners.lora.variants import DoraEmbeddingVariant as DoraEmbeddingVariant
-from peft.tuners.lora.variants import DoraLinearVariant as DoraLinearVariant
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES as SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 
+from hyperopt_peft.errors import ProblemError
 
-def variant(layer: LoraLayer, adapter_name: str) -> LoraVariant | None:
-    """The object that runs and merges ``layer``; None for plain LoRA."""
-    return layer.lora_variant.get(adapter_name)
+#: The parameters of the ``forward`` of a variant.
+PARAMETERS = ["module", "active_adapter", "x", "result", "kwargs"]
 
 
-def set_variant(layer: LoraLayer, adapter_name: str, value: LoraVariant) -> None:
+def _moved(name: str) -> ProblemError:
+    return ProblemError(
+        f"peft {peft.__version__}: {name} is not as this library knows it; install a release that "
+        "docs/versions.md lists"
+    )
+
+
+def variant(layer: LoraLayer, adapter_name: str) -> Any:
+    """The object that runs and merges ``layer``; None for plain LoRA.
+
+    Raises:
+        ProblemError: this release of PEFT has no such objects.
+    """
+    variants = getattr(layer, "lora_variant", None)
+    if not isinstance(variants, dict):
+        raise _moved("LoraLayer.lora_variant")
+    return variants.get(adapter_name)
+
+
+def require_forward(layer: LoraLayer, peft_variant: Any) -> None:
+    """Raise ProblemError unless another forward pass can run ``layer``, a DoRA layer."""
+    forward = getattr(peft_variant, "forward", None)
+    if forward is None or list(inspect.signature(forward).parameters) != PARAMETERS:
+        raise _moved("LoraVariant.forward")
+    needed = "_embed" if isinstance(layer, Embedding) else "conv_fn"
+    convolution = isinstance(layer.get_base_layer(), nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    if (isinstance(layer, Embedding) or convolution) and not hasattr(layer, needed):
+        raise _moved(f"{type(layer).__name__}.{needed}")
+
+
+def set_variant(layer: LoraLayer, adapter_name: str, value: Any) -> None:
     """Replace the object that runs and merges ``layer``."""
     clear_dora_cache(layer, adapter_name)
     layer.lora_variant[adapter_name] = value
 
 
-def variants(layer: Any) -> list[LoraVariant]:
+def variants(layer: Any) -> list[Any]:
     """The variants of all adapters of ``layer`` except plain LoRA."""
-    return list(layer.lora_variant.values())
+    return list(getattr(layer, "lora_variant", {}).values())
 
 
 def embed_scale(layer: Embedding) -> Tensor | None:
     """The fixed factor by which some embeddings (Gemma's) multiply their rows, or None."""
-    scale: Tensor | None = layer._get_embed_scale()
+    read = getattr(layer, "_get_embed_scale", None)  # of PEFT 0.21
+    scale: Tensor | None = read() if read else None
     return scale
 
 
@@ -58,14 +83,15 @@ def convolution(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def is_caching(layer: LoraLayer) -> bool:
-    """Whether ``peft.helpers.DoraCaching`` makes ``layer`` cache B·A and the norm."""
-    return dora.ENABLE_DORA_CACHING and not layer.training
+    """Whether ``peft.helpers.DoraCaching`` (PEFT 0.19) makes ``layer`` cache B·A and the norm."""
+    dora = sys.modules.get("peft.tuners.lora.dora")
+    return bool(getattr(dora, "ENABLE_DORA_CACHING", False)) and not layer.training
 
 
 def clear_dora_cache(layer: LoraLayer, adapter_name: str) -> None:
     """Drop the cached B·A and norm, as PEFT's own forward pass does outside of DoraCaching."""
     if adapter_name in layer.lora_magnitude_vector:
-        layer.lora_magnitude_vector[adapter_name]._dora_cache.clear()
+        getattr(layer.lora_magnitude_vector[adapter_name], "_dora_cache", {}).clear()
 
 
 def is_placed(module: nn.Module) -> bool:

@@ -17,8 +17,6 @@ from torch.utils.data import ConcatDataset
 from transformers import Trainer, enable_full_determinism, set_seed
 
 from hyperopt_peft.adapters import peft_internals
-from hyperopt_peft.adapters.dora.fast import FastFullNorm
-from hyperopt_peft.adapters.dora.variants import VARIANTS
 from hyperopt_peft.attribution.recorder import RecordedTrainer, method_of
 from hyperopt_peft.attribution.rows import ROW, ModelOnRows, classes_of_rows
 from hyperopt_peft.attribution.run import ParameterUpdate, Run
@@ -184,12 +182,14 @@ def require_norm_in_graph(model: Any) -> None:
 
     Double backward does not give the derivative of such a gradient.
     """
-    full: tuple[Any, ...] = (FastFullNorm, *(variant for _, variant in VARIANTS.values()))
     detached = [
         name
         for name, module in model.named_modules()
         if getattr(module, "lora_magnitude_vector", None)
-        and not all(isinstance(variant, full) for variant in peft_internals.variants(module))
+        and any(
+            getattr(variant, "norm_grad", "detach") == "detach"
+            for variant in peft_internals.variants(module)
+        )
     ]
     if detached:
         raise ProblemError(

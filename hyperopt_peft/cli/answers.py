@@ -102,9 +102,10 @@ class Answers:
 
     def _suspects(self, suspects: Suspects) -> str:
         """Add the doubtful labels to page and files; what to do about them."""
-        result, flagged = self.result, suspects.flagged
+        result, twins = self.result, self.columns[attributed.SAME_TEXT]
         confidence, losses = suspects.confidence.tolist(), result.losses.tolist()
-        marked = {*flagged}
+        marked = {*suspects.flagged, *(row for row, twin in enumerate(twins) if twin != "")}
+        flagged = sorted(marked, key=confidence.__getitem__)
         self.columns["suspect"] = [int(row in marked) for row in range(len(confidence))]
         self.columns["label_confidence"] = confidence
         self.page.details |= {"Search for wrong labels": suspects.numbers}
@@ -116,12 +117,13 @@ class Answers:
             own = [values[row] for values in result.columns.values()]
             numbers = confidence[row], losses[row], float(result.scores[row])
             guess = self.classes[guesses[row]]
-            lines.append([result.numbers[row], *own, guess, *numbers, mark])
+            lines.append([result.numbers[row], *own, guess, *numbers, twins[row], mark])
             texts = (f"{x:{form}}" for x, form in zip(numbers, (".2f", ".2f", "+.1e"), strict=True))
             shown.append([*self._cells(row), guess, *texts])
         if self.folder is not None:
-            path, names = self.folder / "suspects.csv", [*heads, attributed.COLUMN]
-            write_csv(path, names, lines, escape_formulas=self.command.escape_formulas)
+            path, escape = self.folder / "suspects.csv", self.command.escape_formulas
+            names = [*heads, attributed.SAME_TEXT, attributed.COLUMN]
+            write_csv(path, names, lines, escape_formulas=escape)
         self.page.verdict = (
             f"Read the {len(flagged)} of {len(confidence)} rows whose labels may be wrong, in "
             f"suspects.csv, worst first; stop after ten right labels in a row. Correct the column "
@@ -129,7 +131,8 @@ class Answers:
         )
         parts = {"Train again": self.again, "The most doubtful labels": [heads, *shown[:SHOWN]]}
         parts["Terms"] = TERMS + f"\n{suspects.advice}" * bool(suspects.advice)
-        return self.add(parts, suspects=suspects.record())
+        record = suspects.record() | {"flagged": len(flagged)}
+        return self.add(parts, suspects=record)
 
     def _reasons(self, found: Reasons) -> str:
         if self.folder is not None:

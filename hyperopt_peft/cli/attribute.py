@@ -129,11 +129,16 @@ def run(argv: Sequence[str]) -> None:
     page = Report("attribute", "", chosen.options, curves={"Losses": trainer.state.log_history})
     page.pictures = {"Scores of the training rows": "attribution.png"}
     marks = {*attributed.marks_of(setup.evaluation_rows, setup.encoder.columns), *setup.marks}
-    classes = {}
+    classes, same = dict[int, Any](), dict[int, int]()
     if chosen.model.task == "text-classification":
         classes = dict(zip(setup.train["labels"], rows[data.label_column]))
+        same = attributed.contradicted(setup.rows, setup.encoder.columns)
     again = train_again(argv, chosen, output)
+    if same:
+        text = f"{len(same)} rows; the column {attributed.SAME_TEXT} has the first row of each text"
+        page.sections = {"The same text with another label": text}
     answers = Answers(result, command, page, output if first else None, marks, classes, again)
+    answers.columns[attributed.SAME_TEXT] = [same.get(row, "") for row in result.numbers]
 
     def reasons() -> Reasons:
         fresh, on_adapter = new_trainer(), command.score_model == "adapter"

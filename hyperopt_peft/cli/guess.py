@@ -6,11 +6,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
-from contextlib import suppress
 from typing import NamedTuple
 
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.compute as pc  # type: ignore[import-untyped]
 from datasets import ClassLabel, Dataset, Value
 
 from hyperopt_peft.cli.text.data import TRAIN, require_columns
@@ -95,14 +92,13 @@ def guess(rows: Dataset, task: str | None, texts: list[str] | None, label: str |
 
 def require_header(rows: Dataset, file: str) -> None:
     """Raise ProblemError if the columns of ``file`` are named as values are: it has no header."""
-    for name, column in zip(rows.column_names, rows.data.columns):
-        with suppress(pa.ArrowNotImplementedError):  # of a nested type
-            same = pc.any(pc.equal(column.cast(pa.string()), name)).as_py()
-            if (same and name.lower() not in USUAL) or re.fullmatch(r"-?\d+\.\d+", name):
-                raise ProblemError(
-                    f"file: {file} seems to have no header, since a column is named {name!r} like "
-                    "a value; write a line such as text,label before it, or give --text_columns"
-                )
+    for name in rows.column_names:
+        same = name.lower() not in USUAL and name in map(str, rows.unique(name))
+        if same or re.fullmatch(r"-?\d+\.\d+", name):
+            raise ProblemError(
+                f"file: {file} seems to have no header, since a column is named {name!r} like a "
+                "value; write a line such as text,label before it, or give --text_columns"
+            )
 
 
 def _first(names: Collection[str], layouts: Sequence[Sequence[str]]) -> list[str] | None:
@@ -112,7 +108,7 @@ def _first(names: Collection[str], layouts: Sequence[Sequence[str]]) -> list[str
 
 def _different(rows: Dataset, name: str) -> int:
     """The number of different values of a column, without None."""
-    return int(pc.count_distinct(rows.data.column(name)).as_py())
+    return len({*rows.unique(name)} - {None})
 
 
 def _texts(rows: Dataset, label: str | None) -> list[str]:

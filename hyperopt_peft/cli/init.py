@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from huggingface_hub.constants import HF_HUB_OFFLINE
+from datasets.config import HF_HUB_OFFLINE
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.cli.guess import Guess, guess, require_header

@@ -152,10 +152,23 @@ def divided(command: str, argv: Sequence[str]) -> tuple[Options, Options]:
     return of_file, flags
 
 
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """The mapping of ``node``, of whose equal names YAML would keep the last."""
+        keys = dict[str, Any]()
+        for key, _ in node.value:
+            name = str(key.value).replace("-", "_")
+            if keys.setdefault(name, key) is not key:
+                where = f"{self.name}: line {key.start_mark.line + 1}"
+                raise ProblemError(f"{where}: {name} is given twice; remove one")
+        return super().construct_mapping(node, deep)
+
+
 def _options_in(path: Path, command: str) -> Options:
     """The options in the YAML file ``path`` for ``command``; null is the default."""
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            options = yaml.load(file, _Loader)
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ProblemError(f"{path}: no readable YAML ({error}); init writes one") from error
     if not isinstance(options, dict):

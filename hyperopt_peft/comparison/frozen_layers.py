@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperopt_peft.trainer.tags import without
-from hyperopt_peft.utils.models import base_model, evaluating
+from hyperopt_peft.utils.models import base_model, evaluating, hook_calls
 
 #: The states ``(tokens, d)`` above the frozen layers, by the tokens of a text.
 States = dict[tuple[int, ...], Tensor]
@@ -117,7 +117,7 @@ class _Once:
     def install(self, model: nn.Module) -> None:
         """Put the hooks."""
         self.hooks = [
-            base_model(model).register_forward_pre_hook(self._begin, with_kwargs=True),
+            *hook_calls(model, before=self._begin),
             self.layers[self.count].register_forward_pre_hook(self._enter, with_kwargs=True),
         ]
         for layer in self.layers[: self.count]:
@@ -136,7 +136,7 @@ class _Once:
         for layer, modules in zip(self.layers, self.inner, strict=False):
             layer._modules = {**modules} if inner else {}
 
-    def _begin(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def _begin(self, args: Any, kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
         self.keys, self.known = [], False
         self._show(True)

@@ -113,14 +113,19 @@ def label_losses(
         scored = pad(output.label_mask, (1, 0))[:, -labels.shape[1] :]
         return pad(-output.log_probs, (1, 0))[:, -labels.shape[1] :], scored
     shifted = labels_are_shifted(model, batch)
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    with model_reads(inputs):
-        output = model(**inputs)
-    losses = losses_of_logits(model, output.logits, labels, shifted=shifted)
+    losses = losses_of_logits(model, logits_of(model, batch), labels, shifted=shifted)
     if model not in _MEAN:
         _require_mean(model, batch, shifted)
         _MEAN.add(model)
     return losses
+
+
+def logits_of(model: Any, batch: Mapping[str, Any], tags: Sequence[str] = ()) -> Tensor:
+    """The logits of ``model`` for ``batch`` without its labels, `ENTRIES` and ``tags``."""
+    inputs = {name: x for name, x in batch.items() if name not in ("labels", *ENTRIES, *tags)}
+    with model_reads(inputs):
+        logits: Tensor = model(**inputs).logits
+    return logits
 
 
 def _require_no_router_loss(model: Any) -> None:

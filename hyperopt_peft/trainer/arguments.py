@@ -152,10 +152,10 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
     def _check(self) -> None:
         given = [name for name, value in self.bilevel_settings().items() if value is not None]
         require_types(self, (*BOUNDS, *given), **BOUNDS)
-        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+        if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):
             raise ProblemError(
-                f"num_train_epochs must be positive where max_steps is not, got "
-                f"{self.num_train_epochs}: the run would train nothing"
+                "max_steps must be positive, or -1 with a positive num_train_epochs, got "
+                f"{self.max_steps} with {self.num_train_epochs}: the run would train nothing"
             )
         self.estimator()
 
@@ -239,4 +239,5 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         levels = {n: v for n, v in levels.items() if n != "non_finite" and "retrain" not in n}
         standard = {field.name for field in fields(TrainingArguments)}
         of_parents = [field.name for field in fields(self.parents) if field.name not in standard]
-        return {**{name: values[name] for name in (*RESUME_MUST_MATCH, *of_parents)}, **levels}
+        names = (*RESUME_MUST_MATCH, *of_parents)  # some are of later releases
+        return {**{name: values[name] for name in names if name in values}, **levels}

@@ -125,9 +125,10 @@ class BilevelCallback(TrainerCallback):
                 save_checkpoint(trainer)
                 self.complete()
         # On a full disk torch.save raises RuntimeError, and safetensors its own error.
-        except (OSError, RuntimeError, SafetensorError):
+        except (OSError, RuntimeError, SafetensorError, ProblemError) as error:
             shutil.rmtree(folder, ignore_errors=True)
-            return "no checkpoint could be written"
+            reason = f": {error}" if isinstance(error, ProblemError) else ""
+            return f"no checkpoint could be written{reason}"
         finally:
             self.writing = None
         return f"the state before it is in {folder}"

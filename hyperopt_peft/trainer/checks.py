@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -262,6 +263,18 @@ def check_accelerator(trainer: Trainer, levels: Sequence[Problem], estimator: Es
         _check_fsdp(trainer, levels, estimator)
     elif trainer.args.fsdp:
         raise ProblemError("fsdp: accelerate has FSDP for GPUs only; use DDP on CPUs")
+
+
+def check_router_loss(trainer: Any, levels: Sequence[Problem]) -> None:
+    """Raise ProblemError if TRL would add a router's auxiliary loss to each of several batches."""
+    several = len(levels) > 1 or trainer.args.gradient_accumulation_steps > 1
+    if several and getattr(trainer, "aux_loss_enabled", False):
+        release = importlib.metadata.version("trl")
+        if tuple(map(int, release.split(".")[:2])) < (1, 15):
+            raise ProblemError(
+                f"router_aux_loss_coef: TRL {release} adds the router's auxiliary loss to each "
+                "micro-batch of a step undivided; install trl>=1.16, or set 0"
+            )
 
 
 def _check_fsdp(trainer: Trainer, levels: Sequence[Problem], estimator: Estimator) -> None:

@@ -1,4 +1,7 @@
-"""The private names of `transformers` and TRL that are used; tests/contract tests each."""
+"""The private names of `transformers` and TRL that are used, read on first use.
+
+tests/contract tests each.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,31 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
+import transformers
 from datasets import Dataset
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+
+from hyperopt_peft.errors import ProblemError
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 #: Files without which the Trainer does not resume. The optimizer's file is left out, since FSDP
 #: names it differently.
-NEEDED = (SCHEDULER_NAME, TRAINER_STATE_NAME)
+NEEDED = ("scheduler.pt", "trainer_state.json")
 
 
 def save_checkpoint(trainer: Trainer) -> None:
-    """Write a checkpoint now; the public interface does so only after a complete step."""
-    trainer._save_checkpoint(trainer.model, None)
+    """Write a checkpoint now; the public interface does so only after a complete step.
 
-
-def keep_columns(trainer: Trainer, names: Sequence[str]) -> None:
-    """Let the trainer pass the columns ``names`` to its collator, besides the model's."""
-    trainer._set_signature_columns_if_needed()
-    trainer._signature_columns = [*trainer._signature_columns, *names]
+    Raises:
+        ProblemError: this release of Transformers has no such method.
+    """
+    save = getattr(trainer, "_save_checkpoint", None)
+    if save is None:
+        raise ProblemError(
+            f"transformers {transformers.__version__} has no Trainer._save_checkpoint"
+        )
+    save(trainer.model, None)
 
 
 @contextmanager

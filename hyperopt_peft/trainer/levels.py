@@ -133,15 +133,16 @@ class TwoLevelTrainer(TaskLossTrainer):
         groups = parameter_groups(self.lower, self.upper, self.args, plain)
         return new_optimizer(self._optimizer_kind(), groups)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """As `transformers.Trainer.save_model`, with the settings; a checkpoint has the levels."""
         folder = Path(output_dir or self.args.output_dir)
-        if _internal_call and folder.name.startswith(checkpoint.PREFIX):
+        name = f"{checkpoint.PREFIX}{self.state.global_step}"
+        if self.is_in_train and folder == Path(self.args.output_dir or "") / name:
             self._callback.write(folder)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / SETTINGS).write_text(json.dumps(self.args.bilevel_settings(), indent=1))
-        super().save_model(output_dir, _internal_call)
+        super().save_model(output_dir, *args, **kwargs)
         if self._callback.writing is not None:  # delete no older checkpoint before this is complete
             self.args.save_total_limit = None
 

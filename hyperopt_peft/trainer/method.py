@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hyperopt_peft.core.data import DataStream
+from hyperopt_peft.core.labels import logits_of
 from hyperopt_peft.core.problem import Problem, TaskLoss
 from hyperopt_peft.core.task_level import TaskLevel
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import joined
 from hyperopt_peft.utils.models import trainable
 from hyperopt_peft.utils.validation import require_types
+from hyperopt_peft.utils.vector import widened
 
 
 class Method:
@@ -120,6 +122,20 @@ class Method:
     def upper_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Any:
         """F: as ``lower_loss``."""
         return task_loss(batch)
+
+    def logits_of(self, model: Any, batch: Any) -> Tensor:
+        """The logits of ``model`` for a loss of your own, ``(n, C)`` or ``(n, T, C)``.
+
+        The model reads all of ``batch``, such as the attention mask, but labels, tags and a
+        Trainer's entries; ProblemError if it cannot. Half precision is widened to float32.
+
+        Example:
+            >>> from hyperopt_peft.problems.head import Head
+            >>> batch = {"features": torch.ones(3, 4), "labels": torch.tensor([0, 1, 1])}
+            >>> Method().logits_of(Head(4, 2), batch).shape
+            torch.Size([3, 2])
+        """
+        return widened(logits_of(model, batch, self.tags))
 
     def after_upper_step(self) -> None:
         """Change upper variables in place after each upper step, for example project them."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from hyperopt_peft.utils.models import base_model
+from hyperopt_peft.utils.models import hook_calls
 
 
 class PassCounter(TrainerCallback):
@@ -71,8 +71,7 @@ class PassCounter(TrainerCallback):
         self._earlier, self._thirds = self.passes, 0
         self._micro = args.train_batch_size
         self._batch = self.unit or self._micro * args.gradient_accumulation_steps
-        base = base_model(model)  # some losses call it without the adapter's wrapper
-        self._hooks.append(base.register_forward_hook(self._passed, with_kwargs=True))
+        self._hooks += hook_calls(model, after=self._passed)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """End the training at the limit, up to rounding."""
@@ -93,7 +92,7 @@ class PassCounter(TrainerCallback):
         finally:
             self._paused = False
 
-    def _passed(self, model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def _passed(self, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if self._paused or not torch.is_grad_enabled():
             return
         read = _first(args) if args else _first(kwargs.values())

@@ -161,7 +161,8 @@ class OptimizerStep:
             if bilevel is not None:
                 bilevel.check_graph(loss)
             loss = loss / self.count
-            self.accelerator.backward(loss)
+            # Accelerate divides by this number, which is 1 from Transformers 5.8 on.
+            self.accelerator.backward(loss * self.accelerator.gradient_accumulation_steps)
         self._losses.append(loss.detach())
         self._metrics.append(metrics)
         return loss.detach()

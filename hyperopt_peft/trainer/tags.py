@@ -11,11 +11,12 @@ from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers.trainer_utils import RemoveColumnsCollator
 
 from hyperopt_peft.core.labels import labels_are_shifted, require_labels
 from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.trainer.internals import keep_columns
+from hyperopt_peft.trainer.upper_batches import loader_of
 
 #: The tag that needs no column: a row's number in the user's data; upper rows come last.
 INDEX = "index"
@@ -129,5 +130,20 @@ def keep_tags(trainer: Any, tags: Sequence[str], method: str) -> None:
             f"packing_strategy: 'wrapped' rows mix texts, so a text has no {tags[0]} of its own; "
             "set 'bfd'"
         )
-    keep_columns(trainer, tags)
-    trainer.data_collator = TagCollator(trainer.data_collator, tags)
+    if args.remove_unused_columns:  # the Trainer would remove the tags too
+        trainer.model_columns = _model_columns(trainer)
+        args.remove_unused_columns = False
+    collate = trainer.data_collator
+    if trainer.model_columns is not None:
+        collate = RemoveColumnsCollator(collate, trainer.model_columns)
+    trainer.data_collator = TagCollator(collate, tags)
+
+
+def _model_columns(trainer: Any) -> set[str]:
+    """The columns of all rows of ``trainer`` that its own loaders leave."""
+    evaluation = trainer.eval_dataset
+    tables = evaluation if isinstance(evaluation, dict) else {"eval_dataset": evaluation}
+    tables = {**tables, "train_dataset": trainer.train_dataset}
+    tables["upper_dataset"] = trainer.upper_dataset
+    loaders = [loader_of(trainer, rows, name) for name, rows in tables.items() if rows is not None]
+    return {x for each in loaders for x in getattr(each.dataset, "column_names", None) or ()}

@@ -20,6 +20,7 @@ from hyperopt_peft.core.labels import (
     label_weights,
     labels_are_shifted,
     model_reads,
+    scored_labels,
 )
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.internals import metrics_restored
@@ -45,6 +46,8 @@ class TaskLossTrainer(CombinedTrainer):
     trainer_loss: bool
     #: Columns of a batch that a level reads and the model does not.
     tags: Sequence[str] = ()
+    #: The columns that the model takes, if tags pass beside them; else None.
+    model_columns: set[str] | None = None
     #: Passes and seconds of the training, for both phases of a method together.
     passes: PassCounter
     model: Any
@@ -58,7 +61,7 @@ class TaskLossTrainer(CombinedTrainer):
 
     def _set_loss_rule(self) -> None:
         # The loss is scaled to the step (True) or to a micro-batch (False); None: not yet known.
-        self._scaled = self.loss_is_scaled_for_ga
+        self._scaled = getattr(self, "loss_is_scaled_for_ga", None)  # of Transformers 5.19
         self._reads_items, self._model_reads_items = self._scaled, self._scaled
         self._custom = self.compute_loss_func is not None or self.has_own_loss()
         self._warned = False
@@ -68,23 +71,37 @@ class TaskLossTrainer(CombinedTrainer):
 
         The first call measures whether the loss reads the step's number of labels.
         """
-        args = self.args
-        counted = super().get_batch_samples(iter(batches), len(batches), args.device)
-        samples, items = list(counted[0]), counted[1]
+        samples = list(batches)
         # No samples: the run resumed at the end of an epoch. Levels' own losses read no entries.
         if not samples or not self.trainer_loss or self._scaled is False:
             return samples
         read = [without(batch, self.tags) for batch in samples] if self.tags else samples
-        entries: list[dict[str, Any]] = label_weights(read, shifted=self._shifted(read[0]))
+        shifted = self._shifted(read[0])
+        entries: list[dict[str, Any]] = label_weights(read, shifted=shifted)
+        items = self._items(read, shifted)
         if items is not None or self._scaled:
-            if items is not None and not args.average_tokens_across_devices:
-                items = distributed.average(torch.as_tensor(items, dtype=torch.float32))
             if self._reads(read[0]):
                 of_step = {ITEMS: items, MICRO_BATCHES: len(samples)}
                 entries = [{**entry, **of_step} for entry in entries]
             else:
                 self._warn_of_sums(len(samples))
         return [{**b, **e} if e else b for b, e in zip(samples, entries, strict=True)]
+
+    def _items(self, batches: Sequence[Any], shifted: bool) -> Tensor | None:
+        """The number of labels of a step, by which a sum of losses is divided; None for a mean.
+
+        The Trainer's own count has the first label of a causal model's rows before Transformers
+        5.10, and misses that of a sequence-to-sequence model's rows before 5.15.
+        """
+        counts = [scored_labels(batch, shifted) for batch in batches]
+        counted = [count for count in counts if count is not None]
+        read = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        if not read or len(counted) < len(batches):
+            return None
+        items = distributed.average(torch.stack(counted).sum().float().to(self.args.device))
+        # With this argument the Trainer multiplies the loss by the number of processes.
+        together = self.args.average_tokens_across_devices
+        return (items * distributed.world_size()).round() if together else items
 
     def _warn_of_sums(self, count: int) -> None:
         sums = self._custom or self.model_accepts_loss_kwargs

@@ -187,6 +187,7 @@ class BilevelTrainer(PhasesTrainer):
         self.estimator = args.estimator()
         checks.check_layers(self.model, self.levels, self.estimator)
         checks.check_accelerator(self, self.levels, self.estimator)
+        checks.check_router_loss(self, self.levels)
         check_optimizers("optimizers", self.optimizer, self.lr_scheduler, self.levels)
         loader_of(self, self.train_dataset, "train_dataset")  # refuses what the model cannot read
         self.upper_batches = None

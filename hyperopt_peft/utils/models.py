@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,37 @@ NO_DIFFERENCE = "direct or product=dots, or load the model in 4 bits or in bf16"
 def base_model(model: Any) -> Any:
     """The pretrained model inside a PeftModel; any other model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def hook_calls(
+    model: Any,
+    before: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
+    after: Callable[[tuple[Any, ...], dict[str, Any], Any], None] | None = None,
+) -> list[Any]:
+    """Call ``before`` and ``after`` once around each forward pass of ``model``; returns handles.
+
+    A pass begins at the adapter's wrapper, or at the base model. Before 0.21 PEFT's wrapper calls
+    ``forward`` of the base model, which runs no hook of it, so that both have hooks.
+    """
+    depth = 0
+
+    def begin(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal depth
+        depth += 1
+        if depth == 1 and before is not None:
+            before(args, kwargs)
+
+    def end(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        nonlocal depth
+        depth -= 1
+        if depth == 0 and after is not None:
+            after(args, kwargs, output)
+
+    handles: list[Any] = []
+    for module in {id(x): x for x in (model, base_model(model))}.values():
+        handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
+        handles.append(module.register_forward_hook(end, with_kwargs=True, always_call=True))
+    return handles
 
 
 def trainable(model: Any, *, without: Iterable[Tensor] = ()) -> list[tuple[str, Tensor]]:

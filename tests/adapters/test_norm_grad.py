@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import PeftModel
@@ -145,9 +146,17 @@ def test_only_the_active_adapter_changes() -> None:
     assert type(chosen["other"]) is not variants.DoraLinearVariant
 
 
+#: PEFT before 0.21 cannot take out again what it has merged into GPT-2's layer.
+unmerged = pytest.mark.skipif(peft.__version__ < "0.21", reason="PEFT's own unmerging")
+
+
 @pytest.mark.parametrize(
     ("kind", "use"),
-    [*((kind, set_norm_grad) for kind in KINDS), ("linear", use_fast_dora)],
+    [
+        *((kind, set_norm_grad) for kind in KINDS if kind != "conv1d_gpt2"),
+        pytest.param("conv1d_gpt2", set_norm_grad, marks=unmerged),
+        ("linear", use_fast_dora),
+    ],
 )
 def test_merging_and_unmerging_stay_exact(kind: str, use: Any) -> None:
     model, x = use(randomise(single(kind))), layer_input(kind)

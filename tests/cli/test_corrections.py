@@ -42,7 +42,7 @@ def test_corrected_labels_are_trained_on_by_the_command_that_is_shown(
     right = rows(number=NUMBER)
     lines = read_csv(tmp_path / "rows/suspects.csv")
     evidence = ["label", "likely_label", "label_confidence", "training_loss", "score"]
-    assert [*lines[0]] == ["row", "text", *evidence, "scored_on"]
+    assert [*lines[0]] == ["row", "text", *evidence, "same_text", "scored_on"]
     confidence = [float(line["label_confidence"]) for line in lines]
     assert confidence == sorted(confidence) and {*WRONG} <= {int(line["row"]) for line in lines}
     first, *others = printed.splitlines()
@@ -54,15 +54,17 @@ def test_corrected_labels_are_trained_on_by_the_command_that_is_shown(
         line["label"] = right[int(line["row"])]["label"]
     # In another order, with spaces and an apostrophe, as a spreadsheet may leave them.
     edited = [{**line, "text": f"'{line['text']} "} for line in reversed(lines)]
-    edited = [{**edited[0], "label": "c"}, *edited]  # the last line about a row counts
     marked = [{**line, "label": f"'{line['label']}"} for line in edited]
     write(tmp_path / "rows/suspects.csv", marked)
     words = shlex.split(command)
+    first_round = write(tmp_path / "first.csv", [{**edited[0], "label": "c"}])
+    place = words.index(f"--corrections={tmp_path}/rows/suspects.csv")
+    words[place : place + 1] = ["--corrections", first_round, f"{tmp_path}/rows/suspects.csv"]
     words[words.index("--eval_file=TEST_ROWS.csv")] = f"--eval_file={options['eval_file']}"
     assert words[:2] == ["hyperopt-peft", "train"]
     assert main(words[1:]) == 0
     printed = capsys.readouterr().out
-    assert f"2 labels corrected by {tmp_path / 'rows/suspects.csv'}" in printed
+    assert f"2 labels corrected by {first_round}, {tmp_path}/rows/suspects.csv" in printed
     assert "too good: 10 of the 10 rows have scored the training rows" in printed
     changes = {"train_file": write(tmp_path / "right.csv", right), "method": "lora"}
     changes["output_dir"] = tmp_path / "right"
@@ -84,6 +86,7 @@ def test_corrected_labels_are_trained_on_by_the_command_that_is_shown(
         ({"label": "aa"}, r"line 3: the label 'aa' is not in .* did you mean 'a'\?"),
         ({"row": 24}, "line 3: there is no row 24; rows are 0 to 23"),
         ({"row": -1}, "line 3: there is no row -1"),
+        ({**rows()[0], "row": 0, "label": "b"}, "line 3: line 2 gives row 0 another label"),
         ({"row": "x"}, "line 2: there is no row '0'"),
         ({"text": "w1 w2"}, "line 3: row 1 of train_file has another text"),
     ],
@@ -102,6 +105,19 @@ def test_edited_files_that_do_not_fit_are_named(
         writer.writerows(lines)
     options = small_run(tmp_path, corrections=path)
     refused(capsys, "train", options, words)
+
+
+def test_one_text_with_two_labels_is_suspect(tmp_path: Path) -> None:
+    table = rows(number=NUMBER)
+    path = write(tmp_path / "twice.csv", [*table, {**table[5], "label": "a"}])
+    run("attribute", **small_run(tmp_path, train_file=path, score_model="head"))
+    page = (tmp_path / "out/report.html").read_text()
+    assert "The same text with another label</h2>\n<pre>2 rows" in page
+    for name, expected in (("suspects", {5, NUMBER}), ("attribution", {*range(NUMBER + 1)})):
+        lines = read_csv(tmp_path / f"out/{name}.csv")
+        same = {int(line["row"]): line["same_text"] for line in lines}
+        assert {*same} >= expected and same[5] == same[NUMBER] == "5"
+        assert not {text for row, text in same.items() if row not in (5, NUMBER)} - {""}
 
 
 def test_a_second_round_keeps_the_corrections_of_the_first(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,9 @@ REGRESSION, TAGGING = {"task": "regression"}, {"task": "token-classification"}
 # Data, options, and the words that the error has.
 ERRORS: list[tuple[list[Any], dict[str, Any], str]] = [
     (rows(), {"text_columns": "txt"}, "'txt'.*'text'"),
+    (rows(), {"text_columns": "label"}, "one of label, label is given twice"),
+    (rows(), {**TAGGING, "tokens_column": "label"}, "one of label, label is given twice"),
+    (rows(), {"label_column": "True"}, "no column 'True'.* quotes around yes and no"),
     (bad(rows(), text=None), {}, r"'text' .* 1 of 24 .*row 1 \(from 0\)"),
     (bad(rows(), text=" "), {}, r"row 1 \(from 0\).*'text'"),
     (bad(rows(), label=""), {}, r"'label'.*\[''\] are blank"),
@@ -196,10 +200,16 @@ FILES: dict[str, tuple[bytes, str]] = {
     "table.xls": (b"x", r"\.parquet"),
     "latin.csv": ("text,label\nna\xefve,a\n".encode("latin-1"), "UTF-8"),
     "twice.csv": (b"text,label,label\nw1,a,a\n", "two columns 'label'"),
-    "quote.csv": (b'text,label\n"w1,a\nw2,b\n', "EOF inside string"),
-    "long.csv": (b"text,label\nw1,a\nw2,b,c\n", "Expected 2 fields in line 3, saw 3"),
+    "blank.csv": (b"\n\n", "no rows"),
+    "quote.csv": (b'text,label\nw1,a\n"w1,a\nw2,b\n', "line 3 has a quote that is not closed"),
+    # Read as two rows, of which the first has three lines.
+    "merged.csv": (b'text,label\n"w1,a\nw2,b\n"w3",a\nw4,b\n', "line 2 has a quote .* not closed"),
+    "inner.tsv": (b'text\tlabel\nw1\ta\n"w1" w2\tb\n', "line 3 has a quote .* within a text"),
+    "long.csv": (b'text,label\n"w1\nw2",a\nw2,b,c\n', "line 4 has 3 cells .* with a comma"),
     # pandas would read the first column as an index, and the second as the text.
-    "first.csv": (b"text,label\nw1, w2,a\nw2,b\n", "Length of header"),
+    "first.csv": (b"text,label\nw1, w2,a\nw2,b\n", "line 2 has 3 cells .* with a comma"),
+    "excel.csv": (b"PK\x03\x04 cut off", "is an Excel or zip file; export it as CSV"),
+    "utf-16.csv": ("text,label\nw1,a\n".encode("utf-16"), "UTF-8"),
     "short.csv": (b"text,label\nw1,a\nw2\nw3,c\n", r"'label' is empty.*row 1 \(from 0\)"),
     "marks.csv": (b"text;label\nw1, w2;a\nw2, w3, w4;b\n", "';' between"),
     "bars.tsv": (b"text|label\nw1|a\n", r"'\|' between .*'\\t'"),
@@ -216,6 +226,44 @@ def test_bad_files_are_one_line_that_names_them(
     options = {"model": model, "task": "text-classification", "train_file": tmp_path / name}
     named = "training examples" if name == "short.csv" else f"train_file: .*{name}"
     refused(capsys, "check", options, named, words)
+
+
+def test_empty_cells_after_the_last_column_and_long_texts_are_read(tmp_path: Path) -> None:
+    long = "w1 " * 70_000  # above the limit of Python's csv
+    (tmp_path / "a.csv").write_text(f'text,label\n"{long}, ""w2""\n",a,\n\nw2,b,\n')
+    read = read_files([str(tmp_path / "a.csv")], "train_file")
+    assert read.to_dict() == {"text": [f'{long}, "w2"\n', "w2"], "label": ["a", "b"]}
+
+
+def test_files_with_other_columns_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = [write(tmp_path / "a.csv", rows()), write(tmp_path / "b.csv", [{"txt": "w1"}])]
+    assert read_files(files, "train_file").column_names == ["text", "label", "txt"]
+    first, second = caplog.messages
+    assert "a.csv has no column txt" in first and "b.csv has no column label, text" in second
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "words"),
+    [
+        ("w9", "B", [r"'B' \(1 rows\), 'b' \(8 rows\) differ in case"]),
+        (rows()[2]["text"], "a", [r"2 training examples .*: rows 2 and 24 \(from 0\)"]),
+        (rows()[2]["text"], "c", []),  # a row that is there twice
+    ],
+)
+def test_labels_that_look_wrong_are_warned_of(
+    tmp_path: Path,
+    model: str,
+    text: str,
+    label: str,
+    words: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A class in two spellings, and a text with two labels."""
+    data = [*rows(), {"text": text, "label": label}]
+    prepared(model, write(tmp_path / "a.csv", data), eval_fraction=0)
+    assert all(re.search(*pair) for pair in zip(words, caplog.messages, strict=True))
 
 
 def test_words_for_nothing_are_classes_and_texts(tmp_path: Path) -> None:

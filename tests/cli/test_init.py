@@ -109,6 +109,7 @@ def test_the_file_runs_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 REFUSED: list[tuple[str, list[str], dict[str, Any], str]] = [
     ("a.csv", ["w1 w2,a"], {}, "a.csv seems to have no header.* 'a'"),
     ("a.csv", ["w1 w2,0.25"], {}, "a.csv seems to have no header.* '0.25'"),
+    ("a.csv", ["text,label"], {"text_columns": "label", "label_column": "label"}, "given twice"),
     ("a.csv", ["text,label"], {"command": "attribute"}, "eval_file: attribute .*--eval_file"),
     ("a.csv", ["text,label"], {"eval_file": "no.csv"}, "eval_file: there is no file"),
     ("a.csv", ["text,label"], {"eval_file": ["b.csv"]}, "'d' is not in the training examples"),

@@ -127,6 +127,7 @@ def test_a_resumed_run_ends_in_the_same_adapter(
         ({"model": "no/such/model"}, "model: there is no folder no/such/model, and the hub"),
         ({"tokenizer": "./no-such"}, r"tokenizer: there is no folder \./no-such, and the hub"),
         ({"report_to": "comet_ml"}, "comet-ml"),
+        ({"rank": 5000}, "train: rank: 5000 is above 8, "),
         ({"rank": 0}, "target_modules, rank: .*positive"),
         ({"lower_steps": 5}, "lower_steps: 5 leaves no upper step"),
         ({"lower_steps": 5, "dry_run": True}, "lower_steps: 5 leaves no upper step"),

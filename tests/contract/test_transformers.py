@@ -15,6 +15,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from hyperopt_peft import BilevelTrainer
 from hyperopt_peft.trainer.callback import BilevelCallback
+from hyperopt_peft.trainer.internals import NEEDED
 from hyperopt_peft.trainer.over import Combined
 
 
@@ -24,9 +25,7 @@ def parameters(function: Any) -> list[str]:
 
 def test_private_names() -> None:
     assert parameters(Trainer._save_checkpoint) == ["self", "model", "trial"]
-    assert parameters(Trainer._set_signature_columns_if_needed) == ["self"]
-    assert "_signature_columns" in inspect.getsource(Trainer._remove_unused_columns)
-    assert (SCHEDULER_NAME, TRAINER_STATE_NAME) == ("scheduler.pt", "trainer_state.json")
+    assert (SCHEDULER_NAME, TRAINER_STATE_NAME) == NEEDED
     assert {"default", "help"} <= set(parameters(HfArg))
 
 
@@ -38,7 +37,7 @@ OVERRIDDEN = {
     "get_batch_samples": ["epoch_iterator", "num_batches", "device"],
     "training_step": ["model", "inputs", "num_items_in_batch"],
     "log": ["logs", "start_time"],
-    "save_model": ["output_dir", "_internal_call"],
+    "save_model": ["output_dir"],
     "prediction_step": ["model", "inputs", "prediction_loss_only", "ignore_keys"],
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
     "create_model_card": [],

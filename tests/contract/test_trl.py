@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from peft import get_peft_model
+from transformers import Trainer
 
 from hyperopt_peft.trainer.internals import METRICS
 from hyperopt_peft.trainer.over import REPLACED
@@ -22,6 +23,8 @@ from tests.support.over_trl import CONFIGS, made  # noqa: E402
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_step_of_a_trainer_only_offloads_besides(kind: type) -> None:
     """That is refused, so that a bilevel step may replace TRL's."""
+    if kind.training_step is Trainer.training_step:  # type: ignore[attr-defined]
+        return
     lines = inspect.getsource(kind.training_step).splitlines()[1:]  # type: ignore[attr-defined]
     assert [line.strip() for line in lines if line.strip()] == [
         "with self.maybe_activation_offload_context:",

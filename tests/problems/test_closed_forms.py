@@ -141,14 +141,17 @@ def numbered(count: int, start: int = 0, **columns: Any) -> Dataset:
 
 @pytest.mark.parametrize("form", ["softmax", "softplus"])
 def test_a_source_s_slope_is_its_agreement_less_the_mean(form: Any) -> None:
-    """p'_j (g_j − Σ_k p_k g_k), g_k = −⟨∂F/∂w, ∂L_k/∂w⟩, and p'_j = p_j for softmax."""
+    """p'_j (g_j − Σ_k p_k g_k), g_k = −⟨∂F/∂w, ∂L_k/∂w⟩, and p'_j = p_j for softmax.
+
+    DreamPRM: v = softplus(u)/mean softplus(u), f = Σ_k v_k S_k/N and S_k the sum of source k.
+    """
     model, method = Linear(), Sources(prior=0.0, form=form)
-    method.rows(numbered(20, source=["a", "b"] * 10), numbered(10))
-    method.counts = torch.tensor([10, 10, 10])
+    method.rows(numbered(25, source=["a"] * 20 + ["b"] * 5), numbered(5))
+    method.counts = counts = torch.tensor([20, 5, 5])
     method.prepare(model)
     u = method.logits.data = torch.tensor([0.3, -0.4, 0.1], dtype=torch.float64)
     below, above = rows(30, seed=1)[0], rows(20, seed=2)[0]
-    below["source"] = torch.arange(3).repeat(10)
+    below["source"] = torch.arange(3).repeat_interleave(counts)
     upper, lower = method.upper(model, lambda b: model(**b).loss), method.lower(model, None)
     batches = {"upper_batch": above, "lower_batch": below}
     (found,) = hypergradient(upper, lower, "darts:product=exact,xi=1.0", **batches)
@@ -156,9 +159,23 @@ def test_a_source_s_slope_is_its_agreement_less_the_mean(form: Any) -> None:
     losses = cross_entropy(model(below["x"]).logits, below["labels"], reduction="none")
     of_sources = [losses[below["source"] == k].mean() for k in range(3)]
     gradients = [torch.autograd.grad(x, model.w, retain_graph=True)[0] for x in of_sources]
-    g, p = -torch.stack([(b * x).sum() for x in gradients]), method.p().detach()
-    moved = p if form == "softmax" else u.sigmoid() / nn.functional.softplus(u).sum()
+    g = -torch.stack([(b * x).sum() for x in gradients])
+    if form == "softmax":
+        p = moved = u.softmax(0)
+    else:
+        positive = nn.functional.softplus(u)
+        p, moved, g = positive / positive.sum(), u.sigmoid() / positive.mean(), g * counts / 30
     torch.testing.assert_close(found, moved * (g - p @ g))
+
+
+def test_dreamprm_s_rows_start_alike() -> None:
+    """And the shares of the loss are those of the sources' sizes."""
+    method = Sources.published("dreamprm")
+    method.rows(numbered(1010, source=["a"] * 1000 + ["b"] * 10), numbered(10))
+    method.counts = torch.tensor([1000, 10, 10])
+    method.prepare(Linear())
+    assert method.weights({"source": torch.arange(3)}).tolist() == pytest.approx([1.0] * 3)
+    assert method.p().tolist() == pytest.approx([1000 / 1020, 10 / 1020, 10 / 1020])
 
 
 def test_seal_s_levels_are_its_two_steps() -> None:

@@ -323,6 +323,17 @@ def test_class_offsets_undo_the_imbalance(method: Any) -> None:
     assert gap == pytest.approx(torch.tensor(9.0).log().item(), abs=0.4)
 
 
+def test_autobalance_s_second_phase_is_from_scratch(tmp_path: Path) -> None:
+    method, begun = ClassOffsets.published(), []
+    settings = {"max_steps": 2, "lower_steps": 1, "hypergradient": "darts"}
+    run = method_trainer(tmp_path, method=method, **settings)
+    start = flat(run.lower.variables)
+    method.finish = lambda model: begun.append(flat(run.lower.variables)) or model
+    run.train()
+    assert torch.equal(begun[0], start) and not torch.equal(flat(run.lower.variables), start)
+    assert method.factors.count_nonzero() and run.retrainer is not None
+
+
 def test_classes_are_counted_and_weighted() -> None:
     """Each class of 3, 1 and no labels; a micro-batch is not divided by its own weights."""
     model, ids = peft_model(dora=False, dropout=0.0), torch.tensor(data()["input_ids"][:4])

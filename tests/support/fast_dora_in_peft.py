@@ -5,21 +5,25 @@ A test that asks the hub for a model is skipped, since the tests run offline.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 from peft.tuners.lora import layer as lora
+from peft.tuners.lora.variants import DoraLinearVariant
 
-from hyperopt_peft.adapters.dora.fast import FastDora
-from hyperopt_peft.adapters.peft_internals import DoraLinearVariant, LoraVariant
+from hyperopt_peft.adapters.dora.fast import fast_forward
+from hyperopt_peft.adapters.dora.variants import ReplacedForward
 
 resolve = lora.Linear.resolve_lora_variant
 
 
-def fast(layer: lora.Linear, **config: Any) -> LoraVariant | None:
-    """The fast variant in place of PEFT's DoRA; other variants as they are."""
-    variant: LoraVariant | None = resolve(layer, **config)
-    return FastDora() if type(variant) is DoraLinearVariant else variant
+def fast(layer: lora.Linear, **config: Any) -> Any:
+    """PEFT's DoRA with the fast forward pass; other variants as they are."""
+    variant: Any = resolve(layer, **config)
+    if type(variant) is not DoraLinearVariant:
+        return variant
+    return ReplacedForward(variant, partial(fast_forward, norm_grad="detach"), "detach")
 
 
 lora.Linear.resolve_lora_variant = fast

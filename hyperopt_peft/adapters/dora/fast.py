@@ -8,6 +8,8 @@ node that saves only its input and its output (`function`).
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial, reduce
 from typing import Any
 
@@ -19,7 +21,14 @@ from torch import Tensor, nn
 from hyperopt_peft.adapters import peft_internals
 from hyperopt_peft.adapters.dora.function import DoraDropoutLinear, DoraLinear
 from hyperopt_peft.adapters.dora.row_norms import RowNorm, measure
-from hyperopt_peft.adapters.dora.variants import FullNormLinear, NormGrad, variant_of
+from hyperopt_peft.adapters.dora.variants import (
+    NormGrad,
+    adapted,
+    full_norm,
+    peft_variant,
+    require_norm_grad,
+    set_forward,
+)
 from hyperopt_peft.adapters.layers import (
     active_adapter,
     base_weight,
@@ -59,45 +68,47 @@ def use_fast_dora(peft_model: PeftModel, norm_grad: NormGrad = "full") -> PeftMo
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
         >>> model = use_fast_dora(model, norm_grad="detach")  # PEFT's own gradients
     """
-    adapter, unreadable = active_adapter(peft_model), []
+    require_norm_grad(norm_grad)
+    adapter = active_adapter(peft_model)
+    left: dict[str, str] = {}  # the layers that keep PEFT's forward pass, and why
     for name, layer in dora_layers(peft_model):
         try:
             require_plain(layer, adapter, name)
-        except ProblemError:
-            unreadable.append(name)
-            variant = variant_of(layer, "detach")
-        else:
-            variant = variant_of(layer, norm_grad)
-            if isinstance(layer, lora.Linear):
-                variant = FastFullNorm() if norm_grad == "full" else FastDora()
-        if variant is not None:
-            peft_internals.set_variant(layer, adapter, variant)
-    if unreadable:
-        _warn_unreadable(unreadable)
+            peft_internals.require_forward(layer, peft_variant(layer, adapter))
+        except ProblemError as error:
+            left[name] = str(error)
+            with suppress(ProblemError):
+                set_forward(layer, adapter, None, "detach")
+            continue
+        forward = full_norm(layer) if norm_grad == "full" else None
+        if isinstance(layer, lora.Linear):
+            forward = partial(fast_forward, norm_grad=norm_grad)
+        set_forward(layer, adapter, forward, norm_grad)
+    if left:
+        _warn_kept(left, next(iter(left.values())))
     return peft_model
 
 
-def _forward(
+def fast_forward(
     module: lora.Linear,
     active_adapter: str,
     x: Tensor,
     result: Tensor,
     *,
-    slow: type[peft_internals.DoraLinearVariant],
+    norm_grad: NormGrad,
     **kwargs: Any,
 ) -> Tensor:
     """The output, (…, out), for x (…, in) and the base layer's ``result`` (…, out).
 
-    ``slow`` or PEFT computes it if the fast pass does not apply.
+    If the fast pass does not apply, PEFT or, with ``norm_grad="full"``, `adapted` computes it.
     """
     adapter = active_adapter
-    replacement = _replacement(module, adapter, x, slow)
-    if replacement is not peft_internals.DoraLinearVariant:  # PEFT clears its own cache
+    plain = peft_variant(module, adapter).forward
+    replacement = _replacement(module, adapter, x, plain, norm_grad)
+    if replacement is not plain:  # PEFT clears its own cache
         peft_internals.clear_dora_cache(module, adapter)
     if replacement is not None:
-        y: Tensor = replacement.forward(
-            module, active_adapter=adapter, x=x, result=result, **kwargs
-        )
+        y: Tensor = replacement(module, active_adapter=adapter, x=x, result=result, **kwargs)
         return y
 
     w0, m, (a, b) = base_weight(module), magnitude(module, adapter), factors(module, adapter)
@@ -105,7 +116,7 @@ def _forward(
     wide = reduce(torch.promote_types, (w0.dtype, m.dtype, a.dtype, torch.float32))
     wide_a, wide_b = a.to(wide), b.to(wide)
     n, v_a = measure(w0, wide_a, wide_b, s)
-    if slow is FullNormLinear:
+    if norm_grad == "full":
         n = RowNorm.apply(wide_a, wide_b, w0, n, v_a, s)
     g = m.to(wide) / n
 
@@ -120,18 +131,6 @@ def _forward(
     return y
 
 
-class FastDora(peft_internals.DoraLinearVariant):
-    """DoRA on a linear layer with a constant row norm, as in PEFT, and the fast forward pass."""
-
-    forward = staticmethod(partial(_forward, slow=peft_internals.DoraLinearVariant))
-
-
-class FastFullNorm(FullNormLinear):
-    """DoRA on a linear layer with the row norm in the graph, and the fast forward pass."""
-
-    forward = staticmethod(partial(_forward, slow=FullNormLinear))
-
-
 def _product_dtype(x: Tensor) -> torch.dtype:
     """The dtype of matrix products of x, under autocast or not."""
     kind = x.device.type
@@ -141,17 +140,22 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 
 
 def _replacement(
-    module: lora.Linear, adapter: str, x: Tensor, slow: type[peft_internals.DoraLinearVariant]
-) -> type[peft_internals.DoraLinearVariant] | None:
-    """The forward pass to use instead of the fast one; None if the fast one applies."""
-    peft_forward: type[peft_internals.DoraLinearVariant] = peft_internals.DoraLinearVariant
+    module: lora.Linear,
+    adapter: str,
+    x: Tensor,
+    plain: Callable[..., Tensor],
+    norm_grad: NormGrad,
+) -> Callable[..., Tensor] | None:
+    """The forward pass to use instead of the fast one, PEFT's being ``plain``; else None."""
     if not _has_full_weights(module, adapter, x):
-        _warn_unreadable([f"lora.{type(module).__name__}"])
-        return peft_forward
+        _warn_kept([f"lora.{type(module).__name__}"], "its weights are not on the device of x")
+        return plain
     if peft_internals.is_caching(module) and not torch.is_grad_enabled():
-        return peft_forward
+        return plain
     inputs = x, *factors(module, adapter), magnitude(module, adapter)
-    return None if _fast_applies(module, adapter) and not needs_plain_operations(*inputs) else slow
+    if _fast_applies(module, adapter) and not needs_plain_operations(*inputs):
+        return None
+    return adapted if norm_grad == "full" else plain
 
 
 def _has_full_weights(module: lora.Linear, adapter: str, x: Tensor) -> bool:
@@ -177,9 +181,9 @@ def _fast_applies(module: lora.Linear, adapter: str) -> bool:
     )
 
 
-def _warn_unreadable(names: list[str]) -> None:
+def _warn_kept(names: Iterable[str], reason: str) -> None:
     warnings.warn(
-        f"use_fast_dora: {', '.join(names)} cannot be read as W0 (quantised or sharded) and keeps "
-        "PEFT's own DoRA, with a constant row norm",
+        f"use_fast_dora: {', '.join(names)} keeps PEFT's own DoRA, with a constant row norm, "
+        f"since {reason}",
         stacklevel=3,
     )

@@ -8,7 +8,7 @@ G = ∂L/∂W', row j has
     full      ∂L/∂V_j = (m_j / n_j) (G_j − ⟨G_j, V̂_j⟩ V̂_j)
     detach    ∂L/∂V_j = (m_j / n_j) G_j
 
-The variants below replace only the forward pass: parameters, names, initialisation, saving and
+The functions below replace only the forward pass: parameters, names, initialisation, saving and
 merging remain PEFT's.
 """
 
@@ -58,24 +58,58 @@ def set_norm_grad(peft_model: PeftModel, norm_grad: NormGrad = "full") -> PeftMo
         >>> model = set_norm_grad(model, "full")
     """
     adapter, layers = active_adapter(peft_model), dora_layers(peft_model)
+    require_norm_grad(norm_grad)
     if norm_grad == "full":
         for name, layer in layers:
             require_plain(layer, adapter, name)
+            peft_internals.require_forward(layer, peft_variant(layer, adapter))
     for _, layer in layers:
-        variant = variant_of(layer, norm_grad)
-        if variant is not None:
-            peft_internals.set_variant(layer, adapter, variant)
+        set_forward(layer, adapter, full_norm(layer) if norm_grad == "full" else None, norm_grad)
     return peft_model
 
 
-def variant_of(layer: lora.LoraLayer, norm_grad: NormGrad) -> peft_internals.LoraVariant | None:
-    """The variant for ``layer``; None for a layer type that is not in `VARIANTS`."""
+def require_norm_grad(norm_grad: NormGrad) -> None:
+    """Raise ProblemError unless ``norm_grad`` is one of the two."""
     if norm_grad not in ("full", "detach"):
         raise ProblemError(f"norm_grad: must be 'full' or 'detach', got {norm_grad!r}")
-    for kind, (detached, full) in VARIANTS.items():
-        if isinstance(layer, kind):
-            return full() if norm_grad == "full" else detached()
-    return None
+
+
+class ReplacedForward:
+    """PEFT's variant ``peft`` with the forward pass ``forward``; merging and the rest are PEFT's.
+
+    A new object in place of a subclass, so that no private class of PEFT is needed.
+    """
+
+    def __init__(self, peft: Any, forward: Callable[..., Tensor], norm_grad: NormGrad) -> None:
+        self.peft, self.forward, self.norm_grad = peft, forward, norm_grad
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "peft" or name.startswith("__"):  # a copy asks before it has its attributes
+            raise AttributeError(name)
+        return getattr(self.peft, name)
+
+
+def peft_variant(layer: lora.LoraLayer, adapter_name: str) -> Any:
+    """PEFT's own variant of ``layer``, below a `ReplacedForward`."""
+    variant = peft_internals.variant(layer, adapter_name)
+    return variant.peft if isinstance(variant, ReplacedForward) else variant
+
+
+def set_forward(
+    layer: lora.LoraLayer,
+    adapter_name: str,
+    forward: Callable[..., Tensor] | None,
+    norm_grad: NormGrad,
+) -> None:
+    """Replace the forward pass of a DoRA layer; None restores PEFT's."""
+    with_peft = peft_variant(layer, adapter_name)
+    replaced = with_peft if forward is None else ReplacedForward(with_peft, forward, norm_grad)
+    peft_internals.set_variant(layer, adapter_name, replaced)
+
+
+def full_norm(layer: lora.LoraLayer) -> Callable[..., Tensor]:
+    """The forward pass of ``layer`` with the row norm in the graph."""
+    return adapted_embedding if isinstance(layer, lora.Embedding) else adapted
 
 
 def gain(layer: lora.LoraLayer, adapter_name: str) -> Tensor:
@@ -125,26 +159,3 @@ def _without_bias(layer: Any, x: Tensor) -> Tensor:
     if isinstance(layer, lora.Linear):
         return F.linear(x, base_weight(layer).to(x.dtype))
     return peft_internals.convolution(layer, x, layer.get_base_layer().weight.to(x.dtype))
-
-
-class FullNormLinear(peft_internals.DoraLinearVariant):
-    """DoRA on a linear layer, with the row norm in the graph."""
-
-    forward = staticmethod(adapted)
-
-
-Variant = type[peft_internals.LoraVariant]
-
-
-def _pair(plain: Variant, forward: Callable[..., Tensor] = adapted) -> tuple[Variant, Variant]:
-    return plain, type(f"FullNorm{plain.__name__}", (plain,), {"forward": staticmethod(forward)})
-
-
-# For each type of layer: PEFT's variant, and the one with the row norm in the graph.
-VARIANTS: dict[type[lora.LoraLayer], tuple[Variant, Variant]] = {
-    lora.Linear: (peft_internals.DoraLinearVariant, FullNormLinear),
-    lora.Embedding: _pair(peft_internals.DoraEmbeddingVariant, adapted_embedding),
-    lora.Conv1d: _pair(peft_internals.DoraConv1dVariant),
-    lora.Conv2d: _pair(peft_internals.DoraConv2dVariant),
-    lora.Conv3d: _pair(peft_internals.DoraConv3dVariant),
-}

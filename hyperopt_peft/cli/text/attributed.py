@@ -10,13 +10,15 @@ from collections.abc import Collection, Sequence
 from hashlib import sha256
 
 from datasets import Dataset
+from transformers.utils import logging
 
 from hyperopt_peft.cli.text.data import read_files, require_columns
 from hyperopt_peft.errors import ProblemError, did_you_mean
 
+logger = logging.get_logger(__name__)
 ROW, OPTION = "row", "corrections"  # `ROW` has the number of a training row in its file
-#: The column of marks.
-COLUMN = "scored_on"
+#: The columns of marks, and of the first row with the same text where their labels differ.
+COLUMN, SAME_TEXT = "scored_on", "same_text"
 
 
 def marks_of(rows: Dataset, columns: Sequence[str]) -> list[str]:
@@ -50,25 +52,36 @@ def marks_in(rows: Dataset) -> set[str]:
     return {mark for cell in cells if cell is not None for mark in str(cell).split()}
 
 
-def corrected(
-    rows: Dataset, files: Sequence[str], columns: Sequence[str]
-) -> tuple[Dataset, Dataset, int]:
-    """The training ``rows`` with the labels of ``files``; these; how many labels have changed.
+def contradicted(rows: Dataset, columns: Sequence[str]) -> dict[int, int]:
+    """Warn of rows whose inputs have other labels too; by these rows the first of these inputs."""
+    labels, groups = rows[columns[-1]][:], dict[str, list[int]]()
+    for row, mark in enumerate(marks_of(rows, columns)):
+        groups.setdefault(mark, []).append(row)
+    found = [x for x in groups.values() if any(labels[row] != labels[x[0]] for row in x)]
+    if count := sum(map(len, found)):
+        some = "; ".join(" and ".join(map(str, x[:5])) for x in found[:5])
+        text = "training examples share their text with one of another label; correct them: rows"
+        logger.warning_once(f"{count} {text} {some}{'; …' * (len(found) > 5)} (from 0)")
+    return {row: x[0] for x in found for row in x}
+
+
+def corrected(rows: Dataset, file: str, columns: Sequence[str]) -> tuple[Dataset, Dataset]:
+    """The training ``rows`` with the labels of ``file``, and the lines of ``file``.
 
     ``columns`` are those of the texts, then of the label. A line names its training row by number,
-    and must have the same texts. The last line about a row counts, as in a second round of search.
+    and must have the same texts.
 
     Raises:
         ProblemError: a column is missing or a cell empty; or a line has no row's number, another
-            text or an unknown class.
+            text, an unknown class, or another class than an earlier line about the row.
     """
-    lines, (*texts, label) = read_files(files, OPTION), columns
+    lines, (*texts, label) = read_files([file], OPTION), columns
     require_columns(lines, [ROW, *columns], OPTION)
-    labels, found = rows[label][:], dict[int, object]()
+    labels, found = rows[label][:], dict[int, tuple[int, object]]()
     classes = {_plain([value])[0]: value for value in labels}
     originals = list(zip(*(rows[name] for name in texts)))
     for line, (row, given, *words) in enumerate(zip(*(lines[x] for x in [ROW, label, *texts])), 2):
-        where = f"{OPTION}: line {line}"
+        where = f"{OPTION}: {file}: line {line}"
         if row not in range(len(rows)):
             raise ProblemError(f"{where}: there is no row {row!r}; rows are 0 to {len(rows) - 1}")
         if _plain(words) != _plain(originals[int(row)]):
@@ -81,11 +94,12 @@ def corrected(
             raise ProblemError(
                 f"{where}: the label {given!r} is not in the training examples{near}"
             )
-        found[int(row)] = classes[name]
-    new = [found.get(row, value) for row, value in enumerate(labels)]
-    count = sum(value != old for value, old in zip(new, labels, strict=True))
+        first, other = found.setdefault(int(row), (line, classes[name]))
+        if other != classes[name]:
+            raise ProblemError(f"{where}: line {first} gives row {row} another label; remove one")
+    new = [found.get(row, (0, value))[1] for row, value in enumerate(labels)]
     kind = rows.features[label]
-    return rows.remove_columns(label).add_column(label, new, feature=kind), lines, count
+    return rows.remove_columns(label).add_column(label, new, feature=kind), lines
 
 
 def _plain(texts: Sequence[object]) -> list[str]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import atexit
 import csv
 import shutil
-import warnings
 from collections.abc import Collection, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,12 +15,12 @@ from typing import Any
 from datasets import ClassLabel, Dataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
 from datasets.utils import logging
-from pandas.errors import EmptyDataError, ParserWarning  # type: ignore[import-untyped]
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.errors import ProblemError, did_you_mean
 from hyperopt_peft.trainer.data import stratified
 
+logger = logging.get_logger(__name__)
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 TRAIN, UPPER = "the training examples", "the upper level's examples"
 EVALUATION = "the evaluation examples"
@@ -89,7 +87,7 @@ class DataArguments(ExampleData):
             return [self.tokens_column, self.label_column]
         other = self.label_column if pairs else self.target_column
         columns = [*self.text_columns, *filter(None, [other])]
-        if len(self.text_columns) > 1 + pairs or len(columns) > len({*columns}):
+        if len(self.text_columns) > 1 + pairs:
             got = ", ".join(self.text_columns)
             raise ProblemError(f"text_columns: {task} reads {1 + pairs}, got {got}; leave some out")
         return columns
@@ -98,6 +96,10 @@ class DataArguments(ExampleData):
 def read_files(paths: Sequence[str], option: str, *, by_source: bool = False) -> Dataset:
     """The rows of the files in ``option``; ``by_source`` several files get a column `SOURCE`."""
     tables = [_read_file(path, option) for path in paths]
+    names = {name for rows in tables for name in rows.column_names}
+    for path, rows in zip(paths, tables):
+        if lacking := ", ".join(sorted(names.difference(rows.column_names))):
+            logger.warning(f"{option}: {path} has no column {lacking}; it is empty there")
     if by_source and len(paths) > 1 and SOURCE not in tables[0].column_names:
         tables = [rows.add_column(SOURCE, [x] * len(rows)) for x, rows in zip(paths, tables)]
     try:
@@ -113,25 +115,41 @@ def _read_file(name: str, option: str) -> Dataset:
         raise ProblemError(f"{option}: {name!r} has no known format; use {', '.join(FORMATS)}")
     if not path.is_file():
         raise ProblemError(f"{option}: there is no file {path}; correct the path")
+    with path.open("rb") as file:
+        if file.read(4) in (b"PK\x03\x04", b"\xd0\xcf\x11\xe0"):  # a zip archive, an old Excel's
+            raise ProblemError(f"{option}: {path} is an Excel or zip file; export it as CSV")
     options: dict[str, Any] = {"data_files": str(path), "cache_dir": cache_folder()}
     if FORMATS[suffix] == "csv":
         # "None" and "NA" may be classes or words. A first row that is longer than the header
         # would otherwise shift all columns by one.
         options |= {"keep_default_na": False, "na_values": [""], "index_col": False}
         options["sep"] = sep = "\t" if suffix == ".tsv" else ","
-        _require_header(path, option, sep)
+        _require_table(path, option, sep)
     return _load(option, str(path), FORMATS[suffix], split="train", **options)
 
 
-def _require_header(path: Path, option: str, mark: str) -> None:
-    """Raise ProblemError if two columns are alike, or ``mark`` does not separate them."""
-    names = list[str]()
-    with suppress(OSError, csv.Error), path.open(encoding="utf-8-sig", errors="replace") as file:
-        names = next((row for row in csv.reader(file, delimiter=mark) if row), [])
-    if len(names) == 1 and (other := next((each for each in ";\t|," if each in names[0]), None)):
-        raise ProblemError(f"{option}: {path} has {other!r} between its columns; use {mark!r}")
-    if twice := next((name for name in names if name and names.count(name) > 1), None):
-        raise ProblemError(f"{option}: {path} has two columns {twice!r}; rename or remove one")
+def _require_table(path: Path, option: str, mark: str) -> None:
+    """Raise ProblemError if header or rows do not have one cell a column, by their marks."""
+    line, where, sign = 1, f"{option}: {path}", "a comma" if mark == "," else "a tab"
+    csv.field_size_limit(2**31 - 1)  # of a text
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        rows = csv.reader(file, delimiter=mark, strict=True)
+        try:
+            names = next(filter(None, rows), [""])
+            line = rows.line_num + 1  # where the next row begins
+            other = next((each for each in ";\t|," if each in names[0]), None)
+            if len(names) == 1 and other:
+                raise ProblemError(f"{where} has {other!r} between its columns; use {mark!r}")
+            if twice := next((name for name in names if name and names.count(name) > 1), None):
+                raise ProblemError(f"{where} has two columns {twice!r}; rename or remove one")
+            for row in rows:
+                if any(row[len(names) :]):
+                    text = f"{len(row)} cells for {len(names)} columns; quote texts with {sign}"
+                    raise ProblemError(f"{where}: line {line} has {text}")
+                line = rows.line_num + 1
+        except csv.Error as error:
+            text = "a quote that is not closed, or not doubled within a text"
+            raise ProblemError(f"{where}: line {line} has {text}; correct it") from error
 
 
 def _load(option: str, name: str, *source: Any, **options: Any) -> Dataset:
@@ -139,11 +157,11 @@ def _load(option: str, name: str, *source: Any, **options: Any) -> Dataset:
     logging.set_verbosity(logging.CRITICAL)  # the exception says it in one line
     empty = f"{option}: {name} has no rows; give another"
     try:
-        with warnings.catch_warnings(action="error", category=ParserWarning):
-            rows = load_dataset(*source, **options)
+        rows = load_dataset(*source, **options)
     except (DatasetsError, ValueError, OSError, StopIteration) as error:
         cause = error.__cause__ or error
-        if isinstance(cause, StopIteration | EmptyDataError) or "to no data" in str(error):
+        nothing = any(text in f"{error} {cause}" for text in ("to no data", "No columns to parse"))
+        if isinstance(cause, StopIteration) or nothing:
             raise ProblemError(empty) from error
         wrong = f"cannot be read: {cause}; correct the name, or have one type in each column"
         if isinstance(cause, UnicodeDecodeError):
@@ -166,9 +184,12 @@ def cache_folder() -> str:
 
 def require_columns(data: Dataset, columns: Sequence[str], where: str) -> None:
     """Raise ProblemError if ``data`` lacks one of ``columns`` or has an empty cell in one."""
+    if len({*columns}) < len(columns):
+        raise ProblemError(f"{where}: one of {', '.join(columns)} is given twice; name another")
     for column in columns:
         if column not in data.column_names:
             near = did_you_mean(column, data.column_names)
+            near += "; YAML needs quotes around yes and no" * (column in ("True", "False"))
             raise ProblemError(f"{where} have no column {column!r}{near}")
         if missing := data.data.column(column).null_count:
             raise ProblemError(

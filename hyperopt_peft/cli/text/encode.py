@@ -174,6 +174,11 @@ def class_names(data: Dataset, column: str) -> tuple[str, ...]:
     counts = Counter(name.strip() for name in names)
     if odd := [name for name in names if not name.strip() or counts[name.strip()] > 1]:
         raise ProblemError(f"column {column!r}: {odd} are blank or differ by spaces; correct them")
+    cases = Counter(name.casefold() for name in names)
+    if alike := [x for x in sorted(names, key=str.casefold) if cases[x.casefold()] > 1]:
+        rows = Counter(map(str, values))
+        each = ", ".join(f"{name!r} ({rows[name]} rows)" for name in alike)
+        logger.warning_once(f"column {column!r}: {each} differ in case alone; are they one class?")
     return names
 
 

@@ -16,12 +16,13 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
-from hyperopt_peft.adapters.peft_internals import SEQ_CLS_HEAD_NAMES
 from hyperopt_peft.cli.text.tasks import Task, TaskName
 from hyperopt_peft.errors import ProblemError, did_you_mean
 from hyperopt_peft.trainer.method import Method
 
 ALL_LINEAR = "all-linear"
+#: The names of classification heads, which PEFT trains in full.
+HEADS = "score", "classifier"
 
 
 @dataclass
@@ -129,8 +130,11 @@ def adapter_config(model: Any, args: ModelArguments, task: Task) -> LoraConfig:
             if name != ALL_LINEAR and not any(f".{each}".endswith(f".{name}") for each in modules):
                 raise ProblemError(f"{option}: no module {name!r}{did_you_mean(name, endings)}")
     targets: Any = list(args.target_modules)
-    heads = (*SEQ_CLS_HEAD_NAMES, *(args.modules_to_save or []))
+    heads = (*HEADS, *(args.modules_to_save or []))
     trained = [x for x in heads if any(name.endswith(x) for name in modules)]  # as PEFT finds them
+    most = max((min(p.shape) for p in model.parameters() if p.dim() > 1), default=args.rank)
+    if args.rank > most:
+        raise ProblemError(f"rank: {args.rank} is above {most}, the largest of a weight; lower it")
     exclude = None
     if targets == [ALL_LINEAR]:  # by which PEFT means modules that are trained in full too
         targets = ALL_LINEAR
@@ -148,8 +152,8 @@ def adapter_config(model: Any, args: ModelArguments, task: Task) -> LoraConfig:
 
 def add_adapter(model: Any, args: ModelArguments, task: Task, method: Method) -> Any:
     """``model`` in train mode with a new adapter for ``method``; A depends on the current seed."""
+    config = adapter_config(model, args, task)
     try:
-        config = method.adapter(adapter_config(model, args, task))
-        return get_peft_model(model, config).train()
+        return get_peft_model(model, method.adapter(config)).train()
     except (ValueError, TypeError) as error:
         raise ProblemError(f"target_modules, rank: the model cannot be adapted: {error}") from error

@@ -178,8 +178,13 @@ def prepare(
     if files := getattr(data, "corrections", None):
         if args.task != "text-classification":
             raise ProblemError(f"corrections: need a class a row; {args.task} has none")
-        rows, lines, changed = attributed.corrected(rows, files, columns)
-        marks |= attributed.marks_in(lines)
+        before = rows[data.label_column][:]
+        for file in files:  # the last one about a row counts, as in a second round of search
+            rows, lines = attributed.corrected(rows, file, columns)
+            marks |= attributed.marks_in(lines)
+        changed = sum(old != new for old, new in zip(before, rows[data.label_column]))
+    if names:
+        attributed.contradicted(rows, columns)
     config = models.load_config(args.model, args.task, names)
     length = (training.max_length or 2) if of_trl else data.max_length
     tokenizer = models.load_tokenizer(name, config, length, args.task)
