@@ -32,6 +32,7 @@ class BiDoRA(Method):
         gamma: γ, the weight of the Gram regulariser; the published recipes have 1e-5.
         norm_grad: whether the row norm is in the graph; detach is PEFT's approximation.
         fast_dora: whether linear layers run the fast forward pass instead of PEFT's.
+        paper: whether the default estimator is that of BiDoRA's own code, ``darts`` with ξ = 1.
 
     Raises:
         ProblemError: γ is negative or ``norm_grad`` unknown; later, a layer has no magnitude.
@@ -49,23 +50,22 @@ class BiDoRA(Method):
     gamma: NonNegativeFloat = 0.0
     norm_grad: Literal["full", "detach"] = "full"
     fast_dora: bool = True
+    paper: bool = False
 
     # As good as the published defaults, darts and an upper step after each lower one, and cheaper
     # (benchmarks/methods).
     defaults = MappingProxyType({"hypergradient": "direct", "lower_steps": 4})
+    published_defaults = MappingProxyType({"hypergradient": "darts:scheme=forward,xi=1.0"})
 
     @classmethod
     def published(cls, **options: Any) -> Self:
-        """BiDoRA with the estimator of its own code, ``darts`` with ξ = 1.
+        """BiDoRA with ``paper``.
 
         Example:
             >>> BiDoRA.published(gamma=1e-5).defaults["hypergradient"]
             'darts:scheme=forward,xi=1.0'
         """
-        method = cls(**options)
-        estimator = {"hypergradient": "darts:scheme=forward,xi=1.0"}
-        method.__dict__["defaults"] = {**cls.defaults, **estimator}
-        return method
+        return cls(paper=True, **options)
 
     def adapter(self, config: Any) -> Any:
         """``config`` with magnitudes."""

@@ -31,10 +31,11 @@ class ClassOffsets(Method):
 
     The upper loss gives the classes of a *batch* equal weights: let ``per_device_upper_batch_size``
     be many times their number. The saved model has plain logits; ``offsets`` and ``factors`` stay
-    with the method. ``compute_loss`` of a Trainer is not called.
+    with the method. Label smoothing and a Trainer's own loss are refused.
 
     Args:
         factor: whether a factor 2σ(Δ) of each class's logit is learned too.
+        paper: whether the default estimator, steps and phases are those of AutoBalance's code.
 
     Raises:
         ProblemError: labels are no classes.
@@ -52,22 +53,23 @@ class ClassOffsets(Method):
     """
 
     factor: bool = False
+    paper: bool = False
 
     # Neumann steps of size 1, the published ones, diverge where a curvature is above 2.
     defaults = MappingProxyType({"hypergradient": "minres:steps=5,damping=1.0", "lower_steps": 4})
+    published_defaults = MappingProxyType(
+        {"hypergradient": "neumann:terms=5,step_size=1.0", "lower_steps": 20, "retrain": "scratch"}
+    )
 
     @classmethod
     def published(cls) -> Self:
-        """Offsets and factors, with the estimator and both phases of AutoBalance's code.
+        """Offsets and factors, with ``paper``.
 
         Example:
             >>> ClassOffsets.published().factor
             True
         """
-        method = cls(factor=True)
-        estimator = {"hypergradient": "neumann:terms=5,step_size=1.0", "lower_steps": 20}
-        method.__dict__["defaults"] = {**estimator, "retrain": "scratch"}
-        return method
+        return cls(factor=True, paper=True)
 
     def prepare(self, model: Any) -> None:
         """Make l and Δ, 0."""

@@ -21,7 +21,7 @@ def find_method(spec: str) -> type[Method]:
 
     Example:
         >>> find_method("bidora")(gamma=1e-5)
-        BiDoRA(gamma=1e-05, norm_grad='full', fast_dora=True)
+        BiDoRA(gamma=1e-05, norm_grad='full', fast_dora=True, paper=False)
         >>> find_method("bidorra")
         Traceback (most recent call last):
         ...

@@ -52,6 +52,7 @@ class Sources(EqualSources):
         prior: τ. By default K/(8n) for n trusted rows: exp(−n·(F + prior)), with F their mean loss,
             is then a posterior whose prior has the variance 8 a logit.
         form: "softmax" is p of u, and "softplus" DreamPRM's v of u; p_k is then v_k·n_k by its sum.
+        paper: whose estimator and steps are the defaults; `published` sets form and prior too.
 
     Raises:
         ProblemError: there are no trusted rows; as `EqualSources`; the trainer's loss is no mean
@@ -69,9 +70,15 @@ class Sources(EqualSources):
 
     prior: float | None = None
     form: Literal["softmax", "softplus"] = "softmax"
+    paper: Literal["scalebio", "fastmix", "dreamprm"] | None = None
 
     # An upper step after each lower one leaves too few steps at equal price (benchmarks/methods).
     defaults = MappingProxyType({"hypergradient": "darts:product=dots", "lower_steps": 4})
+
+    @property
+    def published_defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """Estimator and steps of ``paper``."""
+        return PUBLISHED[self.paper or ""][1]
 
     @classmethod
     def published(cls, paper: Literal["scalebio", "fastmix", "dreamprm"], **options: Any) -> Self:
@@ -86,10 +93,7 @@ class Sources(EqualSources):
         """
         if paper not in PUBLISHED:
             raise ProblemError(f"paper: unknown {paper!r}; choose from {', '.join(PUBLISHED)}")
-        form, defaults = PUBLISHED[paper]
-        method = cls(**{"form": form, "prior": 0.0, **options})
-        method.__dict__["defaults"] = defaults
-        return method
+        return cls(**{"form": PUBLISHED[paper][0], "prior": 0.0, "paper": paper, **options})
 
     def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:
         """As `EqualSources.rows`."""

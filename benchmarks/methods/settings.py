@@ -120,7 +120,7 @@ class DecayedLoRA(LoRA):
 
 def with_arguments(method: Method, **arguments: Any) -> Method:
     """``method`` with other default training arguments."""
-    method.__dict__["defaults"] = {**method.defaults, **arguments}
+    method.defaults = {**method.defaults, **arguments}
     return method
 
 

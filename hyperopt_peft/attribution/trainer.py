@@ -59,7 +59,8 @@ def setup_from_trainer(
     data = TrainerData.read(trainer, evaluation, slices)
     random_state = _new_model(trainer)
     require_float32(trainer.model)
-    require_mean_over_labels(trainer, data.train_rows, data.collate, data.collate.tags)
+    first = range(len(data.train_rows))[: trainer.args.per_device_train_batch_size]
+    require_mean_over_labels(trainer, data.batches(data.train_rows, first)[0], data.collate.tags)
     if twice:
         require_norm_in_graph(trainer.model)
     with TemporaryDirectory(prefix="attribution-") as folder:  # apart from the user's checkpoints

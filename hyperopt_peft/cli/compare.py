@@ -60,10 +60,9 @@ def run(argv: Sequence[str]) -> None:
     of_file, flags = divided("compare", argv)
     names = {**of_file, **flags}.get("methods") or METHODS
     besides = names_of(map(find_method, names))
-    plain = choose("compare", CompareArguments, argv, "lora", besides)  # without defaults
+    plain = choose("compare", CompareArguments, argv, "lora", besides)
     chosen = [choose("compare", CompareArguments, argv, name, plain.options) for name in names]
     command, args = plain.command, plain.args
-    args.__dict__["_user_names"] &= {*plain.options}  # a method's defaults are for the others
     number, slash, count = command.run.partition("/")
     if not (slash and number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
         raise ProblemError(f"run: must be K/N with 1 ≤ K ≤ N, got {command.run}")

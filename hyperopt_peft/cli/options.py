@@ -28,6 +28,7 @@ from hyperopt_peft.cli.text.data import cache_folder
 from hyperopt_peft.engine.checkpoint import valid_checkpoints
 from hyperopt_peft.errors import ProblemError, did_you_mean
 from hyperopt_peft.problems import METHODS, find_method
+from hyperopt_peft.trainer.arguments import DEFAULTS
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.utils.validation import require_writable
 
@@ -208,12 +209,13 @@ def parse(
     Args:
         argv: a YAML file (optional), then flags. Options in the file for other commands, tasks or
             methods are ignored; such a flag is an error.
-        method: a class whose fields are options too, and whose defaults are the run's.
+        method: a class whose fields are options too; the help has its defaults.
         besides: further names, which are ignored.
     """
     of_file, flags = divided(command, argv)
     parser = _parser(types, method)
     if {"help", "help_all"} & {*flags}:
+        parser.set_defaults(**{**DEFAULTS, **({} if method is None else method.defaults)})
         print(_page(command, parser, everything="help_all" in flags))
         raise SystemExit(0)
     names, given = names_of(parser.dataclass_types), {**of_file, **flags}
@@ -256,13 +258,9 @@ class _Format(HelpFormatter):
 def _parser(types: Sequence[Any], method: type[Method] | None) -> _Parser:
     """The parser of ``types`` and of ``method``."""
     names, kinds = names_of(types), [*types]
-    defaults: dict[str, Any] = {}
-    if "learning_rate" in names:
-        defaults = {"logging_steps": 0.05, "disable_tqdm": not sys.stderr.isatty()}
     if method is not None:
         for name in {*method.defaults} - names:
             raise ProblemError(f"{method.__name__}: {name} in defaults is no option; leave it out")
-        defaults |= method.defaults
         kinds += [method] if is_dataclass(method) else []
     options: Any = {"add_help": False, "allow_abbrev": False, "formatter_class": _Format}
     try:
@@ -270,7 +268,8 @@ def _parser(types: Sequence[Any], method: type[Method] | None) -> _Parser:
     except (ArgumentError, ValueError, TypeError, RuntimeError) as error:
         name = kinds[-1].__name__
         raise ProblemError(f"{name}: a field of it cannot be an option: {error}") from error
-    parser.set_defaults(**defaults)
+    if "learning_rate" in names:
+        parser.set_defaults(logging_steps=0.05, disable_tqdm=not sys.stderr.isatty())
     return parser
 
 

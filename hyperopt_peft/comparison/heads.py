@@ -113,7 +113,8 @@ class HeadTask(Task):
             train, upper = numbered(train, upper)
         train, upper = method.rows(train, upper)
         if bilevel and upper is None:
-            train, upper = split_dataset(train, self.args.upper_fraction, run.seed)
+            share = self.args.with_defaults(method.defaults).upper_fraction
+            train, upper = split_dataset(train, share, run.seed)
         rows = train if bilevel else method.all_rows(train, upper)
         assert self.model is not None
         model: Any = OnFeatures(self.model.x, self.model.head)

@@ -243,15 +243,16 @@ class Task:
 
     def make(self, run: Run, rows: Sequence[Any], folder: str, **sizes: Any) -> BilevelTrainer:
         """A trainer of ``run``, which writes and shows nothing."""
-        args, method = copy.copy(self.args), self.method_of(run)
+        method = self.method_of(run)
+        args = self.args.with_defaults(method.defaults)  # for what the run leaves open
+        method.defaults = {}
         changes = {**QUIET, **FIXED, "output_dir": folder, "disable_tqdm": True, "seed": run.seed}
         changes |= {"data_seed": None, "retrain_arguments": self.retrain_arguments or None}
         upper_rate = 0.0 if run.kind == "frozen" else run.upper_rate
         if upper_rate is not None:
             changes["upper_learning_rate"] = upper_rate
         changes |= {"learning_rate": run.rate, **sizes}
-        # A method's defaults are for what the run leaves open.
-        args.__dict__.update(changes, _user_names={*args.__dict__["_user_names"], *changes})
+        args.__dict__.update(changes)
         set_seed(run.seed)
         model, options = self.base_model(), dict(self.options)
         set_seed(run.seed)  # which base_model may have changed

@@ -227,9 +227,23 @@ def rows_of(value: Any, count: int, which: slice | Tensor) -> Any:
     return value[which] if isinstance(value, Tensor) and value.shape[:1] == (count,) else value
 
 
-def _require_mean(model: nn.Module, batch: Mapping[str, Any], shifted: bool) -> None:
+def with_all_classes(model: Any, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``batch`` with the labels 0, 1, 2, …, all scored; it is unchanged if its labels are numbers.
+
+    A batch of sorted rows may have one class, which does not show that classes have weights.
+    """
     labels = require_labels(batch)
-    batch = {**batch, "labels": labels.where(labels != IGNORED, 0)}  # so that every row is scored
+    if labels.is_floating_point():
+        return batch
+    inputs = {k: rows_of(x, len(labels), slice(1)) for k, x in batch.items() if k != "labels"}
+    with _probing(model), torch.no_grad(), model_reads(inputs):
+        logits = model(**inputs).logits
+    numbers = torch.arange(labels.numel(), device=labels.device) % logits.shape[-1]
+    return {**batch, "labels": numbers.view(labels.shape)}
+
+
+def _require_mean(model: nn.Module, batch: Mapping[str, Any], shifted: bool) -> None:
+    batch = with_all_classes(model, batch)
     with _probing(model), torch.no_grad():
         output = _output(model, batch)
         if _error_of_mean(model, batch, output, shifted) <= TOLERANCE:

@@ -41,13 +41,26 @@ BOUNDS: dict[str, Any] = {
     "data_seed": SEED | None,
 }
 
+#: The values of the upper level's arguments that neither the user nor the method sets.
+DEFAULTS: dict[str, Any] = {
+    "hypergradient": DEFAULT,
+    "lower_steps": 1,
+    "upper_learning_rate": 1e-3,
+    "upper_weight_decay": 0.0,
+    "upper_max_grad_norm": 1.0,
+    "upper_fraction": 0.2,
+    "non_finite": "raise",
+    "retrain": "warm",
+}
+
 
 @dataclass
 class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
     """`transformers.TrainingArguments` for the lower level, with arguments for the upper level.
 
     Epochs and steps count optimizer steps of the lower level. Both levels have one learning-rate
-    schedule, each with its own peak. Callbacks that have a state resume with it.
+    schedule, each with its own peak. Callbacks that have a state resume with it. Where the user
+    gives no argument for the upper level, it is None until `with_defaults`, which trainers call.
 
     Raises:
         ProblemError: the estimator or one of its options is unknown, or a value is out of range.
@@ -64,25 +77,24 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
     parents = TrainingArguments
 
     hypergradient: str = HfArg(
-        default=DEFAULT,
-        help="hypergradient estimator, with options: cg:steps=5,damping=1.0",
+        default=None, help="hypergradient estimator, with options: cg:steps=5,damping=1.0"
     )
     logging_steps: float = HfArg(default=10, help="steps between log lines, or a share of all")
     lower_steps: PositiveInt = HfArg(
-        default=1, help="optimizer steps of the lower level for each update of the upper level"
+        default=None, help="optimizer steps of the lower level for each update of the upper level"
     )
     upper_learning_rate: NonNegativeFloat = HfArg(
-        default=1e-3, help="peak learning rate of the upper level's variables"
+        default=None, help="peak learning rate of the upper level's variables"
     )
     upper_weight_decay: NonNegativeFloat = HfArg(
-        default=0.0, help="weight decay of the upper level's variables"
+        default=None, help="weight decay of the upper level's variables"
     )
     upper_prior: NonNegativeFloat | None = HfArg(
         default=None,
         help="weight τ of the upper level's prior, ½·τ·mean‖u − u0‖² with the initial values u0",
     )
     upper_max_grad_norm: NonNegativeFloat = HfArg(
-        default=1.0, help="norm to which the hypergradient is clipped; 0 for no clipping"
+        default=None, help="norm to which the hypergradient is clipped; 0 for no clipping"
     )
     per_device_upper_batch_size: PositiveInt | None = HfArg(
         default=None,
@@ -90,16 +102,16 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         "in pieces of per_device_train_batch_size, else per_device_train_batch_size",
     )
     upper_fraction: Annotated[float, Bound(">", 0), Bound("<", 1)] = HfArg(
-        default=0.2,
+        default=None,
         help="share of train_dataset that the upper level gets if there is no upper_dataset",
     )
     non_finite: Literal["raise", "skip"] = HfArg(
-        default="raise",
+        default=None,
         help="on a NaN or infinite loss, gradient or curvature: raise, after writing a checkpoint; "
         "or skip the step, and count it",
     )
     retrain: Literal["none", "warm", "scratch"] = HfArg(
-        default="warm",
+        default=None,
         help="second training after a method's search, on all examples with the upper level "
         "frozen: none; warm, from the end of the search; scratch, from the initial values",
     )
@@ -115,13 +127,6 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
 
     #: Whether printed lines have norms and rates too; no field, since it is an option of a command.
     details = False
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Note the names of the arguments that the user gives."""
-        made: Self = super().__new__(cls)
-        names = [each.name for each in fields(cls)[: len(args)]]
-        made.__dict__["_user_names"] = {*names, *kwargs}
-        return made
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -145,7 +150,8 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
             self.for_retraining()
 
     def _check(self) -> None:
-        require_types(self, (*BOUNDS, *self.bilevel_settings()), **BOUNDS)
+        given = [name for name, value in self.bilevel_settings().items() if value is not None]
+        require_types(self, (*BOUNDS, *given), **BOUNDS)
         if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):
             raise ProblemError(
                 "max_steps must be positive, or -1 with a positive num_train_epochs, got "
@@ -154,26 +160,25 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         self.estimator()
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
-        """A copy with ``defaults`` for the arguments that the user did not give.
+        """A copy with ``defaults``, or else `DEFAULTS`, for arguments that the user did not give.
 
-        An argument parser gives every argument; set its defaults instead
-        (``parser.set_defaults(**method.defaults)``).
+        These are the arguments that have their class's default. For the upper level it is None, so
+        that each value counts as given; those of `transformers.TrainingArguments` have another.
 
         Raises:
             ProblemError: a value is out of range, or a name is unknown.
 
         Example:
-            >>> args = BilevelTrainingArguments("outputs", seed=3, report_to="none")
-            >>> args = args.with_defaults({"seed": 1, "lower_steps": 4})
-            >>> args.seed, args.lower_steps
-            (3, 4)
+            >>> args = BilevelTrainingArguments("outputs", lower_steps=1, report_to="none")
+            >>> args = args.with_defaults({"lower_steps": 4, "hypergradient": "direct"})
+            >>> args.lower_steps, args.hypergradient, args.retrain
+            (1, 'direct', 'warm')
         """
         args, known = copy.copy(self), {each.name: each.default for each in fields(self)}
-        for name, value in defaults.items():
+        for name, value in {**DEFAULTS, **defaults}.items():
             if name not in known:
                 raise ProblemError(f"defaults: {type(self).__name__} has no {name!r}; leave it out")
-            # The user may also have set an attribute after construction.
-            if name not in self.__dict__["_user_names"] and getattr(self, name) == known[name]:
+            if getattr(self, name) == known[name]:
                 setattr(args, name, value)
         args._check()
         return args
@@ -209,8 +214,8 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
             ProblemError: the estimator or an option is unknown, or the estimator needs records of
                 more than one lower step.
         """
-        estimator = get_estimator(self.hypergradient)
-        require_history(estimator, lower_steps=self.lower_steps, recorded=1)
+        estimator = get_estimator(DEFAULT if self.hypergradient is None else self.hypergradient)
+        require_history(estimator, lower_steps=self.lower_steps or 1, recorded=1)
         return estimator
 
     def steps_of(self, rows: int) -> int:

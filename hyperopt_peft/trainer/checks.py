@@ -15,14 +15,13 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from hyperopt_peft.adapters.layers import require_plain
-from hyperopt_peft.core.examples import WeightedRows
-from hyperopt_peft.core.labels import TOLERANCE, row_losses
+from hyperopt_peft.core.labels import ENTRIES, TOLERANCE, row_losses, with_all_classes
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator
 from hyperopt_peft.hypergradients.estimate import check_ownership
 from hyperopt_peft.hypergradients.products import SHARDED
-from hyperopt_peft.trainer.data import batches_of, label_column
+from hyperopt_peft.trainer.data import label_column
 from hyperopt_peft.trainer.internals import metrics_restored
 from hyperopt_peft.trainer.tags import without
 from hyperopt_peft.trainer.upper_batches import loader_of
@@ -69,20 +68,10 @@ def check_class(args: Any, kind: Any) -> None:
         )
 
 
-def check_arguments(
-    args: Any, options: Mapping[str, Any], *, trainer_loss: bool, custom_loss: bool
-) -> None:
-    """Raise ProblemError for settings that do not work in bilevel training.
-
-    ``trainer_loss``: the lower level uses the Trainer's loss. ``custom_loss``: the trainer's class
-    overrides that loss.
-    """
+def check_arguments(args: Any, options: Mapping[str, Any]) -> None:
+    """Raise ProblemError for settings that do not work in bilevel training."""
     if args.should_save and args.save_strategy != "no":
         require_writable(Path(args.output_dir))
-    of_levels = (
-        "the levels have their own losses; change those, or give the levels as functions of the "
-        "trainer that read trainer.task_loss"
-    )
     refused = {
         "fsdp": (
             args.fsdp and distributed.world_size() == 1,
@@ -116,9 +105,6 @@ def check_arguments(
             options.get("model_init"),
             "levels own the tensors of one model; make the model first",
         ),
-        "compute_loss_func": (not trainer_loss and options.get("compute_loss_func"), of_levels),
-        "compute_loss": (not trainer_loss and custom_loss, of_levels),
-        "label_smoothing_factor": (not trainer_loss and args.label_smoothing_factor, of_levels),
     }
     for name, (used, reason) in refused.items():
         if used:
@@ -185,34 +171,45 @@ def read_rows(trainer: Any) -> Any:
     return rows.select_columns(loader_of(trainer, rows, name).dataset.column_names)
 
 
-def check_weighted(trainer: Any, level: Problem) -> None:
-    """Raise ProblemError if ``level`` weights rows, but the trainer's loss is not their mean.
+def check_unread(trainer: Any, level: Problem, batch: Any) -> None:
+    """Raise ProblemError if ``level``, which did not call ``task_loss``, drops the trainer's loss.
 
-    Under FSDP2, which may load parameters later, there is no check.
+    A loss that is the mean over the labels of ``batch``, as that of TRL's SFTTrainer, is the
+    model's own. Under FSDP2 a loss is not evaluated here, and passes.
     """
-    changed = trainer.compute_loss_func or trainer.label_smoother or trainer.has_own_loss()
-    if isinstance(level, WeightedRows) and changed and not trainer.is_fsdp_enabled:
-        require_mean_over_labels(trainer, read_rows(trainer), trainer.data_collator, trainer.tags)
+    changes = (trainer.label_smoother, trainer.compute_loss_func, trainer.has_own_loss())
+    names = "label_smoothing_factor", "compute_loss_func", "compute_loss"
+    name = next((name for name, used in zip(names, changes) if used), None)
+    if name is None or (trainer.is_fsdp_enabled and not trainer.label_smoother):
+        return
+    try:
+        with trainer.passes.paused():
+            require_mean_over_labels(trainer, batch, trainer.tags)
+    except ProblemError as error:
+        raise ProblemError(
+            f"{name}: {level.name} drops it, since its loss does not call task_loss; let it call "
+            f"task_loss, or leave {name} out ({error})"
+        ) from error
 
 
 @torch.no_grad()
-def require_mean_over_labels(trainer: Any, rows: Any, collate: Any, tags: Sequence[str]) -> None:
-    """Raise ProblemError if a Trainer's loss of the first batch is not the mean over its labels.
+def require_mean_over_labels(trainer: Any, batch: Any, tags: Sequence[str]) -> None:
+    """Raise ProblemError if a Trainer's loss of ``batch`` is not the mean over labels.
 
-    The loss is that of ``compute_loss``, without dropout. ``rows``, ``collate`` and ``tags`` make
-    the batch.
+    The loss is that of ``compute_loss``, without dropout and ``tags``; see `with_all_classes`.
     """
-    size, device = trainer.args.per_device_train_batch_size, trainer.args.device
-    (batch,) = batches_of(rows, collate, size, device, chosen=range(len(rows))[:size])
-    batch = without(batch, tags)
+    batch = without(batch, (*tags, *ENTRIES)) if isinstance(batch, Mapping) else {}
     found = "the first batch has no labels"
-    if isinstance(batch.get("labels"), torch.Tensor):
+    if trainer.label_smoother:  # a little smoothing is below the tolerance
+        found = "label_smoothing_factor changes the loss of each label"
+    elif isinstance(batch.get("labels"), torch.Tensor):
         with (
             evaluating(trainer.model),
             replay(RandomState.capture()),
             metrics_restored(trainer),
             trainer.compute_loss_context_manager(),
         ):
+            batch = with_all_classes(trainer.model, batch)
             sums, counts = row_losses(trainer.model, batch)
             mean = sums.sum() / counts.sum().clamp(min=1)
             items = counts.sum() if distributed.world_size() == 1 else None  # else it is scaled

@@ -61,6 +61,8 @@ class Method:
 
     #: Training arguments by name, used where the user gives none.
     defaults: Mapping[str, Any] = MappingProxyType({})
+    #: Those of the paper's code, which replace ``defaults`` where the field ``paper`` is set.
+    published_defaults: Mapping[str, Any] = MappingProxyType({})
     #: Columns of numbers that a level reads and the model does not. ``index``, the row's number in
     #: the user's data, needs no column.
     tags: tuple[str, ...] = ()
@@ -68,6 +70,8 @@ class Method:
     def __post_init__(self) -> None:
         """Raise ProblemError if an option does not have its field's type, within its `Bound`s."""
         require_types(self)
+        if getattr(self, "paper", None):
+            self.defaults = {**self.defaults, **self.published_defaults}
 
     @property
     def absorbed(self) -> bool:

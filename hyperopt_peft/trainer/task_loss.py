@@ -51,6 +51,7 @@ class TaskLossTrainer(CombinedTrainer):
     #: Passes and seconds of the training, for both phases of a method together.
     passes: PassCounter
     model: Any
+    _loss_read = _loss_checked = False  # by a level's last evaluation; by the first step
 
     @classmethod
     def has_own_loss(cls) -> bool:
@@ -162,6 +163,7 @@ class TaskLossTrainer(CombinedTrainer):
         With the entries of `core.labels`, its mean over a step's micro-batches and processes is the
         mean over all labels of the step.
         """
+        self._loss_read = True
         inputs = without(batch, self.tags)
         weight, items, n = (inputs.pop(entry, None) for entry in (WEIGHT, ITEMS, MICRO_BATCHES))
         if n is not None:  # TRL divides a mixture of experts' auxiliary loss by this attribute

@@ -133,10 +133,9 @@ class BilevelTrainer(PhasesTrainer):
         **trainer: Any,
     ) -> None:
         """Initialise the trainer with two levels, or one."""
+        args = args.with_defaults({})  # after a method's
         self.trainer_loss = _is_function(lower)
-        checks.check_arguments(
-            args, trainer, trainer_loss=self.trainer_loss, custom_loss=self.has_own_loss()
-        )
+        checks.check_arguments(args, trainer)
         if not isinstance(model, nn.Module) and not loads_names(self.parent()):
             raise ProblemError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         evaluation = trainer.pop("eval_dataset", None)
@@ -179,7 +178,6 @@ class BilevelTrainer(PhasesTrainer):
         self.lower = _made(lower, self)
         self.upper = _made(upper, self)
         checks.check_levels(self.levels)
-        checks.check_weighted(self, self.lower)
         if self.upper is not None and args.upper_prior is not None:
             if self.upper.prior is not None:
                 raise ProblemError(
@@ -237,8 +235,11 @@ class BilevelTrainer(PhasesTrainer):
                 "hyperopt_peft.hypergradient for one hypergradient"
             )
         self._set_training_mode(model)
-        step = self.current_step
+        step, self._loss_read = self.current_step, False
         loss = step.evaluate(inputs)
+        if not (self._loss_read or self._loss_checked):
+            checks.check_unread(self, self.lower, step.micro[0].batch)
+        self._loss_checked = True
         if step.complete:
             try:
                 with metrics_restored(self):

@@ -144,6 +144,14 @@ def test_bad_options_are_one_line_before_any_work(
     refused(capsys, command, {k: v for k, v in options.items() if v is not None}, words)
 
 
+@pytest.mark.parametrize(("method", "shown"), [("bidora", "direct"), ("lora", "minres")])
+def test_help_has_the_defaults_of_the_method(
+    method: str, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--method", method, "--help"]) == 0
+    assert f"cg:steps=5,damping=1.0 ({shown})" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_every_option_of_a_command_once(
     command: str, capsys: pytest.CaptureFixture[str]

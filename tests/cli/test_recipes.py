@@ -42,7 +42,7 @@ def test_what_all_recipes_share_and_data_of_the_hub(recipe: str) -> None:
     steps, estimator = args.max_steps, args.estimator()
     assert isinstance(estimator, DARTS) and estimator.xi == 1
     assert (chosen.method, args.lower_steps) == (BiDoRA(gamma=1e-5), 1)
-    assert (args.upper_fraction, args.upper_prior) == (0.2, None)
+    assert (args.with_defaults({}).upper_fraction, args.upper_prior) == (0.2, None)
     assert args.per_device_train_batch_size == (64 if recipe == "roberta-large-qnli" else 32)
     assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon) == (0.9, 0.98, 1e-6)
     assert args.optim.startswith("adamw_torch")

@@ -196,6 +196,32 @@ def test_a_loss_of_neither_rule_is_refused(model: Any, message: str) -> None:
         row_losses(model, batch())
 
 
+class OfWeights(nn.Module):
+    """A classifier of rows or tokens whose loss has a weight for each class."""
+
+    def __init__(self, tokens: bool) -> None:
+        super().__init__()
+        self.embed, self.head, self.tokens = nn.Embedding(20, 8), nn.Linear(8, 3), tokens
+
+    def forward(self, input_ids: Any, labels: Any = None) -> Any:
+        logits = self.head(self.embed(input_ids))
+        logits = logits if self.tokens else logits.mean(1)
+        if labels is None:
+            return SimpleNamespace(logits=logits)
+        weights = torch.tensor([1.0, 1.5, 2.0])
+        loss = cross_entropy(logits.flatten(0, -2), labels.flatten(), weights)
+        return SimpleNamespace(loss=loss, logits=logits)
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_weights_of_classes_show_in_a_batch_of_one_class(tokens: bool) -> None:
+    """As the first batch of sorted rows."""
+    ids = batch()["input_ids"]
+    rows = {"input_ids": ids, "labels": torch.zeros_like(ids if tokens else ids[:, 0])}
+    with pytest.raises(ProblemError, match="not the mean"):
+        row_losses(OfWeights(tokens), rows)
+
+
 def test_a_model_that_cannot_read_a_batch_is_one_error() -> None:
     model = MODELS["T5"][0]()  # without labels T5 asks for the decoder's input
     with pytest.raises(ProblemError, match="DataCollatorForSeq2Seq"):

@@ -133,8 +133,16 @@ def test_a_gradient_just_below_the_limit_is_clipped_alike(limit: float, replayed
     torch.testing.assert_close(w.detach(), (x - 0.5 * x.grad).detach(), rtol=1e-14, atol=0)
 
 
+def hooked(w: Any) -> SGD:
+    """An optimizer that projects after each step."""
+    optimizer = SGD(w, lr=0.1)
+    optimizer.register_step_post_hook(lambda *_: [x.detach().clamp_(min=0.0) for x in w])
+    return optimizer
+
+
 @pytest.mark.parametrize(
-    ("make", "message"), [(lambda w: None, "optimizer"), (torch.optim.NAdam, "NAdam")]
+    ("make", "message"),
+    [(lambda w: None, "optimizer"), (torch.optim.NAdam, "NAdam"), (hooked, "step hooks")],
 )
 @pytest.mark.parametrize("method", ["unrolled", "forward", "sama"])
 def test_optimizers_that_cannot_be_unrolled_are_named(make: Any, message: str, method: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import HfArgumentParser
 
 from hyperopt_peft import (
     BiDoRA,
@@ -17,7 +19,7 @@ from hyperopt_peft import (
     Method,
     ProblemError,
 )
-from hyperopt_peft.problems import AutoLoRA, LayerScales, LoRA
+from hyperopt_peft.problems import AutoLoRA, ClassOffsets, LayerScales, LoRA, S3Delta, Sources
 from tests.support.methods import ARGUMENTS, RowWeights, method_trainer
 from tests.support.resume import require_same_end
 from tests.support.trainers import data, peft_model, values
@@ -74,6 +76,30 @@ def test_the_user_s_arguments_come_before_the_method_s(tmp_path: Path) -> None:
     run = BilevelTrainer(peft_model(), args, method=BiDoRA(), train_dataset=data())
     assert (run.args.hypergradient, run.args.lower_steps) == ("direct", 1)
     assert args.hypergradient != "direct"
+
+
+def test_arguments_that_are_copied_or_parsed_keep_what_is_not_given(tmp_path: Path) -> None:
+    """`replace` and a parser pass every field, and so every argument of the constructor."""
+    words = ["--output_dir", str(tmp_path), "--retrain", "warm", "--report_to", "none"]
+    (parsed,) = HfArgumentParser(BilevelTrainingArguments).parse_args_into_dataclasses(words)
+    args = BilevelTrainingArguments(str(tmp_path), retrain="warm", report_to="none")
+    for each in (parsed, replace(args, max_steps=5)):
+        found = each.with_defaults(S3Delta.defaults)
+        assert (found.hypergradient, found.upper_learning_rate) == ("darts:xi=lr", 0.1)
+        assert (found.retrain, found.lower_steps) == ("warm", 1)
+
+
+def test_a_copy_of_a_published_method_is_published() -> None:
+    copied = [
+        replace(BiDoRA.published(), gamma=0.1),
+        replace(ClassOffsets.published(), factor=False),
+        replace(Sources.published("fastmix"), column="group"),
+    ]
+    found = [
+        (x.defaults["hypergradient"].partition(":")[0], x.defaults["lower_steps"]) for x in copied
+    ]
+    assert found == [("darts", 4), ("neumann", 20), ("fastmix", 20)]
+    assert BiDoRA.published() != BiDoRA()
 
 
 def test_the_second_phase_has_the_class_and_its_loss(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from hyperopt_peft import BiDoRA, BilevelTrainer, Problem, ProblemError, bilevel
+from hyperopt_peft.problems import ClassOffsets
 from hyperopt_peft.utils.models import trainable
+from tests.support.methods import method_trainer
 from tests.support.networks import differences
 from tests.support.trainers import QUIET, data, peft_model, values
 
@@ -109,12 +111,25 @@ def test_a_name_is_no_model_where_the_parent_loads_none(tmp_path: Path, kind: An
 
 def test_levels_that_would_not_have_the_loss_of_the_parent_are_refused(tmp_path: Path) -> None:
     class Own(Problem):
-        pass
+        def loss(self, batch: Any) -> Any:
+            return sum(variable.square().sum() for variable in self.variables)
 
     kind, model = bilevel(Confident), peft_model(dora=False)
     args = kind.Arguments(str(tmp_path), **SETTINGS)
-    with pytest.raises(ProblemError, match="compute_loss: not possible"):
-        kind(model, args=args, lower=Own(trainable(model)), train_dataset=data())
+    with pytest.raises(ProblemError, match="compute_loss: Own drops it"):
+        kind(model, args=args, lower=Own(trainable(model)), train_dataset=data()).train()
+
+
+def test_a_parent_that_only_watches_its_loss_is_no_loss_of_its_own(tmp_path: Path) -> None:
+    """As TRL's SFTTrainer, which logs numbers in ``compute_loss``."""
+
+    class Watching(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+            return super().compute_loss(model, inputs, *args, **options)
+
+    run = method_trainer(tmp_path, method=ClassOffsets(), kind=bilevel(Watching), max_steps=2)
+    run.train()
+    assert run.state.global_step == 2
 
 
 def test_a_class_with_both_bases_is_a_class_over_one() -> None:

@@ -10,10 +10,16 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
-from hyperopt_peft import BiDoRA, BilevelTrainer, Method, Problem, ProblemError
-from hyperopt_peft.problems import LayerScales
+from hyperopt_peft import BiDoRA, BilevelTrainer, Method, Problem, ProblemError, bilevel
+from hyperopt_peft.problems import (
+    ClassOffsets,
+    FrequencyWeights,
+    LayerScales,
+    LogitAdjustment,
+    TunedAdjustment,
+)
 from hyperopt_peft.problems.bidora import Direction, Magnitude
 from tests.support.adapted_models import Quantised
 from tests.support.class_weights import Plain, pair
@@ -31,7 +37,7 @@ ARGUMENTS: dict[str, list[Any]] = {
     "per_device_train_batch_size": [0],
     "gradient_accumulation_steps": [0],
     "upper_weight_decay": [-1.0],
-    "upper_max_grad_norm": [None],
+    "upper_max_grad_norm": ["1"],
     "upper_prior": [-1.0, "1"],
     "per_device_upper_batch_size": [0],
     "seed": [-3, 2**32],
@@ -170,6 +176,18 @@ def method(kind: type[Method], **attributes: Any) -> Any:
     return lambda _, f: method_trainer(f, method=type("Own", (kind,), attributes)())
 
 
+def own_loss(of: type[Method], options: Any = None, **settings: Any) -> Any:
+    """Training by a method whose lower loss does not call ``task_loss``."""
+    return lambda _, f: method_trainer(f, method=of(), options=options, **settings).train()
+
+
+class Doubled(Trainer):
+    """A loss of its own."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        return 2 * super().compute_loss(model, inputs, *args, **options)
+
+
 class Idle(Plain):
     """Owns a variable too that no loss reads."""
 
@@ -186,7 +204,8 @@ class Pulled(Plain):
 
 
 SPLIT, TRAIN, UPPER, EVAL = "cannot give 20% of", "train_dataset", "upper_dataset", "eval_dataset"
-LOSS = {"compute_loss_func": lambda *_, **__: 0}
+SMOOTH = {"label_smoothing_factor": 0.01}
+LOSS = {"compute_loss_func": lambda outputs, labels, **_: outputs.logits.sum()}
 SEVEN = [torch.zeros(7)]
 CHECKPOINTED = {"use_reentrant": True}
 REFUSED: list[tuple[str, Any]] = [
@@ -234,8 +253,12 @@ REFUSED: list[tuple[str, Any]] = [
     ("n_gpu", on_two_gpus),
     ("auto_find_batch_size", of_levels(settings={"auto_find_batch_size": True})),
     ("model_init", of_levels(lambda _: {"model_init": peft_model})),
-    ("compute_loss_func", of_levels(lambda _: LOSS)),
-    ("label_smoothing_factor", of_levels(settings={"label_smoothing_factor": 0.1})),
+    ("compute_loss_func: Dir", lambda m, f: of_levels(lambda _: LOSS)(m, f).train()),
+    ("label_smoothing_factor: ClassOffsets.* task_loss", own_loss(ClassOffsets, **SMOOTH)),
+    ("label_smoothing_factor: LogitAdjustment", own_loss(LogitAdjustment, **SMOOTH)),
+    ("label_smoothing_factor: RowWeights", own_loss(RowWeights, **SMOOTH)),
+    ("compute_loss_func: FrequencyWeights", own_loss(FrequencyWeights, LOSS)),
+    ("compute_loss: TunedAdjustment", own_loss(TunedAdjustment, kind=bilevel(Doubled))),
     ("torch_compile", of_levels(settings={"torch_compile": True})),
     ("lower_steps", trained(max_steps=3, lower_steps=4)),
     ("lower_steps", trained(max_steps=-1, num_train_epochs=2, lower_steps=11)),

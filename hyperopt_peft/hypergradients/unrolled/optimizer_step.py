@@ -31,7 +31,7 @@ class DifferentiableStep:
         clipping: whether the step clips g.
 
     Raises:
-        ProblemError: the level has no optimizer, or an optimizer of another class.
+        ProblemError: the level has no optimizer, or one of another class or with step hooks.
     """
 
     def __init__(
@@ -50,6 +50,11 @@ class DifferentiableStep:
             raise ProblemError(
                 f"{level.name}: a step of {kind.__name__} cannot be differentiated; use one of "
                 f"{', '.join(each.__name__ for each in RULES)}"
+            )
+        optimizer = getattr(level.optimizer, "optimizer", level.optimizer)  # accelerate wraps it
+        if any(getattr(optimizer, f"_optimizer_step_{when}_hooks", 0) for when in ("pre", "post")):
+            raise ProblemError(
+                f"{level.name}: the optimizer has step hooks, which have no derivative; remove them"
             )
         self.level, self._rule = level, RULES[kind]
         self._clips = clipping and level.max_grad_norm is not None
