@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import cached_property
 from typing import Any, Never
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from hyperopt_peft.attribution.rows import ROW
 from hyperopt_peft.attribution.run import ParameterUpdate, Run
 from hyperopt_peft.attribution.trainer_data import TrainerData
 from hyperopt_peft.core.examples import WeightedRows
+from hyperopt_peft.core.labels import WEIGHT
 from hyperopt_peft.errors import NonFiniteError
+from hyperopt_peft.trainer.internals import metrics_restored
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.passes import PassCounter
 from hyperopt_peft.trainer.phases import lower_of, options_of_retraining, upper_of
 from hyperopt_peft.trainer.step import Accumulated, MicroBatch
+from hyperopt_peft.trainer.tags import without
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.models import trainable
@@ -32,11 +37,14 @@ class RecordedTrainer(BilevelTrainer):
     """
 
     run: Run | None = None
+    #: Whether the loss of a stock Trainer reads the number of labels in the step; None: not known.
+    _given_reads: bool | None = None
 
     def __init__(
         self, trainer: Any, args: Any, data: TrainerData, options: dict[str, Any], *, twice: bool
     ) -> None:
         self.method, self.passes = (method := method_of(trainer)), PassCounter()
+        self.given = trainer
         self.tags, self.twice, self.options = (*method.tags, ROW), twice, options
         self._rows, self.may_share_rows = data.of_retraining, True  # ``trainer`` has checked them
         dtypes = [parameter.dtype for _, parameter in trainable(trainer.model)]
@@ -61,6 +69,34 @@ class RecordedTrainer(BilevelTrainer):
     def _set_loss_rule(self) -> None:
         self.model_accepts_loss_kwargs = False  # the loss here reads no count of labels
         super()._set_loss_rule()
+
+    def _with_entries(self, batches: Sequence[Any]) -> list[Any]:
+        samples = super()._with_entries(batches)
+        weight = self._weight(samples[0], len(samples)) if samples else None
+        entry = {} if weight is None else {WEIGHT: torch.tensor(weight, dtype=torch.float32)}
+        return [{**batch, **entry} for batch in samples]
+
+    def _weight(self, batch: Any, count: int) -> float | None:
+        """The weight of each of a step's ``count`` micro-batches; None: by its number of labels.
+
+        If the loss ignores the number of labels in the step, a stock Trainer trains the sum of the
+        micro-batches' means, or their mean.
+        """
+        given = self.given
+        bilevel, scaled = isinstance(given, BilevelTrainer), getattr(given, "loss_is_scaled_for_ga", None)
+        if scaled is None and not bilevel:
+            scaled = given.model_accepts_loss_kwargs or given.compute_loss_func is not None
+        if bilevel or scaled is False:
+            return 1.0 if scaled is False else None
+        if self._given_reads is None:
+            inputs = send_to_device(without(batch, (*self.tags, WEIGHT)), self.args.device)
+            with metrics_restored(given):
+                self._given_reads = self._differs(
+                    lambda n: given.compute_loss(self.model, deepcopy(inputs), num_items_in_batch=n)
+                )
+        # Given a number of labels, the Trainer also multiplies by the number of processes.
+        scale = distributed.world_size() if self.args.average_tokens_across_devices else 1
+        return float(count * scale) if self._given_reads is False else None
 
     @cached_property
     def weighted(self) -> WeightedRows:
@@ -110,13 +146,12 @@ class RecordedTrainer(BilevelTrainer):
     def _record(self) -> None:
         run, step, weights = self.run, self.current_step, self.weights
         assert run is not None
-        shares = (weights.grad, self._seen(step.micro))
-        of_weights, visits = distributed.mean(shares, (weights, weights))
-        assert visits is not None
+        shares = (weights.grad, self._parts(step.micro))
+        of_weights, parts = distributed.mean(shares, (weights, weights))
         weights.grad = None
         gradient = [*(v.grad for v in run.levels[self._first].variables), of_weights]
         random_state = step.micro[0].random_state
-        updates = [run.update(self._first, list(step.micro), random_state, gradient, visits > 0)]
+        updates = [run.update(self._first, list(step.micro), random_state, gradient, parts)]
         if step.upper:
             updates.append(self._upper_update(run, step.upper))
         run.record(*updates, assigned=self._assigned)
@@ -126,16 +161,18 @@ class RecordedTrainer(BilevelTrainer):
         """The upper level's update; computes the row weights' gradient, which training lacks."""
         number, level = self._first + 1, run.levels[self._first + 1]
         _, _, gradient = level.differentiate(batch, (*level.variables, self.weights))
-        (visits,) = distributed.mean((self._seen(batch),), (self.weights,))
-        assert visits is not None
-        return run.update(number, batch, batch[0].random_state, gradient, visits > 0)
+        (parts,) = distributed.mean((self._parts(batch),), (self.weights,))
+        return run.update(number, batch, batch[0].random_state, gradient, parts)
 
-    def _seen(self, batch: Sequence[MicroBatch]) -> Tensor:
-        """1 for each row of ``batch``, ``(n,)``."""
-        seen = torch.zeros_like(self.weights)
+    def _parts(self, batch: Sequence[MicroBatch]) -> Tensor:
+        """The factor of each row's mean loss in the loss of ``batch``, 0 for other rows, ``(n,)``."""
+        parts = torch.zeros_like(self.weights)
         for micro in batch:
-            seen[micro.batch[ROW]] = 1.0
-        return seen
+            rows = micro.batch[ROW].unique()
+            weight = micro.weight * torch.as_tensor(micro.batch.get(WEIGHT, 1.0))
+            # Rows without labels have the weight 0, and were seen.
+            parts[rows] += weight.clamp(min=1e-30).to(parts) / (len(rows) * len(batch))
+        return parts
 
     def _skip_or_stop(self, error: NonFiniteError) -> Never:
         step = self.state.global_step + 1

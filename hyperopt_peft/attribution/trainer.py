@@ -100,7 +100,7 @@ def _setup(runner: RecordedTrainer, run: Run, data: TrainerData) -> RetrainingSe
         Accumulated(final),
         everything,
         test=lambda test: partial(model.measured, data.batches(data.test_rows(test))),
-        enlarged=partial(_enlarged, run, model, data) if enlarged else None,
+        enlarged=partial(_enlarged, run, runner, data) if enlarged else None,
         probabilities=lambda rows: model.probabilities(data.batches(data.train_rows, rows)),
         labels=classes_of_rows(data.batches(data.train_rows)),
         logits=lambda: model.of_labels(data.batches(data.evaluation_rows)),
@@ -109,7 +109,7 @@ def _setup(runner: RecordedTrainer, run: Run, data: TrainerData) -> RetrainingSe
 
 
 @contextmanager
-def _enlarged(run: Run, model: ModelOnRows, data: TrainerData, seed: int) -> Iterator[None]:
+def _enlarged(run: Run, runner: Any, data: TrainerData, seed: int) -> Iterator[None]:
     """The run on training and evaluation rows in random order, all with the first row's weight."""
     rows: Any = ConcatDataset([data.train_rows, data.evaluation_rows])
     generator = torch.Generator().manual_seed(seed)
@@ -123,8 +123,8 @@ def _enlarged(run: Run, model: ModelOnRows, data: TrainerData, seed: int) -> Ite
         for micro in update.batch:
             chosen = [{**rows[next(order)], ROW: 0} for _ in micro.batch[ROW].unique()]
             batches.append(send_to_device(data.collate(chosen), data.trainer.args.device))
-        states = [micro.random_state for micro in update.batch]
-        return (replace(update, batch=model.micro_batches(batches, states)),)
+        pairs = zip(runner.current_step.with_entries(batches), update.batch, strict=True)
+        return (replace(update, batch=[replace(m, batch=batch) for batch, m in pairs]),)
 
     steps, run.steps = run.steps, [on_other_rows(step) for step in run.steps]
     try:

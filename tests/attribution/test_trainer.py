@@ -22,7 +22,8 @@ from transformers import (
 from hyperopt_peft import NonFiniteError, ProblemError
 from hyperopt_peft.attribution.suspects import suspects
 from tests.support.attributed import attributed, error_of_slopes, require_equal
-from tests.support.trainers import CONFIG, QUIET, data, peft_model
+from tests.support.trainers import CONFIG, QUIET, data, peft_model, ragged
+from tests.support.trainers import trainer as bilevel_trainer
 
 KINDS = ("classes", "regression", "tokens", "causal")
 
@@ -71,10 +72,15 @@ def test_scores_are_slopes_of_retraining(tmp_path: Path, kind: str) -> None:
     assert error_of_slopes(result, epsilon) < tolerance
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_run_is_the_trainers_own(tmp_path: Path, kind: str) -> None:
-    """With weights of one: variables and evaluation loss of the stock Trainer."""
-    options: dict[str, Any] = {"args": {"gradient_accumulation_steps": 1}}  # accumulation rounds
+def test_the_run_is_the_trainers_own(tmp_path: Path, kind: str, accumulation: int) -> None:
+    """With weights of one: variables and evaluation loss of the stock Trainer.
+
+    An epoch ends with micro-batches of three and of two rows.
+    """
+    args = {"gradient_accumulation_steps": accumulation, "optim": "sgd", "learning_rate": 0.5}
+    options: dict[str, Any] = {"args": args, "train_dataset": data(kind, 11)}
     if kind == "regression":
         options["data_collator"] = in_float64
     plain = stock(tmp_path, kind, **options)
@@ -85,6 +91,30 @@ def test_the_run_is_the_trainers_own(tmp_path: Path, kind: str) -> None:
     require_equal(watched.model, plain.model, 1e-4 if kind == "causal" else 1e-12)
     if kind not in ("tokens", "causal"):  # of tokens the Trainer averages over batches
         assert result.values["all"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-6)
+
+
+def test_a_mean_over_micro_batches_is_the_trainers_own(tmp_path: Path) -> None:
+    """Of a model that takes no number of labels, and micro-batches with different numbers."""
+    ends = []
+    for run in (lambda trainer: trainer.train(), attributed):
+        model = peft_model("tokens", dora=False).double()
+        model.get_base_model().accepts_loss_kwargs = False
+        trainer = stock(tmp_path, "tokens", model=model, train_dataset=ragged("tokens", 11))
+        run(trainer)
+        ends.append(trainer.model)
+    require_equal(*ends, 1e-9)
+
+
+def test_a_bilevel_trainer_without_an_upper_level_has_its_own_mean(tmp_path: Path) -> None:
+    """Over the labels of a step's micro-batches, though the model ignores their number."""
+    ends = []
+    for run in (lambda trainer: trainer.train(), attributed):
+        settings: dict[str, Any] = {"per_device_train_batch_size": 3, "rows": 11, "method": "lora"}
+        trainer = bilevel_trainer(tmp_path, gradient_accumulation_steps=2, **settings)
+        trainer.eval_dataset = data(rows=7, seed=1)
+        run(trainer)
+        ends.append(trainer.model)
+    require_equal(*ends, 1e-5)
 
 
 def test_slices_have_a_loss_each(tmp_path: Path) -> None:
@@ -293,11 +323,14 @@ def test_the_end_of_a_run_needs_neither_derivatives_nor_memory(
     assert repeated.check(5, share=0.2).actual.isfinite().all()
 
 
-def test_losses_are_those_of_the_rows_in_batches_of_any_size(tmp_path: Path) -> None:
-    """At a rate of 0, without dropout; the last batch of each epoch is smaller."""
-    args = {"learning_rate": 1e-300, "weight_decay": 0.0, "gradient_accumulation_steps": 1}
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_losses_are_those_of_the_rows_in_batches_of_any_size(
+    tmp_path: Path, accumulation: int
+) -> None:
+    """At a rate of 0, without dropout; the last micro-batch of each epoch is smaller."""
+    args = {"learning_rate": 1e-300, "weight_decay": 0.0}
+    args |= {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 13}
     rows = data(rows=14)
-    args |= {"per_device_train_batch_size": 13}
     trainer = stock(tmp_path, args=args, train_dataset=rows)
     for module in trainer.model.modules():
         if isinstance(module, torch.nn.Dropout):
