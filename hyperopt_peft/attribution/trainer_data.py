@@ -11,6 +11,7 @@ import numpy as np
 from transformers.utils import logging
 
 from hyperopt_peft.attribution.rows import ROW, NumberedRows
+from hyperopt_peft.core.logits import as_numbers
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.checks import check_labels
 from hyperopt_peft.trainer.data import (
@@ -94,9 +95,10 @@ class TrainerData:
     def batches(self, rows: NumberedRows, chosen: Sequence[int] | None = None) -> list[Any]:
         """``rows``, or only the ``chosen`` ones, in batches on the model's device, in order."""
         args = self.trainer.args
-        return batches_of(
-            rows, self.collate, args.per_device_eval_batch_size, args.device, chosen=chosen
-        )
+        size, model = args.per_device_eval_batch_size, self.trainer.model
+        made = batches_of(rows, self.collate, size, args.device, chosen=chosen)
+        read = [{"labels": as_numbers(model, b["labels"])} if "labels" in b else {} for b in made]
+        return [{**batch, **labels} for batch, labels in zip(made, read, strict=True)]
 
     def test_rows(self, test: Any) -> NumberedRows:
         """``test``, numbered; ProblemError if a row is a training or an evaluation row."""
