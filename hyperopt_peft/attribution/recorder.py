@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 from functools import cached_property
 from typing import Any, Never
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from hyperopt_peft.attribution.rows import ROW
@@ -27,6 +25,9 @@ from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.models import trainable
 
+#: The attribute of a Trainer that is False if its loss is the mean of a micro-batch.
+SCALED = "loss_is_scaled_for_ga"
+
 
 class RecordedTrainer(BilevelTrainer):
     """Trains the model of ``trainer`` as it would, in one phase or two; records steps in ``run``.
@@ -37,14 +38,11 @@ class RecordedTrainer(BilevelTrainer):
     """
 
     run: Run | None = None
-    #: Whether the loss of a stock Trainer reads the number of labels in the step; None: not known.
-    _given_reads: bool | None = None
 
     def __init__(
         self, trainer: Any, args: Any, data: TrainerData, options: dict[str, Any], *, twice: bool
     ) -> None:
         self.method, self.passes = (method := method_of(trainer)), PassCounter()
-        self.given = trainer
         self.tags, self.twice, self.options = (*method.tags, ROW), twice, options
         self._rows, self.may_share_rows = data.of_retraining, True  # ``trainer`` has checked them
         dtypes = [parameter.dtype for _, parameter in trainable(trainer.model)]
@@ -62,7 +60,14 @@ class RecordedTrainer(BilevelTrainer):
         more |= zip(("train_dataset", "upper_dataset"), data.of_levels, strict=True)
         more["processing_class"] = trainer.processing_class
         upper = None if data.of_levels[1] is None else upper_of
+        stock = not isinstance(trainer, BilevelTrainer)
+        scaled = getattr(trainer, SCALED, None)
+        if scaled is None and stock:
+            scaled = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
+        if scaled is False:
+            setattr(self, SCALED, False)
         self._set_up(trainer.model, args, lower=lower_of, upper=upper, **more)
+        self._sums = stock and scaled and not self._reads_count(trainer, data)
         if type(method) is Method:
             self.lower.name = "training"
 
@@ -72,31 +77,20 @@ class RecordedTrainer(BilevelTrainer):
 
     def _with_entries(self, batches: Sequence[Any]) -> list[Any]:
         samples = super()._with_entries(batches)
-        weight = self._weight(samples[0], len(samples)) if samples else None
-        entry = {} if weight is None else {WEIGHT: torch.tensor(weight, dtype=torch.float32)}
-        return [{**batch, **entry} for batch in samples]
-
-    def _weight(self, batch: Any, count: int) -> float | None:
-        """The weight of each of a step's ``count`` micro-batches; None: by its number of labels.
-
-        If the loss ignores the number of labels in the step, a stock Trainer trains the sum of the
-        micro-batches' means, or their mean.
-        """
-        given = self.given
-        bilevel, scaled = isinstance(given, BilevelTrainer), getattr(given, "loss_is_scaled_for_ga", None)
-        if scaled is None and not bilevel:
-            scaled = given.model_accepts_loss_kwargs or given.compute_loss_func is not None
-        if bilevel or scaled is False:
-            return 1.0 if scaled is False else None
-        if self._given_reads is None:
-            inputs = send_to_device(without(batch, (*self.tags, WEIGHT)), self.args.device)
-            with metrics_restored(given):
-                self._given_reads = self._differs(
-                    lambda n: given.compute_loss(self.model, deepcopy(inputs), num_items_in_batch=n)
-                )
-        # Given a number of labels, the Trainer also multiplies by the number of processes.
+        if not self._sums:
+            return samples
+        # A stock Trainer adds the means up, and multiplies them by the number of processes.
         scale = distributed.world_size() if self.args.average_tokens_across_devices else 1
-        return float(count * scale) if self._given_reads is False else None
+        weight = torch.tensor(float(len(samples) * scale))
+        return [{**batch, WEIGHT: weight} for batch in samples]
+
+    def _reads_count(self, trainer: Any, data: TrainerData) -> bool:
+        """Whether the loss of ``trainer`` depends on the number of labels in a step."""
+        batch, loss = data.batches(data.train_rows)[0], trainer.compute_loss
+        inputs = without(batch, self.tags)
+        with metrics_restored(trainer):
+            reads = self._differs(lambda n: loss(self.model, {**inputs}, num_items_in_batch=n))
+        return reads is not False
 
     @cached_property
     def weighted(self) -> WeightedRows:
@@ -165,7 +159,7 @@ class RecordedTrainer(BilevelTrainer):
         return run.update(number, batch, batch[0].random_state, gradient, parts)
 
     def _parts(self, batch: Sequence[MicroBatch]) -> Tensor:
-        """The factor of each row's mean loss in the loss of ``batch``, 0 for other rows, ``(n,)``."""
+        """The factor of each row's mean loss in the loss of ``batch``, 0 for others, ``(n,)``."""
         parts = torch.zeros_like(self.weights)
         for micro in batch:
             rows = micro.batch[ROW].unique()

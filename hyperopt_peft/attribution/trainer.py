@@ -23,7 +23,7 @@ from hyperopt_peft.attribution.recorder import RecordedTrainer, method_of
 from hyperopt_peft.attribution.rows import ROW, ModelOnRows, classes_of_rows
 from hyperopt_peft.attribution.run import ParameterUpdate, Run
 from hyperopt_peft.attribution.scores import Evaluation, RetrainingSetup
-from hyperopt_peft.attribution.trainer_data import TrainerData, shown_columns
+from hyperopt_peft.attribution.trainer_data import TrainerData
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.checks import require_mean_over_labels
@@ -104,7 +104,7 @@ def _setup(runner: RecordedTrainer, run: Run, data: TrainerData) -> RetrainingSe
         probabilities=lambda rows: model.probabilities(data.batches(data.train_rows, rows)),
         labels=classes_of_rows(data.batches(data.train_rows)),
         logits=lambda: model.of_labels(data.batches(data.evaluation_rows)),
-        columns=shown_columns(data.train),
+        columns=data.shown[0],
     )
 
 

@@ -27,7 +27,7 @@ from hyperopt_peft.attribution.trainer import (
     require_trainer,
     setup_from_trainer,
 )
-from hyperopt_peft.attribution.trainer_data import TrainerData, shown_columns
+from hyperopt_peft.attribution.trainer_data import TrainerData
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.features import Features
 from hyperopt_peft.utils.models import base_model
@@ -98,7 +98,7 @@ def why(trainer: Any, rows: Any = None, *, adapter: bool = False, progress: bool
         reasons = _with_adapter(trainer, rows, chosen, reasons, progress)
     config = getattr(base_model(trainer.model), "config", None)
     names = getattr(config, "id2label", None) or {}
-    return Reasons(reasons, names, shown_columns(data.train), shown_columns(data.evaluation))
+    return Reasons(reasons, names, *data.shown)
 
 
 def _with_adapter(

@@ -92,6 +92,21 @@ def test_the_penalty_follows_the_rows() -> None:
     assert not head.weight.any()
 
 
+def test_the_penalty_is_within_a_standard_error_of_the_best() -> None:
+    """And not within a deviation of the losses, which would be another one."""
+    head, rows = Head(5, 3, dtype=torch.float64), features(300, noise=0.3)
+    losses = held_out_losses(head, rows, 300)
+    means, best = losses.mean(1), losses.mean(1).argmin()
+    spread = losses[best].std()
+    good, other = (
+        [penalty for penalty, mean in zip(PENALTIES, means, strict=False) if mean <= limit]
+        for limit in (means[best] + spread / math.sqrt(300), means[best] + spread)
+    )
+    assert good[0] < other[0]
+    assert chosen_l2(head, rows, 300) == good[0]
+    assert chosen_l2(head, rows, 300, largest=False) == good[-1]
+
+
 def test_held_out_rows_have_trained_no_head_that_predicts_them() -> None:
     """Labels that have nothing to do with 80 features are no better predicted than by chance."""
     source = torch.Generator().manual_seed(0)

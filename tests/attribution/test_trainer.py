@@ -165,6 +165,29 @@ def test_evaluation_rows_are_trained_on_in_as_many_visits(tmp_path: Path) -> Non
     assert sum(counts) == len(drawn) and max(counts) - min(counts) <= 1
 
 
+@pytest.mark.parametrize("model", ["adapter", "head"])
+@pytest.mark.parametrize("form", ["columns", "transform"])
+def test_shown_columns_are_those_stored(tmp_path: Path, form: str, model: Any) -> None:
+    """Whatever the format gives to the collator, and the slices too."""
+
+    def formatted(rows: Dataset) -> Dataset:
+        texts = [f"row {k}" for k in range(len(rows))]
+        rows = rows.add_column("text", texts).add_column("source", ["x"] * len(rows))
+        names = ["input_ids", "attention_mask", "labels"]
+        if form == "columns":
+            return rows.with_format("torch", columns=names)
+        return rows.with_transform(lambda batch: {name: batch[name] for name in names})
+
+    args = {"remove_unused_columns": form == "columns", "max_steps": 2}
+    sets = {
+        "train_dataset": formatted(data(rows=14)),
+        "eval_dataset": formatted(data(rows=7, seed=1)),
+    }
+    result = attributed(stock(tmp_path, args=args, **sets), slices="source", model=model)
+    assert result.columns["text"][3] == "row 3" and result.columns["labels"][:3] == ["a", "b", "c"]
+    assert {*result.by_slice} == {"x"}
+
+
 def test_text_has_a_loss_and_no_accuracy(tmp_path: Path) -> None:
     result = attributed(stock(tmp_path, "causal"), estimator="gradient")
     assert {*result.removal(0.2, data("causal", 5, seed=2), draws=1).plain} == {"loss"}
@@ -220,6 +243,12 @@ def test_rows_in_a_list_may_have_columns_that_the_model_does_not_take(tmp_path: 
     assert torch.equal(one.scores, other.scores)
 
 
+LONG = data(rows=5, seed=4).map(
+    lambda row, index: {"input_ids": row["input_ids"] * (86 if index == 3 else 1)},
+    with_indices=True,
+)
+
+
 class OwnOptimizer(Trainer):
     def create_optimizer(self, *args: Any) -> Any:
         return super().create_optimizer(*args)
@@ -230,6 +259,10 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"eval_dataset": data(rows=14)}, {}, "evaluation: every row of it is a training row"),
     ({"train_dataset": data(rows=14).select([])}, {}, "train_dataset"),
     ({"train_dataset": labelled([3] * 14)}, {}, "num_labels"),
+    ({"eval_dataset": labelled([3] * 7)}, {}, "num_labels"),
+    ({"eval_dataset": labelled([3] * 7)}, {"model": "head"}, "num_labels"),
+    ({"train_dataset": LONG}, {}, "row 3 has 516 tokens, and the model positions for 512"),
+    ({"eval_dataset": LONG}, {"model": "head"}, "row 3 has 516 tokens"),
     ({"kind": "seq2seq"}, {}, "DataCollatorForSeq2Seq"),
     (
         {"compute_loss_func": lambda outputs, labels, **_: outputs.logits.sum()},
