@@ -25,9 +25,6 @@ from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.models import trainable
 
-#: The attribute of a Trainer that is False if its loss is the mean of a micro-batch.
-SCALED = "loss_is_scaled_for_ga"
-
 
 class RecordedTrainer(BilevelTrainer):
     """Trains the model of ``trainer`` as it would, in one phase or two; records steps in ``run``.
@@ -61,11 +58,11 @@ class RecordedTrainer(BilevelTrainer):
         more["processing_class"] = trainer.processing_class
         upper = None if data.of_levels[1] is None else upper_of
         stock = not isinstance(trainer, BilevelTrainer)
-        scaled = getattr(trainer, SCALED, None)
+        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
         if scaled is None and stock:
             scaled = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
         if scaled is False:
-            setattr(self, SCALED, False)
+            self.loss_is_scaled_for_ga = False
         self._set_up(trainer.model, args, lower=lower_of, upper=upper, **more)
         self._sums = stock and scaled and not self._reads_count(trainer, data)
         if type(method) is Method:
@@ -86,8 +83,8 @@ class RecordedTrainer(BilevelTrainer):
 
     def _reads_count(self, trainer: Any, data: TrainerData) -> bool:
         """Whether the loss of ``trainer`` depends on the number of labels in a step."""
-        batch, loss = data.batches(data.train_rows)[0], trainer.compute_loss
-        inputs = without(batch, self.tags)
+        batch, *_ = data.batches(data.train_rows, range(len(data.train_rows))[:8])
+        loss, inputs = trainer.compute_loss, without(batch, self.tags)
         with metrics_restored(trainer):
             reads = self._differs(lambda n: loss(self.model, {**inputs}, num_items_in_batch=n))
         return reads is not False

@@ -29,7 +29,7 @@ from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.checks import require_mean_over_labels
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.quiet import quiet
-from hyperopt_peft.trainer.step import Accumulated, MicroBatch
+from hyperopt_peft.trainer.step import Accumulated
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.precision import require_float32
 from hyperopt_peft.utils.random_state import RandomState
@@ -88,17 +88,13 @@ def _setup(runner: RecordedTrainer, run: Run, data: TrainerData) -> RetrainingSe
     }
     final = method.lower(runner.model, partial(runner.task_loss, training=False))
 
-    def everything() -> list[MicroBatch]:
-        batches = data.batches(data.train_rows)
-        return model.micro_batches(batches, [RandomState.capture()] * len(batches))
-
     enlarged = len(run.levels) == 1 and not method.tags
     return RetrainingSetup(
         run,
         Evaluation(run.weights, slices),
         data.shares,
         Accumulated(final),
-        everything,
+        lambda: model.micro_batches(data.batches(data.train_rows)),
         test=lambda test: partial(model.measured, data.batches(data.test_rows(test))),
         enlarged=partial(_enlarged, run, runner, data) if enlarged else None,
         probabilities=lambda rows: model.probabilities(data.batches(data.train_rows, rows)),

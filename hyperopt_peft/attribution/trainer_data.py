@@ -11,6 +11,7 @@ import numpy as np
 from transformers.utils import logging
 
 from hyperopt_peft.attribution.rows import ROW, NumberedRows
+from hyperopt_peft.core.labels import require_labels
 from hyperopt_peft.core.logits import as_numbers
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.checks import check_rows
@@ -99,8 +100,7 @@ class TrainerData:
         args = self.trainer.args
         size, model = args.per_device_eval_batch_size, self.trainer.model
         made = batches_of(rows, self.collate, size, args.device, chosen=chosen)
-        read = [{"labels": as_numbers(model, b["labels"])} if "labels" in b else {} for b in made]
-        return [{**batch, **labels} for batch, labels in zip(made, read, strict=True)]
+        return [{**batch, "labels": as_numbers(model, require_labels(batch))} for batch in made]
 
     def test_rows(self, test: Any) -> NumberedRows:
         """``test``, numbered; ProblemError if a row is a training or an evaluation row."""

@@ -85,7 +85,7 @@ def why(trainer: Any, rows: Any = None, *, adapter: bool = False, progress: bool
             require_known_derivative(trainer)
     data = TrainerData.read(trainer, rows, None)
     (first,) = data.batches(data.train_rows, [0])
-    if torch.as_tensor(first.get("labels", 0)).is_floating_point():
+    if first["labels"].is_floating_point():
         raise ProblemError(
             "rows: only predictions of classes can be explained; these labels are numbers"
         )

@@ -49,13 +49,10 @@ def losses_of_logits(
 
 
 def as_numbers(model: Any, labels: Tensor) -> Tensor:
-    """``labels`` in floating point if ``model`` predicts a number for each row, such as a rating.
-
-    Without a ``problem_type`` Transformers takes one output for a number.
-    """
-    config = getattr(model, "config", None)
-    kind = getattr(config, "problem_type", None)
-    number = kind == "regression" or (kind is None and getattr(config, "num_labels", 0) == 1)
+    """``labels`` in floating point if ``model`` predicts a number for each row, as for ratings."""
+    config: Any = getattr(model, "config", None)
+    kind, outputs = (getattr(config, name, None) for name in ("problem_type", "num_labels"))
+    number = kind == "regression" or (kind is None and outputs == 1)  # as Transformers infers
     integers = not labels.is_floating_point() and labels.numel() == len(labels)
     return labels.float() if number and integers else labels
 
