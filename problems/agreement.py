@@ -45,7 +45,8 @@ class Agreement(EqualSources):
         super().read_rows(model, rows, collate)
         source = torch.tensor(rows[SOURCE][:])
         made = features_of(model, rows, lambda chosen: without(collate(chosen), self.tags))
-        if self.names[-1] != TRUSTED or made.labels.shape != source.shape:
+        numbers = made.labels.is_floating_point() or made.labels.shape != source.shape
+        if self.names[-1] != TRUSTED or numbers:
             raise ProblemError("upper_dataset: Agreement needs trusted rows, and a class a row")
         made, classes = made.standardized(), max(2, 1 + int(made.labels.max()))
         head, size = Head(made.x.shape[1], classes), len(self.names)

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hyperopt_peft.core.labels import model_reads, rows_of
-from hyperopt_peft.core.logits import IGNORED
+from hyperopt_peft.core.logits import IGNORED, as_numbers
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import batches_of
 from hyperopt_peft.utils.models import base_model, evaluating
@@ -104,7 +104,7 @@ def features_of(
             labels = batch.pop("labels", None)
             if not isinstance(labels, Tensor):
                 raise ProblemError("labels: a head needs a label of each row, or of each token")
-            labels = labels.cpu()
+            labels = as_numbers(model, labels).cpu()
             if labels.dim() != 2 or labels.is_floating_point():
                 states = _states(model, batch, len(number), encoder=True).float()
                 mask = batch.get("attention_mask", states.new_ones(states.shape[:2]))[..., None]

@@ -28,7 +28,7 @@ from hyperopt_peft.attribution.rows import ROW, ModelOnRows, NumberedRows, class
 from hyperopt_peft.attribution.run import Training
 from hyperopt_peft.attribution.scores import Evaluation, RetrainingSetup
 from hyperopt_peft.attribution.trainer import require_trainer
-from hyperopt_peft.attribution.trainer_data import TrainerData, shown_columns
+from hyperopt_peft.attribution.trainer_data import TrainerData
 from hyperopt_peft.core.examples import WeightedRows
 from hyperopt_peft.engine.fit import lbfgs
 from hyperopt_peft.problems.features import Features, features_of
@@ -186,5 +186,5 @@ def setup_from_head(
         enlarged=lambda seed: training.enlarged(above),
         probabilities=lambda rows: on_rows.probabilities([batch_of(train)])[rows],
         labels=classes_of_rows(data.batches(data.train_rows)),
-        columns=shown_columns(data.train),
+        columns=data.shown[0],
     )

@@ -13,11 +13,14 @@ from hyperopt_peft.attribution.rows import ROW
 from hyperopt_peft.attribution.run import ParameterUpdate, Run
 from hyperopt_peft.attribution.trainer_data import TrainerData
 from hyperopt_peft.core.examples import WeightedRows
+from hyperopt_peft.core.labels import WEIGHT
 from hyperopt_peft.errors import NonFiniteError
+from hyperopt_peft.trainer.internals import metrics_restored
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.passes import PassCounter
 from hyperopt_peft.trainer.phases import lower_of, options_of_retraining, upper_of
 from hyperopt_peft.trainer.step import Accumulated, MicroBatch
+from hyperopt_peft.trainer.tags import without
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.models import trainable
@@ -54,13 +57,37 @@ class RecordedTrainer(BilevelTrainer):
         more |= zip(("train_dataset", "upper_dataset"), data.of_levels, strict=True)
         more["processing_class"] = trainer.processing_class
         upper = None if data.of_levels[1] is None else upper_of
+        stock = not isinstance(trainer, BilevelTrainer)
+        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+        if scaled is None and stock:
+            scaled = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
+        if scaled is False:
+            self.loss_is_scaled_for_ga = False
         self._set_up(trainer.model, args, lower=lower_of, upper=upper, **more)
+        self._sums = stock and scaled and not self._reads_count(trainer, data)
         if type(method) is Method:
             self.lower.name = "training"
 
     def _set_loss_rule(self) -> None:
         self.model_accepts_loss_kwargs = False  # the loss here reads no count of labels
         super()._set_loss_rule()
+
+    def _with_entries(self, batches: Sequence[Any]) -> list[Any]:
+        samples = super()._with_entries(batches)
+        if not self._sums:
+            return samples
+        # A stock Trainer adds the means up, and multiplies them by the number of processes.
+        scale = distributed.world_size() if self.args.average_tokens_across_devices else 1
+        weight = torch.tensor(float(len(samples) * scale))
+        return [{**batch, WEIGHT: weight} for batch in samples]
+
+    def _reads_count(self, trainer: Any, data: TrainerData) -> bool:
+        """Whether the loss of ``trainer`` depends on the number of labels in a step."""
+        batch, *_ = data.batches(data.train_rows, range(len(data.train_rows))[:8])
+        loss, inputs = trainer.compute_loss, without(batch, self.tags)
+        with metrics_restored(trainer):
+            reads = self._differs(lambda n: loss(self.model, {**inputs}, num_items_in_batch=n))
+        return reads is not False
 
     @cached_property
     def weighted(self) -> WeightedRows:
@@ -110,13 +137,12 @@ class RecordedTrainer(BilevelTrainer):
     def _record(self) -> None:
         run, step, weights = self.run, self.current_step, self.weights
         assert run is not None
-        shares = (weights.grad, self._seen(step.micro))
-        of_weights, visits = distributed.mean(shares, (weights, weights))
-        assert visits is not None
+        shares = (weights.grad, self._parts(step.micro))
+        of_weights, parts = distributed.mean(shares, (weights, weights))
         weights.grad = None
         gradient = [*(v.grad for v in run.levels[self._first].variables), of_weights]
         random_state = step.micro[0].random_state
-        updates = [run.update(self._first, list(step.micro), random_state, gradient, visits > 0)]
+        updates = [run.update(self._first, list(step.micro), random_state, gradient, parts)]
         if step.upper:
             updates.append(self._upper_update(run, step.upper))
         run.record(*updates, assigned=self._assigned)
@@ -126,16 +152,18 @@ class RecordedTrainer(BilevelTrainer):
         """The upper level's update; computes the row weights' gradient, which training lacks."""
         number, level = self._first + 1, run.levels[self._first + 1]
         _, _, gradient = level.differentiate(batch, (*level.variables, self.weights))
-        (visits,) = distributed.mean((self._seen(batch),), (self.weights,))
-        assert visits is not None
-        return run.update(number, batch, batch[0].random_state, gradient, visits > 0)
+        (parts,) = distributed.mean((self._parts(batch),), (self.weights,))
+        return run.update(number, batch, batch[0].random_state, gradient, parts)
 
-    def _seen(self, batch: Sequence[MicroBatch]) -> Tensor:
-        """1 for each row of ``batch``, ``(n,)``."""
-        seen = torch.zeros_like(self.weights)
+    def _parts(self, batch: Sequence[MicroBatch]) -> Tensor:
+        """The factor of each row's mean loss in the loss of ``batch``, 0 for others, ``(n,)``."""
+        parts = torch.zeros_like(self.weights)
         for micro in batch:
-            seen[micro.batch[ROW]] = 1.0
-        return seen
+            rows = micro.batch[ROW].unique()
+            weight = micro.weight * torch.as_tensor(micro.batch.get(WEIGHT, 1.0))
+            # Rows without labels have the weight 0, and were seen.
+            parts[rows] += weight.clamp(min=1e-30).to(parts) / (len(rows) * len(batch))
+        return parts
 
     def _skip_or_stop(self, error: NonFiniteError) -> Never:
         step = self.state.global_step + 1

@@ -58,14 +58,12 @@ class ModelOnRows:
         with self.precision():
             return row_losses(self.model, without(batch, self.tags))
 
-    def micro_batches(
-        self, batches: Sequence[Any], states: Sequence[RandomState]
-    ) -> list[MicroBatch]:
+    def micro_batches(self, batches: Sequence[Any]) -> list[MicroBatch]:
         """``batches`` as one step, weighted so that its loss is the mean over all labels."""
         shifted = labels_are_shifted(self.model, without(batches[0], self.tags))
-        weights = label_weights(batches, shifted=shifted)
-        triples = zip(batches, weights, states, strict=True)
-        return [MicroBatch({**batch, **weight}, state) for batch, weight, state in triples]
+        pairs = zip(batches, label_weights(batches, shifted=shifted), strict=True)
+        state = RandomState.capture()
+        return [MicroBatch({**batch, **weight}, state) for batch, weight in pairs]
 
     @torch.no_grad()
     def mean(self, batches: Sequence[Any]) -> list[Callable[[], Tensor]]:

@@ -202,12 +202,13 @@ class Run(Training):
         batch: Any,
         random_state: RandomState,
         gradient: Sequence[Tensor | None],
-        seen: Tensor | None = None,
+        parts: Tensor | None = None,
     ) -> ParameterUpdate:
         """The update that a level is about to make; adds its rows to ``visits`` and ``losses``.
 
-        ``gradient`` has one entry per variable of the level, then one for the row weights. ``seen``
-        marks the rows of the batch, ``(n,)``; by default, the rows whose weights have a gradient.
+        ``gradient`` has one entry per variable of the level, then one for the row weights. The loss
+        of the batch is the sum of the rows' losses, each times its entry of ``parts``, ``(n,)``; by
+        default the mean over the rows whose weights have a gradient.
         """
         problem, (*of_w, of_v) = self.levels[level], gradient
         if of_v is None:
@@ -216,9 +217,9 @@ class Run(Training):
                 "by its weight"
             )
         share = of_v.detach().to("cpu", torch.float64)
-        visited = share != 0 if seen is None else seen.cpu()
-        self.visits += visited
-        self.losses += share * visited.sum()
+        parts = (share != 0) / share.count_nonzero() if parts is None else parts.cpu()
+        self.visits += parts > 0
+        self.losses += torch.where(parts > 0, share / parts, 0.0)
         optimizer = {**problem.optimizer_snapshot(with_state=False), "state": {}}
         read = tuple(entry is not None for entry in of_w)
         return ParameterUpdate(level, batch, random_state, optimizer, read)

@@ -21,13 +21,13 @@ from hyperopt_peft.attribution.recorder import RecordedTrainer, method_of
 from hyperopt_peft.attribution.rows import ROW, ModelOnRows, classes_of_rows
 from hyperopt_peft.attribution.run import ParameterUpdate, Run
 from hyperopt_peft.attribution.scores import Evaluation, RetrainingSetup
-from hyperopt_peft.attribution.trainer_data import TrainerData, shown_columns
+from hyperopt_peft.attribution.trainer_data import TrainerData
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.checks import require_mean_over_labels
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.quiet import quiet
-from hyperopt_peft.trainer.step import Accumulated, MicroBatch
+from hyperopt_peft.trainer.step import Accumulated
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.precision import require_float32
 from hyperopt_peft.utils.random_state import RandomState
@@ -87,28 +87,24 @@ def _setup(runner: RecordedTrainer, run: Run, data: TrainerData) -> RetrainingSe
     }
     final = method.lower(runner.model, partial(runner.task_loss, training=False))
 
-    def everything() -> list[MicroBatch]:
-        batches = data.batches(data.train_rows)
-        return model.micro_batches(batches, [RandomState.capture()] * len(batches))
-
     enlarged = len(run.levels) == 1 and not method.tags
     return RetrainingSetup(
         run,
         Evaluation(run.weights, slices),
         data.shares,
         Accumulated(final),
-        everything,
+        lambda: model.micro_batches(data.batches(data.train_rows)),
         test=lambda test: partial(model.measured, data.batches(data.test_rows(test))),
-        enlarged=partial(_enlarged, run, model, data) if enlarged else None,
+        enlarged=partial(_enlarged, run, runner, data) if enlarged else None,
         probabilities=lambda rows: model.probabilities(data.batches(data.train_rows, rows)),
         labels=classes_of_rows(data.batches(data.train_rows)),
         logits=lambda: model.of_labels(data.batches(data.evaluation_rows)),
-        columns=shown_columns(data.train),
+        columns=data.shown[0],
     )
 
 
 @contextmanager
-def _enlarged(run: Run, model: ModelOnRows, data: TrainerData, seed: int) -> Iterator[None]:
+def _enlarged(run: Run, runner: Any, data: TrainerData, seed: int) -> Iterator[None]:
     """The run on training and evaluation rows in random order, all with the first row's weight."""
     rows: Any = ConcatDataset([data.train_rows, data.evaluation_rows])
     generator = torch.Generator().manual_seed(seed)
@@ -122,8 +118,8 @@ def _enlarged(run: Run, model: ModelOnRows, data: TrainerData, seed: int) -> Ite
         for micro in update.batch:
             chosen = [{**rows[next(order)], ROW: 0} for _ in micro.batch[ROW].unique()]
             batches.append(send_to_device(data.collate(chosen), data.trainer.args.device))
-        states = [micro.random_state for micro in update.batch]
-        return (replace(update, batch=model.micro_batches(batches, states)),)
+        pairs = zip(runner.current_step.with_entries(batches), update.batch, strict=True)
+        return (replace(update, batch=[replace(m, batch=batch) for batch, m in pairs]),)
 
     steps, run.steps = run.steps, [on_other_rows(step) for step in run.steps]
     try:

@@ -11,8 +11,10 @@ import numpy as np
 from transformers.utils import logging
 
 from hyperopt_peft.attribution.rows import ROW, NumberedRows
+from hyperopt_peft.core.labels import require_labels
+from hyperopt_peft.core.logits import as_numbers
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.trainer.checks import check_labels
+from hyperopt_peft.trainer.checks import check_rows
 from hyperopt_peft.trainer.data import (
     batches_of,
     joined,
@@ -38,6 +40,7 @@ class TrainerData:
         of_levels: the numbered training rows of the lower and of the upper level.
         of_retraining: likewise, for a method to choose from in its second phase.
         groups: the numbers of the evaluation rows in each slice.
+        shown: the columns of the training and of the evaluation rows to show.
         collate: makes a batch from a list of rows, with their numbers as `ROW`.
     """
 
@@ -48,6 +51,7 @@ class TrainerData:
     of_levels: tuple[Any, Any]
     of_retraining: tuple[Any, Any]
     groups: Mapping[str, list[int]]
+    shown: tuple[Mapping[str, Sequence[Any]], Mapping[str, Sequence[Any]]]
     collate: TagCollator
     trainer: Any
 
@@ -61,7 +65,6 @@ class TrainerData:
         else:
             train_rows = _numbered_rows(trainer, train, "train_dataset")
             of_levels = of_retraining = train_rows, None
-        check_labels(trainer.model, train, {"data_collator": trainer.data_collator})
         evaluation = trainer.eval_dataset if evaluation is None else evaluation
         evaluation_rows = _numbered_rows(trainer, evaluation, "eval_dataset")
         count = len(evaluation_rows)
@@ -79,12 +82,13 @@ class TrainerData:
                 f"slices: the evaluation rows have no column {slices!r}, only {columns}"
             )
         groups: dict[str, list[int]] = {}
-        for row, value in enumerate(evaluation[slices] if slices else ["all"] * count):
+        of_rows = evaluation.with_format(None)[slices][:] if slices else ["all"] * count
+        for row, value in enumerate(of_rows):
             groups.setdefault(str(value), []).append(row)
         loader = loader_of(trainer, trainer.train_dataset, "train_dataset")
         collate = TagCollator(loader.collate_fn, (*getattr(trainer, "tags", ()), ROW))
         sets = train, evaluation, train_rows, evaluation_rows, of_levels, of_retraining
-        return cls(*sets, groups, collate, trainer)
+        return cls(*sets, groups, (_shown(train), _shown(evaluation)), collate, trainer)
 
     @property
     def shares(self) -> dict[str, float]:
@@ -94,9 +98,9 @@ class TrainerData:
     def batches(self, rows: NumberedRows, chosen: Sequence[int] | None = None) -> list[Any]:
         """``rows``, or only the ``chosen`` ones, in batches on the model's device, in order."""
         args = self.trainer.args
-        return batches_of(
-            rows, self.collate, args.per_device_eval_batch_size, args.device, chosen=chosen
-        )
+        size, model = args.per_device_eval_batch_size, self.trainer.model
+        made = batches_of(rows, self.collate, size, args.device, chosen=chosen)
+        return [{**batch, "labels": as_numbers(model, require_labels(batch))} for batch in made]
 
     def test_rows(self, test: Any) -> NumberedRows:
         """``test``, numbered; ProblemError if a row is a training or an evaluation row."""
@@ -132,8 +136,9 @@ def _rows_of_levels(trainer: Any) -> tuple[Any, Any, tuple[Any, Any], tuple[Any,
 
 
 def _numbered_rows(trainer: Any, data: Any, name: str) -> NumberedRows:
-    """The rows of `_selected` with their numbers."""
+    """The rows of `_selected` with their numbers, once they are checked."""
     require_examples(name, data, by_index=True)
+    check_rows(trainer.model, data, {"data_collator": trainer.data_collator})
     return NumberedRows(_selected(trainer, data, name))
 
 
@@ -144,10 +149,11 @@ def _selected(trainer: Any, data: Any, name: str) -> Any:
     return data
 
 
-def shown_columns(data: Any) -> dict[str, Sequence[Any]]:
-    """The text columns and the label column of ``data``, to show."""
+def _shown(data: Any) -> dict[str, Sequence[Any]]:
+    """The text columns and the label column of ``data``, as they are stored."""
     if not isinstance(data, datasets.Dataset):
         return {}
+    data = data.with_format(None)
     label = label_column(data)
     if label and isinstance(data.features[label], datasets.List):  # a number for each token
         label = None

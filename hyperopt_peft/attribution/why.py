@@ -27,7 +27,7 @@ from hyperopt_peft.attribution.trainer import (
     require_trainer,
     setup_from_trainer,
 )
-from hyperopt_peft.attribution.trainer_data import TrainerData, shown_columns
+from hyperopt_peft.attribution.trainer_data import TrainerData
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.features import Features
 from hyperopt_peft.utils.models import base_model
@@ -85,7 +85,7 @@ def why(trainer: Any, rows: Any = None, *, adapter: bool = False, progress: bool
             require_known_derivative(trainer)
     data = TrainerData.read(trainer, rows, None)
     (first,) = data.batches(data.train_rows, [0])
-    if torch.as_tensor(first.get("labels", 0)).is_floating_point():
+    if first["labels"].is_floating_point():
         raise ProblemError(
             "rows: only predictions of classes can be explained; these labels are numbers"
         )
@@ -98,7 +98,7 @@ def why(trainer: Any, rows: Any = None, *, adapter: bool = False, progress: bool
         reasons = _with_adapter(trainer, rows, chosen, reasons, progress)
     config = getattr(base_model(trainer.model), "config", None)
     names = getattr(config, "id2label", None) or {}
-    return Reasons(reasons, names, shown_columns(data.train), shown_columns(data.evaluation))
+    return Reasons(reasons, names, *data.shown)
 
 
 def _with_adapter(

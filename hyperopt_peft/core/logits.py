@@ -32,6 +32,7 @@ def losses_of_logits(
         labels: integers ``(n,)`` or ``(n, T)``, -100 for none, or a float for each logit.
         shifted: whether the logits of a position predict the next position's label.
     """
+    labels = as_numbers(model, labels)
     if labels.is_floating_point():
         return _of_numbers(model, logits, labels)
     if labels.dim() != logits.dim() - 1:
@@ -45,6 +46,15 @@ def losses_of_logits(
     if shifted:  # to the position of the label
         each, scored = pad(each[:, :-1], (1, 0)), pad(scored[:, :-1], (1, 0))
     return each[:, -labels.shape[1] :], scored[:, -labels.shape[1] :]
+
+
+def as_numbers(model: Any, labels: Tensor) -> Tensor:
+    """``labels`` in floating point if ``model`` predicts a number for each row, as for ratings."""
+    config: Any = getattr(model, "config", None)
+    kind, outputs = (getattr(config, name, None) for name in ("problem_type", "num_labels"))
+    number = kind == "regression" or (kind is None and outputs == 1)  # as Transformers infers
+    integers = not labels.is_floating_point() and labels.numel() == len(labels)
+    return labels.float() if number and integers else labels
 
 
 def next_labels(labels: Tensor) -> Tensor:

@@ -132,19 +132,22 @@ def check_levels(levels: Sequence[Problem]) -> None:
             )
 
 
-def check_labels(model: Any, data: Any, options: Mapping[str, Any]) -> None:
-    """Raise ProblemError for labels that the classifier ``model`` has no output for.
+def check_rows(model: Any, data: Any, options: Mapping[str, Any]) -> None:
+    """Raise ProblemError for a label without an output of ``model``, or a row that is too long.
 
-    The user's own collator or loss function may change the labels; then nothing is checked.
+    The user's own collator or loss function may change the rows; then nothing is checked.
     """
-    config = getattr(model, "config", None)
-    classes = getattr(config, "num_labels", 1)
-    kind = type(base_model(model)).__name__
-    single = getattr(config, "problem_type", None) in (None, "single_label_classification")
     collator = options.get("data_collator")
     changed = collator is not None and not collator.__module__.startswith("transformers.")
-    if changed or options.get("compute_loss_func") or not isinstance(data, Dataset):
-        return
+    if not (changed or options.get("compute_loss_func")) and isinstance(data, Dataset) and data:
+        _check_labels(model, data)
+        _check_lengths(model, data)
+
+
+def _check_labels(model: Any, data: Dataset) -> None:
+    config, kind = getattr(model, "config", None), type(base_model(model)).__name__
+    classes = getattr(config, "num_labels", 1)
+    single = getattr(config, "problem_type", None) in (None, "single_label_classification")
     column = label_column(data)
     if not (kind.endswith("Classification") and single and classes > 1 and column):
         return
@@ -161,6 +164,30 @@ def check_labels(model: Any, data: Any, options: Mapping[str, Any]) -> None:
             f"{column}: the data has class {largest}, but the model's num_labels is {classes} "
             f"(classes 0 to {classes - 1}); load the model with num_labels={largest + 1}"
         )
+
+
+def _check_lengths(model: Any, data: Dataset) -> None:
+    """A row may have as many tokens as ``model`` has positions, unless it computes them."""
+    most: int | None = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if not most or "input_ids" not in data.column_names or data.format["type"] == "custom":
+        return
+    limits = [  # some tables begin with unused positions: up to the padding's, or `offset`
+        min(most, table.num_embeddings - getattr(table, "offset", 1 + (table.padding_idx or -1)))
+        for name, table in base_model(model).named_modules()
+        if isinstance(table, nn.Embedding) and table.num_embeddings >= most
+        if name.endswith(("position_embeddings", "position_embedding", "embed_positions", "wpe"))
+    ]
+    limit = min(limits, default=math.inf)
+    selected = data.select_columns("input_ids").with_format("arrow").iter(1000)
+    for tables in ([data.data], selected):  # first of all stored rows, which takes no time
+        parts = [part for table in tables for part in table.column("input_ids").chunks]
+        lengths = [length for part in parts for length in part.value_lengths().to_pylist()]
+        if (longest := max(lengths)) <= limit:
+            return
+    raise ProblemError(
+        f"input_ids: row {lengths.index(longest)} has {longest} tokens, and the model positions "
+        f"for {limit}; tokenize with truncation=True, max_length={limit}"
+    )
 
 
 def read_rows(trainer: Any) -> Any:

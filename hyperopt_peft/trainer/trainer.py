@@ -139,6 +139,9 @@ class BilevelTrainer(PhasesTrainer):
         if not isinstance(model, nn.Module) and not loads_names(self.parent()):
             raise ProblemError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         evaluation = trainer.pop("eval_dataset", None)
+        if self.trainer_loss:
+            for data in (train_dataset, upper_dataset, evaluation):
+                checks.check_rows(model, data, trainer)
         train_dataset, upper_dataset = data_of_levels(
             train_dataset,
             upper_dataset,
@@ -165,9 +168,6 @@ class BilevelTrainer(PhasesTrainer):
         self.upper_dataset = None
         if upper_dataset is not None:
             self.eval_dataset, self.upper_dataset = without_upper(self.eval_dataset, evaluation)
-        if self.trainer_loss:
-            for data in (self.train_dataset, self.upper_dataset):
-                checks.check_labels(self.model, data, trainer)
         if self.method is not None and self.tags:
             keep_tags(self, self.tags, type(self.method).__name__)
         self._show_rows()

@@ -8,6 +8,7 @@ import torch
 from hyperopt_peft import ProblemError
 from hyperopt_peft.attribution import ScoreCheck
 from hyperopt_peft.attribution.check import rank_interval
+from hyperopt_peft.attribution.removal import Removal
 from tests.support.attributed import levels, scored
 
 
@@ -76,6 +77,16 @@ def test_the_verdict_is_one_that_can_be_followed() -> None:
     assert all("do not act" in text for text in (smooth, rough, head))
     assert "estimator unrolled" in smooth and "estimator" not in rough and "smoother" in rough
     assert "share" in head and "smooth" not in head and "estimator" not in head
+
+
+@pytest.mark.parametrize(
+    ("moves", "gain"), [([0.02, 0.15], False), ([-0.15, 0.02], False), ([0.02, -0.05], True)]
+)
+def test_a_gain_is_more_than_any_random_removal_moves(moves: list[float], gain: bool) -> None:
+    """Up or down; leaving rows out by score lowers the loss by a tenth."""
+    random = [{"loss": 1 + move} for move in moves]
+    removal = Removal(3, {"loss": 1.0}, {"loss": 0.9}, {"loss": 1.0}, random)
+    assert ("no gain" in removal.verdict) != gain
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Value
 
-from hyperopt_peft import attribute
+from hyperopt_peft import ProblemError, attribute, why
 from hyperopt_peft.attribution.check import check_scores
 from hyperopt_peft.attribution.estimators import HEAD_ESTIMATOR, parse_estimator
 from hyperopt_peft.attribution.head import PENALTIES, batch_of, chosen_l2, held_out_losses
@@ -28,6 +29,34 @@ def test_scores_are_slopes_of_the_minimum(tmp_path: Path, kind: str) -> None:
     assert result.settings["residuals"]["all"] < 1e-6
     if kind == "soft":  # the binary cross entropy that the model itself has, below that of 1/2
         assert 0.2 < result.values["all"] < 0.8
+
+
+@pytest.mark.parametrize("problem_type", [None, "regression"])
+@pytest.mark.parametrize("model", ["head", "adapter"])
+def test_ratings_are_numbers_whatever_their_type(
+    tmp_path: Path, problem_type: str | None, model: Any
+) -> None:
+    """Integers that the model is to predict, as floating-point numbers are."""
+    found = []
+    for kind in ("int64", "float32"):
+
+        def rows(count: int, seed: int, kind: str = kind) -> Any:
+            numbers = [row % 5 for row in range(count)]
+            without = data("regression", count, seed).remove_columns("labels")
+            return without.add_column("labels", numbers, feature=Value(kind))
+
+        train, above, test = rows(14, 0), rows(7, 1), rows(5, 2)
+        watched = trainer(tmp_path, "regression", train_dataset=train, eval_dataset=above)
+        watched.model.get_base_model().config.problem_type = problem_type
+        watched.args.max_steps = 3
+        with pytest.raises(ProblemError, match="these labels are numbers"):
+            why(watched)
+        found.append(attribute(watched, model=model, progress=False))
+        with pytest.raises(ProblemError, match="suspects: needs a Trainer of a classifier"):
+            found[-1].suspects()
+        assert {*found[-1].removal(0.2, test, draws=1).plain} == {"loss"}
+    torch.testing.assert_close(found[0].scores, found[1].scores)
+    assert found[0].values == pytest.approx(found[1].values)
 
 
 def test_scores_predict_other_minima() -> None:
@@ -61,6 +90,21 @@ def test_the_penalty_follows_the_rows() -> None:
     assert chosen_l2(head, linear, 300) < 0.1 and chosen_l2(head, random, 60) == max(PENALTIES)
     assert chosen_l2(head, random, 60, largest=False) < chosen_l2(head, random, 60)
     assert not head.weight.any()
+
+
+def test_the_penalty_is_within_a_standard_error_of_the_best() -> None:
+    """And not within a deviation of the losses, which would be another one."""
+    head, rows = Head(5, 3, dtype=torch.float64), features(300, noise=0.3)
+    losses = held_out_losses(head, rows, 300)
+    means, best = losses.mean(1), losses.mean(1).argmin()
+    spread = losses[best].std()
+    good, other = (
+        [penalty for penalty, mean in zip(PENALTIES, means, strict=False) if mean <= limit]
+        for limit in (means[best] + spread / math.sqrt(300), means[best] + spread)
+    )
+    assert good[0] < other[0]
+    assert chosen_l2(head, rows, 300) == good[0]
+    assert chosen_l2(head, rows, 300, largest=False) == good[-1]
 
 
 def test_held_out_rows_have_trained_no_head_that_predicts_them() -> None:

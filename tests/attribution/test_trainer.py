@@ -23,7 +23,8 @@ from transformers import (
 from hyperopt_peft import NonFiniteError, ProblemError
 from hyperopt_peft.attribution.suspects import suspects
 from tests.support.attributed import attributed, error_of_slopes, require_equal
-from tests.support.trainers import CONFIG, QUIET, data, peft_model
+from tests.support.trainers import CONFIG, QUIET, data, peft_model, ragged
+from tests.support.trainers import trainer as bilevel_trainer
 
 KINDS = ("classes", "regression", "tokens", "causal")
 
@@ -72,10 +73,15 @@ def test_scores_are_slopes_of_retraining(tmp_path: Path, kind: str) -> None:
     assert error_of_slopes(result, epsilon) < tolerance
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_run_is_the_trainers_own(tmp_path: Path, kind: str) -> None:
-    """With weights of one: variables and evaluation loss of the stock Trainer."""
-    options: dict[str, Any] = {"args": {"gradient_accumulation_steps": 1}}  # accumulation rounds
+def test_the_run_is_the_trainers_own(tmp_path: Path, kind: str, accumulation: int) -> None:
+    """With weights of one: variables and evaluation loss of the stock Trainer.
+
+    An epoch ends with micro-batches of three and of two rows.
+    """
+    args = {"gradient_accumulation_steps": accumulation, "optim": "sgd", "learning_rate": 0.5}
+    options: dict[str, Any] = {"args": args, "train_dataset": data(kind, 11)}
     if kind == "regression":
         options["data_collator"] = in_float64
     plain = stock(tmp_path, kind, **options)
@@ -86,6 +92,30 @@ def test_the_run_is_the_trainers_own(tmp_path: Path, kind: str) -> None:
     require_equal(watched.model, plain.model, 1e-4 if kind == "causal" else 1e-12)
     if kind not in ("tokens", "causal"):  # of tokens the Trainer averages over batches
         assert result.values["all"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-6)
+
+
+def test_a_mean_over_micro_batches_is_the_trainers_own(tmp_path: Path) -> None:
+    """Of a model that takes no number of labels, and micro-batches with different numbers."""
+    ends = []
+    for run in (lambda trainer: trainer.train(), attributed):
+        model = peft_model("tokens", dora=False).double()
+        model.get_base_model().accepts_loss_kwargs = False
+        trainer = stock(tmp_path, "tokens", model=model, train_dataset=ragged("tokens", 11))
+        run(trainer)
+        ends.append(trainer.model)
+    require_equal(*ends, 1e-9)
+
+
+def test_a_bilevel_trainer_without_an_upper_level_has_its_own_mean(tmp_path: Path) -> None:
+    """Over the labels of a step's micro-batches, though the model ignores their number."""
+    ends = []
+    for run in (lambda trainer: trainer.train(), attributed):
+        settings: dict[str, Any] = {"per_device_train_batch_size": 3, "rows": 11, "method": "lora"}
+        trainer = bilevel_trainer(tmp_path, gradient_accumulation_steps=2, **settings)
+        trainer.eval_dataset = data(rows=7, seed=1)
+        run(trainer)
+        ends.append(trainer.model)
+    require_equal(*ends, 1e-5)
 
 
 def test_slices_have_a_loss_each(tmp_path: Path) -> None:
@@ -134,6 +164,29 @@ def test_evaluation_rows_are_trained_on_in_as_many_visits(tmp_path: Path) -> Non
     both = [*data(rows=14)["input_ids"], *data(rows=7, seed=1)["input_ids"]]
     counts = [drawn.count(tuple(row)) for row in both]
     assert sum(counts) == len(drawn) and max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("model", ["adapter", "head"])
+@pytest.mark.parametrize("form", ["columns", "transform"])
+def test_shown_columns_are_those_stored(tmp_path: Path, form: str, model: Any) -> None:
+    """Whatever the format gives to the collator, and the slices too."""
+
+    def formatted(rows: Dataset) -> Dataset:
+        texts = [f"row {k}" for k in range(len(rows))]
+        rows = rows.add_column("text", texts).add_column("source", ["x"] * len(rows))
+        names = ["input_ids", "attention_mask", "labels"]
+        if form == "columns":
+            return rows.with_format("torch", columns=names)
+        return rows.with_transform(lambda batch: {name: batch[name] for name in names})
+
+    args = {"remove_unused_columns": form == "columns", "max_steps": 2}
+    sets = {
+        "train_dataset": formatted(data(rows=14)),
+        "eval_dataset": formatted(data(rows=7, seed=1)),
+    }
+    result = attributed(stock(tmp_path, args=args, **sets), slices="source", model=model)
+    assert result.columns["text"][3] == "row 3" and result.columns["labels"][:3] == ["a", "b", "c"]
+    assert {*result.by_slice} == {"x"}
 
 
 def test_text_has_a_loss_and_no_accuracy(tmp_path: Path) -> None:
@@ -191,6 +244,12 @@ def test_rows_in_a_list_may_have_columns_that_the_model_does_not_take(tmp_path: 
     assert torch.equal(one.scores, other.scores)
 
 
+LONG = data(rows=5, seed=4).map(
+    lambda row, index: {"input_ids": row["input_ids"] * (86 if index == 3 else 1)},
+    with_indices=True,
+)
+
+
 class OwnOptimizer(Trainer):
     def create_optimizer(self, *args: Any) -> Any:
         return super().create_optimizer(*args)
@@ -208,6 +267,10 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"eval_dataset": data(rows=14)}, {}, "evaluation: every row of it is a training row"),
     ({"train_dataset": data(rows=14).select([])}, {}, "train_dataset"),
     ({"train_dataset": labelled([3] * 14)}, {}, "num_labels"),
+    ({"eval_dataset": labelled([3] * 7)}, {}, "num_labels"),
+    ({"eval_dataset": labelled([3] * 7)}, {"model": "head"}, "num_labels"),
+    ({"train_dataset": LONG}, {}, "row 3 has 516 tokens, and the model positions for 512"),
+    ({"eval_dataset": LONG}, {"model": "head"}, "row 3 has 516 tokens"),
     ({"kind": "seq2seq"}, {}, "DataCollatorForSeq2Seq"),
     (
         {"compute_loss_func": lambda outputs, labels, **_: outputs.logits.sum()},
@@ -303,11 +366,14 @@ def test_the_end_of_a_run_needs_neither_derivatives_nor_memory(
     assert repeated.check(5, share=0.2).actual.isfinite().all()
 
 
-def test_losses_are_those_of_the_rows_in_batches_of_any_size(tmp_path: Path) -> None:
-    """At a rate of 0, without dropout; the last batch of each epoch is smaller."""
-    args = {"learning_rate": 1e-300, "weight_decay": 0.0, "gradient_accumulation_steps": 1}
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_losses_are_those_of_the_rows_in_batches_of_any_size(
+    tmp_path: Path, accumulation: int
+) -> None:
+    """At a rate of 0, without dropout; the last micro-batch of each epoch is smaller."""
+    args = {"learning_rate": 1e-300, "weight_decay": 0.0}
+    args |= {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 13}
     rows = data(rows=14)
-    args |= {"per_device_train_batch_size": 13}
     trainer = stock(tmp_path, args=args, train_dataset=rows)
     for module in trainer.model.modules():
         if isinstance(module, torch.nn.Dropout):

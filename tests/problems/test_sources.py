@@ -88,6 +88,23 @@ def test_simple_ways_have_their_shares(tmp_path: Path) -> None:
     assert len(run.train_dataset) == 96 + 3 * 30
 
 
+def test_agreement_weighs_by_the_log_odds_of_three_classes(tmp_path: Path) -> None:
+    """log(2·q/(1 − q)) by the largest, q the share that is predicted, with 1 of 3 labels more."""
+    half = concatenate_datasets([rows(24, 2), rows(24, 4, wrong=True)])
+    parts = {"good": rows(48, 1), "bad": half}
+    data = concatenate_datasets([p.add_column("source", [n] * 48) for n, p in parts.items()])
+    found = []
+    for odds in (False, True):
+        run = trainer(tmp_path, data=data, method=Agreement(log_odds=odds), max_steps=1)
+        found.append(run.method.agreement[:2].double())
+    q, weights = found
+    right = q * (48 + 3) - 1
+    torch.testing.assert_close(right, right.round(), rtol=0, atol=1e-4)
+    expected = (2 * q / (1 - q)).log()
+    assert 0 < expected[1] < expected[0]
+    torch.testing.assert_close(weights, expected / expected[0], rtol=1e-4, atol=0)
+
+
 def spelled(value: Any, letters: str) -> Any:
     """``value`` with its letters replaced by some of ``letters``."""
     if isinstance(value, str):

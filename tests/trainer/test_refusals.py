@@ -91,6 +91,10 @@ TEXT = data().add_column("text", ["a"] * 24)
 RAGGED = data(seed=4).map(
     lambda row, index: {"input_ids": row["input_ids"][: 5 + index % 2]}, with_indices=True
 )
+LONG = data(seed=4).map(
+    lambda row, index: {"input_ids": row["input_ids"] * (86 if index == 1 else 1)},
+    with_indices=True,
+)
 
 
 def rare(times: int) -> Any:
@@ -225,6 +229,9 @@ REFUSED: list[tuple[str, Any]] = [
     ("eval_dataset is given as the upper level's", made({**APART, EVAL: APART[UPPER]})),
     ("eval_dataset is given", made({**APART, EVAL: {"a": data(seed=5), "b": APART[UPPER]}})),
     ("labels.*num_labels=4", made({TRAIN: FOUR})),
+    ("labels.*num_labels=4", made({EVAL: FOUR})),
+    ("row 1 has 516 tokens, and the model positions for 512", made({TRAIN: LONG})),
+    ("row 1 has 516 tokens", made({**APART, UPPER: LONG})),
     ("train_dataset: No columns", made({TRAIN: Dataset.from_dict({"text": ["a"] * 10})})),
     ("dataloader_drop_last", made(per_device_train_batch_size=20, dataloader_drop_last=True)),
     ("upper_dataset.*Iterable", of_levels(lambda _: {UPPER: data().to_iterable_dataset()})),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hyperopt_peft import BiDoRA, BilevelTrainer, bilevel
 from tests.support.trainers import QUIET, arguments, data, peft_model, ragged, trainer, values
@@ -32,8 +32,9 @@ def trained(
 ) -> Any:
     """A run of three steps in float64, its gradients, and the logs of the search."""
     watch, options = Watch(), settings.pop("options", {})
+    kind = settings.pop("kind", "classes")
     run = make(
-        peft_model(settings.pop("kind", "classes"), dropout=0.0).double(),
+        settings.pop("model", None) or peft_model(kind, dropout=0.0).double(),
         arguments(folder, **{**SGD, "max_steps": 3, "lower_steps": 1, **settings}),
         method=method,
         train_dataset=data() if table is None else table,
@@ -145,6 +146,19 @@ def test_accumulation_is_a_mean_over_labels(
             torch.testing.assert_close(part[name], expected, rtol=1e-5, atol=1e-7)
     for name, value in model.items():
         torch.testing.assert_close(again[name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_a_causal_loss_without_a_count_is_a_mean_over_scored_labels(tmp_path: Path) -> None:
+    """A row's first label is not scored, and the micro-batches differ in how many are."""
+    model, rows = peft_model("causal", dropout=0.0).double(), ragged("causal", 6)
+    model.get_base_model().accepts_loss_kwargs = False
+    named = {name: x for name, x in model.named_parameters() if x.requires_grad}
+    loss = model(**default_data_collator(list(rows))).loss
+    expected = torch.autograd.grad(loss, [*named.values()])
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 1}
+    _, gradients, _ = trained(None, tmp_path, model=model, table=rows, **settings)
+    for name, value in zip(named, expected, strict=True):
+        torch.testing.assert_close(gradients[0][name], value, rtol=1e-4, atol=1e-7)
 
 
 def test_a_micro_batch_without_labels_of_a_language_model_counts_nothing(tmp_path: Path) -> None:
