@@ -84,10 +84,12 @@ def test_wrong_labels_lose(kind: str) -> None:
 
 @pytest.mark.parametrize("keep", [0.25, None])
 def test_the_second_phase_has_the_best_rows_or_the_weights(tmp_path: Path, keep: Any) -> None:
-    trusted = {"upper_dataset": data(rows=5, seed=1)}
+    sets = {"upper_dataset": data(rows=5, seed=1)}
+    sets["eval_dataset"] = data(rows=6, seed=2).add_column("index", range(6))
     method = RowWeights(keep=keep)
-    run = method_trainer(tmp_path, method=method, options=trusted, retrain="warm")
+    run = method_trainer(tmp_path, method=method, options=sets, retrain="warm")
     run.train()
+    assert run.evaluate()["eval_loss"] > 0  # by a model that sees no tags
     assert method.logits.count_nonzero() and (method.row_weights() - 1).abs().max() < 1
     numbers, size = run.retrainer.train_dataset["index"][:], 24 if keep is None else 6
     assert len(numbers) == size + 5 and numbers[size:] == [*range(24, 29)]

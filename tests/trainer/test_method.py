@@ -159,26 +159,3 @@ def test_engine_s_levels_project_too() -> None:
     levels = method.levels(model, lambda _: model.weight.square().sum(), optimizers=optimizers)
     Engine(*levels, "cg", lower_steps=20, progress=False).run(20)
     assert method.u.item() == 0.5 and model.weight.item() == pytest.approx(0.5, abs=1e-3)
-
-
-@pytest.mark.parametrize("task", ["classes", "causal"])
-def test_weights_of_rows_reach_their_rows_and_evaluation_has_no_tags(
-    tmp_path: Path, task: str
-) -> None:
-    seen = []
-
-    class Watched(RowWeights):
-        def lower_loss(self, model: Any, batch: Any, task_loss: Any) -> Tensor:
-            seen.extend(zip(batch["index"].tolist(), batch["input_ids"].tolist()))
-            return super().lower_loss(model, batch, task_loss)
-
-    evaluation = data(task, rows=6, seed=2).add_column("index", range(6))
-    method = Watched()
-    options = {"eval_dataset": evaluation}
-    settings = {"options": options, "gradient_accumulation_steps": 2}
-    run = method_trainer(tmp_path, method=method, task=task, **settings)
-    run.train()
-    assert seen and all(data(task)["input_ids"][k] == ids for k, ids in seen)
-    chosen = {k for k, weight in enumerate(method.logits.tolist()) if weight >= 0}
-    assert 0 < len(chosen) < 24 and set(run.retrainer.train_dataset["index"]) == chosen
-    assert run.evaluate()["eval_loss"] > 0

@@ -8,14 +8,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
-from torch.optim import AdamW
+from torch import nn
 from transformers import TrainerCallback
 
 from hyperopt_peft import BilevelTrainer
 from tests.support.class_weights import Stream, streamed
 from tests.support.networks import differences
-from tests.support.optimizers import BATCHES, f, start, upper_f
 from tests.support.quadratic import FunctionLevel
 from tests.support.resume import end
 from tests.support.trainers import arguments
@@ -51,78 +49,6 @@ def test_variables_outside_of_the_model_move_by_their_own_gradients(
         w0, v0, old = w0 - 0.1 * (w0 - u0 * mean), v0 - 0.1 * (v0 - u0), u0
         u0 = old - 0.2 * hypergradient if step % lower_steps == 0 else old
     assert [float(w), float(v), float(u)] == pytest.approx([w0, v0, u0], abs=1e-6)
-
-
-STEPS, RATES = 5, (0.05, 0.2)
-BELOW = {"lr": RATES[0], "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1}
-ABOVE = {**BELOW, "lr": RATES[1], "weight_decay": 0.0}
-
-
-def trained(
-    folder: Path, method: str, lower_steps: int, accumulation: int, max_grad_norm: float
-) -> list[Tensor]:
-    """w and u after a run, each of whose micro-batches is the same."""
-    w, u = start()
-    model = nn.Module()
-    settings = {"max_steps": STEPS, "lower_steps": lower_steps, "hypergradient": method}
-    settings |= {"per_device_train_batch_size": 4 // accumulation, "optim": "adamw_torch"}
-    settings |= {"gradient_accumulation_steps": accumulation, "remove_unused_columns": False}
-    settings |= {"adam_beta1": BELOW["betas"][0], "adam_beta2": BELOW["betas"][1]}
-    settings |= {"adam_epsilon": BELOW["eps"], "weight_decay": BELOW["weight_decay"]}
-    settings |= {"lr_scheduler_type": "constant", "learning_rate": RATES[0]}
-    settings |= {"upper_learning_rate": RATES[1], "upper_max_grad_norm": 0.0}
-    settings |= {"max_grad_norm": max_grad_norm}
-    BilevelTrainer(
-        model,
-        lower=FunctionLevel(lambda _: f(w, u, BATCHES[0]), w, name="lower"),
-        upper=FunctionLevel(lambda _: upper_f(w, u), u, name="upper"),
-        args=arguments(folder, **settings),
-        train_dataset=Dataset.from_dict({"x": [1.0, 2.0, 3.0, 4.0]}),
-        upper_dataset=Dataset.from_dict({"x": [5.0, 6.0]}),
-    ).train()
-    return [x.detach() for x in (*w, *u)]
-
-
-def by_hand(lower_steps: int, max_grad_norm: float) -> list[Tensor]:
-    """The same run in plain torch: AdamW's step on w as a differentiable function of u."""
-    (w, u), (beta1, beta2), lr = start(), BELOW["betas"], BELOW["lr"]
-    moments = [(torch.zeros_like(x), torch.zeros_like(x)) for x in w]
-    upper = AdamW(u, **ABOVE)
-    for step in range(1, STEPS + 1):
-        gradient = torch.autograd.grad(f(w, u, BATCHES[0]), w, create_graph=True)
-        norm = torch.cat([g.flatten() for g in gradient]).norm()
-        clip = torch.clamp(max_grad_norm / (norm + 1e-6), max=1) if max_grad_norm else 1.0
-        after = []
-        for k, (x, g) in enumerate(zip(w, gradient, strict=True)):
-            g, (m, v) = clip * g, moments[k]
-            m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
-            update = m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + BELOW["eps"])
-            after.append(x - lr * BELOW["weight_decay"] * x - lr * update)
-            moments[k] = (m.detach(), v.detach())
-        if step % lower_steps == 0:  # at w, where the step begins
-            b = torch.autograd.grad(upper_f(w, u), w)
-            implicit = torch.autograd.grad(after, u, b, retain_graph=True)
-            direct = torch.autograd.grad(upper_f(w, u), u, materialize_grads=True)
-            for x, *parts in zip(u, implicit, direct, strict=True):
-                x.grad = sum(parts)
-            upper.step()
-        w = [x.detach().requires_grad_() for x in after]
-    return [x.detach() for x in (*w, *u)]
-
-
-@pytest.mark.parametrize(
-    ("method", "lower_steps", "accumulation", "max_grad_norm"),
-    [("sama:product=exact", 2, 1, 0.5), ("sama", 2, 2, 0.0)],
-)
-def test_a_run_with_sama_is_that_of_plain_torch(
-    tmp_path: Path, method: str, lower_steps: int, accumulation: int, max_grad_norm: float
-) -> None:
-    """The step is the one about to be taken, from the state of the Trainer's own optimizer."""
-    found: Any = trained(tmp_path, method, lower_steps, accumulation, max_grad_norm)
-    tolerance = 1e-7 if method == "sama" else 1e-10
-    for a, b in zip(found, by_hand(lower_steps, max_grad_norm), strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-    assert (found[-2] - start()[1][0]).abs().max() > 0.1
 
 
 def test_a_stream_begins_again_within_a_step(tmp_path: Path) -> None:

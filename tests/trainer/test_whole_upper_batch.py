@@ -6,44 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from hyperopt_peft.trainer.upper_batches import FULL
 from tests.support.class_weights import pair, rows
-from tests.support.trainers import data, peft_model, ragged, trainer, values
-from tests.support.watch import watched
-
-METHODS = {"darts:scheme=forward": 1e-5, "cg:steps=3,damping=1.0": 1e-11}
+from tests.support.trainers import data, peft_model, ragged, trainer
 
 
 def above(run: Any) -> list[dict[str, float]]:
     return [record for record in run.state.log_history if "upper_loss" in record]
-
-
-@pytest.mark.filterwarnings("ignore::hyperopt_peft.errors.HypergradientWarning")
-@pytest.mark.parametrize("method", METHODS)
-def test_pieces_are_the_batch(tmp_path: Path, method: str) -> None:
-    """Seven rows in pieces of four at most."""
-    runs = []
-    for size in (None, 7):
-        settings = {"per_device_upper_batch_size": size, "hypergradient": method, "rows": 31}
-        model = peft_model(dropout=0.0).double()
-        run, watch = watched(tmp_path / str(size), model, upper_prior=3.0, **settings)
-        assert (run.upper_batches.count, len(run.upper_dataset)) == (2 if size is None else 1, 7)
-        run.train()
-        runs.append((run, watch))
-    (pieces, moves), (whole, expected) = runs
-    tolerance = METHODS[method]
-    for name, value in values(whole.model).items():
-        near = {"rtol": tolerance, "atol": 1e-3 * tolerance}
-        torch.testing.assert_close(values(pieces.model)[name], value, **near)
-    for record, other in zip(above(pieces), above(whole), strict=True):
-        for key in ("upper_loss", "upper_prior", "upper_grad_norm"):
-            assert record[key] == pytest.approx(other[key], rel=max(tolerance, 1e-9), abs=1e-12)
-    # At the same point, the first upper step.
-    for name in [name for name in moves.gradients[1] if "magnitude" in name]:
-        found, right = moves.gradients[1][name], expected.gradients[1][name]
-        assert (found - right).norm() <= tolerance * right.norm()
 
 
 @pytest.mark.parametrize("kind", ["tokens", "causal"])

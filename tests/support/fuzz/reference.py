@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.support.fuzz.grammar import Form, Levels
+from tests.support.fuzz.grammar import Form
+from tests.support.fuzz.levels import Levels
 
 H = 1e-5
 GAMMA = 100.0  # of the estimator "penalty"

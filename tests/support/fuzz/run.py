@@ -1,8 +1,9 @@
-"""Every estimator on random problems: right, warned, or refused.
+"""Every estimator on random problems, and random runs of the Trainer: right, warned, or refused.
 
     python -m tests.support.fuzz.run --seed 3 --problems 300
 
-prints what was neither, and each verdict's count.
+prints what was neither, and each verdict's count. Problems of odd numbers are two levels at a point
+and in an Engine, those of even numbers a run of the Trainer.
 """
 
 from __future__ import annotations
@@ -11,9 +12,13 @@ import argparse
 import random
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from functools import partial
+from io import StringIO
 from itertools import groupby
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -23,7 +28,8 @@ from hyperopt_peft import Engine, check_problem
 from hyperopt_peft.errors import HypergradientWarning, NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients import get_estimator, open_oracle
 from hyperopt_peft.hypergradients.estimate import LARGE_RESIDUAL, check_estimator
-from tests.support.fuzz.grammar import Form, Levels
+from tests.support.fuzz.grammar import Form
+from tests.support.fuzz.levels import Levels
 from tests.support.fuzz.reference import (
     Functions,
     Point,
@@ -33,13 +39,17 @@ from tests.support.fuzz.reference import (
     restore,
     weight_of_squares,
 )
+from tests.support.fuzz.trainer import Classifier, Numbers, Run, Steps, trained
+from tests.support.fuzz.trainer_reference import Reference
 from tests.support.networks import differences
 
 STEPS = 80  # of solvers
 #: The relative error that rounding explains, of exact products and of differences.
 ROUNDING = {"double": (1e-5, 1e-4), "single": (2e-3, 0.03)}
 HALF = (0.3, 0.3)
-FAULTS = ("WRONG", "RAW", "IMPURE")
+#: The relative error of a run's movement that rounding explains, and a residual that needs a word.
+OF_RUN, UNSAID = 1e-3, 0.5
+FAULTS = ("WRONG", "RAW", "IMPURE", "LATE")
 
 
 @dataclass(frozen=True)
@@ -47,13 +57,29 @@ class Verdict:
     """What one estimator did on one problem; ``kind`` is a key of the counts."""
 
     kind: str
-    form: Form
+    form: Form | Run
     estimator: str
     words: str = ""
 
     @property
     def fault(self) -> bool:
         return self.kind in FAULTS
+
+
+def judged(form: Form | Run, name: str, examine: Callable[[], tuple[str, str]]) -> Verdict:
+    """The verdict of ``examine``, or of its exception or warning."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", HypergradientWarning)
+            kind, words = examine()
+    except HypergradientWarning as warning:
+        kind, words = "warned", str(warning)
+    except (ProblemError, NonFiniteError) as error:
+        kind, words = "refused", str(error)
+    except Exception as error:
+        kind, words = "RAW", repr(error)[:200]
+    return Verdict(kind, form, name, words)
 
 
 def expected(point: Point, form: Form) -> Iterator[tuple[str, Tensor | None]]:
@@ -132,25 +158,15 @@ class Examination:
             return
         point = Point(self.functions, self.functions.w, self.functions.u, self.state, self.state)
         for name, target in expected(point, self.form):
-            yield self._guarded(name, lambda n=name, t=target: self._at_the_point(n, t, point))
+            yield self._judged(name, lambda n=name, t=target: self._at_the_point(n, t, point))
         for name in ("darts", "sama", "unrolled:steps=2", "cg:steps=150,tolerance=1e-8"):
-            yield self._guarded(f"Engine {name}", lambda n=name: self._in_training(n))
+            yield self._judged(f"Engine {name}", lambda n=name: self._in_training(n))
 
-    def _guarded(self, name: str, examine: object) -> Verdict:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                warnings.simplefilter("error", HypergradientWarning)
-                kind, words = examine()
-        except HypergradientWarning as warning:
-            kind, words = "warned", str(warning)
-        except (ProblemError, NonFiniteError) as error:
-            kind, words = "refused", str(error)
-        except Exception as error:
-            kind, words = "RAW", repr(error)[:200]
-        if kind in ("WRONG", "RAW") and self.form.hostile and self._found():
-            kind = "found by check_problem"
-        return Verdict(kind, self.form, name, words)
+    def _judged(self, name: str, examine: Callable[[], tuple[str, str]]) -> Verdict:
+        verdict = judged(self.form, name, examine)
+        if verdict.kind in ("WRONG", "RAW") and self.form.hostile and self._found():
+            return replace(verdict, kind="found by check_problem")
+        return verdict
 
     def _found(self) -> bool:
         _, upper, lower = self.levels()
@@ -221,11 +237,45 @@ class Examination:
         return {"tensors": kept, "slopes": [x.grad for x in owned], "generators": generators}
 
 
+def of_trainer(form: Run) -> tuple[str, str]:
+    """Whether u and w after a run of ``form`` are those of the reference."""
+    numbers = Numbers(form)
+    steps = Steps(Classifier(form, numbers))
+    with warnings.catch_warnings(record=True) as said, redirect_stdout(StringIO()):
+        warnings.simplefilter("always", HypergradientWarning)
+        try:
+            with TemporaryDirectory() as folder:
+                found = trained(form, numbers, steps, folder)
+        except ProblemError as error:
+            at_once = "\n" not in str(error) and not steps.done
+            return "refused" if at_once else "LATE", f"in step {len(steps.done) + 1}: {error}"
+    reference = Reference(form, numbers)
+    begin = reference.w, reference.u
+    reference.run(steps.done)
+    pairs = zip("wu", found, (reference.w, reference.u), begin, strict=True)
+    errors = [(name, relative(x - y, y - start)) for name, x, y, start in pairs]
+    for log, expected in zip(steps.logs, reference.logs, strict=False):  # the last log is no step
+        errors += [(name, abs(log[name] - y) / max(abs(y), 1e-2)) for name, y in expected.items()]
+    wrong = [f"{name} {error:.2g}" for name, error in errors if not error < OF_RUN]
+    if reference.residual > UNSAID:
+        wrong.append(f"a residual of {reference.residual:.2g}")
+    warned = any(issubclass(x.category, HypergradientWarning) for x in said)
+    return ("warned" if warned and wrong else "WRONG" if wrong else "right"), ", ".join(wrong)
+
+
+def relative(error: Tensor, size: Tensor) -> float:
+    return float(error.norm() / size.norm().clamp(min=1e-9))
+
+
 def run(seeds: Iterable[int]) -> Iterator[Verdict]:
-    """The verdicts of the forms of ``seeds``."""
+    """The verdicts of the problems of ``seeds``."""
     torch.set_num_threads(1)
     for seed in seeds:
-        yield from Examination(seed).verdicts()
+        if seed % 2:
+            yield from Examination(seed).verdicts()
+        else:
+            form = Run.draw(seed)
+            yield judged(form, f"Trainer {form.estimator}", partial(of_trainer, form))
 
 
 def report(verdicts: Iterable[Verdict]) -> str:
