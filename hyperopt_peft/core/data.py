@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -16,14 +16,22 @@ from hyperopt_peft.utils.random_state import RandomState, replay
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """``batch`` on ``device``, including the tensors in mappings, lists and tuples."""
-    if hasattr(batch, "to"):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return type(batch)({key: to_device(value, device) for key, value in batch.items()})  # type: ignore[call-arg]
-    if isinstance(batch, list | tuple):
-        moved = [to_device(value, device) for value in batch]
-        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
-    return batch
+    return entrywise(lambda x: x.to(device) if hasattr(x, "to") else x, batch, whole="to")
+
+
+def entrywise(function: Callable[[Any], Any], batch: Any, whole: str = "") -> Any:
+    """``function`` of each entry in mappings, lists and tuples.
+
+    A container with an attribute called ``whole`` counts as an entry.
+    """
+    if not (whole and hasattr(batch, whole)):
+        if isinstance(batch, Mapping):
+            entries = {key: entrywise(function, x, whole) for key, x in batch.items()}
+            return type(batch)(entries)  # type: ignore[call-arg]
+        if isinstance(batch, list | tuple):
+            parts = [entrywise(function, x, whole) for x in batch]
+            return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    return function(batch)
 
 
 class DataStream:

@@ -112,7 +112,7 @@ def test_conjugate_gradients_report_what_rounding_leaves_of_their_residual(seed:
 
 @krylov_solver
 def test_the_residual_of_differences_is_that_of_their_solution(kind: Callable[..., Solver]) -> None:
-    """A curvature that changes within a difference's step: the steps do not see it, v's own does."""
+    """A curvature that changes within a difference: the steps do not see it, v's residual does."""
     torch.manual_seed(0)
     w = torch.randn(8, requires_grad=True)
     u = (200 * w + torch.linspace(-2, 2, 8)).detach().requires_grad_()

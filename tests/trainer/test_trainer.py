@@ -135,6 +135,7 @@ def test_levels_by_the_model_s_own_names_get_the_decay_of_the_trainer(tmp_path: 
     assert [group["lr"] for group in groups] == [0.1, 0.1, 0.1]
 
 
+@pytest.mark.filterwarnings("ignore::hyperopt_peft.errors.HypergradientWarning")
 def test_settings_go_to_their_own_file_and_the_model_card(tmp_path: Path) -> None:
     run = trainer(tmp_path, hypergradient="cg:steps=2,damping=1.0")
     run.train()

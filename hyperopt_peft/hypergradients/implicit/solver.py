@@ -102,9 +102,7 @@ class Solver(Estimator):
                 of_v, implicit = product.both(v)
                 left = of_v.plus(v, getattr(self, "damping", None) or 0.0).add_(b, -1.0)
                 residual = left.norm() / oracle.upper_gradient.norm
-        return Estimate(
-            direct, implicit.mul_(-1.0), residual, solution.steps, solution.note, state
-        )
+        return Estimate(direct, implicit.mul_(-1.0), residual, solution.steps, solution.note, state)
 
     def advance(self, matvec: Matvec, b: Vector, state: State) -> tuple[Solution, State]:
         """The solution, and the next ``state``; a subclass may use ``state`` as a warm start."""

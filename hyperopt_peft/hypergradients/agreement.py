@@ -1,0 +1,63 @@
+"""Exact second-derivative products against differences of gradients.
+
+A difference over h errs by kinks, rounding and truncation. So does one over 2h, by other amounts:
+their difference is the tolerance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hyperopt_peft.hypergradients.oracle import Oracle
+from hyperopt_peft.utils.reductions import squares, to_floats
+from hyperopt_peft.utils.vector import Vector
+
+CURVATURE = 1e-3  # a relative error above this is found
+MARGIN = 10.0  # times the change from a difference over h to one over 2h
+
+#: Advice for a wrong exact product.
+WRONG_PRODUCT = (
+    'choose product="difference"; look for weight_norm, or a custom autograd function whose '
+    "backward pass is in no_grad() or reads .data"
+)
+
+
+def disagreement(
+    names: Sequence[str], exact: Vector, near: Vector, far: Vector, floor: float
+) -> str:
+    """The variable in which ``exact`` is not the difference ``near``, in words; else empty.
+
+    ``near`` and ``far`` are differences over h and 2h; an error below ``floor`` is none.
+    """
+    parts = (
+        [square**0.5 for square in to_floats(squares(v.parts))]
+        for v in (exact - near, near - far, near)
+    )
+    wrong = [
+        (apart / (size or apart), name)
+        for name, apart, error, size in zip(names, *parts, strict=True)
+        if apart > MARGIN * error + CURVATURE * size + floor
+    ]
+    if not wrong:
+        return ""
+    worst, name = max(wrong)
+    return f"an exact product differs by {worst:.0%} from differences of gradients in {name}"
+
+
+def check_products(oracle: Oracle) -> str:
+    """`disagreement` of the products with ∂F/∂w in the precision of training, by five passes.
+
+    Raises:
+        ProblemError: there are no differences of f, or no exact products.
+    """
+    b, pairs = oracle.upper_gradient.b, []
+    with oracle.product("difference") as difference:
+        pairs.append(difference.both(b))
+        length = float(difference.length)
+    with oracle.product("difference", epsilon=2 * length) as difference:
+        pairs.append(difference.both(b))
+    with oracle.product("exact") as product:
+        pairs.append(product.both(b))
+    near, far, exact = (Vector((*of_w, *of_u)) for of_w, of_u in pairs)
+    names = [f"{level.name}'s {n}" for level in (oracle.lower, oracle.upper) for n in level.names]
+    return disagreement(names, exact, near, far, (near - far).norm())
