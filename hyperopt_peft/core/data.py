@@ -16,22 +16,19 @@ from hyperopt_peft.utils.random_state import RandomState, replay
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """``batch`` on ``device``, including the tensors in mappings, lists and tuples."""
-    return entrywise(lambda x: x.to(device) if hasattr(x, "to") else x, batch, whole="to")
+    return entrywise(batch, lambda x: x.to(device) if hasattr(x, "to") else None)
 
 
-def entrywise(function: Callable[[Any], Any], batch: Any, whole: str = "") -> Any:
-    """``function`` of each entry in mappings, lists and tuples.
-
-    A container with an attribute called ``whole`` counts as an entry.
-    """
-    if not (whole and hasattr(batch, whole)):
-        if isinstance(batch, Mapping):
-            entries = {key: entrywise(function, x, whole) for key, x in batch.items()}
-            return type(batch)(entries)  # type: ignore[call-arg]
-        if isinstance(batch, list | tuple):
-            parts = [entrywise(function, x, whole) for x in batch]
-            return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
-    return function(batch)
+def entrywise(batch: Any, function: Callable[[Any], Any]) -> Any:
+    """``function`` of ``batch``, or if that is None, of the entries of a mapping, list or tuple."""
+    if (result := function(batch)) is not None:
+        return result
+    if isinstance(batch, Mapping):
+        return type(batch)({key: entrywise(x, function) for key, x in batch.items()})  # type: ignore[call-arg]
+    if isinstance(batch, list | tuple):
+        moved = [entrywise(value, function) for value in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
+    return batch
 
 
 class DataStream:

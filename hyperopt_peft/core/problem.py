@@ -223,16 +223,16 @@ class Problem:
         graph at a time. A level whose batch has several parts overrides this method.
         """
         copies: list[Tensor] = []
+
+        def copied(entry: Any) -> Tensor | None:
+            if isinstance(entry, Tensor):
+                copies.append(entry.clone())
+            return copies[-1] if isinstance(entry, Tensor) else None
+
         if isinstance(batch, Mapping):  # a loss may remove entries, and the batch is used again
             batch = copy(batch)
         if self.evaluated.writes is not False:
-
-            def copied(entry: Any) -> Any:
-                if isinstance(entry, Tensor):
-                    copies.append(entry := entry.clone())
-                return entry
-
-            batch = entrywise(copied, batch)
+            batch = entrywise(batch, copied)
         try:
             result = self.loss(batch)
         except (AttributeError, KeyError, TypeError) as error:

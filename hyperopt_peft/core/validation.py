@@ -276,9 +276,8 @@ def check_optimizer(optimizer: Any, named: Iterable[tuple[str, Tensor]], owner: 
     closure = signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise ProblemError(
-            f"{owner}: {type(optimizer).__name__} evaluates the loss several times a step, which a "
-            "level's step does not; choose another optimizer, or none with the Engine's "
-            'lower_steps="minimum", which solves the lower level by L-BFGS'
+            f"{owner}: {type(optimizer).__name__} evaluates the loss within its step; choose "
+            'another optimizer, or none and lower_steps="minimum", by which the Engine runs L-BFGS'
         )
     params = {id(x): x for group in optimizer.param_groups for x in group["params"]}
     owned = {id(variable): name for name, variable in named}

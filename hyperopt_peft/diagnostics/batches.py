@@ -60,9 +60,12 @@ def _is_sum(level: Problem, batch: Any, state: RandomState) -> bool:
     count = len(next(iter(_entries(batch).values())))
     losses = []
     for part in (slice(None), slice(count // 2), slice(count // 2, None)):
+
+        def half(entry: Any, part: slice = part) -> Tensor | None:
+            return rows_of(entry, count, part) if isinstance(entry, Tensor) else None
+
         with replay(state):
-            half = entrywise(lambda x, part=part: rows_of(x, count, part), batch)
-            loss, metrics = level.evaluate(half)
+            loss, metrics = level.evaluate(entrywise(batch, half))
         losses.append(float(loss.detach()) - metrics.get("prior", 0.0))
     whole, *halves = losses
     return count > 1 and abs(sum(halves) - whole) < 0.05 * abs(whole)

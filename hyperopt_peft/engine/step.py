@@ -109,8 +109,7 @@ class BilevelStep:
         self._ahead: Oracle | None = None  # of `look_ahead`
         self._unread: set[str] | None = None  # upper variables that f does not read, once known
         self._upper_read = self._diverged = False
-        self._rested: int | None = 0  # upper steps at `_start`; None if no longer counted
-        self._start: list[Tensor] = []
+        self._count, self._start = 0, list[Tensor]()  # upper steps, and variables at the first
 
     @property
     def variables(self) -> tuple[Tensor, ...]:
@@ -327,22 +326,19 @@ class BilevelStep:
                 warn(f"{self.estimator.name}: {self.lower.name}: {words}; {WRONG_PRODUCT}")
 
     def _watch_rounding(self, norm: float) -> None:
-        """Warn if upper variables in half precision rest through their first steps."""
-        here = [x for x in to_local(self.upper.variables) if x.dtype in HALF and x.numel()]
-        if self._rested is None:
-            return
-        self._start = self._start or [x.detach().clone() for x in here]
-        if not here or not all(map(torch.equal, here, self._start)):
-            self._rested = None
-        elif self._rested < RESTING:
-            self._rested += norm > 0
-        else:
-            self._rested = None
-            warn(
-                f"{self.upper.name}: after {RESTING} steps the variables in {here[0].dtype} are "
-                "unchanged: each step is below their rounding; keep them in float32, or raise "
-                "their learning rate"
-            )
+        """Warn if upper variables in half precision rest through `RESTING` steps."""
+        here = [x.detach() for x in to_local(self.upper.variables) if x.dtype in HALF and x.numel()]
+        self._count += 1
+        if self._count == 1:
+            self._start = [x.clone() for x in here]
+        elif self._count == RESTING + 1:
+            start, self._start = self._start, []
+            if start and norm and all(map(torch.equal, here, start)):
+                warn(
+                    f"{self.upper.name}: after {RESTING} steps the variables in {here[0].dtype} "
+                    "are unchanged: each step is below their rounding; keep them in float32, or "
+                    "raise their learning rate"
+                )
 
     def _seeded(self, *key: int | str) -> RandomState:
         return RandomState.seeded(self.devices, self.seed, *key, *distributed.rank_key())

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hyperopt_peft.hypergradients.oracle import Oracle
+from hyperopt_peft.hypergradients.products import DifferenceProduct
 from hyperopt_peft.utils.reductions import squares, to_floats
 from hyperopt_peft.utils.vector import Vector
 
@@ -52,6 +53,7 @@ def check_products(oracle: Oracle) -> str:
     """
     b, pairs = oracle.upper_gradient.b, []
     with oracle.product("difference") as difference:
+        assert isinstance(difference, DifferenceProduct)
         pairs.append(difference.both(b))
         length = float(difference.length)
     with oracle.product("difference", epsilon=2 * length) as difference:
