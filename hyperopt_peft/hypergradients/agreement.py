@@ -6,12 +6,14 @@ their difference is the tolerance.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
 
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import DifferenceProduct
 from hyperopt_peft.utils.reductions import squares, to_floats
-from hyperopt_peft.utils.vector import Vector
 
 CURVATURE = 1e-3  # a relative error above this is found
 MARGIN = 10.0  # times the change from a difference over h to one over 2h
@@ -24,19 +26,24 @@ WRONG_PRODUCT = (
 
 
 def disagreement(
-    names: Sequence[str], exact: Vector, near: Vector, far: Vector, floor: float
+    names: Sequence[str],
+    exact: Iterable[Tensor],
+    near: Iterable[Tensor],
+    far: Iterable[Tensor],
+    floor: float | None = None,
 ) -> str:
     """The variable in which ``exact`` is not the difference ``near``, in words; else empty.
 
-    ``near`` and ``far`` are differences over h and 2h; an error below ``floor`` is none.
+    ``near`` and ``far`` are differences over h and 2h. An error below ``floor`` is none; by default
+    that is ‖near − far‖.
     """
-    parts = (
-        [square**0.5 for square in to_floats(squares(v.parts))]
-        for v in (exact - near, near - far, near)
-    )
+    parts = zip(exact, near, far, strict=True)  # one at a time, for memory
+    read = to_floats([x for e, n, f in parts for x in squares([e - n, n - f, n])])
+    aparts, errors, sizes = ([square**0.5 for square in read[k::3]] for k in range(3))
+    floor = math.hypot(*errors) if floor is None else floor
     wrong = [
         (apart / (size or apart), name)
-        for name, apart, error, size in zip(names, *parts, strict=True)
+        for name, apart, error, size in zip(names, aparts, errors, sizes, strict=True)
         if apart > MARGIN * error + CURVATURE * size + floor
     ]
     if not wrong:
@@ -52,14 +59,14 @@ def check_products(oracle: Oracle) -> str:
         ProblemError: there are no differences of f, or no exact products.
     """
     b, pairs = oracle.upper_gradient.b, []
+    with oracle.product("exact") as product:
+        pairs.append(product.both(b))
+    del product  # with its graph
     with oracle.product("difference") as difference:
         assert isinstance(difference, DifferenceProduct)
         pairs.append(difference.both(b))
         length = float(difference.length)
     with oracle.product("difference", epsilon=2 * length) as difference:
         pairs.append(difference.both(b))
-    with oracle.product("exact") as product:
-        pairs.append(product.both(b))
-    near, far, exact = (Vector((*of_w, *of_u)) for of_w, of_u in pairs)
     names = [f"{level.name}'s {n}" for level in (oracle.lower, oracle.upper) for n in level.names]
-    return disagreement(names, exact, near, far, (near - far).norm())
+    return disagreement(names, *((*of_w, *of_u) for of_w, of_u in pairs))
