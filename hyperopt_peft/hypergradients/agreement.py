@@ -69,4 +69,5 @@ def check_products(oracle: Oracle) -> str:
     with oracle.product("difference", epsilon=2 * length) as difference:
         pairs.append(difference.both(b))
     names = [f"{level.name}'s {n}" for level in (oracle.lower, oracle.upper) for n in level.names]
-    return disagreement(names, *((*of_w, *of_u) for of_w, of_u in pairs))
+    exact, near, far = ((*of_w, *of_u) for of_w, of_u in pairs)
+    return disagreement(names, exact, near, far)
