@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -16,12 +16,17 @@ from hyperopt_peft.utils.random_state import RandomState, replay
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """``batch`` on ``device``, including the tensors in mappings, lists and tuples."""
-    if hasattr(batch, "to"):
-        return batch.to(device)
+    return entrywise(batch, lambda x: x.to(device) if hasattr(x, "to") else None)
+
+
+def entrywise(batch: Any, function: Callable[[Any], Any]) -> Any:
+    """``function`` of ``batch``, or if that is None, of the entries of a mapping, list or tuple."""
+    if (result := function(batch)) is not None:
+        return result
     if isinstance(batch, Mapping):
-        return type(batch)({key: to_device(value, device) for key, value in batch.items()})  # type: ignore[call-arg]
+        return type(batch)({key: entrywise(x, function) for key, x in batch.items()})  # type: ignore[call-arg]
     if isinstance(batch, list | tuple):
-        moved = [to_device(value, device) for value in batch]
+        moved = [entrywise(value, function) for value in batch]
         return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
     return batch
 

@@ -32,6 +32,11 @@ WEIGHT, ITEMS, MICRO_BATCHES = ENTRIES = "loss_weight", "num_items_in_batch", "m
 FUSED = "fused_lm_head"
 #: Advice for a model whose loss follows no rule of this module.
 OWN_LOSS = "write the level as a Problem with a loss of your own"
+#: The cause of a loss that is not finite, in a batch without scored labels.
+NO_LABELS = (
+    f"all labels of a micro-batch are {IGNORED}, and a mean over none is not a number; remove rows "
+    "without labels, or cut fewer tokens off"
+)
 
 #: A relative difference of this size between a model's loss and the mean over labels is rounding.
 TOLERANCE = 1e-2

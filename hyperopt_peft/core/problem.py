@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from hyperopt_peft.core.data import DataStream, to_device
+from hyperopt_peft.core.data import DataStream, entrywise, to_device
 from hyperopt_peft.core.optimizer import optimizer_state_copy, write_options
 from hyperopt_peft.core.prior import GaussianPrior, Prior, as_prior, prior_value
 from hyperopt_peft.core.validation import (
@@ -82,6 +82,8 @@ class Evaluated:
     half: bool | None = None
     #: The names of the variables that the prior reads and the loss does not.
     unread: frozenset[str] = frozenset()
+    #: Whether the loss writes to its batch, and so gets a copy each time; None before.
+    writes: bool | None = None
 
 
 class Problem:
@@ -220,14 +222,24 @@ class Problem:
         `gradient` differentiates a term before it evaluates the next one, so that memory holds one
         graph at a time. A level whose batch has several parts overrides this method.
         """
+        copies: list[Tensor] = []
+
+        def copied(entry: Any) -> Tensor | None:
+            if isinstance(entry, Tensor):
+                copies.append(entry.clone())
+            return copies[-1] if isinstance(entry, Tensor) else None
+
         if isinstance(batch, Mapping):  # a loss may remove entries, and the batch is used again
             batch = copy(batch)
+        if self.evaluated.writes is not False:
+            batch = entrywise(batch, copied)
         try:
             result = self.loss(batch)
         except (AttributeError, KeyError, TypeError) as error:
             if hint := missing_input_hint(batch, error):
                 raise ProblemError(f"{self.name}: {hint}") from error
             raise
+        self.evaluated.writes = any(entry._version for entry in copies)
         loss, metrics = loss_and_metrics(result, self.name)
         if self.evaluated.half is None:
             self.evaluated.half = runs_in_half(loss, self.name)

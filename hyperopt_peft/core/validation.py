@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
@@ -271,6 +272,12 @@ def check_optimizer(optimizer: Any, named: Iterable[tuple[str, Tensor]], owner: 
         raise ProblemError(
             f"{owner}: optimizer must be a torch.optim.Optimizer over the "
             f"variables to train, got {optimizer!r}"
+        )
+    closure = signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ProblemError(
+            f"{owner}: {type(optimizer).__name__} evaluates the loss within its step; choose "
+            'another optimizer, or none and lower_steps="minimum", by which the Engine runs L-BFGS'
         )
     params = {id(x): x for group in optimizer.param_groups for x in group["params"]}
     owned = {id(variable): name for name, variable in named}

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from hyperopt_peft.core.optimizer import read_by_options
 from hyperopt_peft.core.problem import LossGradient, Problem, devices_of
 from hyperopt_peft.core.validation import NO_WRITES, rewritten, unwritten
+from hyperopt_peft.diagnostics.batches import batch_findings
 from hyperopt_peft.diagnostics.curvature import Curvature, measure_curvature
 from hyperopt_peft.diagnostics.derivatives import wrong_derivatives
 from hyperopt_peft.diagnostics.findings import Check, Finding, Severity
@@ -49,9 +50,10 @@ def check_problem(
     scalar with a gradient, is not finite, writes to a variable, or does not only depend on its
     batch, the variables and the random state; a post-accumulate hook; wrong second derivatives of
     f. Warnings: a gradient that is not the derivative of its loss (because of ``detach()``, as in
-    PEFT's DoRA, or a hook); no implicit term; f without second derivative; negative curvature; a
-    linear system that ``solver_steps`` steps do not solve; a lower level far from its minimum; an
-    implicit term that cancels the direct one, because the lower variables absorb the upper ones.
+    PEFT's DoRA, or a hook); rows in both batches; a sum over rows; no implicit term; f without
+    second derivative; negative curvature; a linear system that ``solver_steps`` steps do not solve;
+    a lower level far from its minimum; an implicit term that cancels the direct one, because the
+    lower variables absorb the upper ones.
 
     Derivatives are compared with central differences in float64, in one random direction. The
     comparison misses an error below a thousandth of a variable's part, an error that this batch
@@ -171,6 +173,7 @@ class _Examination:
         if above is None or below is None:
             return
         self._unread(above.gradient, below.gradient)
+        self.findings += batch_findings(oracle)
         if self._has_error:
             return
         try:

@@ -19,16 +19,21 @@ from torch import Tensor
 from hyperopt_peft.diagnostics.curvature import random_like
 from hyperopt_peft.diagnostics.findings import Finding
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.hypergradients.agreement import (
+    CURVATURE,
+    MARGIN,
+    WRONG_PRODUCT,
+    disagreement,
+)
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import Objective, default_epsilon
 from hyperopt_peft.utils.distributed import world_size
 from hyperopt_peft.utils.precision import DoublePrecision, single_precision
-from hyperopt_peft.utils.reductions import squares, to_floats
+from hyperopt_peft.utils.reductions import to_floats
 from hyperopt_peft.utils.restore import assign_, perturbed
 from hyperopt_peft.utils.vector import Vector, dot, normalised
 
-SLOPE, CURVATURE = 1e-5, 1e-3  # relative errors above these are findings
-MARGIN = 10.0  # times the change from a difference over h to one over 2h
+SLOPE = 1e-5  # a relative error above this is a finding
 ROUNDING = 1e-14  # the relative rounding error of a loss and a gradient
 
 
@@ -89,27 +94,12 @@ def _wrong_curvature(
     near, far = _differences(gradients, h)
     floor = 1e-6 * near.norm() + ROUNDING * gradients[0].norm() / h
     names = [f"{level.name}'s {name}" for level in levels for name in level.names]
-    parts = zip(
-        *([s**0.5 for s in to_floats(squares(v.parts))] for v in (exact - near, near - far, near))
-    )
-    wrong = [
-        (apart / (size or apart), name)
-        for name, (apart, error, size) in zip(names, parts)
-        if apart > MARGIN * error + CURVATURE * size + floor
-    ]
+    words = disagreement(names, exact, near, far, floor)
     one, two = dot(exact, other), dot(along, of_other)
-    if wrong:
-        worst, name = max(wrong)
-        words = f"an exact product differs by {worst:.0%} from differences of gradients in {name}"
-    elif abs(one - two) > CURVATURE * max(abs(one), abs(two)) + 1e-9 * exact.norm():
+    if not words and abs(one - two) > CURVATURE * max(abs(one), abs(two)) + 1e-9 * exact.norm():
         words = f"exact products are not symmetric: ⟨Hx, y⟩ is {one:.4g}, and ⟨x, Hy⟩ {two:.4g}"
-    else:
-        return []
-    advice = (
-        'choose product="difference"; look for weight_norm, or a custom autograd function whose '
-        "backward pass is in no_grad() or reads .data"
-    )
-    return [Finding("wrong second derivative", "error", oracle.lower.name, words, advice)]
+    kind = "wrong second derivative"
+    return [Finding(kind, "error", oracle.lower.name, words, WRONG_PRODUCT)] if words else []
 
 
 def _direction(x: Sequence[Tensor], gradient: Vector, seed: int) -> Vector:

@@ -13,7 +13,7 @@ from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.engine.fit import lbfgs
 from hyperopt_peft.engine.step import BilevelStep, LowerStep, require_history
 from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError, ProblemError
-from hyperopt_peft.hypergradients.estimate import check_ownership
+from hyperopt_peft.hypergradients.estimate import LARGE_RESIDUAL, check_ownership
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.registry import DEFAULT, EstimatorLike, get_estimator
 from hyperopt_peft.hypergradients.state import unpacked
@@ -136,8 +136,10 @@ class Engine:
                 self._lower_steps(1 if self.lower_steps == "minimum" else self.lower_steps)
                 record = self._guarded(self._step_upper, f"upper step {self.step + 1}")
                 if record is not None:
-                    losses = {key: f"{record[f'{key}_loss']:.4f}" for key in ("upper", "lower")}
-                    bar.set_postfix(losses, refresh=False)
+                    shown = {key: f"{record[f'{key}_loss']:.4f}" for key in ("upper", "lower")}
+                    if (record["residual"] or 0.0) > LARGE_RESIDUAL:
+                        shown["residual"] = f"{record['residual']:.2g}"
+                    bar.set_postfix(shown, refresh=False)
                     for callback in self.callbacks:
                         callback(self, record)
                 if self._stopped:

@@ -9,32 +9,38 @@ The estimator evaluates f on the batch and the random numbers of the last lower 
 from __future__ import annotations
 
 import math
-import warnings
 from collections import deque
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hyperopt_peft.core.optimizer import read_by_options
 from hyperopt_peft.core.problem import Problem, StepRecord, devices_of
 from hyperopt_peft.core.validation import require_read
-from hyperopt_peft.errors import HypergradientWarning, NonFiniteError, ProblemError
-from hyperopt_peft.hypergradients.estimate import check_estimator, like
+from hyperopt_peft.errors import NonFiniteError, ProblemError
+from hyperopt_peft.hypergradients.agreement import WRONG_PRODUCT, check_products
+from hyperopt_peft.hypergradients.estimate import check_estimator, like, of_residual, warn
 from hyperopt_peft.hypergradients.estimator import ALL, Estimator
-from hyperopt_peft.hypergradients.oracle import Oracle, State
+from hyperopt_peft.hypergradients.oracle import Oracle, State, UpperGradient
 from hyperopt_peft.hypergradients.products import DIFFERENCE
 from hyperopt_peft.hypergradients.state import packed, unpacked
 from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.utils import distributed
-from hyperopt_peft.utils.autograd import once_differentiable_functions, uncompiled
+from hyperopt_peft.utils.autograd import HALF, once_differentiable_functions, uncompiled
+from hyperopt_peft.utils.distributed import to_local
 from hyperopt_peft.utils.random_state import RandomState
 from hyperopt_peft.utils.restore import TensorPool
 from hyperopt_peft.utils.signal_to_noise import SignalToNoise
 
 Gradient = tuple[Tensor | None, ...]
+#: A relative residual above which a solution is worse than v = 0, whose residual is 1.
+DIVERGED = 1.5
+#: The number of upper steps after which variables in half precision should have moved.
+RESTING = 10
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,7 @@ class BilevelStep:
     Args:
         upper, lower, estimator, seed: as for `Engine`.
         recorded: the largest number of lower steps with a record, see `require_history`.
+        uncounted: a context for passes that only check.
 
     Raises:
         ProblemError: the estimator cannot be used with these levels.
@@ -88,10 +95,11 @@ class BilevelStep:
         *,
         seed: int = 0,
         recorded: int = 1,
+        uncounted: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         check_estimator(estimator, upper, lower)
         self.upper, self.lower, self.estimator, self.seed = upper, lower, estimator, seed
-        self.requirements = estimator.requirements
+        self.requirements, self.uncounted = estimator.requirements, uncounted
         self.devices = devices_of(upper, lower)
         self.state: State = {}  # the estimator's own
         self.signal = SignalToNoise()  # of the hypergradients since it was last read
@@ -100,7 +108,8 @@ class BilevelStep:
         self._copies = TensorPool()
         self._ahead: Oracle | None = None  # of `look_ahead`
         self._unread: set[str] | None = None  # upper variables that f does not read, once known
-        self._upper_read = False
+        self._upper_read = self._diverged = False
+        self._count, self._start = 0, list[Tensor]()  # upper steps, and variables at the first
 
     @property
     def variables(self) -> tuple[Tensor, ...]:
@@ -234,6 +243,9 @@ class BilevelStep:
         Warns:
             HypergradientWarning: the estimator is `Direct`, and F does not read an upper variable;
                 or it is another, and F reads no lower variable or the hypergradient is exactly 0.
+                Once: exact products are not differences of gradients (at the first step, by five
+                passes and a product, in no count); the residual is above 1.5; or variables in half
+                precision are unchanged after ten steps.
         """
         if self.last is None:
             raise NonFiniteError(
@@ -249,6 +261,7 @@ class BilevelStep:
         above, u = oracle.upper_gradient.evaluation, self.upper.variables
         if not self._upper_read:
             self._require_read(above.gradient[: len(u)], above.gradient[len(u) :])
+            self._check_products(batch, number, oracle.upper_gradient)
             self._upper_read = True
         log = {
             "upper_loss": above.loss - prior_of(self.upper, above.metrics),
@@ -260,13 +273,15 @@ class BilevelStep:
             "note": result.note,
         }
         if result.norms[0] == 0 < oracle.upper_gradient.norm and self.estimator.name != "direct":
-            warnings.warn(
+            warn(
                 f"{self.estimator.name}: the hypergradient of {self.upper.name} is exactly 0"
                 f"{result.note and f' ({result.note})'}; take more lower steps first, add damping, "
-                "or choose another estimator",
-                HypergradientWarning,
-                stacklevel=2,
+                "or choose another estimator"
             )
+        elif (result.residual or 0.0) > DIVERGED and not self._diverged:
+            self._diverged = True
+            warn(of_residual(self.estimator, result))
+        self._watch_rounding(result.norms[0])
         return UpperStep(like(result.hypergradient, u), result.norms[0], log, above.metrics)
 
     def forget(self) -> None:
@@ -290,19 +305,40 @@ class BilevelStep:
         direct, name = isinstance(self.estimator, Direct), self.upper.name
         unread = [n for n, g in zip(self.upper.names, of_u, strict=True) if g is None]
         if direct and unread:
-            warnings.warn(
+            warn(
                 f"{name}: the loss does not read {unread[0]!r}, so that direct never moves it; "
-                "choose an estimator with an implicit term, such as darts",
-                HypergradientWarning,
-                stacklevel=2,
+                "choose an estimator with an implicit term, such as darts"
             )
         if not direct and all(g is None for g in of_w):  # F may read a copy of the model
-            warnings.warn(
+            warn(
                 f"{name}: the loss reads no variable of {self.lower.name}, so that the "
-                "hypergradient has no implicit term; let it read the variables of that level",
-                HypergradientWarning,
-                stacklevel=2,
+                "hypergradient has no implicit term; let it read the variables of that level"
             )
+
+    def _check_products(self, batch: Any, number: int, above: UpperGradient) -> None:
+        """Warn if exact products of f are not the differences of its gradients."""
+        if not self.requirements.second_derivatives or above.norm == 0 or self.last is None:
+            return
+        oracle = self.oracle(self.upper, batch, self._seeded(number), self.last)
+        oracle.upper_gradient, oracle.copies = above, TensorPool()  # of this check alone
+        with suppress(ProblemError), self.uncounted(), oracle.open():  # there may be no differences
+            if words := check_products(oracle):
+                warn(f"{self.estimator.name}: {self.lower.name}: {words}; {WRONG_PRODUCT}")
+
+    def _watch_rounding(self, norm: float) -> None:
+        """Warn if upper variables in half precision rest through `RESTING` steps."""
+        here = [x.detach() for x in to_local(self.upper.variables) if x.dtype in HALF and x.numel()]
+        self._count += 1
+        if self._count == 1:
+            self._start = [x.clone() for x in here]
+        elif self._count == RESTING + 1:
+            start, self._start = self._start, []
+            if start and norm and all(map(torch.equal, here, start)):
+                warn(
+                    f"{self.upper.name}: after {RESTING} steps the variables in {here[0].dtype} "
+                    "are unchanged: each step is below their rounding; keep them in float32, or "
+                    "raise their learning rate"
+                )
 
     def _seeded(self, *key: int | str) -> RandomState:
         return RandomState.seeded(self.devices, self.seed, *key, *distributed.rank_key())

@@ -12,14 +12,14 @@ from hyperopt_peft.core.problem import Problem, devices_of
 from hyperopt_peft.core.validation import shared_memory
 from hyperopt_peft.errors import HypergradientWarning, ProblemError
 from hyperopt_peft.hypergradients.estimator import Estimator
-from hyperopt_peft.hypergradients.oracle import Oracle
+from hyperopt_peft.hypergradients.oracle import Estimate, Oracle
 from hyperopt_peft.hypergradients.products import NO_EXACT_PRODUCT
 from hyperopt_peft.hypergradients.registry import DEFAULT, EstimatorLike, get_estimator
 from hyperopt_peft.utils.random_state import RandomState
 
 #: A placeholder for the next batch of a level's data.
 NEXT: Any = object()
-#: A relative residual above which `hypergradient` warns.
+#: A relative residual above which `hypergradient` warns, and a training's line shows it.
 LARGE_RESIDUAL = 0.1
 
 
@@ -130,7 +130,7 @@ def hypergradient(
 
     Warns:
         HypergradientWarning: the relative residual of the solve is above 0.1. Training logs the
-            ``residual`` of each step instead of warning.
+            ``residual`` of each step, and warns once if it is above 1.5.
 
     Example:
         >>> from hyperopt_peft.problems.textbook.ridge import diabetes
@@ -143,16 +143,24 @@ def hypergradient(
     oracle = open_oracle(upper, lower, upper_batch=upper_batch, lower_batch=lower_batch, seed=seed)
     check_estimator(estimator, upper, lower)
     result = oracle.estimate(estimator)
-    if result.residual is not None and result.residual > LARGE_RESIDUAL:
-        reason = f" ({result.note})" if result.note else ""
-        warnings.warn(
-            f"{estimator.name}: the relative residual is {result.residual:.3g} after "
-            f"{result.steps} steps{reason}, so the implicit term may be far off; take more steps, "
-            "add damping, or choose an estimator by compare_hypergradients",
-            HypergradientWarning,
-            stacklevel=2,
-        )
+    if (result.residual or 0.0) > LARGE_RESIDUAL:
+        warn(of_residual(estimator, result))
     return like(result.hypergradient, upper.variables)
+
+
+def of_residual(estimator: Estimator, result: Estimate) -> str:
+    """A warning about the residual of ``result``."""
+    reason = f" ({result.note})" if result.note else ""
+    return (
+        f"{estimator.name}: the relative residual is {result.residual:.3g} after "
+        f"{result.steps} steps{reason}, so the implicit term may be far off; take more steps, "
+        "add damping, or choose an estimator by compare_hypergradients"
+    )
+
+
+def warn(words: str) -> None:
+    """Give a HypergradientWarning at the line that called the caller."""
+    warnings.warn(words, HypergradientWarning, stacklevel=3)
 
 
 def like(vector: Sequence[Tensor] | Any, variables: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback
 
+from hyperopt_peft.hypergradients.estimate import LARGE_RESIDUAL
 from hyperopt_peft.utils import distributed
 
 #: The numbers in a printed line, and those that ``args.details`` adds.
@@ -47,9 +48,13 @@ def upper_gap(logs: Mapping[str, float], history: list[dict[str, float]]) -> dic
 
 
 def line_of(args: Any, state: Any, logs: Mapping[str, Any]) -> str:
-    """A short line from ``logs``: "step 20/50  loss 0.8321  upper_loss 0.9"."""
+    """A short line from ``logs``: "step 20/50  loss 0.8321  upper_loss 0.9".
+
+    It has the residual of the estimator's solve if that is large.
+    """
     details = DETAILS if args.details else ()
     names = [name for name in (*PRINTED, *details, *PRINTED_AT_END) if name in logs]
+    names += ["residual"] * (logs.get("residual", 0.0) > LARGE_RESIDUAL)
     names += [name for name in logs if name.startswith("eval_") and not name.endswith(TIMINGS)]
     numbers = [
         f"{name} {logs[name]:.4g}" if isinstance(logs[name], float) else f"{name} {logs[name]}"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
+from hyperopt_peft.core.labels import NO_LABELS, scored_labels
 from hyperopt_peft.core.prior import GaussianPrior
 from hyperopt_peft.core.problem import Problem, devices_of
 from hyperopt_peft.engine.step import BilevelStep
@@ -259,9 +260,11 @@ class BilevelTrainer(PhasesTrainer):
         self.current_flos, state.num_input_tokens_seen, counters = self._counters
         self.__dict__.update(counters)
         written = self._callback.save_before(step.micro[0].random_state)
+        counts = [scored_labels(micro.batch, shifted=False) for micro in (*step.micro, *step.upper)]
+        advice = NO_LABELS if any(count == 0 for count in counts) else NON_FINITE_ADVICE
         raise NonFiniteError(
             f"step {state.global_step + 1} (epoch {state.epoch or 0:.2f}, {step.count} "
-            f"micro-batches): {error}; {NON_FINITE_ADVICE}; {written}"
+            f"micro-batches): {error}; {advice}; {written}"
         ) from error
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -300,7 +303,8 @@ class BilevelTrainer(PhasesTrainer):
             limit = self.args.max_grad_norm or None
             lower = Accumulated(self.lower, optimizer, limit)
             upper = Accumulated(self.upper)
-            self.bilevel_step = BilevelStep(upper, lower, self.estimator, seed=self.args.seed)
+            options = {"seed": self.args.seed, "uncounted": self.passes.paused}
+            self.bilevel_step = BilevelStep(upper, lower, self.estimator, **options)
         self.devices = devices_of(*self.levels)
         self.current_step = OptimizerStep(
             self.lower,

@@ -409,3 +409,36 @@ def test_the_lower_batch_is_noise_too_and_one_batch_has_none():
     slopes = torch.stack([u - 1 + c * u for c in (*rows, rows[0])])
     assert check.signal_to_noise == pytest.approx(signal_to_noise(slopes), rel=1e-6)
     assert Pair().check().signal_to_noise is None
+
+
+def on_rows(above, below, mean=True):
+    """f and F are squared errors over rows of numbers and targets, from the lower minimum."""
+    w, u = (torch.ones(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def loss(batch):
+        each = (batch["x"] @ w - batch["y"]).square()
+        return each.mean() if mean else each.sum()
+
+    lower = FunctionLevel(lambda b: loss(b) + 1e-3 * (w * u).square().sum(), [w], data=[below])
+    return FunctionLevel(loss, [u], data=[above]), lower
+
+
+def rows(*seeds):
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    x = torch.stack([torch.randn(3, generator=g, dtype=torch.float64) for g in generators])
+    return {"x": x, "y": x.sum(1).round()}
+
+
+def test_rows_in_both_batches_are_found():
+    apart = examine(*on_rows(rows(1, 2, 3, 4), rows(5, 6, 7, 8)))
+    assert "shared rows" not in kinds(apart, "warning")
+    check = examine(*on_rows(rows(1, 2, 3, 4), rows(5, 4, 7, 1, 9)))
+    assert "2 of the 4 rows" in finding_of(check, "shared rows").words
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("count", [4, 5])
+def test_a_sum_over_rows_is_found_in_both_levels(mean, count):
+    check = examine(*on_rows(rows(1, 2, 3), rows(*range(10, 10 + count)), mean))
+    found = [f.level for f in check.findings if f.kind == "sum over rows"]
+    assert len(found) == (0 if mean else 2)

@@ -1,16 +1,20 @@
 """The loop over two levels: order of steps, records, callbacks, errors."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ExponentialLR
 
-from hyperopt_peft import Engine, ProblemError, hypergradient
+from hyperopt_peft import Engine, ProblemError, Solver, hypergradient
+from hyperopt_peft.engine import step
 from hyperopt_peft.errors import HypergradientWarning
+from hyperopt_peft.hypergradients import ConjugateGradient, Solution
+from tests.support.networks import differences
 from tests.support.quadratic import FunctionLevel, leaf, program
 
 Log = list[tuple[str, Any]]
@@ -161,6 +165,7 @@ def level(variables: Any, optimizer: bool = True, **options: Any) -> FunctionLev
         (lambda: Engine(level([U]), level([W], False, name="low")), "low: .*optimizer"),
         (lambda: Engine(level([U], name="up"), level([U], name="low")), "up's .*low's"),
         (lambda: hypergradient(level([U]), level([U])), "variable 0"),
+        (lambda: FunctionLevel(None, [W], optimizer=torch.optim.LBFGS([W])), "LBFGS.*minimum"),
         (lambda: Engine(level([U]), level([W]), lower_steps=0), "lower_steps.* 0"),
         (lambda: Engine(level([U]), level([W]), warmup_steps=-1), "warmup_steps.*-1"),
         (lambda: Engine(level([U]), level([W]), non_finite="ignore"), "non_finite.*ignore"),
@@ -218,3 +223,109 @@ def test_a_variable_that_the_first_losses_read_may_be_left_out_later() -> None:
     )
     Engine(upper, lower, "cg:damping=1", progress=False).run(2)
     assert v.item() == c.item() == pytest.approx(0.9)
+
+
+class Reported(Solver):
+    """Its v, 47 times too long, has the residual 46."""
+
+    def solve(self, matvec: Any, b: Any) -> Solution:
+        return Solution(47 * ConjugateGradient(steps=50).solve(matvec, b).v, 46.0, 1)
+
+
+def test_a_solver_that_diverges_is_one_warning_a_run() -> None:
+    engine = Engine(*levels_at_rest(), Reported(), progress=False)
+    with pytest.warns(HypergradientWarning, match=r"residual is 46") as caught:
+        engine.run(3)
+    assert len(caught) == 1 and [record["residual"] for record in engine.history] == [46.0] * 3
+
+
+def levels_at_rest(term: Callable[[Tensor, Tensor], Any] = lambda w, u: 0.0) -> Any:
+    """f = |w − u|² + ``term`` and F = |w|²; the upper level does not move."""
+    w, u = leaf(1.0, 2.0), leaf(1.0, 3.0)
+    upper = FunctionLevel(lambda _: w.square().sum(), [u], lr=0.0)
+    return upper, FunctionLevel(lambda _: (w - u).square().sum() + term(w, u), [w], lr=0.1)
+
+
+WRONG = pytest.mark.parametrize(
+    "term",
+    [lambda w, u: (w.detach() * w).sum(), lambda w, u: (w.detach() * u).sum()],
+    ids=["of w", "of u"],
+)
+
+
+@WRONG
+def test_a_wrong_second_derivative_is_one_warning_a_run(term: Any) -> None:
+    """Of a loss that detaches; differences of its gradients see the missing part."""
+    with pytest.warns(HypergradientWarning, match="minres: .*exact product differs") as caught:
+        Engine(*levels_at_rest(term), progress=False).run(3)
+    assert len(caught) == 1
+    Engine(*levels_at_rest(term), "minres:product=difference", progress=False).run(1)
+
+
+def network(dtype: torch.dtype) -> Any:
+    """A classifier with kinks, dropout and batch statistics; u weights its rows."""
+    torch.manual_seed(0)
+    parts = [nn.Linear(5, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3)]
+    model, u = nn.Sequential(*parts).to(dtype), torch.zeros(12, dtype=dtype, requires_grad=True)
+    x, y = torch.randn(12, 5).to(dtype), torch.randint(3, (12,))
+
+    def f(_: Any) -> Tensor:
+        return (nn.functional.cross_entropy(model(x), y, reduction="none") * u.sigmoid()).mean()
+
+    upper = FunctionLevel(lambda _: nn.functional.cross_entropy(model(-x), y), [u], lr=0.5)
+    return model, upper, FunctionLevel(f, list(model.parameters()), lr=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_comparison_of_products_leaves_the_run_as_it_is(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained() -> Any:
+        model, *levels = network(dtype)
+        engine = Engine(*levels, "minres:steps=2", progress=False)
+        engine.run(2)
+        return engine.history, engine.state_dict(), model.state_dict()
+
+    compared = trained()
+    monkeypatch.setattr(step, "check_products", lambda oracle: "")
+    assert differences(compared, trained()) == []
+
+
+@pytest.mark.parametrize("kind", ["mapping", "tuple", "tensor"])
+@pytest.mark.parametrize("method", ["minres", "minres:product=difference", "darts"])
+def test_a_loss_may_write_to_its_batch(method: str, kind: str) -> None:
+    """Each evaluation has the batch as it was."""
+
+    def trained(noise: Callable[[Tensor], Tensor]) -> Tensor:
+        torch.manual_seed(0)
+        w, u, x = leaf(1.0, 2.0), leaf(1.0, 3.0), torch.ones(4, 2)
+        batch = {"mapping": {"x": x}, "tuple": (x, 1), "tensor": x}[kind]
+
+        def f(batch: Any) -> Tensor:
+            entries = batch if kind == "tensor" else batch["x"] if kind == "mapping" else batch[0]
+            return ((noise(entries) @ w).square() + (w - u).square().sum()).mean()
+
+        upper = FunctionLevel(lambda _: w.square().sum(), [u], lr=0.1)
+        Engine(upper, FunctionLevel(f, [w], lr=0.1, data=[batch]), method, progress=False).run(3)
+        return u.detach()
+
+    written = trained(lambda x: x.add_(torch.randn_like(x)))
+    torch.testing.assert_close(written, trained(lambda x: x + torch.randn_like(x)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("dtype", "lr"), [(torch.bfloat16, 1e-3), (torch.bfloat16, 0.1)])
+def test_a_variable_whose_steps_are_below_its_rounding_is_one_warning(
+    dtype: torch.dtype, lr: float
+) -> None:
+    u = torch.ones(3, dtype=dtype, requires_grad=True)
+    upper = FunctionLevel(lambda _: u.sum(), [u], lr=lr)
+    w = leaf(1.0)
+    engine = Engine(
+        upper, FunctionLevel(lambda _: w.square(), [w], lr=0.1), "direct", progress=False
+    )
+    engine.run(10)
+    rest = bool((u == 1).all())
+    with pytest.warns(HypergradientWarning, match="unchanged") if rest else nullcontext():
+        engine.run(1)
+    engine.run(20)
+    assert rest == (lr == 1e-3)

@@ -15,6 +15,7 @@ from hyperopt_peft.engine.checkpoint import last_valid
 from tests.support.damage import no_space
 from tests.support.networks import differences
 from tests.support.resume import Stop, StopAt, end, saving
+from tests.support.trainers import LENGTH, data, trainer
 
 
 def spoil(made: Any, level: Any, step: Any, kind: Any) -> Any:
@@ -131,3 +132,14 @@ def test_the_count_of_skipped_steps_is_resumed(tmp_path: Path) -> None:
     resumed = saving(tmp_path / "broken", non_finite="skip")
     resumed.train(resume_from_checkpoint=True)
     assert resumed.skipped == 1 and not differences(end(resumed), end(whole))
+
+
+def test_a_micro_batch_without_labels_is_named(tmp_path: Path) -> None:
+    """The mean over no labels is NaN, whatever the learning rate."""
+    table = data("tokens", 8)
+    labels = [[-100] * LENGTH if row < 4 else each for row, each in enumerate(table["labels"][:])]
+    table = table.remove_columns("labels").add_column("labels", labels)
+    options = {"train_dataset": table, "upper_dataset": data("tokens", 4, seed=1)}
+    made = trainer(tmp_path, "tokens", options=options, train_sampling_strategy="sequential")
+    with pytest.raises(NonFiniteError, match="all labels of a micro-batch are -100"):
+        made.train()

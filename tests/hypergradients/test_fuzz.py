@@ -28,6 +28,12 @@ def test_some_runs_of_the_trainer() -> None:
     assert not any(verdict.fault for verdict in verdicts), report(verdicts)
 
 
+def test_a_curvature_that_changes_within_a_difference_is_right_or_warned() -> None:
+    """Seeds that were wrong once."""
+    verdicts = list(run([1234000051]))
+    assert not any(verdict.fault for verdict in verdicts), report(verdicts)
+
+
 def test_a_product_that_is_a_tenth_too_large_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     along = ExactProduct._along
     monkeypatch.setattr(ExactProduct, "_along", lambda *args: 1.1 * along(*args))

@@ -97,6 +97,37 @@ def test_minres_reports_the_residual_of_its_solution_of_a_singular_system(seed: 
     assert solution.note and left.norm() / b.norm() < 5 * solution.residual
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_conjugate_gradients_report_what_rounding_leaves_of_their_residual(seed: int) -> None:
+    """In float32 at condition 1e6 the recursion's residual falls to 1e-8, and v's own does not."""
+    values = torch.cat([torch.logspace(0, -1, 20), torch.logspace(-6, -5.8, 20)]).double()
+    h = symmetric(values, torch.Generator().manual_seed(seed)).float()
+    b = Vector([torch.randn(40, generator=torch.Generator().manual_seed(seed))])
+    solution = ConjugateGradient(steps=400, tolerance=1e-8).solve(
+        lambda v: Vector([h @ v.parts[0]]), b
+    )
+    left = b.parts[0].double() - h.double() @ solution.v.parts[0].double()
+    assert left.norm() / b.norm() < 3 * solution.residual
+
+
+@krylov_solver
+def test_the_residual_of_differences_is_that_of_their_solution(kind: Callable[..., Solver]) -> None:
+    """A curvature that changes within a difference: the steps do not see it, v's residual does."""
+    torch.manual_seed(0)
+    w = torch.randn(8, requires_grad=True)
+    u = (200 * w + torch.linspace(-2, 2, 8)).detach().requires_grad_()
+    upper = FunctionLevel(lambda _: w.sin().sum() + u.sum(), [u])
+    lower = FunctionLevel(lambda _: (200 * w - u).cosh().log().sum() / 4000 + w @ w, [w])
+    oracle = open_oracle(upper, lower)
+    solver = kind(steps=40, tolerance=1e-8, product="difference")
+    with oracle.open(), oracle.product("difference") as product:
+        of_steps = solver.solve(product.hessian, oracle.upper_gradient.b)
+    h = torch.diag(2 + 10 / (200 * w - u).detach().double().cosh().square())
+    true = residual(h.float(), of_steps.v, w.detach().cos())
+    assert of_steps.residual is not None and true > 10 * of_steps.residual
+    assert true < 3 * open_oracle(upper, lower).estimate(solver).residual
+
+
 @given(seed=st.integers(0, 10**6))
 def test_conjugate_gradients_stop_at_negative_curvature_and_say_so(seed: int) -> None:
     """They return the iterate of least residual from before the step that met it."""

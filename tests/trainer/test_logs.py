@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from hyperopt_peft.adapters import split_parameters
+from hyperopt_peft.errors import HypergradientWarning
+from hyperopt_peft.trainer.logs import line_of
 from tests.support.class_weights import Penalised, Plain, Weighted, pair, rows, streamed
 from tests.support.trainers import data, peft_model, trainer
 from tests.support.watch import watched
@@ -171,3 +175,28 @@ def test_the_gap_is_of_the_trainer_s_own_loss(tmp_path: Path) -> None:
     other, _ = pair(tmp_path / "other", evaluation=rows(8, 2), **settings)
     other.train()  # the levels' losses are not the model's
     assert not any("eval_upper_gap" in record for record in other.state.log_history)
+
+
+@pytest.mark.parametrize(("residual", "shown"), [(0.05, False), (0.3, True)])
+def test_a_printed_line_has_a_large_residual(residual: float, shown: bool) -> None:
+    args, state = SimpleNamespace(details=False), SimpleNamespace(global_step=2, max_steps=4)
+    line = line_of(args, state, {"loss": 1.0, "residual": residual})
+    assert ("residual 0.3" in line) == shown and line.startswith("step 2/4  loss 1")
+
+
+class Detaching(Weighted):
+    def loss(self, batch: Any) -> Any:
+        return super().loss(batch) + sum((p.detach() * p).sum() for p in self.model.parameters())
+
+
+def test_the_comparison_of_products_is_one_warning_and_counts_no_pass(tmp_path: Path) -> None:
+    """A detached factor is in the differences of gradients, and in no exact product."""
+    passes = []
+    for kind in (Detaching, Weighted):
+        made, _ = pair(tmp_path, lower=kind, max_steps=2, hypergradient="cg:steps=2,tolerance=0.0")
+        warns = pytest.warns(HypergradientWarning, match="exact product differs")
+        with warns if kind is Detaching else nullcontext():
+            made.train()
+        passes.append(made.passes.passes)
+    # A step: one pass below; above F, f, and three products that count twice.
+    assert passes == [passes[1]] * 2

@@ -117,6 +117,7 @@ def test_a_loss_that_counts_labels_is_the_mean_over_a_step(
         torch.testing.assert_close(values(run.model)[name], value, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.filterwarnings("ignore::hyperopt_peft.errors.HypergradientWarning")
 @pytest.mark.parametrize(
     ("kind", "options"),
     [("classes", {}), ("tokens", {"compute_loss_func": by_sum}), ("causal", {}), ("seq2seq", {})],

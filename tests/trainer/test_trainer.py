@@ -34,6 +34,7 @@ def test_one_level_alone_is_the_trainer_itself(tmp_path: Path) -> None:
     assert len(logs[0]) == 3
 
 
+@pytest.mark.filterwarnings("ignore::hyperopt_peft.errors.HypergradientWarning")
 def test_settings_go_to_their_own_file_and_the_model_card(tmp_path: Path) -> None:
     run = trainer(tmp_path, hypergradient="cg:steps=2,damping=1.0")
     run.train()

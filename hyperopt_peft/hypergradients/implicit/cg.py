@@ -54,9 +54,10 @@ def conjugate_gradients(
 ) -> Solution:
     """v ≈ (H + damping·I)⁻¹ b; ``precondition`` applies a positive definite P⁻¹, None the identity.
 
-    ``rounding`` is the relative error of a product (`Solver.rounding`). Each step reads from the
-    device once, after v has moved: the curvature and the new residual. If the curvature is not
-    positive, the result is the best iterate before the step.
+    ``rounding`` is the relative error of a product (`Solver.rounding`), and ``rounding``·λ·‖v‖/‖b‖
+    the least residual that is reported, since the recursion's falls further than v's own. Each step
+    reads from the device once, after v has moved: the curvature and the new residual. If the
+    curvature is not positive, the result is the best iterate before the step.
     """
     v, r, best = zeros_like(b), b.copy(), zeros_like(b)
     z = r if precondition is None else precondition(r)
@@ -74,7 +75,8 @@ def conjugate_gradients(
         z = r if precondition is None else precondition(r)
         square = inner(r, r)
         rho, previous = square if z is r else inner(r, z), rho
-        p_hp, p_p, residual_square, *initial = to_floats([along, length, square, *unread])
+        read = to_floats([along, length, square, inner(v, v), *unread])
+        p_hp, p_p, residual_square, of_v, *initial = read
         if initial:
             unread, (start,) = [], initial
             least = start
@@ -94,4 +96,5 @@ def conjugate_gradients(
             best.copy_(v)
             least = residual_square
         p.mul_add_(rho / previous, z)
-    return Solution(v, (residual_square / start) ** 0.5, step + 1)
+    floor = rounding * largest * of_v**0.5
+    return Solution(v, max(residual_square**0.5, floor) / start**0.5, step + 1)

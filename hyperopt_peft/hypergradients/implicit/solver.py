@@ -48,7 +48,8 @@ class Solver(Estimator):
 
     ``product`` is the kind of second derivatives: ``"exact"`` uses double backward,
     ``"difference"`` first-order passes at distance ``epsilon`` from w (`default_epsilon` if None).
-    If ∂F/∂w is zero, the result is ∂F/∂u.
+    If ∂F/∂w is zero, the result is ∂F/∂u. The pair of passes for a mixed difference also gives Hv,
+    and with it the residual of v itself: the steps cannot see the truncation of their differences.
 
     Raises:
         NonFiniteError: a Hessian-vector product is NaN or infinite.
@@ -94,8 +95,14 @@ class Solver(Estimator):
             return Estimate(direct, zeros_like(direct), 0.0, 0, "∂F/∂w is zero", oracle.state)
         with oracle.product(self.product, epsilon=self.epsilon) as product:
             solution, state = (advance or self.advance)(product.hessian, b, oracle.state)
-            implicit = product.mixed(solution.v).mul_(-1.0)
-        return Estimate(direct, implicit, solution.residual, solution.steps, solution.note, state)
+            v, residual = solution.v, solution.residual
+            if residual is None or self.product == "exact":
+                implicit = product.mixed(v)
+            else:
+                of_v, implicit = product.both(v)
+                left = of_v.plus(v, getattr(self, "damping", None) or 0.0).add_(b, -1.0)
+                residual = left.norm() / oracle.upper_gradient.norm
+        return Estimate(direct, implicit.mul_(-1.0), residual, solution.steps, solution.note, state)
 
     def advance(self, matvec: Matvec, b: Vector, state: State) -> tuple[Solution, State]:
         """The solution, and the next ``state``; a subclass may use ``state`` as a warm start."""
