@@ -22,6 +22,7 @@ from hyperopt_peft.trainer.data import (
     shared,
     split_dataset,
 )
+from hyperopt_peft.trainer.row_order import InOrder
 from hyperopt_peft.trainer.tags import TagCollator
 from hyperopt_peft.trainer.upper_batches import loader_of
 
@@ -82,7 +83,7 @@ class TrainerData:
         for row, value in enumerate(evaluation[slices] if slices else ["all"] * count):
             groups.setdefault(str(value), []).append(row)
         loader = loader_of(trainer, trainer.train_dataset, "train_dataset")
-        collate = TagCollator(loader.collate_fn, (*getattr(trainer, "tags", ()), ROW))
+        collate = TagCollator(InOrder(loader.collate_fn), (*getattr(trainer, "tags", ()), ROW))
         sets = train, evaluation, train_rows, evaluation_rows, of_levels, of_retraining
         return cls(*sets, groups, collate, trainer)
 

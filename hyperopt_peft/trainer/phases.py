@@ -195,9 +195,16 @@ class PhasesTrainer(TwoLevelTrainer):
             return
         model = None if self.is_fsdp_enabled else self.model  # FSDP2 may load parameters later
         rows = checks.read_rows(self)
-        random = replay(RandomState.capture())
-        with collating("train_dataset"), random, self.compute_loss_context_manager():
-            self.method.read_rows(model, rows, self.data_collator)
+        collate = collating("train_dataset")(self.data_collator)
+        try:
+            with replay(RandomState.capture()), self.compute_loss_context_manager():
+                self.method.read_rows(model, rows, collate)
+        except KeyError as error:
+            name = type(self.method).__name__
+            raise ProblemError(
+                f"{name}.read_rows: reads {error}, which its rows or batches lack; add this column, "
+                "and name it in tags"
+            ) from error
 
     def settings(self) -> dict[str, Any]:
         """As `TwoLevelTrainer.settings`, with the options of method and adapter."""

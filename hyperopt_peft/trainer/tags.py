@@ -16,6 +16,7 @@ from hyperopt_peft.core.labels import labels_are_shifted, require_labels
 from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.internals import keep_columns
+from hyperopt_peft.trainer.row_order import InOrder
 
 #: The tag that needs no column: a row's number in the user's data; upper rows come last.
 INDEX = "index"
@@ -46,7 +47,8 @@ class TagCollator:
 
     A tag has one number for each row, ``(n,)``. If ``collate`` joins the rows, or packed rows have
     a list with a number for each token, it has one for each label, in the shape of ``labels``. Rows
-    may lack a tag, such as those of an upper level that does not read it.
+    may lack a tag, such as those of an upper level that does not read it. Whole numbers are exact,
+    and others have torch's default precision, as the model's labels.
 
     Example:
         >>> def flat(rows):  # one row of all, as padding_free=True makes it
@@ -83,7 +85,14 @@ def _values(tag: str, rows: Sequence[Mapping[str, Any]], batch: Mapping[str, Any
             f"rows with {sum(map(len, values))} tokens, so a label has no {tag}; use a collator "
             "that pads the rows, or writes them one after another"
         )
-    # Padding is at the end and not scored, so any value will do.
+    read = batch.get("attention_mask")
+    read = read if isinstance(read, Tensor) and read.shape == shape else labels != IGNORED
+    if any(row[len(each) :].any() for row, each in zip(read, values, strict=True)):
+        raise ProblemError(
+            f"column {tag!r}: has a number for each token, and the data collator pads on the left, "
+            "so that a token would have another one's; set padding_side='right' in the tokenizer"
+        )
+    # Padding is not scored, so any value will do.
     return torch.tensor([each + each[-1:] * (shape[1] - len(each)) for each in values])
 
 
@@ -129,5 +138,16 @@ def keep_tags(trainer: Any, tags: Sequence[str], method: str) -> None:
             f"packing_strategy: 'wrapped' rows mix texts, so a text has no {tags[0]} of its own; "
             "set 'bfd'"
         )
+    for name in ("train_dataset", "upper_dataset"):
+        rows = getattr(trainer, name)
+        for tag in tags if isinstance(rows, Dataset) else ():
+            column = rows.with_format(None)[tag][:] if tag in rows.column_names else []
+            for row, value in enumerate(column):
+                numbers = value if isinstance(value, list) else [value]
+                if not all(isinstance(number, int | float) for number in numbers):
+                    raise ProblemError(
+                        f"{tag}: row {row} (from 0) of {name} has {value!r:.40} for a number; give "
+                        "it one, or leave the row out"
+                    )
     keep_columns(trainer, tags)
-    trainer.data_collator = TagCollator(trainer.data_collator, tags)
+    trainer.data_collator = TagCollator(InOrder(trainer.data_collator), tags)
