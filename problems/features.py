@@ -21,7 +21,7 @@ from hyperopt_peft.core.labels import model_reads, rows_of
 from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import batches_of
-from hyperopt_peft.trainer.row_order import InOrder
+from hyperopt_peft.trainer.tags import InOrder
 from hyperopt_peft.utils.models import base_model, evaluating
 
 
@@ -94,7 +94,7 @@ def features_of(
 
     Raises:
         ProblemError: the model returns no states of tokens; a batch has no labels, or one that is
-            neither of a row nor of a token; ``collate`` leaves rows out or sorts them.
+            neither of a row nor of a token; ``collate`` sorts rows or leaves some out.
     """
     device = next(model.parameters()).device
     batches = batches_of(rows, InOrder(collate), batch_size, device)
@@ -107,10 +107,8 @@ def features_of(
             if not isinstance(labels, Tensor):
                 raise ProblemError("labels: a head needs a label of each row, or of each token")
             if len(labels) != len(number):
-                raise ProblemError(
-                    f"data_collator: makes {len(labels)} rows of {len(number)}, and a head needs each "
-                    "row; remove rows from the data before"
-                )
+                text = f"leaves {len(number)} rows as {len(labels)}, and a head needs each"
+                raise ProblemError(f"data_collator: {text}; remove rows from the data instead")
             labels = labels.cpu()
             if labels.dim() != 2 or labels.is_floating_point():
                 states = _states(model, batch, len(number), encoder=True).float()

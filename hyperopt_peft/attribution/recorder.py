@@ -38,7 +38,7 @@ class RecordedTrainer(BilevelTrainer):
     ) -> None:
         self.method, self.passes = (method := method_of(trainer)), PassCounter()
         self.tags, self.twice, self.options = (*method.tags, ROW), twice, options
-        self._rows, self.may_share_rows = data.of_retraining, True  # ``trainer`` has checked them
+        self._rows = data.of_retraining
         dtypes = [parameter.dtype for _, parameter in trainable(trainer.model)]
         dtype = torch.promote_types((dtypes or [torch.float32])[0], torch.float32)
         ones = torch.ones(len(data.train_rows), dtype=dtype, device=args.device)

@@ -15,15 +15,16 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.checks import check_labels
 from hyperopt_peft.trainer.data import (
     batches_of,
+    columns_read,
     joined,
     label_column,
+    reads_of,
     require_examples,
     require_unseen,
     shared,
     split_dataset,
 )
-from hyperopt_peft.trainer.row_order import InOrder
-from hyperopt_peft.trainer.tags import TagCollator
+from hyperopt_peft.trainer.tags import InOrder, TagCollator
 from hyperopt_peft.trainer.upper_batches import loader_of
 
 logger = logging.get_logger(__name__)
@@ -66,7 +67,7 @@ class TrainerData:
         evaluation = trainer.eval_dataset if evaluation is None else evaluation
         evaluation_rows = _numbered_rows(trainer, evaluation, "eval_dataset")
         count = len(evaluation_rows)
-        common = shared(evaluation, train)
+        common = shared(evaluation, train, reads_of(trainer.model, trainer.args))
         if common == count:
             raise ProblemError(
                 "evaluation: every row of it is a training row too, and would explain itself; give "
@@ -102,7 +103,8 @@ class TrainerData:
     def test_rows(self, test: Any) -> NumberedRows:
         """``test``, numbered; ProblemError if a row is a training or an evaluation row."""
         rows = _numbered_rows(self.trainer, test, "test")
-        require_unseen("test", test, training=self.train, evaluation=self.evaluation)
+        reads = reads_of(self.trainer.model, self.trainer.args)
+        require_unseen("test", test, reads, training=self.train, evaluation=self.evaluation)
         return rows
 
 
@@ -111,8 +113,9 @@ def _rows_of_levels(trainer: Any) -> tuple[Any, Any, tuple[Any, Any], tuple[Any,
     args, (lower, upper) = trainer.args, trainer._rows
     if upper is None:
         given, seed = lower, args.seed if args.data_seed is None else args.data_seed
+        reads = {*columns_read(given, given, reads_of(trainer.model, args))}
         numbered = given.add_column(ROW, list(range(len(given))))
-        halves = split_dataset(numbered, args.upper_fraction, seed)
+        halves = split_dataset(numbered, args.upper_fraction, seed, reads=reads)
         numbers = [half[ROW][:] for half in halves]
     else:
         given = joined(train_dataset=lower, upper_dataset=upper)

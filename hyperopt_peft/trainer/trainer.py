@@ -22,6 +22,9 @@ from hyperopt_peft.trainer.data import (
     Endless,
     collating,
     data_of_levels,
+    reads_of,
+    require_apart,
+    require_same_layout,
     warn_of_repeated_rows,
     with_upper,
     without_upper,
@@ -91,8 +94,6 @@ class BilevelTrainer(PhasesTrainer):
     """
 
     Arguments = BilevelTrainingArguments
-    #: Whether the lower level may also train on the upper level's examples.
-    may_share_rows: bool = False
     current_step: OptimizerStep
     eval_dataset: Any
     current_flos: float
@@ -111,6 +112,11 @@ class BilevelTrainer(PhasesTrainer):
     ) -> None:
         checks.check_class(args, self.Arguments)
         self.passes = PassCounter()
+        if upper_dataset is not None:  # before a method numbers, joins or repeats rows
+            reads = reads_of(model, args)
+            require_apart(train_dataset, upper_dataset, trainer.get("eval_dataset"), reads)
+            if self.parent() is not Trainer:
+                require_same_layout(train_dataset, upper_dataset)
         if lower is None and upper is None:
             method = method or Method()
             self._set_up_method(model, args, method, train_dataset, upper_dataset, trainer)
@@ -143,11 +149,9 @@ class BilevelTrainer(PhasesTrainer):
         train_dataset, upper_dataset = data_of_levels(
             train_dataset,
             upper_dataset,
-            evaluation,
             args,
             bilevel=upper is not None,
-            may_share_rows=self.may_share_rows,
-            prepared=self.parent() is Trainer,
+            reads=reads_of(model, args),
         )
         self.skipped = 0
         self._callback = BilevelCallback(self)

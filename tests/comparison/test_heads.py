@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from datasets import concatenate_datasets
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from transformers import default_data_collator
 
-from hyperopt_peft import BiDoRA, BilevelTrainingArguments, ProblemError, compare_methods
+from hyperopt_peft import BiDoRA, BilevelTrainingArguments, Method, ProblemError, compare_methods
 from hyperopt_peft.comparison import Comparison
 from hyperopt_peft.problems import (
     Agreement,
@@ -104,6 +106,32 @@ def test_numbers_are_predicted_too() -> None:
     options |= {"test_dataset": data("regression", 10, 5), "kind": "regression"}
     scores = on_heads({"all": LoRA(), "alone": SomeSources()}, **options).scores("all")
     assert all(0 < score < 10 for score in scores)
+
+
+class Watched(Method):
+    """Keeps the numbers of the lower level's rows."""
+
+    seen: ClassVar[list[Any]] = []
+
+    def read_rows(self, model: Any, rows: Any, collate: Any) -> None:
+        self.seen.append(Counter(rows["head_row"][:]))
+
+    def prepare(self, model: Any) -> None:
+        self.u = torch.zeros((), requires_grad=True)
+
+    def upper_variables(self, model: Any) -> dict[str, Any]:
+        return {"u": self.u}
+
+    def lower_loss(self, model: Any, batch: Any, task_loss: Any) -> Any:
+        return self.u.exp() * task_loss(batch)
+
+
+def test_copies_of_a_row_are_in_one_level() -> None:
+    copies = [data(rows=24).add_column("idx", [*range(k, k + 24)]) for k in (0, 24)]
+    sets = {"train_dataset": concatenate_datasets(copies), "test_dataset": data(rows=9, seed=5)}
+    on_heads({"method": Watched()}, upper_dataset=None, **sets)
+    assert all({*seen.values()} == {2} for seen in Watched.seen)
+    assert min(map(len, Watched.seen)) < 24 == max(map(len, Watched.seen))
 
 
 def untrusted(kind: str) -> dict[str, Any]:
