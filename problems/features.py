@@ -96,8 +96,7 @@ def features_of(
         ProblemError: the model returns no states of tokens; a batch has no labels, or one that is
             neither of a row nor of a token; ``collate`` sorts rows or leaves some out.
     """
-    device = next(model.parameters()).device
-    batches = batches_of(rows, InOrder(collate), batch_size, device)
+    batches = batches_of(rows, InOrder(collate), batch_size, next(model.parameters()).device)
     parts, numbers = [], torch.arange(len(rows)).split(batch_size)
     with evaluating(model), precision():
         pairs = zip(batches, numbers, strict=True)

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from hyperopt_peft.attribution.rows import ROW, NumberedRows
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.trainer.checks import check_labels
+from hyperopt_peft.trainer.checks import check_labels, read_rows
 from hyperopt_peft.trainer.data import (
     batches_of,
     columns_read,
@@ -122,7 +122,7 @@ def _rows_of_levels(trainer: Any) -> tuple[Any, Any, tuple[Any, Any], tuple[Any,
         numbers = [list(range(len(lower))), list(range(len(lower), len(given)))]
     levels = []
     for name, of_level in zip(("train_dataset", "upper_dataset"), numbers, strict=True):
-        rows = _selected(trainer, getattr(trainer, name), name)
+        rows = read_rows(trainer, getattr(trainer, name), name)
         if len(rows) != len(of_level):
             raise ProblemError(
                 f"{name}: the trainer left {len(of_level) - len(rows)} rows out, so the others "
@@ -136,16 +136,9 @@ def _rows_of_levels(trainer: Any) -> tuple[Any, Any, tuple[Any, Any], tuple[Any,
 
 
 def _numbered_rows(trainer: Any, data: Any, name: str) -> NumberedRows:
-    """The rows of `_selected` with their numbers."""
+    """The rows of `read_rows` with their numbers."""
     require_examples(name, data, by_index=True)
-    return NumberedRows(_selected(trainer, data, name))
-
-
-def _selected(trainer: Any, data: Any, name: str) -> Any:
-    """``data`` with the columns that the model takes."""
-    if isinstance(data, datasets.Dataset) and trainer.args.remove_unused_columns:
-        data = data.select_columns(loader_of(trainer, data, name).dataset.column_names)
-    return data
+    return NumberedRows(read_rows(trainer, data, name))
 
 
 def shown_columns(data: Any) -> dict[str, Sequence[Any]]:

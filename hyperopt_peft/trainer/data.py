@@ -74,7 +74,8 @@ def split_dataset(
     columns = {"row": kept, "class": [names.index(values[k]) if names else 0 for k in kept]}
     features = Features({"row": Value("int64"), "class": labels})  # a cast would show a bar
     rows = Dataset.from_dict(columns, features=features)
-    where = f"cannot give {upper_fraction:.0%} of {len(train)} training examples to the upper level"
+    different = f"{len(kept)} different training examples"
+    where = f"cannot give {upper_fraction:.0%} of {different} to the upper level"
     split = stratified(rows, upper_fraction, seed, "class" if names else None, where)
     for level, side in zip(("lower", "upper"), split, strict=True):
         present = set(side["class"]) if names else set()
@@ -115,9 +116,7 @@ def stratified(
     return parts["train"], parts["test"]
 
 
-def data_of_levels(
-    train: Any, upper: Any, args: Any, *, bilevel: bool, reads: Reads
-) -> tuple[Any, Any]:
+def data_of_levels(train: Any, upper: Any, args: Any, bilevel: bool, reads: Reads) -> Any:
     """The data of the lower and the upper level; ``train`` is split if ``upper`` is None."""
     require_examples("train_dataset", train)
     if not bilevel and upper is not None:

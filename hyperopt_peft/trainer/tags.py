@@ -56,11 +56,9 @@ class InOrder:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Any:
         """The batch of ``rows``."""
         sizes = [_sizes(row) for row in rows]
-        different = {
-            name for name, size in sizes[0].items() if any(x.get(name) != size for x in sizes)
-        }
-        if not different <= self.tested:
-            self.tested.update(different)
+        names = {n for n, size in sizes[0].items() if any(x.get(n) != size for x in sizes)}
+        if not names <= self.tested:
+            self.tested.update(names)
             # One row of each size: a random mask would look like another order of equal rows.
             some = [*{str(size): row for size, row in zip(sizes, rows, strict=True)}.values()]
             state = RandomState.capture()

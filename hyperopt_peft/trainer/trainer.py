@@ -147,11 +147,7 @@ class BilevelTrainer(PhasesTrainer):
             raise ProblemError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         evaluation = trainer.pop("eval_dataset", None)
         train_dataset, upper_dataset = data_of_levels(
-            train_dataset,
-            upper_dataset,
-            args,
-            bilevel=upper is not None,
-            reads=reads_of(model, args),
+            train_dataset, upper_dataset, args, upper is not None, reads_of(model, args)
         )
         self.skipped = 0
         self._callback = BilevelCallback(self)

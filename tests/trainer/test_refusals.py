@@ -206,7 +206,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("eval_dataset is given as the upper level's", made({**APART, EVAL: APART[UPPER]})),
     ("eval_dataset is given", made({**APART, EVAL: {"a": data(seed=5), "b": APART[UPPER]}})),
     ("labels.*num_labels=4", made({TRAIN: FOUR})),
-    ("train_dataset: No columns", made({TRAIN: Dataset.from_dict({"text": ["a"] * 10})})),
+    ("train_dataset: No columns", made({TRAIN: Dataset.from_dict({"text": list("abcdefghij")})})),
     ("dataloader_drop_last", made(per_device_train_batch_size=20, dataloader_drop_last=True)),
     ("upper_dataset.*Iterable", of_levels(lambda _: {UPPER: data().to_iterable_dataset()})),
     ("upper_dataset", of_levels(lambda _: {"upper": None})),
