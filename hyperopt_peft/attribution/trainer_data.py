@@ -113,7 +113,7 @@ def _rows_of_levels(trainer: Any) -> tuple[Any, Any, tuple[Any, Any], tuple[Any,
     args, (lower, upper) = trainer.args, trainer._rows
     if upper is None:
         given, seed = lower, args.seed if args.data_seed is None else args.data_seed
-        reads = {*columns_read(given, given, reads_of(trainer.model, args))}
+        reads = {*columns_read(given, given, trainer._row_columns)}
         numbered = given.add_column(ROW, list(range(len(given))))
         halves = split_dataset(numbered, args.upper_fraction, seed, reads=reads)
         numbers = [half[ROW][:] for half in halves]

@@ -73,14 +73,16 @@ class InOrder:
     def _of_rows(self, rows: Sequence[Any], state: RandomState) -> list[bytes]:
         with replay(state):
             batch = self.collate(deepcopy(rows))  # which it may change
-        found = [x for x in batch.values() if isinstance(x, Tensor) and x.shape[:1] == (len(rows),)]
-        return [b"".join(x[k].double().numpy().tobytes() for x in found) for k in range(len(rows))]
+        entries = [x.detach().cpu().double() for x in batch.values() if isinstance(x, Tensor)]
+        found = [x.numpy() for x in entries if x.shape[:1] == (len(rows),)]
+        return [b"".join(x[k].tobytes() for x in found) for k in range(len(rows))]
 
 
 def _sizes(row: Mapping[str, Any]) -> dict[str, Any]:
     """The shape or length of each entry of ``row``; of a mask, which tokens it shows."""
     sizes = {n: getattr(x, "shape", isinstance(x, list | str) and len(x)) for n, x in row.items()}
-    return {**sizes, "attention_mask": str([*row.get("attention_mask", ())])}
+    mask: Any = row.get("attention_mask")
+    return {**sizes, "attention_mask": str(mask.tolist() if hasattr(mask, "tolist") else mask)}
 
 
 @dataclass(frozen=True)

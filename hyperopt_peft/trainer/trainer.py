@@ -20,6 +20,7 @@ from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.callback import BilevelCallback
 from hyperopt_peft.trainer.data import (
     Endless,
+    Reads,
     collating,
     data_of_levels,
     reads_of,
@@ -95,6 +96,7 @@ class BilevelTrainer(PhasesTrainer):
 
     Arguments = BilevelTrainingArguments
     current_step: OptimizerStep
+    _row_columns: Reads = None
     eval_dataset: Any
     current_flos: float
 
@@ -112,9 +114,11 @@ class BilevelTrainer(PhasesTrainer):
     ) -> None:
         checks.check_class(args, self.Arguments)
         self.passes = PassCounter()
+        self._row_columns = reads_of(model, args)
         if upper_dataset is not None:  # before a method numbers, joins or repeats rows
-            reads = reads_of(model, args)
-            require_apart(train_dataset, upper_dataset, trainer.get("eval_dataset"), reads)
+            require_apart(
+                train_dataset, upper_dataset, trainer.get("eval_dataset"), self._row_columns
+            )
             if self.parent() is not Trainer:
                 require_same_layout(train_dataset, upper_dataset)
         if lower is None and upper is None:
@@ -147,7 +151,7 @@ class BilevelTrainer(PhasesTrainer):
             raise ProblemError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         evaluation = trainer.pop("eval_dataset", None)
         train_dataset, upper_dataset = data_of_levels(
-            train_dataset, upper_dataset, args, upper is not None, reads_of(model, args)
+            train_dataset, upper_dataset, args, upper is not None, self._row_columns
         )
         self.skipped = 0
         self._callback = BilevelCallback(self)

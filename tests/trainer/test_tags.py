@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from itertools import product
@@ -97,7 +96,6 @@ def test_a_collator_that_keeps_the_order_makes_its_batches(name: str, batches: A
 ORDERS: dict[str, Callable[[Any], Any]] = {
     "longest first": lambda rows: sorted(rows, key=lambda row: -sum(row["attention_mask"])),
     "last first": lambda rows: rows[::-1],
-    "at random": lambda rows: random.sample(rows, len(rows)),
 }
 
 
@@ -113,7 +111,6 @@ def test_another_order_is_refused(name: str, order: str, lengths: Any) -> None:
     if order == "longest first":
         checked(rows_of([5] * 4))
     checked(rows_of([3]))
-    random.seed(0)  # some orders of four rows are the given one, begun at another row
     with pytest.raises(ProblemError, match=MESSAGE):
         checked(rows_of(lengths))
 
