@@ -48,7 +48,7 @@ def split_dataset(
             has no column ``label``.
 
     Example:
-        >>> train = Dataset.from_dict({"label": [0, 1] * 10})
+        >>> train = Dataset.from_dict({"x": range(20), "label": [0, 1] * 10})
         >>> lower, upper = split_dataset(train, 0.2, seed=0)
         >>> len(lower), sorted(upper["label"])
         (16, [0, 0, 1, 1])
