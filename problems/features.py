@@ -21,6 +21,7 @@ from hyperopt_peft.core.labels import model_reads, rows_of
 from hyperopt_peft.core.logits import IGNORED, as_numbers
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import batches_of
+from hyperopt_peft.trainer.tags import InOrder
 from hyperopt_peft.utils.models import base_model, evaluating
 
 
@@ -93,9 +94,9 @@ def features_of(
 
     Raises:
         ProblemError: the model returns no states of tokens; a batch has no labels, or one that is
-            neither of a row nor of a token.
+            neither of a row nor of a token; ``collate`` sorts rows or leaves some out.
     """
-    batches = batches_of(rows, collate, batch_size, next(model.parameters()).device)
+    batches = batches_of(rows, InOrder(collate), batch_size, next(model.parameters()).device)
     parts, numbers = [], torch.arange(len(rows)).split(batch_size)
     with evaluating(model), precision():
         pairs = zip(batches, numbers, strict=True)
@@ -104,6 +105,9 @@ def features_of(
             labels = batch.pop("labels", None)
             if not isinstance(labels, Tensor):
                 raise ProblemError("labels: a head needs a label of each row, or of each token")
+            if len(labels) != len(number):
+                text = f"leaves {len(number)} rows as {len(labels)}, and a head needs each"
+                raise ProblemError(f"data_collator: {text}; remove rows from the data instead")
             labels = as_numbers(model, labels).cpu()
             if labels.dim() != 2 or labels.is_floating_point():
                 states = _states(model, batch, len(number), encoder=True).float()

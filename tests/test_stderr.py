@@ -19,7 +19,7 @@ from transformers import BertConfig, BertForSequenceClassification
 size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 model = BertForSequenceClassification(BertConfig(vocab_size=64, intermediate_size=32, **size))
 config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"], use_dora=True)
-rows = Dataset.from_dict({"input_ids": [[1, 2, 3, 4]] * 20, "labels": [0, 1] * 10})
+rows = Dataset.from_dict({"input_ids": [[k, 2, 3, 4] for k in range(20)], "labels": [0, 1] * 10})
 args = BilevelTrainingArguments("outputs", max_steps=5, report_to="none", save_strategy="no")
 trainer = BilevelTrainer(get_peft_model(model, config), args, method=BiDoRA(), train_dataset=rows)
 trainer.train()

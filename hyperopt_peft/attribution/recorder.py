@@ -41,7 +41,7 @@ class RecordedTrainer(BilevelTrainer):
     ) -> None:
         self.method, self.passes = (method := method_of(trainer)), PassCounter()
         self.tags, self.twice, self.options = (*method.tags, ROW), twice, options
-        self._rows, self.may_share_rows = data.of_retraining, True  # ``trainer`` has checked them
+        self._rows = data.of_retraining
         dtypes = [parameter.dtype for _, parameter in trainable(trainer.model)]
         dtype = torch.promote_types((dtypes or [torch.float32])[0], torch.float32)
         ones = torch.ones(len(data.train_rows), dtype=dtype, device=args.device)
@@ -97,6 +97,7 @@ class RecordedTrainer(BilevelTrainer):
 
     def task_loss(self, batch: Any, *, training: bool = True) -> Tensor:
         """The loss `weighted` in the precision of training, with dropout if ``training``."""
+        self.calls += 1
         self.model.train(training)
         with self.compute_loss_context_manager():
             return self.weighted.weighted(self.weighted.losses(batch), batch)["loss"]
@@ -106,8 +107,8 @@ class RecordedTrainer(BilevelTrainer):
         super().adopt_prepared_parameters()
         limits = (self.args.max_grad_norm, self.args.upper_max_grad_norm)
         levels = [
-            Accumulated(level, self.optimizer, limit or None)
-            for level, limit in zip(self.levels, limits)
+            Accumulated(level, self.optimizer, limit or None, calls)
+            for level, limit, calls in zip(self.levels, limits, (None, lambda: self.calls))
         ]
         self._assigned: dict[int, Tensor] = {}
         if self.run is None:

@@ -14,17 +14,19 @@ from hyperopt_peft.attribution.rows import ROW, NumberedRows
 from hyperopt_peft.core.labels import require_labels
 from hyperopt_peft.core.logits import as_numbers
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.trainer.checks import check_rows
+from hyperopt_peft.trainer.checks import check_rows, read_rows
 from hyperopt_peft.trainer.data import (
     batches_of,
+    columns_read,
     joined,
     label_column,
+    reads_of,
     require_examples,
     require_unseen,
     shared,
     split_dataset,
 )
-from hyperopt_peft.trainer.tags import TagCollator
+from hyperopt_peft.trainer.tags import InOrder, TagCollator
 from hyperopt_peft.trainer.upper_batches import loader_of
 
 logger = logging.get_logger(__name__)
@@ -68,7 +70,7 @@ class TrainerData:
         evaluation = trainer.eval_dataset if evaluation is None else evaluation
         evaluation_rows = _numbered_rows(trainer, evaluation, "eval_dataset")
         count = len(evaluation_rows)
-        common = shared(evaluation, train)
+        common = shared(evaluation, train, _reads(trainer))
         if common == count:
             raise ProblemError(
                 "evaluation: every row of it is a training row too, and would explain itself; give "
@@ -86,7 +88,7 @@ class TrainerData:
         for row, value in enumerate(of_rows):
             groups.setdefault(str(value), []).append(row)
         loader = loader_of(trainer, trainer.train_dataset, "train_dataset")
-        collate = TagCollator(loader.collate_fn, (*getattr(trainer, "tags", ()), ROW))
+        collate = TagCollator(InOrder(loader.collate_fn), (*getattr(trainer, "tags", ()), ROW))
         sets = train, evaluation, train_rows, evaluation_rows, of_levels, of_retraining
         return cls(*sets, groups, (_shown(train), _shown(evaluation)), collate, trainer)
 
@@ -105,7 +107,8 @@ class TrainerData:
     def test_rows(self, test: Any) -> NumberedRows:
         """``test``, numbered; ProblemError if a row is a training or an evaluation row."""
         rows = _numbered_rows(self.trainer, test, "test")
-        require_unseen("test", test, training=self.train, evaluation=self.evaluation)
+        reads = _reads(self.trainer)
+        require_unseen("test", test, reads, training=self.train, evaluation=self.evaluation)
         return rows
 
 
@@ -114,15 +117,16 @@ def _rows_of_levels(trainer: Any) -> tuple[Any, Any, tuple[Any, Any], tuple[Any,
     args, (lower, upper) = trainer.args, trainer._rows
     if upper is None:
         given, seed = lower, args.seed if args.data_seed is None else args.data_seed
+        reads = {*columns_read(given, given, trainer._row_columns)}
         numbered = given.add_column(ROW, list(range(len(given))))
-        halves = split_dataset(numbered, args.upper_fraction, seed)
+        halves = split_dataset(numbered, args.upper_fraction, seed, reads=reads)
         numbers = [half[ROW][:] for half in halves]
     else:
         given = joined(train_dataset=lower, upper_dataset=upper)
         numbers = [list(range(len(lower))), list(range(len(lower), len(given)))]
     levels = []
     for name, of_level in zip(("train_dataset", "upper_dataset"), numbers, strict=True):
-        rows = _selected(trainer, getattr(trainer, name), name)
+        rows = read_rows(trainer, getattr(trainer, name), name)
         if len(rows) != len(of_level):
             raise ProblemError(
                 f"{name}: the trainer left {len(of_level) - len(rows)} rows out, so the others "
@@ -136,17 +140,15 @@ def _rows_of_levels(trainer: Any) -> tuple[Any, Any, tuple[Any, Any], tuple[Any,
 
 
 def _numbered_rows(trainer: Any, data: Any, name: str) -> NumberedRows:
-    """The rows of `_selected` with their numbers, once they are checked."""
+    """The rows of `read_rows` with their numbers, once they are checked."""
     require_examples(name, data, by_index=True)
     check_rows(trainer.model, data, {"data_collator": trainer.data_collator})
-    return NumberedRows(_selected(trainer, data, name))
+    return NumberedRows(read_rows(trainer, data, name))
 
 
-def _selected(trainer: Any, data: Any, name: str) -> Any:
-    """``data`` with the columns that the model takes."""
-    if isinstance(data, datasets.Dataset) and trainer.args.remove_unused_columns:
-        data = data.select_columns(loader_of(trainer, data, name).dataset.column_names)
-    return data
+def _reads(trainer: Any) -> set[str] | None:
+    """As `reads_of`; a bilevel trainer with tags keeps the columns of its own accord."""
+    return getattr(trainer, "_row_columns", None) or reads_of(trainer.model, trainer.args)
 
 
 def _shown(data: Any) -> dict[str, Sequence[Any]]:

@@ -24,8 +24,10 @@ from hyperopt_peft.comparison.task import Task
 from hyperopt_peft.comparison.work import Work, require_pickled
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.find import find_method
+from hyperopt_peft.trainer.data import reads_of
 from hyperopt_peft.trainer.fingerprint import data_fingerprint
 from hyperopt_peft.trainer.method import Method, has_upper_level
+from hyperopt_peft.trainer.quiet import no_bars
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils.versions import versions
 
@@ -168,7 +170,8 @@ def compare_methods(
         raise ProblemError("part: the parts share their runs through a folder; give folder")
     parts = seeds if on_heads and folds is None else ()
     rows = (train_dataset, upper_dataset, test_dataset)
-    data = Rows(*rows, folds, held_out, spare=not on_heads, parts=parts)
+    reads = reads_of(no_bars()(base_model)(), args)
+    data = Rows(*rows, folds, held_out, spare=not on_heads, parts=parts, reads=reads)
     data, note = data.usable()
     known = {n: m if isinstance(m, Method) else find_method(m)() for n, m in methods.items()}
     if not known:

@@ -12,7 +12,7 @@ from datasets import Dataset
 from sklearn.model_selection import KFold, ShuffleSplit
 
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.trainer.data import digests, require_examples, shared_rows, split_dataset
+from hyperopt_peft.trainer.data import firsts, require_examples, shared_rows, split_dataset
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Rows:
     Attributes:
         train, upper, test, folds, held_out: as in `compare_methods`.
         spare: whether folds leave a further part out, which scores the development runs alone.
+        reads: the columns in which equal rows are equal, as in `split_dataset`.
         parts: the seeds, each of which scores a part of ``test`` of its own; given where the
             training is not random, so that all seeds would have one score.
     """
@@ -33,6 +34,7 @@ class Rows:
     held_out: float = 0.2
     spare: bool = True
     parts: Sequence[int] = ()
+    reads: Any = None
 
     def usable(self) -> tuple[Rows, str]:
         """These without test rows that are training rows too, and a sentence with their number.
@@ -55,7 +57,8 @@ class Rows:
                 "upper_dataset: one trusted row cannot both train and choose a rate; give more"
             )
         if self.folds is None:
-            both = [*shared_rows(self.test, self.train), *shared_rows(self.test, self.upper)]
+            known = self.train, self.upper
+            both = [row for rows in known for row in shared_rows(self.test, rows, self.reads)]
             rest, count = sorted({*range(len(self.test))} - {*both}), len(self.test)
             if not rest:
                 raise ProblemError("test_dataset: all of its rows are training rows; give others")
@@ -69,14 +72,12 @@ class Rows:
             note = f"{count - len(rest)} of {count} test rows are training rows too, and left out"
             return replace(self, test=self.test.select(rest)), note
         require_examples("upper_dataset", self.upper)
-        most, again = len(self.upper) - self.spare, shared_rows(self.upper, self.train)
+        most, again = len(self.upper) - self.spare, shared_rows(self.upper, self.train, self.reads)
         if not 2 <= self.folds <= most:
             raise ProblemError(
                 f"folds: {self.folds} of {len(self.upper)} trusted rows; give 2 to {most}"
             )
-        first = dict[int, int]()
-        rows = enumerate(digests(self.upper, self.upper.column_names))
-        again += [row for row, digest in rows if first.setdefault(digest, row) < row]
+        again += [row for row, first in enumerate(firsts(self.upper, self.reads)) if first < row]
         if again:
             raise ProblemError(
                 f"upper_dataset: row {min(again)} (from 0) is in another fold or in train_dataset "
@@ -102,7 +103,7 @@ class Rows:
             return self.train, self.upper, self.test
         if self.upper is None:
             with suppress(ProblemError):  # of a class that is too rare to be in both parts
-                lower, scored = split_dataset(self.train, self.held_out, seed)
+                lower, scored = split_dataset(self.train, self.held_out, seed, reads=self.reads)
                 return lower, None, scored
             rest, held = self._halves(self.train, seed)
             return self.train.select(rest), None, self.train.select(held)

@@ -33,7 +33,7 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.features import Features, features_of
 from hyperopt_peft.problems.head import Head, head_of, l2_penalty, require_head
 from hyperopt_peft.trainer.checks import read_rows, require_mean_over_labels
-from hyperopt_peft.trainer.data import split_dataset
+from hyperopt_peft.trainer.data import firsts, split_dataset
 from hyperopt_peft.trainer.method import Method, has_upper_level
 from hyperopt_peft.trainer.quiet import no_bars
 from hyperopt_peft.trainer.tags import INDEX, numbered
@@ -114,7 +114,7 @@ class HeadTask(Task):
         train, upper = method.rows(train, upper)
         if bilevel and upper is None:
             share = self.args.with_defaults(method.defaults).upper_fraction
-            train, upper = split_dataset(train, share, run.seed)
+            train, upper = split_dataset(train, share, run.seed, reads={ROW})
         rows = train if bilevel else method.all_rows(train, upper)
         assert self.model is not None
         model: Any = OnFeatures(self.model.x, self.model.head)
@@ -162,7 +162,8 @@ class HeadTask(Task):
             trainer, features, read = self._features(rows)
             begin = sum(len(each.x) for each in found)
             found.append(features)
-            columns = {ROW: range(begin, begin + len(rows)), "labels": features.labels.tolist()}
+            numbers = [begin + row for row in firsts(rows, data.reads)]
+            columns = {ROW: numbers, "labels": features.labels.tolist()}
             others = [name for name in rows.column_names if name not in (*read, *LABELS)]
             tables.append(Dataset.from_dict(columns | {name: rows[name][:] for name in others}))
         every = Features.joined(found).double()
@@ -170,7 +171,7 @@ class HeadTask(Task):
         every = every.standardized(Features.joined(seen)).to(trainer.args.device)
         head = head_of(trainer.model, every)
         self.model = OnFeatures(every.x, head)
-        self.data = replace(data, train=tables[0], upper=tables[1], test=tables[2])
+        self.data = replace(data, train=tables[0], upper=tables[1], test=tables[2], reads={ROW})
 
     def _features(self, rows: Any) -> tuple[Any, Features, list[str]]:
         """A trainer, the features of ``rows``, and the columns that the trainer's model reads."""

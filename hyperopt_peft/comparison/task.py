@@ -221,7 +221,7 @@ class Task:
             return price
         for rows in (trainer.train_dataset, trainer.upper_dataset, trainer.all_rows()):
             known = {*data[2].column_names} <= {*getattr(rows, "column_names", ())}
-            if known and (common := shared_rows(data[2], rows)):
+            if known and (common := shared_rows(data[2], rows, self.data.reads)):
                 raise ProblemError(
                     f"{run.method}: trains on {len(common)} of {len(data[2])} test rows; let rows "
                     "and all_rows return rows of train_dataset alone"

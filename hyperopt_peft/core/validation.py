@@ -197,7 +197,8 @@ def missing_input_hint(batch: Any, error: Exception) -> str:
         return ""
     return (
         f"the loss reads {key!r}, and the batch has only {', '.join(map(str, batch))}; "
-        "add the column, and set remove_unused_columns=False if the Trainer removes it"
+        "add the column, and if the Trainer removes it, name it in the method's tags or set "
+        "remove_unused_columns=False"
     )
 
 

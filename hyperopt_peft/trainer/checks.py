@@ -190,9 +190,9 @@ def _check_lengths(model: Any, data: Dataset) -> None:
     )
 
 
-def read_rows(trainer: Any) -> Any:
-    """The training rows, with only the columns that the model or a level reads."""
-    rows, name = trainer.train_dataset, "train_dataset"
+def read_rows(trainer: Any, rows: Any = None, name: str = "train_dataset") -> Any:
+    """``rows``, the training rows by default, with the columns that the model or a level reads."""
+    rows = trainer.train_dataset if rows is None else rows
     if not isinstance(rows, Dataset):
         return rows
     return rows.select_columns(loader_of(trainer, rows, name).dataset.column_names)

@@ -2,44 +2,53 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from inspect import signature
 from itertools import count
 from typing import Any
 
 from accelerate.utils import send_to_device
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
+from torch.nn import Module
 from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
+from transformers.utils import logging
 
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.utils.models import base_model
 from hyperopt_peft.utils.random_state import RandomState, replay
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
+#: Columns that a Trainer keeps for every model.
+LABELS = ("label", "labels", "label_ids")
+#: The columns of `reads_of`, or None for all.
+Reads = Set[str] | None
 #: Names in the dict of evaluation sets that a parent trainer prepares.
 EVALUATION, UPPER = "eval", "upper_dataset"
 
 
 def split_dataset(
-    train: Dataset, upper_fraction: float, seed: int, label: str | None = None
+    train: Dataset, upper_fraction: float, seed: int, label: str | None = None, reads: Reads = None
 ) -> tuple[Dataset, Dataset]:
     """Split the training set into the lower and the upper level's rows, by ``seed``.
 
     The split is stratified if the column ``label`` (by default ``label`` or ``labels``) holds
-    classes: a ClassLabel, or integers that each occur at least three times on average.
+    classes: a ClassLabel, or integers that each occur at least three times on average. All copies
+    of a row are in one level.
 
     Args:
-        upper_fraction: the upper level's share of the rows, in (0, 1).
+        upper_fraction: the upper level's share of the different rows, in (0, 1).
         label: the column of the classes.
+        reads: the columns in which copies are equal; by default all.
 
     Raises:
         ProblemError: a level would be empty or lack a class, an example has no class, or ``train``
             has no column ``label``.
 
     Example:
-        >>> train = Dataset.from_dict({"label": [0, 1] * 10})
+        >>> train = Dataset.from_dict({"x": range(20), "label": [0, 1] * 10})
         >>> lower, upper = split_dataset(train, 0.2, seed=0)
         >>> len(lower), sorted(upper["label"])
         (16, [0, 0, 1, 1])
@@ -60,10 +69,13 @@ def split_dataset(
         )
     names = sorted(set(values))
     labels = ClassLabel(names=[str(name) for name in names] or ["any"])
-    columns = {"row": range(len(train)), "class": [*map(names.index, values)] or [0] * len(train)}
+    same = firsts(train, reads)
+    kept = [row for row, first in enumerate(same) if row == first]
+    columns = {"row": kept, "class": [names.index(values[k]) if names else 0 for k in kept]}
     features = Features({"row": Value("int64"), "class": labels})  # a cast would show a bar
     rows = Dataset.from_dict(columns, features=features)
-    where = f"cannot give {upper_fraction:.0%} of {len(train)} training examples to the upper level"
+    different = f"{len(kept)} different training examples"
+    where = f"cannot give {upper_fraction:.0%} of {different} to the upper level"
     split = stratified(rows, upper_fraction, seed, "class" if names else None, where)
     for level, side in zip(("lower", "upper"), split, strict=True):
         present = set(side["class"]) if names else set()
@@ -73,7 +85,11 @@ def split_dataset(
                     f"{where}: class {name!r} has only {values.count(name)} examples, and the "
                     f"{level} level would get none; change upper_fraction or the data"
                 )
-    lower, upper = (train.select(side["row"][:]) for side in split)
+    chosen = [side["row"][:] for side in split]
+    level_of = {row: rows for rows in chosen for row in rows}
+    for row in sorted({*range(len(train))} - {*kept}):
+        level_of[same[row]].append(row)
+    lower, upper = map(train.select, chosen)
     return lower, upper
 
 
@@ -100,32 +116,14 @@ def stratified(
     return parts["train"], parts["test"]
 
 
-def data_of_levels(
-    train: Any,
-    upper: Any,
-    evaluation: Any,
-    args: Any,
-    *,
-    bilevel: bool,
-    may_share_rows: bool = False,
-    prepared: bool = True,
-) -> tuple[Any, Any]:
-    """The checked data of the lower and the upper level; ``train`` is split if ``upper`` is None.
-
-    With ``may_share_rows`` they may overlap. Without ``prepared``, as for texts that a parent
-    trainer tokenizes, they need the same layout.
-    """
+def data_of_levels(train: Any, upper: Any, args: Any, bilevel: bool, reads: Reads) -> Any:
+    """The data of the lower and the upper level; ``train`` is split if ``upper`` is None."""
     require_examples("train_dataset", train)
     if not bilevel and upper is not None:
         raise ProblemError("upper_dataset: there is no upper level; leave upper_dataset out")
-    if upper is not None:
-        require_examples("upper_dataset", upper, by_index=True)
-        if not prepared:
-            require_same_layout(train, upper)
-        require_apart(train, upper, evaluation, may_share_rows=may_share_rows)
-    elif bilevel:
+    if bilevel and upper is None:
         seed = args.seed if args.data_seed is None else args.data_seed
-        train, upper = split_dataset(train, args.upper_fraction, seed)
+        train, upper = split_dataset(train, args.upper_fraction, seed, reads=reads)
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and has_length(train) and len(train) < batch:
         raise ProblemError(
@@ -252,22 +250,27 @@ def batches_of(
         return [send_to_device(collate([rows[k] for k in part]), device) for part in parts]
 
 
-def require_apart(lower: Any, upper: Any, evaluation: Any, *, may_share_rows: bool = False) -> None:
-    """Raise ProblemError if ``upper`` is in the evaluation set, or shares rows with ``lower``."""
+def require_apart(lower: Any, upper: Any, evaluation: Any, reads: Reads = None) -> None:
+    """Raise ProblemError if ``upper`` shares rows with ``lower``, or is in ``evaluation``.
+
+    It may share some with an evaluation set, with a warning.
+    """
+    require_examples("upper_dataset", upper, by_index=True)
     for held_out in evaluation.values() if isinstance(evaluation, Mapping) else [evaluation]:
-        if shared(upper, held_out) == len(upper):
+        common = shared(held_out, upper, reads)
+        if shared(upper, held_out, reads) == len(upper) or (common and common == len(held_out)):
             raise ProblemError(
-                "eval_dataset is given as the upper level's data, so the evaluation would be on "
-                "training data; give a part of the training set, or upper_fraction"
+                "eval_dataset is given as the upper level's data or a part of it, so the "
+                "evaluation would be on training data; evaluate on others, or give upper_fraction"
             )
-    if isinstance(lower, Dataset) and isinstance(upper, Dataset) and not _columns(lower, upper):
+        if common:
+            logger.warning_once(f"eval_dataset: {common} examples are in upper_dataset too")
+    if isinstance(lower, Dataset) and isinstance(upper, Dataset) and not columns_read(lower, upper):
         raise ProblemError(
             f"train_dataset and upper_dataset have no column in common: {lower.column_names} "
             f"and {upper.column_names}; rename the columns"
         )
-    if may_share_rows:
-        return
-    if common := shared(upper, lower):
+    if common := shared(upper, lower, reads):
         raise ProblemError(
             f"{common} of {len(upper)} examples of upper_dataset are in train_dataset too, so they "
             "are not held out; remove them from one of the two"
@@ -281,7 +284,7 @@ def require_same_layout(lower: Any, upper: Any) -> None:
     """
     if not (isinstance(lower, Dataset) and isinstance(upper, Dataset)):
         return
-    if "input_ids" in _columns(lower, upper):
+    if "input_ids" in columns_read(lower, upper):
         return
     one, two = ({n for n, x in d.features.items() if not _is_number(x)} for d in (lower, upper))
     if other := sorted(one ^ two):
@@ -295,31 +298,55 @@ def _is_number(kind: Any) -> bool:
     return isinstance(kind, ClassLabel) or (isinstance(kind, Value) and "string" not in kind.dtype)
 
 
-def _columns(one: Dataset, other: Dataset) -> list[str]:
-    return [column for column in one.column_names if column in other.column_names]
+def reads_of(model: Any, args: Any) -> set[str] | None:
+    """The columns that a Trainer with ``args`` keeps for ``model``; None if it keeps all."""
+    if not args.remove_unused_columns:
+        return None
+    inputs = signature(base_model(model).forward).parameters if isinstance(model, Module) else ()
+    return {*inputs, *LABELS, *(args.label_names or ())}
 
 
-def shared(data: Any, other: Any) -> int:
+def columns_read(one: Dataset, other: Dataset, reads: Reads = None) -> list[str]:
+    """The columns of both that are in ``reads``; without it all.
+
+    If they are labels alone, as beside texts that a parent trainer prepares, also those of texts.
+    """
+    common = [column for column in one.column_names if column in other.column_names]
+    read = [column for column in common if reads is None or column in reads]
+    texts = [column for column in common if not _is_number(one.features[column])]
+    return read if {*read} - {*LABELS} else [*texts, *read] if texts else common
+
+
+def shared(data: Any, other: Any, reads: Reads = None) -> int:
     """The number of examples of ``data`` that are also in ``other``; 0 if unknown."""
-    return len(data) if data is other else len(shared_rows(data, other))
+    return len(data) if data is other else len(shared_rows(data, other, reads))
 
 
-def require_unseen(name: str, rows: Any, **others: Any) -> None:
+def require_unseen(name: str, rows: Any, reads: Reads = None, **others: Any) -> None:
     """Raise ProblemError if some of ``rows``, the argument ``name``, are in one of ``others``."""
     for kind, other in others.items():
-        if common := shared(rows, other):
+        if common := shared(rows, other, reads):
             raise ProblemError(
                 f"{name}: {common} of {len(rows)} rows are {kind} rows too; remove them"
             )
 
 
-def shared_rows(data: Any, other: Any) -> list[int]:
-    """The indices of the examples of ``data`` that are also in ``other``; none if unknown."""
-    if not (isinstance(data, Dataset) and isinstance(other, Dataset) and _columns(data, other)):
+def shared_rows(data: Any, other: Any, reads: Reads = None) -> list[int]:
+    """The indices of the examples of ``data`` that are also in ``other``; none if unknown.
+
+    Examples are equal if they are in `columns_read`.
+    """
+    tables = isinstance(data, Dataset) and isinstance(other, Dataset)
+    if not (tables and (columns := columns_read(data, other, reads))):
         return []
-    others = set(digests(other, _columns(data, other)))
-    hashes = digests(data, _columns(data, other))
-    return [row for row, digest in enumerate(hashes) if digest in others]
+    others = {*digests(other, columns)}
+    return [row for row, digest in enumerate(digests(data, columns)) if digest in others]
+
+
+def firsts(data: Dataset, reads: Reads = None) -> list[int]:
+    """The number of the first row that is equal to each row; see `shared_rows`."""
+    first, hashes = dict[int, int](), digests(data, columns_read(data, data, reads))
+    return [first.setdefault(digest, row) for row, digest in enumerate(hashes)]
 
 
 class Endless(IterableDataset[Any]):

@@ -18,7 +18,7 @@ from hyperopt_peft.adapters.layers import adapter_settings
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer import checks
-from hyperopt_peft.trainer.data import collating, require_apart, require_examples
+from hyperopt_peft.trainer.data import collating
 from hyperopt_peft.trainer.levels import TwoLevelTrainer
 from hyperopt_peft.trainer.method import Method, has_upper_level
 from hyperopt_peft.trainer.tags import INDEX, numbered
@@ -42,7 +42,6 @@ class PhasesTrainer(TwoLevelTrainer):
     #: The trainer of the second phase; None before that begins.
     retrainer: Any = None
     _set_up: Callable[..., None]  # with levels in place of a method
-    may_share_rows: bool
     skipped: int
     upper_batches: UpperBatches | None
     _search: dict[str, Any] | None = None  # settings of the search, in the second phase too
@@ -59,10 +58,6 @@ class PhasesTrainer(TwoLevelTrainer):
             trainer["peft_config"] = method.adapter(copy.deepcopy(trainer["peft_config"]))
         self._options = options_of_retraining(trainer)
         self.tags = method.tags
-        if upper is not None:  # before rows are numbered, joined or repeated
-            require_examples("upper_dataset", upper, by_index=True)
-            require_apart(train, upper, trainer.get("eval_dataset"))
-            self.may_share_rows = True
         if INDEX in method.tags:
             train, upper = numbered(train, upper)
         self._rows = train, upper = method.rows(train, upper)
@@ -195,9 +190,13 @@ class PhasesTrainer(TwoLevelTrainer):
             return
         model = None if self.is_fsdp_enabled else self.model  # FSDP2 may load parameters later
         rows = checks.read_rows(self)
-        random = replay(RandomState.capture())
-        with collating("train_dataset"), random, self.compute_loss_context_manager():
-            self.method.read_rows(model, rows, self.data_collator)
+        collate = collating("train_dataset")(self.data_collator)
+        try:
+            with replay(RandomState.capture()), self.compute_loss_context_manager():
+                self.method.read_rows(model, rows, collate)
+        except KeyError as error:
+            text = f"read_rows: reads {error}, which rows or batches lack; name the column in tags"
+            raise ProblemError(f"{type(self.method).__name__}.{text}") from error
 
     def settings(self) -> dict[str, Any]:
         """As `TwoLevelTrainer.settings`, with the options of method and adapter."""

@@ -45,15 +45,22 @@ class Accumulated(Problem):
 
         f(w) = 1/n Σ_i weight_i f_i(w)   over n micro-batches
 
+    Given ``calls``, which counts evaluations of the Trainer's ``task_loss``, a loss without any is
+    weighted by the labels of its micro-batch, as ``task_loss`` weights its own.
+
     Variables and prior are the level's. Every evaluation of a micro-batch draws the same random
     numbers, and first-order passes hold one graph at a time. ``optimizer`` may also own other
     tensors.
     """
 
     def __init__(
-        self, level: Problem, optimizer: Any = None, max_grad_norm: float | None = None
+        self,
+        level: Problem,
+        optimizer: Any = None,
+        max_grad_norm: float | None = None,
+        calls: Callable[[], int] | None = None,
     ) -> None:
-        self.level = level
+        self.level, self.calls = level, calls
         super().__init__(
             list(zip(level.names, level.variables, strict=True)),
             max_grad_norm=max_grad_norm,
@@ -70,9 +77,12 @@ class Accumulated(Problem):
     def terms(self, batch: Sequence[MicroBatch]) -> Iterator[tuple[Tensor, dict[str, float]]]:
         """Each micro-batch's contribution to the mean loss, and its metrics."""
         for micro in batch:
+            calls, weight = self.calls and self.calls(), micro.weight
             with replay(micro.random_state):
                 ((loss, metrics),) = self.level.terms(micro.batch)
-            yield loss * (micro.weight / len(batch)), metrics
+            if self.calls and self.calls() == calls and isinstance(micro.batch, Mapping):
+                weight = micro.batch.get(WEIGHT, weight)
+            yield loss * (weight / len(batch)), metrics
 
 
 @dataclass(eq=False)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from hyperopt_peft.core.labels import labels_are_shifted, require_labels
 from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.upper_batches import loader_of
+from hyperopt_peft.utils.random_state import RandomState, replay
 
 #: The tag that needs no column: a row's number in the user's data; upper rows come last.
 INDEX = "index"
@@ -42,12 +44,56 @@ def numbered(*tables: Any) -> tuple[Any, ...]:
 
 
 @dataclass(frozen=True)
+class InOrder:
+    """Calls ``collate``; ProblemError if it sorts its rows, such as the longest first.
+
+    Rows of different lengths are collated in two orders, once for each column in which a batch has
+    different lengths. Rows that ``collate`` joins are not tested.
+    """
+
+    collate: Callable[[Sequence[Any]], Any]
+    tested: set[str] = field(default_factory=set)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Any:
+        """The batch of ``rows``."""
+        sizes = [_sizes(row) for row in rows]
+        names = {n for n, size in sizes[0].items() if any(x.get(n) != size for x in sizes)}
+        if not names <= self.tested:
+            self.tested.update(names)
+            # One row of each size: a random mask would look like another order of equal rows.
+            some = [*{str(size): row for size, row in zip(sizes, rows, strict=True)}.values()]
+            state = RandomState.capture()
+            one, other = (self._of_rows(x, state) for x in (some, [*some[1:], some[0]]))
+            if other != [*one[1:], one[0]] and sorted(other) == sorted(one):
+                raise ProblemError(
+                    "data_collator: returns its rows in another order, so that their numbers would "
+                    "be beside other rows; let it keep the order"
+                )
+        return self.collate(rows)
+
+    def _of_rows(self, rows: Sequence[Any], state: RandomState) -> list[bytes]:
+        with replay(state):
+            batch = self.collate(deepcopy(rows))  # which it may change
+        entries = [x.detach().cpu().double() for x in batch.values() if isinstance(x, Tensor)]
+        found = [x.numpy() for x in entries if x.shape[:1] == (len(rows),)]
+        return [b"".join(x[k].tobytes() for x in found) for k in range(len(rows))]
+
+
+def _sizes(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The shape or length of each entry of ``row``; of a mask, which tokens it shows."""
+    sizes = {n: getattr(x, "shape", isinstance(x, list | str) and len(x)) for n, x in row.items()}
+    mask: Any = row.get("attention_mask")
+    return {**sizes, "attention_mask": str(mask.tolist() if hasattr(mask, "tolist") else mask)}
+
+
+@dataclass(frozen=True)
 class TagCollator:
     """Calls ``collate`` on rows without ``tags``, then adds the tags to the batch.
 
     A tag has one number for each row, ``(n,)``. If ``collate`` joins the rows, or packed rows have
     a list with a number for each token, it has one for each label, in the shape of ``labels``. Rows
-    may lack a tag, such as those of an upper level that does not read it.
+    may lack a tag, such as those of an upper level that does not read it. Whole numbers are exact;
+    others have torch's default precision, as the labels of a model.
 
     Example:
         >>> def flat(rows):  # one row of all, as padding_free=True makes it
@@ -84,7 +130,13 @@ def _values(tag: str, rows: Sequence[Mapping[str, Any]], batch: Mapping[str, Any
             f"rows with {sum(map(len, values))} tokens, so a label has no {tag}; use a collator "
             "that pads the rows, or writes them one after another"
         )
-    # Padding is at the end and not scored, so any value will do.
+    read = batch.get("attention_mask", labels != IGNORED)
+    if any(row[len(each) :].any() for row, each in zip(read, values, strict=True)):
+        raise ProblemError(
+            f"column {tag!r}: has a number for each token, and the data collator pads on the left, "
+            "so that tokens would have others' numbers; set the tokenizer's padding_side='right'"
+        )
+    # Padding is not scored, so any value will do.
     return torch.tensor([each + each[-1:] * (shape[1] - len(each)) for each in values])
 
 
@@ -130,13 +182,24 @@ def keep_tags(trainer: Any, tags: Sequence[str], method: str) -> None:
             f"packing_strategy: 'wrapped' rows mix texts, so a text has no {tags[0]} of its own; "
             "set 'bfd'"
         )
+    for name in ("train_dataset", "upper_dataset"):
+        rows = getattr(trainer, name)
+        for tag in tags if isinstance(rows, Dataset) else ():
+            column = rows.with_format(None)[tag] if tag in rows.column_names else ()
+            for row, value in enumerate(column):
+                numbers = value if isinstance(value, list) else [value]
+                if not all(isinstance(number, int | float) for number in numbers):
+                    raise ProblemError(
+                        f"{tag}: is {value!r:.40} in row {row} (from 0) of {name}, and no number; "
+                        "give it one, or leave the row out"
+                    )
     if args.remove_unused_columns:  # the Trainer would remove the tags too
         trainer.model_columns = _model_columns(trainer)
         args.remove_unused_columns = False
     collate = trainer.data_collator
     if trainer.model_columns is not None:
         collate = RemoveColumnsCollator(collate, trainer.model_columns)
-    trainer.data_collator = TagCollator(collate, tags)
+    trainer.data_collator = TagCollator(InOrder(collate), tags)
 
 
 def _model_columns(trainer: Any) -> set[str]:

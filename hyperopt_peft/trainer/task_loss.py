@@ -51,7 +51,9 @@ class TaskLossTrainer(CombinedTrainer):
     #: Passes and seconds of the training, for both phases of a method together.
     passes: PassCounter
     model: Any
-    _loss_read = _loss_checked = False  # by a level's last evaluation; by the first step
+    #: The number of calls of `task_loss`.
+    calls = 0
+    _loss_checked = False  # by the first step
 
     @classmethod
     def has_own_loss(cls) -> bool:
@@ -163,7 +165,7 @@ class TaskLossTrainer(CombinedTrainer):
         With the entries of `core.labels`, its mean over a step's micro-batches and processes is the
         mean over all labels of the step.
         """
-        self._loss_read = True
+        self.calls += 1
         inputs = without(batch, self.tags)
         weight, items, n = (inputs.pop(entry, None) for entry in (WEIGHT, ITEMS, MICRO_BATCHES))
         if n is not None:  # TRL divides a mixture of experts' auxiliary loss by this attribute

@@ -21,8 +21,12 @@ from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.callback import BilevelCallback
 from hyperopt_peft.trainer.data import (
     Endless,
+    Reads,
     collating,
     data_of_levels,
+    reads_of,
+    require_apart,
+    require_same_layout,
     warn_of_repeated_rows,
     with_upper,
     without_upper,
@@ -92,9 +96,8 @@ class BilevelTrainer(PhasesTrainer):
     """
 
     Arguments = BilevelTrainingArguments
-    #: Whether the lower level may also train on the upper level's examples.
-    may_share_rows: bool = False
     current_step: OptimizerStep
+    _row_columns: Reads = None
     eval_dataset: Any
     current_flos: float
 
@@ -112,6 +115,13 @@ class BilevelTrainer(PhasesTrainer):
     ) -> None:
         checks.check_class(args, self.Arguments)
         self.passes = PassCounter()
+        self._row_columns = reads_of(model, args)
+        if upper_dataset is not None:  # before a method numbers, joins or repeats rows
+            require_apart(
+                train_dataset, upper_dataset, trainer.get("eval_dataset"), self._row_columns
+            )
+            if self.parent() is not Trainer:
+                require_same_layout(train_dataset, upper_dataset)
         if lower is None and upper is None:
             method = method or Method()
             self._set_up_method(model, args, method, train_dataset, upper_dataset, trainer)
@@ -144,13 +154,7 @@ class BilevelTrainer(PhasesTrainer):
             for data in (train_dataset, upper_dataset, evaluation):
                 checks.check_rows(model, data, trainer)
         train_dataset, upper_dataset = data_of_levels(
-            train_dataset,
-            upper_dataset,
-            evaluation,
-            args,
-            bilevel=upper is not None,
-            may_share_rows=self.may_share_rows,
-            prepared=self.parent() is Trainer,
+            train_dataset, upper_dataset, args, upper is not None, self._row_columns
         )
         self.skipped = 0
         self._callback = BilevelCallback(self)
@@ -236,9 +240,9 @@ class BilevelTrainer(PhasesTrainer):
                 "hyperopt_peft.hypergradient for one hypergradient"
             )
         self._set_training_mode(model)
-        step, self._loss_read = self.current_step, False
+        step, calls = self.current_step, self.calls
         loss = step.evaluate(inputs)
-        if not (self._loss_read or self._loss_checked):
+        if calls == self.calls and not self._loss_checked:
             checks.check_unread(self, self.lower, step.micro[0].batch)
         self._loss_checked = True
         if step.complete:
@@ -302,7 +306,7 @@ class BilevelTrainer(PhasesTrainer):
         if self.upper is not None:
             limit = self.args.max_grad_norm or None
             lower = Accumulated(self.lower, optimizer, limit)
-            upper = Accumulated(self.upper)
+            upper = Accumulated(self.upper, calls=lambda: self.calls)
             options = {"seed": self.args.seed, "uncounted": self.passes.paused}
             self.bilevel_step = BilevelStep(upper, lower, self.estimator, **options)
         self.devices = devices_of(*self.levels)

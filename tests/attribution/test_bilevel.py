@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import concatenate_datasets
 from torch import Tensor
 
 from hyperopt_peft import (
@@ -16,6 +17,8 @@ from hyperopt_peft import (
     ProblemError,
     attribute,
 )
+from hyperopt_peft.attribution.rows import ROW
+from hyperopt_peft.attribution.trainer_data import TrainerData
 from hyperopt_peft.core.task_level import TaskLevel
 from hyperopt_peft.problems import DoRA, LayerScales
 from hyperopt_peft.utils.models import trainable
@@ -80,7 +83,9 @@ class Head(Method):
         return train.select(range(0, 12, 2))
 
 
-def trained(folder: Path, method: Method, *, apart: bool = False, **options: Any) -> BilevelTrainer:
+def trained(
+    folder: Path, method: Method, *, apart: bool = False, train_dataset: Any = None, **options: Any
+) -> BilevelTrainer:
     """In float64: dropout, accumulation, clipping, warm-up and decay, on 12 rows."""
     settings = {
         "hypergradient": "direct",
@@ -95,11 +100,26 @@ def trained(folder: Path, method: Method, *, apart: bool = False, **options: Any
         "retrain_arguments": {"max_steps": 3},
     }
     args = BilevelTrainingArguments(str(folder), **{**ARGUMENTS, **settings, **options})
-    sets = {"train_dataset": data(rows=12), "eval_dataset": data(rows=6, seed=1)}
+    sets = {"train_dataset": train_dataset or data(rows=12), "eval_dataset": data(rows=6, seed=1)}
     if apart:
         sets |= {"train_dataset": data(rows=9), "upper_dataset": data(rows=3, seed=5)}
     model = peft_model(r=2, dora=isinstance(method, BiDoRA | DoRA)).double()
     return BilevelTrainer(model, args, method=method, **sets)
+
+
+def test_copies_of_a_row_have_their_own_numbers(tmp_path: Path) -> None:
+    """Where they are told apart by a column that the model does not read."""
+    ids = iter(range(24))
+    rows = concatenate_datasets(
+        [data(rows=12).add_column("idx", [next(ids) for _ in range(12)]) for _ in range(2)]
+    )
+    trainer = trained(tmp_path, BiDoRA(), train_dataset=rows)
+    read = TrainerData.read(trainer, None, None)
+    numbers = [level[ROW][:] for level in read.of_levels]
+    assert sorted([*numbers[0], *numbers[1]]) == [*range(24)]
+    assert not {k % 12 for k in numbers[0]} & {k % 12 for k in numbers[1]}
+    for level in read.of_levels:
+        assert all(row["input_ids"] == rows[row[ROW]]["input_ids"] for row in level)
 
 
 CASES = [

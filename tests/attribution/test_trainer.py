@@ -261,10 +261,33 @@ def of_weights(outputs: Any, labels: Tensor, **_: Any) -> Tensor:
     return cross_entropy(outputs.logits, labels, weights)
 
 
-SORTED = labelled([0] * 5 + [1] * 5 + [2] * 4)
+BY_CLASS = labelled([0] * 5 + [1] * 5 + [2] * 4)
+
+
+def longest_first(rows: list[Any]) -> Any:
+    return default_data_collator(sorted(rows, key=lambda row: -sum(row["attention_mask"])))
+
+
+def padded(rows: Dataset) -> Dataset:
+    """``rows`` of one to six tokens."""
+    mask = [[int(k <= row % 6) for k in range(6)] for row in range(len(rows))]
+    return rows.remove_columns("attention_mask").add_column("attention_mask", mask)
+
+
+def with_ids(rows: Dataset, begin: int) -> Dataset:
+    return rows.add_column("idx", [*range(begin, begin + len(rows))])
+
+
+SAME = {"train_dataset": with_ids(data(rows=14), 0)}
+SAME["eval_dataset"] = with_ids(data(rows=14), 100).select(range(7))
+SORTED = {"train_dataset": padded(data(rows=14)), "data_collator": longest_first}
 BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"eval_dataset": None}, {}, "eval_dataset: there is none"),
     ({"eval_dataset": data(rows=14)}, {}, "evaluation: every row of it is a training row"),
+    (SAME, {}, "evaluation: every row of it is a training row"),
+    (SAME, {"model": "head"}, "evaluation: every row of it is a training row"),
+    (SORTED, {}, "data_collator: returns its rows in another order"),
+    (SORTED, {"model": "head"}, "data_collator: returns its rows in another order"),
     ({"train_dataset": data(rows=14).select([])}, {}, "train_dataset"),
     ({"train_dataset": labelled([3] * 14)}, {}, "num_labels"),
     ({"eval_dataset": labelled([3] * 7)}, {}, "num_labels"),
@@ -279,7 +302,7 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ),
     # Below the tolerance of rounding; weights of classes where the first rows have one class.
     ({"args": {"label_smoothing_factor": 0.01}}, {}, "label_smoothing_factor"),
-    ({"compute_loss_func": of_weights, "train_dataset": SORTED}, {}, "of the first batch"),
+    ({"compute_loss_func": of_weights, "train_dataset": BY_CLASS}, {}, "of the first batch"),
     ({"args": {"neftune_noise_alpha": 5.0}}, {}, "neftune_noise_alpha"),
     ({"args": {"optim": "adafactor"}}, {}, "Adafactor"),
     ({"trainer": OwnOptimizer}, {}, "OwnOptimizer has a create_optimizer"),
@@ -396,12 +419,14 @@ def test_a_row_without_a_label_was_seen_and_has_no_influence(tmp_path: Path) -> 
 
 
 def test_what_a_result_refuses(tmp_path: Path) -> None:
-    trainer = stock(tmp_path)
+    trainer = stock(tmp_path, train_dataset=with_ids(data(rows=14), 0))
     result = attributed(trainer)
     with pytest.raises(ProblemError, match="7 of 7 rows are evaluation rows"):
         result.removal(0.2, trainer.eval_dataset, draws=1)
     with pytest.raises(ProblemError, match="1 of 1 rows are training rows"):
         result.removal(0.2, trainer.train_dataset.select([3]), draws=1)
+    with pytest.raises(ProblemError, match="1 of 1 rows are training rows"):
+        result.removal(0.2, with_ids(data(rows=14), 9).select([3]), draws=1)
     with pytest.raises(ProblemError, match="model_init"):
         attributed(trainer, estimator="gradient")
     with pytest.raises(ProblemError, match="training"):

@@ -24,6 +24,8 @@ TRAIN = Dataset.from_dict({"x": [100, 101]})
 SEEN: list[set[str]] = []
 FOLDS: dict[str, Any] = {"test_dataset": None, "folds": 2}
 NINE = data(rows=9, seed=7)
+#: The same rows with other numbers, which no model reads.
+IDS, MOVED = (data(rows=30).add_column("idx", [*range(k, k + 30)]) for k in (0, 100))
 
 
 @dataclass
@@ -83,6 +85,8 @@ def test_no_run_trains_on_the_rows_that_score_it() -> None:
         ({**FOLDS, "folds": 9, "upper_dataset": data(rows=9)}, "give 2 to 8"),
         ({**FOLDS, "upper_dataset": data(rows=9)}, "row 0 .* in train_dataset"),
         ({"upper_dataset": data(rows=20, seed=5)}, "all of its rows are training rows"),
+        ({"train_dataset": IDS, "test_dataset": MOVED.select([2, 7])}, "all .* are training rows"),
+        ({**FOLDS, "upper_dataset": MOVED, "train_dataset": IDS}, "row 0 .* in train_dataset"),
         ({**FOLDS, "upper_dataset": NINE.select([0, 1, 2, 3, 0])}, "row 4 .* in another fold"),
         ({"passes": None}, "passes: must be .*got None"),
         ({"passes": float("nan")}, "passes: must be .*got nan"),

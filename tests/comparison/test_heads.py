@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from torch import Tensor
@@ -156,6 +157,32 @@ class Wide(Method):
 
 def halved(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
     return cross_entropy(outputs.logits, labels) / 2
+
+
+class Watched(Method):
+    """Keeps the numbers of the lower level's rows."""
+
+    seen: ClassVar[list[Any]] = []
+
+    def read_rows(self, model: Any, rows: Any, collate: Any) -> None:
+        self.seen.append(Counter(rows["head_row"][:]))
+
+    def prepare(self, model: Any) -> None:
+        self.u = torch.zeros((), requires_grad=True)
+
+    def upper_variables(self, model: Any) -> dict[str, Any]:
+        return {"u": self.u}
+
+    def lower_loss(self, model: Any, batch: Any, task_loss: Any) -> Any:
+        return self.u.exp() * task_loss(batch)
+
+
+def test_copies_of_a_row_are_in_one_level() -> None:
+    copies = [data(rows=24).add_column("idx", [*range(k, k + 24)]) for k in (0, 24)]
+    sets = {"train_dataset": concatenate_datasets(copies), "test_dataset": data(rows=9, seed=5)}
+    on_heads({"method": Watched()}, upper_dataset=None, **sets)
+    assert all({*seen.values()} == {2} for seen in Watched.seen)
+    assert min(map(len, Watched.seen)) < 24 == max(map(len, Watched.seen))
 
 
 def untrusted(kind: str) -> dict[str, Any]:

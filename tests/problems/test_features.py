@@ -58,6 +58,19 @@ def test_a_token_has_what_the_model_s_own_head_reads() -> None:
     assert torch.equal(made.row, scored.nonzero()[:, 0])
 
 
+def test_rows_that_a_collator_moves_or_leaves_out_are_refused() -> None:
+    """Where each row has a class, and where each token has."""
+
+    def longest_first(rows: Any) -> Any:
+        return default_data_collator(sorted(rows, key=lambda row: -sum(row["attention_mask"])))
+
+    with pytest.raises(ProblemError, match="data_collator: returns its rows in another order"):
+        features_of(peft_model(), padded(), longest_first)
+    for kind in ("classes", "tokens", "regression"):
+        with pytest.raises(ProblemError, match="data_collator: leaves 9 rows as 8"):
+            features_of(peft_model(kind), data(kind, 9), lambda x: default_data_collator(x[1:]))
+
+
 def test_a_tuned_prompt_s_states_are_left_out() -> None:
     config = PromptTuningConfig("TOKEN_CLS", num_virtual_tokens=3)
     model = get_peft_model(trainers.base_model("tokens", dropout=0.0), config)

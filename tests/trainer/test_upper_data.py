@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
 from hyperopt_peft import ProblemError, split_dataset
-from hyperopt_peft.trainer.data import require_apart, warn_of_repeated_rows
+from hyperopt_peft.trainer.data import (
+    reads_of,
+    require_apart,
+    shared_rows,
+    warn_of_repeated_rows,
+)
 from hyperopt_peft.trainer.upper_batches import UpperBatches
+from tests.support.trainers import data, trainer
 
 N = 40
 
@@ -99,15 +106,62 @@ def test_examples_of_both_levels_are_counted(kind: str | None) -> None:
         require_apart(lower, Dataset.from_dict(again), None)
 
 
-def test_sets_that_share_rows_with_the_evaluation_set_in_part_are_apart() -> None:
-    """Data sets repeat themselves: only an upper set that lies in the evaluation set is refused."""
+def test_sets_that_share_rows_with_the_evaluation_set_in_part_are_apart(caplog: Any) -> None:
+    """Data sets repeat themselves: only if one set lies in the other one it is refused."""
     data = table(list(range(N)))
     lower, upper = data.select(range(20)), data.select(range(20, 30))
-    for evaluation in (None, {"a": None}, [1, 2], data.select(range(21, N))):
+    for evaluation in (None, {"a": None}, [1, 2], data.select(range(30, N))):
         require_apart(lower, upper, evaluation)
-    for may_share_rows in (False, True):
+    assert not caplog.text
+    require_apart(lower, upper, data.select(range(21, N)))
+    assert "9 examples are in upper_dataset too" in caplog.text
+    for numbers in (range(20, N), range(20, 30), range(22, 25)):
         with pytest.raises(ProblemError, match="eval_dataset is given as the upper level's data"):
-            require_apart(lower, upper, data.select(range(20, N)), may_share_rows=may_share_rows)
+            require_apart(lower, upper, {"a": data.select(numbers)})
+
+
+def glue(kind: str = "classes", rows: int = 24, begin: int = 0, **options: Any) -> Any:
+    """Rows with a number and a name of their own, which no model reads."""
+    rows_of = data(kind, rows, **options)
+    numbers = range(begin, begin + rows)
+    return rows_of.add_column("idx", [*numbers]).add_column("guid", [f"dev-{k}" for k in numbers])
+
+
+def test_rows_are_told_apart_by_what_the_model_reads(tmp_path: Path) -> None:
+    """With all columns the collator may read any of them, so that all count."""
+    again = glue(begin=100).select(range(3, 9))
+    held_out = glue(rows=6, seed=1)
+    cases = [
+        ({"upper_dataset": again}, "6 of 6 examples of upper_dataset are in train_dataset"),
+        ({"upper_dataset": held_out, "eval_dataset": glue(rows=6, begin=50, seed=1)}, "eval_data"),
+    ]
+    for sets, message in cases:
+        for method in ("lora", "bidora"):
+            options = {"train_dataset": glue(), **sets}
+            with pytest.raises(ProblemError, match=message):
+                trainer(tmp_path, method=method, options=options)
+    options = {"train_dataset": glue(), "upper_dataset": again}
+    trainer(tmp_path, options=options, remove_unused_columns=False)
+
+
+def test_texts_that_a_parent_prepares_are_told_apart_by_their_text() -> None:
+    reads = reads_of("a name", SimpleNamespace(remove_unused_columns=True, label_names=None))
+    texts = {"text": ["a", "b", "b"], "label": [0, 1, 0]}
+    one, other = (Dataset.from_dict({**texts, "idx": range(k, k + 3)}) for k in (0, 7))
+    assert shared_rows(one, other.select([1]), reads) == [1]
+    assert shared_rows(one, other.select([1])) == []
+
+
+def test_copies_of_a_row_are_in_one_level(tmp_path: Path) -> None:
+    """Each row three times, with numbers of its own; without copies the split is as ever."""
+    rows, copies = glue(), [glue(begin=100 * k) for k in (1, 2)]
+    run = trainer(tmp_path, options={"train_dataset": concatenate_datasets([rows, *copies])})
+    sides = [[tuple(ids) for ids in x["input_ids"]] for x in (run.train_dataset, run.upper_dataset)]
+    assert not {*sides[0]} & {*sides[1]}
+    assert sorted(map(len, sides)) == sorted([3 * len({*side}) for side in sides])
+    alone = trainer(tmp_path, options={"train_dataset": rows})
+    for side, once in zip(sides, (alone.train_dataset, alone.upper_dataset), strict=True):
+        assert side[: len(once)] == [tuple(ids) for ids in once["input_ids"]]
 
 
 SIZES = {"rows": st.integers(1, 25), "size": st.integers(1, 9), "seed": st.integers(0, 2**31)}
