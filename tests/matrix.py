@@ -41,7 +41,8 @@ PINS = {
     "datasets==5.0.1",
     "unsloth": "transformers==5.17.0 trl==1.15.0 datasets==4.8.4",
     "ms-swift": "transformers==5.19.0 peft==0.20.0 trl==0.29.1 datasets==4.8.4",
-    "llamafactory": "transformers==5.6.0 peft==0.18.1 accelerate==1.11.0 datasets==4.0.0",
+    "llamafactory": "transformers==5.6.0 peft==0.18.1 trl==0.29.1 accelerate==1.11.0 "
+    "datasets==4.0.0",
     "main": f"transformers@{GITHUB}/transformers peft@{GITHUB}/peft",
     "peft": "",
 }
