@@ -102,6 +102,9 @@ class TrainerData:
         args = self.trainer.args
         size, model = args.per_device_eval_batch_size, self.trainer.model
         made = batches_of(rows, self.collate, size, args.device, chosen=chosen)
+        labelled = [batch for batch in made if "labels" in batch]  # later refused if not all are
+        if len(labelled) < len(made):
+            return made
         return [{**batch, "labels": as_numbers(model, require_labels(batch))} for batch in made]
 
     def test_rows(self, test: Any) -> NumberedRows:

@@ -33,7 +33,7 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.features import Features, features_of
 from hyperopt_peft.problems.head import Head, head_of, l2_penalty, require_head
 from hyperopt_peft.trainer.checks import read_rows, require_mean_over_labels
-from hyperopt_peft.trainer.data import firsts, split_dataset
+from hyperopt_peft.trainer.data import batches_of, firsts, split_dataset
 from hyperopt_peft.trainer.method import Method, has_upper_level
 from hyperopt_peft.trainer.quiet import no_bars
 from hyperopt_peft.trainer.tags import INDEX, numbered
@@ -181,7 +181,10 @@ class HeadTask(Task):
             trainer = plain.make(run, (rows, None, rows), folder, max_steps=1)
         model, prepared = trainer.model, read_rows(trainer)
         require_head(model, trainer.data_collator([prepared[0]]))
-        require_mean_over_labels(trainer, prepared, trainer.data_collator, trainer.tags)
+        size = trainer.args.per_device_train_batch_size
+        first = prepared.select(range(min(size, len(prepared))))
+        (batch,) = batches_of(first, trainer.data_collator, size, trainer.args.device)
+        require_mean_over_labels(trainer, batch, trainer.tags)
         features = features_of(
             model,
             prepared,

@@ -12,6 +12,8 @@ import torch
 from tests.support import levels_in_processes as levels
 from tests.support import two_processes
 
+# A poor solve of the whole batch is as poor on its parts.
+pytestmark = pytest.mark.filterwarnings("ignore::hyperopt_peft.errors.HypergradientWarning")
 KINDS = ("plain", "ddp", pytest.param("fsdp", marks=pytest.mark.slow))
 
 
@@ -52,8 +54,6 @@ def test_losses_and_gradients_are_those_of_the_whole_batch(two: Any, kind: str) 
             assert distance(found, expected[name]) < (1e-12 if name != "held" else 1e-300), name
 
 
-# A poor solve of the whole batch is as poor on its parts.
-@pytest.mark.filterwarnings("ignore::hyperopt_peft.errors.HypergradientWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_hypergradients_are_those_of_the_whole_batch(two: Any, kind: str) -> None:
     """Every registered estimator; where parameters are sharded, those with first-order passes."""

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft import Engine, check_problem
+from hyperopt_peft.engine.step import DIVERGED
 from hyperopt_peft.errors import HypergradientWarning, NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients import get_estimator, open_oracle
 from hyperopt_peft.hypergradients.estimate import LARGE_RESIDUAL, check_estimator
@@ -47,8 +48,8 @@ STEPS = 80  # of solvers
 #: The relative error that rounding explains, of exact products and of differences.
 ROUNDING = {"double": (1e-5, 1e-4), "single": (2e-3, 0.03)}
 HALF = (0.3, 0.3)
-#: The relative error of a run's movement that rounding explains, and a residual that needs a word.
-OF_RUN, UNSAID = 1e-3, 0.5
+#: The relative error of a run's movement that rounding explains.
+OF_RUN = 1e-3
 FAULTS = ("WRONG", "RAW", "IMPURE", "LATE")
 
 
@@ -257,7 +258,7 @@ def of_trainer(form: Run) -> tuple[str, str]:
     for log, expected in zip(steps.logs, reference.logs, strict=False):  # the last log is no step
         errors += [(name, abs(log[name] - y) / max(abs(y), 1e-2)) for name, y in expected.items()]
     wrong = [f"{name} {error:.2g}" for name, error in errors if not error < OF_RUN]
-    if reference.residual > UNSAID:
+    if reference.residual > DIVERGED:
         wrong.append(f"a residual of {reference.residual:.2g}")
     warned = any(issubclass(x.category, HypergradientWarning) for x in said)
     return ("warned" if warned and wrong else "WRONG" if wrong else "right"), ", ".join(wrong)
