@@ -33,7 +33,7 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.features import Features, features_of
 from hyperopt_peft.problems.head import Head, head_of, l2_penalty, require_head
 from hyperopt_peft.trainer.checks import read_rows, require_mean_over_labels
-from hyperopt_peft.trainer.data import firsts, split_dataset
+from hyperopt_peft.trainer.data import batches_of, firsts, split_dataset
 from hyperopt_peft.trainer.method import Method, has_upper_level
 from hyperopt_peft.trainer.quiet import no_bars
 from hyperopt_peft.trainer.tags import INDEX, numbered
@@ -180,8 +180,12 @@ class HeadTask(Task):
             run = Run("", "method", 0, 1e-3)
             trainer = plain.make(run, (rows, None, rows), folder, max_steps=1)
         model, prepared = trainer.model, read_rows(trainer)
-        require_head(model, trainer.data_collator([prepared[0]]))
-        require_mean_over_labels(trainer, prepared, trainer.data_collator, trainer.tags)
+        some = range(len(prepared))[: trainer.args.per_device_train_batch_size]
+        batches = batches_of(
+            prepared, trainer.data_collator, len(some), trainer.args.device, chosen=some
+        )
+        require_head(model, batches[0])
+        require_mean_over_labels(trainer, batches[0], trainer.tags)
         features = features_of(
             model,
             prepared,
