@@ -38,7 +38,7 @@ _MODULES = {
     "why": "attribution.why",
 }
 
-if TYPE_CHECKING:  # which exports what is imported by `as`
+if TYPE_CHECKING:
     from hyperopt_peft.attribution.attribute import attribute as attribute
     from hyperopt_peft.attribution.why import why as why
     from hyperopt_peft.comparison.compare import compare_methods as compare_methods
@@ -62,7 +62,7 @@ if TYPE_CHECKING:  # which exports what is imported by `as`
     from hyperopt_peft.trainer.trainer import BilevelTrainer as BilevelTrainer
     from hyperopt_peft.trainer.trainer import bilevel as bilevel
     from hyperopt_peft.utils.versions import show_versions as show_versions
-else:
+else:  # type checkers know the names by `as`
     __all__ = [*_MODULES]
 
 
@@ -70,13 +70,10 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version
 
-        value: Any = version("hyperopt-peft")
-    elif name in _MODULES:
-        value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
+        return version("hyperopt-peft")
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -232,7 +232,7 @@ class Comparison:
             middle, half = mean_and_half(self.differences((name, kind), first))
             gaps[name + ABLATIONS[kind]] = (middle, middle - half, middle + half)
         title = f"{self.metric} − that of {self.first}, paired, 95 % intervals"
-        return intervals({title: gaps}, path, zero=[title])
+        return intervals(gaps, path, title, zero=True)
 
     @property
     def versions(self) -> dict[str, str]:
