@@ -33,7 +33,6 @@ from hyperopt_peft.cli.text.setup import SHARED, Chosen, Setup, choose, prepare
 from hyperopt_peft.cli.text.tasks import SFT
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import require_unseen
-from hyperopt_peft.utils import distributed
 
 SLICE, UNROLLED = "slice", "unrolled"
 
@@ -122,17 +121,16 @@ def run(argv: Sequence[str]) -> None:
     result.numbers = numbered[attributed.ROW][:]
     rows = setup.rows.select(result.numbers)
     result.columns = {name: rows[name][:] for name in setup.encoder.columns}
-    first = not distributed.rank()
+    first = trainer.is_world_process_zero()
     if command.score_model == "adapter":
         train.save_adapter(trainer)
         trainer.save_metrics("eval", trainer.evaluate())
     page = Report("attribute", "", chosen.options, curves={"Losses": trainer.state.log_history})
     page.pictures = {"Scores of the training rows": "attribution.png"}
     marks = {*attributed.marks_of(setup.evaluation_rows, setup.encoder.columns), *setup.marks}
-    classes, same = dict[int, Any](), dict[int, int]()
+    classes, same = dict[int, Any](), setup.same_text
     if chosen.model.task == "text-classification":
         classes = dict(zip(setup.train["labels"], rows[data.label_column]))
-        same = attributed.contradicted(setup.rows, setup.encoder.columns)
     again = train_again(argv, chosen, output)
     if same:
         text = f"{len(same)} rows; the column {attributed.SAME_TEXT} has the first row of each text"

@@ -220,8 +220,7 @@ def parse(
         raise SystemExit(0)
     names, given = names_of(parser.dataclass_types), {**of_file, **flags}
     read = {k: v for k, v in given.items() if {k, k.removeprefix("no_")} & names}
-    foreign = [name for name in given if name not in read and name not in besides]
-    for name in foreign:
+    for name in [name for name in given if name not in {*read, *besides}]:
         owners = _owners(command, name, names)
         if name in flags:
             raise ProblemError(f"--{name}: is for {owners}, not for this run; leave it out")

@@ -80,13 +80,9 @@ def aligned(rows: Sequence[Sequence[Any]]) -> str:
         lora    0.125
         dora        –
     """
-    columns = [[printable(str(cell)) for cell in column] for column in zip(*rows, strict=True)]
-    widths = [max(map(len, column)) for column in columns]
-    columns = [
-        [
-            cell.ljust(width) if WORD.search(" ".join(column[1:])) else cell.rjust(width)
-            for cell in column
-        ]
-        for column, width in zip(columns, widths, strict=True)
-    ]
+    columns = []
+    for column in zip(*rows, strict=True):
+        texts = [printable(str(cell)) for cell in column]
+        width, words = max(map(len, texts)), WORD.search(" ".join(texts[1:]))
+        columns.append([text.ljust(width) if words else text.rjust(width) for text in texts])
     return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))

@@ -84,6 +84,7 @@ class Setup:
     Attributes:
         rows, upper_rows, evaluation_rows: as they were read, a held-out part as well.
         marks: of the rows that scored the training rows; see `attributed`.
+        same_text: by each row whose text has another label too, the first row of the text.
         changed: how many labels the corrections change; None without corrections.
     """
 
@@ -98,6 +99,7 @@ class Setup:
     upper_rows: Dataset | None
     evaluation_rows: Dataset | None
     marks: set[str]
+    same_text: dict[int, int]
     changed: int | None
 
     def scored_by(self, rows: Dataset | None) -> int:
@@ -183,8 +185,7 @@ def prepare(
             rows, lines = attributed.corrected(rows, file, columns)
             marks |= attributed.marks_in(lines)
         changed = sum(old != new for old, new in zip(before, rows[data.label_column]))
-    if names:
-        attributed.contradicted(rows, columns)
+    same_text = attributed.contradicted(rows, columns) if names else {}
     config = models.load_config(args.model, args.task, names)
     length = (training.max_length or 2) if of_trl else data.max_length
     tokenizer = models.load_tokenizer(name, config, length, args.task)
@@ -213,4 +214,4 @@ def prepare(
         if part is not None and args.task == "text-classification":
             warn_of_one_class(part, "labels", where)
     parts = train, upper, evaluation, rows, upper_rows, evaluation_rows
-    return Setup(args, task, config, encoder, *parts, marks, changed)
+    return Setup(args, task, config, encoder, *parts, marks, same_text, changed)
