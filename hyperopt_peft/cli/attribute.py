@@ -139,10 +139,9 @@ def run(argv: Sequence[str]) -> None:
     answers.columns[attributed.SAME_TEXT] = [same.get(row, "") for row in result.numbers]
 
     def reasons() -> Reasons:
-        fresh, on_adapter = new_trainer(), command.score_model == "adapter"
-        found = why(fresh, explained, adapter=on_adapter, progress=sys.stderr.isatty())
-        columns, numbers = result.columns, result.numbers
-        return replace(found, columns=columns, numbers=numbers, explained=shown)
+        on_adapter = command.score_model == "adapter"
+        found = why(new_trainer(), explained, adapter=on_adapter, progress=sys.stderr.isatty())
+        return replace(found, columns=result.columns, numbers=result.numbers, explained=shown)
 
     for text in answers.paragraphs(args.seed, test, len(explained or ()), reasons):
         if first:

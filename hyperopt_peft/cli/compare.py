@@ -57,8 +57,8 @@ TYPES = (CompareArguments, *SHARED)
 
 def run(argv: Sequence[str]) -> None:
     """Parse ``argv``, compare the methods, write the tables, the picture and the runs."""
-    of_file, flags = divided("compare", argv)
-    names = {**of_file, **flags}.get("methods") or METHODS
+    given, flags = divided("compare", argv)
+    names = given.get("methods") or METHODS
     besides = names_of(map(find_method, names))
     plain = choose("compare", CompareArguments, argv, "lora", besides)
     chosen = [choose("compare", CompareArguments, argv, name, plain.options) for name in names]

@@ -61,8 +61,7 @@ def choose(
 
     ``method`` replaces the option ``method``; names in ``besides`` are ignored.
     """
-    of_file, flags = divided(name, argv)
-    given = {**of_file, **flags}
+    given, _ = divided(name, argv)
     for file in given.get("plugin", ()):  # before the name of an estimator is read
         import_file(file, "plugin")
     method = method or (given.get("method") or [kind.__dataclass_fields__["method"].default])[-1]
@@ -196,10 +195,9 @@ def prepare(
     else:
         encoder = Encoder(args.task, data, tokenizer, names)
     require_columns(rows, read, TRAIN)
-    train, upper, evaluation = encoder.encode(rows, TRAIN, read), None, None
-    train = train.add_column(ROW, range(len(rows)))
-    if upper_rows is not None:
-        upper = encoder.encode(upper_rows, UPPER, read)
+    train = encoder.encode(rows, TRAIN, read).add_column(ROW, range(len(rows)))
+    upper = None if upper_rows is None else encoder.encode(upper_rows, UPPER, read)
+    evaluation = None
     if evaluation_rows is not None:
         evaluation = encoder.encode(evaluation_rows, EVALUATION)
         if common := shared(evaluation, train):
