@@ -199,12 +199,10 @@ def rows_to_explain(files: Sequence[str], setup: Setup) -> tuple[Dataset, dict[s
     require_unseen("why", encoded.remove_columns("labels"), training=setup.train, upper=setup.upper)
     names = [name for name in setup.encoder.columns if name != label or not unlabelled]
     shown = {name: rows[name][:] for name in names}
-    for name, column in shown.items():
-        if isinstance(column[0], list):  # of words or tags: those of which the model reads a token
-            found = setup.encoder.tokenizer(
-                rows[setup.encoder.columns[0]][:], is_split_into_words=True
-            )
-            kept = [sorted({*found.word_ids(row)} - {None}) for row in range(len(rows))]
+    if setup.args.task == "token-classification":  # words and tags of which the model reads a token
+        found = setup.encoder.tokenizer(shown[names[0]], is_split_into_words=True)
+        kept = [sorted({*found.word_ids(row)} - {None}) for row in range(len(rows))]
+        for name, column in shown.items():
             shown[name] = [[x[k] for k in ks] for x, ks in zip(column, kept, strict=True)]
     return encoded, shown
 

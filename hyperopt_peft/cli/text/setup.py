@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
+from peft import get_peft_model
 from transformers import DataCollatorForSeq2Seq, set_seed
 from transformers.utils import logging
 
@@ -117,7 +118,12 @@ class Setup:
         """A new PeftModel, a function of ``seed``; a warning names random frozen weights."""
         set_seed(seed)
         base, new = self.base()
-        model = models.add_adapter(base, self.args, self.task, method)
+        config = models.adapter_config(base, self.args, self.task)
+        try:
+            model = get_peft_model(base, method.adapter(config)).train()
+        except (ValueError, TypeError) as error:
+            text = f"target_modules, rank: the model cannot be adapted: {error}"
+            raise ProblemError(text) from error
         named = model.get_base_model().named_parameters()
         frozen = {name.replace(".base_layer.", ".") for name, p in named if not p.requires_grad}
         if names := ", ".join(name for name in new if name in frozen):
