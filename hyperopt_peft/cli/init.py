@@ -76,10 +76,10 @@ def run(argv: Sequence[str]) -> None:
         raise ProblemError(f"{target}: is there already; give --overwrite or another --config_file")
     if command.command == "attribute" and not command.eval_file:
         raise ProblemError("eval_file: attribute needs some rows that you trust; give --eval_file")
+    given = [*(command.text_columns or []), *filter(None, [command.label_column])]
     rows = read_files(files, "file")
     names = rows.column_names
-    of_csv = files[0].lower().endswith((".csv", ".tsv"))
-    if of_csv and not (command.text_columns or command.label_column):
+    if not given and files[0].lower().endswith((".csv", ".tsv")):
         require_header(rows, files[0])
     found = guess(rows, command.task, command.text_columns, command.label_column)
     columns = [*found.texts, *filter(None, [found.label])]
