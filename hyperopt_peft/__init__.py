@@ -9,25 +9,6 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from hyperopt_peft.attribution.attribute import attribute
-    from hyperopt_peft.attribution.why import why
-    from hyperopt_peft.comparison.compare import compare_methods
-    from hyperopt_peft.core.problem import Problem
-    from hyperopt_peft.diagnostics.check import check_problem
-    from hyperopt_peft.diagnostics.compare import compare_hypergradients
-    from hyperopt_peft.engine.early_stopping import EarlyStopping
-    from hyperopt_peft.engine.engine import Engine
-    from hyperopt_peft.engine.nested import Nested
-    from hyperopt_peft.errors import HypergradientWarning, NonFiniteError, ProblemError
-    from hyperopt_peft.hypergradients import Estimator, Solver, hypergradient, register
-    from hyperopt_peft.problems.bidora import BiDoRA
-    from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
-    from hyperopt_peft.trainer.data import split_dataset
-    from hyperopt_peft.trainer.method import Method
-    from hyperopt_peft.trainer.trainer import BilevelTrainer, bilevel
-    from hyperopt_peft.utils.versions import show_versions
-
 # PEFT imports bitsandbytes, which warns of a kernel for CPUs that is not installed.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
@@ -57,44 +38,42 @@ _MODULES = {
     "why": "attribution.why",
 }
 
-__all__ = [
-    "BiDoRA",
-    "BilevelTrainer",
-    "BilevelTrainingArguments",
-    "EarlyStopping",
-    "Engine",
-    "Estimator",
-    "HypergradientWarning",
-    "Method",
-    "Nested",
-    "NonFiniteError",
-    "Problem",
-    "ProblemError",
-    "Solver",
-    "attribute",
-    "bilevel",
-    "check_problem",
-    "compare_hypergradients",
-    "compare_methods",
-    "hypergradient",
-    "register",
-    "show_versions",
-    "split_dataset",
-    "why",
-]
+if TYPE_CHECKING:
+    from hyperopt_peft.attribution.attribute import attribute as attribute
+    from hyperopt_peft.attribution.why import why as why
+    from hyperopt_peft.comparison.compare import compare_methods as compare_methods
+    from hyperopt_peft.core.problem import Problem as Problem
+    from hyperopt_peft.diagnostics.check import check_problem as check_problem
+    from hyperopt_peft.diagnostics.compare import compare_hypergradients as compare_hypergradients
+    from hyperopt_peft.engine.early_stopping import EarlyStopping as EarlyStopping
+    from hyperopt_peft.engine.engine import Engine as Engine
+    from hyperopt_peft.engine.nested import Nested as Nested
+    from hyperopt_peft.errors import HypergradientWarning as HypergradientWarning
+    from hyperopt_peft.errors import NonFiniteError as NonFiniteError
+    from hyperopt_peft.errors import ProblemError as ProblemError
+    from hyperopt_peft.hypergradients import Estimator as Estimator
+    from hyperopt_peft.hypergradients import Solver as Solver
+    from hyperopt_peft.hypergradients import hypergradient as hypergradient
+    from hyperopt_peft.hypergradients import register as register
+    from hyperopt_peft.problems.bidora import BiDoRA as BiDoRA
+    from hyperopt_peft.trainer.arguments import BilevelTrainingArguments as BilevelTrainingArguments
+    from hyperopt_peft.trainer.data import split_dataset as split_dataset
+    from hyperopt_peft.trainer.method import Method as Method
+    from hyperopt_peft.trainer.trainer import BilevelTrainer as BilevelTrainer
+    from hyperopt_peft.trainer.trainer import bilevel as bilevel
+    from hyperopt_peft.utils.versions import show_versions as show_versions
+else:  # type checkers know the names by `as`
+    __all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version
 
-        value: Any = version("hyperopt-peft")
-    elif name in _MODULES:
-        value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
+        return version("hyperopt-peft")
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,7 @@ class Answers:
         confidence, losses = suspects.confidence.tolist(), result.losses.tolist()
         marked = {*suspects.flagged, *(row for row, twin in enumerate(twins) if twin != "")}
         flagged = sorted(marked, key=confidence.__getitem__)
+        suspects = replace(suspects, flagged=flagged)
         self.columns["suspect"] = [int(row in marked) for row in range(len(confidence))]
         self.columns["label_confidence"] = confidence
         self.page.details |= {"Search for wrong labels": suspects.numbers}
@@ -131,8 +132,7 @@ class Answers:
         )
         parts = {"Train again": self.again, "The most doubtful labels": [heads, *shown[:SHOWN]]}
         parts["Terms"] = TERMS + f"\n{suspects.advice}" * bool(suspects.advice)
-        record = suspects.record() | {"flagged": len(flagged)}
-        return self.add(parts, suspects=record)
+        return self.add(parts, suspects=suspects.record())
 
     def _reasons(self, found: Reasons) -> str:
         if self.folder is not None:

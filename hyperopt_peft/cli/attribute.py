@@ -33,7 +33,6 @@ from hyperopt_peft.cli.text.setup import SHARED, Chosen, Setup, choose, prepare
 from hyperopt_peft.cli.text.tasks import SFT
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import require_unseen
-from hyperopt_peft.utils import distributed
 
 SLICE, UNROLLED = "slice", "unrolled"
 
@@ -122,17 +121,16 @@ def run(argv: Sequence[str]) -> None:
     result.numbers = numbered[attributed.ROW][:]
     rows = setup.rows.select(result.numbers)
     result.columns = {name: rows[name][:] for name in setup.encoder.columns}
-    first = not distributed.rank()
+    first = trainer.is_world_process_zero()
     if command.score_model == "adapter":
         train.save_adapter(trainer)
         trainer.save_metrics("eval", trainer.evaluate())
     page = Report("attribute", "", chosen.options, curves={"Losses": trainer.state.log_history})
     page.pictures = {"Scores of the training rows": "attribution.png"}
     marks = {*attributed.marks_of(setup.evaluation_rows, setup.encoder.columns), *setup.marks}
-    classes, same = dict[int, Any](), dict[int, int]()
+    classes, same = dict[int, Any](), setup.same_text
     if chosen.model.task == "text-classification":
         classes = dict(zip(setup.train["labels"], rows[data.label_column]))
-        same = attributed.contradicted(setup.rows, setup.encoder.columns)
     again = train_again(argv, chosen, output)
     if same:
         text = f"{len(same)} rows; the column {attributed.SAME_TEXT} has the first row of each text"
@@ -141,10 +139,9 @@ def run(argv: Sequence[str]) -> None:
     answers.columns[attributed.SAME_TEXT] = [same.get(row, "") for row in result.numbers]
 
     def reasons() -> Reasons:
-        fresh, on_adapter = new_trainer(), command.score_model == "adapter"
-        found = why(fresh, explained, adapter=on_adapter, progress=sys.stderr.isatty())
-        columns, numbers = result.columns, result.numbers
-        return replace(found, columns=columns, numbers=numbers, explained=shown)
+        on_adapter = command.score_model == "adapter"
+        found = why(new_trainer(), explained, adapter=on_adapter, progress=sys.stderr.isatty())
+        return replace(found, columns=result.columns, numbers=result.numbers, explained=shown)
 
     for text in answers.paragraphs(args.seed, test, len(explained or ()), reasons):
         if first:
@@ -202,12 +199,10 @@ def rows_to_explain(files: Sequence[str], setup: Setup) -> tuple[Dataset, dict[s
     require_unseen("why", encoded.remove_columns("labels"), training=setup.train, upper=setup.upper)
     names = [name for name in setup.encoder.columns if name != label or not unlabelled]
     shown = {name: rows[name][:] for name in names}
-    for name, column in shown.items():
-        if isinstance(column[0], list):  # of words or tags: those of which the model reads a token
-            found = setup.encoder.tokenizer(
-                rows[setup.encoder.columns[0]][:], is_split_into_words=True
-            )
-            kept = [sorted({*found.word_ids(row)} - {None}) for row in range(len(rows))]
+    if setup.args.task == "token-classification":  # words and tags of which the model reads a token
+        found = setup.encoder.tokenizer(shown[names[0]], is_split_into_words=True)
+        kept = [sorted({*found.word_ids(row)} - {None}) for row in range(len(rows))]
+        for name, column in shown.items():
             shown[name] = [[x[k] for k in ks] for x, ks in zip(column, kept, strict=True)]
     return encoded, shown
 

@@ -57,8 +57,8 @@ TYPES = (CompareArguments, *SHARED)
 
 def run(argv: Sequence[str]) -> None:
     """Parse ``argv``, compare the methods, write the tables, the picture and the runs."""
-    of_file, flags = divided("compare", argv)
-    names = {**of_file, **flags}.get("methods") or METHODS
+    given, flags = divided("compare", argv)
+    names = given.get("methods") or METHODS
     besides = names_of(map(find_method, names))
     plain = choose("compare", CompareArguments, argv, "lora", besides)
     chosen = [choose("compare", CompareArguments, argv, name, plain.options) for name in names]
@@ -73,16 +73,13 @@ def run(argv: Sequence[str]) -> None:
         raise ProblemError(f"methods: two of {', '.join(names)} have one name; rename a class")
     data = replace(plain.data, eval_fraction=0.0) if command.folds else plain.data
     setup = prepare(plain.model, data, args, *(each.method for each in chosen))
-    if setup.evaluation is None and not command.folds:
-        raise ProblemError("eval_fraction: compare needs evaluation examples; give eval_file")
-    if command.folds and setup.upper is None:
-        raise ProblemError("folds: are of trusted examples; give upper_file")
-    judge, option = setup.evaluation_rows, "eval_file"
-    if command.folds:
-        judge, option = setup.upper_rows, "upper_file"
+    option = "upper_file" if command.folds else "eval_file"
+    judge = setup.upper_rows if command.folds else setup.evaluation_rows
+    if judge is None:
+        raise ProblemError(f"{option}: compare needs rows that score the methods; give {option}")
     if known := setup.scored_by(judge):
         raise ProblemError(
-            f"{option}: {known} of {len(judge or ())} rows have scored the training rows, and "
+            f"{option}: {known} of {len(judge)} rows have scored the training rows, and "
             "cannot judge the use of these scores; give other rows, or a train_file without scores"
         )
     output = Path(args.output_dir)

@@ -6,7 +6,7 @@ import gc
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import redirect_stdout, suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from importlib import import_module
 from typing import Any
 
@@ -52,14 +52,10 @@ def _run(name: str, options: Sequence[str]) -> None:
     if sys.stderr.isatty():
         print("loading PyTorch and Transformers …", file=sys.stderr)
     module = import_module(f"hyperopt_peft.cli.{name}")
-    if not sys.stderr.isatty():  # a log file wants no bars
-        import datasets
-        import transformers
-
-        datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
+    no_bars = import_module("hyperopt_peft.trainer.quiet").no_bars
+    bars = nullcontext() if sys.stderr.isatty() else no_bars()  # a log file wants none
     # Rows and names come from files that others wrote, and may have escape sequences.
-    with warnings.catch_warnings(), redirect_stdout(_Printable(sys.stdout)):
+    with bars, warnings.catch_warnings(), redirect_stdout(_Printable(sys.stdout)):
         # A user of the command line cannot act on renamings in PEFT and Transformers.
         warnings.simplefilter("ignore", FutureWarning)
         module.run(options)

@@ -135,7 +135,7 @@ def checkpoint_of(args: TrainingArguments) -> str:
 
 
 def divided(command: str, argv: Sequence[str]) -> tuple[Options, Options]:
-    """The options in the YAML file, if ``argv`` begins with one, and the options in the flags."""
+    """All options in ``argv``, which may begin with a YAML file, and those in the flags alone."""
     of_file, flags, values = Options(), Options(), list[str]()
     if argv and not argv[0].startswith("-"):
         of_file, argv = _options_in(Path(argv[0]), command), argv[1:]
@@ -149,7 +149,7 @@ def divided(command: str, argv: Sequence[str]) -> tuple[Options, Options]:
             values.append(word)
         else:
             raise ProblemError(f"{word!r}: {UNEXPECTED}")
-    return of_file, flags
+    return {**of_file, **flags}, flags
 
 
 class _Loader(yaml.SafeLoader):
@@ -212,16 +212,15 @@ def parse(
         method: a class whose fields are options too; the help has its defaults.
         besides: further names, which are ignored.
     """
-    of_file, flags = divided(command, argv)
+    given, flags = divided(command, argv)
     parser = _parser(types, method)
     if {"help", "help_all"} & {*flags}:
         parser.set_defaults(**{**DEFAULTS, **({} if method is None else method.defaults)})
         print(_page(command, parser, everything="help_all" in flags))
         raise SystemExit(0)
-    names, given = names_of(parser.dataclass_types), {**of_file, **flags}
+    names = names_of(parser.dataclass_types)
     read = {k: v for k, v in given.items() if {k, k.removeprefix("no_")} & names}
-    foreign = [name for name in given if name not in read and name not in besides]
-    for name in foreign:
+    for name in [name for name in given if name not in {*read, *besides}]:
         owners = _owners(command, name, names)
         if name in flags:
             raise ProblemError(f"--{name}: is for {owners}, not for this run; leave it out")
@@ -262,9 +261,8 @@ def _parser(types: Sequence[Any], method: type[Method] | None) -> _Parser:
         for name in {*method.defaults} - names:
             raise ProblemError(f"{method.__name__}: {name} in defaults is no option; leave it out")
         kinds += [method] if is_dataclass(method) else []
-    options: Any = {"add_help": False, "allow_abbrev": False, "formatter_class": _Format}
     try:
-        parser = _Parser(kinds, **options)
+        parser = _Parser(kinds, add_help=False, allow_abbrev=False, formatter_class=_Format)
     except (ArgumentError, ValueError, TypeError, RuntimeError) as error:
         name = kinds[-1].__name__
         raise ProblemError(f"{name}: a field of it cannot be an option: {error}") from error

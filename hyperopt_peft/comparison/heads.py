@@ -180,11 +180,12 @@ class HeadTask(Task):
             run = Run("", "method", 0, 1e-3)
             trainer = plain.make(run, (rows, None, rows), folder, max_steps=1)
         model, prepared = trainer.model, read_rows(trainer)
-        require_head(model, trainer.data_collator([prepared[0]]))
-        size = trainer.args.per_device_train_batch_size
-        first = prepared.select(range(min(size, len(prepared))))
-        (batch,) = batches_of(first, trainer.data_collator, size, trainer.args.device)
-        require_mean_over_labels(trainer, batch, trainer.tags)
+        some = range(len(prepared))[: trainer.args.per_device_train_batch_size]
+        batches = batches_of(
+            prepared, trainer.data_collator, len(some), trainer.args.device, chosen=some
+        )
+        require_head(model, batches[0])
+        require_mean_over_labels(trainer, batches[0], trainer.tags)
         features = features_of(
             model,
             prepared,

@@ -16,7 +16,7 @@ from hyperopt_peft.comparison.store import Result, Store
 from hyperopt_peft.comparison.task import ABLATIONS, Kind
 from hyperopt_peft.utils.plots import intervals
 from hyperopt_peft.utils.statistics import detectable, error_of, is_tie, mean_and_half
-from hyperopt_peft.utils.tables import aligned, latex
+from hyperopt_peft.utils.tables import aligned
 from hyperopt_peft.utils.versions import versions
 
 Row = list[str]
@@ -232,7 +232,7 @@ class Comparison:
             middle, half = mean_and_half(self.differences((name, kind), first))
             gaps[name + ABLATIONS[kind]] = (middle, middle - half, middle + half)
         title = f"{self.metric} − that of {self.first}, paired, 95 % intervals"
-        return intervals({title: gaps}, path, zero=[title])
+        return intervals(gaps, path, title, zero=True)
 
     @property
     def versions(self) -> dict[str, str]:
@@ -245,9 +245,12 @@ class Comparison:
         The heading and the versions are comments above the table.
         """
         notes = self.heading(), ", ".join(map(" ".join, self.versions.items()))
-        columns = [column for column in zip(*self.table()) if column[0] not in NOT_PRINTED]
-        table = latex([*zip(*columns)])
-        return "\n".join([*(f"% {note}" for note in notes), table, ""])
+        columns = {name: rest for name, *rest in zip(*self.table()) if name not in NOT_PRINTED}
+        form = f"l{'r' * (len(columns) - 1)}"
+        table = pandas.DataFrame(columns).to_latex(index=False, escape=True, column_format=form)
+        for sign, command in {"±": r"$\pm$", "−": "$-$", "–": "--"}.items():
+            table = table.replace(sign, command)
+        return "".join([*(f"% {note}\n" for note in notes), table])
 
     def results(self) -> list[Result]:
         """The entries of all runs."""

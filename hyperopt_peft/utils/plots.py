@@ -29,17 +29,12 @@ Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 @contextmanager
 def drawing(
-    path: str | Path | None,
-    width: float,
-    height: float,
-    rows: int = 1,
-    columns: int = 1,
-    **subplots: Any,
+    path: str | Path | None, width: float, height: float, *shape: int, **subplots: Any
 ) -> Iterator[tuple[Any, Any]]:
     """A new figure and its axes in this style, saved to ``path`` when the block ends.
 
-    Width and height are in inches; ``subplots`` has other arguments of ``Figure.subplots``. Without
-    pyplot there is no global figure and no display.
+    Width and height are in inches; ``shape`` and ``subplots`` are arguments of `Figure.subplots`.
+    Without pyplot there is no global figure and no display.
 
     Raises:
         ProblemError: the file cannot be written, or its suffix names no format.
@@ -62,7 +57,7 @@ def drawing(
     }
     with rc_context(style):
         figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure, figure.subplots(rows, columns, **subplots)
+        yield figure, figure.subplots(*shape, **subplots)
         if path is not None:
             try:
                 figure.savefig(path)
@@ -78,30 +73,24 @@ def lines(panels: Mapping[str, Lines], path: str | Path | None = None, **axes: A
         panels: the lines of each panel, by title; at most 18 different names of lines.
         axes: properties of all axes, such as ``xlabel``, ``ylabel`` and ``yscale``.
     """
+    from cycler import cycler
+
     names = list(dict.fromkeys(name for named in panels.values() for name in named))
+    styles = dict(zip(names, cycler(linestyle=STYLES) * cycler(color=COLOURS), strict=False))
     shown = {}
     height = min(4 * len(panels), 12)
-    with drawing(path, 7.5, height, rows=len(panels), squeeze=False) as (figure, grid):
+    with drawing(path, 7.5, height, len(panels), squeeze=False) as (figure, grid):
         for panel, (title, named) in zip(grid.flat, panels.items(), strict=True):
             for name, (x, y) in named.items():
-                group, colour = divmod(names.index(name), len(COLOURS))
-                style: dict[str, Any] = {"color": COLOURS[colour], "linestyle": STYLES[group]}
-                style |= {"marker": "o", "markersize": 4} if len(x) <= 12 else {}
-                (shown[name],) = panel.plot(x, y, **style)
+                marker = "o" if len(x) <= 12 else None
+                (shown[name],) = panel.plot(x, y, marker=marker, markersize=4, **styles[name])
             panel.set(title=title, **axes)
             if panel.get_xscale() == "linear":
                 panel.locator_params(axis="x", integer=True, nbins=8)
-        lines = [shown[name] for name in names]
-        legend = figure.legend(lines, names, loc="outside right upper")
+        legend = figure.legend([*shown.values()], [*shown], loc="outside right upper")
         for text in legend.get_texts():
             text.set_parse_math(False)  # a name may contain $
     return figure
-
-
-def smooth(x: Sequence[float], y: Sequence[float], share: float = 0.1) -> tuple[Any, Any]:
-    """The moving average of ``y`` over a ``share`` of its length, and x at the windows' ends."""
-    width = max(1, round(share * len(y)))
-    return np.asarray(x[width - 1 :]), np.convolve(y, np.ones(width) / width, mode="valid")
 
 
 def level_curves(history: Iterable[Mapping[str, Any]], path: str | Path | None = None) -> Any:
@@ -119,37 +108,38 @@ def level_curves(history: Iterable[Mapping[str, Any]], path: str | Path | None =
     records = list(history)
     curves: dict[str, tuple[Any, Any]] = {}
     for key, name in LOSSES.items():
-        with_key = [(k + 1, record) for k, record in enumerate(records) if key in record]
-        if with_key:
-            x = [record.get("step", number) for number, record in with_key]
-            curves[name] = smooth(x, [record[key] for _, record in with_key], 0.05)
+        y = [record[key] for record in records if key in record]
+        x = [record.get("step", k) for k, record in enumerate(records, 1) if key in record]
+        width = max(1, round(0.05 * len(y)))
+        if y:
+            average = np.convolve(y, np.ones(width) / width, mode="valid")
+            curves[name] = (np.asarray(x[width - 1 :]), average)
     step = "upper step" if any("lower_loss" in record for record in records) else "lower step"
     return lines({"": curves}, path, xlabel=step, ylabel="loss")
 
 
 def intervals(
-    panels: Mapping[str, Mapping[str, tuple[float, float, float]]],
+    rows: Mapping[str, tuple[float, float, float]],
     path: str | Path | None = None,
-    zero: Sequence[str] = (),
+    label: str = "",
+    zero: bool = False,
 ) -> Any:
-    """A panel for each measure, with a value and an interval for each name.
+    """A value and an interval for each name.
 
     Args:
-        panels: for each measure, (value, lower end, upper end) by name; all have the same names.
-        zero: the measures with a line at 0, such as paired differences.
+        rows: (value, lower end, upper end) by name.
+        label: the label of the values.
+        zero: whether there is a line at 0, as for paired differences.
     """
-    names = list(next(iter(panels.values())))
-    size = (3.5 + 3.5 * len(panels), 1 + 0.35 * len(names))
-    with drawing(path, *size, columns=len(panels), sharey=True, squeeze=False) as (figure, grid):
-        for panel, colour, (measure, rows) in zip(grid.flat, COLOURS, panels.items()):
-            if measure in zero:
-                panel.axvline(0, color="black", linewidth=0.8)
-            for y, (value, low, high) in enumerate(rows[name] for name in names):
-                panel.plot((low, high), (y, y), color=colour, alpha=0.4, linewidth=5)
-                panel.plot(value, y, "o", color=colour)
-            panel.set_xlabel(measure)
-        grid.flat[0].set_yticks(range(len(names)), names, parse_math=False)
-        grid.flat[0].set_ylim(len(names) - 0.5, -0.5)
+    with drawing(path, 7, 1 + 0.35 * len(rows)) as (figure, panel):
+        if zero:
+            panel.axvline(0, color="black", linewidth=0.8)
+        for y, (value, low, high) in enumerate(rows.values()):
+            panel.plot((low, high), (y, y), color=BLUE, alpha=0.4, linewidth=5)
+            panel.plot(value, y, "o", color=BLUE)
+        panel.set_xlabel(label)
+        panel.set_yticks(range(len(rows)), [*rows], parse_math=False)
+        panel.set_ylim(len(rows) - 0.5, -0.5)
     return figure
 
 
@@ -171,7 +161,7 @@ def row_scores(
     """
     seen, values = scores[~np.isnan(scores)], np.array([scores[row] for row in texts])
     height = 2.5 + 0.24 * max(len(texts), 6)
-    with drawing(path, 11, height, columns=2, width_ratios=(1, 1.6)) as (figure, (left, right)):
+    with drawing(path, 11, height, 1, 2, width_ratios=(1, 1.6)) as (figure, (left, right)):
         end = 3 * np.quantile(np.abs(seen), 0.9) or 1.0
         left.hist(seen.clip(-end, end), bins=min(40, 6 + len(seen) // 5), color=GREY)
         beyond = int((np.abs(seen) > end).sum())
@@ -210,7 +200,7 @@ def row_groups(
     counts = [max(1, len(rows)) for rows in groups.values()] or [1]
     size = (11, 0.2 + sum(0.9 + 0.24 * count for count in counts))
     options: dict[str, Any] = {"height_ratios": counts, "squeeze": False}
-    with drawing(path, *size, rows=len(counts), **options) as (_, grid):
+    with drawing(path, *size, len(counts), **options) as (_, grid):
         for panel, (title, rows) in zip(grid.flat, groups.items(), strict=False):
             panel.barh(range(len(rows)), list(rows.values()), color=BLUE)
             panel.set_yticks(range(len(rows)), list(rows), fontsize=8, parse_math=False)

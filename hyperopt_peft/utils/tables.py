@@ -1,4 +1,4 @@
-"""Tables as text, CSV and LaTeX, and text that is safe for a terminal."""
+"""Tables as text and CSV, and text that is safe for a terminal."""
 
 from __future__ import annotations
 
@@ -80,39 +80,9 @@ def aligned(rows: Sequence[Sequence[Any]]) -> str:
         lora    0.125
         dora        –
     """
-    columns = [[printable(str(cell)) for cell in column] for column in zip(*rows, strict=True)]
-    widths = [max(map(len, column)) for column in columns]
-    columns = [
-        [
-            cell.ljust(width) if WORD.search(" ".join(column[1:])) else cell.rjust(width)
-            for cell in column
-        ]
-        for column, width in zip(columns, widths, strict=True)
-    ]
+    columns = []
+    for column in zip(*rows, strict=True):
+        texts = [printable(str(cell)) for cell in column]
+        width, words = max(map(len, texts)), WORD.search(" ".join(texts[1:]))
+        columns.append([text.ljust(width) if words else text.rjust(width) for text in texts])
     return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))
-
-
-def latex(rows: Sequence[Sequence[str]]) -> str:
-    r"""``rows`` of cells, the heads first, as a ``tabular`` of the LaTeX package booktabs.
-
-    Example:
-        >>> print(latex([["method", "F1 ± error"], ["a_b", "0.5 ± 0.1"]]))
-        \begin{tabular}{lr}
-        \toprule
-        method & F1 $\pm$ error \\
-        \midrule
-        a\_b & 0.5 $\pm$ 0.1 \\
-        \bottomrule
-        \end{tabular}
-    """
-    head, *body = (" & ".join(map(_latex, row)) + r" \\" for row in rows)
-    begin = rf"\begin{{tabular}}{{l{'r' * (len(rows[0]) - 1)}}}"
-    parts = [begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
-    return "\n".join(parts)
-
-
-def _latex(cell: str) -> str:
-    signs = {"±": r"$\pm$", "−": "$-$", "–": "--", "\\": r"\textbackslash{}"}
-    signs |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    signs |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
-    return "".join(signs.get(letter, letter) for letter in cell)

@@ -133,7 +133,7 @@ def test_a_resumed_run_ends_in_the_same_adapter(
         ({"lower_steps": 5, "dry_run": True}, "lower_steps: 5 leaves no upper step"),
         ({"seed": -3}, "seed must be int ≥ 0"),
         ({"eval_fraction": -0.5, "eval_file": None}, "eval_fraction: -0.5 of 24 examples cannot"),
-        ({"upper_fraction": 0.01}, "of 24 different training examples.*upper level"),
+        ({"upper_fraction": 0.01}, "24 different training examples.*upper level"),
         ({"resume_from_checkpoint": "no/such"}, "no/such"),
     ],
 )

@@ -90,10 +90,8 @@ def corrected(rows: Dataset, file: str, columns: Sequence[str]) -> tuple[Dataset
             )
         (name,) = _plain([given])
         if name not in classes:
-            near = did_you_mean(name, classes)
-            raise ProblemError(
-                f"{where}: the label {given!r} is not in the training examples{near}"
-            )
+            text = f"the label {given!r} is not in the training examples"
+            raise ProblemError(f"{where}: {text}{did_you_mean(name, classes)}")
         first, other = found.setdefault(int(row), (line, classes[name]))
         if other != classes[name]:
             raise ProblemError(f"{where}: line {first} gives row {row} another label; remove one")

@@ -49,10 +49,10 @@ class Encoder:
 
         def encoded(batch: Batch, indices: list[int]) -> Batch:
             rows = (dict(zip(batch, row)) for row in zip(*batch.values()))
-            check_each(self._check, rows, indices, where)
+            for_each(self._check, rows, indices, where)
             result = encode(batch)
             if self.task == "causal-lm":
-                check_each(_check_labels, result["labels"], indices, where)
+                for_each(_check_labels, result["labels"], indices, where)
             return result
 
         rows = data.map(
@@ -143,15 +143,17 @@ def number(label: Any) -> float:
         return math.nan
 
 
-def check_each(
-    check: Callable[[Any], None], values: Iterable[Any], indices: Iterable[int], where: str
-) -> None:
-    """Call ``check`` with each value; its error gets ``where`` and the row's index."""
+def for_each(
+    function: Callable[[Any], Any], values: Iterable[Any], indices: Iterable[int], where: str
+) -> list[Any]:
+    """The results of ``function`` for each value; its error gets ``where`` and the row's index."""
+    results = []
     for index, value in zip(indices, values):
         try:
-            check(value)
+            results.append(function(value))
         except ProblemError as error:
             raise ProblemError(f"{where}: row {index} (from 0): {error}") from error
+    return results
 
 
 def class_names(data: Dataset, column: str) -> tuple[str, ...]:
@@ -188,22 +190,19 @@ def named(data: Dataset, column: str, names: Sequence[str], where: str) -> Datas
     Raises:
         ProblemError: a class is not among ``names``; ``where`` names the rows.
     """
-    inner = getattr(data.features[column], "feature", data.features[column])
+    inner, known = getattr(data.features[column], "feature", data.features[column]), {*names}
 
     def name(value: Any) -> Any:
         if isinstance(value, list):
             return [*map(name, value)]
         # Unlabelled examples in data sets of the hub have the class -1.
-        return inner.int2str(value) if isinstance(inner, ClassLabel) and value >= 0 else str(value)
+        text = inner.int2str(value) if isinstance(inner, ClassLabel) and value >= 0 else str(value)
+        if text not in known:
+            near = did_you_mean(text, names)
+            raise ProblemError(f"the label {text!r} is not in the training examples{near}")
+        return text
 
-    def check(value: Any) -> None:
-        for each in value if isinstance(value, list) else [value]:
-            if each not in known:
-                near = did_you_mean(each, names)
-                raise ProblemError(f"the label {each!r} is not in the training examples{near}")
-
-    values, known = [*map(name, data[column])], {*names}
-    check_each(check, values, range(len(values)), where)
+    values = for_each(name, data[column], range(len(data)), where)
     return data.remove_columns(column).add_column(column, values)
 
 

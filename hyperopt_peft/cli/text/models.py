@@ -11,14 +11,13 @@ from textwrap import shorten
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 from hyperopt_peft.cli.text.tasks import Task, TaskName
 from hyperopt_peft.errors import ProblemError, did_you_mean
-from hyperopt_peft.trainer.method import Method
 
 ALL_LINEAR = "all-linear"
 #: The names of classification heads, which PEFT trains in full.
@@ -129,31 +128,20 @@ def adapter_config(model: Any, args: ModelArguments, task: Task) -> LoraConfig:
         for name in getattr(args, option) or []:
             if name != ALL_LINEAR and not any(f".{each}".endswith(f".{name}") for each in modules):
                 raise ProblemError(f"{option}: no module {name!r}{did_you_mean(name, endings)}")
-    targets: Any = list(args.target_modules)
+    whole = args.target_modules == [ALL_LINEAR]
     heads = (*HEADS, *(args.modules_to_save or []))
     trained = [x for x in heads if any(name.endswith(x) for name in modules)]  # as PEFT finds them
     most = max((min(p.shape) for p in model.parameters() if p.dim() > 1), default=args.rank)
     if args.rank > most:
         raise ProblemError(f"rank: {args.rank} is above {most}, the largest of a weight; lower it")
-    exclude = None
-    if targets == [ALL_LINEAR]:  # by which PEFT means modules that are trained in full too
-        targets = ALL_LINEAR
-        exclude = rf".*({'|'.join(map(re.escape, trained))})(\..*)?" if trained else None
+    # By all-linear PEFT means modules that are trained in full too.
+    exclude = rf".*({'|'.join(map(re.escape, trained))})(\..*)?" if whole and trained else None
     return LoraConfig(
         task_type=task.peft,
         r=args.rank,
         lora_alpha=args.alpha,
         lora_dropout=args.dropout,
-        target_modules=targets,
+        target_modules=ALL_LINEAR if whole else [*args.target_modules],
         exclude_modules=exclude,
         modules_to_save=args.modules_to_save and [*args.modules_to_save],  # PEFT extends it
     )
-
-
-def add_adapter(model: Any, args: ModelArguments, task: Task, method: Method) -> Any:
-    """``model`` in train mode with a new adapter for ``method``; A depends on the current seed."""
-    config = adapter_config(model, args, task)
-    try:
-        return get_peft_model(model, method.adapter(config)).train()
-    except (ValueError, TypeError) as error:
-        raise ProblemError(f"target_modules, rank: the model cannot be adapted: {error}") from error

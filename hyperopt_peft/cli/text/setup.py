@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
+from peft import get_peft_model
 from transformers import DataCollatorForSeq2Seq, set_seed
 from transformers.utils import logging
 
@@ -61,8 +62,7 @@ def choose(
 
     ``method`` replaces the option ``method``; names in ``besides`` are ignored.
     """
-    of_file, flags = divided(name, argv)
-    given = {**of_file, **flags}
+    given, _ = divided(name, argv)
     for file in given.get("plugin", ()):  # before the name of an estimator is read
         import_file(file, "plugin")
     method = method or (given.get("method") or [kind.__dataclass_fields__["method"].default])[-1]
@@ -84,6 +84,7 @@ class Setup:
     Attributes:
         rows, upper_rows, evaluation_rows: as they were read, a held-out part as well.
         marks: of the rows that scored the training rows; see `attributed`.
+        same_text: by each row whose text has another label too, the first row of the text.
         changed: how many labels the corrections change; None without corrections.
     """
 
@@ -98,6 +99,7 @@ class Setup:
     upper_rows: Dataset | None
     evaluation_rows: Dataset | None
     marks: set[str]
+    same_text: dict[int, int]
     changed: int | None
 
     def scored_by(self, rows: Dataset | None) -> int:
@@ -116,7 +118,12 @@ class Setup:
         """A new PeftModel, a function of ``seed``; a warning names random frozen weights."""
         set_seed(seed)
         base, new = self.base()
-        model = models.add_adapter(base, self.args, self.task, method)
+        config = models.adapter_config(base, self.args, self.task)
+        try:
+            model = get_peft_model(base, method.adapter(config)).train()
+        except (ValueError, TypeError) as error:
+            text = f"target_modules, rank: the model cannot be adapted: {error}"
+            raise ProblemError(text) from error
         named = model.get_base_model().named_parameters()
         frozen = {name.replace(".base_layer.", ".") for name, p in named if not p.requires_grad}
         if names := ", ".join(name for name in new if name in frozen):
@@ -183,8 +190,7 @@ def prepare(
             rows, lines = attributed.corrected(rows, file, columns)
             marks |= attributed.marks_in(lines)
         changed = sum(old != new for old, new in zip(before, rows[data.label_column]))
-    if names:
-        attributed.contradicted(rows, columns)
+    same_text = attributed.contradicted(rows, columns) if names else {}
     config = models.load_config(args.model, args.task, names)
     length = (training.max_length or 2) if of_trl else data.max_length
     tokenizer = models.load_tokenizer(name, config, length, args.task)
@@ -195,10 +201,9 @@ def prepare(
     else:
         encoder = Encoder(args.task, data, tokenizer, names)
     require_columns(rows, read, TRAIN)
-    train, upper, evaluation = encoder.encode(rows, TRAIN, read), None, None
-    train = train.add_column(ROW, range(len(rows)))
-    if upper_rows is not None:
-        upper = encoder.encode(upper_rows, UPPER, read)
+    train = encoder.encode(rows, TRAIN, read).add_column(ROW, range(len(rows)))
+    upper = None if upper_rows is None else encoder.encode(upper_rows, UPPER, read)
+    evaluation = None
     if evaluation_rows is not None:
         evaluation = encoder.encode(evaluation_rows, EVALUATION)
         if common := shared(evaluation, train):
@@ -213,4 +218,4 @@ def prepare(
         if part is not None and args.task == "text-classification":
             warn_of_one_class(part, "labels", where)
     parts = train, upper, evaluation, rows, upper_rows, evaluation_rows
-    return Setup(args, task, config, encoder, *parts, marks, changed)
+    return Setup(args, task, config, encoder, *parts, marks, same_text, changed)

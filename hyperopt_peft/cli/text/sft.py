@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 
 from hyperopt_peft.cli.text.data import require_columns
-from hyperopt_peft.cli.text.encode import check_each
+from hyperopt_peft.cli.text.encode import for_each
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.trainer import BilevelTrainer, bilevel
 
@@ -51,7 +51,7 @@ class Conversations:
         require_columns(rows, layout, where)
         kept = (name for name in names if name in (*OF_TEMPLATE, *keep))
         rows = rows.select_columns(list(dict.fromkeys([*layout, *kept])))
-        check_each(self._check, rows, range(len(rows)), where)
+        for_each(self._check, rows, range(len(rows)), where)
         return rows
 
     def _check(self, row: Mapping[str, Any]) -> None:
