@@ -33,7 +33,7 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.features import Features, features_of
 from hyperopt_peft.problems.head import Head, head_of, l2_penalty, require_head
 from hyperopt_peft.trainer.checks import read_rows, require_mean_over_labels
-from hyperopt_peft.trainer.data import firsts, split_dataset
+from hyperopt_peft.trainer.data import batches_of, firsts, split_dataset
 from hyperopt_peft.trainer.method import Method, has_upper_level
 from hyperopt_peft.trainer.quiet import no_bars
 from hyperopt_peft.trainer.tags import INDEX, numbered
@@ -179,16 +179,13 @@ class HeadTask(Task):
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
             run = Run("", "method", 0, 1e-3)
             trainer = plain.make(run, (rows, None, rows), folder, max_steps=1)
-        model, prepared = trainer.model, read_rows(trainer)
-        require_head(model, trainer.data_collator([prepared[0]]))
-        require_mean_over_labels(trainer, prepared, trainer.data_collator, trainer.tags)
-        features = features_of(
-            model,
-            prepared,
-            trainer.data_collator,
-            batch_size=trainer.args.per_device_eval_batch_size,
-            precision=trainer.compute_loss_context_manager,
-        )
+        model, prepared, collate = trainer.model, read_rows(trainer), trainer.data_collator
+        size, precision = trainer.args.eval_batch_size, trainer.compute_loss_context_manager
+        some = range(len(prepared))[:size]
+        (first,) = batches_of(prepared, collate, size, trainer.args.device, chosen=some)
+        require_head(model, first)
+        require_mean_over_labels(trainer, first, trainer.tags)
+        features = features_of(model, prepared, collate, batch_size=size, precision=precision)
         if len(features.row) != len(rows) or not torch.equal(features.row, torch.arange(len(rows))):
             raise ProblemError(
                 "labels: a head of compare_methods predicts a class or numbers a row, and these "
