@@ -112,8 +112,7 @@ def scores(
     passes, run, level, kind = Passes(), setup.run, setup.final, estimator.estimator
     results, rows = list[Any](), None
     if isinstance(kind, Unrolled):
-        variables = [(str(number), variable) for number, variable in enumerate(run.variables)]
-        level = Problem(variables, name="the run")
+        level = Problem(run.variables, name="the run")
     else:
         rows = setup.rows()
     fixed = RandomState.seeded(devices_of(level), "attribution")

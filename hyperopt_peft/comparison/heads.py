@@ -33,7 +33,7 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.features import Features, features_of
 from hyperopt_peft.problems.head import Head, head_of, l2_penalty, require_head
 from hyperopt_peft.trainer.checks import read_rows, require_mean_over_labels
-from hyperopt_peft.trainer.data import batches_of, firsts, split_dataset
+from hyperopt_peft.trainer.data import LABELS, batches_of, firsts, split_dataset
 from hyperopt_peft.trainer.method import Method, has_upper_level
 from hyperopt_peft.trainer.quiet import no_bars
 from hyperopt_peft.trainer.tags import INDEX, numbered
@@ -44,7 +44,6 @@ STEPS, RATE, SOLVER = 15, 0.6, "cg:steps=30"
 TOLERANCE = 1e-5
 #: The column with the number of a row's features.
 ROW = "head_row"
-LABELS = ("label", "labels")
 
 
 class OnFeatures(nn.Module):
@@ -178,7 +177,7 @@ class HeadTask(Task):
         plain = replace(self, methods={"": Method()}, adapter=None)
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
             run = Run("", "method", 0, 1e-3)
-            trainer = plain.make(run, (rows, None, rows), folder, max_steps=1)
+            trainer = plain.make(run, (rows, None, rows), folder, 1)
         model, prepared, collate = trainer.model, read_rows(trainer), trainer.data_collator
         size, precision = trainer.args.eval_batch_size, trainer.compute_loss_context_manager
         some = range(len(prepared))[:size]
@@ -197,8 +196,6 @@ class HeadTask(Task):
 def _read(rows: Any, tags: Sequence[str] = (), device: Any = "cpu") -> Any:
     """The batch of ``rows``: the numbers of their features, labels and tags."""
     names = (ROW, "labels", *tags)
-    if isinstance(rows, Dataset):
-        rows = rows.select_columns([name for name in names if name in rows.column_names])
     rows = [{name: row[name] for name in names if name in row} for row in rows]
     batch: dict[str, Tensor] = default_data_collator(rows)
     if batch["labels"].is_floating_point():

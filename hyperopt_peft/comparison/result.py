@@ -16,12 +16,12 @@ from hyperopt_peft.comparison.store import Result, Store
 from hyperopt_peft.comparison.task import ABLATIONS, Kind
 from hyperopt_peft.utils.plots import intervals
 from hyperopt_peft.utils.statistics import detectable, error_of, is_tie, mean_and_half
-from hyperopt_peft.utils.tables import aligned, latex
+from hyperopt_peft.utils.tables import aligned
 from hyperopt_peft.utils.versions import versions
 
 Row = list[str]
 #: Columns of the table of scores that are not in a paper's.
-NOT_PRINTED = ("rate", "upper rate", "seconds", "MB")
+NOT_PRINTED = ["rate", "upper rate", "seconds", "MB"]
 
 
 @dataclass
@@ -245,9 +245,13 @@ class Comparison:
         The heading and the versions are comments above the table.
         """
         notes = self.heading(), ", ".join(map(" ".join, self.versions.items()))
-        columns = [column for column in zip(*self.table()) if column[0] not in NOT_PRINTED]
-        table = latex([*zip(*columns)])
-        return "\n".join([*(f"% {note}" for note in notes), table, ""])
+        heads, *rows = self.table()
+        table = pandas.DataFrame(rows, columns=heads).drop(columns=NOT_PRINTED, errors="ignore")
+        form = "l" + "r" * (table.shape[1] - 1)
+        text = table.to_latex(index=False, escape=True, column_format=form)
+        for sign, command in {"±": r"$\pm$", "−": "$-$", "–": "--"}.items():
+            text = text.replace(sign, command)
+        return "\n".join([*(f"% {note}" for note in notes), text])
 
     def results(self) -> list[Result]:
         """The entries of all runs."""

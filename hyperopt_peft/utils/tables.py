@@ -1,4 +1,4 @@
-"""Tables as text, CSV and LaTeX, and text that is safe for a terminal."""
+"""Tables as text and CSV, and text that is safe for a terminal."""
 
 from __future__ import annotations
 
@@ -90,29 +90,3 @@ def aligned(rows: Sequence[Sequence[Any]]) -> str:
         for column, width in zip(columns, widths, strict=True)
     ]
     return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))
-
-
-def latex(rows: Sequence[Sequence[str]]) -> str:
-    r"""``rows`` of cells, the heads first, as a ``tabular`` of the LaTeX package booktabs.
-
-    Example:
-        >>> print(latex([["method", "F1 ± error"], ["a_b", "0.5 ± 0.1"]]))
-        \begin{tabular}{lr}
-        \toprule
-        method & F1 $\pm$ error \\
-        \midrule
-        a\_b & 0.5 $\pm$ 0.1 \\
-        \bottomrule
-        \end{tabular}
-    """
-    head, *body = (" & ".join(map(_latex, row)) + r" \\" for row in rows)
-    begin = rf"\begin{{tabular}}{{l{'r' * (len(rows[0]) - 1)}}}"
-    parts = [begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
-    return "\n".join(parts)
-
-
-def _latex(cell: str) -> str:
-    signs = {"±": r"$\pm$", "−": "$-$", "–": "--", "\\": r"\textbackslash{}"}
-    signs |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    signs |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
-    return "".join(signs.get(letter, letter) for letter in cell)
