@@ -49,8 +49,6 @@ class TrainerData:
 
     def __init__(self, trainer: Any, evaluation: Any, slices: str | None) -> None:
         self.trainer, self.train = trainer, trainer.train_dataset
-        self.of_levels: tuple[Any, Any]
-        self.of_retraining: tuple[Any, Any]
         if getattr(trainer, "upper", None) is not None:
             self.train, prepared, self.of_levels, self.of_retraining = _rows_of_levels(trainer)
             self.train_rows = NumberedRows(prepared)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
 
 from hyperopt_peft.errors import ProblemError
 
@@ -122,9 +121,7 @@ def measured(trainer: Any, start: float, unit: int) -> Price:
     args.logging_strategy, args.logging_steps = "steps", 1
     trainer.train()
     lower = everything = len(trainer.train_dataset)
-    if every and trainer.parent() is Trainer:
-        everything = len(trainer.all_rows())
-    elif every:  # which may be packed
+    if again:  # on rows that may be packed
         everything = len(trainer.retraining(args).train_dataset)
     batch = args.train_batch_size * args.gradient_accumulation_steps
     if passes.joined:  # each batch counts as a whole one

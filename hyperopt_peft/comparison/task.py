@@ -141,16 +141,9 @@ class Task:
                 watch.check()
                 metrics = (trainer.retrainer or trainer).evaluate()
         steps = [x.state.global_step for x in (trainer, trainer.retrainer) if x is not None]
-        return self.line(
-            run,
-            metrics,
-            passes=trainer.passes.passes,
-            steps=steps,
-            spent=price.spent(steps),
-            seconds=time.perf_counter() - begin,
-            memory=peak(),
-            finish=watch.change,
-        )
+        spent = {"passes": trainer.passes.passes, "spent": price.spent(steps), "memory": peak()}
+        seconds = time.perf_counter() - begin
+        return self.line(run, metrics, steps=steps, seconds=seconds, finish=watch.change, **spent)
 
     @property
     def unit(self) -> int:
