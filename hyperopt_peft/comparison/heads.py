@@ -153,24 +153,22 @@ class HeadTask(Task):
         """Make the features of all rows, once, and tables that have their numbers."""
         if self.model is not None:
             return
-        data, found, tables = self.data, list[Features](), list[Any]()
-        for rows in (data.train, data.upper, data.test):
-            if rows is None:
-                tables.append(None)
+        data, found, tables = self.data, list[Features](), dict[str, Any]()
+        for name in ("train", "upper", "test"):
+            if (rows := getattr(data, name)) is None:
                 continue
             trainer, features, read = self._features(rows)
             begin = sum(len(each.x) for each in found)
             found.append(features)
             numbers = [begin + row for row in firsts(rows, data.reads)]
             columns = {ROW: numbers, "labels": features.labels.tolist()}
-            others = [name for name in rows.column_names if name not in (*read, *LABELS)]
-            tables.append(Dataset.from_dict(columns | {name: rows[name][:] for name in others}))
+            others = [column for column in rows.column_names if column not in (*read, *LABELS)]
+            tables[name] = Dataset.from_dict(columns | {other: rows[other][:] for other in others})
         every = Features.joined(found).double()
         seen = found[:-1] if data.test is not None else found
         every = every.standardized(Features.joined(seen)).to(trainer.args.device)
-        head = head_of(trainer.model, every)
-        self.model = OnFeatures(every.x, head)
-        self.data = replace(data, train=tables[0], upper=tables[1], test=tables[2], reads={ROW})
+        self.model = OnFeatures(every.x, head_of(trainer.model, every))
+        self.data = replace(data, **tables, reads={ROW})
 
     def _features(self, rows: Any) -> tuple[Any, Features, list[str]]:
         """A trainer, the features of ``rows``, and the columns that the trainer's model reads."""
