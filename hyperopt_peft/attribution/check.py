@@ -176,11 +176,7 @@ def check_scores(
     smoothness = None
     if perturbation is not None and estimator.differentiates_run:
         smoothness = metasmoothness(setup, estimator, setup.total(seen), perturbation, generator)
-    rest: dict[str, Any] = {
-        "metasmoothness": smoothness,
-        "share": share,
-        "of_head": not isinstance(run, Run),
-    }
+    rest: Any = {"metasmoothness": smoothness, "share": share, "of_head": not isinstance(run, Run)}
     checks = {name: ScoreCheck(*both, **rest) for name, both in changes.items()}
     rest["by_slice"] = checks if len(checks) > 1 else {}
     return ScoreCheck(*setup.total(changes), **rest)

@@ -169,7 +169,7 @@ def setup_from_head(
 ) -> RetrainingSetup:
     """Train a head on features of ``trainer``'s rows, and return its run and Φ; see `attribute`."""
     require_trainer(trainer)
-    data = TrainerData.read(trainer, evaluation, slices)
+    data = TrainerData(trainer, evaluation, slices)
     training, read = train_head(trainer, data, progress=progress)
     on_rows, train, above = training.on_rows, training.features, read(data.evaluation_rows)
     of_slices = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any, Never
 
 import torch
@@ -40,22 +39,24 @@ class RecordedTrainer(BilevelTrainer):
         self, trainer: Any, args: Any, data: TrainerData, options: dict[str, Any], *, twice: bool
     ) -> None:
         self.method, self.passes = (method := method_of(trainer)), PassCounter()
-        self.tags, self.twice, self.options = (*method.tags, ROW), twice, options
+        self.tags, self.options = (*method.tags, ROW), options
         self._rows = data.of_retraining
-        dtypes = [parameter.dtype for _, parameter in trainable(trainer.model)]
-        dtype = torch.promote_types((dtypes or [torch.float32])[0], torch.float32)
+        dtype = next((x.dtype for _, x in trainable(trainer.model)), torch.float32)
+        dtype = torch.promote_types(dtype, torch.float32)
         ones = torch.ones(len(data.train_rows), dtype=dtype, device=args.device)
-        self.weights = ones.requires_grad_()
+        self.weights = weights = ones.requires_grad_()
+        how: dict[str, Any] = {"variables": [weights], "tags": self.tags, "twice": twice}
+        self._weighted: Any = WeightedRows(trainer.model, lambda x: weights[x[ROW]], **how)
         # With model_init the Trainer makes optimizer and schedule itself.
         given = (None, None) if trainer.model_init else (trainer.optimizer, trainer.lr_scheduler)
         more = {
             "data_collator": data.collate,
             "optimizer_cls_and_kwargs": trainer.optimizer_cls_and_kwargs,
             "optimizers": given,
+            "processing_class": trainer.processing_class,
         }
         self._options = options_of_retraining(more)
         more |= zip(("train_dataset", "upper_dataset"), data.of_levels, strict=True)
-        more["processing_class"] = trainer.processing_class
         upper = None if data.of_levels[1] is None else upper_of
         stock = not isinstance(trainer, BilevelTrainer)
         scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
@@ -89,18 +90,13 @@ class RecordedTrainer(BilevelTrainer):
             reads = self._differs(lambda n: loss(self.model, {**inputs}, num_items_in_batch=n))
         return reads is not False
 
-    @cached_property
-    def weighted(self) -> WeightedRows:
-        """The model's loss with a weight for each row."""
-        weights, how = self.weights, dict[str, Any](tags=self.tags, twice=self.twice)
-        return WeightedRows(self.model, lambda batch: weights[batch[ROW]], [weights], **how)
-
     def task_loss(self, batch: Any, *, training: bool = True) -> Tensor:
-        """The loss `weighted` in the precision of training, with dropout if ``training``."""
+        """The model's loss with a weight for each row, with dropout if ``training``."""
         self.calls += 1
         self.model.train(training)
         with self.compute_loss_context_manager():
-            return self.weighted.weighted(self.weighted.losses(batch), batch)["loss"]
+            loss: Tensor = self._weighted.loss(batch)["loss"]
+            return loss
 
     def adopt_prepared_parameters(self) -> None:
         """As in `BilevelTrainer`; also begins the run, or its second phase."""
@@ -138,23 +134,20 @@ class RecordedTrainer(BilevelTrainer):
     def _record(self) -> None:
         run, step, weights = self.run, self.current_step, self.weights
         assert run is not None
-        shares = (weights.grad, self._parts(step.micro))
-        of_weights, parts = distributed.mean(shares, (weights, weights))
+        (of_weights,) = distributed.mean((weights.grad,), (weights,))
         weights.grad = None
-        gradient = [*(v.grad for v in run.levels[self._first].variables), of_weights]
-        random_state = step.micro[0].random_state
-        updates = [run.update(self._first, list(step.micro), random_state, gradient, parts)]
-        if step.upper:
-            updates.append(self._upper_update(run, step.upper))
+        gradient: Any = [*(v.grad for v in run.levels[self._first].variables), of_weights]
+        updates = [self._update(run, self._first, step.micro, gradient)]
+        if step.upper:  # training does not differentiate its loss in the row weights
+            number, level = self._first + 1, run.levels[self._first + 1]
+            _, _, gradient = level.differentiate(step.upper, (*level.variables, weights))
+            updates.append(self._update(run, number, step.upper, gradient))
         run.record(*updates, assigned=self._assigned)
         self._assigned = {}
 
-    def _upper_update(self, run: Run, batch: list[MicroBatch]) -> ParameterUpdate:
-        """The upper level's update; computes the row weights' gradient, which training lacks."""
-        number, level = self._first + 1, run.levels[self._first + 1]
-        _, _, gradient = level.differentiate(batch, (*level.variables, self.weights))
-        (parts,) = distributed.mean((self._parts(batch),), (self.weights,))
-        return run.update(number, batch, batch[0].random_state, gradient, parts)
+    def _update(self, run: Run, level: int, batch: list[MicroBatch], slope: Any) -> ParameterUpdate:
+        parts = distributed.average(self._parts(batch))
+        return run.update(level, [*batch], batch[0].random_state, slope, parts)
 
     def _parts(self, batch: Sequence[MicroBatch]) -> Tensor:
         """The factor of each row's mean loss in the loss of ``batch``, 0 for others, ``(n,)``."""

@@ -50,15 +50,12 @@ class Sweep:
             [index for index in range(len(run.variables)) if index not in owned]
             for owned in map(set, run.indices)
         ]
-        self.oracles = [self._oracle(level) for level in range(len(run.levels))]
-
-    def _oracle(self, number: int) -> Oracle:
-        run = self.run
-        others = [run.variables[index] for index in self.others[number]]
-        named = [(str(k), v) for k, v in enumerate((run.weights, *others))]
         fixed = RandomState.seeded(devices_of(*run.levels), "attribution")
-        upper = Problem(named, name="row weights")
-        return Oracle(upper, run.levels[number], None, None, fixed, fixed, passes=self.passes)
+        self.oracles = []
+        for level, indices in zip(run.levels, self.others, strict=True):
+            others = [run.variables[index] for index in indices]
+            upper = Problem([run.weights, *others], name="row weights")
+            self.oracles.append(Oracle(upper, level, None, None, fixed, fixed, passes=passes))
 
     def back(
         self, checkpoints: Checkpoints, *, last_steps: int | None = None, progress: bool = False

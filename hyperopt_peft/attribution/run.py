@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,9 +79,8 @@ class Checkpoints:
 
     def get(self, step: int) -> Point:
         """The checkpoint before ``step``."""
-        point: Point | Path = self._points[step]
-        if isinstance(point, Path):
-            point = cast(Point, torch.load(point, weights_only=True))
+        at = self._points[step]
+        point: Point = torch.load(at, weights_only=True) if isinstance(at, Path) else at
         return point
 
 

@@ -109,13 +109,10 @@ def scores(
     Raises:
         NonFiniteError: a loss, a gradient, a curvature or a score is NaN or infinite.
     """
-    passes, run, level, kind = Passes(), setup.run, setup.final, estimator.estimator
-    results, rows = list[Any](), None
-    if isinstance(kind, Unrolled):
-        variables = [(str(number), variable) for number, variable in enumerate(run.variables)]
-        level = Problem(variables, name="the run")
-    else:
-        rows = setup.rows()
+    passes, run, kind, results = Passes(), setup.run, estimator.estimator, list[Any]()
+    through = estimator.differentiates_run
+    level = Problem(run.variables, name="the run") if through else setup.final
+    rows = None if through else setup.rows()
     fixed = RandomState.seeded(devices_of(level), "attribution")
     oracles = [
         Oracle(setup.evaluation, level, losses, rows, fixed, fixed, passes=passes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -56,7 +55,7 @@ def setup_from_trainer(
     ``twice`` says whether the training loss is differentiated twice; ``run`` has options of `Run`.
     """
     require_attributable(trainer)
-    data = TrainerData.read(trainer, evaluation, slices)
+    data = TrainerData(trainer, evaluation, slices)
     random_state = _new_model(trainer)
     require_float32(trainer.model)
     first = range(len(data.train_rows))[: trainer.args.per_device_train_batch_size]
@@ -69,10 +68,9 @@ def setup_from_trainer(
         runner = RecordedTrainer(trainer, args, data, run, twice=twice)
         if random_state is not None:
             random_state.restore()
-        begin = time.perf_counter()
         runner.train()
     assert runner.run is not None
-    runner.run.settings["seconds"] = time.perf_counter() - begin
+    runner.run.settings["seconds"] = runner.passes.read()["seconds"]
     trainer.state.global_step, trainer.state.epoch = runner.state.global_step, runner.state.epoch
     return _setup(runner, runner.run, data)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -18,13 +17,13 @@ from hyperopt_peft.trainer.checks import check_rows, read_rows
 from hyperopt_peft.trainer.data import (
     batches_of,
     columns_read,
+    data_of_levels,
     joined,
     label_column,
     reads_of,
     require_examples,
     require_unseen,
     shared,
-    split_dataset,
 )
 from hyperopt_peft.trainer.tags import InOrder, TagCollator
 from hyperopt_peft.trainer.upper_batches import loader_of
@@ -32,45 +31,34 @@ from hyperopt_peft.trainer.upper_batches import loader_of
 logger = logging.get_logger(__name__)
 
 
-@dataclass(frozen=True)
 class TrainerData:
     """The training rows of a run, the evaluation rows of Φ, and the collator of both.
 
     Attributes:
-        train: the training rows, of both levels if there are two.
+        train, evaluation: the rows as they were given; ``train`` of both levels if there are two.
         train_rows, evaluation_rows: the rows, numbered, with the columns that the model takes.
         of_levels: the numbered training rows of the lower and of the upper level.
         of_retraining: likewise, for a method to choose from in its second phase.
         groups: the numbers of the evaluation rows in each slice.
         shown: the columns of the training and of the evaluation rows to show.
         collate: makes a batch from a list of rows, with their numbers as `ROW`.
+
+    Raises:
+        ProblemError: all evaluation rows are training rows; there is no column ``slices``.
     """
 
-    train: Any
-    evaluation: Any
-    train_rows: NumberedRows
-    evaluation_rows: NumberedRows
-    of_levels: tuple[Any, Any]
-    of_retraining: tuple[Any, Any]
-    groups: Mapping[str, list[int]]
-    shown: tuple[Mapping[str, Sequence[Any]], Mapping[str, Sequence[Any]]]
-    collate: TagCollator
-    trainer: Any
-
-    @classmethod
-    def read(cls, trainer: Any, evaluation: Any, slices: str | None) -> TrainerData:
-        """The rows of ``trainer``; ProblemError if all evaluation rows are training rows."""
-        train = trainer.train_dataset
+    def __init__(self, trainer: Any, evaluation: Any, slices: str | None) -> None:
+        self.trainer, self.train = trainer, trainer.train_dataset
         if getattr(trainer, "upper", None) is not None:
-            train, prepared, of_levels, of_retraining = _rows_of_levels(trainer)
-            train_rows = NumberedRows(prepared)
+            self.train, prepared, self.of_levels, self.of_retraining = _rows_of_levels(trainer)
+            self.train_rows = NumberedRows(prepared)
         else:
-            train_rows = _numbered_rows(trainer, train, "train_dataset")
-            of_levels = of_retraining = train_rows, None
-        evaluation = trainer.eval_dataset if evaluation is None else evaluation
-        evaluation_rows = _numbered_rows(trainer, evaluation, "eval_dataset")
-        count = len(evaluation_rows)
-        common = shared(evaluation, train, _reads(trainer))
+            self.train_rows = _numbered_rows(trainer, self.train, "train_dataset")
+            self.of_levels = self.of_retraining = self.train_rows, None
+        evaluation = self.evaluation = trainer.eval_dataset if evaluation is None else evaluation
+        self.evaluation_rows = _numbered_rows(trainer, evaluation, "eval_dataset")
+        count = len(self.evaluation_rows)
+        common = shared(evaluation, self.train, _reads(trainer))
         if common == count:
             raise ProblemError(
                 "evaluation: every row of it is a training row too, and would explain itself; give "
@@ -83,14 +71,13 @@ class TrainerData:
             raise ProblemError(
                 f"slices: the evaluation rows have no column {slices!r}, only {columns}"
             )
-        groups: dict[str, list[int]] = {}
+        self.groups: dict[str, list[int]] = {}
         of_rows = evaluation.with_format(None)[slices][:] if slices else ["all"] * count
         for row, value in enumerate(of_rows):
-            groups.setdefault(str(value), []).append(row)
+            self.groups.setdefault(str(value), []).append(row)
+        self.shown = _shown(self.train), _shown(evaluation)
         loader = loader_of(trainer, trainer.train_dataset, "train_dataset")
-        collate = TagCollator(InOrder(loader.collate_fn), (*getattr(trainer, "tags", ()), ROW))
-        sets = train, evaluation, train_rows, evaluation_rows, of_levels, of_retraining
-        return cls(*sets, groups, (_shown(train), _shown(evaluation)), collate, trainer)
+        self.collate = TagCollator(InOrder(loader.collate_fn), (*getattr(trainer, "tags", ()), ROW))
 
     @property
     def shares(self) -> dict[str, float]:
@@ -117,12 +104,11 @@ class TrainerData:
 
 def _rows_of_levels(trainer: Any) -> tuple[Any, Any, tuple[Any, Any], tuple[Any, Any]]:
     """``train``, ``train_rows``, ``of_levels`` and ``of_retraining`` of `TrainerData`."""
-    args, (lower, upper) = trainer.args, trainer._rows
+    lower, upper = trainer._rows
     if upper is None:
-        given, seed = lower, args.seed if args.data_seed is None else args.data_seed
-        reads = {*columns_read(given, given, trainer._row_columns)}
+        given, reads = lower, {*columns_read(lower, lower, trainer._row_columns)}
         numbered = given.add_column(ROW, list(range(len(given))))
-        halves = split_dataset(numbered, args.upper_fraction, seed, reads=reads)
+        halves = data_of_levels(numbered, None, trainer.args, True, reads)
         numbers = [half[ROW][:] for half in halves]
     else:
         given = joined(train_dataset=lower, upper_dataset=upper)
@@ -158,16 +144,12 @@ def _shown(data: Any) -> dict[str, Sequence[Any]]:
     """The text columns and the label column of ``data``, as they are stored."""
     if not isinstance(data, datasets.Dataset):
         return {}
-    data = data.with_format(None)
-    label = label_column(data)
-    if label and isinstance(data.features[label], datasets.List):  # a number for each token
-        label = None
-    shown = {
-        name: data[name][:]
-        for name, feature in data.features.items()
-        if getattr(feature, "dtype", "") in ("string", "large_string") or name == label
-    }
-    if label and isinstance(data.features[label], datasets.ClassLabel):
-        name = data.features[label].int2str
-        shown[label] = [name(value) if value >= 0 else "" for value in shown[label]]
+    data, shown = data.with_format(None), dict[str, Sequence[Any]]()
+    for name, feature in data.features.items():
+        of_tokens = isinstance(feature, datasets.List)  # a label for each
+        text = getattr(feature, "dtype", "") in ("string", "large_string")
+        if text or (name == label_column(data) and not of_tokens):
+            shown[name] = data[name][:]
+            if isinstance(feature, datasets.ClassLabel):
+                shown[name] = [feature.int2str(x) if x >= 0 else "" for x in shown[name]]
     return shown

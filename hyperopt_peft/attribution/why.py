@@ -83,7 +83,7 @@ def why(trainer: Any, rows: Any = None, *, adapter: bool = False, progress: bool
         require_attributable(trainer)
         if getattr(trainer, "upper", None) is not None:
             require_known_derivative(trainer)
-    data = TrainerData.read(trainer, rows, None)
+    data = TrainerData(trainer, rows, None)
     (first,) = data.batches(data.train_rows, [0])
     if first["labels"].is_floating_point():
         raise ProblemError(
@@ -156,11 +156,12 @@ def reason_for(training: HeadTraining, places: Features, place: int) -> Reason:
     margin = Evaluation(training.weights, lambda: margins(head(x).logits, classes)[0])
     setup = RetrainingSetup(training, margin, {"all": 1.0}, level, lambda: batch)
     slopes = scores(setup, parse_estimator(HEAD_ESTIMATOR))[0]["all"]
-    order = slopes.argsort(descending=True)[: int((slopes > 0).sum())]
+    most = min(int((slopes > 0).sum()), int(MOST * len(slopes)))
+    order = slopes.argsort(descending=True)[:most]
     size = margin.values()["all"]
     guess = 1 + int((slopes[order].cumsum(0) < size).sum())
     result = fewest(training, x, order, guess)
-    reason = Reason(row, token, predicted, None, [], [], size, _limit(training, order))
+    reason = Reason(row, token, predicted, None, [], [], size, most)
     if result is None:
         return reason
     count, becomes = result
@@ -173,16 +174,16 @@ def fewest(
 ) -> tuple[int, int] | None:
     """How many rows of ``order`` to remove until ``x`` ``(1, d)`` changes its class; the new class.
 
-    With one row fewer the class does not change. None if removing `MOST` of the training rows is
-    not enough. Trainings to a lower tolerance verify the result; if they disagree, the search is
-    repeated with that tolerance.
+    With one row fewer the class does not change. None if removing all of ``order`` is not enough.
+    Trainings to a lower tolerance verify the result; if they disagree, the search is repeated with
+    that tolerance.
     """
-    limit, predicted = _limit(training, order), _predicted(training, x)
+    predicted = _predicted(training, x)
     try:
         training.tolerance, verified = TOLERANCES
         result = _search(training, x, order, guess)
         training.tolerance = verified
-        count = result[0] if result else limit
+        count = result[0] if result else len(order)
         after = _without(training, x, order[:count])
         before = _without(training, x, order[: count - 1]) if result else predicted
         if before != predicted or (after == predicted) == bool(result):
@@ -194,7 +195,7 @@ def fewest(
 
 def _search(training: HeadTraining, x: Tensor, order: Tensor, guess: int) -> tuple[int, int] | None:
     """As `fewest`: the number doubles from ``guess``, and bisection then finds it."""
-    predicted, limit = _predicted(training, x), _limit(training, order)
+    predicted, limit = _predicted(training, x), len(order)
     too_few, count = 0, min(max(guess, 1), limit)
     while (becomes := _without(training, x, order[:count])) == predicted:
         if count == limit:
@@ -214,10 +215,6 @@ def _without(training: HeadTraining, x: Tensor, rows: Tensor) -> int:
     """The class of ``x`` after a training without ``rows``."""
     with training.without(rows):
         return _predicted(training, x)
-
-
-def _limit(training: HeadTraining, order: Tensor) -> int:
-    return min(len(order), int(MOST * len(training.weights)))
 
 
 @torch.no_grad()

@@ -16,12 +16,8 @@ class OneLevel(Method):
     def __init__(self, method: Method) -> None:
         self.method, self.tags = method, method.tags
         self.defaults = {k: v for k, v in method.defaults.items() if k != "hypergradient"}
-        for name in ("adapter", "rows", "prepare", "after_upper_step", "finish"):
+        for name in ("adapter", "rows", "all_rows", "prepare", "after_upper_step", "finish"):
             setattr(self, name, getattr(method, name))
-
-    def all_rows(self, train: Any, upper: Any) -> Any:
-        """As ``method``'s."""
-        return self.method.all_rows(train, upper)
 
     def read_rows(self, model: Any, rows: Any, collate: Any) -> None:
         """As ``method``'s; a method of the class, where the trainer looks for an override."""

@@ -20,7 +20,7 @@ from hyperopt_peft.comparison.frozen_layers import forget
 from hyperopt_peft.comparison.heads import RATE, HeadTask
 from hyperopt_peft.comparison.result import Comparison
 from hyperopt_peft.comparison.store import Store
-from hyperopt_peft.comparison.task import Task
+from hyperopt_peft.comparison.task import Task, without_sizes
 from hyperopt_peft.comparison.work import Work, require_pickled
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.find import find_method
@@ -234,7 +234,7 @@ def settings_of(task: Task) -> dict[str, Any]:
         "adapter": None if head or task.adapter is None else task.adapter.to_dict(),
         "args": {name: value for name, value in args.items() if name not in changed},
         "retrain": task.args.retrain,
-        "retrain_arguments": task.retrain_arguments,
+        "retrain_arguments": without_sizes(task.args),
         "base_model": task.fingerprint(),
         "options": {name: code_of(value) for name, value in task.options.items()},
         "versions": versions(),

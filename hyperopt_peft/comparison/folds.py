@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from sklearn.model_selection import KFold, ShuffleSplit
+from sklearn.model_selection import KFold
 
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.trainer.data import firsts, require_examples, shared_rows, split_dataset
+from hyperopt_peft.trainer.data import (
+    firsts,
+    require_examples,
+    shared_rows,
+    split_dataset,
+    stratified,
+)
 
 
 @dataclass(frozen=True)
@@ -101,18 +106,12 @@ class Rows:
             return self.train, self.upper, part
         if not development:
             return self.train, self.upper, self.test
-        if self.upper is None:
-            with suppress(ProblemError):  # of a class that is too rare to be in both parts
-                lower, scored = split_dataset(self.train, self.held_out, seed, reads=self.reads)
-                return lower, None, scored
-            rest, held = self._halves(self.train, seed)
-            return self.train.select(rest), None, self.train.select(held)
-        rest, held = self._halves(self.upper, seed)
-        return self.train, self.upper.select(rest), self.upper.select(held)
-
-    def _halves(self, rows: Any, seed: int) -> Any:
-        halves = ShuffleSplit(1, test_size=self.held_out, random_state=seed)
-        return next(halves.split(np.arange(len(rows))))
+        rows = self.train if self.upper is None else self.upper
+        try:
+            rest, scored = split_dataset(rows, self.held_out, seed, reads=self.reads)
+        except ProblemError:  # of a class that is too rare to be in both parts
+            rest, scored = stratified(rows, self.held_out, seed, None, "held_out")
+        return (rest, None, scored) if self.upper is None else (self.train, rest, scored)
 
     def _fold(self, seed: int, development: bool, folds: int) -> tuple[Any, Any]:
         rest, spare = np.arange(len(self.upper)), np.arange(0)

@@ -222,9 +222,8 @@ def _dropouts(module: nn.Module) -> list[str]:
 def _states_of(settings: str, frozen: list[Tensor]) -> States:
     """The states of a model with equal settings and frozen parameters, or new ones."""
     for others, parameters, states in _SEEN:
-        pairs = zip(parameters, frozen, strict=False)
         alike = others == settings and len(parameters) == len(frozen)
-        if alike and all(torch.equal(*pair) for pair in pairs):
+        if alike and all(map(torch.equal, parameters, frozen)):
             return states
     _SEEN.append((settings, frozen, {}))
     del _SEEN[:-MODELS]

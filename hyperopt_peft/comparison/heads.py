@@ -33,7 +33,7 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.features import Features, features_of
 from hyperopt_peft.problems.head import Head, head_of, l2_penalty, require_head
 from hyperopt_peft.trainer.checks import read_rows, require_mean_over_labels
-from hyperopt_peft.trainer.data import batches_of, firsts, split_dataset
+from hyperopt_peft.trainer.data import LABELS, batches_of, firsts, split_dataset
 from hyperopt_peft.trainer.method import Method, has_upper_level
 from hyperopt_peft.trainer.quiet import no_bars
 from hyperopt_peft.trainer.tags import INDEX, numbered
@@ -44,7 +44,6 @@ STEPS, RATE, SOLVER = 15, 0.6, "cg:steps=30"
 TOLERANCE = 1e-5
 #: The column with the number of a row's features.
 ROW = "head_row"
-LABELS = ("label", "labels")
 
 
 class OnFeatures(nn.Module):
@@ -154,45 +153,36 @@ class HeadTask(Task):
         """Make the features of all rows, once, and tables that have their numbers."""
         if self.model is not None:
             return
-        data, found, tables = self.data, list[Features](), list[Any]()
-        for rows in (data.train, data.upper, data.test):
-            if rows is None:
-                tables.append(None)
+        data, found, tables = self.data, list[Features](), dict[str, Any]()
+        for name in ("train", "upper", "test"):
+            if (rows := getattr(data, name)) is None:
                 continue
             trainer, features, read = self._features(rows)
             begin = sum(len(each.x) for each in found)
             found.append(features)
             numbers = [begin + row for row in firsts(rows, data.reads)]
             columns = {ROW: numbers, "labels": features.labels.tolist()}
-            others = [name for name in rows.column_names if name not in (*read, *LABELS)]
-            tables.append(Dataset.from_dict(columns | {name: rows[name][:] for name in others}))
+            others = [column for column in rows.column_names if column not in (*read, *LABELS)]
+            tables[name] = Dataset.from_dict(columns | {other: rows[other][:] for other in others})
         every = Features.joined(found).double()
         seen = found[:-1] if data.test is not None else found
         every = every.standardized(Features.joined(seen)).to(trainer.args.device)
-        head = head_of(trainer.model, every)
-        self.model = OnFeatures(every.x, head)
-        self.data = replace(data, train=tables[0], upper=tables[1], test=tables[2], reads={ROW})
+        self.model = OnFeatures(every.x, head_of(trainer.model, every))
+        self.data = replace(data, **tables, reads={ROW})
 
     def _features(self, rows: Any) -> tuple[Any, Features, list[str]]:
         """A trainer, the features of ``rows``, and the columns that the trainer's model reads."""
         plain = replace(self, methods={"": Method()}, adapter=None)
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
             run = Run("", "method", 0, 1e-3)
-            trainer = plain.make(run, (rows, None, rows), folder, max_steps=1)
-        model, prepared = trainer.model, read_rows(trainer)
-        some = range(len(prepared))[: trainer.args.per_device_train_batch_size]
-        batches = batches_of(
-            prepared, trainer.data_collator, len(some), trainer.args.device, chosen=some
-        )
-        require_head(model, batches[0])
-        require_mean_over_labels(trainer, batches[0], trainer.tags)
-        features = features_of(
-            model,
-            prepared,
-            trainer.data_collator,
-            batch_size=trainer.args.per_device_eval_batch_size,
-            precision=trainer.compute_loss_context_manager,
-        )
+            trainer = plain.make(run, (rows, None, rows), folder, 1)
+        model, prepared, collate = trainer.model, read_rows(trainer), trainer.data_collator
+        size, precision = trainer.args.eval_batch_size, trainer.compute_loss_context_manager
+        some = range(len(prepared))[:size]
+        (first,) = batches_of(prepared, collate, size, trainer.args.device, chosen=some)
+        require_head(model, first)
+        require_mean_over_labels(trainer, first, trainer.tags)
+        features = features_of(model, prepared, collate, batch_size=size, precision=precision)
         if len(features.row) != len(rows) or not torch.equal(features.row, torch.arange(len(rows))):
             raise ProblemError(
                 "labels: a head of compare_methods predicts a class or numbers a row, and these "
@@ -204,8 +194,6 @@ class HeadTask(Task):
 def _read(rows: Any, tags: Sequence[str] = (), device: Any = "cpu") -> Any:
     """The batch of ``rows``: the numbers of their features, labels and tags."""
     names = (ROW, "labels", *tags)
-    if isinstance(rows, Dataset):
-        rows = rows.select_columns([name for name in names if name in rows.column_names])
     rows = [{name: row[name] for name in names if name in row} for row in rows]
     batch: dict[str, Tensor] = default_data_collator(rows)
     if batch["labels"].is_floating_point():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -11,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
 
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.trainer.passes import PassCounter
 
 
 def rows_of(steps: int, rows: int, batch: int) -> int:
@@ -121,17 +118,16 @@ def measured(trainer: Any, start: float, unit: int) -> Price:
     every = 0 if trainer.upper is None else args.lower_steps
     args.max_steps, args.retrain = 2 * every or 4, "none"
     args.warmup_steps = 0  # an estimator may do nothing at a rate of 0
-    trainer.add_callback(clock := _Clock(passes))
+    args.logging_strategy, args.logging_steps = "steps", 1
     trainer.train()
     lower = everything = len(trainer.train_dataset)
-    if every and trainer.parent() is Trainer:
-        everything = len(trainer.all_rows())
-    elif every:  # which may be packed
+    if again:  # on rows that may be packed
         everything = len(trainer.retraining(args).train_dataset)
     batch = args.train_batch_size * args.gradient_accumulation_steps
     if passes.joined:  # each batch counts as a whole one
         lower, everything = (-(-rows // batch) * batch for rows in (lower, everything))
-    (begin, first), *_, (end, last) = clock.ends  # without the first step, which allocates
+    logs = trainer.state.log_history  # of the first step, which allocates, to the end
+    begin, first, end, last = (logs[k][x] for k in (0, -2) for x in ("seconds", "passes"))
     if last == first:
         raise ProblemError(
             "passes: a step sends no row through the model itself, so that none can be counted; "
@@ -143,16 +139,6 @@ def measured(trainer: Any, start: float, unit: int) -> Price:
     upper = (passes.passes * unit - rows_of(2 * every, lower, batch)) / 2 if every else 0.0
     a_pass = (end - begin) / (last - first)
     return Price(unit, batch, lower, everything, every, upper, again, start, a_pass)
-
-
-class _Clock(TrainerCallback):
-    """The time at the end of each step, beside the passes that ``counter`` has counted."""
-
-    def __init__(self, counter: PassCounter) -> None:
-        self.counter, self.ends = counter, list[tuple[float, float]]()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.ends.append((time.perf_counter(), self.counter.passes))
 
 
 def peak_memory() -> Callable[[], float]:

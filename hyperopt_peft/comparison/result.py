@@ -21,7 +21,7 @@ from hyperopt_peft.utils.versions import versions
 
 Row = list[str]
 #: Columns of the table of scores that are not in a paper's.
-NOT_PRINTED = ("rate", "upper rate", "seconds", "MB")
+NOT_PRINTED = ["rate", "upper rate", "seconds", "MB"]
 
 
 @dataclass
@@ -245,12 +245,13 @@ class Comparison:
         The heading and the versions are comments above the table.
         """
         notes = self.heading(), ", ".join(map(" ".join, self.versions.items()))
-        columns = {name: rest for name, *rest in zip(*self.table()) if name not in NOT_PRINTED}
-        form = f"l{'r' * (len(columns) - 1)}"
-        table = pandas.DataFrame(columns).to_latex(index=False, escape=True, column_format=form)
+        heads, *rows = self.table()
+        table = pandas.DataFrame(rows, columns=heads).drop(columns=NOT_PRINTED, errors="ignore")
+        form = "l" + "r" * (table.shape[1] - 1)
+        text = table.to_latex(index=False, escape=True, column_format=form)
         for sign, command in {"±": r"$\pm$", "−": "$-$", "–": "--"}.items():
-            table = table.replace(sign, command)
-        return "".join([*(f"% {note}\n" for note in notes), table])
+            text = text.replace(sign, command)
+        return "\n".join([*(f"% {note}" for note in notes), text])
 
     def results(self) -> list[Result]:
         """The entries of all runs."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from hyperopt_peft.comparison.task import Run
-from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.validation import require_settings
 
 Result = dict[str, Any]
@@ -80,7 +79,4 @@ def _plain(value: Any) -> Any:
 
 
 def _run_of(entry: Mapping[str, Any]) -> Run:
-    try:
-        return Run(**{each.name: entry[each.name] for each in fields(Run)})
-    except KeyError as error:
-        raise ProblemError(f"a run in the store lacks {error}; delete its line") from error
+    return Run(**{each.name: entry[each.name] for each in fields(Run)})

@@ -131,14 +131,9 @@ class Task:
     def _trained(self, run: Run, price: Price, planned: Sequence[int]) -> dict[str, Any]:
         freeze_imports()
         begin = time.perf_counter()
-        sizes: dict[str, Any] = {"max_steps": planned[0]}
-        if price.again:
-            own = self.methods[run.method].defaults.get("retrain_arguments") or {}
-            given = self.retrain_arguments or _without_sizes(own)
-            sizes["retrain_arguments"] = {**given, "max_steps": planned[1]}
         metrics: dict[str, float] = {}
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
-            trainer = self.make(run, self.data.of(run.seed, run.development), folder, **sizes)
+            trainer = self.make(run, self.data.of(run.seed, run.development), folder, *planned)
             trainer.passes.limit, trainer.passes.unit = self.passes, self.unit
             watch, peak = Watch(trainer, run.method), peak_memory()
             with suppress(NonFiniteError):  # such as a rate that is too high; it has no score
@@ -146,26 +141,14 @@ class Task:
                 watch.check()
                 metrics = (trainer.retrainer or trainer).evaluate()
         steps = [x.state.global_step for x in (trainer, trainer.retrainer) if x is not None]
-        return self.line(
-            run,
-            metrics,
-            passes=trainer.passes.passes,
-            steps=steps,
-            spent=price.spent(steps),
-            seconds=time.perf_counter() - begin,
-            memory=peak(),
-            finish=watch.change,
-        )
+        spent = {"passes": trainer.passes.passes, "spent": price.spent(steps), "memory": peak()}
+        seconds = time.perf_counter() - begin
+        return self.line(run, metrics, steps=steps, seconds=seconds, finish=watch.change, **spent)
 
     @property
     def unit(self) -> int:
         """The rows of a pass, for every method: those of a lower step by the user's arguments."""
         return int(self.args.train_batch_size * self.args.gradient_accumulation_steps)
-
-    @property
-    def retrain_arguments(self) -> dict[str, Any]:
-        """Those that are given for a second training, without what the comparison decides."""
-        return _without_sizes(cast(Mapping[str, Any], self.args.retrain_arguments or {}))
 
     @no_bars()
     def fingerprint(self) -> str:
@@ -208,7 +191,7 @@ class Task:
         begin = time.perf_counter()
         data = self.data.of(run.seed, run.development)
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
-            trainer = self.make(run, data, folder, max_steps=4)
+            trainer = self.make(run, data, folder, 4)
             rows = trainer.eval_dataset  # as the trainer has prepared them
             some = range(0, len(rows), -(-len(rows) // SOME))  # of every class, if they are sorted
             self.require_metric(trainer.evaluate(rows.select(some)))
@@ -241,17 +224,20 @@ class Task:
         method = copy.deepcopy(self.methods[run.method])
         return OneLevel(method) if run.kind == "one level" else method
 
-    def make(self, run: Run, rows: Sequence[Any], folder: str, **sizes: Any) -> BilevelTrainer:
-        """A trainer of ``run``, which writes and shows nothing."""
+    def make(self, run: Run, rows: Sequence[Any], folder: str, *steps: int) -> BilevelTrainer:
+        """A trainer of ``run``, with ``steps`` of each phase, which writes and shows nothing."""
         method = self.method_of(run)
         args = self.args.with_defaults(method.defaults)  # for what the run leaves open
         method.defaults = {}
         changes = {**QUIET, **FIXED, "output_dir": folder, "disable_tqdm": True, "seed": run.seed}
-        changes |= {"data_seed": None, "retrain_arguments": self.retrain_arguments or None}
+        changes |= {"data_seed": None, "learning_rate": run.rate, "max_steps": steps[0]}
+        again = without_sizes(args)
+        if len(steps) > 1:
+            again["max_steps"] = steps[1]
+        changes["retrain_arguments"] = again or None
         upper_rate = 0.0 if run.kind == "frozen" else run.upper_rate
         if upper_rate is not None:
             changes["upper_learning_rate"] = upper_rate
-        changes |= {"learning_rate": run.rate, **sizes}
         args.__dict__.update(changes)
         set_seed(run.seed)
         model, options = self.base_model(), dict(self.options)
@@ -281,8 +267,8 @@ def freeze_imports() -> None:
     gc.freeze()
 
 
-def _without_sizes(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a second training, without its rate, its length and its batch."""
+def without_sizes(args: Any) -> dict[str, Any]:
+    """The ``retrain_arguments`` of ``args``, without rate, length and batch."""
     decided = {"learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size"}
     decided |= {"gradient_accumulation_steps"}
-    return {name: value for name, value in arguments.items() if name not in decided}
+    return {name: x for name, x in (args.retrain_arguments or {}).items() if name not in decided}

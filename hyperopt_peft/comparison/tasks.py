@@ -56,7 +56,7 @@ class AcrossTasks(Comparison):
                     "which scores are better; compare the same on each task"
                 )
         metrics = dict.fromkeys(each.metric for each in comparisons.values())
-        store = Store(None, {"versions": first.versions})
+        store = Store(None, first.store.settings)
         super().__init__(first.plan, store, " or ".join(metrics), first.passes)
         self.comparisons = dict(comparisons)
 
@@ -100,11 +100,8 @@ class AcrossTasks(Comparison):
         ]
 
     def heading(self) -> str:
-        """The score, the budget and the repetitions, in a line."""
-        return (
-            f"{self.metric} on the test rows, {self.passes:g} passes a run, means of "
-            f"{len(self.plan.seeds)} seeds, with 95 % intervals over {len(self.comparisons)} tasks"
-        )
+        """As `Comparison.heading`, with the number of tasks."""
+        return f"{super().heading()} over {len(self.comparisons)} tasks"
 
     def results(self) -> list[Result]:
         """As `Comparison.results`, of all tasks."""

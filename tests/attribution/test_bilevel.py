@@ -114,7 +114,7 @@ def test_copies_of_a_row_have_their_own_numbers(tmp_path: Path) -> None:
         [data(rows=12).add_column("idx", [next(ids) for _ in range(12)]) for _ in range(2)]
     )
     trainer = trained(tmp_path, BiDoRA(), train_dataset=rows)
-    read = TrainerData.read(trainer, None, None)
+    read = TrainerData(trainer, None, None)
     numbers = [level[ROW][:] for level in read.of_levels]
     assert sorted([*numbers[0], *numbers[1]]) == [*range(24)]
     assert not {k % 12 for k in numbers[0]} & {k % 12 for k in numbers[1]}

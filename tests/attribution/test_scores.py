@@ -120,6 +120,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"row_weights": LEAF}, "the loss does not read the row weights"),
     ({"evaluation": None}, "evaluation"),
     ({"evaluation": {}}, "evaluation"),
+    ({"training": levels(torch.optim.Rprop)[0]}, "Rprop"),
 ]
 
 

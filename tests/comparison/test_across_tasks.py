@@ -64,13 +64,20 @@ def test_differences_are_paired_by_task(tmp_path: Path) -> None:
     apart = three((0.5, 0.51, 0.5, 0.5), (0.6, 0.6, 0.6, 0.6), (0.7, 0.7, 0.7, 0.7))
     least = (t.ppf(0.975, 2) + t.ppf(0.8, 2)) * error / 3**0.5
     assert f"3 tasks show differences from {least:.4f} on" in apart.sentences()[0]
-    assert joined.to_latex().count(r"\\") == 5
+    joined.comparisons["c_1"] = joined.comparisons.pop("c")
+    latex = joined.to_latex()
+    assert latex.count(r"\\") == 5 and r"c\_1 &" in latex and "± " not in latex
+    assert rf"+0.1100 $\pm$ {half:.4f} \\" in latex and r"& $-$ LoRA \\" in latex
+    joined.comparisons["c"] = joined.comparisons.pop("c_1")
     joined.plot(tmp_path / "gaps.png")
     joined.to_csv(tmp_path / "runs.csv")
     with (tmp_path / "runs.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 * 4 * 2 and {row["task"] for row in rows} == {*"abc"}
     assert joined.spent()[1] == ["a", "LoRA", "3.0"]
+    assert "300 passes a run" in joined.heading()
+    heads = AcrossTasks({x: made_up(SCORES, passes=0.0) for x in "ab"}).heading()
+    assert "heads at their minimum" in heads and "over 2 tasks" in heads
     assert joined.rates()[0] == ["task", "method", "rate", "upper rate", "accuracy"]
 
 

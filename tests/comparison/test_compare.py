@@ -108,7 +108,7 @@ def test_no_step_more_is_within_a_budget() -> None:
             assert sum(price.spent(longer).values()) > passes
 
 
-@pytest.mark.filterwarnings("ignore::hyperopt_peft.errors.HypergradientWarning")  # two steps
+@pytest.mark.filterwarnings("ignore::hyperopt_peft.errors.HypergradientWarning")
 def test_a_product_of_second_derivatives_is_paid_for() -> None:
     """cg with two exact products takes four passes more an upper step than direct."""
     steps, rows = {}, Rows(data(rows=30), None, data(rows=20, seed=5))

@@ -67,14 +67,14 @@ class Bounded(Method):
 def test_a_rate_of_the_grid_is_not_that_of_the_method(tmp_path: Path) -> None:
     run = Run("m", "method", 0, 5e-5, 1e-3)
     whole = task({"m": Bounded()})
-    args = whole.make(run, whole.data.of(0, False), str(tmp_path), max_steps=4).args
+    args = whole.make(run, whole.data.of(0, False), str(tmp_path), 4).args
     assert (args.learning_rate, args.upper_learning_rate) == (5e-5, 1e-3)
 
 
 def test_one_level_keeps_the_bounds_of_a_method(tmp_path: Path) -> None:
     whole = task({"m": Bounded()})
     run = Run("m", "one level", 0, 0.5)
-    trainer = whole.make(run, whole.data.of(0, False), str(tmp_path), max_steps=4)
+    trainer = whole.make(run, whole.data.of(0, False), str(tmp_path), 4)
     trainer.train()
     assert float(trainer.method.method.factor.detach()) == pytest.approx(0.9)
 
@@ -84,7 +84,7 @@ def test_seeds_are_other_starts_of_a_model_that_seeds_itself(tmp_path: Path) -> 
     starts = []
     for seed in (0, 1):
         run = Run("m", "method", seed, 1e-3)
-        model = whole.make(run, whole.data.of(seed, False), str(tmp_path), max_steps=4).model
+        model = whole.make(run, whole.data.of(seed, False), str(tmp_path), 4).model
         starts.append(next(p for n, p in model.named_parameters() if "lora_A" in n).detach())
     assert not torch.equal(*starts)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -57,6 +57,9 @@ def test_trusted_rows_choose_the_rates_where_there_are_test_rows() -> None:
     train, upper, test = rows.of(100, True)
     assert train is TRAIN and len(test) == 4 and sorted([*upper["x"], *test["x"]]) == [*range(11)]
     assert rows.of(0, False)[1] is TRUSTED
+    copies = Dataset.from_dict({"x": [*range(11)] * 2})
+    _, upper, test = replace(rows, upper=copies).of(100, True)
+    assert {*upper["x"]}.isdisjoint(test["x"]) and len(upper) + len(test) == 22
 
 
 def test_parts_of_the_test_rows() -> None:
