@@ -33,7 +33,7 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.features import Features, features_of
 from hyperopt_peft.problems.head import Head, head_of, l2_penalty, require_head
 from hyperopt_peft.trainer.checks import read_rows, require_mean_over_labels
-from hyperopt_peft.trainer.data import firsts, split_dataset
+from hyperopt_peft.trainer.data import batches_of, firsts, split_dataset
 from hyperopt_peft.trainer.method import Method, has_upper_level
 from hyperopt_peft.trainer.quiet import no_bars
 from hyperopt_peft.trainer.tags import INDEX, numbered
@@ -179,14 +179,17 @@ class HeadTask(Task):
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
             run = Run("", "method", 0, 1e-3)
             trainer = plain.make(run, (rows, None, rows), folder, max_steps=1)
-        model, prepared = trainer.model, read_rows(trainer)
-        require_head(model, trainer.data_collator([prepared[0]]))
-        require_mean_over_labels(trainer, prepared, trainer.data_collator, trainer.tags)
+        model, args, prepared = trainer.model, trainer.args, read_rows(trainer)
+        size, collate = args.train_batch_size, trainer.data_collator
+        first = range(min(size, len(prepared)))
+        (batch,) = batches_of(prepared, collate, size, args.device, chosen=first)
+        require_head(model, batch)
+        require_mean_over_labels(trainer, batch, trainer.tags)
         features = features_of(
             model,
             prepared,
-            trainer.data_collator,
-            batch_size=trainer.args.per_device_eval_batch_size,
+            collate,
+            batch_size=args.per_device_eval_batch_size,
             precision=trainer.compute_loss_context_manager,
         )
         if len(features.row) != len(rows) or not torch.equal(features.row, torch.arange(len(rows))):
