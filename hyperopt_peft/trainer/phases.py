@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -22,7 +22,6 @@ from hyperopt_peft.trainer.data import collating
 from hyperopt_peft.trainer.levels import TwoLevelTrainer
 from hyperopt_peft.trainer.method import Method, has_upper_level
 from hyperopt_peft.trainer.tags import INDEX, numbered
-from hyperopt_peft.trainer.upper_batches import UpperBatches
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.distributed import gather, reshard, sharded_like
 from hyperopt_peft.utils.random_state import RandomState, replay
@@ -41,11 +40,7 @@ class PhasesTrainer(TwoLevelTrainer):
     method: Method | None = None
     #: The trainer of the second phase; None before that begins.
     retrainer: Any = None
-    _set_up: Callable[..., None]  # with levels in place of a method
-    skipped: int
-    upper_batches: UpperBatches | None
     _search: dict[str, Any] | None = None  # settings of the search, in the second phase too
-    _options: dict[str, Any]  # of the parent, in the second phase
     _rows: tuple[Any, Any]  # of the method, before the upper level's are split off
 
     def _set_up_method(
