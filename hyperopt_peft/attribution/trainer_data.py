@@ -23,7 +23,7 @@ from hyperopt_peft.trainer.data import (
     reads_of,
     require_examples,
     require_unseen,
-    shared,
+    shared_rows,
     split_dataset,
 )
 from hyperopt_peft.trainer.tags import InOrder, TagCollator
@@ -70,7 +70,7 @@ class TrainerData:
         evaluation = trainer.eval_dataset if evaluation is None else evaluation
         evaluation_rows = _numbered_rows(trainer, evaluation, "eval_dataset")
         count = len(evaluation_rows)
-        common = shared(evaluation, train, _reads(trainer))
+        common = len(shared_rows(evaluation, train, _reads(trainer)))
         if common == count:
             raise ProblemError(
                 "evaluation: every row of it is a training row too, and would explain itself; give "
