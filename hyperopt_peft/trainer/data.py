@@ -269,9 +269,9 @@ def require_apart(lower: Any, upper: Any, evaluation: Any, reads: Reads = None) 
             f"train_dataset and upper_dataset have no column in common: {lower.column_names} "
             f"and {upper.column_names}; rename the columns"
         )
-    if common := shared_rows(upper, lower, reads):
+    if known := shared_rows(upper, lower, reads):
         raise ProblemError(
-            f"{len(common)} of {len(upper)} examples of upper_dataset are in train_dataset too, so "
+            f"{len(known)} of {len(upper)} examples of upper_dataset are in train_dataset too, so "
             "they are not held out; remove them from one of the two"
         )
 
