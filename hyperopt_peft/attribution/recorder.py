@@ -42,8 +42,7 @@ class RecordedTrainer(BilevelTrainer):
         self.method, self.passes = (method := method_of(trainer)), PassCounter()
         self.tags, self.twice, self.options = (*method.tags, ROW), twice, options
         self._rows = data.of_retraining
-        dtypes = [parameter.dtype for _, parameter in trainable(trainer.model)]
-        dtype = torch.promote_types((dtypes or [torch.float32])[0], torch.float32)
+        dtype = torch.promote_types(trainable(trainer.model)[0][1].dtype, torch.float32)
         ones = torch.ones(len(data.train_rows), dtype=dtype, device=args.device)
         self.weights = ones.requires_grad_()
         # With model_init the Trainer makes optimizer and schedule itself.

@@ -21,12 +21,7 @@ from torch import Tensor, nn
 from hyperopt_peft.adapters import peft_internals
 from hyperopt_peft.adapters.dora.function import DoraDropoutLinear, DoraLinear
 from hyperopt_peft.adapters.dora.row_norms import RowNorm, measure
-from hyperopt_peft.adapters.dora.variants import (
-    NormGrad,
-    adapted,
-    peft_variant,
-    set_forward,
-)
+from hyperopt_peft.adapters.dora.variants import NormGrad, adapted, peft_variant, set_forward
 from hyperopt_peft.adapters.layers import (
     active_adapter,
     base_weight,
