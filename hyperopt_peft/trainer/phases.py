@@ -91,8 +91,7 @@ class PhasesTrainer(TwoLevelTrainer):
             output = self.train_phase(point, *args, **kwargs)
             if self.method is not None and not self._callback.signalled:
                 if self.upper is not None:
-                    self._after_search()
-                    self._keep_learned(folder)
+                    self._end_search(folder)
                 self._finish()
             return output
         arguments = self.args.for_retraining()
@@ -101,9 +100,8 @@ class PhasesTrainer(TwoLevelTrainer):
         retrain = {n: x for n, x in self.args.bilevel_settings().items() if "retrain" in n}
         self._search = {**self.settings(), **retrain}
         if point is not None and point[0].resolve().parent == again.resolve():
-            if self.method is not None:  # before anything changes
-                saved = point[1].get("settings", {}).get("search", {})
-                require_settings(str(point[0]), saved, "this run", self._search)
+            saved = point[1].get("settings", {}).get("search", {})
+            require_settings(str(point[0]), saved, "this run", self._search)
             variables = self._level_values()
             _assign(variables, _read(folder / LEARNED, variables))
         else:
@@ -118,11 +116,7 @@ class PhasesTrainer(TwoLevelTrainer):
             output = self.train_phase(point, *args, **kwargs)
             if self._callback.signalled:  # the search is unfinished
                 return output
-            reshard(self.model)
-            self._after_search()
-            if initial is not None:
-                _assign(dict(zip(self.lower.names, self.lower.variables)), initial)
-            self._keep_learned(folder)
+            self._end_search(folder, initial)
             point = None
         self._finish()
         self.retrainer = self.retraining(arguments)
@@ -213,19 +207,23 @@ class PhasesTrainer(TwoLevelTrainer):
         self.model_wrapped = self.model
         self.accelerator.free_memory()
 
-    @torch.no_grad()
-    def _after_search(self) -> None:
-        if self.method is not None:
-            self.method.after_search(self.model)
-
     def _finish(self) -> None:
         """Replace ``model`` by the method's plain model."""
         model = self.model if self.method is None else self.method.finish(self.model)
         if model is not self.model:
             self.model = self.model_wrapped = model
 
-    def _keep_learned(self, folder: Path) -> None:
-        """Save both levels' variables: a resumed run calls ``finish`` again, which reads them."""
+    @torch.no_grad()
+    def _end_search(self, folder: Path, initial: Mapping[str, Tensor] | None = None) -> None:
+        """Let the method change its variables, give the lower level ``initial``, and save both.
+
+        A resumed run calls ``finish`` again, which reads them.
+        """
+        assert self.method is not None
+        reshard(self.model)
+        self.method.after_search(self.model)
+        if initial is not None:
+            _assign(dict(zip(self.lower.names, self.lower.variables)), initial)
         values = {name: gather(x.detach()) for name, x in self._level_values().items()}
         if self.args.should_save:
             checkpoint.write_state(folder / LEARNED, values)
