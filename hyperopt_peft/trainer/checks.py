@@ -157,17 +157,15 @@ def _check_lengths(model: Any, data: Dataset) -> None:
         if isinstance(table, nn.Embedding) and table.num_embeddings >= most
         if name.endswith(("position_embeddings", "position_embedding", "embed_positions", "wpe"))
     ]
-    limit = min(limits, default=math.inf)
-    selected = data.select_columns("input_ids").with_format("arrow").iter(1000)
-    for tables in ([data.data], selected):  # first of all stored rows, which takes no time
-        parts = [part for table in tables for part in table.column("input_ids").chunks]
-        lengths = [length for part in parts for length in part.value_lengths().to_pylist()]
-        if (longest := max(lengths)) <= limit:
-            return
-    raise ProblemError(
-        f"input_ids: row {lengths.index(longest)} has {longest} tokens, and the model positions "
-        f"for {limit}; tokenize with truncation=True, max_length={limit}"
-    )
+    tables = data.select_columns("input_ids").with_format("arrow").iter(1000) if limits else ()
+    parts = [part for table in tables for part in table.column("input_ids").chunks]
+    lengths = [length for part in parts for length in part.value_lengths().to_pylist()]
+    longest, limit = max(lengths, default=0), min(limits, default=0)
+    if longest > limit:
+        raise ProblemError(
+            f"input_ids: row {lengths.index(longest)} has {longest} tokens, and the model "
+            f"positions for {limit}; tokenize with truncation=True, max_length={limit}"
+        )
 
 
 def read_rows(trainer: Any, rows: Any = None, name: str = "train_dataset") -> Any:

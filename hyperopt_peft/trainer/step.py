@@ -156,13 +156,8 @@ class OptimizerStep:
             variable.grad = gradient
         self._withheld = []
 
-    @property
-    def last_prior(self) -> float:
-        """The lower level's prior in the loss of the last micro-batch."""
-        return prior_of(self.lower, self._metrics[-1]) / self.count
-
     def evaluate(self, inputs: Any) -> Tensor:
-        """Differentiate the next micro-batch's share of the lower loss, and return that share."""
+        """Differentiate the next micro-batch's share of the loss; returns it without the prior."""
         batch, bilevel = self._on_device(inputs), self.bilevel
         self.micro.append(MicroBatch(batch, RandomState.capture(self.devices)))
         with nullcontext() if bilevel is None else bilevel.observe():
@@ -175,7 +170,7 @@ class OptimizerStep:
             self.accelerator.backward(loss * self.accelerator.gradient_accumulation_steps)
         self._losses.append(loss.detach())
         self._metrics.append(metrics)
-        return loss.detach()
+        return loss.detach() - prior_of(self.lower, metrics) / self.count
 
     def set_gradients(self, number: int) -> None:
         """Set each ``.grad`` for step ``number``, counted from 1: clipped, or None for no move."""
