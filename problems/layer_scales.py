@@ -62,9 +62,8 @@ class LayerScales(Gained):
         #: e^u of each layer, by its name in the base model.
         self.scales = {each.name: each.gain.values().item() for each in gained}
         remove_gains(model, fold=False)
-        layers = {}
-        for name, layer in ((each.name, each.layer) for each in gained):
-            layers[name] = layer.r[adapter], layer.scaling[adapter] * self.scales[name]
+        scaled = {x.name: x.layer.scaling[adapter] * self.scales[x.name] for x in gained}
+        layers = {x.name: (x.layer.r[adapter], scaled[x.name]) for x in gained}
         computed = set_layers(model.peft_config[adapter], layers)
         for each in gained:
             each.layer.scaling[adapter] = computed[each.name]

@@ -33,7 +33,7 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.features import Features, features_of
 from hyperopt_peft.problems.head import Head, head_of, l2_penalty, require_head
 from hyperopt_peft.trainer.checks import read_rows, require_mean_over_labels
-from hyperopt_peft.trainer.data import batches_of, firsts, split_dataset
+from hyperopt_peft.trainer.data import LABELS, batches_of, firsts, split_dataset
 from hyperopt_peft.trainer.method import Method, has_upper_level
 from hyperopt_peft.trainer.quiet import no_bars
 from hyperopt_peft.trainer.tags import INDEX, numbered
@@ -44,7 +44,6 @@ STEPS, RATE, SOLVER = 15, 0.6, "cg:steps=30"
 TOLERANCE = 1e-5
 #: The column with the number of a row's features.
 ROW = "head_row"
-LABELS = ("label", "labels")
 
 
 class OnFeatures(nn.Module):
@@ -180,18 +179,13 @@ class HeadTask(Task):
             run = Run("", "method", 0, 1e-3)
             trainer = plain.make(run, (rows, None, rows), folder, max_steps=1)
         model, args, prepared = trainer.model, trainer.args, read_rows(trainer)
-        size, collate = args.train_batch_size, trainer.data_collator
+        size, collate = args.per_device_eval_batch_size, trainer.data_collator
         first = range(min(size, len(prepared)))
         (batch,) = batches_of(prepared, collate, size, args.device, chosen=first)
         require_head(model, batch)
         require_mean_over_labels(trainer, batch, trainer.tags)
-        features = features_of(
-            model,
-            prepared,
-            collate,
-            batch_size=args.per_device_eval_batch_size,
-            precision=trainer.compute_loss_context_manager,
-        )
+        precision = trainer.compute_loss_context_manager
+        features = features_of(model, prepared, collate, batch_size=size, precision=precision)
         if len(features.row) != len(rows) or not torch.equal(features.row, torch.arange(len(rows))):
             raise ProblemError(
                 "labels: a head of compare_methods predicts a class or numbers a row, and these "

@@ -79,13 +79,12 @@ def split_dataset(
     where = f"cannot give {upper_fraction:.0%} of {different} to the upper level"
     split = stratified(rows, upper_fraction, seed, "class" if names else None, where)
     for level, side in zip(("lower", "upper"), split, strict=True):
-        present = set(side["class"]) if names else set()
-        for number, name in enumerate(names):
-            if number not in present:
-                raise ProblemError(
-                    f"{where}: class {name!r} has only {values.count(name)} examples, and the "
-                    f"{level} level would get none; change upper_fraction or the data"
-                )
+        if missing := {*range(len(names))} - {*side["class"]}:
+            name = names[min(missing)]
+            raise ProblemError(
+                f"{where}: class {name!r} has only {values.count(name)} examples, and the {level} "
+                "level would get none; change upper_fraction or the data"
+            )
     chosen = [side["row"][:] for side in split]
     lower, upper = (train.select(x + [k for row in x for k in copies[row][1:]]) for x in chosen)
     return lower, upper

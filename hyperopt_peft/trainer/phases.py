@@ -58,15 +58,9 @@ class PhasesTrainer(TwoLevelTrainer):
         self._rows = train, upper = method.rows(train, upper)
         if not bilevel:
             train, upper = method.all_rows(train, upper), None
-        self._set_up(
-            model,
-            args,
-            lower=prepared_lower_of,
-            upper=upper_of if bilevel else None,
-            train_dataset=train,
-            upper_dataset=upper,
-            **trainer,
-        )
+        levels = {"lower": prepared_lower_of, "upper": upper_of if bilevel else None}
+        data = {"train_dataset": train, "upper_dataset": upper}
+        self._set_up(model, args, **levels, **data, **trainer)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -162,15 +156,8 @@ class PhasesTrainer(TwoLevelTrainer):
         trainer = copy.copy(self)  # keeps a subclass's attributes, which its loss may read
         trainer.__dict__.pop("_data_fingerprints", None)
         with as_prepared(self.model):
-            trainer._set_up(
-                self.model,
-                args,
-                lower=lower_of,
-                upper=None,
-                train_dataset=self.all_rows(),
-                processing_class=self.processing_class,
-                **self._options,
-            )
+            given = {"train_dataset": self.all_rows(), "processing_class": self.processing_class}
+            trainer._set_up(self.model, args, lower=lower_of, upper=None, **given, **self._options)
         return trainer
 
     def _show_rows(self) -> None:

@@ -61,11 +61,8 @@ class Accumulated(Problem):
         calls: Callable[[], int] | None = None,
     ) -> None:
         self.level, self.calls = level, calls
-        super().__init__(
-            list(zip(level.names, level.variables, strict=True)),
-            max_grad_norm=max_grad_norm,
-            name=level.name,
-        )
+        named = list(zip(level.names, level.variables, strict=True))
+        super().__init__(named, max_grad_norm=max_grad_norm, name=level.name)
         self.optimizer, self.prior = optimizer, level.prior
         self.evaluated = level.evaluated
 
@@ -185,12 +182,11 @@ class OptimizerStep:
         means = distributed.means(self._metrics)
         numbers: dict[str, Any] = {f"lower_{key}": value for key, value in means.items()}
         descent, bilevel, every = gradient[: len(w)], self.bilevel, self.args.lower_steps
-        if bilevel is None:
-            if number == 1:
-                require_read(self.lower, descent)
-        else:
+        if bilevel is not None:
             with self.autocast():
                 bilevel.record_lower(list(self.micro), self.micro[0].random_state, gradient)
+        elif number == 1:
+            require_read(self.lower, descent)
         if bilevel is not None and number % every == 0:
             self.upper = self.upper or self._upper_batch(number // every - 1)
             with self.autocast():
