@@ -23,15 +23,11 @@ from hyperopt_peft.adapters.gains import (
     GainedLayer,
     add_gains,
     drawn,
-    gain_variables,
     gained_layers,
     keep_terms,
     largest,
-    squares,
 )
-from hyperopt_peft.core.problem import TaskLoss
-from hyperopt_peft.problems.common import regularised
-from hyperopt_peft.trainer.method import Method
+from hyperopt_peft.problems.common import Gained
 from hyperopt_peft.utils.validation import NonNegativeFloat, Share
 
 #: Equal weights are kept, whatever their rounding.
@@ -39,7 +35,7 @@ ROUNDING = 1e-6
 
 
 @dataclass
-class AutoLoRA(Method):
+class AutoLoRA(Gained):
     """Weights of rank-1 terms above, A, B and head below; then an adapter of the selected ranks.
 
     **Without decay the hypergradient of a solved lower level is 0**: A and B absorb every p > 0, so
@@ -82,23 +78,9 @@ class AutoLoRA(Method):
 
     defaults = MappingProxyType({"hypergradient": "darts:scheme=forward", "retrain": "scratch"})
 
-    @property
-    def absorbed(self) -> bool:
-        """True without decay."""
-        return self.decay == 0
-
     def prepare(self, model: Any) -> None:
         """Let B be B·diag(p)."""
         add_gains(model, _weights, columns=True)
-
-    def upper_variables(self, model: Any) -> dict[str, Tensor]:
-        """α of every layer."""
-        return gain_variables(model)
-
-    def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Any:
-        """L + decay·½(‖A‖² + ‖B‖²), both metrics too; L alone in the second phase."""
-        decay = self.decay if self.decay and gained_layers(model) else 0
-        return regularised(task_loss(batch), decay, squares, model)
 
     def after_search(self, model: Any) -> None:
         """For a control, give weights to the same number of terms by its own criterion."""

@@ -18,16 +18,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperopt_peft.adapters.gains import add_gains, gain_variables, gained_layers, remove_gains
-from hyperopt_peft.core.problem import TaskLoss
+from hyperopt_peft.adapters.gains import add_gains, gained_layers, remove_gains
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems.common import regularised
-from hyperopt_peft.trainer.method import Method
+from hyperopt_peft.problems.common import Gained
 from hyperopt_peft.utils.validation import NonNegativeFloat
 
 
+def orthogonality(model: Any) -> Tensor:
+    """R, in float32 or wider, also under autocast."""
+    terms = []
+    for each in gained_layers(model):
+        with torch.autocast(each.a.device.type, enabled=False):
+            terms += [_distance(each.b.T), _distance(each.a)]
+    return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+
+
+def _distance(rows: Tensor) -> Tensor:
+    """‖M Mᵀ − I‖² of M (r, n)."""
+    m = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return (m @ m.T - torch.eye(len(m), dtype=m.dtype, device=m.device)).square().sum()
+
+
 @dataclass
-class BiLoRA(Method):
+class BiLoRA(Gained):
     """Λ above, P, Q and head below; the saved adapter is plain LoRA, B = P Λ and A = Q.
 
     A trained adapter starts at the singular value decomposition of B·A, a new one at Λ = 0 with
@@ -53,11 +66,7 @@ class BiLoRA(Method):
     gamma: NonNegativeFloat = 0.1
 
     defaults = MappingProxyType({"hypergradient": "darts:scheme=forward", "retrain": "none"})
-
-    @property
-    def absorbed(self) -> bool:
-        """True without R."""
-        return self.gamma == 0
+    penalty = ("gamma", orthogonality)
 
     def prepare(self, model: Any) -> None:
         """Let B be P Λ, with equal outputs."""
@@ -65,34 +74,10 @@ class BiLoRA(Method):
             values = _decompose(each.name, each.a, each.b)
             each.gain.u.data.copy_(values.view_as(each.gain.u))
 
-    def upper_variables(self, model: Any) -> dict[str, Tensor]:
-        """The diagonals of Λ."""
-        return gain_variables(model)
-
-    def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Any:
-        """L + γ·R, both metrics too; L alone in the second phase."""
-        gamma = self.gamma if self.gamma and gained_layers(model) else 0
-        return regularised(task_loss(batch), gamma, orthogonality, model)
-
     def finish(self, model: Any) -> Any:
         """``model`` with B = P Λ."""
         remove_gains(model)
         return model
-
-
-def orthogonality(model: Any) -> Tensor:
-    """R, in float32 or wider, also under autocast."""
-    terms = []
-    for each in gained_layers(model):
-        with torch.autocast(each.a.device.type, enabled=False):
-            terms += [_distance(each.b.T), _distance(each.a)]
-    return torch.stack([term.to(terms[0].device) for term in terms]).sum()
-
-
-def _distance(rows: Tensor) -> Tensor:
-    """‖M Mᵀ − I‖² of M (r, n)."""
-    m = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    return (m @ m.T - torch.eye(len(m), dtype=m.dtype, device=m.device)).square().sum()
 
 
 @torch.no_grad()

@@ -84,12 +84,11 @@ class ClassOffsets(Method):
         """l, and Δ where it is learned."""
         return {"offsets": self.offsets, **({"factors": self.factors} if self.factor else {})}
 
-    def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Tensor:
+    def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Any:
         """The cross entropy of 2σ(Δ)⊙z + l."""
         logits, labels = logits_and_labels(self, model, batch)
         logits = 2 * self.factors.sigmoid() * logits + self.offsets
-        weight: Tensor | float = batch.get(WEIGHT, 1.0)
-        return cross_entropy(logits, labels) * weight
+        return cross_entropy(logits, labels) * batch.get(WEIGHT, 1.0)
 
     def upper_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Tensor:
         """The cross entropy of z with equal weights for the classes of the batch or piece."""

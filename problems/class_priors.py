@@ -68,12 +68,11 @@ class LogitAdjustment(_Counting):
 
     tau: float = 1.0
 
-    def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Tensor:
+    def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Any:
         """The cross entropy of z + τ·log π."""
         logits, labels = logits_and_labels(self, model, batch)
         logits = logits + getattr(self, "learned", self.tau) * self.class_shares(logits).log()
-        weight: Tensor | float = batch.get(WEIGHT, 1.0)
-        return cross_entropy(logits, labels) * weight
+        return cross_entropy(logits, labels) * batch.get(WEIGHT, 1.0)
 
 
 @dataclass
@@ -127,9 +126,8 @@ class FrequencyWeights(_Counting):
         counts, weights = self.class_counts(logits), self.class_shares(logits) ** -self.power
         return weights * counts.sum() / (weights * counts).sum()
 
-    def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Tensor:
+    def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Any:
         """The mean of v_y·CE over the labels."""
         logits, labels = logits_and_labels(self, model, batch)
         losses = cross_entropy(logits, labels, self.weights(logits), reduction="none")
-        weight: Tensor | float = batch.get(WEIGHT, 1.0)
-        return losses.sum() / (labels != IGNORED).sum().clamp(min=1) * weight
+        return losses.sum() / (labels != IGNORED).sum().clamp(min=1) * batch.get(WEIGHT, 1.0)

@@ -1,29 +1,53 @@
-"""A penalty beside a loss."""
+"""A penalty beside a loss, and the base of methods that learn gains of LoRA layers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from hyperopt_peft.adapters.gains import gain_variables, gained_layers, squares
+from hyperopt_peft.core.problem import TaskLoss
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.utils.distributed import is_sharded
 
 
-def require_unsharded(model: Any, advice: str) -> None:
-    """Raise ProblemError with ``advice`` if FSDP2 shards ``model``, for a method with a penalty."""
+def regularised(task: Any, weight: float, penalty: Callable[[Any], Tensor], model: Any) -> Any:
+    """L + weight·penalty(model), with both terms as metrics; L alone where ``weight`` is 0.
+
+    Raises:
+        ProblemError: FSDP2 shards the model.
+    """
+    if weight == 0:
+        return task
     if is_sharded(*model.parameters()):
         raise ProblemError(
             "penalty: it reads parameters outside of the model's forward pass, where FSDP2 has "
-            f"shards only; {advice}"
+            "shards only; set its weight to 0, or train without FSDP2"
         )
-
-
-def regularised(task: Any, weight: float, penalty: Callable[[Any], Tensor], model: Any) -> Any:
-    """L + weight·penalty(model), with both terms as metrics; L alone where ``weight`` is 0."""
-    if weight == 0:
-        return task
-    require_unsharded(model, "set its weight to 0")
     value = penalty(model)
     return {"loss": task + weight * value, "task_loss": task, "penalty": value}
+
+
+class Gained(Method):
+    """A method with gains of LoRA layers above, and a penalty below while they are learned."""
+
+    #: The name of the penalty's weight, and the penalty.
+    penalty: ClassVar[tuple[str, Callable[[Any], Tensor]]] = ("decay", squares)
+
+    @property
+    def absorbed(self) -> bool:
+        """True without the penalty."""
+        return bool(getattr(self, self.penalty[0]) == 0)
+
+    def upper_variables(self, model: Any) -> dict[str, Tensor]:
+        """The gain's variable u of every layer."""
+        return gain_variables(model)
+
+    def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Any:
+        """L and the weighted penalty, both metrics too; L alone in the second phase."""
+        name, penalty = self.penalty
+        weight = 0 if self.absorbed or not gained_layers(model) else getattr(self, name)
+        return regularised(task_loss(batch), weight, penalty, model)

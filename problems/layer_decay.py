@@ -21,7 +21,7 @@ from hyperopt_peft.adapters.gains import PREFIX
 from hyperopt_peft.adapters.layers import factors, lora_layers
 from hyperopt_peft.core.problem import TaskLoss
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems.common import regularised, require_unsharded
+from hyperopt_peft.problems.common import regularised
 from hyperopt_peft.trainer.method import Method
 
 
@@ -79,7 +79,6 @@ class LayerDecay(Method):
 
     def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Any:
         """L + ½ Σ e^(u_l)·‖w_l‖², both metrics too."""
-        require_unsharded(model, "train without FSDP2")
         return regularised(task_loss(batch), 1.0, self.penalty, model)
 
     def penalty(self, model: Any) -> Tensor:

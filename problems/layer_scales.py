@@ -15,24 +15,14 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from hyperopt_peft.adapters.gains import (
-    add_gains,
-    gain_variables,
-    gained_layers,
-    remove_gains,
-    set_layers,
-    squares,
-)
-from hyperopt_peft.core.problem import TaskLoss
-from hyperopt_peft.problems.common import regularised
-from hyperopt_peft.trainer.method import Method
+from hyperopt_peft.adapters.gains import add_gains, gained_layers, remove_gains, set_layers
+from hyperopt_peft.problems.common import Gained
 from hyperopt_peft.utils.validation import NonNegativeFloat
 
 
 @dataclass
-class LayerScales(Method):
+class LayerScales(Gained):
     """Scales above, A, B and head below; the saved adapter has them in its ``alpha_pattern``.
 
     **Without decay the hypergradient of a solved lower level is 0**: B absorbs every scale, so that
@@ -62,23 +52,9 @@ class LayerScales(Method):
 
     defaults = MappingProxyType({"hypergradient": "direct", "lower_steps": 5})
 
-    @property
-    def absorbed(self) -> bool:
-        """True without decay."""
-        return self.decay == 0
-
     def prepare(self, model: Any) -> None:
         """Let B be e^u·B."""
         add_gains(model, torch.exp, columns=False)
-
-    def upper_variables(self, model: Any) -> dict[str, Tensor]:
-        """u of every layer."""
-        return gain_variables(model)
-
-    def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Any:
-        """L + decay·½(‖A‖² + ‖B‖²), both metrics too; L alone in the second phase."""
-        decay = self.decay if self.decay and gained_layers(model) else 0
-        return regularised(task_loss(batch), decay, squares, model)
 
     def finish(self, model: Any) -> Any:
         """``model`` with e^u in the scale s of every layer; ``scales`` has the factors."""
@@ -86,9 +62,8 @@ class LayerScales(Method):
         #: e^u of each layer, by its name in the base model.
         self.scales = {each.name: each.gain.values().item() for each in gained}
         remove_gains(model, fold=False)
-        layers = {}
-        for name, layer in ((each.name, each.layer) for each in gained):
-            layers[name] = layer.r[adapter], layer.scaling[adapter] * self.scales[name]
+        scaled = {x.name: x.layer.scaling[adapter] * self.scales[x.name] for x in gained}
+        layers = {x.name: (x.layer.r[adapter], scaled[x.name]) for x in gained}
         computed = set_layers(model.peft_config[adapter], layers)
         for each in gained:
             each.layer.scaling[adapter] = computed[each.name]

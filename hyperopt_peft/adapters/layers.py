@@ -220,12 +220,6 @@ def magnitude(layer: lora.LoraLayer, adapter_name: str) -> Tensor:
     return vector.flatten()
 
 
-def row_norm(matrix: Tensor) -> Tensor:
-    """The 2-norms, (out,), of the rows of ``matrix``, (out, in)."""
-    norm: Tensor = torch.linalg.vector_norm(matrix, dim=1)
-    return norm
-
-
 def factors(layer: lora.LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
     """A of shape (r, in) and B of shape (out, r)."""
     if isinstance(layer, lora.Embedding):

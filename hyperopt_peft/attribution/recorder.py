@@ -41,8 +41,7 @@ class RecordedTrainer(BilevelTrainer):
         self.method, self.passes = (method := method_of(trainer)), PassCounter()
         self.tags, self.options = (*method.tags, ROW), options
         self._rows = data.of_retraining
-        dtype = next((x.dtype for _, x in trainable(trainer.model)), torch.float32)
-        dtype = torch.promote_types(dtype, torch.float32)
+        dtype = torch.promote_types(trainable(trainer.model)[0][1].dtype, torch.float32)
         ones = torch.ones(len(data.train_rows), dtype=dtype, device=args.device)
         self.weights = weights = ones.requires_grad_()
         how: dict[str, Any] = {"variables": [weights], "tags": self.tags, "twice": twice}

@@ -23,7 +23,7 @@ from hyperopt_peft.trainer.data import (
     reads_of,
     require_examples,
     require_unseen,
-    shared,
+    shared_rows,
 )
 from hyperopt_peft.trainer.tags import InOrder, TagCollator
 from hyperopt_peft.trainer.upper_batches import loader_of
@@ -58,7 +58,7 @@ class TrainerData:
         evaluation = self.evaluation = trainer.eval_dataset if evaluation is None else evaluation
         self.evaluation_rows = _numbered_rows(trainer, evaluation, "eval_dataset")
         count = len(self.evaluation_rows)
-        common = shared(evaluation, self.train, _reads(trainer))
+        common = len(shared_rows(evaluation, self.train, _reads(trainer)))
         if common == count:
             raise ProblemError(
                 "evaluation: every row of it is a training row too, and would explain itself; give "

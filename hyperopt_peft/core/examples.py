@@ -100,12 +100,7 @@ class WeightedRows(WeightedExamples):
         **level: Any,
     ) -> None:
         self.model, self.weights, self.tags, self.twice = model, weights, tags, twice
-        if variables is None and not (variables := trainable(model)):
-            raise ProblemError(
-                "model: no parameter is trainable; load the adapter with "
-                "PeftModel.from_pretrained(..., is_trainable=True)"
-            )
-        super().__init__(variables, **level)
+        super().__init__(trainable(model) if variables is None else variables, **level)
 
     def groups(self, batch: Any) -> Tensor:
         """Each row, or each label, is a group of its own, as the weights are."""

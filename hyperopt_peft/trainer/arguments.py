@@ -194,8 +194,7 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
             >>> BilevelTrainingArguments("outputs", **options).for_retraining().max_steps
             9
         """
-        args, given = copy.copy(self), cast(dict[str, Any], self.retrain_arguments or {})
-        changes = dict(given)
+        args, changes = copy.copy(self), dict(cast(dict[str, Any], self.retrain_arguments or {}))
         if "num_train_epochs" in changes:
             changes.setdefault("max_steps", -1)
         args.__dict__.update(changes)

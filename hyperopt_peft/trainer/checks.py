@@ -41,6 +41,17 @@ logger = logging.get_logger(__name__)
 #: under linear decay. DoRA's held-out score on five tasks was .46 at .03, .60 at .1 and .68 to .70
 #: from .3 on, whether by more steps or by a higher rate.
 LEARNS = 0.1
+#: Settings that do not work in bilevel training, and the reasons.
+REFUSED = {
+    "fsdp": "one process has nothing to shard; start several, or use DDP",
+    "n_gpu": "its threads split the batch; start one process a device, with torchrun",
+    "auto_find_batch_size": "the Trainer starts again in a step; give per_device_train_batch_size",
+    "torch_compile": "the levels call the model and not its wrapper; use model.compile()",
+    "torch_empty_cache_steps": "a step has many passes; empty the cache in a callback",
+    "activation_offloading": "estimators' passes do not offload; use gradient_checkpointing",
+    "deepspeed": "DeepSpeed does not expose gradients; use DDP or FSDP2",
+    "model_init": "levels own the tensors of one model; make the model first",
+}
 
 
 def warn_of_short_phase(phase: str, args: Any, rows: int) -> None:
@@ -72,42 +83,11 @@ def check_arguments(args: Any, options: Mapping[str, Any]) -> None:
     """Raise ProblemError for settings that do not work in bilevel training."""
     if args.should_save and args.save_strategy != "no":
         require_writable(Path(args.output_dir))
-    refused = {
-        "fsdp": (
-            args.fsdp and distributed.world_size() == 1,
-            "one process has nothing to shard; start several, or use DDP",
-        ),
-        f"n_gpu={args.n_gpu}": (
-            args.n_gpu > 1,
-            "its threads split the batch; start one process a device, with torchrun",
-        ),
-        "auto_find_batch_size=True": (
-            args.auto_find_batch_size,
-            "the Trainer starts again within a step; give per_device_train_batch_size",
-        ),
-        "torch_compile=True": (
-            args.torch_compile,
-            "the levels call the model and not its compiled wrapper; use model.compile()",
-        ),
-        "torch_empty_cache_steps": (
-            args.torch_empty_cache_steps,
-            "a step has many passes; empty the cache in a callback",
-        ),
-        "activation_offloading=True": (
-            getattr(args, "activation_offloading", False),
-            "the estimators' passes would not offload; use gradient_checkpointing",
-        ),
-        "deepspeed": (
-            args.deepspeed or getattr(args, "deepspeed_plugin", None),
-            "DeepSpeed does not expose gradients; use DDP or FSDP2",
-        ),
-        "model_init": (
-            options.get("model_init"),
-            "levels own the tensors of one model; make the model first",
-        ),
-    }
-    for name, (used, reason) in refused.items():
-        if used:
+    values = {**vars(args), **options, "n_gpu": args.n_gpu > 1}
+    values["fsdp"] = args.fsdp and distributed.world_size() == 1
+    values["deepspeed"] = args.deepspeed or getattr(args, "deepspeed_plugin", None)
+    for name, reason in REFUSED.items():
+        if values.get(name):
             raise ProblemError(f"{name}: not possible in bilevel training, since {reason}")
 
 
@@ -177,17 +157,15 @@ def _check_lengths(model: Any, data: Dataset) -> None:
         if isinstance(table, nn.Embedding) and table.num_embeddings >= most
         if name.endswith(("position_embeddings", "position_embedding", "embed_positions", "wpe"))
     ]
-    limit = min(limits, default=math.inf)
-    selected = data.select_columns("input_ids").with_format("arrow").iter(1000)
-    for tables in ([data.data], selected):  # first of all stored rows, which takes no time
-        parts = [part for table in tables for part in table.column("input_ids").chunks]
-        lengths = [length for part in parts for length in part.value_lengths().to_pylist()]
-        if (longest := max(lengths)) <= limit:
-            return
-    raise ProblemError(
-        f"input_ids: row {lengths.index(longest)} has {longest} tokens, and the model positions "
-        f"for {limit}; tokenize with truncation=True, max_length={limit}"
-    )
+    tables = data.select_columns("input_ids").with_format("arrow").iter(1000) if limits else ()
+    parts = [part for table in tables for part in table.column("input_ids").chunks]
+    lengths = [length for part in parts for length in part.value_lengths().to_pylist()]
+    longest, limit = max(lengths, default=0), min(limits, default=0)
+    if longest > limit:
+        raise ProblemError(
+            f"input_ids: row {lengths.index(longest)} has {longest} tokens, and the model "
+            f"positions for {limit}; tokenize with truncation=True, max_length={limit}"
+        )
 
 
 def read_rows(trainer: Any, rows: Any = None, name: str = "train_dataset") -> Any:

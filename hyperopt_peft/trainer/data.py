@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from inspect import signature
@@ -69,27 +69,24 @@ def split_dataset(
         )
     names = sorted(set(values))
     labels = ClassLabel(names=[str(name) for name in names] or ["any"])
-    same = firsts(train, reads)
-    kept = [row for row, first in enumerate(same) if row == first]
-    columns = {"row": kept, "class": [names.index(values[k]) if names else 0 for k in kept]}
+    copies = defaultdict[int, list[int]](list)
+    for row, first in enumerate(firsts(train, reads)):
+        copies[first].append(row)
+    columns = {"row": [*copies], "class": [names.index(values[k]) if names else 0 for k in copies]}
     features = Features({"row": Value("int64"), "class": labels})  # a cast would show a bar
     rows = Dataset.from_dict(columns, features=features)
-    different = f"{len(kept)} different training examples"
+    different = f"{len(copies)} different training examples"
     where = f"cannot give {upper_fraction:.0%} of {different} to the upper level"
     split = stratified(rows, upper_fraction, seed, "class" if names else None, where)
     for level, side in zip(("lower", "upper"), split, strict=True):
-        present = set(side["class"]) if names else set()
-        for number, name in enumerate(names):
-            if number not in present:
-                raise ProblemError(
-                    f"{where}: class {name!r} has only {values.count(name)} examples, and the "
-                    f"{level} level would get none; change upper_fraction or the data"
-                )
+        if missing := {*range(len(names))} - {*side["class"]}:
+            name = names[min(missing)]
+            raise ProblemError(
+                f"{where}: class {name!r} has only {values.count(name)} examples, and the {level} "
+                "level would get none; change upper_fraction or the data"
+            )
     chosen = [side["row"][:] for side in split]
-    level_of = {row: rows for rows in chosen for row in rows}
-    for row in sorted({*range(len(train))} - {*kept}):
-        level_of[same[row]].append(row)
-    lower, upper = map(train.select, chosen)
+    lower, upper = (train.select(x + [k for row in x for k in copies[row][1:]]) for x in chosen)
     return lower, upper
 
 
@@ -257,8 +254,9 @@ def require_apart(lower: Any, upper: Any, evaluation: Any, reads: Reads = None) 
     """
     require_examples("upper_dataset", upper, by_index=True)
     for held_out in evaluation.values() if isinstance(evaluation, Mapping) else [evaluation]:
-        common = shared(held_out, upper, reads)
-        if shared(upper, held_out, reads) == len(upper) or (common and common == len(held_out)):
+        common = len(shared_rows(held_out, upper, reads))
+        of_upper = len(shared_rows(upper, held_out, reads))
+        if of_upper == len(upper) or (common and common == len(held_out)):
             raise ProblemError(
                 "eval_dataset is given as the upper level's data or a part of it, so the "
                 "evaluation would be on training data; evaluate on others, or give upper_fraction"
@@ -270,10 +268,10 @@ def require_apart(lower: Any, upper: Any, evaluation: Any, reads: Reads = None) 
             f"train_dataset and upper_dataset have no column in common: {lower.column_names} "
             f"and {upper.column_names}; rename the columns"
         )
-    if common := shared(upper, lower, reads):
+    if known := shared_rows(upper, lower, reads):
         raise ProblemError(
-            f"{common} of {len(upper)} examples of upper_dataset are in train_dataset too, so they "
-            "are not held out; remove them from one of the two"
+            f"{len(known)} of {len(upper)} examples of upper_dataset are in train_dataset too, so "
+            "they are not held out; remove them from one of the two"
         )
 
 
@@ -317,17 +315,12 @@ def columns_read(one: Dataset, other: Dataset, reads: Reads = None) -> list[str]
     return read if {*read} - {*LABELS} else [*texts, *read] if texts else common
 
 
-def shared(data: Any, other: Any, reads: Reads = None) -> int:
-    """The number of examples of ``data`` that are also in ``other``; 0 if unknown."""
-    return len(data) if data is other else len(shared_rows(data, other, reads))
-
-
 def require_unseen(name: str, rows: Any, reads: Reads = None, **others: Any) -> None:
     """Raise ProblemError if some of ``rows``, the argument ``name``, are in one of ``others``."""
     for kind, other in others.items():
-        if common := shared(rows, other, reads):
+        if common := shared_rows(rows, other, reads):
             raise ProblemError(
-                f"{name}: {common} of {len(rows)} rows are {kind} rows too; remove them"
+                f"{name}: {len(common)} of {len(rows)} rows are {kind} rows too; remove them"
             )
 
 
@@ -336,6 +329,8 @@ def shared_rows(data: Any, other: Any, reads: Reads = None) -> list[int]:
 
     Examples are equal if they are in `columns_read`.
     """
+    if data is other:
+        return list(range(len(data)))
     tables = isinstance(data, Dataset) and isinstance(other, Dataset)
     if not (tables and (columns := columns_read(data, other, reads))):
         return []

@@ -16,7 +16,6 @@ from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
-from hyperopt_peft.trainer.callback import BilevelCallback
 from hyperopt_peft.trainer.fingerprint import data_fingerprint, frozen_fingerprint
 from hyperopt_peft.trainer.optimizer import (
     check_optimizers,
@@ -39,11 +38,7 @@ class TwoLevelTrainer(TaskLossTrainer):
     upper: Problem | None
     estimator: Estimator
     train_dataset: Any
-    upper_dataset: Any
-    optimizer: Any
     optimizer_cls_and_kwargs: Any
-    _replicated: list[dict[str, Any]]
-    _callback: BilevelCallback
 
     @property
     def levels(self) -> list[Problem]:

@@ -157,11 +157,6 @@ class Method:
     def lower(self, model: Any, task_loss: TaskLoss) -> Problem:
         """The lower level: ``lower_loss`` over the other trainable parameters of ``model``."""
         variables = trainable(model, without=self.upper_variables(model).values())
-        if not variables:
-            raise ProblemError(
-                "model: no parameter is left for the lower level; load an adapter with "
-                "PeftModel.from_pretrained(..., is_trainable=True)"
-            )
         return self._level(self.lower_loss, model, variables, task_loss)
 
     def upper(self, model: Any, task_loss: TaskLoss) -> Problem:

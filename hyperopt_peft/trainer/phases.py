@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -22,7 +22,6 @@ from hyperopt_peft.trainer.data import collating
 from hyperopt_peft.trainer.levels import TwoLevelTrainer
 from hyperopt_peft.trainer.method import Method, has_upper_level
 from hyperopt_peft.trainer.tags import INDEX, numbered
-from hyperopt_peft.trainer.upper_batches import UpperBatches
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.distributed import gather, reshard, sharded_like
 from hyperopt_peft.utils.random_state import RandomState, replay
@@ -41,11 +40,7 @@ class PhasesTrainer(TwoLevelTrainer):
     method: Method | None = None
     #: The trainer of the second phase; None before that begins.
     retrainer: Any = None
-    _set_up: Callable[..., None]  # with levels in place of a method
-    skipped: int
-    upper_batches: UpperBatches | None
     _search: dict[str, Any] | None = None  # settings of the search, in the second phase too
-    _options: dict[str, Any]  # of the parent, in the second phase
     _rows: tuple[Any, Any]  # of the method, before the upper level's are split off
 
     def _set_up_method(
@@ -63,15 +58,9 @@ class PhasesTrainer(TwoLevelTrainer):
         self._rows = train, upper = method.rows(train, upper)
         if not bilevel:
             train, upper = method.all_rows(train, upper), None
-        self._set_up(
-            model,
-            args,
-            lower=prepared_lower_of,
-            upper=upper_of if bilevel else None,
-            train_dataset=train,
-            upper_dataset=upper,
-            **trainer,
-        )
+        levels = {"lower": prepared_lower_of, "upper": upper_of if bilevel else None}
+        data = {"train_dataset": train, "upper_dataset": upper}
+        self._set_up(model, args, **levels, **data, **trainer)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -96,8 +85,7 @@ class PhasesTrainer(TwoLevelTrainer):
             output = self.train_phase(point, *args, **kwargs)
             if self.method is not None and not self._callback.signalled:
                 if self.upper is not None:
-                    self._after_search()
-                    self._keep_learned(folder)
+                    self._end_search(folder)
                 self._finish()
             return output
         arguments = self.args.for_retraining()
@@ -106,9 +94,8 @@ class PhasesTrainer(TwoLevelTrainer):
         retrain = {n: x for n, x in self.args.bilevel_settings().items() if "retrain" in n}
         self._search = {**self.settings(), **retrain}
         if point is not None and point[0].resolve().parent == again.resolve():
-            if self.method is not None:  # before anything changes
-                saved = point[1].get("settings", {}).get("search", {})
-                require_settings(str(point[0]), saved, "this run", self._search)
+            saved = point[1].get("settings", {}).get("search", {})
+            require_settings(str(point[0]), saved, "this run", self._search)
             variables = self._level_values()
             _assign(variables, _read(folder / LEARNED, variables))
         else:
@@ -123,11 +110,7 @@ class PhasesTrainer(TwoLevelTrainer):
             output = self.train_phase(point, *args, **kwargs)
             if self._callback.signalled:  # the search is unfinished
                 return output
-            reshard(self.model)
-            self._after_search()
-            if initial is not None:
-                _assign(dict(zip(self.lower.names, self.lower.variables)), initial)
-            self._keep_learned(folder)
+            self._end_search(folder, initial)
             point = None
         self._finish()
         self.retrainer = self.retraining(arguments)
@@ -173,15 +156,8 @@ class PhasesTrainer(TwoLevelTrainer):
         trainer = copy.copy(self)  # keeps a subclass's attributes, which its loss may read
         trainer.__dict__.pop("_data_fingerprints", None)
         with as_prepared(self.model):
-            trainer._set_up(
-                self.model,
-                args,
-                lower=lower_of,
-                upper=None,
-                train_dataset=self.all_rows(),
-                processing_class=self.processing_class,
-                **self._options,
-            )
+            given = {"train_dataset": self.all_rows(), "processing_class": self.processing_class}
+            trainer._set_up(self.model, args, lower=lower_of, upper=None, **given, **self._options)
         return trainer
 
     def _show_rows(self) -> None:
@@ -218,19 +194,23 @@ class PhasesTrainer(TwoLevelTrainer):
         self.model_wrapped = self.model
         self.accelerator.free_memory()
 
-    @torch.no_grad()
-    def _after_search(self) -> None:
-        if self.method is not None:
-            self.method.after_search(self.model)
-
     def _finish(self) -> None:
         """Replace ``model`` by the method's plain model."""
         model = self.model if self.method is None else self.method.finish(self.model)
         if model is not self.model:
             self.model = self.model_wrapped = model
 
-    def _keep_learned(self, folder: Path) -> None:
-        """Save both levels' variables: a resumed run calls ``finish`` again, which reads them."""
+    @torch.no_grad()
+    def _end_search(self, folder: Path, initial: Mapping[str, Tensor] | None = None) -> None:
+        """Let the method change its variables, give the lower level ``initial``, and save both.
+
+        A resumed run calls ``finish`` again, which reads them.
+        """
+        assert self.method is not None
+        reshard(self.model)
+        self.method.after_search(self.model)
+        if initial is not None:
+            _assign(dict(zip(self.lower.names, self.lower.variables)), initial)
         values = {name: gather(x.detach()) for name, x in self._level_values().items()}
         if self.args.should_save:
             checkpoint.write_state(folder / LEARNED, values)

@@ -32,8 +32,7 @@ def quiet(args: Any, folder: str, kind: Any = None, **changes: Any) -> Any:
     """
     kind = kind or type(args)
     names = {each.name for each in fields(kind)}
-    given = {each.name: getattr(args, each.name) for each in fields(args) if each.init}
-    given = {name: value for name, value in given.items() if name in names}
+    given = {x.name: getattr(args, x.name) for x in fields(args) if x.init and x.name in names}
     return kind(**{**given, **QUIET, "output_dir": folder, **changes})
 
 

@@ -61,11 +61,8 @@ class Accumulated(Problem):
         calls: Callable[[], int] | None = None,
     ) -> None:
         self.level, self.calls = level, calls
-        super().__init__(
-            list(zip(level.names, level.variables, strict=True)),
-            max_grad_norm=max_grad_norm,
-            name=level.name,
-        )
+        named = list(zip(level.names, level.variables, strict=True))
+        super().__init__(named, max_grad_norm=max_grad_norm, name=level.name)
         self.optimizer, self.prior = optimizer, level.prior
         self.evaluated = level.evaluated
 
@@ -156,13 +153,8 @@ class OptimizerStep:
             variable.grad = gradient
         self._withheld = []
 
-    @property
-    def last_prior(self) -> float:
-        """The lower level's prior in the loss of the last micro-batch."""
-        return prior_of(self.lower, self._metrics[-1]) / self.count
-
     def evaluate(self, inputs: Any) -> Tensor:
-        """Differentiate the next micro-batch's share of the lower loss, and return that share."""
+        """Differentiate the next micro-batch's share of the loss; returns it without the prior."""
         batch, bilevel = self._on_device(inputs), self.bilevel
         self.micro.append(MicroBatch(batch, RandomState.capture(self.devices)))
         with nullcontext() if bilevel is None else bilevel.observe():
@@ -175,7 +167,7 @@ class OptimizerStep:
             self.accelerator.backward(loss * self.accelerator.gradient_accumulation_steps)
         self._losses.append(loss.detach())
         self._metrics.append(metrics)
-        return loss.detach()
+        return loss.detach() - prior_of(self.lower, metrics) / self.count
 
     def set_gradients(self, number: int) -> None:
         """Set each ``.grad`` for step ``number``, counted from 1: clipped, or None for no move."""
@@ -190,12 +182,11 @@ class OptimizerStep:
         means = distributed.means(self._metrics)
         numbers: dict[str, Any] = {f"lower_{key}": value for key, value in means.items()}
         descent, bilevel, every = gradient[: len(w)], self.bilevel, self.args.lower_steps
-        if bilevel is None:
-            if number == 1:
-                require_read(self.lower, descent)
-        else:
+        if bilevel is not None:
             with self.autocast():
                 bilevel.record_lower(list(self.micro), self.micro[0].random_state, gradient)
+        elif number == 1:
+            require_read(self.lower, descent)
         if bilevel is not None and number % every == 0:
             self.upper = self.upper or self._upper_batch(number // every - 1)
             with self.autocast():

@@ -26,20 +26,19 @@ INDEX = "index"
 
 def numbered(*tables: Any) -> tuple[Any, ...]:
     """The ``tables`` (None stays None) with a column `INDEX`, which numbers the rows of all."""
-    tagged, begin = [], 0
+    tagged, begin = list[Any](), 0
     for rows in tables:
-        if rows is not None and not isinstance(rows, Dataset):
+        if rows is None:
+            tagged.append(None)
+            continue
+        if not isinstance(rows, Dataset):
             raise ProblemError(
                 f"{INDEX}: rows must be a datasets.Dataset, got a {type(rows).__name__}"
             )
-        if rows is not None:
-            if INDEX in rows.column_names:
-                raise ProblemError(
-                    f"{INDEX}: this name is reserved for row numbers; rename the column"
-                )
-            rows = rows.add_column(INDEX, list(range(begin, begin + len(rows))))
-        begin += 0 if rows is None else len(rows)
-        tagged.append(rows)
+        if INDEX in rows.column_names:
+            raise ProblemError(f"{INDEX}: this name is reserved for row numbers; rename the column")
+        tagged.append(rows.add_column(INDEX, list(range(begin, begin + len(rows)))))
+        begin += len(rows)
     return tuple(tagged)
 
 

@@ -253,7 +253,7 @@ class BilevelTrainer(PhasesTrainer):
             except NonFiniteError as error:
                 step.clear_gradients()
                 self._skip_or_stop(error)
-        return loss - step.last_prior
+        return loss
 
     def _skip_or_stop(self, error: NonFiniteError) -> None:
         """Count the step as skipped, or save the state before the step and raise."""

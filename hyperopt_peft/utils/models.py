@@ -53,10 +53,19 @@ def hook_calls(
 
 
 def trainable(model: Any, *, without: Iterable[Tensor] = ()) -> list[tuple[str, Tensor]]:
-    """The names and parameters of ``model`` that require a gradient, except ``without``."""
-    excluded = {id(parameter) for parameter in without}
-    named = model.named_parameters()
-    return [(name, p) for name, p in named if p.requires_grad and id(p) not in excluded]
+    """The names and parameters of ``model`` that require a gradient, except ``without``.
+
+    Raises:
+        ProblemError: there is none.
+    """
+    excluded, named = {id(parameter) for parameter in without}, model.named_parameters()
+    found = [(name, p) for name, p in named if p.requires_grad and id(p) not in excluded]
+    if not found:
+        raise ProblemError(
+            "model: no parameter is left for the lower level; load an adapter with "
+            "PeftModel.from_pretrained(..., is_trainable=True)"
+        )
+    return found
 
 
 def keep_differentiable(model: Any) -> None:

@@ -11,7 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
 from hyperopt_peft.adapters import dora_layers, set_norm_grad, use_fast_dora
-from hyperopt_peft.adapters.layers import direction, row_norm
+from hyperopt_peft.adapters.layers import direction
 from tests.support.adapted_models import (
     KINDS,
     Single,
@@ -65,7 +65,7 @@ def test_gradients_have_their_closed_forms(norm_grad: str) -> None:
     m = layer.lora_magnitude_vector["default"].weight
     with torch.no_grad():
         g, v, s = dy.T @ x, direction(layer, "default"), 3 / 2
-        n = row_norm(v)
+        n = torch.linalg.vector_norm(v, dim=1)
         unit = v / n[:, None]
         along = (g * unit).sum(dim=1)
         grad_v = (m / n)[:, None] * (g - (along[:, None] * unit if norm_grad == "full" else 0))

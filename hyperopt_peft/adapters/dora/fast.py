@@ -8,7 +8,7 @@ node that saves only its input and its output (`function`).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial, reduce
 from typing import Any
@@ -21,14 +21,7 @@ from torch import Tensor, nn
 from hyperopt_peft.adapters import peft_internals
 from hyperopt_peft.adapters.dora.function import DoraDropoutLinear, DoraLinear
 from hyperopt_peft.adapters.dora.row_norms import RowNorm, measure
-from hyperopt_peft.adapters.dora.variants import (
-    NormGrad,
-    adapted,
-    full_norm,
-    peft_variant,
-    require_norm_grad,
-    set_forward,
-)
+from hyperopt_peft.adapters.dora.variants import NormGrad, adapted, peft_variant, set_forward
 from hyperopt_peft.adapters.layers import (
     active_adapter,
     base_weight,
@@ -68,7 +61,6 @@ def use_fast_dora(peft_model: PeftModel, norm_grad: NormGrad = "full") -> PeftMo
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
         >>> model = use_fast_dora(model, norm_grad="detach")  # PEFT's own gradients
     """
-    require_norm_grad(norm_grad)
     adapter = active_adapter(peft_model)
     left: dict[str, str] = {}  # the layers that keep PEFT's forward pass, and why
     for name, layer in dora_layers(peft_model):
@@ -78,12 +70,12 @@ def use_fast_dora(peft_model: PeftModel, norm_grad: NormGrad = "full") -> PeftMo
         except ProblemError as error:
             left[name] = str(error)
             with suppress(ProblemError):
-                set_forward(layer, adapter, None, "detach")
+                set_forward(layer, adapter, "detach")
             continue
-        forward = full_norm(layer) if norm_grad == "full" else None
-        if isinstance(layer, lora.Linear):
-            forward = partial(fast_forward, norm_grad=norm_grad)
-        set_forward(layer, adapter, forward, norm_grad)
+        fast = (
+            partial(fast_forward, norm_grad=norm_grad) if isinstance(layer, lora.Linear) else None
+        )
+        set_forward(layer, adapter, norm_grad, fast)
     if left:
         _warn_kept(left, next(iter(left.values())))
     return peft_model
@@ -102,13 +94,16 @@ def fast_forward(
 
     If the fast pass does not apply, PEFT or, with ``norm_grad="full"``, `adapted` computes it.
     """
-    adapter = active_adapter
-    plain = peft_variant(module, adapter).forward
-    replacement = _replacement(module, adapter, x, plain, norm_grad)
-    if replacement is not plain:  # PEFT clears its own cache
+    adapter, forward = active_adapter, peft_variant(module, active_adapter).forward
+    cached = peft_internals.is_caching(module) and not torch.is_grad_enabled()
+    whole = _has_full_weights(module, adapter, x)
+    if not whole:
+        _warn_kept([f"lora.{type(module).__name__}"], "its weights are not on the device of x")
+    elif not cached:
         peft_internals.clear_dora_cache(module, adapter)
-    if replacement is not None:
-        y: Tensor = replacement(module, active_adapter=adapter, x=x, result=result, **kwargs)
+        forward = adapted if norm_grad == "full" else forward
+    if cached or not whole or not _fast_applies(module, adapter, x):
+        y: Tensor = forward(module, active_adapter=adapter, x=x, result=result, **kwargs)
         return y
 
     w0, m, (a, b) = base_weight(module), magnitude(module, adapter), factors(module, adapter)
@@ -139,25 +134,6 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _replacement(
-    module: lora.Linear,
-    adapter: str,
-    x: Tensor,
-    plain: Callable[..., Tensor],
-    norm_grad: NormGrad,
-) -> Callable[..., Tensor] | None:
-    """The forward pass to use instead of the fast one, PEFT's being ``plain``; else None."""
-    if not _has_full_weights(module, adapter, x):
-        _warn_kept([f"lora.{type(module).__name__}"], "its weights are not on the device of x")
-        return plain
-    if peft_internals.is_caching(module) and not torch.is_grad_enabled():
-        return plain
-    inputs = x, *factors(module, adapter), magnitude(module, adapter)
-    if _fast_applies(module, adapter) and not needs_plain_operations(*inputs):
-        return None
-    return adapted if norm_grad == "full" else plain
-
-
 def _has_full_weights(module: lora.Linear, adapter: str, x: Tensor) -> bool:
     """Whether all weights are complete on the device of x: neither sharded nor offloaded."""
     weights = (module.get_base_layer().weight, *factors(module, adapter))
@@ -168,9 +144,9 @@ def _has_full_weights(module: lora.Linear, adapter: str, x: Tensor) -> bool:
     )
 
 
-def _fast_applies(module: lora.Linear, adapter: str) -> bool:
+def _fast_applies(module: lora.Linear, adapter: str, x: Tensor) -> bool:
     """Whether the layer is W0 x + b with constant W0, plus one term B A x, without hooks."""
-    base = module.get_base_layer()
+    base, inputs = module.get_base_layer(), (*factors(module, adapter), magnitude(module, adapter))
     replaced = "forward" in vars(base) and not peft_internals.is_placed(base)
     active = [name for name in module.active_adapters if name in module.lora_A]
     return not (
@@ -178,6 +154,7 @@ def _fast_applies(module: lora.Linear, adapter: str) -> bool:
         or replaced
         or base.weight.requires_grad
         or len(active) > 1
+        or needs_plain_operations(x, *inputs)
     )
 
 

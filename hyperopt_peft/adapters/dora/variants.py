@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import layer as lora
@@ -30,7 +31,6 @@ from hyperopt_peft.adapters.layers import (
     dora_layers,
     magnitude,
     require_plain,
-    row_norm,
 )
 from hyperopt_peft.errors import ProblemError
 
@@ -58,20 +58,13 @@ def set_norm_grad(peft_model: PeftModel, norm_grad: NormGrad = "full") -> PeftMo
         >>> model = set_norm_grad(model, "full")
     """
     adapter, layers = active_adapter(peft_model), dora_layers(peft_model)
-    require_norm_grad(norm_grad)
     if norm_grad == "full":
         for name, layer in layers:
             require_plain(layer, adapter, name)
             peft_internals.require_forward(layer, peft_variant(layer, adapter))
     for _, layer in layers:
-        set_forward(layer, adapter, full_norm(layer) if norm_grad == "full" else None, norm_grad)
+        set_forward(layer, adapter, norm_grad)
     return peft_model
-
-
-def require_norm_grad(norm_grad: NormGrad) -> None:
-    """Raise ProblemError unless ``norm_grad`` is one of the two."""
-    if norm_grad not in ("full", "detach"):
-        raise ProblemError(f"norm_grad: must be 'full' or 'detach', got {norm_grad!r}")
 
 
 class ReplacedForward:
@@ -98,23 +91,24 @@ def peft_variant(layer: lora.LoraLayer, adapter_name: str) -> Any:
 def set_forward(
     layer: lora.LoraLayer,
     adapter_name: str,
-    forward: Callable[..., Tensor] | None,
     norm_grad: NormGrad,
+    fast: Callable[..., Tensor] | None = None,
 ) -> None:
-    """Replace the forward pass of a DoRA layer; None restores PEFT's."""
-    with_peft = peft_variant(layer, adapter_name)
-    replaced = with_peft if forward is None else ReplacedForward(with_peft, forward, norm_grad)
-    peft_internals.set_variant(layer, adapter_name, replaced)
-
-
-def full_norm(layer: lora.LoraLayer) -> Callable[..., Tensor]:
-    """The forward pass of ``layer`` with the row norm in the graph."""
-    return adapted_embedding if isinstance(layer, lora.Embedding) else adapted
+    """Let a DoRA layer run ``fast``, or the forward pass of `adapted`; "detach" restores PEFT's."""
+    if norm_grad not in ("full", "detach"):
+        raise ProblemError(f"norm_grad: must be 'full' or 'detach', got {norm_grad!r}")
+    variant, forward = peft_variant(layer, adapter_name), fast
+    if forward is None and norm_grad == "full":
+        forward = adapted_embedding if isinstance(layer, lora.Embedding) else adapted
+    if forward is not None:
+        variant = ReplacedForward(variant, forward, norm_grad)
+    peft_internals.set_variant(layer, adapter_name, variant)
 
 
 def gain(layer: lora.LoraLayer, adapter_name: str) -> Tensor:
     """g = m / n of shape (out,), differentiable in m, A and B, in float32 or wider."""
-    return magnitude(layer, adapter_name) / row_norm(direction(layer, adapter_name))
+    norm: Tensor = torch.linalg.vector_norm(direction(layer, adapter_name), dim=1)
+    return magnitude(layer, adapter_name) / norm
 
 
 def adapted(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:

@@ -32,7 +32,7 @@ from hyperopt_peft.cli.text.tasks import SFT, TASKS, Task
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.problems.find import find_method, import_file
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
-from hyperopt_peft.trainer.data import shared
+from hyperopt_peft.trainer.data import shared_rows
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.tags import INDEX
 from hyperopt_peft.trainer.trainer import BilevelTrainer
@@ -206,7 +206,7 @@ def prepare(
     evaluation = None
     if evaluation_rows is not None:
         evaluation = encoder.encode(evaluation_rows, EVALUATION)
-        if common := shared(evaluation, train):
+        if common := len(shared_rows(evaluation, train)):
             text = "evaluation examples are training examples too; remove them for honest metrics"
             logger.warning(f"{common} of {len(evaluation)} {text}")
     elif data.eval_fraction:
