@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from scipy.linalg import eigvalsh_tridiagonal
 
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import NonFiniteError, ProblemError
@@ -193,9 +194,7 @@ def lanczos(matvec: Matvec, start: Vector, steps: int) -> Spectrum:
             break
         beside.append(beta)
         q, previous = rest / beta, q
-    upper = torch.diag(torch.tensor(beside[: len(diagonal) - 1], dtype=torch.float64), 1)
-    form = torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + upper + upper.T
-    values = torch.linalg.eigvalsh(form)
+    values = eigvalsh_tridiagonal(diagonal, beside[: len(diagonal) - 1])
     return Spectrum(float(values[0]), float(values[-1]))
 
 
