@@ -19,7 +19,7 @@ from torch import Tensor
 from hyperopt_peft.diagnostics.curvature import random_like
 from hyperopt_peft.diagnostics.findings import Finding
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.hypergradients.agreement import (
+from hyperopt_peft.hypergradients.estimate import (
     CURVATURE,
     MARGIN,
     WRONG_PRODUCT,

@@ -22,11 +22,17 @@ from hyperopt_peft.core.optimizer import read_by_options
 from hyperopt_peft.core.problem import Problem, StepRecord, devices_of
 from hyperopt_peft.core.validation import require_read
 from hyperopt_peft.errors import NonFiniteError, ProblemError
-from hyperopt_peft.hypergradients.agreement import WRONG_PRODUCT, check_products
-from hyperopt_peft.hypergradients.estimate import check_estimator, like, of_residual, warn
+from hyperopt_peft.hypergradients.estimate import (
+    WRONG_PRODUCT,
+    check_estimator,
+    check_products,
+    like,
+    of_residual,
+    warn,
+)
 from hyperopt_peft.hypergradients.estimator import ALL, Estimator
-from hyperopt_peft.hypergradients.oracle import Oracle, State, UpperGradient
-from hyperopt_peft.hypergradients.products import DIFFERENCE
+from hyperopt_peft.hypergradients.oracle import Oracle, State
+from hyperopt_peft.hypergradients.products import DIFFERENCE, Passes
 from hyperopt_peft.hypergradients.state import packed, unpacked
 from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.utils import distributed
@@ -50,10 +56,7 @@ class UpperStep:
     Attributes:
         hypergradient: dF/du, one tensor for each upper variable.
         grad_norm: ‖dF/du‖₂.
-        log: ``upper_loss`` without the prior; ``implicit_ratio`` (‖implicit term‖/‖direct term‖);
-            ``residual``, ``solver_steps`` and ``note``, None if the estimator does not report them;
-            ``gradients`` and ``products``, the forward+backward passes and the second backward
-            passes.
+        log: the entries of `Engine.history` from F and the estimator.
         metrics: the metrics of F on this process, with ``prior`` if the level has a prior.
     """
 
@@ -261,7 +264,8 @@ class BilevelStep:
         above, u = oracle.upper_gradient.evaluation, self.upper.variables
         if not self._upper_read:
             self._require_read(above.gradient[: len(u)], above.gradient[len(u) :])
-            self._check_products(batch, number, oracle.upper_gradient)
+            if self.requirements.second_derivatives and oracle.upper_gradient.norm:
+                self._check_products(oracle)
             self._upper_read = True
         log = {
             "upper_loss": above.loss - prior_of(self.upper, above.metrics),
@@ -315,14 +319,12 @@ class BilevelStep:
                 "hypergradient has no implicit term; let it read the variables of that level"
             )
 
-    def _check_products(self, batch: Any, number: int, above: UpperGradient) -> None:
+    def _check_products(self, oracle: Oracle) -> None:
         """Warn if exact products of f are not the differences of its gradients."""
-        if not self.requirements.second_derivatives or above.norm == 0 or self.last is None:
-            return
-        oracle = self.oracle(self.upper, batch, self._seeded(number), self.last)
-        oracle.upper_gradient, oracle.copies = above, TensorPool()  # of this check alone
-        with suppress(ProblemError), self.uncounted(), oracle.open():  # there may be no differences
-            if words := check_products(oracle):
+        alone = replace(oracle, passes=Passes(), copies=TensorPool())
+        alone.upper_gradient = oracle.upper_gradient
+        with suppress(ProblemError), self.uncounted(), alone.open():  # there may be no differences
+            if words := check_products(alone):
                 warn(f"{self.estimator.name}: {self.lower.name}: {words}; {WRONG_PRODUCT}")
 
     def _watch_rounding(self, norm: float) -> None:
@@ -331,14 +333,14 @@ class BilevelStep:
         self._count += 1
         if self._count == 1:
             self._start = [x.clone() for x in here]
-        elif self._count == RESTING + 1:
-            start, self._start = self._start, []
-            if start and norm and all(map(torch.equal, here, start)):
+        elif self._count == RESTING + 1 and here and norm:
+            if all(map(torch.equal, here, self._start)):
                 warn(
                     f"{self.upper.name}: after {RESTING} steps the variables in {here[0].dtype} "
                     "are unchanged: each step is below their rounding; keep them in float32, or "
                     "raise their learning rate"
                 )
+            self._start = []
 
     def _seeded(self, *key: int | str) -> RandomState:
         return RandomState.seeded(self.devices, self.seed, *key, *distributed.rank_key())
