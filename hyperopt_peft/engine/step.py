@@ -111,7 +111,7 @@ class BilevelStep:
         self._copies = TensorPool()
         self._ahead: Oracle | None = None  # of `look_ahead`
         self._unread: set[str] | None = None  # upper variables that f does not read, once known
-        self._upper_read = self._diverged = False
+        self._diverged = False
         self._count, self._start = 0, list[Tensor]()  # upper steps, and variables at the first
 
     @property
@@ -262,11 +262,10 @@ class BilevelStep:
         self.state = result.state
         self.signal.add(result.hypergradient)
         above, u = oracle.upper_gradient.evaluation, self.upper.variables
-        if not self._upper_read:
+        if self._count == 0:
             self._require_read(above.gradient[: len(u)], above.gradient[len(u) :])
             if self.requirements.second_derivatives and oracle.upper_gradient.norm:
                 self._check_products(oracle)
-            self._upper_read = True
         log = {
             "upper_loss": above.loss - prior_of(self.upper, above.metrics),
             "implicit_ratio": result.implicit_ratio,
