@@ -98,12 +98,6 @@ def lines(panels: Mapping[str, Lines], path: str | Path | None = None, **axes: A
     return figure
 
 
-def smooth(x: Sequence[float], y: Sequence[float], share: float = 0.1) -> tuple[Any, Any]:
-    """The moving average of ``y`` over a ``share`` of its length, and x at the windows' ends."""
-    width = max(1, round(share * len(y)))
-    return np.asarray(x[width - 1 :]), np.convolve(y, np.ones(width) / width, mode="valid")
-
-
 def level_curves(history: Iterable[Mapping[str, Any]], path: str | Path | None = None) -> Any:
     """The losses of both levels over a run, smoothed over a twentieth of the run.
 
@@ -122,7 +116,9 @@ def level_curves(history: Iterable[Mapping[str, Any]], path: str | Path | None =
         with_key = [(k + 1, record) for k, record in enumerate(records) if key in record]
         if with_key:
             x = [record.get("step", number) for number, record in with_key]
-            curves[name] = smooth(x, [record[key] for _, record in with_key], 0.05)
+            width = max(1, round(len(x) / 20))
+            means = np.convolve([r[key] for _, r in with_key], np.ones(width) / width, "valid")
+            curves[name] = x[width - 1 :], means
     step = "upper step" if any("lower_loss" in record for record in records) else "lower step"
     return lines({"": curves}, path, xlabel=step, ylabel="loss")
 

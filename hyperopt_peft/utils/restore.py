@@ -92,10 +92,6 @@ def assign_(
 ) -> None:
     """variables ← values + length·direction, in place."""
     variables, values, direction = map(to_local, (variables, values, direction))
-    if direction and all(x.device.type == "cpu" for x in variables):  # one pass over the memory
-        for variable, value, along in zip(variables, values, direction, strict=True):
-            torch.add(value, along, alpha=length, out=variable)
-        return
     torch._foreach_copy_(variables, values)
     if direction:
         torch._foreach_add_(variables, direction, alpha=length)
