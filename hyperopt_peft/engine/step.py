@@ -65,15 +65,6 @@ class UpperStep:
     metrics: dict[str, float]
 
 
-@dataclass(frozen=True)
-class LowerStep:
-    """A step of the lower level: f without the prior, the 2-norm of ∂f/∂w, the metrics of f."""
-
-    loss: float
-    grad_norm: float
-    metrics: dict[str, float]
-
-
 class BilevelStep:
     """The lower step and the hypergradient of `Engine`, `Nested` and `BilevelTrainer`.
 
@@ -119,10 +110,11 @@ class BilevelStep:
         u = self.upper.variables if first or self.requirements.lower_gradient else ()
         return (*self.lower.variables, *u)
 
-    def train_lower(self, *, solved: bool = False) -> LowerStep:
+    def train_lower(self, *, solved: bool = False) -> tuple[float, float, dict[str, float]]:
         """Do a lower step on the lower level's next batch.
 
-        If f is already ``solved`` on that batch, the step is recorded and w does not move.
+        Returns f without the prior, the 2-norm of ∂f/∂w, and the metrics of f. If f is already
+        ``solved`` on that batch, the step is recorded and w does not move.
 
         Raises:
             ProblemError: at the first step, f does not read a lower variable.
@@ -136,7 +128,7 @@ class BilevelStep:
         if not solved:
             norm = self.lower.step(gradient, norm)
         loss = evaluation.loss - prior_of(self.lower, evaluation.metrics)
-        return LowerStep(loss, norm, evaluation.metrics)
+        return loss, norm, evaluation.metrics
 
     def check_graph(self, loss: Tensor) -> None:
         """Raise ProblemError if the first lower ``loss`` lacks a required second derivative."""

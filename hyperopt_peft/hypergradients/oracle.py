@@ -29,7 +29,7 @@ from hyperopt_peft.hypergradients.products import (
 from hyperopt_peft.utils.autograd import HALF, uncompiled
 from hyperopt_peft.utils.distributed import is_sharded
 from hyperopt_peft.utils.models import require_no_rounding
-from hyperopt_peft.utils.precision import autocast_enabled, single_precision
+from hyperopt_peft.utils.precision import autocast_devices, single_precision
 from hyperopt_peft.utils.random_state import RandomState, replay
 from hyperopt_peft.utils.reductions import to_floats
 from hyperopt_peft.utils.restore import Buffers, assign_, perturbed, preserve_state
@@ -320,7 +320,7 @@ class Oracle:
     def _half(self, objective: Objective) -> bool:
         """Whether f or its variables are in half precision."""
         variables = variables_of(self.upper, self.lower)
-        if autocast_enabled() or any(variable.dtype in HALF for variable in variables):
+        if autocast_devices() or any(variable.dtype in HALF for variable in variables):
             return True
         if self.lower.evaluated.half is None:  # f has never been evaluated
             # The reducers of DDP and FSDP2 expect a backward pass after a forward pass.
