@@ -51,10 +51,8 @@ class Coordinates:
     def project(self, h: Vector) -> Vector:
         """The coordinates of a vector in the span of ``basis``."""
         (like,) = self.slopes
-        padded = torch.zeros_like(like)
         entries = [dot(q, h) for q in self.basis]
-        padded[: len(entries)] = torch.tensor(entries, dtype=like.dtype)
-        return Vector([padded])
+        return Vector([like.new_tensor(entries + [0.0] * (len(like) - len(entries)))])
 
 
 @dataclass(frozen=True)
