@@ -10,12 +10,13 @@ from statistics import fmean
 from typing import Any, ClassVar
 
 import pandas  # type: ignore[import-untyped]
+from scipy.stats import sem
 
 from hyperopt_peft.comparison.choice import Plan
 from hyperopt_peft.comparison.store import Result, Store
 from hyperopt_peft.comparison.task import ABLATIONS, Kind
 from hyperopt_peft.utils.plots import intervals
-from hyperopt_peft.utils.statistics import detectable, error_of, is_tie, mean_and_half
+from hyperopt_peft.utils.statistics import detectable, is_tie, mean_and_half
 from hyperopt_peft.utils.tables import aligned
 from hyperopt_peft.utils.versions import versions
 
@@ -62,7 +63,7 @@ class Comparison:
         for other in rest[:1]:
             gaps = self.differences((other, "method"), (best, "method"))
             text += f"; that of {other} is {fmean(gaps):+.4f} from it, "
-            text += f"with an error of {error_of(gaps):.4f}"
+            text += f"with an error of {sem(gaps):.4f}"
         return text
 
     def differences(self, one: tuple[str, Kind], other: tuple[str, Kind]) -> list[float]:

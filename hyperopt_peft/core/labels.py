@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
-from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -200,20 +199,18 @@ def require_labels(batch: Any) -> Tensor:
 
 def _shifted(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     gradient, labels = None, require_labels(batch)
-    # 0, 1, 1, 0, 0, ...: the labels one, two or three positions later differ somewhere.
-    pattern = (torch.arange(labels.shape[-1], device=labels.device) + 1) // 2 % 2
     # One row saves memory, since gradient checkpointing is off in evaluation mode.
     batch = {key: rows_of(value, len(labels), slice(1)) for key, value in batch.items()}
-    labels = pattern[None]
+    # 0, 1, 1, 0, 0, ...: the labels one, two or three positions later differ somewhere.
+    labels = (torch.arange(labels.shape[-1], device=labels.device)[None] + 1) // 2 % 2
     batch["labels"] = labels
     with _probing(model), torch.enable_grad():
         output = _output(model, batch)
         if output.logits.requires_grad:
             (gradient,) = torch.autograd.grad(output.loss, output.logits, allow_unused=True)
     if gradient is None:  # all parameters are frozen, or the loss does not read these logits
-        errors = {shifted: _error_of_mean(model, batch, output, shifted) for shifted in _RULES}
-        fitting = [shifted for shifted in _RULES if errors[shifted] <= TOLERANCE]
-        fitting.sort(key=lambda shifted: float(errors[shifted]))
+        errors = {s: float(_error_of_mean(model, batch, output, s)) for s in _RULES}
+        fitting = sorted((s for s in _RULES if errors[s] <= TOLERANCE), key=errors.__getitem__)
     else:  # the cross entropy of a position falls only with the logit of the scored class
         reached, scored = gradient.ne(0).any(-1), gradient.argmin(-1)
         labels = beside_logits(labels, scored.shape[1])
@@ -240,10 +237,10 @@ def with_all_classes(model: Any, batch: Mapping[str, Any]) -> Mapping[str, Any]:
     labels = require_labels(batch)
     if labels.is_floating_point():
         return batch
-    inputs = {k: rows_of(x, len(labels), slice(1)) for k, x in batch.items() if k != "labels"}
-    with _probing(model), torch.no_grad(), model_reads(inputs):
-        logits = model(**inputs).logits
-    numbers = torch.arange(labels.numel(), device=labels.device) % logits.shape[-1]
+    row = {key: rows_of(value, len(labels), slice(1)) for key, value in batch.items()}
+    with _probing(model), torch.no_grad():
+        classes = logits_of(model, row).shape[-1]
+    numbers = torch.arange(labels.numel(), device=labels.device) % classes
     return {**batch, "labels": numbers.view(labels.shape)}
 
 
@@ -276,13 +273,12 @@ def _output(model: nn.Module, batch: Mapping[str, Any]) -> Any:
         batch = {key: value for key, value in batch.items() if key in parameters}
     with model_reads(batch):
         output = model(**batch)
-    loss, logits = getattr(output, "loss", None), getattr(output, "logits", None)
-    if not isinstance(loss, Tensor) or not isinstance(logits, Tensor):
+    if not all(isinstance(getattr(output, name, None), Tensor) for name in ("loss", "logits")):
         raise ProblemError(
             f"{type(model).__name__}: the model must return loss and logits for a batch with "
             f"labels; {OWN_LOSS}"
         )
-    return SimpleNamespace(loss=loss, logits=logits)
+    return output
 
 
 @contextmanager

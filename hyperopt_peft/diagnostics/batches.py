@@ -51,21 +51,19 @@ def _entries(batch: Any) -> dict[Any, Tensor]:
 def _rows(entries: list[Tensor]) -> list[Any]:
     """Each row's entries as bytes."""
     flat = [x.detach().cpu().contiguous().view(len(x), -1).view(torch.uint8) for x in entries]
-    columns = [[row.tobytes() for row in x.numpy()] for x in flat]
-    return list(zip(*columns))
+    return list(zip(*([row.tobytes() for row in x.numpy()] for x in flat)))
 
 
 def _is_sum(level: Problem, batch: Any, state: RandomState) -> bool:
     """Whether the loss of ``batch`` is that of its first half plus that of its second."""
     count = len(next(iter(_entries(batch).values())))
-    losses = []
-    for part in (slice(None), slice(count // 2), slice(count // 2, None)):
 
-        def half(entry: Any, part: slice = part) -> Tensor | None:
-            return rows_of(entry, count, part) if isinstance(entry, Tensor) else None
-
+    def loss_of(part: slice) -> float:
+        rows = entrywise(batch, lambda x: rows_of(x, count, part) if torch.is_tensor(x) else None)
         with replay(state):
-            loss, metrics = level.evaluate(entrywise(batch, half))
-        losses.append(float(loss.detach()) - metrics.get("prior", 0.0))
-    whole, *halves = losses
-    return count > 1 and abs(sum(halves) - whole) < 0.05 * abs(whole)
+            loss, metrics = level.evaluate(rows)
+        return float(loss.detach()) - metrics.get("prior", 0.0)
+
+    whole = loss_of(slice(None))
+    halves = loss_of(slice(count // 2)) + loss_of(slice(count // 2, None))
+    return count > 1 and abs(halves - whole) < 0.05 * abs(whole)

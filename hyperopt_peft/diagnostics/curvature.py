@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from scipy.linalg import eigvalsh_tridiagonal
 
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import NonFiniteError, ProblemError
@@ -15,7 +16,7 @@ from hyperopt_peft.hypergradients.estimate import NEXT, open_oracle
 from hyperopt_peft.hypergradients.implicit.cg import ConjugateGradient
 from hyperopt_peft.hypergradients.implicit.minres import MINRES
 from hyperopt_peft.hypergradients.implicit.solver import Matvec
-from hyperopt_peft.hypergradients.oracle import Estimate, Oracle
+from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.utils.random_state import replay
 from hyperopt_peft.utils.restore import assign_, perturbed
@@ -146,7 +147,8 @@ def measure_curvature(oracle: Oracle, product: ProductKind, steps: int, seed: in
             newton = ConjugateGradient(steps=steps).solve(second.hessian, gradient).v
     if newton.norm() == 0:  # negative curvature along the gradient itself
         newton = gradient / (max(-ends.smallest, ends.largest) or 1.0)
-    here = _hypergradient(oracle, MINRES(steps=steps, product=product))
+    solver = MINRES(steps=steps, product=product)
+    here = replace(oracle).estimate(solver)
     with perturbed(w) as start, oracle.lower.anchored():
         before = after = _loss(oracle)
         for halvings in range(10):
@@ -154,22 +156,23 @@ def measure_curvature(oracle: Oracle, product: ProductKind, steps: int, seed: in
             torch.clear_autocast_cache()  # it has half-precision copies of the previous w
             after = _loss(oracle)
             if after < before:
-                there = _hypergradient(oracle, MINRES(steps=steps, product=product))
+                there = replace(oracle).estimate(solver)
                 break
         else:  # no step decreases f: this is a minimum, up to rounding
             after, there = before, here
     torch.clear_autocast_cache()
-    size = max(e.direct.norm() + e.implicit.norm() for e in (here, there))
+    (norm, direct, implicit), (_, *terms) = here.norms, there.norms
+    size = max(direct + implicit, sum(terms))
     moved = (there.hypergradient - here.hypergradient).norm()
     return Curvature(
         ends.smallest,
         ends.largest,
-        here.implicit.norm() + there.implicit.norm() > 0,
+        implicit + terms[1] > 0,
         (before, after),
         moved / size if size else 0.0,
         here.residual or 0.0,
         here.implicit_ratio,
-        here.hypergradient.norm() / (here.direct.norm() or math.nan),
+        norm / (direct or math.nan),
     )
 
 
@@ -193,18 +196,8 @@ def lanczos(matvec: Matvec, start: Vector, steps: int) -> Spectrum:
             break
         beside.append(beta)
         q, previous = rest / beta, q
-    upper = torch.diag(torch.tensor(beside[: len(diagonal) - 1], dtype=torch.float64), 1)
-    form = torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + upper + upper.T
-    values = torch.linalg.eigvalsh(form)
+    values = eigvalsh_tridiagonal(diagonal, beside[: len(diagonal) - 1])
     return Spectrum(float(values[0]), float(values[-1]))
-
-
-def _hypergradient(oracle: Oracle, solver: MINRES) -> Estimate:
-    """The estimate at the current w; the lower optimizer's options are constants."""
-    result = solver.estimate(replace(oracle))
-    if not result.hypergradient.isfinite():
-        raise NonFiniteError("the hypergradient is not finite")
-    return result
 
 
 def _loss(oracle: Oracle) -> float:

@@ -19,12 +19,7 @@ from torch import Tensor
 from hyperopt_peft.diagnostics.curvature import random_like
 from hyperopt_peft.diagnostics.findings import Finding
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.hypergradients.agreement import (
-    CURVATURE,
-    MARGIN,
-    WRONG_PRODUCT,
-    disagreement,
-)
+from hyperopt_peft.hypergradients.estimate import CURVATURE, MARGIN, WRONG_PRODUCT, disagreement
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import Objective, default_epsilon
 from hyperopt_peft.utils.distributed import world_size

@@ -39,27 +39,20 @@ class Coordinates:
     of_length: float
 
     @property
-    def beyond(self) -> float:
-        """The share of ‖dF/du‖ outside the span of ``basis``."""
-        (all_slopes,) = self.slopes
-        size = float(all_slopes.norm())
-        return float(all_slopes[len(self.basis) :].norm()) / size if size else 0.0
-
-    @property
     def note(self) -> str:
-        """The errors in words."""
+        """The errors, and the share of ‖dF/du‖ outside the span of ``basis``, in words."""
+        (slopes,) = self.slopes
+        beyond = slopes[len(self.basis) :].norm() / (slopes.norm() or 1.0)
         return (
             f"changes by {self.of_epsilon:.1g} with 2ε, by {self.of_length:.1g} with half of the "
-            f"steps; {self.beyond:.0%} of its norm is outside the span of all estimates"
+            f"steps; {beyond:.0%} of its norm is outside the span of all estimates"
         )
 
     def project(self, h: Vector) -> Vector:
         """The coordinates of a vector in the span of ``basis``."""
         (like,) = self.slopes
-        padded = torch.zeros_like(like)
         entries = [dot(q, h) for q in self.basis]
-        padded[: len(entries)] = torch.tensor(entries, dtype=like.dtype)
-        return Vector([padded])
+        return Vector([like.new_tensor(entries + [0.0] * (len(like) - len(entries)))])
 
 
 @dataclass(frozen=True)

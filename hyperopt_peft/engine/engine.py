@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -11,7 +12,7 @@ from tqdm.auto import trange
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.engine.fit import lbfgs
-from hyperopt_peft.engine.step import BilevelStep, LowerStep, require_history
+from hyperopt_peft.engine.step import BilevelStep, require_history
 from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import LARGE_RESIDUAL, check_ownership
 from hyperopt_peft.hypergradients.estimator import Estimator
@@ -113,7 +114,7 @@ class Engine:
         self.non_finite, self.callbacks, self.progress = non_finite, list(callbacks), progress
         self.history: list[Record] = []
         self.step = self.lower_step = self.skipped = 0
-        self._lower_log = LowerStep(float("nan"), float("nan"), {})
+        self._lower_log = math.nan, math.nan, dict[str, float]()  # of `BilevelStep.train_lower`
         self._stopped = False
 
     def run(self, steps: int) -> list[Record]:
@@ -253,17 +254,18 @@ class Engine:
     def _step_upper(self) -> Record:
         batch = self.upper.next_batch()
         self.step += 1
-        upper, lower = self._step.hypergradient(batch, number=self.step), self._lower_log
+        upper = self._step.hypergradient(batch, number=self.step)
+        lower_loss, lower_norm, lower_metrics = self._lower_log
         norm = self.upper.step(upper.hypergradient, upper.grad_norm)
         record: Record = {
             "step": self.step,
-            "lower_loss": lower.loss,
-            "lower_grad_norm": lower.grad_norm,
+            "lower_loss": lower_loss,
+            "lower_grad_norm": lower_norm,
             "upper_grad_norm": norm,
             **upper.log,
         }
         metrics = {f"upper_{key}": value for key, value in upper.metrics.items()}
-        metrics |= {f"lower_{key}": value for key, value in lower.metrics.items()}
+        metrics |= {f"lower_{key}": value for key, value in lower_metrics.items()}
         for key, value in distributed.averages(metrics).items():
             record.setdefault(key, value)
         self.history.append(record)

@@ -142,9 +142,9 @@ class Nested(Problem):
             NonFiniteError: a loss or a gradient of the lower level is NaN or infinite.
         """
         for _ in range(self.lower_steps + (0 if self._rounds else self.warmup_steps)):
-            step = self._step.train_lower()
+            loss, norm, metrics = self._step.train_lower()
         self._rounds += 1
-        log = {"loss": step.loss, "grad_norm": step.grad_norm, **step.metrics}
+        log = {"loss": loss, "grad_norm": norm, **metrics}
         self._log = {f"below_{key}": value for key, value in log.items()}
         return super().next_batch()
 

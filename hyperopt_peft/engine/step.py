@@ -22,18 +22,23 @@ from hyperopt_peft.core.optimizer import read_by_options
 from hyperopt_peft.core.problem import Problem, StepRecord, devices_of
 from hyperopt_peft.core.validation import require_read
 from hyperopt_peft.errors import NonFiniteError, ProblemError
-from hyperopt_peft.hypergradients.agreement import WRONG_PRODUCT, check_products
-from hyperopt_peft.hypergradients.estimate import check_estimator, like, of_residual, warn
+from hyperopt_peft.hypergradients.estimate import (
+    WRONG_PRODUCT,
+    check_estimator,
+    check_products,
+    like,
+    of_residual,
+    warn,
+)
 from hyperopt_peft.hypergradients.estimator import ALL, Estimator
-from hyperopt_peft.hypergradients.oracle import Oracle, State, UpperGradient
-from hyperopt_peft.hypergradients.products import DIFFERENCE
+from hyperopt_peft.hypergradients.oracle import Oracle, State
+from hyperopt_peft.hypergradients.products import DIFFERENCE, Passes
 from hyperopt_peft.hypergradients.state import packed, unpacked
 from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.autograd import HALF, once_differentiable_functions, uncompiled
 from hyperopt_peft.utils.distributed import to_local
 from hyperopt_peft.utils.random_state import RandomState
-from hyperopt_peft.utils.restore import TensorPool
 from hyperopt_peft.utils.signal_to_noise import SignalToNoise
 
 Gradient = tuple[Tensor | None, ...]
@@ -50,25 +55,13 @@ class UpperStep:
     Attributes:
         hypergradient: dF/du, one tensor for each upper variable.
         grad_norm: ‖dF/du‖₂.
-        log: ``upper_loss`` without the prior; ``implicit_ratio`` (‖implicit term‖/‖direct term‖);
-            ``residual``, ``solver_steps`` and ``note``, None if the estimator does not report them;
-            ``gradients`` and ``products``, the forward+backward passes and the second backward
-            passes.
+        log: the entries of `Engine.history` from F and the estimator.
         metrics: the metrics of F on this process, with ``prior`` if the level has a prior.
     """
 
     hypergradient: tuple[Tensor, ...]
     grad_norm: float
     log: dict[str, Any]
-    metrics: dict[str, float]
-
-
-@dataclass(frozen=True)
-class LowerStep:
-    """A step of the lower level: f without the prior, the 2-norm of ∂f/∂w, the metrics of f."""
-
-    loss: float
-    grad_norm: float
     metrics: dict[str, float]
 
 
@@ -105,10 +98,9 @@ class BilevelStep:
         self.signal = SignalToNoise()  # of the hypergradients since it was last read
         length = min(recorded, max(1, self.requirements.history))
         self._records: deque[StepRecord] = deque(maxlen=length)
-        self._copies = TensorPool()
         self._ahead: Oracle | None = None  # of `look_ahead`
         self._unread: set[str] | None = None  # upper variables that f does not read, once known
-        self._upper_read = self._diverged = False
+        self._diverged = False
         self._count, self._start = 0, list[Tensor]()  # upper steps, and variables at the first
 
     @property
@@ -118,10 +110,11 @@ class BilevelStep:
         u = self.upper.variables if first or self.requirements.lower_gradient else ()
         return (*self.lower.variables, *u)
 
-    def train_lower(self, *, solved: bool = False) -> LowerStep:
+    def train_lower(self, *, solved: bool = False) -> tuple[float, float, dict[str, float]]:
         """Do a lower step on the lower level's next batch.
 
-        If f is already ``solved`` on that batch, the step is recorded and w does not move.
+        Returns f without the prior, the 2-norm of ∂f/∂w, and the metrics of f. If f is already
+        ``solved`` on that batch, the step is recorded and w does not move.
 
         Raises:
             ProblemError: at the first step, f does not read a lower variable.
@@ -135,7 +128,7 @@ class BilevelStep:
         if not solved:
             norm = self.lower.step(gradient, norm)
         loss = evaluation.loss - prior_of(self.lower, evaluation.metrics)
-        return LowerStep(loss, norm, evaluation.metrics)
+        return loss, norm, evaluation.metrics
 
     def check_graph(self, loss: Tensor) -> None:
         """Raise ProblemError if the first lower ``loss`` lacks a required second derivative."""
@@ -167,14 +160,14 @@ class BilevelStep:
         if self._ahead is not None and self._ahead.dots is not None:
             self._ahead.dots.check(of_w)
         if len(self._records) == self._records.maxlen:
-            self._forget_first()
+            self._records.popleft()  # before the next copy, for memory
         record = StepRecord(batch, random_state)
         if needs.history:
             # torch's foreach step with Nesterov momentum overwrites the gradient.
             copies = [g if g is None else g.clone() for g in of_w if needs.optimizer_state]
             record = replace(
                 record,
-                variables=self._copies.take(w),
+                variables=tuple(x.detach().clone() for x in w),
                 gradient=tuple(copies),
                 upper_gradient=of_u if needs.lower_gradient else None,
                 optimizer=self.lower.optimizer_snapshot(with_state=needs.optimizer_state),
@@ -202,9 +195,9 @@ class BilevelStep:
             upper_random=upper_random,
             lower_random=last.random_state,
             history=list(self._records) if self.requirements.history else (),
-            copies=self._copies,
             state=self.state,
             implicit=not isinstance(self.estimator, Direct),
+            training=True,
         )
 
     def look_ahead(self, batch: Any, *, number: int) -> None:
@@ -259,10 +252,10 @@ class BilevelStep:
         self.state = result.state
         self.signal.add(result.hypergradient)
         above, u = oracle.upper_gradient.evaluation, self.upper.variables
-        if not self._upper_read:
+        if self._count == 0:
             self._require_read(above.gradient[: len(u)], above.gradient[len(u) :])
-            self._check_products(batch, number, oracle.upper_gradient)
-            self._upper_read = True
+            if self.requirements.second_derivatives and oracle.upper_gradient.norm:
+                self._check_products(oracle)
         log = {
             "upper_loss": above.loss - prior_of(self.upper, above.metrics),
             "implicit_ratio": result.implicit_ratio,
@@ -287,8 +280,7 @@ class BilevelStep:
     def forget(self) -> None:
         """Delete the records of lower steps; drivers call this after each upper step."""
         self._ahead = None
-        while self._records:
-            self._forget_first()
+        self._records.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """The estimator's state, as numbers and lists of tensors."""
@@ -315,14 +307,12 @@ class BilevelStep:
                 "hypergradient has no implicit term; let it read the variables of that level"
             )
 
-    def _check_products(self, batch: Any, number: int, above: UpperGradient) -> None:
+    def _check_products(self, oracle: Oracle) -> None:
         """Warn if exact products of f are not the differences of its gradients."""
-        if not self.requirements.second_derivatives or above.norm == 0 or self.last is None:
-            return
-        oracle = self.oracle(self.upper, batch, self._seeded(number), self.last)
-        oracle.upper_gradient, oracle.copies = above, TensorPool()  # of this check alone
-        with suppress(ProblemError), self.uncounted(), oracle.open():  # there may be no differences
-            if words := check_products(oracle):
+        alone = replace(oracle, passes=Passes())
+        alone.upper_gradient = oracle.upper_gradient
+        with suppress(ProblemError), self.uncounted(), alone.open():  # there may be no differences
+            if words := check_products(alone):
                 warn(f"{self.estimator.name}: {self.lower.name}: {words}; {WRONG_PRODUCT}")
 
     def _watch_rounding(self, norm: float) -> None:
@@ -331,22 +321,17 @@ class BilevelStep:
         self._count += 1
         if self._count == 1:
             self._start = [x.clone() for x in here]
-        elif self._count == RESTING + 1:
-            start, self._start = self._start, []
-            if start and norm and all(map(torch.equal, here, start)):
+        elif self._count == RESTING + 1 and here and norm:
+            if all(map(torch.equal, here, self._start)):
                 warn(
                     f"{self.upper.name}: after {RESTING} steps the variables in {here[0].dtype} "
                     "are unchanged: each step is below their rounding; keep them in float32, or "
                     "raise their learning rate"
                 )
+            self._start = []
 
     def _seeded(self, *key: int | str) -> RandomState:
         return RandomState.seeded(self.devices, self.seed, *key, *distributed.rank_key())
-
-    def _forget_first(self) -> None:
-        record = self._records.popleft()
-        if record.variables:
-            self._copies.give_back(record.variables)
 
 
 def prior_of(level: Problem, metrics: Mapping[str, float]) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,14 +14,22 @@ from hyperopt_peft.core.validation import shared_memory
 from hyperopt_peft.errors import HypergradientWarning, ProblemError
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import Estimate, Oracle
-from hyperopt_peft.hypergradients.products import NO_EXACT_PRODUCT
+from hyperopt_peft.hypergradients.products import NO_EXACT_PRODUCT, ProductKind, default_epsilon
 from hyperopt_peft.hypergradients.registry import DEFAULT, EstimatorLike, get_estimator
 from hyperopt_peft.utils.random_state import RandomState
+from hyperopt_peft.utils.reductions import squares, to_floats
 
 #: A placeholder for the next batch of a level's data.
 NEXT: Any = object()
 #: A relative residual above which `hypergradient` warns, and a training's line shows it.
 LARGE_RESIDUAL = 0.1
+CURVATURE = 1e-3  # the relative error of an exact product that `disagreement` finds
+MARGIN = 10.0  # times the change from a difference over h to one over 2h
+#: Advice for a wrong exact product.
+WRONG_PRODUCT = (
+    'choose product="difference"; look for weight_norm, or a custom autograd function whose '
+    "backward pass is in no_grad() or reads .data"
+)
 
 
 def open_oracle(
@@ -156,6 +165,52 @@ def of_residual(estimator: Estimator, result: Estimate) -> str:
         f"{result.steps} steps{reason}, so the implicit term may be far off; take more steps, "
         "add damping, or choose an estimator by compare_hypergradients"
     )
+
+
+def disagreement(
+    names: Sequence[str],
+    exact: Iterable[Tensor],
+    near: Iterable[Tensor],
+    far: Iterable[Tensor],
+    floor: float | None = None,
+) -> str:
+    """The variable in which ``exact`` is not the difference ``near``, in words; else empty.
+
+    ``near`` and ``far`` are differences over h and 2h, which err by different kinks, rounding and
+    truncation: their difference is the tolerance. An error below ``floor`` is none; by default that
+    is ‖near − far‖.
+    """
+    parts = zip(exact, near, far, strict=True)  # one at a time, for memory
+    read = to_floats([x for e, n, f in parts for x in squares([e - n, n - f, n])])
+    aparts, errors, sizes = ([square**0.5 for square in read[k::3]] for k in range(3))
+    floor = math.hypot(*errors) if floor is None else floor
+    wrong = [
+        (apart / (size or apart), name)
+        for name, apart, error, size in zip(names, aparts, errors, sizes, strict=True)
+        if apart > MARGIN * error + CURVATURE * size + floor
+    ]
+    if not wrong:
+        return ""
+    worst, name = max(wrong)
+    return f"an exact product differs by {worst:.0%} from differences of gradients in {name}"
+
+
+def check_products(oracle: Oracle) -> str:
+    """`disagreement` of the products with ∂F/∂w in the precision of training, by five passes.
+
+    Raises:
+        ProblemError: there are no differences of f, or no exact products.
+    """
+    h = float(default_epsilon(oracle.lower.variables, beside=oracle.upper.variables))
+    names = [f"{level.name}'s {n}" for level in (oracle.lower, oracle.upper) for n in level.names]
+
+    def along_b(kind: ProductKind, epsilon: float | None = None) -> tuple[Tensor, ...]:
+        with oracle.product(kind, epsilon=epsilon) as product:
+            of_w, of_u = product.both(oracle.upper_gradient.b)
+        return (*of_w, *of_u)
+
+    near, far = along_b("difference", h), along_b("difference", 2 * h)
+    return disagreement(names, along_b("exact"), near, far)
 
 
 def warn(words: str) -> None:

@@ -260,7 +260,7 @@ class DifferenceProduct(Product):
         """A difference of ∂f/∂variables; ``moves`` are (tensors, their values, a direction)."""
         square = reductions.total([inner(along, along) for _, _, along in moves])
         # The factor epsilon/‖v‖ may overflow float32 for a tiny v; its square root does not.
-        root = (self.length / square.sqrt()).sqrt()
+        root = (self._length / square.sqrt()).sqrt()
         root = torch.where(square > 0, root, 0.0)  # v = 0
         steps = [(moved, here, (along * root).mul_(root)) for moved, here, along in moves]
 
@@ -281,7 +281,7 @@ class DifferenceProduct(Product):
         return ahead.add_(behind, -1.0).mul_(back).mul_(back)
 
     @cached_property
-    def length(self) -> float | Tensor:
+    def _length(self) -> float | Tensor:
         """The 2-norm of the perturbation of w."""
         return self.epsilon or default_epsilon(
             self.point,

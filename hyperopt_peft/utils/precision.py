@@ -44,7 +44,7 @@ class SinglePrecision(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         with ExitStack() as stack:
-            for device in _autocast_devices():
+            for device in autocast_devices():
                 stack.enter_context(torch.autocast(device, enabled=False))
             if func in _ENGINE:
                 return _ENGINE[func](self, *args, **kwargs)
@@ -148,13 +148,9 @@ def _writes(name: str) -> bool:
     return name.endswith("_")
 
 
-def _autocast_devices() -> list[str]:
+def autocast_devices() -> list[str]:
+    """The kinds of devices on which autocast is enabled."""
     return [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
-
-
-def autocast_enabled() -> bool:
-    """Whether autocast is enabled, on any device."""
-    return bool(_autocast_devices())
 
 
 @contextmanager

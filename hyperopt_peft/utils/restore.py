@@ -70,40 +70,17 @@ def preserve_state(
         random_state.restore()
 
 
-class TensorPool:
-    """Copies of variables in reused memory, since allocation would take longer than the copy."""
-
-    def __init__(self) -> None:
-        self._free: list[tuple[Tensor, ...]] = []
-
-    def take(self, variables: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """A copy of ``variables``."""
-        copies = self._free.pop() if self._free else ()
-        if [(x.dtype, x.device) for x in copies] != [(x.dtype, x.device) for x in variables]:
-            copies = tuple(torch.empty_like(x, requires_grad=False) for x in variables)
-        assign_(copies, variables)
-        return copies
-
-    def give_back(self, copies: tuple[Tensor, ...]) -> None:
-        """Reuse the memory of ``copies``, a result of `take`, for a later copy."""
-        self._free.append(copies)
-
-
 @contextmanager
-def perturbed(
-    variables: Sequence[Tensor], copies: TensorPool | None = None
-) -> Iterator[tuple[Tensor, ...]]:
+def perturbed(variables: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
     """Restore ``variables`` after the body, which may change them in place.
 
-    Yields copies of their values before the body, in memory from the pool ``copies``.
+    Yields copies of their values before the body.
     """
-    copies = copies or TensorPool()
-    saved = copies.take(variables)
+    saved = tuple(variable.detach().clone() for variable in variables)
     try:
         yield saved
     finally:
         assign_(variables, saved)
-        copies.give_back(saved)
 
 
 @torch.no_grad()
@@ -115,10 +92,6 @@ def assign_(
 ) -> None:
     """variables ← values + length·direction, in place."""
     variables, values, direction = map(to_local, (variables, values, direction))
-    if direction and all(x.device.type == "cpu" for x in variables):  # one pass over the memory
-        for variable, value, along in zip(variables, values, direction, strict=True):
-            torch.add(value, along, alpha=length, out=variable)
-        return
     torch._foreach_copy_(variables, values)
     if direction:
         torch._foreach_add_(variables, direction, alpha=length)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 
-from scipy.stats import t
+from scipy.stats import sem, t
 
 
 def mean_and_half(values: Sequence[float]) -> tuple[float, float]:
@@ -19,7 +19,7 @@ def mean_and_half(values: Sequence[float]) -> tuple[float, float]:
     """
     if len(values) < 2:
         return fmean(values), math.inf
-    return fmean(values), float(t.ppf(0.975, len(values) - 1)) * error_of(values)
+    return fmean(values), float(t.ppf(0.975, len(values) - 1) * sem(values))
 
 
 def is_tie(values: Sequence[float]) -> bool:
@@ -31,11 +31,6 @@ def is_tie(values: Sequence[float]) -> bool:
     """
     mean, half = mean_and_half(values)
     return abs(mean) <= half or half < 1e-9  # the values are equal up to rounding
-
-
-def error_of(values: Sequence[float]) -> float:
-    """The standard error of the mean."""
-    return stdev(values) / math.sqrt(len(values))
 
 
 def detectable(values: Sequence[float]) -> float:
@@ -50,4 +45,4 @@ def detectable(values: Sequence[float]) -> float:
     if len(values) < 2:
         return math.inf
     freedom = len(values) - 1
-    return float(t.ppf(0.975, freedom) + t.ppf(0.8, freedom)) * error_of(values)
+    return float((t.ppf(0.975, freedom) + t.ppf(0.8, freedom)) * sem(values))

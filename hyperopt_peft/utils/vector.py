@@ -140,12 +140,6 @@ class Vector:
             x.mul_(_at(factor, x))
         return self
 
-    def copy_(self, other: Vector) -> Vector:
-        """self ← other."""
-        for x, y in zip(self.buffers, other.buffers, strict=True):
-            x.copy_(y)
-        return self
-
     def norm(self) -> float:
         """The 2-norm; one read from the device."""
         return math.sqrt(dot(self, self))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = """
@@ -11,14 +11,12 @@ hyperopt-peft torch transformers peft accelerate datasets trl bitsandbytes
 """.split()  # noqa: SIM905
 
 
-def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """The version of each of ``packages`` that is installed."""
+def versions() -> dict[str, str]:
+    """The version of each of `PACKAGES` that is installed."""
     found = {}
-    for name in packages:
-        try:
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -55,10 +54,25 @@ class FastMix(Estimator):
         output_layer(lower)
 
     def observe(self, oracle: Oracle) -> Dots:
-        """The dot products with ∇_V F."""
-        with output_gradient(oracle.lower) as gradient:
+        """The dot products with ∇_V F, where a tied V's use as input embedding is left out."""
+        layer, total = output_layer(oracle.lower), list[Tensor]()
+
+        @without_autocast
+        def add(x: Tensor, delta: Tensor) -> None:
+            total[:] = [sum(total, delta.flatten(0, -2).mT @ x.flatten(0, -2))]
+
+        def tap(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if torch.is_grad_enabled() and output.requires_grad:
+                output.register_hook(partial(add, args[0].detach().to(output.dtype)))
+
+        handle = layer.register_forward_hook(tap)
+        try:
             oracle.upper_gradient  # noqa: B018
-        return Dots(oracle.lower, {output_layer(oracle.lower): (gradient(), None)})
+        finally:
+            handle.remove()
+        if not total:
+            raise ProblemError(f"{oracle.lower.name}: the upper loss {UNCALLED}; {ADVICE}")
+        return Dots(oracle.lower, {layer: (distributed.average(total[0]), None)})
 
     def estimate(self, oracle: Oracle) -> Estimate:
         """dF/du at the oracle's point."""
@@ -89,32 +103,3 @@ def output_layer(level: Problem) -> nn.Module:
             "the estimator differentiates; choose darts with product=dots"
         )
     return layer
-
-
-@contextmanager
-def output_gradient(level: Problem) -> Iterator[Callable[[], Tensor]]:
-    """Yield a function for the gradient of the output layer's weight, from passes in the body.
-
-    The gradient is an average over the processes. The layer may be frozen. The gradient of a tied
-    weight excludes its use as input embedding.
-    """
-    total: list[Tensor] = []
-
-    @without_autocast
-    def add(x: Tensor, delta: Tensor) -> None:
-        total[:] = [sum(total, delta.flatten(0, -2).mT @ x.flatten(0, -2))]
-
-    def tap(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if torch.is_grad_enabled() and output.requires_grad:
-            output.register_hook(partial(add, args[0].detach().to(output.dtype)))
-
-    def result() -> Tensor:
-        if not total:
-            raise ProblemError(f"{level.name}: the upper loss {UNCALLED}; {ADVICE}")
-        return distributed.average(total[0])
-
-    handle = output_layer(level).register_forward_hook(tap)
-    try:
-        yield result
-    finally:
-        handle.remove()

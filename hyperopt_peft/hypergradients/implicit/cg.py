@@ -93,8 +93,7 @@ def conjugate_gradients(
         if residual_square <= tolerance**2 * start or step + 1 == steps:
             break
         if residual_square < least:
-            best.copy_(v)
-            least = residual_square
+            best, least = v.copy(), residual_square
         p.mul_add_(rho / previous, z)
     floor = rounding * largest * of_v**0.5
     return Solution(v, max(residual_square**0.5, floor) / start**0.5, step + 1)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from hyperopt_peft.hypergradients.implicit.cg import conjugate_gradients
 from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver, read_finite
@@ -111,12 +110,9 @@ def _low_rank(matvec: Matvec, columns: Sequence[Vector]) -> tuple[list[float], l
     squares, rotation = torch.linalg.eigh(half.T @ gram @ half)
     large = squares > small * size
     weights = (half @ rotation[:, large] / squares[large].sqrt()).flip(1)
-    vectors = _orthonormal([_combination(images, column) for column in weights.T])
+    combinations = [zeros_like(columns[0]) for _ in weights.T]
+    for image, factors in zip(images, weights.tolist(), strict=True):
+        for combination, factor in zip(combinations, factors, strict=True):
+            combination.add_(image, factor)
+    vectors = _orthonormal(combinations)
     return squares[large].flip(0).tolist(), vectors, note
-
-
-def _combination(vectors: Sequence[Vector], weights: Tensor) -> Vector:
-    result = zeros_like(vectors[0])
-    for vector, weight in zip(vectors, weights.tolist(), strict=True):
-        result.add_(vector, weight)
-    return result
