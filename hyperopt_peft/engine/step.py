@@ -39,6 +39,7 @@ from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.autograd import HALF, once_differentiable_functions, uncompiled
 from hyperopt_peft.utils.distributed import to_local
 from hyperopt_peft.utils.random_state import RandomState
+from hyperopt_peft.utils.restore import TensorPool
 from hyperopt_peft.utils.signal_to_noise import SignalToNoise
 
 Gradient = tuple[Tensor | None, ...]
@@ -98,6 +99,7 @@ class BilevelStep:
         self.signal = SignalToNoise()  # of the hypergradients since it was last read
         length = min(recorded, max(1, self.requirements.history))
         self._records: deque[StepRecord] = deque(maxlen=length)
+        self._copies = TensorPool()
         self._ahead: Oracle | None = None  # of `look_ahead`
         self._unread: set[str] | None = None  # upper variables that f does not read, once known
         self._diverged = False
@@ -160,14 +162,14 @@ class BilevelStep:
         if self._ahead is not None and self._ahead.dots is not None:
             self._ahead.dots.check(of_w)
         if len(self._records) == self._records.maxlen:
-            self._records.popleft()  # before the next copy, for memory
+            self._forget_first()
         record = StepRecord(batch, random_state)
         if needs.history:
             # torch's foreach step with Nesterov momentum overwrites the gradient.
             copies = [g if g is None else g.clone() for g in of_w if needs.optimizer_state]
             record = replace(
                 record,
-                variables=tuple(x.detach().clone() for x in w),
+                variables=self._copies.take(w),
                 gradient=tuple(copies),
                 upper_gradient=of_u if needs.lower_gradient else None,
                 optimizer=self.lower.optimizer_snapshot(with_state=needs.optimizer_state),
@@ -195,9 +197,9 @@ class BilevelStep:
             upper_random=upper_random,
             lower_random=last.random_state,
             history=list(self._records) if self.requirements.history else (),
+            copies=self._copies,
             state=self.state,
             implicit=not isinstance(self.estimator, Direct),
-            training=True,
         )
 
     def look_ahead(self, batch: Any, *, number: int) -> None:
@@ -280,7 +282,8 @@ class BilevelStep:
     def forget(self) -> None:
         """Delete the records of lower steps; drivers call this after each upper step."""
         self._ahead = None
-        self._records.clear()
+        while self._records:
+            self._forget_first()
 
     def state_dict(self) -> dict[str, Any]:
         """The estimator's state, as numbers and lists of tensors."""
@@ -309,7 +312,7 @@ class BilevelStep:
 
     def _check_products(self, oracle: Oracle) -> None:
         """Warn if exact products of f are not the differences of its gradients."""
-        alone = replace(oracle, passes=Passes())
+        alone = replace(oracle, passes=Passes(), copies=TensorPool())
         alone.upper_gradient = oracle.upper_gradient
         with suppress(ProblemError), self.uncounted(), alone.open():  # there may be no differences
             if words := check_products(alone):
@@ -332,6 +335,11 @@ class BilevelStep:
 
     def _seeded(self, *key: int | str) -> RandomState:
         return RandomState.seeded(self.devices, self.seed, *key, *distributed.rank_key())
+
+    def _forget_first(self) -> None:
+        record = self._records.popleft()
+        if record.variables:
+            self._copies.give_back(record.variables)
 
 
 def prior_of(level: Problem, metrics: Mapping[str, float]) -> float:

@@ -32,7 +32,7 @@ from hyperopt_peft.utils.models import require_no_rounding
 from hyperopt_peft.utils.precision import autocast_devices, single_precision
 from hyperopt_peft.utils.random_state import RandomState, replay
 from hyperopt_peft.utils.reductions import to_floats
-from hyperopt_peft.utils.restore import Buffers, assign_, perturbed, preserve_state
+from hyperopt_peft.utils.restore import Buffers, TensorPool, assign_, perturbed, preserve_state
 from hyperopt_peft.utils.vector import Vector, inner
 
 #: An estimator's state between two upper steps: vectors shaped like w, and numbers.
@@ -105,14 +105,13 @@ class Oracle:
         upper_random, lower_random: the generator states at the start of each evaluation of F and
             f, so that all evaluations of a loss have equal dropout masks.
         history: the last lower steps, oldest first; empty outside training.
+        copies: the memory for copies of the lower variables.
         state: the `Estimate.state` of the last upper step; empty at first, and outside training.
         passes: the number of passes so far.
         buffers: the modules' buffers, restored after each evaluation.
         losses: the values of f so far, on their device.
         dots: the dot products from the lower step's own pass, if `Estimator.observe` requested any.
         implicit: whether `upper_gradient` has ∂F/∂w; without, its ``b`` has no parts.
-        training: whether the levels are in training, where a comparison of all variables with their
-            values before would take too long.
 
     Example:
         >>> from hyperopt_peft.hypergradients import open_oracle
@@ -130,13 +129,13 @@ class Oracle:
     upper_random: RandomState
     lower_random: RandomState
     history: Sequence[StepRecord] = ()
+    copies: TensorPool | None = None
     state: State = field(default_factory=dict)
     passes: Passes = field(default_factory=Passes)
     buffers: Buffers = field(default_factory=Buffers)
     losses: list[Tensor] = field(default_factory=list)
     dots: Dots | None = None
     implicit: bool = True
-    training: bool = False
 
     @property
     def last(self) -> StepRecord | None:
@@ -153,7 +152,7 @@ class Oracle:
         variables = (*self.upper.variables, *self.lower.variables)
         devices = devices_of(self.upper, self.lower)
         with uncompiled(), preserve_state(variables, devices) as self.buffers:
-            if self.training:
+            if self.copies is not None:  # in training a copy would take too long
                 yield self
                 return
             with perturbed(variables) as before:
@@ -231,7 +230,7 @@ class Oracle:
         with ExitStack() as stack:
             stack.enter_context(self._differentiable())
             stack.enter_context(self._single_precision(half))
-            point = stack.enter_context(perturbed(w))
+            point = stack.enter_context(perturbed(w, None if half else self.copies))
             stack.enter_context(self.lower.anchored())
 
             def gradients(
@@ -275,7 +274,8 @@ class Oracle:
             stack.enter_context(self._single_precision(half))
             point: Sequence[Tensor] = ()
             if at is not None or kind == "difference":
-                point = stack.enter_context(perturbed(variables))
+                copies = None if half else self.copies  # half: the variables are float32 here
+                point = stack.enter_context(perturbed(variables, copies))
             if at is not None:
                 point = at.variables
                 assign_(variables, point)
@@ -291,7 +291,7 @@ class Oracle:
         The pass is at the current w, or at the start of step ``at``.
         """
         objective, w = self._objective(at), self.lower.variables
-        with nullcontext() if at is None else perturbed(w), dots.observe():
+        with nullcontext() if at is None else perturbed(w, self.copies), dots.observe():
             if at is not None:
                 assign_(w, at.variables)
             gradient = objective.parts(w)

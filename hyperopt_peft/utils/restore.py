@@ -70,17 +70,40 @@ def preserve_state(
         random_state.restore()
 
 
+class TensorPool:
+    """Copies of variables in reused memory, since allocation would take longer than the copy."""
+
+    def __init__(self) -> None:
+        self._free: list[tuple[Tensor, ...]] = []
+
+    def take(self, variables: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """A copy of ``variables``."""
+        copies = self._free.pop() if self._free else ()
+        if [(x.dtype, x.device) for x in copies] != [(x.dtype, x.device) for x in variables]:
+            copies = tuple(torch.empty_like(x, requires_grad=False) for x in variables)
+        assign_(copies, variables)
+        return copies
+
+    def give_back(self, copies: tuple[Tensor, ...]) -> None:
+        """Reuse the memory of ``copies``, a result of `take`, for a later copy."""
+        self._free.append(copies)
+
+
 @contextmanager
-def perturbed(variables: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+def perturbed(
+    variables: Sequence[Tensor], copies: TensorPool | None = None
+) -> Iterator[tuple[Tensor, ...]]:
     """Restore ``variables`` after the body, which may change them in place.
 
-    Yields copies of their values before the body.
+    Yields copies of their values before the body, in memory from the pool ``copies``.
     """
-    saved = tuple(variable.detach().clone() for variable in variables)
+    copies = copies or TensorPool()
+    saved = copies.take(variables)
     try:
         yield saved
     finally:
         assign_(variables, saved)
+        copies.give_back(saved)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyperopt_peft.hypergradients import Vector, dot, zeros_like
+from hyperopt_peft.utils.restore import TensorPool
 from hyperopt_peft.utils.vector import inner
 
 SHAPES = ((2, 3), (), (4,))
@@ -81,3 +82,15 @@ def test_none_stands_for_zeros_and_graphs_are_left_behind() -> None:
 def test_entries_that_are_not_finite_are_seen(value: float) -> None:
     assert vector(0).isfinite() and Vector([torch.full((100,), 1e38)]).isfinite()
     assert not Vector([torch.ones(2), torch.tensor(value)]).isfinite()
+
+
+def test_copies_fit_what_they_copy() -> None:
+    copies, w = TensorPool(), (torch.ones(2), torch.ones(3))
+    first = copies.take(w)
+    memory = [x.data_ptr() for x in first]
+    copies.give_back(first)
+    again = copies.take([2 * x for x in w])
+    assert [x.data_ptr() for x in again] == memory and torch.equal(again[0], 2 * w[0])
+    copies.give_back(again)
+    wide = copies.take([x.double() / 3 for x in w])
+    assert torch.equal(wide[0], w[0].double() / 3)
