@@ -214,14 +214,16 @@ def require_mean_over_labels(trainer: Any, batch: Any, tags: Sequence[str]) -> N
             metrics_restored(trainer),
             trainer.compute_loss_context_manager(),
         ):
-            batch = with_all_classes(trainer.model, batch)
-            sums, counts = row_losses(trainer.model, batch)
-            mean = sums.sum() / counts.sum().clamp(min=1)
-            items = counts.sum() if distributed.world_size() == 1 else None  # else it is scaled
-            copy = {**batch}  # the trainer may add entries
-            loss = trainer.compute_loss(trainer.model, copy, num_items_in_batch=items)
-        if not counts.any() or (loss - mean).abs() <= TOLERANCE * mean.abs():
-            return
+            for labelled in with_all_classes(trainer.model, batch):
+                sums, counts = row_losses(trainer.model, labelled)
+                mean = sums.sum() / counts.sum().clamp(min=1)
+                items = counts.sum() if distributed.world_size() == 1 else None  # else it is scaled
+                copy = {**labelled}  # the trainer may add entries
+                loss = trainer.compute_loss(trainer.model, copy, num_items_in_batch=items)
+                if counts.any() and (loss - mean).abs() > TOLERANCE * mean.abs():
+                    break
+            else:
+                return
         found = f"the loss of the first batch is {loss:.4g}, the mean of its labels {mean:.4g}"
     raise ProblemError(
         f"{type(trainer).__name__}: {found}, so that rows have no losses of their own; use a "
