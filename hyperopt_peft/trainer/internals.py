@@ -1,7 +1,4 @@
-"""The private names of `transformers` and TRL that are used, read on first use.
-
-tests/contract tests each.
-"""
+"""Private names of `transformers` and TRL, read on first use; tests/contract tests each."""
 
 from __future__ import annotations
 
@@ -31,9 +28,7 @@ def save_checkpoint(trainer: Trainer) -> None:
     """
     save = getattr(trainer, "_save_checkpoint", None)
     if save is None:
-        raise ProblemError(
-            f"transformers {transformers.__version__} has no Trainer._save_checkpoint"
-        )
+        raise ProblemError(f"transformers {transformers.__version__} has no _save_checkpoint")
     save(trainer.model, None)
 
 

@@ -204,8 +204,7 @@ def keep_tags(trainer: Any, tags: Sequence[str], method: str) -> None:
 def _model_columns(trainer: Any) -> set[str]:
     """The columns of all rows of ``trainer`` that its own loaders leave."""
     evaluation = trainer.eval_dataset
-    tables = evaluation if isinstance(evaluation, dict) else {"eval_dataset": evaluation}
-    tables = {**tables, "train_dataset": trainer.train_dataset}
-    tables["upper_dataset"] = trainer.upper_dataset
+    tables = {"train_dataset": trainer.train_dataset, "upper_dataset": trainer.upper_dataset}
+    tables |= evaluation if isinstance(evaluation, dict) else {"eval_dataset": evaluation}
     loaders = [loader_of(trainer, rows, name) for name, rows in tables.items() if rows is not None]
     return {x for each in loaders for x in getattr(each.dataset, "column_names", None) or ()}

@@ -72,9 +72,8 @@ def use_fast_dora(peft_model: PeftModel, norm_grad: NormGrad = "full") -> PeftMo
             with suppress(ProblemError):
                 set_forward(layer, adapter, "detach")
             continue
-        fast = (
-            partial(fast_forward, norm_grad=norm_grad) if isinstance(layer, lora.Linear) else None
-        )
+        linear = isinstance(layer, lora.Linear)
+        fast = partial(fast_forward, norm_grad=norm_grad) if linear else None
         set_forward(layer, adapter, norm_grad, fast)
     if left:
         _warn_kept(left, next(iter(left.values())))
