@@ -151,11 +151,16 @@ class _Once:
         self._show(not self.known)
 
     def _skipping(self, forward: Any) -> Any:
+        in_tuple = False  # as GPT-2's layers return their states in early releases of Transformers
+
         def passed(states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            nonlocal in_tuple
             if self.known:
-                return states
+                return (states,) if in_tuple else states
             with torch.no_grad():
-                return forward(states, *args, **kwargs)
+                output = forward(states, *args, **kwargs)
+            in_tuple = isinstance(output, tuple)
+            return output
 
         return passed
 

@@ -23,14 +23,14 @@ from hyperopt_peft.trainer.over import Combined
 from hyperopt_peft.utils.validation import Bound, NonNegativeFloat, PositiveInt, require_types
 
 #: The fields of `transformers.TrainingArguments` that change a run's result. A checkpoint and the
-#: run that resumes from it must agree in them.
+#: run that resumes from it must agree in them. Some are of earlier or later releases.
 RESUME_MUST_MATCH = """
 accelerator_config adam_beta1 adam_beta2 adam_epsilon average_tokens_across_devices bf16 data_seed
-dataloader_drop_last full_determinism gradient_accumulation_steps label_names
+dataloader_drop_last full_determinism gradient_accumulation_steps group_by_length label_names
 label_smoothing_factor learning_rate length_column_name liger_kernel_config lr_scheduler_kwargs
 lr_scheduler_type max_grad_norm max_steps neftune_noise_alpha num_train_epochs optim optim_args
 optim_target_modules per_device_train_batch_size remove_unused_columns seed tf32
-train_sampling_strategy use_liger_kernel warmup_steps weight_decay
+train_sampling_strategy use_liger_kernel warmup_ratio warmup_steps weight_decay
 """.split()  # noqa: SIM905
 
 #: The types of arguments of `transformers.TrainingArguments` that are checked.
@@ -238,5 +238,5 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         levels = {n: v for n, v in levels.items() if n != "non_finite" and "retrain" not in n}
         standard = {field.name for field in fields(TrainingArguments)}
         of_parents = [field.name for field in fields(self.parents) if field.name not in standard]
-        names = (*RESUME_MUST_MATCH, *of_parents)  # some are of later releases
+        names = (*RESUME_MUST_MATCH, *of_parents)
         return {**{name: values[name] for name in names if name in values}, **levels}

@@ -99,10 +99,11 @@ def test_checkpointing_changes_no_score_in_bf16(tmp_path: Path) -> None:
 def test_a_base_in_4_bits_has_the_scores_of_its_weights(tmp_path: Path) -> None:
     """Where the layers compute in float32."""
     pytest.importorskip("bitsandbytes")
-    scores, expected = (
-        attributed(sft(tmp_path, model=model)).scores
-        for model in (quantised(tmp_path / "model"), quantised(tmp_path / "model").dequantize())
-    )
+    models = quantised(tmp_path / "model"), quantised(tmp_path / "model").dequantize()
+    trainers = [sft(tmp_path, model=model) for model in models]
+    if {p.dtype for p in trainers[0].model.parameters() if p.requires_grad} != {torch.float32}:
+        pytest.skip("TRL before 1.0 has adapters of such a base in bfloat16")
+    scores, expected = (attributed(trainer).scores for trainer in trainers)
     assert error(scores, expected) < 1e-5
 
 
@@ -135,7 +136,7 @@ def test_two_levels_over_it_have_scores(tmp_path: Path) -> None:
     result = attributed(watched)
     require_equal(watched.model, plain.model, 1e-4)
     assert result.columns["prompt"] == rows(count=10)["prompt"][:]
-    direction = 0.03 * result.scores.sign()
+    direction = 3e-4 * result.scores.sign()
     with setup_of(result).run.repeated(1 + direction):
         change = setup_of(result).evaluation.values()["all"] - result.values["all"]
     assert change == pytest.approx(float(direction @ result.scores), rel=0.2)

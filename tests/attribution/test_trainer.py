@@ -23,7 +23,7 @@ from transformers import (
 from hyperopt_peft import NonFiniteError, ProblemError
 from hyperopt_peft.attribution.suspects import suspects
 from tests.support.attributed import attributed, error_of_slopes, require_equal
-from tests.support.trainers import CONFIG, QUIET, data, peft_model, ragged
+from tests.support.trainers import CONFIG, COUNTS_RIGHT, QUIET, data, peft_model, ragged
 from tests.support.trainers import trainer as bilevel_trainer
 
 KINDS = ("classes", "regression", "tokens", "causal")
@@ -80,6 +80,8 @@ def test_the_run_is_the_trainers_own(tmp_path: Path, kind: str, accumulation: in
 
     An epoch ends with micro-batches of three and of two rows.
     """
+    if kind == "causal" and not COUNTS_RIGHT:
+        pytest.skip("the stock Trainer's loss is no mean over labels")
     args = {"gradient_accumulation_steps": accumulation, "optim": "sgd", "learning_rate": 0.5}
     options: dict[str, Any] = {"args": args, "train_dataset": data(kind, 11)}
     if kind == "regression":

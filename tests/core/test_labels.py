@@ -31,7 +31,7 @@ from hyperopt_peft.core.labels import (
 )
 from hyperopt_peft.core.logits import losses_of_logits
 from hyperopt_peft.utils.random_state import RandomState
-from tests.support.language import language_model
+from tests.support.language import fuse_head, language_model
 from tests.support.trainers import base_model
 
 SMALL = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -136,12 +136,11 @@ def test_chunks_of_logits_change_no_derivative(shifted: bool, monkeypatch: Any) 
 
 def test_a_fused_head_gives_the_losses_of_the_logits() -> None:
     """Also of rows that TRL's own trainers wrap in an adapter."""
-    utils = pytest.importorskip("trl.trainer.utils")
     plain, rows = MODELS["Llama"][0]().eval(), batch()
     expected = label_losses(plain, rows)
     fused = MODELS["Llama"][0]().eval()
     fused.load_state_dict(plain.state_dict())
-    utils.add_fused_lm_head(fused)
+    fuse_head(fused)
     for model in (fused, get_peft_model(fused, LoraConfig(target_modules=["q_proj"]))):
         losses, scored = label_losses(model, rows)
         torch.testing.assert_close(losses, expected[0])
@@ -232,8 +231,7 @@ def test_a_model_that_cannot_read_a_batch_is_one_error() -> None:
 def test_an_auxiliary_loss_has_no_rows(fused: bool) -> None:
     model = language_model(experts=4, output_router_logits=True, router_aux_loss_coef=1e-3)
     if fused:
-        head = pytest.importorskip("trl.trainer.utils")
-        head.add_fused_lm_head(model)
+        fuse_head(model)
     ids = torch.tensor([[3, 4, 5], [6, 7, 8]])
     batch = {"input_ids": ids, "labels": ids}
     with pytest.raises(ProblemError, match="router_aux_loss_coef"):

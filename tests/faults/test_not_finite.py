@@ -137,9 +137,10 @@ def test_the_count_of_skipped_steps_is_resumed(tmp_path: Path) -> None:
 def test_a_micro_batch_without_labels_is_named(tmp_path: Path) -> None:
     """The mean over no labels is NaN, whatever the learning rate."""
     table = data("tokens", 8)
-    labels = [[-100] * LENGTH if row < 4 else each for row, each in enumerate(table["labels"][:])]
+    labels = [[-100] * LENGTH if row < 7 else each for row, each in enumerate(table["labels"][:])]
     table = table.remove_columns("labels").add_column("labels", labels)
     options = {"train_dataset": table, "upper_dataset": data("tokens", 4, seed=1)}
-    made = trainer(tmp_path, "tokens", options=options, train_sampling_strategy="sequential")
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    made = trainer(tmp_path, "tokens", options=options, **settings)
     with pytest.raises(NonFiniteError, match="all labels of a micro-batch are -100"):
         made.train()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hyperopt_peft import Problem, hypergradient
 from hyperopt_peft.core.labels import losses_of_logits
 from hyperopt_peft.hypergradients import registered
-from tests.support.language import language_model, lora
+from tests.support.language import fuse_head, language_model, lora
 from tests.support.quadratic import FunctionLevel, flat
 
 PROGRAMS = ("bidora", "mix")
@@ -59,8 +59,8 @@ def adapted(way: str, head: str, *, dora: bool, checkpointing: bool) -> Any:
     """A tiny Llama with an adapter; 48 unknowns without the magnitudes."""
     base = language_model()
     if head == "fused":
+        fuse_head(base)
         trl = pytest.importorskip("trl")
-        trl.trainer.utils.add_fused_lm_head(base)
         trl.models.enable_selective_activation_checkpointing(base)
     model = get_peft_model(base, lora(r=1, target_modules=["v_proj"], use_dora=dora))
     for name, parameter in model.named_parameters():

@@ -12,7 +12,7 @@ from hyperopt_peft import ProblemError, hypergradient
 from hyperopt_peft.adapters import set_norm_grad, use_fast_dora
 from hyperopt_peft.hypergradients import get_estimator
 from hyperopt_peft.hypergradients.estimate import check_estimator
-from tests.support.language import language_model, lora, quantised
+from tests.support.language import fuse_head, language_model, lora, quantised
 from tests.support.quadratic import relative_error
 from tests.support.weighted_levels import weighted
 
@@ -95,11 +95,10 @@ def test_a_fused_head_that_is_not_called_is_refused_before_any_step(
     method: str, adapter: str
 ) -> None:
     """It reads the weight, which "saved head" trains and whose gradient ``fastmix`` takes."""
-    utils = pytest.importorskip("trl.trainer.utils")
     model = adapted(**ADAPTERS[adapter])
     levels = weighted("source", model, 2)
     check_estimator(get_estimator(method), *levels)
-    utils.add_fused_lm_head(model.get_base_model())
+    fuse_head(model.get_base_model())
     with pytest.raises(ProblemError, match="output layer"):
         check_estimator(get_estimator(method), *levels)
 

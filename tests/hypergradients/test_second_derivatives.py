@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from hyperopt_peft import ProblemError, hypergradient
-from tests.support.language import language_model
+from tests.support.language import fuse_head, language_model
 from tests.support.quadratic import FunctionLevel, Once
 
 SQUARE = '''
@@ -74,9 +74,8 @@ def test_exact_products_are_refused_and_differences_work(loss: Loss, method: str
 
 @pytest.mark.parametrize("method", ["cg", "darts:product=exact", "unrolled:steps=2"])
 def test_a_head_of_trl_that_makes_no_logits(method: str) -> None:
-    trl = pytest.importorskip("trl")
     model = language_model()
-    trl.trainer.utils.add_fused_lm_head(model)
+    fuse_head(model)
     ids = torch.randint(3, 20, (2, 6), generator=torch.Generator().manual_seed(0))
 
     def loss(_: Tensor, u: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ A test module that trains with TRL begins with ``pytest.importorskip("trl")``.
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -23,6 +24,16 @@ from transformers import (
 )
 
 LETTERS = "abcdefghijklmnop"
+
+
+def fuse_head(model: Any) -> None:
+    """Give ``model`` the head of TRL's trainers, which makes no logits; skips if TRL has none."""
+    utils = pytest.importorskip("trl.trainer.utils")
+    if not hasattr(utils, "add_fused_lm_head"):
+        pytest.skip("TRL 1.15 has this head")
+    utils.add_fused_lm_head(model)
+
+
 SPECIAL = ["<pad>", "<end>", "<unk>"]
 #: Marks what the assistant says, as ``assistant_only_loss`` needs it.
 TEMPLATE = (

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import ClassLabel, Dataset, Features, List, Value
@@ -21,6 +22,7 @@ from transformers import (
     LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    TrainingArguments,
 )
 
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
@@ -34,11 +36,21 @@ SIZES: dict[str, Any] = {
     "intermediate_size": 12,
     "initializer_range": 0.5,  # the default leaves a network of this size all but constant
 }
+#: Where the stock Trainer does not count the first label of a causal model's rows.
+COUNTS_RIGHT = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 10)
 CONFIG = BertConfig(num_labels=3, **SIZES)
 LENGTH = 6
 #: Arguments of any Trainer: on the CPU, without bars and checkpoints, a log a step.
 QUIET: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
 QUIET |= {"save_strategy": "no", "logging_steps": 1}
+
+
+def sampling(strategy: str) -> dict[str, Any]:
+    """The arguments for an order of rows; before Transformers 5.2 "sequential" is random."""
+    if "train_sampling_strategy" in {field.name for field in fields(TrainingArguments)}:
+        return {"train_sampling_strategy": strategy}
+    return {"group_by_length": strategy == "group_by_length"}
+
 
 # Every Trainer collects garbage; what was imported, a large part of its time, is none.
 gc.freeze()

@@ -15,7 +15,7 @@ from hyperopt_peft.engine.checkpoint import last_valid
 from tests.support.class_weights import rows, streamed
 from tests.support.networks import differences
 from tests.support.resume import Stop, StopAt, end, interrupted, logs_of, require_same_end, saving
-from tests.support.trainers import data
+from tests.support.trainers import data, sampling
 
 
 def reweighting(folder: Path, callbacks: Any = (), **settings: Any) -> Any:
@@ -53,7 +53,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "max_steps": 13,
     },
     "a sampler by length": {
-        "train_sampling_strategy": "group_by_length",
+        **sampling("group_by_length"),
         "rows": 25,
         "max_steps": 13,
     },

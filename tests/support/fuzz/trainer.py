@@ -18,7 +18,7 @@ from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, Method
 from hyperopt_peft.core.labels import row_losses
 from hyperopt_peft.problems import RowWeights
 from tests.support.fuzz.grammar import Sentence
-from tests.support.trainers import QUIET
+from tests.support.trainers import QUIET, sampling
 
 WORDS, FEATURES, CLASSES, SOURCES = 8, 3, 3, 3
 UPPER_ROWS, FIRST_UPPER = 7, 100  # the first number of an upper row
@@ -244,7 +244,7 @@ def trained(form: Run, numbers: Numbers, steps: Steps, folder: str) -> tuple[Ten
         per_device_upper_batch_size=form.upper_batch,
         gradient_accumulation_steps=form.accumulation,
         label_smoothing_factor=form.smoothing,
-        train_sampling_strategy=form.order,
+        **sampling(form.order),
         optim=form.optimizer,
         adam_epsilon=1e-2,
         learning_rate=RATES[0],
