@@ -77,6 +77,8 @@ def compute_once(trainer: Any, *, dropout: bool = True) -> str:
     once = _Once(layers, below)
     with torch.no_grad(), evaluating(model):
         plain = model(**alone).logits
+        if plain is None:  # as of TRL's SFTTrainer before 1.15
+            return "every layer is computed in each pass: the model returns no logits"
         once.install(model)
         model(**batch)  # from which the states of the row alone are
         known = model(**alone).logits

@@ -277,7 +277,7 @@ def _output(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     if not all(isinstance(getattr(output, name, None), Tensor) for name in ("loss", "logits")):
         raise ProblemError(
             f"{type(model).__name__}: the model must return loss and logits for a batch with "
-            f"labels; {OWN_LOSS}"
+            f"labels; {OWN_LOSS}, or, over TRL's SFTTrainer, install trl>=1.15"
         )
     return output
 

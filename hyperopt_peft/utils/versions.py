@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from contextlib import suppress
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = """
@@ -11,12 +11,14 @@ hyperopt-peft torch transformers peft accelerate datasets trl bitsandbytes
 """.split()  # noqa: SIM905
 
 
-def versions() -> dict[str, str]:
-    """The version of each of `PACKAGES` that is installed."""
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """The version of each of ``packages`` that is installed."""
     found = {}
-    for name in PACKAGES:
-        with suppress(PackageNotFoundError):
+    for name in packages:
+        try:
             found[name] = version(name)
+        except PackageNotFoundError:
+            continue
     return found
 
 

@@ -15,10 +15,11 @@ from transformers import (
 
 from hyperopt_peft import BiDoRA, ProblemError
 from tests.support.attributed import attributed, error, error_of_slopes, require_equal, setup_of
-from tests.support.language import lora, quantised, rows, tokenizer
+from tests.support.language import lora, quantised, rows, tokenizer, with_logits
 from tests.support.trainers import QUIET
 
 over_trl = pytest.importorskip("tests.support.over_trl")
+pytestmark = with_logits
 
 SETTINGS: dict[str, Any] = {**QUIET, "max_steps": 3, "per_device_train_batch_size": 3}
 SETTINGS |= {"per_device_eval_batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 2}

@@ -10,17 +10,17 @@ import pytest
 from benchmarks.speed import report
 from benchmarks.speed.gpu import PARTS, Part, run
 from benchmarks.speed.gpu.machine import Machine
+from tests.support.language import with_logits
 
 #: The rest takes a few seconds, and is tried without ``-m slow``.
-SLOW = ("step", "levels", "attribution", "4-bit")
+MARKS: dict[str, Any] = dict.fromkeys(("step", "levels", "attribution", "4-bit"), pytest.mark.slow)
+MARKS["packing"] = with_logits
 CPU = Machine("cpu", small=True, threads=1)
 HERE = "tests.support.gpu_parts"
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=[pytest.mark.slow] if x in SLOW else []) for x in PARTS]
-)
+@pytest.mark.parametrize("name", [pytest.param(x, marks=MARKS.get(x, [])) for x in PARTS])
 def test_a_part_makes_a_table(name: str) -> None:
     """Of rows with the same columns, which JSON holds."""
     part = PARTS[name]

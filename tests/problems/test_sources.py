@@ -148,6 +148,7 @@ def over_trl(
     return support.made(folder, kind, Sources(column="origin"), layout, **options)
 
 
+@language.with_logits
 @pytest.mark.parametrize("layout", ["text", "completion", "messages", "packed", "flat"])
 def test_every_label_has_its_source(tmp_path: Path, layout: str) -> None:
     """f = Σ v_k(t) ℓ_t / N, and its mixed derivative by dot products, in packs of all sources."""
@@ -181,6 +182,13 @@ def test_every_label_has_its_source(tmp_path: Path, layout: str) -> None:
     torch.testing.assert_close(slope, expected, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.skipif(not language.with_logits.args[0], reason="SFTTrainer's models return logits")
+def test_a_head_of_trl_without_logits_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ProblemError, match=r"loss and logits.*trl>=1\.15"):
+        over_trl(tmp_path).train()
+
+
+@language.with_logits
 def test_equal_weights_have_the_loss_of_the_trainer(tmp_path: Path) -> None:
     """Of micro-batches of a step too, with the entries that weight unequal ones."""
     run = over_trl(tmp_path, layout="packed")
@@ -230,6 +238,7 @@ def test_refused(tmp_path: Path, name: str) -> None:
         make(tmp_path)
 
 
+@language.with_logits
 @pytest.mark.slow
 def test_packs_resume(tmp_path: Path) -> None:
     saving = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "logging_steps": 3}

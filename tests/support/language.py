@@ -3,6 +3,8 @@
 A test module that trains with TRL begins with ``pytest.importorskip("trl")``.
 """
 
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+#: TRL's release; empty without TRL.
+TRL = tuple(map(int, version("trl").split(".")[:2])) if find_spec("trl") else ()
+#: For tests of losses of rows over SFTTrainer, whose models then return no logits.
+with_logits = pytest.mark.skipif((1, 0) <= TRL < (1, 15), reason="refused before TRL 1.15")
 LETTERS = "abcdefghijklmnop"
 
 

@@ -18,7 +18,7 @@ from hyperopt_peft import (
     bilevel,
 )
 from hyperopt_peft.trainer.internals import METRICS
-from tests.support.language import language_model, lora, rows
+from tests.support.language import TRL, language_model, lora, rows
 from tests.support.networks import differences
 from tests.support.trainers import COUNTS_RIGHT
 
@@ -28,9 +28,8 @@ from tests.support.over_trl import made  # noqa: E402
 from tests.support.resume import require_same_end  # noqa: E402
 
 SFT, DPO = trl.SFTTrainer, trl.DPOTrainer
-RELEASE = tuple(map(int, trl.__version__.split(".")[:2]))
 #: Where TRL divides the auxiliary loss by the number of micro-batches.
-routed = pytest.mark.skipif(RELEASE < (1, 15), reason="refused before TRL 1.15")
+routed = pytest.mark.skipif(TRL < (1, 15), reason="refused before TRL 1.15")
 counted = pytest.mark.skipif(not COUNTS_RIGHT, reason="the stock loss is no mean over labels")
 OURS = ("passes", "seconds")
 TIMES = ("_runtime", "_per_second", *OURS)
@@ -120,11 +119,12 @@ def test_both_levels_train_the_routers_auxiliary_loss(tmp_path: Path) -> None:
         assert gain == pytest.approx(3.0 * auxiliary, rel=1e-5), key
 
 
-@pytest.mark.skipif(not (1, 0) <= RELEASE < (1, 15), reason="TRL divides the auxiliary loss")
+@pytest.mark.skipif(not (1, 0) <= TRL < (1, 15), reason="TRL divides the auxiliary loss")
 def test_an_auxiliary_loss_that_trl_does_not_divide_is_refused(tmp_path: Path) -> None:
     options = {"model": language_model(experts=4)}
+    adapter = {"use_dora": True, "target_modules": ["q_proj", "o_proj"]}
     with pytest.raises(ProblemError, match=r"router_aux_loss_coef: TRL .* micro-batch"):
-        made(tmp_path, SFT, BiDoRA(), options=options, router_aux_loss_coef=1.0)
+        made(tmp_path, SFT, BiDoRA(), options=options, adapter=adapter, router_aux_loss_coef=1.0)
 
 
 @torch.no_grad()
@@ -226,7 +226,7 @@ def test_bad_input_is_refused_before_any_work(
         made(tmp_path, SFT, BiDoRA(), options={"model": "none", **options}, **settings)
 
 
-@pytest.mark.skipif(RELEASE < (1, 15), reason="without a fused head there is a second derivative")
+@pytest.mark.skipif(TRL < (1, 15), reason="without a fused head there is a second derivative")
 def test_an_exact_product_of_a_fused_head_is_refused_before_any_step(tmp_path: Path) -> None:
     settings = {"lower_steps": 3, "hypergradient": "minres", "gradient_checkpointing": False}
     trainer = made(tmp_path, SFT, BiDoRA(), adapter={"use_dora": True}, **settings)
