@@ -97,6 +97,8 @@ class PassCounter(TrainerCallback):
             return
         read = _first(args) if args else _first(kwargs.values())
         followed = _first((output,), gradient=True)
+        if followed is None:  # TRL's SFTTrainer before 1.15 has the loss alone
+            followed = _first((output,), gradient=True, dimensions=0)
         if read is None or followed is None:
             return
         rows, before = len(read), False
@@ -112,14 +114,14 @@ class PassCounter(TrainerCallback):
         followed.register_hook(backward)
 
 
-def _first(values: Iterable[Any], gradient: bool = False) -> Tensor | None:
+def _first(values: Iterable[Any], gradient: bool = False, dimensions: int = 1) -> Tensor | None:
     """The first tensor with rows in nested ``values``; with ``gradient``, one that requires it."""
     for value in values:
         if isinstance(value, Tensor):
-            if value.dim() and (value.requires_grad or not gradient):
+            if value.dim() >= dimensions and (value.requires_grad or not gradient):
                 return value
         elif isinstance(value, dict | tuple | list | UserDict):
             parts = value if isinstance(value, tuple | list) else value.values()
-            if (tensor := _first(parts, gradient)) is not None:
+            if (tensor := _first(parts, gradient, dimensions)) is not None:
                 return tensor
     return None
