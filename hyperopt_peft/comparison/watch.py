@@ -42,8 +42,10 @@ class Watch:
         loader = self.trainer.get_eval_dataloader(rows.select(range(min(len(rows), ROWS))))
         with torch.no_grad(), evaluating(model):
             batches = (without(batch, self.trainer.tags) for batch in loader)
-            logits = [model(**batch).logits.flatten()[:ENTRIES] for batch in batches]
-        return torch.cat(logits).float()
+            outputs = [model(**batch) for batch in batches]
+        # TRL's SFTTrainer before 1.15 has the loss alone.
+        read = [x.loss if x.logits is None else x.logits for x in outputs]
+        return torch.cat([each.flatten()[:ENTRIES] for each in read]).float()
 
     def check(self) -> None:
         """Raise ProblemError where no logit has changed, or a parametrisation is left."""

@@ -71,7 +71,9 @@ def test_a_trainer_of_trl(layout: str) -> None:
     """The lower layer is computed once a text, by a model with rotary embeddings."""
     comparison = trained_by_sft(layout)
     require_scores(comparison)
-    assert "1 of 2 layers are frozen" in str(comparison)
+    no_logits = language.with_logits.args[0]
+    said = "the model returns no logits" if no_logits else "1 of 2 layers are frozen"
+    assert said in str(comparison)
 
 
 @pytest.mark.slow
