@@ -5,7 +5,8 @@
     python -m tests.matrix newest -- -m "not slow"         with options of pytest
 
 Each set gets a virtual environment of its own outside the repository, with this checkout installed
-editable. The set ``oldest`` has each dependency, TRL and bitsandbytes included, at its lower bound.
+editable. The set ``oldest`` has each dependency, bitsandbytes included, at its lower bound, without
+TRL, whose lower bound needs later packages and is that of the set ``axolotl``.
 The sets ``axolotl``, ``axolotl-0.21``, ``unsloth``, ``ms-swift`` and ``llamafactory`` have the
 versions that these programs require. The set ``main`` has the main branches of Transformers and
 PEFT. The set ``peft`` runs PEFT's own tests of DoRA, from PEFT's source distribution, with the fast
@@ -40,14 +41,15 @@ PINS = {
     "axolotl-0.21": "torch<2.15 transformers==5.20.1 peft==0.21.2 trl==1.14.1 accelerate==1.15.0 "
     "datasets==5.0.1",
     "unsloth": "transformers==5.17.0 trl==1.15.0 datasets==4.8.4",
-    "ms-swift": "transformers==5.19.0 peft==0.20.0 trl==0.29.1 datasets==4.8.4",
-    "llamafactory": "transformers==5.6.0 peft==0.18.1 trl==0.29.1 accelerate==1.11.0 "
-    "datasets==4.0.0",
+    "ms-swift": "transformers==5.19.0 peft==0.20.0 datasets==4.8.4",
+    "llamafactory": "transformers==5.6.0 peft==0.18.1 accelerate==1.11.0 datasets==4.0.0",
     "main": f"transformers@{GITHUB}/transformers peft@{GITHUB}/peft",
     "peft": "",
 }
 SETS = ("oldest", *PINS)
 NEWER_PYTHON = ("python3.13", "axolotl-0.21")
+#: Sets without TRL: the oldest packages, and those of programs that need an older TRL.
+WITHOUT_TRL = ("oldest", "ms-swift", "llamafactory")
 PEFT_TESTS = ("custom_models", "helpers", "initialization", "lora_variants")
 PEFT_NEEDS = ("attrs", "diffusers", "parameterized")
 PACKAGES = (
@@ -80,7 +82,9 @@ def lower_bounds() -> list[str]:
 
 def pins(name: str) -> list[str]:
     """The versions that the set ``name`` asks for: ``torch==2.10`` and so on."""
-    return lower_bounds() if name == "oldest" else PINS[name].split()
+    if name == "oldest":
+        return [bound for bound in lower_bounds() if not bound.startswith("trl")]
+    return PINS[name].split()
 
 
 def environment(name: str, folder: Path) -> Path:
@@ -95,7 +99,8 @@ def environment(name: str, folder: Path) -> Path:
         subprocess.run([base, "-m", "venv", home], check=True)
         more = list(PEFT_NEEDS) if name == "peft" else []
         subprocess.run([*install, "--upgrade", "pip"], check=True)
-        subprocess.run([*install, "-e", f"{ROOT}[test]", *pins(name), *more], check=True)
+        extras = "test" if name in WITHOUT_TRL else "test,trl"
+        subprocess.run([*install, "-e", f"{ROOT}[{extras}]", *pins(name), *more], check=True)
         (home / "complete").touch()
     subprocess.run([*install, "--no-deps", "-e", ROOT], check=True)  # a kept one may be of another
     return python
@@ -105,8 +110,9 @@ def versions(python: Path) -> Row:
     """The versions of Python and of `PACKAGES` in an environment."""
     program = (
         "import json, platform, sys; from importlib.metadata import version;"
+        "from importlib.util import find_spec;"
         "print(json.dumps({'Python': platform.python_version()}"
-        "| {name: version(name) for name in sys.argv[1:]}))"
+        "| {name: version(name) if find_spec(name) else '–' for name in sys.argv[1:]}))"
     )
     done = subprocess.run(
         [python, "-c", program, *PACKAGES], check=True, capture_output=True, text=True
