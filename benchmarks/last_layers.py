@@ -105,7 +105,7 @@ def features(texts: list[str], labels: list[int], length: int) -> Features:
     tokenizer = AutoTokenizer.from_pretrained(model_path("minilm"))
     inputs = tokenizer(texts, truncation=True, max_length=length)
     rows = Dataset.from_dict({**inputs, "labels": labels})
-    return features_of(load_model("minilm", ["-"]), rows, DataCollatorWithPadding(tokenizer))
+    return features_of(load_model("minilm", ["-", "+"]), rows, DataCollatorWithPadding(tokenizer))
 
 
 def first_tokens(places: Sequence[int | None], classes: Sequence[int]) -> Tensor:

@@ -120,8 +120,6 @@ class BilevelTrainer(PhasesTrainer):
             require_apart(
                 train_dataset, upper_dataset, trainer.get("eval_dataset"), self._row_columns
             )
-            if self.parent() is not Trainer:
-                require_same_layout(train_dataset, upper_dataset)
         if lower is None and upper is None:
             method = method or Method()
             self._set_up_method(model, args, method, train_dataset, upper_dataset, trainer)
@@ -153,6 +151,8 @@ class BilevelTrainer(PhasesTrainer):
         if self.trainer_loss:
             for data in (train_dataset, upper_dataset, evaluation):
                 checks.check_rows(model, data, trainer)
+        if self.parent() is not Trainer:
+            require_same_layout(train_dataset, upper_dataset)
         train_dataset, upper_dataset = data_of_levels(
             train_dataset, upper_dataset, args, upper is not None, self._row_columns
         )

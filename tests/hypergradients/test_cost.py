@@ -158,8 +158,8 @@ def reads(method: str, monkeypatch: pytest.MonkeyPatch) -> int:
         ("penalty:inner_steps=5,tolerance=0.0", 6 + 4),
         ("penalty:inner_steps=9,tolerance=0.0", 10 + 4),
         # Two runs, with F evaluated and checked at each point beside.
-        ("f2sa:inner_steps=5,tolerance=0.0", 2 * (6 + 6) + 8),
-        ("f2sa:inner_steps=9,tolerance=0.0", 2 * (10 + 10) + 8),
+        ("f2sa:inner_steps=5,tolerance=0.0", 2 * (6 + 6) + 9),
+        ("f2sa:inner_steps=9,tolerance=0.0", 2 * (10 + 10) + 9),
     ],
 )
 def test_no_estimator_reads_more_than_once_a_step(

@@ -19,6 +19,8 @@ from hyperopt_peft.utils.vector import Vector, inner, machine_epsilon, normalise
 #: (∂/∂u, ∂/∂w) of an objective.
 Gradients = tuple[Vector, Vector]
 GAMMA = 100.0  # the γ of `Penalty`, in units of F/f
+#: The largest share of a central difference by which its two sides may differ unsaid.
+BEND = 0.2
 NOT_CONVEX = "the curvature of f along ∂F/∂w is not positive"
 
 
@@ -200,12 +202,15 @@ class F2SA(InnerRuns):
         above = self._side(nu, oracle, gradients, at_w, nu * start)
         below = self._side(-nu, oracle, gradients, at_w, -above.offset)
         total = (above.of_u - below.of_u) / (2 * nu)
+        bend = above.of_u + below.of_u - 2 * at_w[0]
+        apart, moved = to_floats([inner(bend, bend), inner(total, total)])
+        note = "the two sides differ" if math.sqrt(apart) > BEND * 2 * nu * math.sqrt(moved) else ""
         return Estimate(
             direct,
             total - direct,
             max(above.residual, below.residual),
             above.steps + below.steps,
-            above.note or below.note,
+            above.note or below.note or note,
             {"response": (above.offset - below.offset) / (2 * nu)},
         )
 
