@@ -54,8 +54,8 @@ class Agreement(EqualSources):
         level.prior = l2_penalty()
         lbfgs(level, made.select((source == size - 1).nonzero()[:, 0]).batch())
         right = head(made.x).logits.argmax(1) == made.labels
-        numbers = source.bincount(minlength=size) + classes
-        q = ((source[right].bincount(minlength=size) + 1) / numbers)[:-1]
+        counts = source.bincount(minlength=size) + classes
+        q = ((source[right].bincount(minlength=size) + 1) / counts)[:-1]
         if self.log_odds:
             q = (q / (1 - q) * (classes - 1)).log().clamp(min=0)
             q = q / q.max().clamp(min=1e-6)
