@@ -8,8 +8,9 @@ Each set gets a virtual environment of its own outside the repository, with this
 editable. The set ``oldest`` has each dependency, bitsandbytes included, at its lower bound, without
 TRL, whose lower bound needs later packages and is that of the set ``axolotl``.
 The sets ``axolotl``, ``axolotl-0.21``, ``unsloth``, ``ms-swift`` and ``llamafactory`` have the
-versions that these programs require; unsloth allows TRL 1.15, whose supervised fine-tuning needs a
-GPU, so that its set has TRL 1.14. The set ``main`` has the main branches of Transformers and
+versions that these programs require. unsloth allows TRL 1.15, whose supervised fine-tuning needs a
+GPU, so that its set has TRL 1.14. ms-swift allows Transformers 5.19, with which its PEFT 0.20 runs
+no encoder-decoder, so that its set has Transformers 5.17. The set ``main`` has the main branches of Transformers and
 PEFT. The set ``peft`` runs PEFT's own tests of DoRA, from PEFT's source distribution, with the fast
 layer in place of PEFT's: those files of them that need no GPU, without the tests that ask for a
 model from the hub.
@@ -42,7 +43,7 @@ PINS = {
     "axolotl-0.21": "torch<2.15 transformers==5.20.1 peft==0.21.2 trl==1.14.1 accelerate==1.15.0 "
     "datasets==5.0.1",
     "unsloth": "transformers==5.17.0 trl==1.14.1 datasets==4.8.4",
-    "ms-swift": "transformers==5.19.0 peft==0.20.0 datasets==4.8.4",
+    "ms-swift": "transformers==5.17.0 peft==0.20.0 datasets==4.8.4",
     "llamafactory": "transformers==5.6.0 peft==0.18.1 accelerate==1.11.0 datasets==4.0.0",
     "main": f"transformers@{GITHUB}/transformers peft@{GITHUB}/peft",
     "peft": "",
