@@ -10,10 +10,10 @@ TRL, whose lower bound needs later packages and is that of the set ``axolotl``.
 The sets ``axolotl``, ``axolotl-0.21``, ``unsloth``, ``ms-swift`` and ``llamafactory`` have the
 versions that these programs require. unsloth allows TRL 1.15, whose supervised fine-tuning needs a
 GPU, so that its set has TRL 1.14. ms-swift allows Transformers 5.19, with which its PEFT 0.20 runs
-no encoder-decoder, so that its set has Transformers 5.17. The set ``main`` has the main branches of Transformers and
-PEFT. The set ``peft`` runs PEFT's own tests of DoRA, from PEFT's source distribution, with the fast
-layer in place of PEFT's: those files of them that need no GPU, without the tests that ask for a
-model from the hub.
+no encoder-decoder, so that its set has Transformers 5.17. The set ``main`` has the main branches of
+Transformers and PEFT. The set ``peft`` runs PEFT's own tests of DoRA, from PEFT's source
+distribution, with the fast layer in place of PEFT's: those files of them that need no GPU, without
+the tests that ask for a model from the hub.
 """
 
 from __future__ import annotations
