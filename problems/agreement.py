@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft.core.examples import WeightedRows
-from hyperopt_peft.engine.fit import lbfgs
+from hyperopt_peft.engine import lbfgs
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.problems.data_plans import SOURCE, TRUSTED, EqualSources
 from hyperopt_peft.problems.features import features_of

@@ -18,6 +18,7 @@ from hyperopt_peft.diagnostics.retraining import Coordinates, Retraining
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import NEXT, check_estimator, open_oracle
 from hyperopt_peft.hypergradients.estimator import Estimator
+from hyperopt_peft.hypergradients.implicit.exact import LARGEST
 from hyperopt_peft.hypergradients.oracle import Estimate, Oracle
 from hyperopt_peft.hypergradients.products import Passes
 from hyperopt_peft.hypergradients.registry import EstimatorLike, get_estimator, with_options
@@ -30,7 +31,7 @@ _Truth = tuple[Vector, Callable[[Vector], Vector]]
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """One estimator in a `Comparison`, with medians over the repeats.
+    """One estimator in a `EstimatorComparison`, with medians over the repeats.
 
     Attributes:
         estimator: the name with options.
@@ -61,7 +62,7 @@ class ComparisonRow:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class EstimatorComparison:
     """A table of `ComparisonRow`s, to print or to read with ``records()``.
 
     ``reference_residual`` is the largest residual of the reference's solves, or the relative error
@@ -115,14 +116,14 @@ def compare_hypergradients(
     upper: Problem,
     lower: Problem,
     estimators: EstimatorLike | Iterable[EstimatorLike],
-    reference: EstimatorLike = "exact",
+    reference: EstimatorLike | None = None,
     repeats: int = 3,
     seed: int = 0,
     *,
     upper_batch: Any = NEXT,
     lower_batch: Any = NEXT,
     progress: bool = True,
-) -> Comparison:
+) -> EstimatorComparison:
     """Compare the estimates of ``estimators`` at the current point with a reference.
 
     Each repeat has new random numbers (dropout masks), equal for all estimators. All state is
@@ -135,8 +136,8 @@ def compare_hypergradients(
     Args:
         estimators: an estimator, its name with options, a function ``(matvec, b) -> v``, or
             several of these.
-        reference: ``"exact"`` (up to 5,000 lower unknowns); a long solve, such as
-            ``"cg:steps=200,tolerance=1e-10"``; or ``"retraining:steps=20,directions=4"``.
+        reference: an estimator, or ``"retraining:steps=20,directions=4"``. By default ``"exact"``
+            for up to 5,000 lower unknowns, otherwise ``"minres:steps=100"``.
         upper_batch, lower_batch: the batches; by default the next batch of each level's data.
             Levels for a Trainer have no data, and need batches.
 
@@ -159,6 +160,9 @@ def compare_hypergradients(
     chosen = [(_label(each), get_estimator(each)) for each in estimators]
     if not chosen or repeats < 1:
         raise ProblemError("estimators, repeats: give at least one estimator and one repeat")
+    if reference is None:
+        few = sum(variable.numel() for variable in lower.variables) <= LARGEST
+        reference = "exact" if few else "minres:steps=100"
     truth = get_reference(reference)
     batches = {"upper_batch": upper_batch, "lower_batch": lower_batch}
 
@@ -194,7 +198,7 @@ def compare_hypergradients(
             continue
         rows.append(_row(name, repeated, truths, _dominance(estimator, ends)))
     note = "; ".join(filter(None, (_dominance(truth, ends), note)))
-    return Comparison(_label(reference), residual, note, repeats, tuple(rows))
+    return EstimatorComparison(_label(reference), residual, note, repeats, tuple(rows))
 
 
 def _label(estimator: EstimatorLike) -> str:

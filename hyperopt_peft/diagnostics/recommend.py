@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hyperopt_peft.diagnostics.compare import Comparison, ComparisonRow, option
+from hyperopt_peft.diagnostics.compare import ComparisonRow, EstimatorComparison, option
 from hyperopt_peft.diagnostics.retraining import Retraining
 from hyperopt_peft.hypergradients import get_estimator
 
@@ -26,7 +26,7 @@ class Recommendation:
         return "\n".join(self.reasons)
 
 
-def recommend(comparison: Comparison) -> Recommendation:
+def recommend(comparison: EstimatorComparison) -> Recommendation:
     """The fastest estimator with a cosine of at least 0.95 and a relative error of at most 0.3.
 
     The reasons warn of a reference that did not converge, and name estimators without a result and
@@ -84,7 +84,7 @@ def _errors(row: ComparisonRow) -> str:
     return f"cosine {row.cosine:.3f}, relative error {row.relative_error:.2g}"
 
 
-def _of_reference(comparison: Comparison) -> list[str]:
+def _of_reference(comparison: EstimatorComparison) -> list[str]:
     """Warnings about the reference."""
     warnings, residual = [], comparison.reference_residual
     retrained = comparison.reference.startswith(Retraining.name)

@@ -11,6 +11,7 @@ from hyperopt_peft.hypergradients.implicit.neumann import Neumann
 from hyperopt_peft.hypergradients.implicit.nystrom import Nystrom
 from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver
 from hyperopt_peft.hypergradients.implicit.warm import WarmStart
+from hyperopt_peft.hypergradients.kernel import implicit_gradient
 from hyperopt_peft.hypergradients.oracle import Estimate, Oracle
 from hyperopt_peft.hypergradients.products import Product
 from hyperopt_peft.hypergradients.registry import get_estimator, register, registered
@@ -46,6 +47,7 @@ __all__ = [
     "dot",
     "get_estimator",
     "hypergradient",
+    "implicit_gradient",
     "inner",
     "open_oracle",
     "register",

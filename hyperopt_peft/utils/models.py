@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -102,12 +103,15 @@ def rounds_activations(module: nn.Module) -> bool:
     still count, since on GPUs they round in training too.
     """
     weight = module._parameters.get("weight")  # torchao's layers have no class of their own
-    names = [kind.__name__.lower() for kind in type(module).__mro__]
-    return (
-        any(word in name for word in ROUNDING for name in names)
-        or getattr(weight, "act_quant_kwargs", None) is not None
+    return _rounds_by_class(type(module)) or (
+        getattr(weight, "act_quant_kwargs", None) is not None
         or type(weight).__name__ == "LinearActivationQuantizedTensor"
     )
+
+
+@cache  # each upper step asks for all modules
+def _rounds_by_class(kind: type) -> bool:
+    return any(word in base.__name__.lower() for base in kind.__mro__ for word in ROUNDING)
 
 
 def require_no_rounding(modules: Iterable[nn.Module]) -> None:

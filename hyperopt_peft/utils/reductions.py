@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from itertools import islice
 
 import torch
 from torch import Tensor
 
 from hyperopt_peft.utils.distributed import ShardLayout, is_sharded, to_local, totals
 
-BLOCK = 2**14  # the number of entries that a CPU widens at a time; they stay in its cache
+BLOCK = 2**16  # the number of entries that a CPU widens at a time; they stay in its cache
 
 
 def to_floats(scalars: Sequence[Tensor]) -> list[float]:
@@ -44,10 +43,12 @@ def squares(tensors: Sequence[Tensor]) -> list[Tensor]:
     if not tensors:
         return []
     here = [x.detach() for x in to_local(tensors)]
-    blocks = [x.flatten().split(BLOCK) if x.is_cpu and x.numel() > BLOCK else (x,) for x in here]
-    norms = torch._foreach_norm([x for each in blocks for x in each], 2, torch.float64)
-    every = iter(torch._foreach_mul(norms, norms))
-    return _over_shards([total(list(islice(every, len(each)))) for each in blocks], tensors)
+    large = [x.is_cpu and x.numel() > BLOCK for x in here]
+    small = [x for x, is_large in zip(here, large) if not is_large]
+    norms = torch._foreach_norm(small, 2, torch.float64) if small else ()
+    sums = iter(torch._foreach_mul(norms, norms) if small else ())
+    values = [dot_product(x, x) if is_large else next(sums) for x, is_large in zip(here, large)]
+    return _over_shards(values, tensors)
 
 
 def total(scalars: Sequence[Tensor]) -> Tensor:
@@ -61,12 +62,12 @@ def total(scalars: Sequence[Tensor]) -> Tensor:
 
 def dot_product(a: Tensor, b: Tensor) -> Tensor:
     """⟨a, b⟩ of two tensors, a float64 scalar; a CPU widens ``BLOCK`` entries at a time."""
+    size = BLOCK if a.is_cpu else max(1, a.numel())
+    of_a = (x.double() for x in a.detach().flatten().split(size))
     if b is a:
-        return squares([a])[0]
-    a, b = a.detach().flatten(), b.detach().flatten()
-    size = BLOCK if a.is_cpu else max(1, len(a))
-    blocks = zip(a.split(size), b.split(size), strict=True)
-    return torch.stack([torch.dot(x.double(), y.double()) for x, y in blocks]).sum()
+        return torch.stack([torch.dot(x, x) for x in of_a]).sum()
+    of_b = (x.double() for x in b.detach().flatten().split(size))
+    return torch.stack([torch.dot(x, y) for x, y in zip(of_a, of_b, strict=True)]).sum()
 
 
 def norm(tensors: Iterable[Tensor]) -> float:

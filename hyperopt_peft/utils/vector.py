@@ -117,16 +117,16 @@ class Vector:
         """A copy."""
         return self._with(map(torch.clone, self.buffers))
 
-    def plus(self, other: Vector, factor: float | Tensor) -> Vector:
-        """self + factor·other, by one kernel for each buffer."""
-        pairs = zip(self.buffers, other.buffers, strict=True)
-        return self._with(_axpy(x, y, factor) for x, y in pairs)
+    def plus(self, other: Vector, factor: float | Tensor, *, out: Vector | None = None) -> Vector:
+        """self + factor·other, by one kernel for each buffer, in the memory of ``out`` or new."""
+        memory = [None] * len(self.buffers) if out is None else out.buffers
+        pairs = zip(self.buffers, other.buffers, memory, strict=True)
+        buffers = [_axpy(x, y, factor, out=z) for x, y, z in pairs]
+        return self._with(buffers) if out is None else out
 
     def add_(self, other: Vector, factor: float | Tensor = 1.0) -> Vector:
         """self ← self + factor·other."""
-        for x, y in zip(self.buffers, other.buffers, strict=True):
-            _axpy(x, y, factor, out=x)
-        return self
+        return self.plus(other, factor, out=self)
 
     def mul_add_(self, factor: float | Tensor, other: Vector) -> Vector:
         """self ← factor·self + other."""

@@ -31,6 +31,15 @@ def test_a_comparison_measures_against_the_reference() -> None:
     assert [r["estimator"] for r in table.records()] == ["exact", "direct", repr(DARTS(xi=0.5))]
 
 
+@pytest.mark.parametrize(("largest", "name"), [(5000, "exact"), (3, "minres:steps=100")])
+def test_the_default_reference_is_one_that_the_size_allows(
+    largest: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hyperopt_peft.diagnostics.compare.LARGEST", largest)
+    table = compare_hypergradients(*program(0).levels(), ["cg"], repeats=1)
+    assert f"against {name} (" in str(table) and table.rows[0].cosine > 0.99
+
+
 def test_medians_and_spread_are_over_new_masks() -> None:
     """The masks of a repeat are a function of its seed, and the same for every method."""
     levels = network_levels(dropout=0.5)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from hyperopt_peft.diagnostics.compare import Comparison, ComparisonRow
+from hyperopt_peft.diagnostics.compare import ComparisonRow, EstimatorComparison
 from hyperopt_peft.diagnostics.recommend import recommend
 
 
@@ -13,7 +13,7 @@ def row(method, cosine=0.99, error=0.1, seconds=1.0, problem="", factor=math.nan
 
 
 def comparison(*rows, residual=0.01, note="", reference="minres:steps=40"):
-    return Comparison(reference, residual, note, 3, rows)
+    return EstimatorComparison(reference, residual, note, 3, rows)
 
 
 NAN = math.nan

@@ -18,7 +18,7 @@ from hyperopt_peft.utils import reductions
 from tests.support.quadratic import FunctionLevel, program
 
 READS = ("item", "tolist", "__float__", "__int__", "__bool__", "__index__", "numpy", "cpu")
-SIZE = 200_000  # of w; everything else is small beside it
+SIZE = 2_000_000  # of w; everything else is small beside it
 
 
 def documented() -> dict[str, tuple[int, int, int]]:
@@ -45,11 +45,11 @@ def test_the_table_says_what_the_estimator_says(estimator: str) -> None:
     assert get_estimator(estimator).cost() == COSTS[estimator][1]
 
 
-def levels() -> Any:
+def levels(size: int) -> Any:
     """f = ½(1 + Σσ(u))·‖Xw − y‖² with 8 rows, so that graphs are small beside w."""
     torch.manual_seed(0)
-    x = torch.randn(8, SIZE) / SIZE**0.5 * torch.linspace(1, 3, 8)[:, None]
-    model, u = nn.Linear(SIZE, 1, bias=False), torch.randn(3, requires_grad=True)
+    x = torch.randn(8, size) / size**0.5 * torch.linspace(1, 3, 8)[:, None]
+    model, u = nn.Linear(size, 1, bias=False), torch.randn(3, requires_grad=True)
     nn.init.normal_(model.weight)
     model.get_output_embeddings = lambda: model
     target = torch.randn(8)
@@ -101,14 +101,14 @@ def passes(engine: Engine) -> list[Counted]:
     return losses + [(module, "_engine_run_backward", "backwards") for module in modules]
 
 
-def engine(estimator: str) -> Engine:
-    upper, lower = levels()
+def engine(estimator: str, size: int = SIZE) -> Engine:
+    upper, lower = levels(size)
     return Engine(upper, lower, estimator, progress=False)
 
 
 @pytest.mark.parametrize("estimator", COSTS)
 def test_passes_of_one_iteration(estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ready = engine(estimator)
+    ready = engine(estimator, size=100)
     ready.run(1)
     with counted(monkeypatch, *passes(ready)) as counts:
         ready.run(1)

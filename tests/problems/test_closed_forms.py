@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from hyperopt_peft import hypergradient
 from hyperopt_peft.adapters import lora_layers
 from hyperopt_peft.adapters.gains import gained_layers
-from hyperopt_peft.engine.fit import lbfgs
+from hyperopt_peft.engine import lbfgs
 from hyperopt_peft.problems import (
     SEAL,
     AutoLoRA,

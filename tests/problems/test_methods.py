@@ -26,7 +26,7 @@ from hyperopt_peft import (
 )
 from hyperopt_peft.adapters import gram_penalty, lora_layers
 from hyperopt_peft.adapters.gains import squares
-from hyperopt_peft.engine.fit import lbfgs
+from hyperopt_peft.engine import lbfgs
 from hyperopt_peft.problems.autolora import AutoLoRA
 from hyperopt_peft.problems.bidora import Direction
 from hyperopt_peft.problems.bilora import BiLoRA, orthogonality

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from hyperopt_peft import Method, check_problem, hypergradient
-from hyperopt_peft.engine.fit import lbfgs
+from hyperopt_peft.engine import lbfgs
 from hyperopt_peft.problems import AutoLoRA, BiLoRA, LayerDecay, LayerScales
 from tests.support.adapted_models import adapted_layer
 from tests.support.solved_levels import assign, flat, regression, solve

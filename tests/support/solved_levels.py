@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from hyperopt_peft import Method
-from hyperopt_peft.engine.fit import lbfgs
+from hyperopt_peft.engine import lbfgs
 from tests.support.adapted_models import layer_input, randomise, single
 
 SGD = partial(torch.optim.SGD, lr=0.1)

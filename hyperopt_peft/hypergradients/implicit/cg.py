@@ -54,36 +54,40 @@ def conjugate_gradients(
 ) -> Solution:
     """v ≈ (H + damping·I)⁻¹ b; ``precondition`` applies a positive definite P⁻¹, None the identity.
 
-    ``rounding`` is the relative error of a product (`Solver.rounding`), and ``rounding``·λ·‖v‖/‖b‖
-    the least residual that is reported, since the recursion's falls further than v's own. Each step
-    reads from the device once, after v has moved: the curvature and the new residual. If the
-    curvature is not positive, the result is the best iterate before the step.
+    ``rounding`` is the relative error of a product (`Solver.rounding`), and ``rounding``·λ·Σα‖p‖
+    over ‖b‖ the least residual that is reported, since the recursion's falls further than v's own.
+    Each step reads from the device once, after v has moved: the curvature and the new residual. If
+    the curvature is not positive, the result is the best iterate before the step. Two vectors hold
+    v and the best iterate; without ``precondition`` ‖p‖² follows from r ⊥ p.
     """
-    v, r, best = zeros_like(b), b.copy(), zeros_like(b)
+    v = best = zeros_like(b)
+    other, r = zeros_like(b), b.copy()
     z = r if precondition is None else precondition(r)
     p, square = z.copy(), inner(r, r)
     rho = square if z is r else inner(r, z)
-    unread, start, least, largest = [square], 0.0, 0.0, 0.0
+    length = square if z is r else inner(p, p)
+    path, unread, start, least, largest = square * 0, [square], 0.0, 0.0, 0.0
     for step in range(steps):
         q = matvec(p)
-        length, along = inner(p, p), inner(p, q)
-        alpha = rho / (along + damping * length)
-        v.add_(p, alpha)
-        r.add_(q, -alpha)
         if damping:
-            r.add_(p, -alpha * damping)
+            q.add_(p, damping)
+        along = inner(p, q)
+        alpha = rho / along
+        path = path + alpha * length.sqrt()
+        v = v.plus(p, alpha, out=other)
+        r.add_(q, -alpha)
         z = r if precondition is None else precondition(r)
         square = inner(r, r)
         rho, previous = square if z is r else inner(r, z), rho
-        read = to_floats([along, length, square, inner(v, v), *unread])
-        p_hp, p_p, residual_square, of_v, *initial = read
+        read = to_floats([along, length, square, path, *unread])
+        p_hp, p_p, residual_square, distance, *initial = read
         if initial:
             unread, (start,) = [], initial
             least = start
         if p_p == 0:  # b or z is zero to rounding, and v is 0/0
             return Solution(best, (least / start) ** 0.5 if start else 0.0, step)
         require_finite(p_hp, p_p)
-        curvature = p_hp / p_p + damping
+        curvature = p_hp / p_p
         largest = max(largest, abs(curvature))
         if curvature <= 10 * rounding * largest:  # the step is invalid
             kind = "negative" if curvature < 0 else "zero"
@@ -93,7 +97,9 @@ def conjugate_gradients(
         if residual_square <= tolerance**2 * start or step + 1 == steps:
             break
         if residual_square < least:
-            best, least = v.copy(), residual_square
-        p.mul_add_(rho / previous, z)
-    floor = rounding * largest * of_v**0.5
+            best, other, least = v, best, residual_square
+        beta = rho / previous
+        p.mul_add_(beta, z)
+        length = rho + beta * beta * length if z is r else inner(p, p)
+    floor = rounding * largest * distance
     return Solution(v, max(residual_square**0.5, floor) / start**0.5, step + 1)
