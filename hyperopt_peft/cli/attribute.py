@@ -221,7 +221,7 @@ def planned(command: AttributeArguments, setup: Setup, trainer: Any, explained: 
     training = whole(trainer, "training")
     # Scores by a whole run cost two trainings (docs/attribution.md), else passes over rows.
     unrolled = (command.estimator or UNROLLED).startswith(UNROLLED)
-    scores = Work("scores", 1, 0, 2 * (training.passes if unrolled else batches))
+    scores = Work("scores", 1, 0, 2 * (training.batches if unrolled else batches))
     works = [training, scores, *[replace(scores, name="scores again")] * bool(command.check)]
     counts = {
         "check": command.check and command.check + 1,
