@@ -6,9 +6,8 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import zeros
@@ -17,34 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, get_scheduler
 
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.trainer.passes import PassCounter, passes_of_a_cycle
-
-
-@dataclass
-class Spending:
-    """What a training has spent; the copies of its `Budget` in the two phases share it.
-
-    Attributes:
-        passes: the budget.
-        counter: counts the passes.
-        every: the lower steps from one upper step to the next; 0 without an upper level.
-        again: whether a second phase follows.
-        a_step: the passes of a lower step.
-        phase: the number of the phase, from 1.
-        by_use: the passes by use.
-        seconds, timed: the time of all steps but each phase's first one, which allocates, and the
-            passes of these steps.
-    """
-
-    passes: float
-    counter: PassCounter = field(default_factory=PassCounter)
-    every: int = 0
-    again: bool = False
-    a_step: float = 1.0
-    phase: int = 0
-    by_use: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
-    timed: float = 0.0
+from hyperopt_peft.trainer.passes import passes_of_a_cycle
 
 
 class Budget(TrainerCallback):
@@ -56,57 +28,58 @@ class Budget(TrainerCallback):
     phase as the search had, are not within it. A warm-up of n steps lasts n passes of the budget.
 
     Args:
-        passes: the budget of all phases.
+        passes: of all phases.
+
+    Attributes:
+        spent: the passes by use.
+        seconds, timed: the time of all steps but each phase's first one, which allocates, and the
+            passes of these steps.
 
     Example:
-        >>> budget = Budget(300)
-        >>> budget.spending.passes
-        300
+        >>> Budget(300).spent["upper steps"]
+        0.0
     """
 
     def __init__(self, passes: float) -> None:
-        self.spending = Spending(passes)
+        self.passes, self.phase, self.seconds, self.timed = passes, 0, 0.0, 0.0
+        self.spent = dict.fromkeys(("lower steps", "upper steps", "second training"), 0.0)
+
+    def __copy__(self) -> Self:
+        """Itself: the second phase's copies of the callbacks have one budget."""
+        return self
 
     def begin(self, trainer: Any, unit: int) -> None:
         """Count the passes of ``trainer``, which has this callback, in units of ``unit`` rows."""
-        spending, args = self.spending, trainer.args
-        spending.counter, spending.again = trainer.passes, trainer.has_second_phase
-        spending.counter.unit = unit
-        spending.every = 0 if trainer.upper is None else args.lower_steps
-        spending.a_step = args.train_batch_size * args.gradient_accumulation_steps / unit
+        args, self.counter, self.again = trainer.args, trainer.passes, trainer.has_second_phase
+        self.counter.unit = unit
+        self.every = 0 if trainer.upper is None else args.lower_steps
+        self.a_step = args.train_batch_size * args.gradient_accumulation_steps / unit
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **_: Any
     ) -> None:
         """Begin a phase."""
-        self.spending.phase += 1
-        self.is_search = self.spending.again and self.spending.phase == 1
-        self.every = self.spending.every if self.spending.phase == 1 else 0
-        self.start = self.last = self.upper = self.spending.counter.passes
-        self.costs, self.cycle, self.state = dict[bool, float](), 0.0, state
+        self.phase += 1
+        if self.phase > 1:
+            self.every, self.again = 0, False
+        self.start = self.last = self.upper = self.counter.passes
+        self.costs, self.cycle, self.state = {False: 0.0, True: 0.0}, 0.0, state
         self.clock: float | None = None
         if isinstance(lr_scheduler, LambdaLR):
-            steps = math.ceil(self.spending.passes)
-            (rule,) = get_scheduler(
-                args.lr_scheduler_type,
-                SGD([zeros(1)]),
-                args.get_warmup_steps(steps),
-                steps,
-                args.lr_scheduler_kwargs,
-            ).lr_lambdas
-            by_passes = lambda _: rule(min(1.0, self.progress) * steps)  # noqa: E731
+            name, total = args.lr_scheduler_type, math.ceil(self.passes)
+            steps = args.get_warmup_steps(total), total
+            made = get_scheduler(name, SGD([zeros(1)]), *steps, args.lr_scheduler_kwargs)
+            by_passes = lambda _: made.lr_lambdas[0](min(1.0, self.progress()) * total)  # noqa: E731
             lr_scheduler.lr_lambdas = [by_passes for _ in lr_scheduler.lr_lambdas]
 
-    @property
     def reserved(self) -> float:
         """The passes of a second phase with as many steps as the search has now."""
-        return self.state.global_step * self.spending.a_step if self.is_search else 0.0
+        return self.again * self.state.global_step * self.a_step
 
-    @property
     def progress(self) -> float:
         """The share of the phase that is done."""
-        spent = self.spending.counter.passes - self.start
-        return (spent + self.reserved) / max(1e-9, self.spending.passes - self.start)
+        spent = self.counter.passes - self.start
+        return (spent + self.reserved()) / max(1e-9, self.passes - self.start)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """End the phase if the next step, or the next cycle of a search, is above the budget.
@@ -114,31 +87,31 @@ class Budget(TrainerCallback):
         Raises:
             ProblemError: the step sends no row through the model.
         """
-        spending, now, step = self.spending, self.spending.counter.passes, state.global_step
+        now, step = self.counter.passes, state.global_step
         if now == self.last:
             raise ProblemError(
                 "passes: a step sends no row through the model itself, so that none can be "
                 "counted; let the losses call the model"
             )
         if self.clock is not None:
-            spending.seconds += time.perf_counter() - self.clock
-            spending.timed += now - self.last
+            self.seconds += time.perf_counter() - self.clock
+            self.timed += now - self.last
         is_upper = bool(self.every) and step % self.every == 0
-        self.costs[is_upper] = max(self.costs.get(is_upper, 0.0), now - self.last)
+        self.costs[is_upper] = max(self.costs[is_upper], now - self.last)
         self.last, self.clock = now, time.perf_counter()
-        if self.every > 1 and not is_upper:  # a row may be several for the model, as DPO's pairs
-            spending.a_step = max(spending.a_step, self.costs[False])
-        name = "second training" if spending.phase > 1 else "lower steps"
-        spending.by_use[name] = step * spending.a_step if self.every else now - self.start
+        if self.every > 1:  # a row may be several for the model, as DPO's pairs
+            self.a_step = max(self.a_step, self.costs[False])
+        name = "second training" if self.phase > 1 else "lower steps"
+        self.spent[name] = step * self.a_step if self.every else now - self.start
         if self.every:
-            spending.by_use["upper steps"] = now - self.start - spending.by_use[name]
-        if self.is_search and not is_upper:
+            self.spent["upper steps"] = now - self.start - self.spent[name]
+        if self.again and not is_upper:
             return
-        following = self.costs.get(bool(self.every) and (step + 1) % self.every == 0, 0.0)
-        if self.is_search:
+        following = self.costs[bool(self.every) and (step + 1) % self.every == 0]
+        if self.again:
             self.cycle, self.upper = max(self.cycle, now - self.upper), now
-            following = self.cycle + self.every * spending.a_step
-        control.should_training_stop |= now + self.reserved + following > spending.passes + 1e-6
+            following = self.cycle + self.every * self.a_step
+        control.should_training_stop |= now + self.reserved() + following > self.passes + 1e-6
 
 
 def predicted_steps(trainer: Any, passes: float, unit: int) -> list[int]:

@@ -43,8 +43,6 @@ ABLATIONS: dict[Kind, str] = {
 
 #: Arguments of every run; a user's other values, which would change its result, are refused.
 FIXED = {"dataloader_drop_last": False, "eval_strategy": "no", "load_best_model_at_end": False}
-#: The uses of passes.
-SPENT = dict.fromkeys(("lower steps", "upper steps", "second training"), 0.0)
 #: The rows that an evaluation is tried on.
 SOME = 64
 
@@ -130,7 +128,7 @@ class Task:
                 watch.check()
                 metrics = (trainer.retrainer or trainer).evaluate()
         steps = [x.state.global_step for x in (trainer, trainer.retrainer) if x is not None]
-        spent = {"passes": trainer.passes.passes, "spent": SPENT | budget.spending.by_use}
+        spent = {"passes": trainer.passes.passes, "spent": budget.spent}
         more = {"memory": peak(), "seconds": time.perf_counter() - begin, "finish": watch.change}
         return self.line(run, metrics, steps=steps, **spent, **more)
 
@@ -199,9 +197,8 @@ class Task:
         short = replace(self, passes=max(passes, min(self.passes, 6.0)))
         short.run(run)  # fills the store of frozen layers
         result = short._trained(run, budget := Budget(short.passes))
-        self.layers, spending = short.layers, budget.spending
-        longer = self.passes / short.passes
-        more = (longer - 1) * result["passes"] * spending.seconds / (spending.timed or math.inf)
+        self.layers, longer = short.layers, self.passes / short.passes
+        more = (longer - 1) * result["passes"] * budget.seconds / (budget.timed or math.inf)
         steps = [round(longer * each) for each in result["steps"]]
         passes, seconds = longer * result["passes"], result["seconds"] + more
         return {**result, "passes": passes, "steps": steps, "seconds": seconds}

@@ -19,11 +19,11 @@ class PassCounter(TrainerCallback):
     """Counts the passes and seconds of a training; both phases of a method are one training.
 
     A pass is one forward and one backward over as many rows as a lower step has on this process.
-    The forward is a third of a pass, and the first backward through the model the rest, so that a loss
-    whose gradient stays above the model's outputs counts a third. A further backward pass over the
-    same graph is a product of second derivatives, which also runs through the first one's graph,
-    and counts the rows twice. Forward passes without gradients do not count. A batch whose rows are
-    joined into one, without padding, counts as a full micro-batch.
+    The forward is a third of a pass, and the first backward through the model the rest; a loss
+    whose gradient stays above the model's outputs counts a third. A further backward over the same
+    graph is a product of second derivatives, which also runs through the first one's graph: two
+    passes. Forwards without gradients do not count. A batch whose rows are joined into one, without
+    padding, counts as a full micro-batch.
 
     Attributes:
         unit: the rows of a pass, by default those of a lower step.

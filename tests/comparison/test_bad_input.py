@@ -142,7 +142,7 @@ def test_a_store_of_other_settings(tmp_path: Path) -> None:
     before = json.loads(head)
     del before["settings"]["budget"]  # as an earlier release wrote it
     path.write_text("\n".join([json.dumps(before), *runs, ""]))
-    with pytest.raises(ProblemError, match="^budget: .* start a new run$"):
+    with pytest.raises(ProblemError, match=r"^budget: .* start a new run$"):
         compared(ONE, folder=tmp_path)
 
 

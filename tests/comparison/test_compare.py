@@ -131,15 +131,15 @@ def test_no_step_more_is_within_a_budget() -> None:
         if again:
             a_cycle = every * step + upper
             assert search % every == 0
-            room = budget.spending.passes - counter.passes - search * step
+            room = budget.passes - counter.passes - search * step
             assert room < a_cycle + every * step + 1e-6 or search == every
             second, rates = phase(budget, counter, cycle(epoch))
             assert second >= search or search == every
-        assert budget.spending.passes - last - 1e-6 < counter.passes
-        assert counter.passes <= budget.spending.passes + 1e-6 + (last if search <= every else 0)
-        assert sum(budget.spending.by_use.values()) == pytest.approx(counter.passes)
+        assert budget.passes - last - 1e-6 < counter.passes
+        assert counter.passes <= budget.passes + 1e-6 + (last if search <= every else 0)
+        assert sum(budget.spent.values()) == pytest.approx(counter.passes)
         assert all(later <= rate for rate, later in pairwise(rates[len(rates) // 9 + 2 :]))
-        assert rates[-1] <= 1.2 * (last + 1e-6) / (budget.spending.passes - budget.start)
+        assert rates[-1] <= 1.2 * (last + 1e-6) / (budget.passes - budget.start)
 
 
 @pytest.mark.filterwarnings("ignore::hyperopt_peft.errors.HypergradientWarning")

@@ -178,4 +178,4 @@ class Rates(Budget):
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         super().on_step_end(args, state, control, **more)
         rate = more["optimizer"].param_groups[0]["lr"]
-        self.seen.append((self.spending.counter.passes, rate))
+        self.seen.append((self.counter.passes, rate))
