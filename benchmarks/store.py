@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import environment, keep_memory
+from hyperopt_peft.comparison.store import append_entries, read_entries
 
 Row = dict[str, Any]
 #: The key of the entry with versions and machine.
@@ -20,7 +21,7 @@ MEASURED = "measured"
 class Store:
     """The entries of a ``.jsonl`` file by their ``key``; a later line replaces an earlier one.
 
-    An unfinished line of a killed process is skipped. Several processes may append to one file.
+    Read and written as the runs of `hyperopt_peft.comparison.store`.
 
     Args:
         path: the file, which need not exist; None stores entries in memory only.
@@ -41,14 +42,8 @@ class Store:
 
     def reload(self) -> None:
         """Read the lines that other processes have appended."""
-        if self.path is None or not self.path.exists():
-            return
-        for line in self.path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:  # of a process that was killed
-                continue
-            self.by_key[row["key"]] = row
+        if self.path is not None:
+            self.by_key |= {row["key"]: row for row in read_entries(self.path)}
 
     @property
     def rows(self) -> list[Row]:
@@ -71,18 +66,8 @@ class Store:
     def save(self, row: Row) -> None:
         """Append an entry, the whole line at once."""
         self.by_key[row["key"]] = row
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab+") as file:
-            begun = file.tell() and self._last_byte(file) != b"\n"
-            line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-            file.write(b"\n" + line if begun else line)
-
-    @staticmethod
-    def _last_byte(file: Any) -> bytes:
-        file.seek(-1, 2)
-        return bytes(file.read(1))
+        if self.path is not None:
+            append_entries(self.path, row)
 
     def finish(self, device: str = "cpu") -> None:
         """Add an entry with versions and machine, and rewrite the file with one line per entry.

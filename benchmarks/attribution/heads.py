@@ -37,7 +37,7 @@ from hyperopt_peft.attribution.scores import Evaluation, RetrainingSetup, scores
 from hyperopt_peft.attribution.why import fewest, margins, reason_for
 from hyperopt_peft.problems.features import Features
 from hyperopt_peft.problems.head import Head
-from hyperopt_peft.utils.statistics import mean_and_half
+from hyperopt_peft.utils.verdict import Verdict
 
 #: Seeds below 100 were used to choose the layers that a head reads, and the λ of `why`.
 SEEDS = {"layers": (0, 1, 2, 3, 4), "why": (100, 101, 102, 103, 104)}
@@ -209,9 +209,9 @@ def why_table(rows: Sequence[Row]) -> list[Row]:
             for row in chosen:
                 ratios = [(s[by] or row["limit"]) / s["why"] for s in row["sizes"] if s["why"]]
                 logs.append(statistics.fmean(map(math.log, ratios)))
-            mean, half = mean_and_half(logs)
-            low, high = math.exp(mean - half), math.exp(mean + half)
-            line[f"{by} ÷"] = f"{math.exp(mean):.2f} ({low:.2f} to {high:.2f})"
+            ratio = Verdict(logs)
+            low, high = map(math.exp, ratio.interval)
+            line[f"{by} ÷"] = f"{math.exp(ratio.estimate):.2f} ({low:.2f} to {high:.2f})"
         line["seconds a row"] = statistics.fmean(x for row in chosen for x in row["seconds"])
         table.append(line)
     return table

@@ -37,7 +37,7 @@ from benchmarks.methods.tasks import TABLES
 from benchmarks.pages import RESULTS
 from benchmarks.store import Row, Store, opened, run_parser
 from hyperopt_peft import attribute
-from hyperopt_peft.utils.statistics import mean_and_half
+from hyperopt_peft.utils.verdict import Verdict
 
 #: Seeds below 100 chose the settings.
 SEEDS, LENGTH = (100, 101, 102, 103, 104), 12
@@ -178,9 +178,8 @@ def gains_table(rows: Sequence[Row]) -> list[Row]:
         line: Row = {"training": way}
         for cell in cells:
             of_cell = [row["ways"] for row in rows if row["cell"] == cell]
-            gains = [one[way]["accuracy"] - one["plain"]["accuracy"] for one in of_cell]
-            mean, half = mean_and_half(gains)
-            line[cell] = f"{mean:+.3f} ± {half:.3f}"
+            gain = Verdict(one[way]["accuracy"] - one["plain"]["accuracy"] for one in of_cell)
+            line[cell] = f"{gain.estimate:+.3f} ± {gain.half:.3f}"
         table.append(line)
     return table
 

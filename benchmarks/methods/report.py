@@ -10,8 +10,8 @@ from benchmarks.measure import table
 from benchmarks.methods.runs import stored
 from benchmarks.methods.settings import SETTINGS
 from hyperopt_peft.comparison import AcrossTasks, Comparison
-from hyperopt_peft.comparison.result import shown
 from hyperopt_peft.comparison.task import ABLATIONS, Kind
+from hyperopt_peft.utils.verdict import Verdict
 
 TABLES = pages.RESULTS / "methods.md"
 PAGE, FIGURE = pages.DOCS / "results.md", pages.DOCS / "results.png"
@@ -115,7 +115,7 @@ def scores(tasks: Mapping[str, Comparison]) -> list[Row]:
 
 def points(values: Iterable[float], sign: str = "") -> str:
     """Mean ± half of the interval, in percentage points."""
-    return shown([100 * value for value in values], sign, 1)
+    return Verdict(100 * value for value in values).shown(sign, 1)
 
 
 def details(name: str, tasks: Mapping[str, Comparison]) -> str:

@@ -21,7 +21,7 @@ import torch
 from hyperopt_peft import Engine, Problem
 from hyperopt_peft.engine import lbfgs
 from hyperopt_peft.problems.head import l2_penalty
-from hyperopt_peft.utils.statistics import mean_and_half
+from hyperopt_peft.utils.verdict import Verdict
 
 
 class Adapt(Problem):
@@ -113,7 +113,8 @@ def main(seeds=5, blocks=80, steps=20):
         rows.append([judged(new, *each)[1] for each in starts])
         print(row.format(*rows[-1], *tuned, *penalties), flush=True)
     print("| {:.3f} | {:.3f} | {:.3f} | mean | |\n".format(*torch.tensor(rows).mean(0)))
-    print("learned − tuned: {:+.3f} ± {:.3f}".format(*mean_and_half([c - b for _, b, c in rows])))
+    gain = Verdict(c - b for _, b, c in rows)
+    print(f"learned − tuned: {gain.estimate:+.3f} ± {gain.half:.3f}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from hyperopt_peft.cli.text import attributed
 from hyperopt_peft.cli.text.data import (
     EVALUATION,
     ExampleData,
-    hold_out,
+    held_out,
     read_files,
     require_columns,
 )
@@ -181,7 +181,7 @@ def split(
         require_columns(rows, [command.slices], EVALUATION)
         evaluation = evaluation.add_column(SLICE, [str(value) for value in rows[command.slices]])
     if judged:
-        train, test = hold_out(train, data.eval_fraction)
+        train, test = held_out(train, data.eval_fraction, [attributed.ROW])
     elif command.retrain_without is not None:
         read = read_files(command.test_file or [], "test_file")
         test = setup.encoder.encode(read, "the test examples")
@@ -221,7 +221,7 @@ def planned(command: AttributeArguments, setup: Setup, trainer: Any, explained: 
     training = whole(trainer, "training")
     # Scores by a whole run cost two trainings (docs/attribution.md), else passes over rows.
     unrolled = (command.estimator or UNROLLED).startswith(UNROLLED)
-    scores = Work("scores", 1, 0, 2 * (training.passes if unrolled else batches))
+    scores = Work("scores", 1, 0, 2 * (training.batches if unrolled else batches))
     works = [training, scores, *[replace(scores, name="scores again")] * bool(command.check)]
     counts = {
         "check": command.check and command.check + 1,

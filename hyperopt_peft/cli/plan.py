@@ -11,35 +11,36 @@ from itertools import cycle, islice
 from typing import Any
 
 from hyperopt_peft.cli.text.setup import Setup
+from hyperopt_peft.trainer.passes import passes_of_a_cycle
 from hyperopt_peft.utils.models import base_model
 from hyperopt_peft.utils.tables import aligned
 
-#: Micro-batches that are timed, after a first one.
+#: Batches that are timed, after a first one.
 TIMED = 2
 
 
 @dataclass(frozen=True)
 class Work:
-    """Trainings of one kind; each has ``passes``, micro-batches sent forward and backward."""
+    """Trainings of one kind; each sends ``batches`` of one device forward and backward."""
 
     name: str
     trainings: int
     steps: int
-    passes: float
+    batches: float
 
 
 def plan(works: Sequence[Work], trainer: Any) -> str:
-    """``works`` and their time in a table, by a timed pass of ``trainer``."""
-    seconds = seconds_a_pass(trainer)
-    minutes = [work.trainings * work.passes * seconds / 60 for work in works]
+    """``works`` and their time in a table, by timed batches of ``trainer``."""
+    seconds = seconds_a_batch(trainer)
+    minutes = [work.trainings * work.batches * seconds / 60 for work in works]
     rows: list[Sequence[Any]] = [("", "trainings", "steps", "minutes")]
     rows += [(w.name, w.trainings, w.steps or "", f"{m:.1f}") for w, m in zip(works, minutes)]
     total = f"together about {sum(minutes):.1f} minutes as measured now, without evaluation"
     return f"{aligned(rows)}\n{total}"
 
 
-def seconds_a_pass(trainer: Any) -> float:
-    """The mean time of a micro-batch forward and backward; gradients are None again afterwards."""
+def seconds_a_batch(trainer: Any) -> float:
+    """The mean time of a batch forward and backward; gradients are None again afterwards."""
     model = trainer.model.to(trainer.args.device)
     names = signature(base_model(model).forward).parameters
     begin = 0.0
@@ -62,8 +63,7 @@ def phases(trainer: Any) -> list[Work]:
     if trainer.upper is None:
         return [Work("training", 1, steps, steps * pieces)]
     upper, rest = divmod(steps, args.lower_steps)
-    passes = upper * trainer.passes_of_an_upper_step() + rest * pieces
-    works = [Work("search", 1, steps, passes)]
+    works = [Work("search", 1, steps, (upper * passes_of_a_cycle(trainer) + rest) * pieces)]
     if trainer.has_second_phase:
         again = args.for_retraining()
         rows += len(trainer.upper_dataset)
@@ -77,7 +77,7 @@ def phases(trainer: Any) -> list[Work]:
 def whole(trainer: Any, name: str) -> Work:
     """All phases of a run of ``trainer`` as one training."""
     each = phases(trainer)
-    return Work(name, 1, sum(x.steps for x in each), sum(x.passes for x in each))
+    return Work(name, 1, sum(x.steps for x in each), sum(x.batches for x in each))
 
 
 def levels(setup: Setup, trainer: Any) -> str:

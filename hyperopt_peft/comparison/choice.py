@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import inf, isfinite
+from math import isfinite
 from statistics import fmean
 from typing import Any
 
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Kind, Run
+from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.method import Method, has_upper_level
 
 #: Five rates over two decades.
@@ -106,15 +107,22 @@ class Plan:
         return [replace(best, seed=seed) for seed in self.seeds]
 
     def _best(self, runs: Sequence[Run], store: Store) -> Run:
-        """The first run at the rates of the best mean score, where NaN and infinity are the worst.
+        """The first run at the rates of the best finite mean score.
 
         With one pair of rates no score is needed.
+
+        Raises:
+            ProblemError: no score is finite.
         """
         if len({(run.rate, run.upper_rate) for run in runs}) == 1:
             return runs[0]
-        means = list(self.means(runs, store))
+        means = [each for each in self.means(runs, store) if isfinite(each[1])]
+        if not means:
+            raise ProblemError(
+                f"{runs[0].method}: no rate has a finite score; give lower rates or another metric"
+            )
         sign = -1 if self.lower_is_better else 1
-        return max(means, key=lambda each: sign * each[1] if isfinite(each[1]) else -inf)[0]
+        return max(means, key=lambda each: sign * each[1])[0]
 
     def means(self, runs: Sequence[Run], store: Store) -> Iterator[tuple[Run, float]]:
         """The first run of each pair of rates, and the mean score over seeds."""

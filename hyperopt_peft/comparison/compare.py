@@ -33,6 +33,8 @@ from hyperopt_peft.utils.versions import versions
 
 #: How the names of scores end that are better where they are lower.
 LOWER_IS_BETTER = ("loss", "error", "mse", "mae", "perplexity", "wer", "cer", "ece", "brier")
+#: How runs are ended; runs that were ended otherwise, as before, are not continued.
+RULE = "a phase ends with its passes"
 #: The arguments that only adapters read, with their defaults.
 OF_ADAPTERS = {"passes": [None], "rates": [*RATES], "upper_rates": [*UPPER_RATES]}
 OF_ADAPTERS |= {"development": [100, 101, 102], "held_out": [0.2]}
@@ -70,7 +72,7 @@ def compare_methods(
     """Train each method with equally many passes, and score all on the same test rows.
 
     A pass is one forward and backward over a training batch; each run has ``passes`` of them,
-    upper batches, estimators and second phases included, and its phases are sized to take them.
+    upper batches, estimators and second phases included, to one step; rates decay by passes.
     The rates of each method have the best mean score on rows held out from the training rows, with
     other seeds than the reported ones. Each method with an upper level has two ablations: its upper
     variables frozen, and all variables in one level on all rows. A method whose search is followed
@@ -118,8 +120,8 @@ def compare_methods(
     Raises:
         ProblemError: fewer than two seeds, or development seeds among them; an argument without
             effect; one model in place of new ones; no test rows but training rows, or a method that
-            trains on them; a metric that the task lacks; a run that takes more passes than it says,
-            or has no finite score; as `BilevelTrainer`.
+            trains on them; a metric that the task lacks; a phase too short to learn, or a
+            run without a finite score; as `BilevelTrainer`.
 
     Example:
         >>> import torch
@@ -197,11 +199,9 @@ def compare_methods(
     total, done = sum(plan.count(*each) for each in plan.candidates()), len(store.results)
     hidden = dry_run or not progress or done >= total
     with tqdm(total=total, initial=min(done, total), disable=hidden, unit="run") as bar:
-        work = Work(task, store, jobs, part, bar)
-        if budget and not store.results:  # a head is solved
-            work.require_learning(plan)
+        work = Work(plan, task, store, jobs, part, bar)
         if dry_run:
-            print(work.estimate(plan))
+            print(work.estimate())
             return Comparison(plan, store, metric, budget, note)
         work.do(plan.first_rates())
         work.do(plan.next_rates(store))
@@ -227,6 +227,7 @@ def settings_of(task: Task) -> dict[str, Any]:
     args = task.args.resume_must_match()
     settings = {
         "passes": task.passes,
+        "budget": None if head else RULE,
         "metric": task.metric,
         "model": "head" if head else None,
         "trainer": task.trainer.__name__,

@@ -6,17 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-from datasets import Dataset
-from sklearn.model_selection import KFold
+from datasets import Dataset, concatenate_datasets
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import (
-    firsts,
+    folds_of,
+    hold_out,
     require_examples,
     shared_rows,
     split_dataset,
-    stratified,
 )
 
 
@@ -46,7 +44,7 @@ class Rows:
 
         Raises:
             ProblemError: no test rows or folds, or both; fewer trusted rows than folds; a trusted
-                row in two folds, or in the training rows; all test rows are training rows.
+                row in the training rows; all test rows are training rows.
         """
         if (self.test is None) == (self.folds is None):
             raise ProblemError("test_dataset: give either test_dataset or folds")
@@ -82,11 +80,10 @@ class Rows:
             raise ProblemError(
                 f"folds: {self.folds} of {len(self.upper)} trusted rows; give 2 to {most}"
             )
-        again += [row for row, first in enumerate(firsts(self.upper, self.reads)) if first < row]
         if again:
             raise ProblemError(
-                f"upper_dataset: row {min(again)} (from 0) is in another fold or in train_dataset "
-                "too, so that a run trains on what scores it; remove it"
+                f"upper_dataset: row {min(again)} (from 0) is in train_dataset too, so that a run "
+                "trains on what scores it; remove it"
             )
         return self, ""
 
@@ -110,15 +107,20 @@ class Rows:
         try:
             rest, scored = split_dataset(rows, self.held_out, seed, reads=self.reads)
         except ProblemError:  # of a class that is too rare to be in both parts
-            rest, scored = stratified(rows, self.held_out, seed, None, "held_out")
+            parts = hold_out(rows, self.held_out, seed, "held_out", reads=self.reads)
+            rest, scored = map(rows.select, parts)
         return (rest, None, scored) if self.upper is None else (self.train, rest, scored)
 
     def _fold(self, seed: int, development: bool, folds: int) -> tuple[Any, Any]:
-        rest, spare = np.arange(len(self.upper)), np.arange(0)
+        rest, others = self.upper, self.upper.select([])
         if self.spare:
-            rest, spare = next(KFold(folds + 1, shuffle=True, random_state=0).split(rest))
+            rest, others = _apart(rest, folds_of(rest, folds + 1, 0, self.reads)[0])
         if development:
-            return self.upper.select(rest), self.upper.select(spare)
-        parts = KFold(folds, shuffle=True, random_state=seed // folds).split(rest)
-        train, fold = [*parts][seed % folds]
-        return self.upper.select([*rest[train], *spare]), self.upper.select(rest[fold])
+            return rest, others
+        parts = folds_of(rest, folds, seed // folds, self.reads)
+        train, fold = _apart(rest, parts[seed % folds])
+        return concatenate_datasets([train, others]), fold
+
+
+def _apart(rows: Dataset, fold: Sequence[int]) -> tuple[Dataset, Dataset]:
+    return rows.select(sorted({*range(len(rows))} - {*fold})), rows.select(fold)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from transformers import EvalPrediction, default_data_collator, set_seed
 
-from hyperopt_peft.comparison.price import Price, peak_memory
+from hyperopt_peft.comparison.budget import peak_memory
 from hyperopt_peft.comparison.task import Run, Task
 from hyperopt_peft.core.data import DataStream, to_device
 from hyperopt_peft.core.problem import Problem
@@ -75,15 +75,17 @@ class HeadTask(Task):
     model: OnFeatures | None = None
     solved: dict[Run, tuple[Any, float]] = field(default_factory=dict)
 
-    @no_bars()
-    def price(self, run: Run) -> Price:
-        """A price without passes; ``start`` is the seconds of ``run``."""
+    def check(self, run: Run) -> list[int]:
+        """Make the features; a head has no steps."""
         self.read()
-        price = Price(1, 1, 1, 1)
-        return replace(price, start=self.run(run, price)["seconds"])
+        return []
+
+    def estimate(self, run: Run, steps: Sequence[int]) -> dict[str, Any]:
+        """The entries of ``run``, which takes a second."""
+        return self.run(run)
 
     @no_bars()
-    def run(self, run: Run, price: Price) -> dict[str, Any]:
+    def run(self, run: Run) -> dict[str, Any]:
         """Solve and score; the entries as those of `Task.run`.
 
         Raises:
@@ -149,6 +151,7 @@ class HeadTask(Task):
         numbers = {k.removeprefix("eval_"): x for k, x in metrics.items() if np.ndim(x) == 0}
         return {f"eval_{name}": float(x) for name, x in numbers.items()}
 
+    @no_bars()
     def read(self) -> None:
         """Make the features of all rows, once, and tables that have their numbers."""
         if self.model is not None:
@@ -175,7 +178,7 @@ class HeadTask(Task):
         plain = replace(self, methods={"": Method()}, adapter=None)
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
             run = Run("", "method", 0, 1e-3)
-            trainer = plain.make(run, (rows, None, rows), folder, 1)
+            trainer = plain.make(run, (rows, None, rows), folder)
         model, prepared, collate = trainer.model, read_rows(trainer), trainer.data_collator
         size, precision = trainer.args.eval_batch_size, trainer.compute_loss_context_manager
         some = range(len(prepared))[:size]

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
 import pandas  # type: ignore[import-untyped]
-from scipy.stats import sem
 
 from hyperopt_peft.comparison.choice import Plan
 from hyperopt_peft.comparison.store import Result, Store
 from hyperopt_peft.comparison.task import ABLATIONS, Kind
 from hyperopt_peft.utils.plots import intervals
-from hyperopt_peft.utils.statistics import detectable, is_tie, mean_and_half
 from hyperopt_peft.utils.tables import aligned
+from hyperopt_peft.utils.verdict import Verdict
 from hyperopt_peft.utils.versions import versions
 
 Row = list[str]
@@ -61,9 +60,9 @@ class Comparison:
             f"the {word} of {len(self.plan.methods)}"
         )
         for other in rest[:1]:
-            gaps = self.differences((other, "method"), (best, "method"))
-            text += f"; that of {other} is {fmean(gaps):+.4f} from it, "
-            text += f"with an error of {sem(gaps):.4f}"
+            gap = self.difference((other, "method"), (best, "method"))
+            text += f"; that of {other} is {gap.estimate:+.4f} from it, with an error of "
+            text += f"{gap.error:.4f}"
         return text
 
     def differences(self, one: tuple[str, Kind], other: tuple[str, Kind]) -> list[float]:
@@ -71,10 +70,14 @@ class Comparison:
         pairs = zip(self.scores(*one), self.scores(*other), strict=True)
         return [first - second for first, second in pairs]
 
+    def difference(self, one: tuple[str, Kind], other: tuple[str, Kind]) -> Verdict:
+        """The mean of `differences` with its interval."""
+        return Verdict(self.differences(one, other))
+
     def _gap(self, name: str, kind: Kind) -> str:
         """The difference to the first method; nothing for itself."""
         first = self.plan.candidates()[0]
-        return "" if (name, kind) == first else shown(self.differences((name, kind), first), "+")
+        return "" if (name, kind) == first else str(self.difference((name, kind), first))
 
     def _results(self, name: str, kind: Kind = "method") -> list[Result]:
         return [self.store.results[run] for run in self.plan.runs_of(self.store, name, kind)]
@@ -92,7 +95,7 @@ class Comparison:
             results = self._results(name, kind)
             means = {key: fmean(r[key] for r in results) for key in ("passes", "seconds")}
             spent = [*_rates(results[0]), f"{means['passes']:.1f}"] if self.passes else []
-            score = shown(self.scores(name, kind))
+            score = Verdict(self.scores(name, kind)).shown()
             memory = f"{max(r['memory'] for r in results):.0f}"
             cells = [score, self._gap(name, kind), *spent, f"{means['seconds']:.1f}", memory]
             rows.append([name + ABLATIONS[kind], *cells])
@@ -114,37 +117,27 @@ class Comparison:
         ablated = {name for name, kind in self.plan.candidates() if kind == "frozen"}
         for name in self.plan.methods:
             if name != self.first:
-                found.append(self._beside_first(name))
+                gap = self.difference((name, "method"), (self.first, "method"))
+                names = name, self.first, self.metric, self.unit
+                found.append(gap.sentence(*names, self.plan.lower_is_better))
             if name in ablated:
                 found.append(self._by_parts(name))
         return found + self.remarks()
 
-    def _beside_first(self, name: str) -> str:
-        gaps = self.differences((name, "method"), (self.first, "method"))
-        middle, half = mean_and_half(gaps)
-        if not is_tie(gaps):
-            word = "better" if (middle < 0) == self.plan.lower_is_better else "worse"
-            by = f"{abs(middle):.4f} ± {half:.4f}"
-            return f"{name} is {word} than {self.first} in {self.metric} by {by}"
-        return (
-            f"{name} ties with {self.first} in {self.metric} ({shown(gaps, '+')}); "
-            f"{len(gaps)} {self.unit} show differences from {detectable(gaps):.4f} on"
-        )
-
     def _by_parts(self, name: str) -> str:
         """The difference to the first method as a sum over the ablations between the two."""
-        ways = [way for way in self.plan.candidates() if way[0] == name]
+        kinds = [each for each in self.plan.candidates() if each[0] == name]
         parts = ["the upper level", "the split of the rows, fewer steps and the rate"]
         if name != self.first:
-            ways.append((self.first, "method"))
+            kinds.append((self.first, "method"))
             parts.append("the variables, the adapter and the rate")
-            if (name, "one level") not in ways:
+            if (name, "one level") not in kinds:
                 parts[1:] = ["the split of the rows, fewer steps, the adapter and the rate"]
         terms = []
-        for part, one, other in zip(parts, ways[:-1], ways[1:]):
-            gaps = self.differences(one, other)
-            terms.append(f"{shown(gaps, '+')} by {part}{', a tie' if is_tie(gaps) else ''}")
-        last = self.first if name != self.first else f"the same{ABLATIONS[ways[-1][1]]}"
+        for part, one, other in zip(parts, kinds[:-1], kinds[1:]):
+            gap = self.difference(one, other)
+            terms.append(f"{gap} by {part}" + ", not significant" * (not gap.is_significant))
+        last = self.first if name != self.first else f"the same{ABLATIONS[kinds[-1][1]]}"
         whole = f"{name} − {last}"
         return "\n  ".join([f"{whole} is the sum of", *terms])
 
@@ -230,8 +223,8 @@ class Comparison:
         first, *others = self.plan.candidates()
         gaps = {}
         for name, kind in others:
-            middle, half = mean_and_half(self.differences((name, kind), first))
-            gaps[name + ABLATIONS[kind]] = (middle, middle - half, middle + half)
+            gap = self.difference((name, kind), first)
+            gaps[name + ABLATIONS[kind]] = (gap.estimate, *gap.interval)
         title = f"{self.metric} − that of {self.first}, paired, 95 % intervals"
         return intervals(gaps, path, title, zero=True)
 
@@ -267,10 +260,3 @@ def _rates(run: Mapping[str, Any]) -> Row:
     """The rate and the upper rate of a run."""
     upper = run["upper_rate"]
     return [f"{run['rate']:g}", "" if upper is None else f"{upper:g}"]
-
-
-def shown(values: Sequence[float], sign: str = "", digits: int = 4) -> str:
-    """The mean ± half its interval, where there is one."""
-    middle, half = mean_and_half(values)
-    text = f"{middle:{sign}.{digits}f}".replace("-", "−")
-    return f"{text} ± {half:.{digits}f}" if math.isfinite(half) else text

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,7 @@ class Store:
     def reload(self) -> None:
         """Read all that any process has written."""
         for path in sorted(self.folder.glob("runs*.jsonl")) if self.folder else ():
-            for line in path.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:  # of a process that was killed
-                    continue
+            for entry in read_entries(path):
                 if SETTINGS in entry:
                     require_settings(str(path), entry[SETTINGS], "this comparison", self.settings)
                 else:
@@ -53,16 +50,9 @@ class Store:
     def add(self, result: Result) -> None:
         """Append the line of ``result`` in one write."""
         self.results[_run_of(result)] = result
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [] if self.path.exists() else [{SETTINGS: self.settings}]
-        with self.path.open("ab+") as file:
-            text = "".join(json.dumps(each) + "\n" for each in [*lines, result])
-            if file.tell():
-                file.seek(-1, 2)
-            unfinished = file.read(1) not in (b"", b"\n")
-            file.write(("\n" * unfinished + text).encode())
+        if self.path is not None:
+            head = [] if self.path.exists() else [{SETTINGS: self.settings}]
+            append_entries(self.path, *head, result)
 
     def missing(self, runs: Iterable[Run]) -> list[Run]:
         """The runs without a result, each once."""
@@ -71,6 +61,24 @@ class Store:
     def scores(self, runs: Iterable[Run]) -> list[float]:
         """The scores of ``runs``, all of which have one."""
         return [self.results[run]["score"] for run in runs]
+
+
+def read_entries(path: Path) -> Iterator[dict[str, Any]]:
+    """The entries of a ``.jsonl`` file, none without one; a line that a kill cut is skipped."""
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
+        with suppress(json.JSONDecodeError):
+            yield json.loads(line)
+
+
+def append_entries(path: Path, *entries: Mapping[str, Any]) -> None:
+    """Append a line for each of ``entries`` to ``path``, in one write; others may append too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, 2)
+        cut = file.read(1) not in (b"", b"\n")
+        text = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in entries)
+        file.write(("\n" * cut + text).encode())
 
 
 def _plain(value: Any) -> Any:

@@ -12,16 +12,16 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, cast
 
 from peft import get_peft_model
 from transformers import set_seed
 
 from hyperopt_peft.comparison.ablations import OneLevel, Projects
+from hyperopt_peft.comparison.budget import Budget, peak_memory, predicted_steps
 from hyperopt_peft.comparison.folds import Rows
 from hyperopt_peft.comparison.frozen_layers import compute_once
-from hyperopt_peft.comparison.price import Price, measured, peak_memory
 from hyperopt_peft.comparison.watch import Watch
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
@@ -104,46 +104,33 @@ class Task:
                         "row chooses where it ends; leave it out"
                     )
 
-    def run(self, run: Run, price: Price) -> dict[str, Any]:
+    @no_bars()
+    def run(self, run: Run) -> dict[str, Any]:
         """Train and score; the entries of ``run`` with score, passes, seconds and steps.
 
-        Where upper steps grow dearer, as those of a solver with a tolerance, the budget ends before
-        the steps; the run is then done again with fewer of them. The score is NaN where a loss is
-        not finite.
+        The score is NaN where a loss is not finite.
 
         Raises:
-            ProblemError: the run took more passes than its budget; the metric is unknown; as
-                `BilevelTrainer`.
+            ProblemError: the steps send no row through the model; as `BilevelTrainer`.
         """
-        for _ in range(3 if price.every else 1):
-            planned = price.steps(self.passes)
-            result = self._trained(run, price, planned)
-            if math.isnan(result["score"]) or sum(result["steps"]) >= 0.8 * sum(planned):
-                return result
-            price = price.of_run(result["steps"], result["passes"])
-        raise ProblemError(
-            f"{run.method}: its {self.passes:g} passes ended after {sum(result['steps'])} of "
-            f"{sum(planned)} steps, since later steps send more rows through the model than the "
-            "first ones"
-        )
+        return self._trained(run, Budget(self.passes))
 
-    @no_bars()
-    def _trained(self, run: Run, price: Price, planned: Sequence[int]) -> dict[str, Any]:
+    def _trained(self, run: Run, budget: Budget) -> dict[str, Any]:
         freeze_imports()
         begin = time.perf_counter()
         metrics: dict[str, float] = {}
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
-            trainer = self.make(run, self.data.of(run.seed, run.development), folder, *planned)
-            trainer.passes.limit, trainer.passes.unit = self.passes, self.unit
+            trainer = self.make(run, self.data.of(run.seed, run.development), folder, budget)
+            budget.begin(trainer, self.unit)
             watch, peak = Watch(trainer, run.method), peak_memory()
             with suppress(NonFiniteError):  # such as a rate that is too high; it has no score
                 trainer.train()
                 watch.check()
                 metrics = (trainer.retrainer or trainer).evaluate()
         steps = [x.state.global_step for x in (trainer, trainer.retrainer) if x is not None]
-        spent = {"passes": trainer.passes.passes, "spent": price.spent(steps), "memory": peak()}
-        seconds = time.perf_counter() - begin
-        return self.line(run, metrics, steps=steps, seconds=seconds, finish=watch.change, **spent)
+        spent = {"passes": trainer.passes.passes, "spent": budget.spent}
+        more = {"memory": peak(), "seconds": time.perf_counter() - begin, "finish": watch.change}
+        return self.line(run, metrics, steps=steps, **spent, **more)
 
     @property
     def unit(self) -> int:
@@ -181,27 +168,19 @@ class Task:
         }
 
     @no_bars()
-    def price(self, run: Run) -> Price:
-        """What the steps of ``run`` cost.
+    def check(self, run: Run) -> list[int]:
+        """Refuse what is wrong with ``run`` before any training; about the steps of each phase.
 
         Raises:
-            ProblemError: the metric is unknown; the method trains on test rows; a loss is not
-                finite; as `BilevelTrainer`.
+            ProblemError: the metric is unknown; the method trains on test rows; as
+                `BilevelTrainer`.
         """
-        begin = time.perf_counter()
         data = self.data.of(run.seed, run.development)
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
-            trainer = self.make(run, data, folder, 4)
-            rows = trainer.eval_dataset  # as the trainer has prepared them
-            some = range(0, len(rows), -(-len(rows) // SOME))  # of every class, if they are sorted
-            self.require_metric(trainer.evaluate(rows.select(some)))
-            try:
-                price = measured(trainer, time.perf_counter() - begin, self.unit)
-            except NonFiniteError as error:
-                where, _, _ = str(error).partition(";")
-                raise ProblemError(f"{run}: {where}; give lower rates") from error
-        if run.development:  # a repeated row may be on both sides
-            return price
+            trainer = self.make(run, data, folder)
+            scored = trainer.eval_dataset  # as the trainer has prepared them
+            some = range(0, len(scored), -(-len(scored) // SOME))  # of every class, if sorted
+            self.require_metric(trainer.evaluate(scored.select(some)))
         for rows in (trainer.train_dataset, trainer.upper_dataset, trainer.all_rows()):
             known = {*data[2].column_names} <= {*getattr(rows, "column_names", ())}
             if known and (common := shared_rows(data[2], rows, self.data.reads)):
@@ -209,7 +188,20 @@ class Task:
                     f"{run.method}: trains on {len(common)} of {len(data[2])} test rows; let rows "
                     "and all_rows return rows of train_dataset alone"
                 )
-        return price
+        return predicted_steps(trainer, self.passes, self.unit)
+
+    def estimate(self, run: Run, steps: Sequence[int]) -> dict[str, Any]:
+        """The entries of `run`, scaled up from about two cycles of a run of ``steps``."""
+        every = self.args.with_defaults(self.methods[run.method].defaults).lower_steps
+        passes = self.passes * min(1.0, 2.5 * every / max(1, steps[0]))
+        short = replace(self, passes=max(passes, min(self.passes, 6.0)))
+        short.run(run)  # fills the store of frozen layers
+        result = short._trained(run, budget := Budget(short.passes))
+        self.layers, longer = short.layers, self.passes / short.passes
+        more = (longer - 1) * result["passes"] * budget.seconds / (budget.timed or math.inf)
+        steps = [round(longer * each) for each in result["steps"]]
+        passes, seconds = longer * result["passes"], result["seconds"] + more
+        return {**result, "passes": passes, "steps": steps, "seconds": seconds}
 
     def require_metric(self, metrics: Mapping[str, Any]) -> None:
         """Raise ProblemError where ``metrics`` of an evaluation lack the score."""
@@ -224,23 +216,22 @@ class Task:
         method = copy.deepcopy(self.methods[run.method])
         return OneLevel(method) if run.kind == "one level" else method
 
-    def make(self, run: Run, rows: Sequence[Any], folder: str, *steps: int) -> BilevelTrainer:
-        """A trainer of ``run``, with ``steps`` of each phase, which writes and shows nothing."""
+    def make(self, run: Run, rows: Sequence[Any], folder: str, *callbacks: Any) -> BilevelTrainer:
+        """A trainer of ``run``, which writes and shows nothing; ``callbacks`` end its phases."""
         method = self.method_of(run)
         args = self.args.with_defaults(method.defaults)  # for what the run leaves open
         method.defaults = {}
         changes = {**QUIET, **FIXED, "output_dir": folder, "disable_tqdm": True, "seed": run.seed}
-        changes |= {"data_seed": None, "learning_rate": run.rate, "max_steps": steps[0]}
-        again = without_sizes(args)
-        if len(steps) > 1:
-            again["max_steps"] = steps[1]
-        changes["retrain_arguments"] = again or None
+        changes |= {"data_seed": None, "learning_rate": run.rate}
+        changes["max_steps"] = steps = max(2, math.ceil(self.passes)) * self.unit  # a row at least
+        changes["retrain_arguments"] = {**without_sizes(args), "max_steps": steps}
         upper_rate = 0.0 if run.kind == "frozen" else run.upper_rate
         if upper_rate is not None:
             changes["upper_learning_rate"] = upper_rate
         args.__dict__.update(changes)
         set_seed(run.seed)
         model, options = self.base_model(), dict(self.options)
+        options["callbacks"] = [*(options.get("callbacks") or ()), *callbacks]
         set_seed(run.seed)  # which base_model may have changed
         if self.adapter is not None:
             options["peft_config"] = None

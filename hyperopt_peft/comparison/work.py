@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pickle
 import sys
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import cloudpickle
 from joblib import Parallel, delayed
 
 from hyperopt_peft.comparison.choice import Plan
-from hyperopt_peft.comparison.price import Price
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import ABLATIONS, Run, Task
 from hyperopt_peft.errors import ProblemError
@@ -24,12 +24,13 @@ from hyperopt_peft.utils.tables import aligned
 class Work:
     """Does the runs of a comparison; ``bar`` shows how many are done."""
 
+    plan: Plan
     task: Task
     store: Store
     jobs: int
     part: tuple[int, int]
     bar: Any
-    _prices: dict[Any, Price] = field(default_factory=dict)
+    checked: bool = False
 
     def do(self, runs: Sequence[Run]) -> None:
         """Do the missing ones of ``runs`` that belong to this part.
@@ -39,11 +40,12 @@ class Work:
         """
         number, count = self.part
         missing = set(self.store.missing(runs))
-        every = enumerate(dict.fromkeys(runs))
+        every = enumerate(first_of_each(runs))
         mine = [run for k, run in every if k % count == number - 1 and run in missing]
-        priced = [(run, self._price(run)) for run in mine]
+        if mine and not self.checked:
+            self.check()
         results = Parallel(n_jobs=self.jobs, return_as="generator_unordered")(
-            delayed(self.task.run)(run, price) for run, price in priced
+            delayed(self.task.run)(run) for run in mine
         )
         for result in results:
             self.store.add(result)
@@ -55,42 +57,48 @@ class Work:
                 "after them"
             )
 
-    def require_learning(self, plan: Plan) -> None:
-        """Raise ProblemError if a phase of a reported run has too few steps to train an adapter."""
-        rate = max(plan.rates)
-        for name, kind in plan.candidates():
-            price = self._price(Run(name, kind, plan.seeds[0], min(plan.rates)))
-            steps = max(0, min(price.steps(self.task.passes)))
-            if steps * rate < LEARNS and "adam" in self.task.args.optim:
+    def check(self) -> dict[Run, list[int]]:
+        """Refuse what is wrong with a method before any run; about the steps of a run of each.
+
+        Raises:
+            ProblemError: a phase has too few steps to train an adapter; as `Task.check`.
+        """
+        rate, steps = max(self.plan.rates), dict[Run, list[int]]()
+        for name, kind in self.plan.candidates():
+            run = Run(name, kind, self.plan.seeds[0], min(self.plan.rates))
+            steps[run] = each = self.task.check(run)
+            if each and min(each) * rate < LEARNS and "adam" in self.task.args.optim:
                 raise ProblemError(
-                    f"passes: {self.task.passes:g} leave {name} a phase of {steps} steps, which "
-                    f"hardly train an adapter at a rate of {rate:g}; give more passes or higher "
-                    "rates"
+                    f"passes: {self.task.passes:g} leave {name} a phase of {min(each)} steps, "
+                    f"which hardly train an adapter at a rate of {rate:g}; give more passes or "
+                    "higher rates"
                 )
+        self.checked = True
+        return steps
 
-    def _price(self, run: Run) -> Price:
-        """The price of ``run``; with a frozen upper level it is the same."""
-        key = run.method, run.kind == "one level", run.development
-        if key not in self._prices:
-            self._prices[key] = self.task.price(run)
-        return self._prices[key]
-
-    def estimate(self, plan: Plan) -> str:
+    def estimate(self) -> str:
         """The runs of each method, with their passes and minutes by one timed upper step."""
         rows, total = [["method", "runs", "steps", "passes", "minutes"]], 0.0
-        for name, kind in plan.candidates():
-            run = Run(name, kind, plan.seeds[0], plan.rates[0])
-            self._price(run)  # fills the store of frozen layers
-            price = self.task.price(run)
-            steps = price.steps(self.task.passes)
-            passes = sum(price.spent(steps).values())
-            runs = plan.count(name, kind)
-            minutes = runs * (price.start + passes * price.a_pass) / 60
+        for run, steps in self.check().items():
+            result, runs = self.task.estimate(run, steps), self.plan.count(run.method, run.kind)
+            minutes = runs * result["seconds"] / 60
             total += minutes
-            numbers = [str(runs), " + ".join(map(str, steps)), f"{passes:.0f}", f"{minutes:.1f}"]
-            rows.append([name + ABLATIONS[kind], *numbers])
+            cells = " + ".join(map(str, result["steps"])), f"{result['passes']:.0f}"
+            rows.append([run.method + ABLATIONS[run.kind], str(runs), *cells, f"{minutes:.1f}"])
         whole = f"together about {total / self.jobs:.0f} minutes as measured now"
         return "\n".join([aligned(rows), whole, self.task.layers])
+
+
+def first_of_each(runs: Sequence[Run]) -> list[Run]:
+    """``runs`` once each, those of a method or an ablation before second ones of any.
+
+    A method that fails then fails early.
+    """
+    places, counts = dict[Run, int](), Counter[Any]()
+    for run in dict.fromkeys(runs):
+        counts[run.method, run.kind] += 1
+        places[run] = min(2, counts[run.method, run.kind])
+    return sorted(places, key=places.__getitem__)
 
 
 def require_pickled(task: Task) -> None:

@@ -9,6 +9,7 @@ from inspect import signature
 from itertools import count
 from typing import Any
 
+import numpy as np
 from accelerate.utils import send_to_device
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 from torch.nn import Module
@@ -67,50 +68,80 @@ def split_dataset(
         raise ProblemError(
             f"{values.count(None)} of {len(train)} training examples have no label; remove them"
         )
-    names = sorted(set(values))
-    labels = ClassLabel(names=[str(name) for name in names] or ["any"])
-    copies = defaultdict[int, list[int]](list)
-    for row, first in enumerate(firsts(train, reads)):
-        copies[first].append(row)
-    columns = {"row": [*copies], "class": [names.index(values[k]) if names else 0 for k in copies]}
-    features = Features({"row": Value("int64"), "class": labels})  # a cast would show a bar
-    rows = Dataset.from_dict(columns, features=features)
-    different = f"{len(copies)} different training examples"
-    where = f"cannot give {upper_fraction:.0%} of {different} to the upper level"
-    split = stratified(rows, upper_fraction, seed, "class" if names else None, where)
-    for level, side in zip(("lower", "upper"), split, strict=True):
-        if missing := {*range(len(names))} - {*side["class"]}:
-            name = names[min(missing)]
+    parts = hold_out(train, upper_fraction, seed, "upper_fraction", values, reads)
+    for level, rows in zip(("lower", "upper"), parts, strict=True):
+        if missing := {*values} - {values[row] for row in rows if values}:
+            name = min(missing)
             raise ProblemError(
-                f"{where}: class {name!r} has only {values.count(name)} examples, and the {level} "
-                "level would get none; change upper_fraction or the data"
+                f"upper_fraction: class {name!r} has only {values.count(name)} examples, and the "
+                f"{level} level would get none; change upper_fraction or the data"
             )
-    chosen = [side["row"][:] for side in split]
-    lower, upper = (train.select(x + [k for row in x for k in copies[row][1:]]) for x in chosen)
+    lower, upper = map(train.select, parts)
     return lower, upper
 
 
-def stratified(
-    rows: Dataset, fraction: float, seed: int, column: str | None, where: str
-) -> tuple[Dataset, Dataset]:
-    """Split off a ``fraction`` of ``rows``, with equal shares of the classes in ``column``.
+def hold_out(
+    rows: Dataset,
+    fraction: float,
+    seed: int,
+    argument: str,
+    classes: Sequence[Any] = (),
+    reads: Reads = None,
+    named: Callable[[Any], str] = str,
+) -> tuple[list[int], list[int]]:
+    """The numbers of the other rows, and of a ``fraction`` of the different ``rows``.
+
+    All copies of a row, equal in the columns ``reads``, are on one side. Each of ``classes``, one a
+    row and ``named`` in messages, has about equal shares of both sides.
 
     Raises:
-        ProblemError: the split is impossible; the message begins with ``where``.
+        ProblemError: the split is impossible; the message begins with ``argument``.
+
+    Example:
+        >>> rows = Dataset.from_dict({"x": [0, 1, 2, 3, 0]})
+        >>> rest, held_out = hold_out(rows, 0.5, 0, "fraction")
+        >>> (0 in rest) == (4 in rest), sorted([*rest, *held_out])
+        (True, [0, 1, 2, 3, 4])
     """
-    if column is not None:
-        counts = Counter[int](rows[column][:])
-        if rare := [number for number, count in counts.items() if count < 2]:
-            name = rows.features[column].int2str(rare[0])
-            raise ProblemError(
-                f"{where}: the class {name!r} has 1 row, and both parts need one; add rows or "
-                "remove the row"
-            )
+    copies, names = defaultdict[int, list[int]](list), sorted({*classes})
+    for row, first in enumerate(firsts(rows, reads)):
+        copies[first].append(row)
+    numbers = [names.index(classes[first]) if names else 0 for first in copies]
+    impossible = f"{argument}: cannot hold out {fraction:.0%} of {len(copies)} different rows"
+    if names and (rare := [names[k] for k, count in Counter(numbers).items() if count < 2]):
+        raise ProblemError(
+            f"{impossible}: the class {named(rare[0])!r} has 1 row, and both parts need one; add "
+            "rows or remove the row"
+        )
+    labels = ClassLabel(names=[*map(str, names)] or ["any"])
+    features = Features({"row": Value("int64"), "class": labels})  # a cast would show a bar
+    table = Dataset.from_dict({"row": [*copies], "class": numbers}, features=features)
+    options = {"seed": seed, "stratify_by_column": "class" if names else None}
     try:
-        parts = rows.train_test_split(test_size=fraction, seed=seed, stratify_by_column=column)
+        parts = table.train_test_split(test_size=fraction, **options)
     except ValueError as error:
-        raise ProblemError(f"{where}: {error}") from error
-    return parts["train"], parts["test"]
+        raise ProblemError(f"{impossible}: {error}") from error
+    rest, held_out = (
+        [*part["row"], *(k for row in part["row"] for k in copies[row][1:])]
+        for part in (parts["train"], parts["test"])
+    )
+    return rest, held_out
+
+
+def folds_of(rows: Dataset, count: int, seed: int, reads: Reads = None) -> list[list[int]]:
+    """The numbers of ``rows`` in each of ``count`` folds, for cross-validation.
+
+    Copies of a row, equal in the columns ``reads``, are in one fold. Without copies the folds are
+    those of ``sklearn.model_selection.KFold(count, shuffle=True, random_state=seed)``.
+
+    Example:
+        >>> folds = folds_of(Dataset.from_dict({"x": [0, 1, 2, 3, 0]}), 2, seed=0)
+        >>> sorted(row for fold in folds for row in fold), any({0, 4} <= {*fold} for fold in folds)
+        ([0, 1, 2, 3, 4], True)
+    """
+    first = np.array(firsts(rows, reads))
+    order = np.random.RandomState(seed).permutation(np.unique(first))
+    return [np.flatnonzero(np.isin(first, x)).tolist() for x in np.array_split(order, count)]
 
 
 def data_of_levels(train: Any, upper: Any, args: Any, bilevel: bool, reads: Reads) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import UserDict
 from collections.abc import Iterable, Iterator
@@ -20,16 +19,14 @@ class PassCounter(TrainerCallback):
     """Counts the passes and seconds of a training; both phases of a method are one training.
 
     A pass is one forward and one backward over as many rows as a lower step has on this process.
-    The forward is a third of it, and the first backward through the model the rest, so that a loss
-    whose gradient stays above the model's outputs counts a third. A further backward pass over the
-    same graph is a product of second derivatives, which also runs through the first one's graph,
-    and counts the rows twice. Forward passes without gradients do not count. A batch whose rows are
-    joined into one, without padding, counts as a full micro-batch.
+    The forward is a third of a pass, and the first backward through the model the rest; a loss
+    whose gradient stays above the model's outputs counts a third. A further backward over the same
+    graph is a product of second derivatives, which also runs through the first one's graph: two
+    passes. Forwards without gradients do not count. A batch whose rows are joined into one, without
+    padding, counts as a full micro-batch.
 
     Attributes:
-        limit: the number of passes after which the training ends.
         unit: the rows of a pass, by default those of a lower step.
-        joined: whether a batch had its rows joined into one.
 
     Example:
         >>> from torch import nn, ones
@@ -44,7 +41,7 @@ class PassCounter(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self.limit, self.joined, self._paused = math.inf, False, False
+        self._paused = False
         self.unit: int | None = None
         self._batch, self._thirds = 1, 0  # whole numbers, so that a sum is exact
         self._hooks: list[Any] = []
@@ -73,10 +70,6 @@ class PassCounter(TrainerCallback):
         self._batch = self.unit or self._micro * args.gradient_accumulation_steps
         self._hooks += hook_calls(model, after=self._passed)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """End the training at the limit, up to rounding."""
-        control.should_training_stop |= self.passes > self.limit - 1e-6
-
     def end(self) -> None:
         """Stop counting."""
         for hook in self._hooks:
@@ -103,7 +96,7 @@ class PassCounter(TrainerCallback):
             return
         rows, before = len(read), False
         if rows == 1 and kwargs.get("position_ids") is not None:  # as TRL's padding_free
-            self.joined, rows = True, self._micro
+            rows = self._micro
         self._thirds += rows
 
         def backward(_: Tensor) -> None:
@@ -112,6 +105,19 @@ class PassCounter(TrainerCallback):
             before = True
 
         followed.register_hook(backward)
+
+
+def passes_of_a_cycle(trainer: Any) -> float:
+    """The predicted passes from one upper step of ``trainer`` to the next; one without them.
+
+    All passes of an estimator but that of F are over the batch of a lower step. A hypergradient of
+    unknown cost counts as two passes.
+    """
+    if trainer.upper is None:
+        return 1.0
+    pieces = 1 if trainer.upper_batches is None else trainer.upper_batches.count  # of F
+    of_lower_batches = trainer.args.lower_steps + (trainer.estimator.cost() or 2) - 2
+    return float(of_lower_batches + pieces / trainer.args.gradient_accumulation_steps)
 
 
 def _first(values: Iterable[Any], gradient: bool = False, dimensions: int = 1) -> Tensor | None:

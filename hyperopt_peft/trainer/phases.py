@@ -121,16 +121,6 @@ class PhasesTrainer(TwoLevelTrainer):
         """Whether a second phase, training of the lower level alone, follows the search."""
         return self.method is not None and self.upper is not None and self.args.retrain != "none"
 
-    def passes_of_an_upper_step(self) -> int:
-        """The search's forward+backward passes over a micro-batch for each upper step.
-
-        A hypergradient of unknown cost counts as two passes.
-        """
-        args, of_upper = self.args, self.estimator.cost() or 2
-        of_lower_batch = args.lower_steps - 1 + of_upper - 1
-        pieces = 1 if self.upper_batches is None else self.upper_batches.count  # of F
-        return int(of_lower_batch * args.gradient_accumulation_steps + pieces)
-
     def train_phase(
         self, resumed: tuple[Path, Mapping[str, Any]] | None, *args: Any, **kwargs: Any
     ) -> Any:

@@ -36,7 +36,7 @@ def test_methods_of_files_too_are_judged_at_equal_passes(
         before = (tmp_path / "out/runs.jsonl").read_text() if again else ""
         run("compare", **options)
         out = capsys.readouterr().out
-        assert "ties with" in out or "better than" in out or "worse than" in out
+        assert "no significant difference" in out or "better than" in out or "worse than" in out
         text = (tmp_path / "out/runs.jsonl").read_text()
         runs = text.splitlines()
         assert not again or text == before

@@ -71,6 +71,12 @@ def test_numbers_are_classes_in_their_order_and_eval_files_share_them(
 def test_held_out_examples_are_stratified_apart_and_the_same_each_time(
     tmp_path: Path, model: str
 ) -> None:
+    """And a row that comes twice is on one side."""
+    twice = write(tmp_path / "b.csv", [*rows(), *rows()])
+    parts = prepared(model, twice, eval_fraction=0.25)
+    assert parts.evaluation is not None and len(parts.evaluation) == 12
+    seen = set(map(tuple, parts.train["input_ids"][:]))
+    assert seen.isdisjoint(map(tuple, parts.evaluation["input_ids"][:]))
     path = write(tmp_path / "a.csv", rows())
     first, second = (prepared(model, path, eval_fraction=0.25) for _ in range(2))
     assert first.evaluation is not None and second.evaluation is not None

@@ -132,8 +132,8 @@ def test_a_resumed_run_ends_in_the_same_adapter(
         ({"lower_steps": 5}, "lower_steps: 5 leaves no upper step"),
         ({"lower_steps": 5, "dry_run": True}, "lower_steps: 5 leaves no upper step"),
         ({"seed": -3}, "seed must be int ≥ 0"),
-        ({"eval_fraction": -0.5, "eval_file": None}, "eval_fraction: -0.5 of 24 examples cannot"),
-        ({"upper_fraction": 0.01}, "24 different training examples.*upper level"),
+        ({"eval_fraction": -0.5, "eval_file": None}, "eval_fraction: cannot hold out -50% of 24"),
+        ({"upper_fraction": 0.01}, "upper_fraction: cannot hold out 1% of 24 different rows: "),
         ({"resume_from_checkpoint": "no/such"}, "no/such"),
     ],
 )

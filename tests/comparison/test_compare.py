@@ -6,10 +6,13 @@ import json
 import random
 import re
 import statistics
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import count, cycle, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import joblib
@@ -17,11 +20,14 @@ import pandas
 import pytest
 import torch
 from torch import nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hyperopt_peft import BiDoRA, ProblemError
 from hyperopt_peft.comparison import Comparison
+from hyperopt_peft.comparison.budget import Budget
 from hyperopt_peft.comparison.folds import Rows
-from hyperopt_peft.comparison.price import Price
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Run, Task
 from hyperopt_peft.problems import BiLoRA
@@ -81,31 +87,59 @@ def test_every_run_has_the_passes_of_the_budget(whole: Whole) -> None:
         ("LoRA", "method"),
         *(("BiDoRA", kind) for kind in ("method", "frozen", "one level")),
     }
-    # All of it, to one step of the last phase, of four rows.
+    # All of it, to one step of the last phase, of four rows; nothing else is trained.
     assert all(11 < result["passes"] <= 12 for result in results)
-    # The prices' first steps are counted here as well: of three ways, on two sizes of data.
-    spent = sum(result["passes"] for result in results)
-    assert 0 < whole.rows / 4 - spent <= 6 * (4 + 30 / 4)
+    assert whole.rows / 4 == pytest.approx(sum(result["passes"] for result in results))
+
+
+def phase(budget: Budget, counter: Any, costs: Iterator[float]) -> tuple[int, list[float]]:
+    """The steps of a phase of made-up ``costs`` in passes, and what the schedule said of each."""
+    args = TrainingArguments("unused", use_cpu=True, warmup_steps=0.1)
+    state, control = TrainerState(), TrainerControl()
+    rates = LambdaLR(SGD([torch.zeros(1)], lr=1.0), lambda _: 1.0)
+    budget.on_train_begin(args, state, control, lr_scheduler=rates)
+    shown = []
+    while not control.should_training_stop:
+        counter.passes += next(costs)
+        state.global_step += 1
+        shown.append(rates.lr_lambdas[0](state.global_step))
+        budget.on_step_end(args, state, control)
+    return state.global_step, shown
 
 
 def test_no_step_more_is_within_a_budget() -> None:
     """Whatever the rows, the batch, the upper steps and the phases, and however many upper steps.
 
-    The first phase of two ends with an upper step, and has as many steps as the second one.
+    The first phase of two ends with an upper step, and has about as many steps as the second one.
     """
     draw = random.Random(0)
     for _ in range(300):
-        lower, every, again = draw.randint(1, 60), draw.randint(0, 5), draw.random() < 0.5
-        unit, batch, upper = draw.randint(1, 9), draw.randint(1, 20), 30 * draw.random()
-        price = Price(unit, batch, lower, lower + 10, every, upper, again=again and every > 0)
-        steps = price.steps(passes := draw.randint(200, 400))
-        spent = [sum(price.spent([*steps[:-1], steps[-1] + more]).values()) for more in (0, 1)]
-        assert spent[0] <= passes < spent[1]
-        if price.again:
-            search, second = steps
-            longer = [search + every, search + every]
-            assert search % every == 0 and search <= second
-            assert sum(price.spent(longer).values()) > passes
+        rows, every = draw.randint(1, 60), draw.randint(0, 5)
+        batch, unit, upper = draw.randint(1, 20), draw.randint(1, 9), 3 * draw.random()
+        again, copies = draw.random() < 0.5 and every > 0, draw.choice((1, 2)) if every > 1 else 1
+        epoch = [min(batch, rows - k) * copies / unit for k in range(0, rows, batch)]
+        budget, counter = Budget(draw.uniform(50, 400)), SimpleNamespace(passes=0.0)
+        trainer: Any = SimpleNamespace(passes=counter, upper=every or None, has_second_phase=again)
+        trainer.args = SimpleNamespace(
+            lower_steps=every, train_batch_size=batch, gradient_accumulation_steps=1
+        )
+        budget.begin(trainer, unit)
+        lower, step = cycle(epoch), max(batch * copies / unit, epoch[0])
+        both = (next(lower) + upper * (k % every == 0) for k in count(1))
+        search, rates = phase(budget, counter, both if every else lower)
+        last = step + (upper if every and not again else 0)
+        if again:
+            a_cycle = every * step + upper
+            assert search % every == 0
+            room = budget.passes - counter.passes - search * step
+            assert room < a_cycle + every * step + 1e-6 or search == every
+            second, rates = phase(budget, counter, cycle(epoch))
+            assert second >= search or search == every
+        assert budget.passes - last - 1e-6 < counter.passes
+        assert counter.passes <= budget.passes + 1e-6 + (last if search <= every else 0)
+        assert sum(budget.spent.values()) == pytest.approx(counter.passes)
+        assert all(later <= rate for rate, later in pairwise(rates[len(rates) // 9 + 2 :]))
+        assert rates[-1] <= 1.2 * (last + 1e-6) / (budget.passes - budget.start)
 
 
 @pytest.mark.filterwarnings("ignore::hyperopt_peft.errors.HypergradientWarning")
@@ -116,7 +150,7 @@ def test_a_product_of_second_derivatives_is_paid_for() -> None:
         args = {"hypergradient": name, "max_steps": 4}
         task = Task({"BiDoRA": BiDoRA()}, *parts_of("classes", args), rows, 80, "loss")
         run = Run("BiDoRA", "method", 0, 6e-2, 1e-2)
-        result = task.run(run, task.price(run))
+        result = task.run(run)
         assert 74 <= result["passes"] <= 86  # one upper step has up to six
         steps[name[:2]] = result["steps"][0]
     assert steps["cg"] < 0.6 * steps["di"]
@@ -127,8 +161,8 @@ def test_a_method_without_a_second_training_spends_all_on_its_search() -> None:
     rows = Rows(data(rows=30), None, data(rows=20, seed=5))
     task = Task({"BiLoRA": BiLoRA()}, *parts_of("classes"), rows, 40, "loss")
     run = Run("BiLoRA", "method", 0, 6e-2, 1e-2)
-    result = task.run(run, task.price(run))
-    assert len(result["steps"]) == 1 and 34 <= result["passes"] <= 41  # less than a cycle
+    result = task.run(run)
+    assert len(result["steps"]) == 1 and 34 <= result["passes"] <= 40  # less than an upper step
 
 
 def test_killed_twice_it_goes_on_with_the_same_lines(

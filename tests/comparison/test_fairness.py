@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.optim import SGD
+from transformers import get_scheduler
 
 from hyperopt_peft import Method, ProblemError, compare_methods
+from hyperopt_peft.comparison.budget import Budget
 from hyperopt_peft.comparison.folds import Rows
 from hyperopt_peft.comparison.task import Run, Task
 from hyperopt_peft.problems import LoRA, S3Delta
@@ -67,14 +70,15 @@ class Bounded(Method):
 def test_a_rate_of_the_grid_is_not_that_of_the_method(tmp_path: Path) -> None:
     run = Run("m", "method", 0, 5e-5, 1e-3)
     whole = task({"m": Bounded()})
-    args = whole.make(run, whole.data.of(0, False), str(tmp_path), 4).args
+    args = whole.make(run, whole.data.of(0, False), str(tmp_path)).args
     assert (args.learning_rate, args.upper_learning_rate) == (5e-5, 1e-3)
 
 
 def test_one_level_keeps_the_bounds_of_a_method(tmp_path: Path) -> None:
     whole = task({"m": Bounded()})
     run = Run("m", "one level", 0, 0.5)
-    trainer = whole.make(run, whole.data.of(0, False), str(tmp_path), 4)
+    trainer = whole.make(run, whole.data.of(0, False), str(tmp_path), budget := Budget(4.0))
+    budget.begin(trainer, 4)
     trainer.train()
     assert float(trainer.method.method.factor.detach()) == pytest.approx(0.9)
 
@@ -84,7 +88,7 @@ def test_seeds_are_other_starts_of_a_model_that_seeds_itself(tmp_path: Path) -> 
     starts = []
     for seed in (0, 1):
         run = Run("m", "method", seed, 1e-3)
-        model = whole.make(run, whole.data.of(seed, False), str(tmp_path), 4).model
+        model = whole.make(run, whole.data.of(seed, False), str(tmp_path)).model
         starts.append(next(p for n, p in model.named_parameters() if "lora_A" in n).detach())
     assert not torch.equal(*starts)
 
@@ -130,15 +134,48 @@ class Dearer(Method):
         return torch.stack([task_loss(batch) for _ in range(min(12, self.calls))]).mean()
 
 
-def test_a_method_whose_steps_grow_dearer_has_fewer_of_them() -> None:
-    """Its two phases are done, within the budget and most of it."""
-    found = compared({"LoRA": LoRA(), "m": Dearer()}, passes=60, ablations=[])
+@pytest.mark.parametrize(
+    ("method", "arguments", "passes"),
+    [(Dearer(), {}, 60), (S3Delta(), {"warmup_steps": 0.5}, 50)],
+    ids=["dearer steps", "an estimator that does nothing at a rate of 0, as in a warm-up"],
+)
+def test_a_method_whose_steps_grow_dearer_has_fewer_of_them(
+    method: Any, arguments: Any, passes: int
+) -> None:
+    """Its two phases are done, within the budget to one step."""
+    methods = {"LoRA": LoRA(), "m": method}
+    found = compared(methods, arguments=arguments, passes=passes, ablations=[])
     for result in found.results():
-        assert 42 <= result["passes"] <= 60 and all(result["steps"])
+        assert passes - 1 < result["passes"] <= passes and all(result["steps"])
 
 
-def test_a_price_is_that_of_a_rate_above_0() -> None:
-    """Where the first steps of a warm-up have a rate of 0, the estimator does nothing."""
-    methods, arguments = {"LoRA": LoRA(), "m": S3Delta()}, {"warmup_steps": 0.5}
-    found = compared(methods, arguments=arguments, passes=50, ablations=[])
-    assert all(45 <= result["passes"] <= 50 for result in found.results())
+@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("schedule", ["linear", "constant_with_warmup", "cosine"])
+def test_rates_follow_the_passes(tmp_path: Path, schedule: str, pieces: int) -> None:
+    """A warm-up of 5 steps lasts 5 of the 40 passes, of a plain method and of a search alike."""
+    settings = {"per_device_train_batch_size": 4 // pieces, "gradient_accumulation_steps": pieces}
+    settings |= {"warmup_steps": 5, "lr_scheduler_type": schedule, "retrain": "none"}
+    rule = get_scheduler(schedule, SGD([torch.zeros(1)]), 5, 40).lr_lambdas[0]
+    rows = Rows(data(rows=30), None, data(rows=20, seed=5))
+    whole = Task({"p": LoRA(), "m": Bounded()}, *parts_of("classes", settings), rows, 40, "loss")
+    for name in whole.methods:
+        rates = Rates()
+        trainer = whole.make(
+            Run(name, "method", 0, 0.01, 0.01), whole.data.of(0, False), str(tmp_path), rates
+        )
+        rates.begin(trainer, 4)
+        trainer.train()
+        assert all(rate == pytest.approx(0.01 * rule(passes)) for passes, rate in rates.seen)
+
+
+class Rates(Budget):
+    """Notes the rate after each step, beside the passes."""
+
+    def __init__(self) -> None:
+        super().__init__(40)
+        self.seen: list[tuple[float, float]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        super().on_step_end(args, state, control, **more)
+        rate = more["optimizer"].param_groups[0]["lr"]
+        self.seen.append((self.counter.passes, rate))

@@ -207,7 +207,12 @@ class Pulled(Plain):
         super().__init__(model, weight, prior=1.0)
 
 
-SPLIT, TRAIN, UPPER, EVAL = "cannot give 20% of", "train_dataset", "upper_dataset", "eval_dataset"
+SPLIT, TRAIN, UPPER, EVAL = (
+    "upper_fraction: cannot hold out 20% of",
+    "train_dataset",
+    "upper_dataset",
+    "eval_dataset",
+)
 SMOOTH = {"label_smoothing_factor": 0.01}
 LOSS = {"compute_loss_func": lambda outputs, labels, **_: outputs.logits.sum()}
 SEVEN = [torch.zeros(7)]
@@ -221,8 +226,8 @@ REFUSED: list[tuple[str, Any]] = [
     ("only a datasets.Dataset can be split, got list; .*upper", made({TRAIN: list(data())})),
     ("label.*class_encode_column", made({TRAIN: WORDS})),
     ("2 of 24 training examples have no label; remove them", made({TRAIN: UNLABELLED})),
-    (f"{SPLIT} 1 different training examples", made({TRAIN: rows(0, 1)})),
-    (f"{SPLIT} 48 different training .*has 1 row", made({TRAIN: rare(1)})),
+    (f"{SPLIT} 1 different rows", made({TRAIN: rows(0, 1)})),
+    (f"{SPLIT} 48 different rows: the class .* has 1 row", made({TRAIN: rare(1)})),
     ("class 2 has only 2 examples, .*change upper_fraction", made({TRAIN: rare(2)})),
     ("no column in common", made({**APART, UPPER: Dataset.from_dict({"text": ["a", "b"]})})),
     ("30 of 30 .*upper_dataset are in train", made({**APART, UPPER: APART[TRAIN]})),

@@ -18,7 +18,7 @@ from datasets.utils import logging
 from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.errors import ProblemError, did_you_mean
-from hyperopt_peft.trainer.data import stratified
+from hyperopt_peft.trainer.data import hold_out
 
 logger = logging.get_logger(__name__)
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -199,8 +199,13 @@ def require_columns(data: Dataset, columns: Sequence[str], where: str) -> None:
             )
 
 
-def hold_out(train: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
-    """The training and the evaluation part of ``train``, stratified if the labels are classes."""
-    column = "labels" if isinstance(train.features.get("labels"), ClassLabel) else None
-    where = f"eval_fraction: {fraction} of {len(train)} examples cannot be held out"
-    return stratified(train, fraction, 0, column, where)
+def held_out(train: Dataset, fraction: float, besides: Collection[str]) -> tuple[Dataset, Dataset]:
+    """The training and the evaluation part of ``train``, stratified if the labels are classes.
+
+    Copies of a row, but for the columns ``besides``, are in one part.
+    """
+    label, reads = train.features.get("labels"), {*train.column_names} - {*besides}
+    is_class = isinstance(label, ClassLabel)
+    classes, named = (train["labels"][:], label.int2str) if is_class else ((), str)
+    parts = hold_out(train, fraction, 0, "eval_fraction", classes, reads, named)
+    return train.select(parts[0]), train.select(parts[1])

@@ -22,7 +22,7 @@ from hyperopt_peft.cli.text.data import (
     UPPER,
     DataArguments,
     ExampleData,
-    hold_out,
+    held_out,
     require_columns,
 )
 from hyperopt_peft.cli.text.encode import Encoder, class_names, warn_of_one_class
@@ -210,7 +210,7 @@ def prepare(
             text = "evaluation examples are training examples too; remove them for honest metrics"
             logger.warning(f"{common} of {len(evaluation)} {text}")
     elif data.eval_fraction:
-        train, evaluation = hold_out(train, data.eval_fraction)
+        train, evaluation = held_out(train, data.eval_fraction, [ROW, *read])
         evaluation_rows = rows.select(evaluation[ROW])
         evaluation = evaluation.remove_columns([ROW, *read])
     train = train if numbered else train.remove_columns(ROW)
