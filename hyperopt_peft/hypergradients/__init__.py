@@ -17,7 +17,7 @@ from hyperopt_peft.hypergradients.registry import get_estimator, register, regis
 from hyperopt_peft.hypergradients.unrolled.darts import DARTS
 from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.hypergradients.unrolled.reverse import Unrolled
-from hyperopt_peft.utils.validation import Bound
+from hyperopt_peft.utils.validation import Bound, option
 from hyperopt_peft.utils.vector import Vector, dot, inner, zeros_like
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "hypergradient",
     "inner",
     "open_oracle",
+    "option",
     "register",
     "registered",
     "zeros_like",
