@@ -15,7 +15,7 @@ GROUP = "hyperopt_peft.methods"
 #: The classes of our methods by name, such as ``layer_scales`` for `LayerScales`.
 METHODS = {
     re.sub("(?<=[a-z])(?=[A-Z][a-z]{2})", "_", made).lower(): made
-    for made in problems.__all__
+    for made in vars(problems)["__all__"]
     if made != "Head"
 }
 
@@ -40,15 +40,17 @@ def find_method(spec: str) -> type[Method]:
         hyperopt_peft.errors.ProblemError: method: unknown 'bidorra'; did you mean 'bidora'?
     """
     path, colon, name = f"{spec}{':' * spec.endswith('.py')}".rpartition(":")
-    if colon:
-        return plugins.class_in(path, name, Method, "method")
     others = plugins.names(GROUP)
-    if spec in METHODS:
+    found: type[Method]
+    if colon:
+        found = plugins.class_in(path, name, Method, "method")
+    elif spec in METHODS:
         if spec in others:
             warnings.warn(f"method: {spec!r} is ours, not an entry point's of it", stacklevel=2)
-        found: type[Method] = getattr(problems, METHODS[spec])
-        return found
-    if spec not in others:
+        found = getattr(problems, METHODS[spec])
+    elif spec in others:
+        found = plugins.load(GROUP, spec, Method)
+    else:
         near = did_you_mean(spec, [*METHODS, *others])
         raise ProblemError(f"method: unknown {spec!r}{near}")
-    return plugins.load(GROUP, spec, Method)
+    return found

@@ -147,7 +147,7 @@ def get_estimator(estimator: EstimatorLike) -> Estimator:
     file, colon, rest = estimator.partition(".py:")
     name, _, text = (rest if colon else estimator).partition(":")
     if colon:
-        kind = plugins.class_in(f"{file}.py", name, Estimator, "hypergradient")
+        kind: type[Estimator] = plugins.class_in(f"{file}.py", name, Estimator, "hypergradient")
         return with_options(kind, text)
     return with_options(_entry(name).estimator, text)
 

@@ -7,11 +7,9 @@ from importlib.metadata import entry_points
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Any
 
 from hyperopt_peft.errors import ProblemError, did_you_mean
-
-T = TypeVar("T")
 
 
 def names(group: str) -> list[str]:
@@ -19,7 +17,7 @@ def names(group: str) -> list[str]:
     return sorted({point.name for point in entry_points(group=group)})
 
 
-def load(group: str, name: str, kind: type[T]) -> type[T]:
+def load(group: str, name: str, kind: type) -> Any:
     """The subclass of ``kind`` that the entry point ``name`` names.
 
     Raises:
@@ -40,7 +38,7 @@ def load(group: str, name: str, kind: type[T]) -> type[T]:
     return found
 
 
-def class_in(file: str, name: str, kind: type[T], option: str) -> type[T]:
+def class_in(file: str, name: str, kind: type, option: str) -> Any:
     """The subclass ``name`` of ``kind`` in ``file``; errors name ``option``.
 
     Raises:
