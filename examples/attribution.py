@@ -28,6 +28,7 @@ import torch
 from datasets import Dataset
 from hyperopt_peft import attribute, why
 from hyperopt_peft.attribution import Reasons
+from hyperopt_peft.method import option
 from hyperopt_peft.utils.plots import row_groups
 from peft import LoraConfig, get_peft_model
 from sklearn.metrics import roc_auc_score
@@ -39,7 +40,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.hf_argparser import HfArg
 
 from text_data import load_model, model_path, quiet, tweets
 
@@ -48,33 +48,33 @@ from text_data import load_model, model_path, quiet, tweets
 class Arguments:
     """The data, the scores and their use."""
 
-    model: str = HfArg(default="minilm", help="minilm (its package), a folder, or a hub name")
-    train_size: int = HfArg(default=128, help="training tweets")
-    evaluation_size: int = HfArg(default=96, help="tweets whose loss is explained")
-    test_size: int = HfArg(default=400, help="tweets that judge the removal")
-    explained: int = HfArg(default=40, help="test tweets whose wrong predictions are explained")
-    wrong: float = HfArg(default=0.2, help="share of the training labels that are made wrong")
-    max_length: int = HfArg(default=20, help="tokens a tweet")
-    rank: int = HfArg(default=8, help="rank r of B·A")
-    estimator: str = HfArg(default="unrolled", help="how rows are scored; see docs/attribution.md")
-    retrainings: int = HfArg(default=6, help="number of retrainings that check the scores")
-    folds: int = HfArg(default=5, help="number of folds in the search for wrong labels")
-    remove: float = HfArg(default=0.1, help="share of the rows to train without")
-    quick: bool = HfArg(default=False, help="48 training tweets, 6 steps, 5 retrainings, 2 folds")
+    model: str = option("minilm", help="minilm (its package), a folder, or a hub name")
+    train_size: int = option(128, help="training tweets")
+    evaluation_size: int = option(96, help="tweets whose loss is explained")
+    test_size: int = option(400, help="tweets that judge the removal")
+    explained: int = option(40, help="test tweets whose wrong predictions are explained")
+    wrong: float = option(0.2, help="share of the training labels that are made wrong")
+    max_length: int = option(20, help="tokens a tweet")
+    rank: int = option(8, help="rank r of B·A")
+    estimator: str = option("unrolled", help="how rows are scored; see docs/attribution.md")
+    retrainings: int = option(6, help="number of retrainings that check the scores")
+    folds: int = option(5, help="number of folds in the search for wrong labels")
+    remove: float = option(0.1, help="share of the rows to train without")
+    quick: bool = option(False, help="48 training tweets, 6 steps, 5 retrainings, 2 folds")
 
 
 @dataclass
 class Training(TrainingArguments):
     """How to train: the defaults of this example, a smooth run."""
 
-    output_dir: str | None = HfArg(default="outputs/attribution", help="where results are written")
-    max_steps: int = HfArg(default=30, help="steps of the adapter")
-    learning_rate: float = HfArg(default=1e-3, help="peak learning rate of the adapter")
-    per_device_train_batch_size: int = HfArg(default=32, help="tweets a batch")
-    per_device_eval_batch_size: int = HfArg(default=64, help="tweets a batch of the evaluation")
-    warmup_steps: float = HfArg(default=0.2, help="share of the steps in which the rate rises")
-    save_strategy: str = HfArg(default="no", help="when to write checkpoints")
-    report_to: str | None = HfArg(default="none", help="trackers, such as tensorboard")
+    output_dir: str | None = option("outputs/attribution", help="where results are written")
+    max_steps: int = option(30, help="steps of the adapter")
+    learning_rate: float = option(1e-3, help="peak learning rate of the adapter")
+    per_device_train_batch_size: int = option(32, help="tweets a batch")
+    per_device_eval_batch_size: int = option(64, help="tweets a batch of the evaluation")
+    warmup_steps: float = option(0.2, help="share of the steps in which the rate rises")
+    save_strategy: str = option("no", help="when to write checkpoints")
+    report_to: str | None = option("none", help="trackers, such as tensorboard")
 
 
 def parts_of(arguments: Arguments, seed: int) -> tuple[Dataset, Dataset, Dataset, torch.Tensor]:

@@ -27,12 +27,11 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, attribute, compare_methods
 from hyperopt_peft.comparison import compute_once
+from hyperopt_peft.method import option
 from hyperopt_peft.problems import BiDoRA, DoRA, LoRA
-from hyperopt_peft.utils.tables import aligned
 from peft import LoraConfig, get_peft_model
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, set_seed
-from transformers.hf_argparser import HfArg
 
 from text_data import load_model, model_path, quiet, tweets
 
@@ -56,12 +55,12 @@ ADAPTER = LoraConfig(
 class Arguments:
     """The amount of training, and the folder for results."""
 
-    output_dir: str = HfArg(default="outputs/quickstart", help="where results are written")
-    rows: int = HfArg(default=300, help="training tweets")
-    test_rows: int = HfArg(default=1000, help="test tweets")
-    passes: int = HfArg(default=80, help="passes, forward and backward, over 16 rows per training")
-    seeds: int = HfArg(default=3, help="trainings of each method")
-    seed: int = HfArg(default=0, help="seed of the data and of the second part")
+    output_dir: str = option("outputs/quickstart", help="where results are written")
+    rows: int = option(300, help="training tweets")
+    test_rows: int = option(1000, help="test tweets")
+    passes: int = option(80, help="passes, forward and backward, over 16 rows per training")
+    seeds: int = option(3, help="trainings of each method")
+    seed: int = option(0, help="seed of the data and of the second part")
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,8 @@ def adapters(arguments: Arguments, data: Tweets, output: Path) -> dict[str, floa
         compute_metrics=lambda prediction: {"accuracy": right(prediction).mean()},
     )
     say(f"1. {comparison.heading()}")
-    say(aligned([row[:3] + row[5:7] for row in comparison.table()]))
+    for row in comparison.table():
+        say("  ".join(f"{cell!s:18}" for cell in row[:3] + row[5:7]).rstrip())
     for sentence in comparison.sentences():
         if sentence not in comparison.remarks():  # about rates, rows and frozen layers
             say(sentence)

@@ -17,8 +17,8 @@ from typing import Any
 
 from datasets import Dataset
 from hyperopt_peft import BilevelTrainingArguments, compare_methods, problems
+from hyperopt_peft.method import option
 from transformers import AutoTokenizer, HfArgumentParser
-from transformers.hf_argparser import HfArg
 
 from text_data import load_model, model_path, quiet, tweets
 
@@ -47,11 +47,11 @@ MIXTURES: dict[str, Any] = {
 class Arguments:
     """The rows and the folds."""
 
-    rows: int = HfArg(default=80, help="tweets of each source")
-    trusted: int = HfArg(default=40, help="tweets with right labels")
-    test_size: int = HfArg(default=400, help="test tweets")
-    folds: int = HfArg(default=5, help="number of folds of the trusted tweets")
-    seed: int = HfArg(default=0, help="seed that draws tweets and labels")
+    rows: int = option(80, help="tweets of each source")
+    trusted: int = option(40, help="tweets with right labels")
+    test_size: int = option(400, help="test tweets")
+    folds: int = option(5, help="number of folds of the trusted tweets")
+    seed: int = option(0, help="seed that draws tweets and labels")
 
 
 def main() -> None:

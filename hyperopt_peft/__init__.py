@@ -6,37 +6,12 @@ the folder ``problems/`` of the repository.
 """
 
 import logging
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hyperopt_peft.utils.lazy import lazy
 
 # PEFT imports bitsandbytes, which warns of a kernel for CPUs that is not installed.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-_MODULES = {
-    "BiDoRA": "problems.bidora",
-    "BilevelTrainer": "trainer.trainer",
-    "BilevelTrainingArguments": "trainer.arguments",
-    "EarlyStopping": "engine.early_stopping",
-    "Engine": "engine.engine",
-    "Estimator": "hypergradients",
-    "HypergradientWarning": "errors",
-    "Method": "trainer.method",
-    "Nested": "engine.nested",
-    "NonFiniteError": "errors",
-    "Problem": "core.problem",
-    "ProblemError": "errors",
-    "Solver": "hypergradients",
-    "attribute": "attribution.attribute",
-    "bilevel": "trainer.trainer",
-    "check_problem": "diagnostics.check",
-    "compare_hypergradients": "diagnostics.compare",
-    "compare_methods": "comparison.compare",
-    "hypergradient": "hypergradients",
-    "register": "hypergradients",
-    "show_versions": "utils.versions",
-    "split_dataset": "trainer.data",
-    "why": "attribution.why",
-}
 
 if TYPE_CHECKING:
     from hyperopt_peft.attribution.attribute import attribute as attribute
@@ -61,20 +36,7 @@ if TYPE_CHECKING:
     from hyperopt_peft.trainer.method import Method as Method
     from hyperopt_peft.trainer.trainer import BilevelTrainer as BilevelTrainer
     from hyperopt_peft.trainer.trainer import bilevel as bilevel
+    from hyperopt_peft.utils.versions import __version__ as __version__
     from hyperopt_peft.utils.versions import show_versions as show_versions
-else:  # type checkers know the names by `as`
-    __all__ = [*_MODULES]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("hyperopt-peft")
-    if name in _MODULES:
-        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *_MODULES, "__version__"]
+else:
+    __getattr__, __dir__, __all__ = lazy(__name__)

@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt_peft.core.examples import WeightedRows
 from hyperopt_peft.engine import lbfgs
-from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.method import ProblemError, WeightedRows, option, without
 from hyperopt_peft.problems.data_plans import SOURCE, TRUSTED, EqualSources
 from hyperopt_peft.problems.features import features_of
 from hyperopt_peft.problems.head import Head, l2_penalty
-from hyperopt_peft.trainer.tags import without
 
 
 @dataclass
@@ -26,10 +24,6 @@ class Agreement(EqualSources):
     the source's labels that it predicts, with one right and C − 1 wrong ones more for C classes. A
     trusted row has the weight 1.
 
-    Args:
-        log_odds: whether the weight is log(q_k/(1 − q_k)·(C − 1)), as in naive Bayes, by the
-            largest; a source below 0 is left out.
-
     Raises:
         ProblemError: a row has no class, or there are no trusted rows.
 
@@ -38,7 +32,11 @@ class Agreement(EqualSources):
         Agreement(column='source', log_odds=True)
     """
 
-    log_odds: bool = False
+    log_odds: bool = option(
+        False,
+        help="whether the weight is log(q_k/(1 − q_k)·(C − 1)), as in naive Bayes, by the largest;"
+        " a source below 0 is left out",
+    )
 
     def read_rows(self, model: Any, rows: Any, collate: Callable[[Sequence[Any]], Any]) -> None:
         """Fit the head to the trusted rows, and count its predictions for the others."""

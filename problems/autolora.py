@@ -13,22 +13,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from hyperopt_peft.adapters.gains import (
+from hyperopt_peft.method import (
+    Gained,
     GainedLayer,
+    NonNegativeFloat,
+    Share,
     add_gains,
     drawn,
     gained_layers,
     keep_terms,
-    largest,
+    option,
 )
-from hyperopt_peft.problems.common import Gained
-from hyperopt_peft.utils.validation import NonNegativeFloat, Share
 
 #: Equal weights are kept, whatever their rounding.
 ROUNDING = 1e-6
@@ -44,15 +44,6 @@ class AutoLoRA(Gained):
 
     The second phase is from scratch by default, as published. With ``retrain="warm"`` or
     ``"none"`` the remaining terms keep their learned weights; a control gives them equal ones.
-
-    Args:
-        threshold: the least p of a term that remains; a layer's largest always does.
-        share: in place of ``threshold`` the share of terms that remains, with the largest p. The
-            run's seed draws among equal ones.
-        decay: the weight decay of A and B at the lower level.
-        choose: the criterion for the same number of terms: p, or as a control the norm of the
-            trained terms, or a draw by the run's seed. With an upper rate of 0 and a ``share`` the
-            norm is magnitude pruning of LoRA.
 
     Raises:
         ProblemError: the decay is negative, or ``share`` no share; later, as `add_gains`.
@@ -71,12 +62,23 @@ class AutoLoRA(Gained):
         {'0': 2}
     """
 
-    threshold: float = 1.0
-    share: Share | None = None
-    decay: NonNegativeFloat = 0.0
-    choose: Literal["weights", "sizes", "random"] = "weights"
+    threshold: float = option(
+        1.0, help="the least p of a term that remains; a layer's largest always does"
+    )
+    share: Share | None = option(
+        None,
+        help="in place of ``threshold`` the share of terms that remains, with the largest p. The "
+        "run's seed draws among equal ones",
+    )
+    decay: NonNegativeFloat = option(0.0, help="the weight decay of A and B at the lower level")
+    choose: Literal["weights", "sizes", "random"] = option(
+        "weights",
+        help="the criterion for the same number of terms: p, or as a control the norm of the "
+        "trained terms, or a draw by the run's seed. With an upper rate of 0 and a ``share`` "
+        "the norm is magnitude pruning of LoRA",
+    )
 
-    defaults = MappingProxyType({"hypergradient": "darts:scheme=forward", "retrain": "scratch"})
+    defaults = {"hypergradient": "darts:scheme=forward", "retrain": "scratch"}
 
     def prepare(self, model: Any) -> None:
         """Let B be B·diag(p)."""
@@ -117,3 +119,15 @@ class AutoLoRA(Gained):
 def _weights(alpha: Tensor) -> Tensor:
     """p = r·softmax(α); their mean is 1."""
     return alpha.shape[1] * alpha.softmax(1)
+
+
+def largest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Masks of the ``count`` largest scores, at least one in each layer; ties are random."""
+    values = [score.detach().double().cpu().clone() for score in scores]
+    for value in values:
+        value[value.argmax()] = torch.inf
+    flat, order = torch.cat(values), drawn(sum(map(len, values))).argsort()
+    best = order[flat[order].argsort(descending=True, stable=True)][: max(count, len(values))]
+    mask = torch.zeros(len(flat), dtype=torch.bool).index_fill_(0, best, True)
+    sizes = [len(value) for value in values]
+    return [m.to(score.device) for m, score in zip(mask.split(sizes), scores, strict=True)]

@@ -13,13 +13,18 @@ from typing import Any
 
 from datasets import concatenate_datasets
 
-from hyperopt_peft.adapters import set_norm_grad, use_fast_dora
-from hyperopt_peft.core.examples import WeightedRows
-from hyperopt_peft.core.problem import TaskLoss
-from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.trainer.data import joined, require_examples
-from hyperopt_peft.trainer.method import Method
-from hyperopt_peft.utils.validation import PositiveInt
+from hyperopt_peft.method import (
+    Method,
+    PositiveInt,
+    ProblemError,
+    TaskLoss,
+    WeightedRows,
+    joined,
+    option,
+    require_examples,
+    set_norm_grad,
+    use_fast_dora,
+)
 
 
 @dataclass
@@ -46,9 +51,6 @@ class LoRA(Method):
 class DoRA(Method):
     """As `LoRA`, with magnitudes; the row norm is outside the graph, as in PEFT.
 
-    Args:
-        fast_dora: whether linear layers run the fast forward pass instead of PEFT's.
-
     Raises:
         ProblemError: at the start of a training, a layer of the model has no magnitude.
 
@@ -58,7 +60,9 @@ class DoRA(Method):
         True
     """
 
-    fast_dora: bool = True
+    fast_dora: bool = option(
+        True, help="whether linear layers run the fast forward pass instead of PEFT's"
+    )
 
     def adapter(self, config: Any) -> Any:
         """``config`` with magnitudes."""

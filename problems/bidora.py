@@ -11,28 +11,27 @@ are orthogonal. Qin et al. 2024, arXiv:2410.09758.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Literal, Self
 
 from torch import Tensor
 
-from hyperopt_peft.adapters import gram_penalty, set_norm_grad, split_parameters, use_fast_dora
-from hyperopt_peft.core.problem import TaskLoss
-from hyperopt_peft.core.task_level import TaskLevel
-from hyperopt_peft.problems.common import regularised
-from hyperopt_peft.trainer.method import Method
-from hyperopt_peft.utils.validation import NonNegativeFloat
+from hyperopt_peft.method import (
+    Method,
+    NonNegativeFloat,
+    TaskLevel,
+    TaskLoss,
+    gram_penalty,
+    option,
+    regularised,
+    set_norm_grad,
+    split_parameters,
+    use_fast_dora,
+)
 
 
 @dataclass
 class BiDoRA(Method):
     """Magnitudes above, directions and head below; then these alone, on all rows.
-
-    Args:
-        gamma: γ, the weight of the Gram regulariser; the published recipes have 1e-5.
-        norm_grad: whether the row norm is in the graph; detach is PEFT's approximation.
-        fast_dora: whether linear layers run the fast forward pass instead of PEFT's.
-        paper: whether the default estimator is that of BiDoRA's own code, ``darts`` with ξ = 1.
 
     Raises:
         ProblemError: γ is negative or ``norm_grad`` unknown; later, a layer has no magnitude.
@@ -47,15 +46,24 @@ class BiDoRA(Method):
         [(2, 4), (3, 2), (3,)]
     """
 
-    gamma: NonNegativeFloat = 0.0
-    norm_grad: Literal["full", "detach"] = "full"
-    fast_dora: bool = True
-    paper: bool = False
+    gamma: NonNegativeFloat = option(
+        0.0, help="γ, the weight of the Gram regulariser; the published recipes have 1e-5"
+    )
+    norm_grad: Literal["full", "detach"] = option(
+        "full", help="whether the row norm is in the graph; detach is PEFT's approximation"
+    )
+    fast_dora: bool = option(
+        True, help="whether linear layers run the fast forward pass instead of PEFT's"
+    )
+    paper: bool = option(
+        False,
+        help="whether the default estimator is that of BiDoRA's own code, ``darts`` with ξ = 1",
+    )
 
     # As good as the published defaults, darts and an upper step after each lower one, and cheaper
     # (benchmarks/methods).
-    defaults = MappingProxyType({"hypergradient": "direct", "lower_steps": 4})
-    published_defaults = MappingProxyType({"hypergradient": "darts:scheme=forward,xi=1.0"})
+    defaults = {"hypergradient": "direct", "lower_steps": 4}
+    published_defaults = {"hypergradient": "darts:scheme=forward,xi=1.0"}
 
     @classmethod
     def published(cls, **options: Any) -> Self:

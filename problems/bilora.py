@@ -12,16 +12,20 @@ real values in Λ; the scale of the other variants (softmax, nearly binary) is n
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hyperopt_peft.adapters.gains import add_gains, gained_layers, remove_gains
-from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems.common import Gained
-from hyperopt_peft.utils.validation import NonNegativeFloat
+from hyperopt_peft.method import (
+    Gained,
+    NonNegativeFloat,
+    ProblemError,
+    add_gains,
+    gained_layers,
+    option,
+    remove_gains,
+)
 
 
 def orthogonality(model: Any) -> Tensor:
@@ -48,9 +52,6 @@ class BiLoRA(Gained):
     absorbs every Λ, and the hypergradient is 0. A second phase, which the paper lacks, trains the
     plain adapter.
 
-    Args:
-        gamma: γ, the weight of R.
-
     Raises:
         ProblemError: γ is negative; later, as `add_gains`, or a rank is above the size of a weight.
 
@@ -63,9 +64,9 @@ class BiLoRA(Gained):
         [(1, 2)]
     """
 
-    gamma: NonNegativeFloat = 0.1
+    gamma: NonNegativeFloat = option(0.1, help="γ, the weight of R")
 
-    defaults = MappingProxyType({"hypergradient": "darts:scheme=forward", "retrain": "none"})
+    defaults = {"hypergradient": "darts:scheme=forward", "retrain": "none"}
     penalty = ("gamma", orthogonality)
 
     def prepare(self, model: Any) -> None:

@@ -11,18 +11,21 @@ for balanced accuracy. Li et al. 2021, arXiv:2201.01212 (AutoBalance), who have 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from hyperopt_peft.core.labels import WEIGHT, require_labels
-from hyperopt_peft.core.logits import IGNORED
-from hyperopt_peft.core.problem import TaskLoss
-from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.trainer.method import Method
+from hyperopt_peft.method import (
+    IGNORED,
+    WEIGHT,
+    Method,
+    ProblemError,
+    TaskLoss,
+    option,
+    require_labels,
+)
 
 
 @dataclass
@@ -32,10 +35,6 @@ class ClassOffsets(Method):
     The upper loss gives the classes of a *batch* equal weights: let ``per_device_upper_batch_size``
     be many times their number. The saved model has plain logits; ``offsets`` and ``factors`` stay
     with the method. Label smoothing and a Trainer's own loss are refused.
-
-    Args:
-        factor: whether a factor 2σ(Δ) of each class's logit is learned too.
-        paper: whether the default estimator, steps and phases are those of AutoBalance's code.
 
     Raises:
         ProblemError: labels are no classes.
@@ -52,14 +51,19 @@ class ClassOffsets(Method):
         True
     """
 
-    factor: bool = False
-    paper: bool = False
+    factor: bool = option(False, help="whether a factor 2σ(Δ) of each class's logit is learned too")
+    paper: bool = option(
+        False,
+        help="whether the default estimator, steps and phases are those of AutoBalance's code",
+    )
 
     # Neumann steps of size 1, the published ones, diverge where a curvature is above 2.
-    defaults = MappingProxyType({"hypergradient": "minres:steps=5,damping=1.0", "lower_steps": 4})
-    published_defaults = MappingProxyType(
-        {"hypergradient": "neumann:terms=5,step_size=1.0", "lower_steps": 20, "retrain": "scratch"}
-    )
+    defaults = {"hypergradient": "minres:steps=5,damping=1.0", "lower_steps": 4}
+    published_defaults = {
+        "hypergradient": "neumann:terms=5,step_size=1.0",
+        "lower_steps": 20,
+        "retrain": "scratch",
+    }
 
     @classmethod
     def published(cls) -> Self:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,12 +19,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.data import DataLoader
 
-from hyperopt_peft.core.labels import WEIGHT
-from hyperopt_peft.core.logits import IGNORED
-from hyperopt_peft.core.problem import TaskLoss
-from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.method import IGNORED, WEIGHT, Method, ProblemError, TaskLoss, option
 from hyperopt_peft.problems.class_offsets import balanced_loss, class_labels, logits_and_labels
-from hyperopt_peft.trainer.method import Method
 
 
 class _Counting(Method):
@@ -53,9 +48,6 @@ class _Counting(Method):
 class LogitAdjustment(_Counting):
     """One level over the adapter with τ·log π added to the logits; the saved model has none.
 
-    Args:
-        tau: τ.
-
     Raises:
         ProblemError: ``tau`` is not finite; labels are no classes, or are not counted.
 
@@ -66,7 +58,7 @@ class LogitAdjustment(_Counting):
         tensor([0.7500, 0.2500])
     """
 
-    tau: float = 1.0
+    tau: float = option(1.0, help="τ")
 
     def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Any:
         """The cross entropy of z + τ·log π."""
@@ -86,7 +78,7 @@ class TunedAdjustment(LogitAdjustment):
         {'tau': tensor(0.5000, requires_grad=True)}
     """
 
-    defaults = MappingProxyType({"hypergradient": "minres:steps=5,damping=1.0", "lower_steps": 4})
+    defaults = {"hypergradient": "minres:steps=5,damping=1.0", "lower_steps": 4}
 
     def prepare(self, model: Any) -> None:
         """Make τ."""
@@ -106,9 +98,6 @@ class TunedAdjustment(LogitAdjustment):
 class FrequencyWeights(_Counting):
     """One level over the adapter with labels weighted by their class; the mean weight is 1.
 
-    Args:
-        power: 1 gives classes equal weights, 0 gives labels equal weights.
-
     Raises:
         ProblemError: ``power`` is not finite; as `LogitAdjustment`.
 
@@ -119,7 +108,7 @@ class FrequencyWeights(_Counting):
         tensor([0.6667, 2.0000])
     """
 
-    power: float = 1.0
+    power: float = option(1.0, help="1 gives classes equal weights, 0 gives labels equal weights")
 
     def weights(self, logits: Tensor) -> Tensor:
         """v of each class of ``logits``."""

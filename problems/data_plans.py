@@ -6,19 +6,23 @@ min over the adapter w   Σ_k p_k L_k(w),   L_k the mean loss of source k
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset, Value
 from torch import Tensor
 
-from hyperopt_peft.core.examples import WeightedRows
-from hyperopt_peft.core.problem import TaskLoss
-from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.trainer.data import joined, require_examples
-from hyperopt_peft.trainer.method import Method
-from hyperopt_peft.trainer.tags import label_counts
+from hyperopt_peft.method import (
+    Method,
+    ProblemError,
+    TaskLoss,
+    WeightedRows,
+    joined,
+    label_counts,
+    option,
+    require_examples,
+)
 
 SOURCE, TRUSTED = "source", "trusted"
 
@@ -26,9 +30,6 @@ SOURCE, TRUSTED = "source", "trusted"
 @dataclass
 class EqualSources(Method):
     """Each source has the same share p_k = 1/K; the rows of ``upper_dataset`` are a further source.
-
-    Args:
-        column: the column of the training rows that names the source of each.
 
     Raises:
         ProblemError: the rows lack the column, or have one source alone.
@@ -39,7 +40,9 @@ class EqualSources(Method):
         [0, 1, 0]
     """
 
-    column: str = SOURCE
+    column: str = option(
+        SOURCE, help="the column of the training rows that names the source of each"
+    )
 
     tags = (SOURCE,)
 
@@ -98,10 +101,6 @@ class EqualSources(Method):
 class SomeSources(Method):
     """The rows of some sources and of ``upper_dataset``, with equal weights.
 
-    Args:
-        chosen: the sources; if empty, the method trains on the trusted rows alone.
-        column: as for `EqualSources`.
-
     Raises:
         ProblemError: no row is of a chosen source, or no row is left.
 
@@ -111,8 +110,11 @@ class SomeSources(Method):
         [1, 3]
     """
 
-    chosen: list[str] = field(default_factory=list)
-    column: str = SOURCE
+    chosen: list[str] = option(
+        default_factory=list,
+        help="the sources; if empty, the method trains on the trusted rows alone",
+    )
+    column: str = option(SOURCE, help="the column that names the source of a row")
 
     def all_rows(self, train: Any, upper: Any) -> Any:
         """The rows of the chosen sources, in their order, then the trusted ones."""

@@ -42,8 +42,7 @@ class Head(nn.Module):
         The model of an Engine's lower level, for two sources, one of them with wrong labels:
 
         >>> from hyperopt_peft import Engine
-        >>> from hyperopt_peft.core.examples import WeightedRows
-        >>> from hyperopt_peft.problems import TaskLevel
+        >>> from hyperopt_peft.method import TaskLevel, WeightedRows
         >>> x, labels = torch.tensor([[1.0], [-1.0]]).repeat(2, 1), torch.tensor([0, 1, 1, 0])
         >>> below = {"features": x, "labels": labels, "source": torch.tensor([0, 0, 1, 1])}
         >>> above = {"features": x[:2], "labels": labels[:2]}

@@ -11,18 +11,21 @@ moves them. If L is a squared error and A is fixed, w*(u) is ridge regression.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hyperopt_peft.adapters.gains import PREFIX
-from hyperopt_peft.adapters.layers import factors, lora_layers
-from hyperopt_peft.core.problem import TaskLoss
-from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems.common import regularised
-from hyperopt_peft.trainer.method import Method
+from hyperopt_peft.method import (
+    PREFIX,
+    Method,
+    ProblemError,
+    TaskLoss,
+    factors,
+    lora_layers,
+    option,
+    regularised,
+)
 
 
 @dataclass
@@ -31,10 +34,6 @@ class LayerDecay(Method):
 
     A strength is a number of the loss and not of the optimizer: give the optimizer no weight
     decay. One shared strength is the ablation that a validation set could choose by a grid too.
-
-    Args:
-        start: u at first.
-        shared: whether all layers have the same u.
 
     Raises:
         ProblemError: ``start`` is not finite; the model has no LoRA layer that trains; FSDP2
@@ -52,12 +51,10 @@ class LayerDecay(Method):
         {'0': 0.135..., '1': 0.135...}
     """
 
-    start: float = -6.0
-    shared: bool = False
+    start: float = option(-6.0, help="u at first")
+    shared: bool = option(False, help="whether all layers have the same u")
 
-    defaults = MappingProxyType(
-        {"hypergradient": "minres:steps=5,damping=0.1", "upper_learning_rate": 0.1}
-    )
+    defaults = {"hypergradient": "minres:steps=5,damping=0.1", "upper_learning_rate": 0.1}
 
     def prepare(self, model: Any) -> None:
         """Make u of each layer, or one."""

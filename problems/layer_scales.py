@@ -11,14 +11,19 @@ each upper step takes K lower steps on a third split, which it then undoes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from hyperopt_peft.adapters.gains import add_gains, gained_layers, remove_gains, set_layers
-from hyperopt_peft.problems.common import Gained
-from hyperopt_peft.utils.validation import NonNegativeFloat
+from hyperopt_peft.method import (
+    Gained,
+    NonNegativeFloat,
+    add_gains,
+    gained_layers,
+    option,
+    remove_gains,
+    set_layers,
+)
 
 
 @dataclass
@@ -28,9 +33,6 @@ class LayerScales(Gained):
     **Without decay the hypergradient of a solved lower level is 0**: B absorbs every scale, so that
     `direct`, the published estimator, learns which layers train too fast or too slowly. A scale
     has no gradient where B = 0, as in a new adapter.
-
-    Args:
-        decay: of A and B at the lower level.
 
     Raises:
         ProblemError: the decay is negative; later, as `add_gains`.
@@ -48,9 +50,9 @@ class LayerScales(Gained):
         {'^0': 1.0}
     """
 
-    decay: NonNegativeFloat = 0.0
+    decay: NonNegativeFloat = option(0.0, help="of A and B at the lower level")
 
-    defaults = MappingProxyType({"hypergradient": "direct", "lower_steps": 5})
+    defaults = {"hypergradient": "direct", "lower_steps": 5}
 
     def prepare(self, model: Any) -> None:
         """Let B be e^u·B."""

@@ -11,29 +11,28 @@ Franceschi et al. 2017, arXiv:1703.01785, v is in [0, 1] and has a bounded sum.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hyperopt_peft.core.examples import WeightedRows
-from hyperopt_peft.core.problem import Problem, TaskLoss
-from hyperopt_peft.trainer.data import joined, require_examples
-from hyperopt_peft.trainer.method import Method
-from hyperopt_peft.trainer.tags import INDEX
-from hyperopt_peft.utils.validation import Share
+from hyperopt_peft.method import (
+    INDEX,
+    Method,
+    Problem,
+    Share,
+    TaskLoss,
+    WeightedRows,
+    joined,
+    option,
+    require_examples,
+)
 
 
 @dataclass
 class RowWeights(Method):
     """A weight for each training row; then a training from scratch, on the trusted rows too.
-
-    Args:
-        keep: the share of rows, by largest weight, on which the second phase trains with equal
-            weights; None for all rows with their learned weights.
-        form: v of u. With "softmax" each step moves the weights of all rows, not only of its batch.
 
     Raises:
         ProblemError: there are no trusted rows, ``upper_dataset``; ``keep`` is no share; the
@@ -48,14 +47,19 @@ class RowWeights(Method):
         tensor([1., 1.], grad_fn=<MulBackward0>)
     """
 
-    keep: Share | None = None
-    form: Literal["sigmoid", "softmax"] = "sigmoid"
+    keep: Share | None = option(
+        None,
+        help="the share of rows, by largest weight, on which the second phase trains with equal "
+        "weights; None for all rows with their learned weights",
+    )
+    form: Literal["sigmoid", "softmax"] = option(
+        "sigmoid",
+        help='v of u; "softmax" moves the weights of all rows in each step, not of its batch alone',
+    )
 
     tags = (INDEX,)
     # An upper step after each lower one leaves too few steps at equal price (benchmarks/methods).
-    defaults = MappingProxyType(
-        {"hypergradient": "darts:product=dots", "lower_steps": 4, "retrain": "scratch"}
-    )
+    defaults = {"hypergradient": "darts:product=dots", "lower_steps": 4, "retrain": "scratch"}
 
     def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:
         """The given ones."""

@@ -15,17 +15,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
-from hyperopt_peft.adapters.gains import add_gains, drawn, gain_variables, gained_layers, keep_terms
-from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.trainer.method import Method
-from hyperopt_peft.utils.distributed import gather
-from hyperopt_peft.utils.validation import Bound, PositiveFloat
+from hyperopt_peft.method import (
+    Bound,
+    Method,
+    PositiveFloat,
+    ProblemError,
+    add_gains,
+    drawn,
+    gain_variables,
+    gained_layers,
+    gather,
+    keep_terms,
+    option,
+)
 
 
 @dataclass
@@ -34,13 +41,6 @@ class S3Delta(Method):
 
     **Where gates are not drawn, a solved lower level absorbs them**, as with `LayerScales`. A gate
     has no gradient where B = 0.
-
-    Args:
-        share: the share of the adapter's parameters that remains.
-        beta: β. If it is small, gates are near 0 and 1 and have small derivatives.
-        sampled: whether gates are drawn in training.
-        choose: the criterion for the layers that remain: p, or as a control the norm of the trained
-            p·BA, or a draw. The run's seed draws among equal gates.
 
     Raises:
         ProblemError: ``share`` is no share, or too small for any layer; β is not positive; later,
@@ -60,14 +60,20 @@ class S3Delta(Method):
         ('1', ['1'])
     """
 
-    share: Annotated[float, Bound(">", 0), Bound("<", 1)] = 0.5
-    beta: PositiveFloat = 1.0
-    sampled: bool = True
-    choose: Literal["gates", "sizes", "random"] = "gates"
-
-    defaults = MappingProxyType(
-        {"hypergradient": "darts:xi=lr", "upper_learning_rate": 0.1, "retrain": "scratch"}
+    share: Annotated[float, Bound(">", 0), Bound("<", 1)] = option(
+        0.5, help="the share of the adapter's parameters that remains"
     )
+    beta: PositiveFloat = option(
+        1.0, help="β. If it is small, gates are near 0 and 1 and have small derivatives"
+    )
+    sampled: bool = option(True, help="whether gates are drawn in training")
+    choose: Literal["gates", "sizes", "random"] = option(
+        "gates",
+        help="the criterion for the layers that remain: p, or as a control the norm of the trained"
+        " p·BA, or a draw. The run's seed draws among equal gates",
+    )
+
+    defaults = {"hypergradient": "darts:xi=lr", "upper_learning_rate": 0.1, "retrain": "scratch"}
 
     @property
     def absorbed(self) -> bool:

@@ -16,18 +16,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
-from hyperopt_peft.core.examples import WeightedRows
-from hyperopt_peft.core.problem import Problem, TaskLoss
+from hyperopt_peft.method import (
+    INDEX,
+    Bound,
+    Problem,
+    Share,
+    TaskLoss,
+    WeightedRows,
+    joined,
+    label_counts,
+    option,
+)
 from hyperopt_peft.problems.row_weights import RowWeights
-from hyperopt_peft.trainer.data import joined
-from hyperopt_peft.trainer.tags import INDEX, label_counts
-from hyperopt_peft.utils.validation import Bound, Share
 
 
 @dataclass
@@ -38,10 +43,6 @@ class SEAL(RowWeights):
 
     The upper level's batches are of training rows, and the lower level's of all rows. A lower
     batch without a trusted row has no first term.
-
-    Args:
-        keep, form: as for `RowWeights`.
-        trust: c, from 0 to 1.
 
     Raises:
         ProblemError: ``trust`` is outside of [0, 1]; as `RowWeights`.
@@ -57,12 +58,12 @@ class SEAL(RowWeights):
         tensor([0.0450, 0.0450, 2.9100], grad_fn=...)
     """
 
-    keep: Share | None = 0.8
-    form: Literal["sigmoid", "softmax"] = "softmax"
-    trust: Annotated[float, Bound("≥", 0), Bound("≤", 1)] = 0.97
+    keep: Share | None = option(0.8, help="the share of rows, by weight, that trains at last")
+    form: Literal["sigmoid", "softmax"] = option("softmax", help="v of u")
+    trust: Annotated[float, Bound("≥", 0), Bound("≤", 1)] = option(0.97, help="c, from 0 to 1")
 
     # The estimator is part of the method.
-    defaults = MappingProxyType({"hypergradient": "direct", "lower_steps": 1, "retrain": "scratch"})
+    defaults = {"hypergradient": "direct", "lower_steps": 1, "retrain": "scratch"}
 
     def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:
         """All rows for the lower level, the training rows for the upper one."""

@@ -19,19 +19,22 @@ weights their losses by p_k: 1/K of this loss. In these two papers trusted rows 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from hyperopt_peft.core.examples import WeightedRows
-from hyperopt_peft.core.prior import GaussianPrior
-from hyperopt_peft.core.problem import Problem, TaskLoss
-from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.method import (
+    GaussianPrior,
+    Problem,
+    ProblemError,
+    TaskLoss,
+    WeightedRows,
+    option,
+    require_examples,
+)
 from hyperopt_peft.problems.data_plans import SOURCE, EqualSources
-from hyperopt_peft.trainer.data import require_examples
 
 #: Form and arguments of each paper.
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -47,13 +50,6 @@ class Sources(EqualSources):
 
     A step needs about ten rows of each source: see ``gradient_accumulation_steps``.
 
-    Args:
-        column: as for `EqualSources`.
-        prior: τ. By default K/(8n) for n trusted rows: exp(−n·(F + prior)), with F their mean loss,
-            is then a posterior whose prior has the variance 8 a logit.
-        form: "softmax" is p of u, and "softplus" DreamPRM's v of u; p_k is then v_k·n_k by its sum.
-        paper: whose estimator and steps are the defaults; `published` sets form and prior too.
-
     Raises:
         ProblemError: there are no trusted rows; as `EqualSources`; the trainer's loss is no mean
             over labels.
@@ -68,12 +64,21 @@ class Sources(EqualSources):
         {'web': 0.33..., 'books': 0.33..., 'trusted': 0.33...}
     """
 
-    prior: float | None = None
-    form: Literal["softmax", "softplus"] = "softmax"
-    paper: Literal["scalebio", "fastmix", "dreamprm"] | None = None
+    prior: float | None = option(
+        None,
+        help="τ. By default K/(8n) for n trusted rows: exp(−n·(F + prior)), with F their mean "
+        "loss, is then a posterior whose prior has the variance 8 a logit",
+    )
+    form: Literal["softmax", "softplus"] = option(
+        "softmax",
+        help='"softmax" is p of u; "softplus" is the v of DreamPRM, and p_k is v_k·n_k by its sum',
+    )
+    paper: Literal["scalebio", "fastmix", "dreamprm"] | None = option(
+        None, help="whose estimator and steps are the defaults; `published` sets form and prior too"
+    )
 
     # An upper step after each lower one leaves too few steps at equal price (benchmarks/methods).
-    defaults = MappingProxyType({"hypergradient": "darts:product=dots", "lower_steps": 4})
+    defaults = {"hypergradient": "darts:product=dots", "lower_steps": 4}
 
     @property
     def published_defaults(self) -> dict[str, Any]:  # type: ignore[override]

@@ -10,18 +10,20 @@ arXiv:1902.07379, whose code has σ for 2σ and the learning rate for ξ, and le
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hyperopt_peft.core.examples import WeightedRows
-from hyperopt_peft.core.labels import WEIGHT
-from hyperopt_peft.core.logits import IGNORED
-from hyperopt_peft.core.problem import Problem, TaskLoss
-from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.trainer.method import Method
+from hyperopt_peft.method import (
+    IGNORED,
+    WEIGHT,
+    Method,
+    Problem,
+    ProblemError,
+    TaskLoss,
+    WeightedRows,
+)
 
 
 @dataclass
@@ -37,7 +39,7 @@ class WeightNet(Method):
 
     hidden: int = 100
 
-    defaults = MappingProxyType({"hypergradient": "darts:product=dots"})
+    defaults = {"hypergradient": "darts:product=dots"}
 
     def prepare(self, model: Any) -> None:
         """Make the net."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import json
+import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,8 @@ ALLOWED = {
     "diagnostics": LEVELS,
     "adapters": {"errors", "utils"},
     "trainer": LEVELS | {"engine", "adapters"},
-    "problems": LEVELS | {"engine", "adapters", "trainer"},
+    "method": LEVELS | {"engine", "adapters", "trainer"},
+    "problems": LEVELS | {"engine", "adapters", "trainer", "method"},
     "attribution": LEVELS | {"engine", "adapters", "trainer", "problems"},
     "comparison": LEVELS | {"engine", "adapters", "trainer", "problems"},
     "cli": LEVELS
@@ -70,6 +74,51 @@ def test_arrows_point_down(room: str) -> None:
             elif package in LIBRARIES:
                 exact = LIBRARIES.get(name.removesuffix(".Conv1D"), set())
                 assert room in LIBRARIES[package] | exact, (path, name)
+
+
+#: The modules whose ``__all__`` is public; "" is the root.
+PUBLIC = {"", "adapters", "attribution", "comparison", "core", "diagnostics", "engine", "errors"}
+PUBLIC |= {"heads", "hypergradients", "method", "problems", "utils.plots"}
+HEADS = {"features.py", "head.py"}  # infrastructure, which moves to a room of its own
+
+
+def documents() -> list[tuple[str, str]]:
+    """The code of our methods, examples, pages and notebooks, by path."""
+    found = []
+    for path in [ROOT / "README.md", *ROOT.glob("docs/**/*"), *ROOT.glob("examples/**/*.*")]:
+        if "upstream" in path.parts or path.suffix not in (".md", ".py", ".ipynb"):
+            continue
+        text = path.read_text()
+        if path.suffix == ".md":
+            text = "\n".join(re.findall(r"```python\n(.*?)```", text, re.S))
+        elif path.suffix == ".ipynb":
+            cells = [x for x in json.loads(text)["cells"] if x["cell_type"] == "code"]
+            text = "\n".join("".join(cell["source"]) for cell in cells)
+        found.append((str(path.relative_to(ROOT)), re.sub("^%.*$", "", text, flags=re.M)))
+    methods = [path for path in ROOT.glob("problems/**/*.py") if path.name not in HEADS]
+    return found + [(str(path.relative_to(ROOT)), path.read_text()) for path in methods]
+
+
+@pytest.mark.parametrize(("path", "code"), documents())
+def test_what_our_methods_and_pages_import_is_public(path: str, code: str) -> None:
+    """Contract 21; a method may also import names of a neighbouring method."""
+    of_methods = path.startswith("problems/")
+    if of_methods:
+        assert len(code.splitlines()) <= 150
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            assert all(x.name.partition(".")[0] != "hyperopt_peft" for x in node.names)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hyperopt_peft"):
+            module = str(node.module).removeprefix("hyperopt_peft").removeprefix(".")
+            names = {x.name for x in node.names}
+            if re.fullmatch(r"problems\.\w+(\.\w+)?", module):
+                moving = f"{module.rpartition('.')[2]}.py" in HEADS
+                neighbours = of_methods or moving or module.startswith("problems.textbook")
+                assert neighbours and not any(name.startswith("_") for name in names)
+            elif (of_methods, module) != (True, "utils.lazy"):  # the package's own list of names
+                modules = {x.rpartition(".")[2] for x in PUBLIC if x.rpartition(".")[0] == module}
+                public = import_module(str(node.module)).__all__ if module in PUBLIC else []
+                assert names <= {*public, *modules}, (node.module, names)
 
 
 def test_tests_share_helpers_through_support_alone() -> None:

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 from hyperopt_peft import Engine, Problem
+from hyperopt_peft.comparison import Verdict
 from hyperopt_peft.engine import lbfgs
 from hyperopt_peft.problems.head import l2_penalty
-from hyperopt_peft.utils.verdict import Verdict
 
 
 class Adapt(Problem):

@@ -7,7 +7,7 @@ training, a method folds g into B, since stock PEFT loads no parametrisation.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -161,18 +161,6 @@ def drawn(count: int) -> Tensor:
     """``count`` random numbers in [0, 1), a function of the run's seed: equal at each call."""
     generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
     return torch.rand(count, generator=generator)
-
-
-def largest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Masks of the ``count`` largest scores, at least one in each layer; ties are random."""
-    values = [score.detach().double().cpu().clone() for score in scores]
-    for value in values:
-        value[value.argmax()] = torch.inf
-    flat, order = torch.cat(values), drawn(sum(map(len, values))).argsort()
-    best = order[flat[order].argsort(descending=True, stable=True)][: max(count, len(values))]
-    mask = torch.zeros(len(flat), dtype=torch.bool).index_fill_(0, best, True)
-    sizes = [len(value) for value in values]
-    return [m.to(score.device) for m, score in zip(mask.split(sizes), scores, strict=True)]
 
 
 def squares(peft_model: PeftModel) -> Tensor:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset
-from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import attribute, why
 from hyperopt_peft.adapters import use_fast_dora
@@ -33,6 +32,7 @@ from hyperopt_peft.cli.text.setup import SHARED, Chosen, Setup, choose, prepare
 from hyperopt_peft.cli.text.tasks import SFT
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import require_unseen
+from hyperopt_peft.utils.validation import option
 
 SLICE, UNROLLED = "slice", "unrolled"
 
@@ -41,25 +41,25 @@ SLICE, UNROLLED = "slice", "unrolled"
 class AttributeArguments(OutputArguments):
     """How rows are scored, and what is done with the scores."""
 
-    score_model: Literal["adapter", "head"] = HfArg(
-        default="adapter", help="what is trained, or a linear head on the base model's features"
+    score_model: Literal["adapter", "head"] = option(
+        "adapter", help="what is trained, or a linear head on the base model's features"
     )
-    estimator: str | None = HfArg(
-        default=None,
+    estimator: str | None = option(
+        None,
         help="unrolled (the whole run, the default), a solver such as minres (the end of the run; "
         "for a head cg is the default), or gradient",
     )
-    check: int = HfArg(default=0, help="retrainings without random rows that check the scores")
-    slices: str | None = HfArg(default=None, help="an evaluation column, whose values get scores")
-    suspects: int | None = HfArg(
-        default=None, help="folds of the search for wrong labels; 5 for classes by a head, else 0"
+    check: int = option(0, help="retrainings without random rows that check the scores")
+    slices: str | None = option(None, help="an evaluation column, whose values get scores")
+    suspects: int | None = option(
+        None, help="folds of the search for wrong labels; 5 for classes by a head, else 0"
     )
-    why: list[str] | None = HfArg(default=None, help="files with rows to explain by training rows")
-    retrain_without: float | None = HfArg(default=None, help="share of the worst rows to leave out")
-    test_file: list[str] | None = HfArg(default=None, help="rows that judge retrain_without")
-    method: str = HfArg(default="lora", help="as the option of train; rows of both levels count")
-    escape_formulas: bool = HfArg(default=False, help="keep a spreadsheet from running texts")
-    memory_limit: float = HfArg(default=1.0, help="GiB that the run's checkpoints may take")
+    why: list[str] | None = option(None, help="files with rows to explain by training rows")
+    retrain_without: float | None = option(None, help="share of the worst rows to leave out")
+    test_file: list[str] | None = option(None, help="rows that judge retrain_without")
+    method: str = option("lora", help="as the option of train; rows of both levels count")
+    escape_formulas: bool = option(False, help="keep a spreadsheet from running texts")
+    memory_limit: float = option(1.0, help="GiB that the run's checkpoints may take")
 
     def __post_init__(self) -> None:
         if self.estimator is not None:
@@ -156,7 +156,7 @@ def train_again(argv: Sequence[str], chosen: Chosen, output: Path) -> str:
     _, flags = divided("attribute", argv)
     file = [word for word in argv[:1] if not word.startswith("-")]
     names = names_of([*train.TYPES, type(chosen.method)])
-    names -= names_of([OutputArguments]) - {"plugin"}
+    names -= names_of([OutputArguments])
     words = {name: values for name, values in flags.items() if name in names}
     words |= {"method": [chosen.name], "output_dir": [f"{output}-corrected"]}
     words["corrections"] = [*chosen.options.get("corrections", ()), f"{output}/suspects.csv"]

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers.hf_argparser import HfArg
-
 from hyperopt_peft import check_problem, compare_hypergradients
 from hyperopt_peft.cli.options import RunArguments
 from hyperopt_peft.cli.plan import Work, plan, whole
@@ -25,6 +23,7 @@ from hyperopt_peft.hypergradients.implicit.minres import MINRES
 from hyperopt_peft.trainer.data import batches_of
 from hyperopt_peft.trainer.quiet import quiet
 from hyperopt_peft.utils.signal_to_noise import MIN_SAMPLES
+from hyperopt_peft.utils.validation import option
 
 NONE = ["none"]
 
@@ -33,16 +32,16 @@ NONE = ["none"]
 class CheckArguments(RunArguments):
     """The method, the point at which its levels are examined, and the estimators."""
 
-    method: str = HfArg(default="bidora", help="one with two levels; as the option of train")
-    search_steps: int = HfArg(default=0, help="lower steps of the search before the check")
-    solver_steps: int = HfArg(default=10, help="steps of the solvers that measure the curvature")
-    estimators: list[str] | None = HfArg(
-        default=None,
+    method: str = option("bidora", help="one with two levels; as the option of train")
+    search_steps: int = option(0, help="lower steps of the search before the check")
+    solver_steps: int = option(10, help="steps of the solvers that measure the curvature")
+    estimators: list[str] | None = option(
+        None,
         help="estimators with options, or none; by default direct, darts, neumann, and cg and "
         "minres with a damping by the measured spectrum",
     )
-    reference: str = HfArg(
-        default="retraining:steps=20,directions=4", help="an estimator, or retraining with options"
+    reference: str = option(
+        "retraining:steps=20,directions=4", help="an estimator, or retraining with options"
     )
 
     def __post_init__(self) -> None:

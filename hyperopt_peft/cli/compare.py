@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from transformers.hf_argparser import HfArg
-
 from hyperopt_peft.cli.options import OutputArguments, divided, names_of
 from hyperopt_peft.cli.report import Report, as_text
 from hyperopt_peft.cli.text import models
@@ -16,8 +14,9 @@ from hyperopt_peft.cli.text.setup import SHARED, choose, prepare
 from hyperopt_peft.comparison import compare_methods
 from hyperopt_peft.comparison.choice import RATES, UPPER_RATES
 from hyperopt_peft.comparison.compare import OF_ADAPTERS
+from hyperopt_peft.comparison.find import find_method
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems.find import find_method
+from hyperopt_peft.utils.validation import option
 
 METHODS = ["lora", "dora", "bidora"]
 #: The options that are arguments of `compare_methods` too.
@@ -28,28 +27,28 @@ SAME = ("folds", "passes", "seeds", "development", "rates", "upper_rates", "jobs
 class CompareArguments(OutputArguments):
     """The methods, the budget and the seeds."""
 
-    methods: list[str] = HfArg(
+    methods: list[str] = option(
         default_factory=lambda: [*METHODS], help="the others are compared with the first"
     )
-    score_model: Literal["adapter", "head"] = HfArg(
-        default="adapter", help="what is trained, or a linear head on the base model's features"
+    score_model: Literal["adapter", "head"] = option(
+        "adapter", help="what is trained, or a linear head on the base model's features"
     )
-    folds: int | None = HfArg(default=None, help="folds of upper_file, which replace eval_file")
-    passes: float = HfArg(default=300.0, help="batches sent forward and backward in each run")
-    seeds: list[int] | None = HfArg(
-        default=None, help="of the start, split and order of examples; five, or one a fold"
+    folds: int | None = option(None, help="folds of upper_file, which replace eval_file")
+    passes: float = option(300.0, help="batches sent forward and backward in each run")
+    seeds: list[int] | None = option(
+        None, help="of the start, split and order of examples; five, or one a fold"
     )
-    development: list[int] = HfArg(
+    development: list[int] = option(
         default_factory=lambda: [100, 101, 102],
         help="seeds of the runs that choose the rates, on held-out training rows",
     )
-    rates: list[float] = HfArg(default_factory=lambda: [*RATES], help="learning rates to try")
-    upper_rates: list[float] = HfArg(default_factory=lambda: [*UPPER_RATES], help="upper rates")
-    frozen_dropout: bool = HfArg(
-        default=True, help="keep dropout in frozen lower layers; else they are computed once"
+    rates: list[float] = option(default_factory=lambda: [*RATES], help="learning rates to try")
+    upper_rates: list[float] = option(default_factory=lambda: [*UPPER_RATES], help="upper rates")
+    frozen_dropout: bool = option(
+        True, help="keep dropout in frozen lower layers; else they are computed once"
     )
-    jobs: int = HfArg(default=1, help="processes")
-    run: str = HfArg(default="1/1", help="K/N: the K-th of N parts, of a job array, say")
+    jobs: int = option(1, help="processes")
+    run: str = option("1/1", help="K/N: the K-th of N parts, of a job array, say")
 
 
 TYPES = (CompareArguments, *SHARED)

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import yaml
 from datasets.config import HF_HUB_OFFLINE
-from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.cli.guess import Guess, guess, require_header
 from hyperopt_peft.cli.options import parse
@@ -21,6 +20,7 @@ from hyperopt_peft.cli.text.data import EVALUATION, read_files, require_columns
 from hyperopt_peft.cli.text.encode import class_names, named, warn_of_one_class
 from hyperopt_peft.cli.text.tasks import TaskName
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.utils.validation import option
 
 #: A small model for each task; the first is for all others.
 MODELS = {
@@ -50,16 +50,16 @@ class InitArguments:
 
     _argument_group_name = "command"
 
-    command: Literal["train", "compare", "attribute"] = HfArg(
-        default="train", help="the command to run with the options"
+    command: Literal["train", "compare", "attribute"] = option(
+        "train", help="the command to run with the options"
     )
-    task: TaskName | None = HfArg(default=None, help="the task; by default guessed")
-    text_columns: list[str] | None = HfArg(default=None, help="column with the texts, or two")
-    label_column: str | None = HfArg(default=None, help="column with the labels")
-    model: str | None = HfArg(default=None, help="by default a small one from the hub")
-    eval_file: list[str] | None = HfArg(default=None, help="rows that you trust, to evaluate on")
-    config_file: str = HfArg(default="config.yaml", help="the file to write")
-    overwrite: bool = HfArg(default=False, help="replace that file")
+    task: TaskName | None = option(None, help="the task; by default guessed")
+    text_columns: list[str] | None = option(None, help="column with the texts, or two")
+    label_column: str | None = option(None, help="column with the labels")
+    model: str | None = option(None, help="by default a small one from the hub")
+    eval_file: list[str] | None = option(None, help="rows that you trust, to evaluate on")
+    config_file: str = option("config.yaml", help="the file to write")
+    overwrite: bool = option(False, help="replace that file")
 
 
 TYPES = (InitArguments,)

@@ -11,13 +11,13 @@ from typing import Any, Literal
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer
-from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.cli.options import parse
 from hyperopt_peft.cli.text.models import ModelArguments, load_base, load_config
 from hyperopt_peft.cli.text.tasks import TASKS
 from hyperopt_peft.cli.train import BASE_CONFIG
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.utils.validation import option
 
 #: The largest difference of the logits in float32, relative to the largest logit.
 LOGIT_TOLERANCE = 1e-4
@@ -29,10 +29,10 @@ class MergeArguments:
 
     _argument_group_name = "command"
 
-    adapter: str = HfArg(help="the folder of the adapter")
-    output_dir: str = HfArg(help="where the merged model is written; must be empty or not exist")
-    model: str | None = HfArg(default=None, help="the base model; by default the adapter names it")
-    dtype: Literal["float32", "bfloat16"] = HfArg(default="float32", help="number format to save")
+    adapter: str = option(help="the folder of the adapter")
+    output_dir: str = option(help="where the merged model is written; must be empty or not exist")
+    model: str | None = option(None, help="the base model; by default the adapter names it")
+    dtype: Literal["float32", "bfloat16"] = option("float32", help="number format to save")
 
 
 TYPES = (MergeArguments,)

@@ -15,22 +15,21 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from importlib import import_module
-from inspect import getdoc
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from transformers import TrainingArguments
-from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers.hf_argparser import HfArgumentParser
 
 from hyperopt_peft.cli import COMMANDS
 from hyperopt_peft.cli.text.data import cache_folder
+from hyperopt_peft.comparison.find import METHODS, find_method
 from hyperopt_peft.engine.checkpoint import valid_checkpoints
 from hyperopt_peft.errors import ProblemError, did_you_mean
-from hyperopt_peft.problems import METHODS, find_method
 from hyperopt_peft.trainer.arguments import DEFAULTS
 from hyperopt_peft.trainer.method import Method
-from hyperopt_peft.utils.validation import require_writable
+from hyperopt_peft.utils.validation import option, require_writable
 
 #: The values of each option by its name.
 Options = dict[str, list[str]]
@@ -60,16 +59,15 @@ class RunArguments:
 
     _argument_group_name = "command"
 
-    dry_run: bool = HfArg(default=False, help="print steps and minutes; train nothing")
-    plugin: list[str] | None = HfArg(default=None, help="Python files that register estimators")
-    details: bool = HfArg(default=False, help="print the numbers for experts too")
+    dry_run: bool = option(False, help="print steps and minutes; train nothing")
+    details: bool = option(False, help="print the numbers for experts too")
 
 
 @dataclass
 class OutputArguments(RunArguments):
     """The options of every command that trains into ``output_dir``."""
 
-    overwrite_output_dir: bool = HfArg(default=False, help="replace the results of an earlier run")
+    overwrite_output_dir: bool = option(False, help="replace the results of an earlier run")
 
     def require_output(self, args: Any, *, shared: bool = False) -> str | bool | None:
         """Lock ``output_dir``; the checkpoint to resume, True for the last complete one, or None.
@@ -300,8 +298,9 @@ def _page(command: str, parser: _Parser, *, everything: bool) -> str:
             action.help = SUPPRESS
         elif action.dest in COMMON:
             action.help = COMMON[action.dest]
-        elif not action.help:
-            action.help = _documented(parser.dataclass_types[-1], action.dest)
+        else:
+            text = action.help or "an option of the method"
+            action.help = re.sub(r"(?<!%)%(?![%(])", "%%", text.replace("``", ""))
     usage = "FILE [FILE ...] [options]" if command == "init" else "[config.yaml] [options]"
     parser._action_groups = [*parser._action_groups[2:], parser._action_groups[1]]
     parser._action_groups[-1].title = "training"
@@ -309,11 +308,3 @@ def _page(command: str, parser: _Parser, *, everything: bool) -> str:
     if hidden & names_of(parser.dataclass_types):
         parser.epilog = "--help_all lists the other fields of transformers.TrainingArguments too."
     return str(parser.format_help())
-
-
-def _documented(kind: type, name: str) -> str:
-    """The entry of the argument ``name`` in the docstring of ``kind``."""
-    entry = rf"^    {name}: (.*?)(?=\n    \S|\n\n|\Z)"
-    found = re.findall(entry, getdoc(kind) or "", re.DOTALL | re.MULTILINE)
-    text = " ".join(found[0].split()) if found else "an option of the method"
-    return text.rstrip(".").replace("%", "%%")

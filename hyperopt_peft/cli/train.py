@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.cli.options import OutputArguments
 from hyperopt_peft.cli.plan import levels, phases, plan
@@ -17,6 +16,7 @@ from hyperopt_peft.cli.report import Report
 from hyperopt_peft.cli.text.setup import SHARED, Chosen, Setup, choose, prepare
 from hyperopt_peft.trainer.logs import TIMINGS
 from hyperopt_peft.trainer.trainer import BilevelTrainer
+from hyperopt_peft.utils.validation import option
 
 BASE_CONFIG = "base_config"
 #: More upper variables than these are in the details of the page.
@@ -27,9 +27,9 @@ SHOWN = 12
 class TrainArguments(OutputArguments):
     """The method."""
 
-    method: str = HfArg(
-        default="bidora",
-        help="lora, dora, bidora or another name of hyperopt_peft.problems.METHODS, or "
+    method: str = option(
+        "bidora",
+        help="lora, dora, bidora or another name of hyperopt_peft.comparison.METHODS, or "
         "my_method.py:MyMethod; the fields of its class are options",
     )
 

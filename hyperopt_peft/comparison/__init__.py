@@ -1,8 +1,16 @@
 """Whether a method is better than others, at equal price."""
 
-from hyperopt_peft.comparison.compare import compare_methods
-from hyperopt_peft.comparison.frozen_layers import compute_once
-from hyperopt_peft.comparison.result import Comparison
-from hyperopt_peft.comparison.tasks import AcrossTasks
+from typing import TYPE_CHECKING
 
-__all__ = ["AcrossTasks", "Comparison", "compare_methods", "compute_once"]
+from hyperopt_peft.utils.lazy import lazy
+
+if TYPE_CHECKING:
+    from hyperopt_peft.comparison.compare import compare_methods as compare_methods
+    from hyperopt_peft.comparison.find import METHODS as METHODS
+    from hyperopt_peft.comparison.find import find_method as find_method
+    from hyperopt_peft.comparison.frozen_layers import compute_once as compute_once
+    from hyperopt_peft.comparison.result import Comparison as Comparison
+    from hyperopt_peft.comparison.tasks import AcrossTasks as AcrossTasks
+    from hyperopt_peft.utils.verdict import Verdict as Verdict
+else:
+    __getattr__, __dir__, __all__ = lazy(__name__)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -127,6 +128,9 @@ class Problem:
         tensor([1., 1.], requires_grad=True)
     """
 
+    #: Entries of a batch that are columns of data, each with the name of the data, for errors.
+    columns: Mapping[str, str] = MappingProxyType({})
+
     def __init__(
         self,
         variables: Variables,
@@ -236,7 +240,7 @@ class Problem:
         try:
             result = self.loss(batch)
         except (AttributeError, KeyError, TypeError) as error:
-            if hint := missing_input_hint(batch, error):
+            if hint := missing_input_hint(batch, error, self.columns):
                 raise ProblemError(f"{self.name}: {hint}") from error
             raise
         self.evaluated.writes = any(entry._version for entry in copies)

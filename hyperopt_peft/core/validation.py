@@ -188,13 +188,15 @@ def rewritten(levels: Sequence[Any], before: Sequence[Tensor]) -> list[str]:
     return [name for name, now, x in values if not torch.allclose(now, x, 0, 0, equal_nan=True)]
 
 
-def missing_input_hint(batch: Any, error: Exception) -> str:
+def missing_input_hint(batch: Any, error: Exception, columns: Mapping[str, str]) -> str:
     """A hint if ``error`` of a loss comes from a missing input; else an empty string."""
     if batch is None and "NoneType" in str(error):
         return f"the loss got no batch ({error}); give the level data, or pass a batch"
     key = error.args[0] if isinstance(error, KeyError) and error.args else None
     if not isinstance(key, str) or not isinstance(batch, Mapping) or key in batch:
         return ""
+    if key in columns:
+        return f"reads the tag {key!r}, a column that {columns[key]} lacks; add it"
     return (
         f"the loss reads {key!r}, and the batch has only {', '.join(map(str, batch))}; "
         "add the column, and if the Trainer removes it, name it in the method's tags or set "

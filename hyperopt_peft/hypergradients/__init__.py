@@ -18,7 +18,7 @@ from hyperopt_peft.hypergradients.registry import get_estimator, register, regis
 from hyperopt_peft.hypergradients.unrolled.darts import DARTS
 from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.hypergradients.unrolled.reverse import Unrolled
-from hyperopt_peft.utils.validation import Bound
+from hyperopt_peft.utils.validation import Bound, option
 from hyperopt_peft.utils.vector import Vector, dot, inner, zeros_like
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "implicit_gradient",
     "inner",
     "open_oracle",
+    "option",
     "register",
     "registered",
     "zeros_like",

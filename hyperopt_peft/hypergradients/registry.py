@@ -11,6 +11,8 @@ from typing import Literal, TypeVar, get_args
 from hyperopt_peft.errors import ProblemError, did_you_mean
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.implicit.function import FunctionSolver, SolverFunction
+from hyperopt_peft.utils import plugins
+from hyperopt_peft.utils.validation import describe_options
 
 #: An estimator, its name with options, or a function (matvec, b) -> v; see `get_estimator`.
 EstimatorLike = str | Estimator | SolverFunction
@@ -32,6 +34,8 @@ class Entry:
 
 
 _ENTRIES: dict[str, Entry] = {}
+#: The entry points by which other distributions add estimators, under their registered names.
+GROUP = "hyperopt_peft.estimators"
 
 
 def register(name: str, *, kind: Kind, tolerance: float | None = None) -> Callable[[E], E]:
@@ -69,6 +73,7 @@ def register(name: str, *, kind: Kind, tolerance: float | None = None) -> Callab
             raise ProblemError(f"{name}: an estimator of kind {kind} must declare its tolerance")
         if "__dataclass_params__" not in vars(estimator):
             dataclass(frozen=True)(estimator)  # in place
+        describe_options(estimator)
         estimator.name = name
         _ENTRIES[name] = Entry(estimator, kind, tolerance)
         return estimator
@@ -82,19 +87,39 @@ def _path(estimator: type) -> tuple[str, str]:
 
 
 def registered() -> dict[str, Entry]:
-    """All registered estimators by name.
+    """All registered estimators by name, those of other distributions included.
+
+    Raises:
+        ProblemError: a distribution with an entry point ``hyperopt_peft.estimators`` cannot be
+            imported.
 
     Example:
         >>> registered()["cg"].kind
         'implicit'
     """
+    for name in plugins.names(GROUP):
+        _entry(name)
     return dict(_ENTRIES)
+
+
+def _entry(name: str) -> Entry:
+    """The estimator ``name``, for which its distribution is imported."""
+    if name not in _ENTRIES:
+        others = plugins.names(GROUP)
+        if name not in others:
+            near = did_you_mean(name, sorted({*_ENTRIES, *others}))
+            raise ProblemError(f"unknown estimator {name!r}{near}")
+        found = plugins.load(GROUP, name, Estimator)
+        if name not in _ENTRIES:
+            raise ProblemError(f"{name!r}: {found.__name__} is registered as {found.name!r}")
+    return _ENTRIES[name]
 
 
 def get_estimator(estimator: EstimatorLike) -> Estimator:
     """The `Estimator` for a name with options, such as ``"cg:steps=40"``, or for a function.
 
-    A function ``(matvec, b) -> v`` becomes a `FunctionSolver`. An estimator is returned unchanged.
+    The name is a registered one, also of another distribution, or ``path/to/file.py:Class``. A
+    function ``(matvec, b) -> v`` becomes a `FunctionSolver`. An estimator is returned unchanged.
 
     Raises:
         ProblemError: the name or an option is unknown, or a value is invalid.
@@ -119,10 +144,12 @@ def get_estimator(estimator: EstimatorLike) -> Estimator:
             "hypergradient: must be a name, an Estimator or a function (matvec, b) -> v, got "
             f"{type(estimator).__name__}"
         )
-    name, _, text = estimator.partition(":")
-    if name not in _ENTRIES:
-        raise ProblemError(f"unknown estimator {name!r}{did_you_mean(name, sorted(_ENTRIES))}")
-    return with_options(_ENTRIES[name].estimator, text)
+    file, colon, rest = estimator.partition(".py:")
+    name, _, text = (rest if colon else estimator).partition(":")
+    if colon:
+        kind: type[Estimator] = plugins.class_in(f"{file}.py", name, Estimator, "hypergradient")
+        return with_options(kind, text)
+    return with_options(_entry(name).estimator, text)
 
 
 def with_options(estimator: type[EstimatorT], text: str) -> EstimatorT:

@@ -13,14 +13,19 @@ from typing import Annotated, Any, Literal, Self, cast, get_type_hints
 
 import torch
 from transformers import TrainingArguments
-from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.engine.step import require_history
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator, get_estimator
 from hyperopt_peft.hypergradients.registry import DEFAULT
 from hyperopt_peft.trainer.over import Combined
-from hyperopt_peft.utils.validation import Bound, NonNegativeFloat, PositiveInt, require_types
+from hyperopt_peft.utils.validation import (
+    Bound,
+    NonNegativeFloat,
+    PositiveInt,
+    option,
+    require_types,
+)
 
 #: The fields of `transformers.TrainingArguments` that change a run's result. A checkpoint and the
 #: run that resumes from it must agree in them. Some are of earlier or later releases.
@@ -76,47 +81,46 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
     #: The arguments class of the trainer that a bilevel trainer extends.
     parents = TrainingArguments
 
-    hypergradient: str = HfArg(
-        default=None, help="hypergradient estimator, with options: cg:steps=5,damping=1.0"
+    hypergradient: str = option(
+        None, help="hypergradient estimator, with options: cg:steps=5,damping=1.0"
     )
-    logging_steps: float = HfArg(default=10, help="steps between log lines, or a share of all")
-    lower_steps: PositiveInt = HfArg(
-        default=None, help="optimizer steps of the lower level for each update of the upper level"
+    logging_steps: float = option(10, help="steps between log lines, or a share of all")
+    lower_steps: PositiveInt = option(
+        None, help="optimizer steps of the lower level for each update of the upper level"
     )
-    upper_learning_rate: NonNegativeFloat = HfArg(
-        default=None, help="peak learning rate of the upper level's variables"
+    upper_learning_rate: NonNegativeFloat = option(
+        None, help="peak learning rate of the upper level's variables"
     )
-    upper_weight_decay: NonNegativeFloat = HfArg(
-        default=None, help="weight decay of the upper level's variables"
+    upper_weight_decay: NonNegativeFloat = option(
+        None, help="weight decay of the upper level's variables"
     )
-    upper_prior: NonNegativeFloat | None = HfArg(
-        default=None,
+    upper_prior: NonNegativeFloat | None = option(
+        None,
         help="weight τ of the upper level's prior, ½·τ·mean‖u − u0‖² with the initial values u0",
     )
-    upper_max_grad_norm: NonNegativeFloat = HfArg(
-        default=None, help="norm to which the hypergradient is clipped; 0 for no clipping"
+    upper_max_grad_norm: NonNegativeFloat = option(
+        None, help="norm to which the hypergradient is clipped; 0 for no clipping"
     )
-    per_device_upper_batch_size: PositiveInt | None = HfArg(
-        default=None,
+    per_device_upper_batch_size: PositiveInt | None = option(
+        None,
         help="upper-level examples per device and batch; by default all of them, if they are few, "
         "in pieces of per_device_train_batch_size, else per_device_train_batch_size",
     )
-    upper_fraction: Annotated[float, Bound(">", 0), Bound("<", 1)] = HfArg(
-        default=None,
-        help="share of train_dataset that the upper level gets if there is no upper_dataset",
+    upper_fraction: Annotated[float, Bound(">", 0), Bound("<", 1)] = option(
+        None, help="share of train_dataset that the upper level gets if there is no upper_dataset"
     )
-    non_finite: Literal["raise", "skip"] = HfArg(
-        default=None,
+    non_finite: Literal["raise", "skip"] = option(
+        None,
         help="on a NaN or infinite loss, gradient or curvature: raise, after writing a checkpoint; "
         "or skip the step, and count it",
     )
-    retrain: Literal["none", "warm", "scratch"] = HfArg(
-        default=None,
+    retrain: Literal["none", "warm", "scratch"] = option(
+        None,
         help="second training after a method's search, on all examples with the upper level "
         "frozen: none; warm, from the end of the search; scratch, from the initial values",
     )
-    retrain_arguments: dict[str, Any] | str | None = HfArg(
-        default=None,
+    retrain_arguments: dict[str, Any] | str | None = option(
+        None,
         help="arguments of the second training that differ, such as "
         '{"learning_rate": 1e-4, "max_steps": 100}',
     )

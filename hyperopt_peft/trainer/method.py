@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
 
@@ -17,7 +19,7 @@ from hyperopt_peft.core.task_level import TaskLevel
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import joined
 from hyperopt_peft.utils.models import trainable
-from hyperopt_peft.utils.validation import require_types
+from hyperopt_peft.utils.validation import describe_options, require_types
 from hyperopt_peft.utils.vector import widened
 
 
@@ -66,6 +68,22 @@ class Method:
     #: Columns of numbers that a level reads and the model does not. ``index``, the row's number in
     #: the user's data, needs no column.
     tags: tuple[str, ...] = ()
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        """Describe the options in the docstring; ProblemError for a name that is close to a hook's.
+
+        A field may have such a name, since it is an option.
+        """
+        super().__init_subclass__(**settings)
+        hooks = [name for name in vars(Method) if not name.startswith("_")]
+        public = {name for name in vars(cls) if not name.startswith("_")}
+        for name in public - {*hooks} - {*inspect.get_annotations(cls)}:
+            words = name.replace("_", "").lower()
+            equal = [hook for hook in hooks if hook.replace("_", "") == words]
+            if near := equal or get_close_matches(name, hooks, 1, 0.85):
+                text = f"is close to the hook {near[0]}, and no hook; rename it"
+                raise ProblemError(f"{cls.__name__}.{name}: {text}")
+        describe_options(cls)
 
     def __post_init__(self) -> None:
         """Raise ProblemError if an option does not have its field's type, within its `Bound`s."""
@@ -172,7 +190,10 @@ class Method:
     def _level(self, rule: Any, model: Any, variables: Any, task_loss: TaskLoss) -> TaskLevel:
         name = f"{type(self).__name__}.{rule.__name__}"
         loss = lambda batch: rule(model, batch, task_loss)  # noqa: E731
-        return TaskLevel(model, variables, task_loss=loss, name=name)
+        level = TaskLevel(model, variables, task_loss=loss, name=name)
+        rows = "upper_dataset" if rule.__name__.startswith("upper") else "train_dataset"
+        level.columns = dict.fromkeys(self.tags, rows)
+        return level
 
     def levels(
         self,

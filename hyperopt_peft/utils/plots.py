@@ -16,6 +16,8 @@ import numpy as np
 
 from hyperopt_peft.errors import ProblemError
 
+__all__ = ["intervals", "level_curves", "lines", "row_groups", "row_scores"]
+
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 BLUE, RED, GREY = COLOURS[0], COLOURS[3], "#999999"
 #: The style of the first six lines, of the next six, and of the last six.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 import os
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from types import UnionType
@@ -39,6 +41,39 @@ PositiveFloat = Annotated[float, Bound(">", 0)]
 NonNegativeFloat = Annotated[float, Bound("≥", 0)]
 Fraction = Annotated[float, Bound("≥", 0), Bound("<", 1)]
 Share = Annotated[float, Bound(">", 0), Bound("≤", 1)]
+
+
+def option(default: Any = MISSING, *, help: str, **settings: Any) -> Any:
+    """The field of a dataclass, with the option's ``help`` for docstring and command line.
+
+    ``settings`` are those of `dataclasses.field`, such as ``default_factory``.
+
+    Example:
+        >>> @dataclass
+        ... class Decay:
+        ...     start: float = option(-6.0, help="u at first")
+        >>> Decay().start
+        -6.0
+    """
+    return field(default=default, metadata={"help": help}, **settings)
+
+
+def describe_options(kind: type) -> None:
+    """Add the section ``Args`` to the docstring of ``kind``, from the ``help`` of its `option`s."""
+    text = inspect.cleandoc(vars(kind).get("__doc__") or "")
+    own = {n: x for n, x in vars(kind).items() if isinstance(x, Field)}  # before @dataclass
+    known: dict[str, Field[Any]] = {**getattr(kind, "__dataclass_fields__", {}), **own}
+    helps = {name: each.metadata.get("help") for name, each in known.items()}
+    lines = [
+        textwrap.fill(f"    {name}: {help}.", 96, subsequent_indent=" " * 8)
+        for name, help in helps.items()
+        if help
+    ]
+    if not (text and lines) or "\nArgs:" in text:
+        return
+    sections = [at for at in (text.find(f"\n{name}:") for name in ("Raises", "Example")) if at > 0]
+    end = min(sections, default=len(text))
+    kind.__doc__ = "\n".join([text[:end].rstrip(), "", "Args:", *lines, text[end:]])
 
 
 def matches(value: Any, hint: Any) -> bool:
@@ -87,7 +122,7 @@ def require_types(
     """
     kind: Any = type(options)
     hints = _hints(kind) | hints
-    for name in [field.name for field in fields(options)] if names is None else names:
+    for name in [each.name for each in fields(options)] if names is None else names:
         if not matches(value := getattr(options, name), hints[name]):
             raise ProblemError(f"{where}{name} must be {type_name(hints[name])}, got {value!r}")
 

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+__version__ = version("hyperopt-peft")
 PACKAGES = """
 hyperopt-peft torch transformers peft accelerate datasets trl bitsandbytes
 """.split()  # noqa: SIM905

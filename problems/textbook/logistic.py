@@ -12,7 +12,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.method import Problem
 from hyperopt_peft.problems.textbook.ridge import standardised
 
 

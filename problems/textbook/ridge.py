@@ -12,7 +12,7 @@ from sklearn.datasets import load_diabetes
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from hyperopt_peft.core.problem import Problem
+from hyperopt_peft.method import Problem
 
 
 class Ridge(Problem):

@@ -11,27 +11,22 @@ import pytest
 from peft import PeftConfig
 
 from hyperopt_peft.cli.main import main
-from hyperopt_peft.problems import METHODS
+from hyperopt_peft.comparison import METHODS
 from tests.support.cli import refused, results_of, run, small_run
 from tests.support.files import rows, write
 
 MINE = '''
 from __future__ import annotations
-from dataclasses import dataclass, field
-from types import MappingProxyType
-from hyperopt_peft import Estimator, Method, register
-from hyperopt_peft.problems.baselines import LoRA
+from dataclasses import dataclass
+from hyperopt_peft.method import Method, option
+from hyperopt_peft.problems import LoRA
 
 @dataclass
 class Mine(Method):
-    """Learns the bias of the head.
+    """Learns the bias of the head."""
 
-    Args:
-        weight: of the squares of the weights.
-    """
-
-    weight: float = 0.1
-    defaults = MappingProxyType({"hypergradient": "direct", "lower_steps": 1})
+    weight: float = option(0.1, help="of the squares of the weights")
+    defaults = {"hypergradient": "direct", "lower_steps": 1}
 
     def upper_variables(self, model):
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -54,9 +49,8 @@ class Unknown(LoRA):
 class Other:
     pass
 '''
-PLUGIN = """
-from hyperopt_peft.hypergradients.unrolled.direct import Direct
-from hyperopt_peft import register
+ESTIMATOR = """
+from hyperopt_peft.hypergradients import Direct, register
 
 @register("mine", kind="direct")
 class Mine(Direct):
@@ -167,7 +161,7 @@ def test_a_class_that_is_no_method_of_the_command_line(
         ({"method": "none.py:Mine"}, "method: none.py is no file of Python"),
         ({"method": "lora", "gamma": 1}, "--gamma: is for bidora.*leave it out"),
         ({"gamma": -1}, "gamma must be finite float ≥ 0"),
-        ({"plugin": "none.py"}, "plugin: none.py is no file of Python"),
+        ({"hypergradient": "none.py:A"}, "hypergradient: none.py is no file of Python"),
         ({"method": "broken"}, "broken.py cannot be imported: Mod"),
     ],
 )
@@ -180,8 +174,8 @@ def test_bad_methods_are_one_line(
     refused(capsys, "train", small_run(tmp_path, **changes), words)
 
 
-def test_a_plugin_registers_an_estimator_first(tmp_path: Path) -> None:
+def test_an_estimator_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "estimators.py"
-    path.write_text(PLUGIN)
-    run("train", **small_run(tmp_path, plugin=path, hypergradient="mine", retrain="none"))
-    run("check", **small_run(tmp_path, plugin=path, dry_run=True, estimators="mine"))
+    path.write_text(ESTIMATOR)
+    run("train", **small_run(tmp_path, hypergradient=f"{path}:Mine", retrain="none"))
+    run("check", **small_run(tmp_path, dry_run=True, estimators=f"{path}:Mine"))

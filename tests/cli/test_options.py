@@ -9,24 +9,24 @@ from typing import Any
 
 import pytest
 from transformers import TrainingArguments
-from transformers.hf_argparser import HfArg
 
 from hyperopt_peft import ProblemError
 from hyperopt_peft.cli import COMMANDS
 from hyperopt_peft.cli.main import main
 from hyperopt_peft.cli.options import flags_of, names_of, parse
 from hyperopt_peft.cli.text.setup import SHARED
+from hyperopt_peft.method import option
 from tests.support.cli import refused
 from tests.support.files import flags
 
 
 @dataclass
 class Options:
-    rate: float = HfArg(default=1.0, help="-")
-    words: list[str] = HfArg(default_factory=lambda: ["a"], help="-")
-    active: bool = HfArg(default=True, help="-")
-    quiet: bool = HfArg(default=False, help="-")
-    name_of_it: str | None = HfArg(default=None, help="-")
+    rate: float = option(1.0, help="-")
+    words: list[str] = option(default_factory=lambda: ["a"], help="-")
+    active: bool = option(True, help="-")
+    quiet: bool = option(False, help="-")
+    name_of_it: str | None = option(None, help="-")
 
     def __post_init__(self) -> None:
         if self.rate < 0:

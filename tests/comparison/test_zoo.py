@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from hyperopt_peft.problems import METHODS, LoRA, find_method
+from hyperopt_peft.comparison import METHODS, find_method
+from hyperopt_peft.problems import LoRA
 from hyperopt_peft.trainer.method import has_upper_level
 from tests.support.comparisons import compared
 from tests.support.trainers import data

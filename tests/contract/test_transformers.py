@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from transformers import Trainer, TrainerCallback
-from transformers.hf_argparser import HfArg
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from hyperopt_peft import BilevelTrainer
@@ -26,7 +25,6 @@ def parameters(function: Any) -> list[str]:
 def test_private_names() -> None:
     assert parameters(Trainer._save_checkpoint) == ["self", "model", "trial"]
     assert (SCHEDULER_NAME, TRAINER_STATE_NAME) == NEEDED
-    assert {"default", "help"} <= set(parameters(HfArg))
 
 
 # What is overridden, with the parameters that a caller gives.

@@ -15,10 +15,10 @@ from typing import Any
 from datasets import ClassLabel, Dataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
 from datasets.utils import logging
-from transformers.hf_argparser import HfArg
 
 from hyperopt_peft.errors import ProblemError, did_you_mean
 from hyperopt_peft.trainer.data import hold_out
+from hyperopt_peft.utils.validation import option
 
 logger = logging.get_logger(__name__)
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -34,14 +34,14 @@ class ExampleData:
 
     _argument_group_name = "data"
 
-    train_file: list[str] | None = HfArg(default=None, help="CSV, TSV, JSON, JSONL or Parquet")
-    dataset: str | None = HfArg(default=None, help="a data set of the hub, or a folder")
-    dataset_config: str | None = HfArg(default=None, help="the data set's configuration")
-    train_split: str = HfArg(default="train", help="the data set's part to train on")
-    upper_file: list[str] | None = HfArg(default=None, help="examples of the upper level")
-    eval_file: list[str] | None = HfArg(default=None, help="files that are never trained on")
-    eval_split: str | None = HfArg(default=None, help="the data set's part to evaluate on")
-    eval_fraction: float = HfArg(default=0.1, help="share to hold out if there is no eval_file")
+    train_file: list[str] | None = option(None, help="CSV, TSV, JSON, JSONL or Parquet")
+    dataset: str | None = option(None, help="a data set of the hub, or a folder")
+    dataset_config: str | None = option(None, help="the data set's configuration")
+    train_split: str = option("train", help="the data set's part to train on")
+    upper_file: list[str] | None = option(None, help="examples of the upper level")
+    eval_file: list[str] | None = option(None, help="files that are never trained on")
+    eval_split: str | None = option(None, help="the data set's part to evaluate on")
+    eval_fraction: float = option(0.1, help="share to hold out if there is no eval_file")
 
     def __post_init__(self) -> None:
         if bool(self.train_file) == bool(self.dataset):
@@ -67,16 +67,16 @@ class ExampleData:
 class DataArguments(ExampleData):
     """The examples and their columns."""
 
-    text_columns: list[str] = HfArg(
+    text_columns: list[str] = option(
         default_factory=lambda: ["text"], help="column with the text or prompt, or two for pairs"
     )
-    label_column: str = HfArg(default="label", help="column with classes, numbers or lists of tags")
-    tokens_column: str = HfArg(default="tokens", help="for token-classification: lists of words")
-    target_column: str | None = HfArg(
-        default=None, help="column with the text to produce: seq2seq, and causal-lm after a prompt"
+    label_column: str = option("label", help="column with classes, numbers or lists of tags")
+    tokens_column: str = option("tokens", help="for token-classification: lists of words")
+    target_column: str | None = option(
+        None, help="column with the text to produce: seq2seq, and causal-lm after a prompt"
     )
-    corrections: list[str] | None = HfArg(default=None, help="suspects.csv with corrected labels")
-    max_length: int = HfArg(default=128, help="tokens in an example; longer ones are cut")
+    corrections: list[str] | None = option(None, help="suspects.csv with corrected labels")
+    max_length: int = option(128, help="tokens in an example; longer ones are cut")
 
     def columns(self, task: str) -> list[str]:
         """The columns that ``task`` reads."""

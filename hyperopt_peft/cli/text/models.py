@@ -13,11 +13,11 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
-from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 from hyperopt_peft.cli.text.tasks import Task, TaskName
 from hyperopt_peft.errors import ProblemError, did_you_mean
+from hyperopt_peft.utils.validation import option
 
 ALL_LINEAR = "all-linear"
 #: The names of classification heads, which PEFT trains in full.
@@ -30,20 +30,20 @@ class ModelArguments:
 
     _argument_group_name = "model and adapter"
 
-    model: str = HfArg(help="the base model: a local folder or a hub name")
-    task: TaskName = HfArg(help="the task to learn; sft trains with TRL")
-    tokenizer: str | None = HfArg(default=None, help="the tokenizer; the model's if not given")
-    dtype: Literal["float32", "bfloat16", "auto"] = HfArg(
-        default="float32", help="number format of the base model; auto: as saved"
+    model: str = option(help="the base model: a local folder or a hub name")
+    task: TaskName = option(help="the task to learn; sft trains with TRL")
+    tokenizer: str | None = option(None, help="the tokenizer; the model's if not given")
+    dtype: Literal["float32", "bfloat16", "auto"] = option(
+        "float32", help="number format of the base model; auto: as saved"
     )
-    load_in_4bit: bool = HfArg(default=False, help="load the base model in NF4, by bitsandbytes")
-    rank: int = HfArg(default=8, help="rank r of the adapter B·A")
-    alpha: int = HfArg(default=16, help="LoRA's alpha; the scale of B·A is alpha / rank")
-    dropout: float = HfArg(default=0.0, help="dropout on the adapter's input")
-    target_modules: list[str] = HfArg(
+    load_in_4bit: bool = option(False, help="load the base model in NF4, by bitsandbytes")
+    rank: int = option(8, help="rank r of the adapter B·A")
+    alpha: int = option(16, help="LoRA's alpha; the scale of B·A is alpha / rank")
+    dropout: float = option(0.0, help="dropout on the adapter's input")
+    target_modules: list[str] = option(
         default_factory=lambda: [ALL_LINEAR], help="modules to adapt, by names or the ends of names"
     )
-    modules_to_save: list[str] | None = HfArg(default=None, help="modules to train in full")
+    modules_to_save: list[str] | None = option(None, help="modules to train in full")
 
     def __post_init__(self) -> None:
         if self.load_in_4bit and self.task not in ("causal-lm", "sft"):
@@ -124,10 +124,10 @@ def adapter_config(model: Any, args: ModelArguments, task: Task) -> LoraConfig:
     """The LoRA of the options for ``model``, which a method may change."""
     modules = [name for name, _ in model.named_modules() if name]
     endings = {name.rpartition(".")[2] for name in modules}
-    for option in ("target_modules", "modules_to_save"):
-        for name in getattr(args, option) or []:
+    for given in ("target_modules", "modules_to_save"):
+        for name in getattr(args, given) or []:
             if name != ALL_LINEAR and not any(f".{each}".endswith(f".{name}") for each in modules):
-                raise ProblemError(f"{option}: no module {name!r}{did_you_mean(name, endings)}")
+                raise ProblemError(f"{given}: no module {name!r}{did_you_mean(name, endings)}")
     whole = args.target_modules == [ALL_LINEAR]
     heads = (*HEADS, *(args.modules_to_save or []))
     trained = [x for x in heads if any(name.endswith(x) for name in modules)]  # as PEFT finds them

@@ -29,8 +29,8 @@ from hyperopt_peft.cli.text.encode import Encoder, class_names, warn_of_one_clas
 from hyperopt_peft.cli.text.models import ModelArguments
 from hyperopt_peft.cli.text.sft import Conversations, sft_trainer
 from hyperopt_peft.cli.text.tasks import SFT, TASKS, Task
+from hyperopt_peft.comparison.find import find_method
 from hyperopt_peft.errors import NonFiniteError, ProblemError
-from hyperopt_peft.problems.find import find_method, import_file
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.data import shared_rows
 from hyperopt_peft.trainer.method import Method
@@ -63,8 +63,6 @@ def choose(
     ``method`` replaces the option ``method``; names in ``besides`` are ignored.
     """
     given, _ = divided(name, argv)
-    for file in given.get("plugin", ()):  # before the name of an estimator is read
-        import_file(file, "plugin")
     method = method or (given.get("method") or [kind.__dataclass_fields__["method"].default])[-1]
     types: tuple[Any, ...] = SHARED
     if given.get("task") == [SFT]:

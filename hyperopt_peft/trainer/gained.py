@@ -1,4 +1,4 @@
-"""A penalty beside a loss, and the base of methods that learn gains of LoRA layers."""
+"""The base of methods that learn gains of LoRA layers."""
 
 from __future__ import annotations
 
@@ -8,27 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from hyperopt_peft.adapters.gains import gain_variables, gained_layers, squares
+from hyperopt_peft.adapters.regularizers import regularised
 from hyperopt_peft.core.problem import TaskLoss
-from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.method import Method
-from hyperopt_peft.utils.distributed import is_sharded
-
-
-def regularised(task: Any, weight: float, penalty: Callable[[Any], Tensor], model: Any) -> Any:
-    """L + weight·penalty(model), with both terms as metrics; L alone where ``weight`` is 0.
-
-    Raises:
-        ProblemError: FSDP2 shards the model.
-    """
-    if weight == 0:
-        return task
-    if is_sharded(*model.parameters()):
-        raise ProblemError(
-            "penalty: it reads parameters outside of the model's forward pass, where FSDP2 has "
-            "shards only; set its weight to 0, or train without FSDP2"
-        )
-    value = penalty(model)
-    return {"loss": task + weight * value, "task_loss": task, "penalty": value}
 
 
 class Gained(Method):

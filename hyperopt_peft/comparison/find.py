@@ -1,0 +1,56 @@
+"""Methods by name, as the command line and comparisons have them."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+from hyperopt_peft import problems
+from hyperopt_peft.errors import ProblemError, did_you_mean
+from hyperopt_peft.trainer.method import Method
+from hyperopt_peft.utils import plugins
+
+#: The entry points by which other distributions add methods.
+GROUP = "hyperopt_peft.methods"
+#: The classes of our methods by name, such as ``layer_scales`` for `LayerScales`.
+METHODS = {
+    re.sub("(?<=[a-z])(?=[A-Z][a-z]{2})", "_", made).lower(): made
+    for made in vars(problems)["__all__"]
+    if made != "Head"
+}
+
+
+def find_method(spec: str) -> type[Method]:
+    """The class of the method ``spec``.
+
+    Args:
+        spec: a name of `METHODS`; the name of an entry point ``hyperopt_peft.methods`` of another
+            distribution; or ``path/to/file.py:Class``.
+
+    Raises:
+        ProblemError: an unknown name, a file or a distribution that cannot be imported, or no
+            `Method` in it.
+
+    Example:
+        >>> find_method("bidora")(gamma=1e-5)
+        BiDoRA(gamma=1e-05, norm_grad='full', fast_dora=True, paper=False)
+        >>> find_method("bidorra")
+        Traceback (most recent call last):
+        ...
+        hyperopt_peft.errors.ProblemError: method: unknown 'bidorra'; did you mean 'bidora'?
+    """
+    path, colon, name = f"{spec}{':' * spec.endswith('.py')}".rpartition(":")
+    others = plugins.names(GROUP)
+    found: type[Method]
+    if colon:
+        found = plugins.class_in(path, name, Method, "method")
+    elif spec in METHODS:
+        if spec in others:
+            warnings.warn(f"method: {spec!r} is ours, not an entry point's of it", stacklevel=2)
+        found = getattr(problems, METHODS[spec])
+    elif spec in others:
+        found = plugins.load(GROUP, spec, Method)
+    else:
+        near = did_you_mean(spec, [*METHODS, *others])
+        raise ProblemError(f"method: unknown {spec!r}{near}")
+    return found
