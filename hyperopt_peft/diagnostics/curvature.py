@@ -114,16 +114,12 @@ def spectrum(
     """
     require_count("lanczos_steps", lanczos_steps, least=1)
     oracle = open_oracle(upper, lower, upper_batch=upper_batch, lower_batch=lower_batch, seed=seed)
+    start = random_like(lower.variables, seed)
     with oracle.open():
-        if not lower.nested:
-            with suppress(ProblemError):  # f has no second derivative
-                return _ends(oracle, "exact", lanczos_steps, seed)
-        return _ends(oracle, "difference", lanczos_steps, seed)
-
-
-def _ends(oracle: Oracle, product: ProductKind, steps: int, seed: int) -> Spectrum:
-    with oracle.product(product) as second:
-        return lanczos(second.hessian, random_like(oracle.lower.variables, seed), steps)
+        with suppress(ProblemError), oracle.product("exact") as product:  # there may be none
+            return lanczos(product.hessian, start, lanczos_steps)
+        with oracle.product("difference") as product:
+            return lanczos(product.hessian, start, lanczos_steps)
 
 
 def random_like(variables: Any, seed: int) -> Vector:

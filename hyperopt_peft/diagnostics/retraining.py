@@ -166,7 +166,7 @@ class Retraining(Estimator):
         losses = []
         for step in range(self.steps):
             if step == self.steps // 2:
-                losses.append(_upper_loss(oracle))
+                losses.append(replace(oracle).upper_gradient.evaluation.loss)
             gradient = oracle.lower_parts()
             size = norm(part for part in gradient if part is not None)
             factor = 1.0 if self.lr else lower.clipping(size)
@@ -174,7 +174,8 @@ class Retraining(Estimator):
                 copy.grad = None if part is None else factor * part
             optimizer.step()
             assign_(lower.variables, copies)
-        return torch.tensor([*losses, _upper_loss(oracle)], dtype=torch.float64)
+        losses.append(replace(oracle).upper_gradient.evaluation.loss)
+        return torch.tensor(losses, dtype=torch.float64)
 
     def _optimizer(self, lower: Problem, copies: Sequence[Tensor]) -> Optimizer:
         """An optimizer over ``copies``: gradient descent, or a copy of the level's optimizer."""
@@ -189,11 +190,6 @@ class Retraining(Estimator):
         for state in twin.state.values():
             state.update({k: widened(x) for k, x in state.items() if isinstance(x, Tensor)})
         return twin
-
-
-def _upper_loss(oracle: Oracle) -> float:
-    """F at the current variables."""
-    return replace(oracle).upper_gradient.evaluation.loss
 
 
 def random_directions(like: Vector, count: int) -> list[Vector]:

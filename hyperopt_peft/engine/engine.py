@@ -186,8 +186,7 @@ class Engine:
             ProblemError: ``state`` is incomplete, or belongs to other levels or settings; nothing
                 has changed.
         """
-        if not isinstance(state, Mapping) or (missing := ENTRIES - state.keys()):
-            missing = missing if isinstance(state, Mapping) else ENTRIES
+        if missing := ENTRIES - (state.keys() if isinstance(state, Mapping) else set()):
             raise ProblemError(
                 f"state: the entries {sorted(missing)} are missing; use a state of an Engine"
             )

@@ -330,10 +330,9 @@ def _without_reducers() -> Iterator[None]:
             module.require_backward_grad_sync = False
             silenced.append(module)
 
-    hook = nn.modules.module.register_module_forward_pre_hook(silence)
     try:
-        yield
+        with nn.modules.module.register_module_forward_pre_hook(silence):
+            yield
     finally:
-        hook.remove()
         for module in silenced:
             module.require_backward_grad_sync = True

@@ -23,6 +23,7 @@ from torch.distributed.tensor.placement_types import Placement
 from hyperopt_peft.utils.autograd import HALF
 
 K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -84,20 +85,20 @@ def mean(
 
 def averages(values: Mapping[K, float]) -> dict[K, float]:
     """The mean of each value over the processes that have the value."""
-    if world_size() == 1:
-        return dict(values)
-    gathered: list[dict[K, float]] = [{}] * world_size()
-    dist.all_gather_object(gathered, dict(values))
-    return means(gathered)
+    return means(_of_all(dict(values)))
 
 
 def union(keys: Iterable[K]) -> list[K]:
     """The keys of all processes, in one order for all processes."""
-    gathered: list[list[K]] = [list(keys)]
-    if world_size() > 1:
-        here, gathered = gathered[0], [[]] * world_size()
-        dist.all_gather_object(gathered, here)
-    return list(dict.fromkeys(key for part in gathered for key in part))
+    return list(dict.fromkeys(key for part in _of_all(list(keys)) for key in part))
+
+
+def _of_all(value: T) -> list[T]:
+    """The ``value`` of each process."""
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def means(parts: Sequence[Mapping[K, float]]) -> dict[K, float]:
@@ -224,11 +225,8 @@ def seen_parameters() -> Iterator[list[Tensor]]:
         if shards(module):
             sharded.extend(p for p in module.parameters() if is_sharded(p))
 
-    hook = nn.modules.module.register_module_forward_pre_hook(see)
-    try:
+    with nn.modules.module.register_module_forward_pre_hook(see):
         yield sharded
-    finally:
-        hook.remove()
 
 
 def totals(values: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:

@@ -103,7 +103,8 @@ def rounds_activations(module: nn.Module) -> bool:
     still count, since on GPUs they round in training too.
     """
     weight = module._parameters.get("weight")  # torchao's layers have no class of their own
-    return _rounds_by_class(type(module)) or (
+    kind: Any = type(module)
+    return _rounds_by_class(kind) or (
         getattr(weight, "act_quant_kwargs", None) is not None
         or type(weight).__name__ == "LinearActivationQuantizedTensor"
     )

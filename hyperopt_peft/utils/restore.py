@@ -59,11 +59,10 @@ def preserve_state(
     grads = [variable.grad for variable in variables]
     for variable in variables:
         variable.grad = None
-    hook = nn.modules.module.register_module_forward_pre_hook(buffers.see)
     try:
-        yield buffers
+        with nn.modules.module.register_module_forward_pre_hook(buffers.see):
+            yield buffers
     finally:
-        hook.remove()
         buffers.restore()
         for variable, grad in zip(variables, grads, strict=True):
             variable.grad = grad

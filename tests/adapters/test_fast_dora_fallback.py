@@ -26,21 +26,6 @@ from tests.support.adapted_models import (
 )
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_trained_base_weight_or_bias_gets_its_gradient(bias: bool) -> None:
-    options = {"bias": "all"} if bias else {}
-    model, x = randomise(wrap(Single(nn.Linear(4, 5).double()), **options)), tokens(20)
-    if not bias:
-        adapted_layer(model).get_base_layer().weight.requires_grad_()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert len(trained) == 4
-    gradients = []
-    for prepare in (set_norm_grad, use_fast_dora):
-        prepare(model)
-        gradients.append(torch.autograd.grad(model(x).sin().sum(), trained))
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-11, atol=1e-11)
-
-
 @pytest.mark.parametrize("everywhere", [False, True])
 def test_a_hook_on_the_base_layer_is_honoured(everywhere: bool) -> None:
     model, x = randomise(single()), tokens(3)
@@ -85,34 +70,37 @@ def test_weights_that_are_elsewhere_at_the_time_keep_the_forward_of_peft() -> No
         torch.testing.assert_close(model(x).as_subclass(Tensor), expected)
 
 
-def test_a_backward_hook_on_the_base_layer_is_honoured() -> None:
-    model, x = randomise(single()), tokens(20)
-    layer = adapted_layer(model).get_base_layer()
-    seen: list[Tensor] = []
-    layer.register_full_backward_hook(lambda _module, _in, out: seen.append(out[0].clone()))
-    gradients = []
-    for prepare in (set_norm_grad, use_fast_dora):
-        prepare(model)
+def slopes(model: PeftModel, x: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of all that is trained."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 4
+    return torch.autograd.grad(model(x).sin().sum(), trained)
+
+
+def of_base_weight(model: PeftModel, x: Tensor) -> tuple[Tensor, ...]:
+    adapted_layer(model).get_base_layer().weight.requires_grad_()
+    return slopes(model, x)
+
+
+def in_a_hook(model: PeftModel, x: Tensor) -> Tensor:
+    """What a backward hook of the base layer gets."""
+    layer, seen = adapted_layer(model).get_base_layer(), []
+    with layer.register_full_backward_hook(lambda _module, _in, out: seen.append(out[0].clone())):
         model(x.clone().requires_grad_()).sin().sum().backward()
-        gradients.append(seen.pop())
-        assert not seen
-    torch.testing.assert_close(gradients[1], gradients[0])
+    (found,) = seen
+    return found
 
 
-def test_transforms_of_functions() -> None:
-    model, x = randomise(single()), tokens(3)[0]
+def transformed(model: PeftModel, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A Jacobian in B and a map over tokens, by transforms of functions."""
     name = "base_model.model.layer.lora_B.default.weight"
     b = {name: model.get_parameter(name)}
 
     def outputs(values: dict[str, Tensor], x: Tensor) -> Tensor:
         return functional_call(model, values, (x,))
 
-    results = []
-    for prepare in (set_norm_grad, use_fast_dora):
-        prepare(model)
-        results.append(torch.func.jacrev(outputs)(b, x)[name])
-        results.append(torch.func.vmap(outputs, (None, 0))(b, x))
-    torch.testing.assert_close(results[2:], results[:2])
+    jacobian = torch.func.jacrev(outputs)(b, x[0])[name]
+    return jacobian, torch.func.vmap(outputs, (None, 0))(b, x[0])
 
 
 def directional(model: PeftModel, x: Tensor) -> tuple[Tensor, ...]:
@@ -124,10 +112,17 @@ def directional(model: PeftModel, x: Tensor) -> tuple[Tensor, ...]:
         return forward_ad.unpack_dual(y)
 
 
-def test_forward_mode_derivatives() -> None:
-    model, x = randomise(single()), tokens(3)
-    expected = directional(set_norm_grad(model), x)
-    torch.testing.assert_close(directional(use_fast_dora(model), x), expected)
+@pytest.mark.parametrize(
+    ("observe", "options"),
+    [
+        (slopes, {"bias": "all"}),
+        *((each, {}) for each in (of_base_weight, in_a_hook, transformed, directional)),
+    ],
+)
+def test_what_needs_plain_operations_has_them(observe: Any, options: dict[str, Any]) -> None:
+    model, x = randomise(wrap(Single(nn.Linear(4, 5).double()), **options)), tokens(20)
+    expected = observe(set_norm_grad(model), x)
+    torch.testing.assert_close(observe(use_fast_dora(model), x), expected, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.skipif(not hasattr(helpers, "DoraCaching"), reason="of PEFT 0.19")

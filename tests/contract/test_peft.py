@@ -7,17 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import helpers
 from peft.tuners.lora import dora
-from peft.tuners.lora import layer as lora
 from peft.utils import constants
 from torch import nn
 
 from hyperopt_peft.adapters import peft_internals
 from hyperopt_peft.cli.text.models import HEADS
-from tests.support.adapted_models import KINDS, Single, adapted_layer, layer_input, single, wrap
+from tests.support.adapted_models import KINDS, adapted_layer, layer_input, single
 
 cached = pytest.mark.skipif(not hasattr(helpers, "DoraCaching"), reason="of PEFT 0.19")
 
@@ -37,30 +35,7 @@ def test_lora_variant_holds_the_variant_of_a_dora_layer(kind: str) -> None:
     assert not peft_internals.variants(adapted_layer(single(kind, use_dora=False)))
 
 
-def test_parts_of_a_layer() -> None:
-    layer = adapted_layer(single())
-    for name in ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector"):
-        assert isinstance(getattr(layer, name), nn.ModuleDict), name
-    assert layer.scaling == {"default": 1.5} and layer.r == {"default": 2}
-    assert layer.active_adapters == ["default"] and layer.merged_adapters == []
-    assert layer.lora_A["default"].weight.shape == (2, 4)
-    assert layer.lora_magnitude_vector["default"].weight.shape == (5,)
-    embedding = adapted_layer(single("embedding"))
-    assert embedding.lora_embedding_A["default"].shape == (2, 7)
-
-
-def test_embed_and_get_embed_scale_of_an_embedding() -> None:
-    assert parameters(lora.Embedding._get_embed_scale) == ["self"]
-    assert parameters(lora.Embedding._embed)[:3] == ["self", "input", "weight"]
-    layer: Any = adapted_layer(single("embedding"))
-    assert layer._get_embed_scale() is None
-    table = torch.randn(7, 3)
-    assert torch.equal(layer._embed(torch.tensor([6, 2]), table), table[[6, 2]])
-
-
-def test_names_and_bases() -> None:
-    for kind in ("conv1d", "conv2d", "conv3d"):
-        assert adapted_layer(single(kind)).conv_fn is getattr(nn.functional, kind)
+def test_the_names_of_heads() -> None:
     assert set(constants.SEQ_CLS_HEAD_NAMES) == set(HEADS)
 
 
@@ -85,11 +60,3 @@ def test_hf_hook_marks_what_accelerate_has_placed() -> None:
     assert not peft_internals.is_placed(module)
     add_hook_to_module(module, ModelHook())
     assert "forward" in vars(module) and peft_internals.is_placed(module)
-
-
-def test_the_name_of_a_parameter() -> None:
-    """Heads, magnitudes and factors are found by these in saved adapters and checkpoints."""
-    model = wrap(Single(nn.Linear(4, 5)))
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    parts = [f"lora_{part}.default.weight" for part in ("A", "B", "magnitude_vector")]
-    assert names == [f"base_model.model.layer.{part}" for part in parts]

@@ -90,19 +90,12 @@ def test_a_record_tells_the_step() -> None:
     }
 
 
-def solve(matvec: Any, b: Tensor) -> Tensor:
-    """A solver of one's own: H⁻¹ b by the columns of H."""
-    return torch.linalg.solve(torch.stack([matvec(row) for row in torch.eye(len(b)).to(b)]), b)
-
-
-@pytest.mark.parametrize("estimator", ["exact", solve])
-def test_the_step_is_along_the_hypergradient(estimator: Any) -> None:
-    """Also with a function as the solver."""
+def test_the_step_is_along_the_hypergradient() -> None:
     upper, lower = program(0).levels()
     expected = hypergradient(upper, lower, "exact")
     lower.optimizer.param_groups[0]["lr"] = 0.0
     before = [u.detach().clone() for u in upper.variables]
-    Engine(upper, lower, estimator, progress=False).run(1)
+    Engine(upper, lower, "exact", progress=False).run(1)
     for u, start, h in zip(upper.variables, before, expected, strict=True):
         torch.testing.assert_close(u, start - 0.05 * h)
 

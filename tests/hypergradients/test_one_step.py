@@ -3,14 +3,11 @@
 import pytest
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam
+from torch.optim import SGD
 from torch.optim.lr_scheduler import ExponentialLR
 
 from hyperopt_peft import Engine, ProblemError, hypergradient
-from hyperopt_peft.core.problem import StepRecord
-from hyperopt_peft.hypergradients import Vector
-from hyperopt_peft.hypergradients.unrolled.optimizer_step import DifferentiableStep
-from tests.support.optimizers import BATCHES, f, make_levels, start, upper_f
+from tests.support.optimizers import f, make_levels, start, upper_f
 from tests.support.quadratic import flat, program
 
 
@@ -68,27 +65,3 @@ def test_in_training_the_product_is_taken_where_the_last_lower_step_began(tensor
     b = torch.autograd.grad(upper_f(w, u), w)
     mixed = torch.autograd.grad(at_start, u, b)
     torch.testing.assert_close(actual, flat(direct) - 0.2 * flat(mixed), rtol=1e-9, atol=1e-12)
-
-
-def test_the_diagonal_of_adam_is_its_closed_form() -> None:
-    """D = lr·[(1−β1)/(c1(s+eps)) − (m/c1)(1−β2)g / (c2·s·(s+eps)²)], in the third step."""
-    lr, (beta1, beta2), eps = 0.05, (0.8, 0.95), 1e-6
-    w, u = start()
-    made = Adam(w, lr=lr, betas=(beta1, beta2), eps=eps)
-    _, lower = make_levels(made, w, u)
-    for _ in range(2):
-        lower.step(lower.gradient(lower.next_batch(), w).gradient)
-    snapshot = lower.optimizer_snapshot(with_state=True)
-    gradient = lower.gradient(BATCHES[2], w).gradient
-    step = StepRecord(BATCHES[2], None, tuple(w), gradient, None, snapshot)
-    b = Vector(torch.randn_like(x) for x in w)
-    _, actual, _, _ = DifferentiableStep(lower, snapshot).vjp(step, b)
-    c1, c2 = 1 - beta1**3, 1 - beta2**3
-    for x, g, v, along in zip(w, gradient, b, actual, strict=True):
-        state = made.state[x]
-        m = beta1 * state["exp_avg"] + (1 - beta1) * g
-        s = ((beta2 * state["exp_avg_sq"] + (1 - beta2) * g * g) / c2).sqrt()
-        of_root = (m / c1) * (1 - beta2) * g / (c2 * s * (s + eps) ** 2)
-        first = (1 - beta1) / (c1 * (s + eps))
-        rounding = 100 * torch.finfo(x.dtype).eps * lr * (first + of_root.abs()) * v.abs()
-        assert bool(((along + lr * (first - of_root) * v).abs() <= rounding).all())

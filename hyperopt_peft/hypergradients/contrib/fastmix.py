@@ -65,11 +65,8 @@ class FastMix(Estimator):
             if torch.is_grad_enabled() and output.requires_grad:
                 output.register_hook(partial(add, args[0].detach().to(output.dtype)))
 
-        handle = layer.register_forward_hook(tap)
-        try:
+        with layer.register_forward_hook(tap):
             oracle.upper_gradient  # noqa: B018
-        finally:
-            handle.remove()
         if not total:
             raise ProblemError(f"{oracle.lower.name}: the upper loss {UNCALLED}; {ADVICE}")
         return Dots(oracle.lower, {layer: (distributed.average(total[0]), None)})

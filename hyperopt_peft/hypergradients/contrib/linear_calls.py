@@ -129,8 +129,5 @@ def linear_calls(variables: Sequence[Tensor]) -> Iterator[LinearCalls]:
     """Record the linear maps of forward and backward passes in the body."""
     # With a hook, layers that are one autograd function (`use_fast_dora`) run PyTorch's operations.
     hook = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: None)
-    try:
-        with LinearCalls(variables) as calls:
-            yield calls
-    finally:
-        hook.remove()
+    with hook, LinearCalls(variables) as calls:
+        yield calls
