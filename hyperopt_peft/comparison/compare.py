@@ -71,8 +71,9 @@ def compare_methods(
 ) -> Comparison:
     """Train each method with equally many passes, and score all on the same test rows.
 
-    A pass is one forward and backward over a training batch; each run has ``passes`` of them,
-    upper batches, estimators and second phases included, to one step; rates decay by passes.
+    A pass is one forward and backward over as many rows as a lower step has, and a product of
+    second derivatives is two. Each run ends with its ``passes``, to one step, upper batches,
+    estimators and second phases included; learning rates decay by passes.
     The rates of each method have the best mean score on rows held out from the training rows, with
     other seeds than the reported ones. Each method with an upper level has two ablations: its upper
     variables frozen, and all variables in one level on all rows. A method whose search is followed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
@@ -46,7 +47,13 @@ class Comparison:
 
     def scores(self, name: str, kind: Kind = "method") -> list[float]:
         """The score of each reported seed."""
-        return self.store.scores(self.plan.runs_of(self.store, name, kind))
+        return [result["score"] for result in self.reported[name, kind]]
+
+    @cached_property
+    def reported(self) -> dict[tuple[str, Kind], list[Result]]:
+        """The reported runs of each method and ablation."""
+        runs = {each: self.plan.runs_of(self.store, *each) for each in self.plan.candidates()}
+        return {each: [self.store.results[run] for run in of] for each, of in runs.items()}
 
     def recommendation(self) -> str:
         """The method of the best mean score, and how far the next one is behind it.
@@ -79,9 +86,6 @@ class Comparison:
         first = self.plan.candidates()[0]
         return "" if (name, kind) == first else str(self.difference((name, kind), first))
 
-    def _results(self, name: str, kind: Kind = "method") -> list[Result]:
-        return [self.store.results[run] for run in self.plan.runs_of(self.store, name, kind)]
-
     @property
     def first(self) -> str:
         """The method that the others are compared with."""
@@ -91,8 +95,7 @@ class Comparison:
         """The scores: heads, then a row for each method and each ablation."""
         spent = ["rate", "upper rate", "passes"] if self.passes else []
         rows = [["method", self.metric, f"− {self.first}", *spent, "seconds", "MB"]]
-        for name, kind in self.plan.candidates():
-            results = self._results(name, kind)
+        for (name, kind), results in self.reported.items():
             means = {key: fmean(r[key] for r in results) for key in ("passes", "seconds")}
             spent = [*_rates(results[0]), f"{means['passes']:.1f}"] if self.passes else []
             score = Verdict(self.scores(name, kind)).shown()
@@ -172,7 +175,7 @@ class Comparison:
                     f"{name}: a lower level at its minimum absorbs the upper variables; what moves "
                     "them is the path to it or the decay of an optimizer"
                 )
-            results = self._results(name)
+            results = self.reported[name, "method"]
             change = max(result["finish"] for result in results)
             if change > 1e-3:
                 found.append(
@@ -187,8 +190,7 @@ class Comparison:
     def spent(self) -> list[Row]:
         """The passes of each method, by use; means over seeds."""
         rows: list[Row] = []
-        for name, kind in self.plan.candidates():
-            results = self._results(name, kind)
+        for (name, kind), results in self.reported.items():
             means = {key: fmean(r["spent"][key] for r in results) for key in results[0]["spent"]}
             rows = rows or [["method", *means]]
             rows.append([name + ABLATIONS[kind], *(f"{x:.1f}" for x in means.values())])

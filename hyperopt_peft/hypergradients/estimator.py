@@ -86,7 +86,8 @@ class Estimator(ABC):
     def cost(self) -> int | None:
         """The number of passes of one lower and one upper step; None if unknown.
 
-        First and second backward passes count; a forward pass counts with its backward pass.
+        A pass is one forward and one backward over as many rows as a lower step has. A product of
+        second derivatives counts as two passes.
         """
         return None
 

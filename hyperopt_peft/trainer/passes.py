@@ -18,7 +18,7 @@ from hyperopt_peft.utils.models import hook_calls
 class PassCounter(TrainerCallback):
     """Counts the passes and seconds of a training; both phases of a method are one training.
 
-    A pass is one forward and one backward over as many rows as a lower step has on this process.
+    A pass is one forward and one backward over as many rows as a lower step has, on this process.
     The forward is a third of a pass, and the first backward through the model the rest; a loss
     whose gradient stays above the model's outputs counts a third. A further backward over the same
     graph is a product of second derivatives, which also runs through the first one's graph: two

@@ -74,7 +74,3 @@ class SAMA(OneStep):
         gradient = (lower.clipping(above.norm) * above.b).parts
         step = StepRecord(None, RandomState({}), lower.variables, gradient, None, snapshot)
         return optimizer.vjp(step, above.b)[1]
-
-    def cost(self) -> int:
-        """As `OneStep`, and a backward pass through the optimizer's step."""
-        return super().cost() + 1

@@ -76,8 +76,11 @@ class Solver(Estimator):
         return Requirements(second_derivatives=exact, differences=not exact)
 
     def products_cost(self, products: int) -> int:
-        """The passes of F, f, ``products`` Hessian-vector products and one mixed product."""
-        return 4 + (1 if self.product == "exact" else 2) * products
+        """The passes of F, f, ``products`` Hessian-vector products and one mixed product.
+
+        An exact product differentiates twice, on one graph of f; a difference has two gradients.
+        """
+        return (5 if self.product == "exact" else 4) + 2 * products
 
     def rounding(self, b: Vector) -> float:
         """The relative error of a product: δ, or δ^(2/3) for a difference (`default_epsilon`)."""
