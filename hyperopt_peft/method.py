@@ -1,15 +1,7 @@
 """All that a file with a method imports: ``from hyperopt_peft.method import Method, option, …``.
 
-Every name of this module is public, and our own methods (the folder ``problems/`` of the
-repository) import no others:
-
-    the class            Method, Gained, TaskLoss, option, Bound, NonNegativeFloat, …
-    levels of your own   Problem, TaskLevel, WeightedRows, GaussianPrior
-    rows and labels      INDEX, WEIGHT, IGNORED, joined, require_examples, label_counts, …
-    gains of layers      add_gains, gained_layers, gain_variables, remove_gains, keep_terms, …
-    adapters             lora_layers, factors, split_parameters, use_fast_dora, regularised, …
-
-Names are imported on first use.
+Our own methods, the folder ``problems/`` of the repository, import no other tools. Names are
+imported on first use.
 """
 
 from typing import TYPE_CHECKING
@@ -38,7 +30,6 @@ if TYPE_CHECKING:
     from hyperopt_peft.core.examples import WeightedRows as WeightedRows
     from hyperopt_peft.core.labels import WEIGHT as WEIGHT
     from hyperopt_peft.core.labels import require_labels as require_labels
-    from hyperopt_peft.core.labels import row_losses as row_losses
     from hyperopt_peft.core.logits import IGNORED as IGNORED
     from hyperopt_peft.core.logits import losses_of_logits as losses_of_logits
     from hyperopt_peft.core.prior import GaussianPrior as GaussianPrior
@@ -61,7 +52,6 @@ if TYPE_CHECKING:
     from hyperopt_peft.utils.models import trainable as trainable
     from hyperopt_peft.utils.validation import Bound as Bound
     from hyperopt_peft.utils.validation import NonNegativeFloat as NonNegativeFloat
-    from hyperopt_peft.utils.validation import NonNegativeInt as NonNegativeInt
     from hyperopt_peft.utils.validation import PositiveFloat as PositiveFloat
     from hyperopt_peft.utils.validation import PositiveInt as PositiveInt
     from hyperopt_peft.utils.validation import Share as Share

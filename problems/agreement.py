@@ -33,9 +33,7 @@ class Agreement(EqualSources):
     """
 
     log_odds: bool = option(
-        False,
-        help="whether the weight is log(q_k/(1 − q_k)·(C − 1)), as in naive Bayes, by the largest;"
-        " a source below 0 is left out",
+        False, help="weight a source by log(q_k/(1 − q_k)·(C − 1)), from 0, as in naive Bayes"
     )
 
     def read_rows(self, model: Any, rows: Any, collate: Callable[[Sequence[Any]], Any]) -> None:

@@ -62,20 +62,13 @@ class AutoLoRA(Gained):
         {'0': 2}
     """
 
-    threshold: float = option(
-        1.0, help="the least p of a term that remains; a layer's largest always does"
-    )
+    threshold: float = option(1.0, help="least p of a term that remains; a layer's largest does")
     share: Share | None = option(
-        None,
-        help="in place of ``threshold`` the share of terms that remains, with the largest p. The "
-        "run's seed draws among equal ones",
+        None, help="in place of ``threshold`` the share of terms that remains, by p"
     )
     decay: NonNegativeFloat = option(0.0, help="the weight decay of A and B at the lower level")
     choose: Literal["weights", "sizes", "random"] = option(
-        "weights",
-        help="the criterion for the same number of terms: p, or as a control the norm of the "
-        "trained terms, or a draw by the run's seed. With an upper rate of 0 and a ``share`` "
-        "the norm is magnitude pruning of LoRA",
+        "weights", help="what remains: by p, or as a control by the norm of terms, or drawn"
     )
 
     defaults = {"hypergradient": "darts:scheme=forward", "retrain": "scratch"}

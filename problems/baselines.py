@@ -60,9 +60,7 @@ class DoRA(Method):
         True
     """
 
-    fast_dora: bool = option(
-        True, help="whether linear layers run the fast forward pass instead of PEFT's"
-    )
+    fast_dora: bool = option(True, help="linear layers run a fast forward pass, not PEFT's")
 
     def adapter(self, config: Any) -> Any:
         """``config`` with magnitudes."""

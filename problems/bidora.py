@@ -46,19 +46,10 @@ class BiDoRA(Method):
         [(2, 4), (3, 2), (3,)]
     """
 
-    gamma: NonNegativeFloat = option(
-        0.0, help="γ, the weight of the Gram regulariser; the published recipes have 1e-5"
-    )
-    norm_grad: Literal["full", "detach"] = option(
-        "full", help="whether the row norm is in the graph; detach is PEFT's approximation"
-    )
-    fast_dora: bool = option(
-        True, help="whether linear layers run the fast forward pass instead of PEFT's"
-    )
-    paper: bool = option(
-        False,
-        help="whether the default estimator is that of BiDoRA's own code, ``darts`` with ξ = 1",
-    )
+    gamma: NonNegativeFloat = option(0.0, help="γ, of the Gram regulariser; published: 1e-5")
+    norm_grad: Literal["full", "detach"] = option("full", help="detach: a constant norm, as PEFT")
+    fast_dora: bool = option(True, help="linear layers run a fast forward pass, not PEFT's")
+    paper: bool = option(False, help="take the estimator of BiDoRA's code, ``darts`` with ξ = 1")
 
     # As good as the published defaults, darts and an upper step after each lower one, and cheaper
     # (benchmarks/methods).

@@ -52,10 +52,7 @@ class ClassOffsets(Method):
     """
 
     factor: bool = option(False, help="whether a factor 2σ(Δ) of each class's logit is learned too")
-    paper: bool = option(
-        False,
-        help="whether the default estimator, steps and phases are those of AutoBalance's code",
-    )
+    paper: bool = option(False, help="take estimator, steps and phases of AutoBalance's code")
 
     # Neumann steps of size 1, the published ones, diverge where a curvature is above 2.
     defaults = {"hypergradient": "minres:steps=5,damping=1.0", "lower_steps": 4}

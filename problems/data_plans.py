@@ -40,9 +40,7 @@ class EqualSources(Method):
         [0, 1, 0]
     """
 
-    column: str = option(
-        SOURCE, help="the column of the training rows that names the source of each"
-    )
+    column: str = option(SOURCE, help="of the training rows, names the source of each")
 
     tags = (SOURCE,)
 
@@ -110,10 +108,7 @@ class SomeSources(Method):
         [1, 3]
     """
 
-    chosen: list[str] = option(
-        default_factory=list,
-        help="the sources; if empty, the method trains on the trusted rows alone",
-    )
+    chosen: list[str] = option(default_factory=list, help="by default none, the trusted rows alone")
     column: str = option(SOURCE, help="the column that names the source of a row")
 
     def all_rows(self, train: Any, upper: Any) -> Any:

@@ -48,13 +48,10 @@ class RowWeights(Method):
     """
 
     keep: Share | None = option(
-        None,
-        help="the share of rows, by largest weight, on which the second phase trains with equal "
-        "weights; None for all rows with their learned weights",
+        None, help="share of rows, by weight, that train at last; None: all, with their weights"
     )
     form: Literal["sigmoid", "softmax"] = option(
-        "sigmoid",
-        help='v of u; "softmax" moves the weights of all rows in each step, not of its batch alone',
+        "sigmoid", help="v of u; softmax moves the weights of all rows in each step"
     )
 
     tags = (INDEX,)

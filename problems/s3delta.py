@@ -63,14 +63,10 @@ class S3Delta(Method):
     share: Annotated[float, Bound(">", 0), Bound("<", 1)] = option(
         0.5, help="the share of the adapter's parameters that remains"
     )
-    beta: PositiveFloat = option(
-        1.0, help="β. If it is small, gates are near 0 and 1 and have small derivatives"
-    )
+    beta: PositiveFloat = option(1.0, help="β; if small, gates are near 0 and 1, with small slopes")
     sampled: bool = option(True, help="whether gates are drawn in training")
     choose: Literal["gates", "sizes", "random"] = option(
-        "gates",
-        help="the criterion for the layers that remain: p, or as a control the norm of the trained"
-        " p·BA, or a draw. The run's seed draws among equal gates",
+        "gates", help="what remains: by p, or as a control by the norm of p·BA, or drawn"
     )
 
     defaults = {"hypergradient": "darts:xi=lr", "upper_learning_rate": 0.1, "retrain": "scratch"}

@@ -59,7 +59,7 @@ class SEAL(RowWeights):
     """
 
     keep: Share | None = option(0.8, help="the share of rows, by weight, that trains at last")
-    form: Literal["sigmoid", "softmax"] = option("softmax", help="v of u")
+    form: Literal["sigmoid", "softmax"] = option("softmax", help="v of u; see `RowWeights`")
     trust: Annotated[float, Bound("≥", 0), Bound("≤", 1)] = option(0.97, help="c, from 0 to 1")
 
     # The estimator is part of the method.

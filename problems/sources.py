@@ -65,13 +65,10 @@ class Sources(EqualSources):
     """
 
     prior: float | None = option(
-        None,
-        help="τ. By default K/(8n) for n trusted rows: exp(−n·(F + prior)), with F their mean "
-        "loss, is then a posterior whose prior has the variance 8 a logit",
+        None, help="τ; by default K/(8n) for n trusted rows, a variance of 8 a logit"
     )
     form: Literal["softmax", "softplus"] = option(
-        "softmax",
-        help='"softmax" is p of u; "softplus" is the v of DreamPRM, and p_k is v_k·n_k by its sum',
+        "softmax", help="p of u; softplus: v of DreamPRM, and p_k is v_k·n_k by its sum"
     )
     paper: Literal["scalebio", "fastmix", "dreamprm"] | None = option(
         None, help="whose estimator and steps are the defaults; `published` sets form and prior too"

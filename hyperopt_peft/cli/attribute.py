@@ -51,9 +51,7 @@ class AttributeArguments(OutputArguments):
     )
     check: int = option(0, help="retrainings without random rows that check the scores")
     slices: str | None = option(None, help="an evaluation column, whose values get scores")
-    suspects: int | None = option(
-        None, help="folds of the search for wrong labels; 5 for classes by a head, else 0"
-    )
+    suspects: int | None = option(None, help="folds of the search for wrong labels; 5 for a head")
     why: list[str] | None = option(None, help="files with rows to explain by training rows")
     retrain_without: float | None = option(None, help="share of the worst rows to leave out")
     test_file: list[str] | None = option(None, help="rows that judge retrain_without")

@@ -40,9 +40,7 @@ class CheckArguments(RunArguments):
         help="estimators with options, or none; by default direct, darts, neumann, and cg and "
         "minres with a damping by the measured spectrum",
     )
-    reference: str = option(
-        "retraining:steps=20,directions=4", help="an estimator, or retraining with options"
-    )
+    reference: str = option("retraining:steps=20,directions=4", help="an estimator, or retraining")
 
     def __post_init__(self) -> None:
         get_reference(self.reference)

@@ -27,26 +27,20 @@ SAME = ("folds", "passes", "seeds", "development", "rates", "upper_rates", "jobs
 class CompareArguments(OutputArguments):
     """The methods, the budget and the seeds."""
 
-    methods: list[str] = option(
-        default_factory=lambda: [*METHODS], help="the others are compared with the first"
-    )
+    methods: list[str] = option(default_factory=lambda: [*METHODS], help="compared with the first")
     score_model: Literal["adapter", "head"] = option(
         "adapter", help="what is trained, or a linear head on the base model's features"
     )
     folds: int | None = option(None, help="folds of upper_file, which replace eval_file")
     passes: float = option(300.0, help="batches sent forward and backward in each run")
-    seeds: list[int] | None = option(
-        None, help="of the start, split and order of examples; five, or one a fold"
-    )
+    seeds: list[int] | None = option(None, help="of start, split and order; five, or one a fold")
     development: list[int] = option(
         default_factory=lambda: [100, 101, 102],
         help="seeds of the runs that choose the rates, on held-out training rows",
     )
     rates: list[float] = option(default_factory=lambda: [*RATES], help="learning rates to try")
     upper_rates: list[float] = option(default_factory=lambda: [*UPPER_RATES], help="upper rates")
-    frozen_dropout: bool = option(
-        True, help="keep dropout in frozen lower layers; else they are computed once"
-    )
+    frozen_dropout: bool = option(True, help="keep dropout in frozen layers; else computed once")
     jobs: int = option(1, help="processes")
     run: str = option("1/1", help="K/N: the K-th of N parts, of a job array, say")
 

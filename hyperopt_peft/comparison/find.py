@@ -21,15 +21,10 @@ METHODS = {
 
 
 def find_method(spec: str) -> type[Method]:
-    """The class of the method ``spec``.
-
-    Args:
-        spec: a name of `METHODS`; the name of an entry point ``hyperopt_peft.methods`` of another
-            distribution; or ``path/to/file.py:Class``.
+    """The class of the method ``spec``: a name of `METHODS`, an entry point or ``file.py:Class``.
 
     Raises:
-        ProblemError: an unknown name, a file or a distribution that cannot be imported, or no
-            `Method` in it.
+        ProblemError: an unknown name, a failed import, or no `Method` there.
 
     Example:
         >>> find_method("bidora")(gamma=1e-5)

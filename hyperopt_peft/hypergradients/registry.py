@@ -87,11 +87,7 @@ def _path(estimator: type) -> tuple[str, str]:
 
 
 def registered() -> dict[str, Entry]:
-    """All registered estimators by name, those of other distributions included.
-
-    Raises:
-        ProblemError: a distribution with an entry point ``hyperopt_peft.estimators`` cannot be
-            imported.
+    """All registered estimators by name, those of other distributions too; see `get_estimator`.
 
     Example:
         >>> registered()["cg"].kind

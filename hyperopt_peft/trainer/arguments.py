@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast, get_type_hints
 
@@ -81,26 +81,13 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
     #: The arguments class of the trainer that a bilevel trainer extends.
     parents = TrainingArguments
 
-    hypergradient: str = option(
-        None, help="hypergradient estimator, with options: cg:steps=5,damping=1.0"
-    )
+    hypergradient: str = option(None, help="estimator, with options: cg:steps=5,damping=1.0")
     logging_steps: float = option(10, help="steps between log lines, or a share of all")
-    lower_steps: PositiveInt = option(
-        None, help="optimizer steps of the lower level for each update of the upper level"
-    )
-    upper_learning_rate: NonNegativeFloat = option(
-        None, help="peak learning rate of the upper level's variables"
-    )
-    upper_weight_decay: NonNegativeFloat = option(
-        None, help="weight decay of the upper level's variables"
-    )
-    upper_prior: NonNegativeFloat | None = option(
-        None,
-        help="weight τ of the upper level's prior, ½·τ·mean‖u − u0‖² with the initial values u0",
-    )
-    upper_max_grad_norm: NonNegativeFloat = option(
-        None, help="norm to which the hypergradient is clipped; 0 for no clipping"
-    )
+    lower_steps: PositiveInt = option(None, help="lower-level steps for each upper step")
+    upper_learning_rate: NonNegativeFloat = option(None, help="the upper level's peak rate")
+    upper_weight_decay: NonNegativeFloat = option(None, help="the upper level's decay")
+    upper_prior: NonNegativeFloat | None = option(None, help="τ of the prior ½·τ·mean‖u − u0‖²")
+    upper_max_grad_norm: NonNegativeFloat = option(None, help="longest hypergradient; 0: any")
     per_device_upper_batch_size: PositiveInt | None = option(
         None,
         help="upper-level examples per device and batch; by default all of them, if they are few, "
@@ -124,9 +111,8 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         help="arguments of the second training that differ, such as "
         '{"learning_rate": 1e-4, "max_steps": 100}',
     )
-    restore_callback_states_from_checkpoint: bool = field(
-        default=True,
-        metadata={"help": "whether callbacks, such as early stopping, resume with their state"},
+    restore_callback_states_from_checkpoint: bool = option(
+        True, help="callbacks, such as early stopping, resume with their state"
     )
 
     #: Whether printed lines have norms and rates too; no field, since it is an option of a command.

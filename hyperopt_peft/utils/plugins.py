@@ -18,16 +18,9 @@ def names(group: str) -> list[str]:
 
 
 def load(group: str, name: str, kind: type) -> Any:
-    """The subclass of ``kind`` that the entry point ``name`` names.
-
-    Raises:
-        ProblemError: several distributions have the name; the import fails; there is no such class.
-    """
-    first, *others = entry_points(group=group, name=name)
+    """The subclass of ``kind`` that the entry point ``name`` names, of the first distribution."""
+    first, *_ = entry_points(group=group, name=name)
     owner = first.dist.name if first.dist else first.value
-    for other in others:
-        if other.value != first.value:
-            raise ProblemError(f"{name!r}: {owner} and {other.value} have it; uninstall one")
     try:
         found = first.load()
     except Exception as error:
@@ -39,11 +32,7 @@ def load(group: str, name: str, kind: type) -> Any:
 
 
 def class_in(file: str, name: str, kind: type, option: str) -> Any:
-    """The subclass ``name`` of ``kind`` in ``file``; errors name ``option``.
-
-    Raises:
-        ProblemError: no such file or class, or the file cannot be imported.
-    """
+    """The subclass ``name`` of ``kind`` in ``file``; errors name ``option``."""
     every = vars(import_file(file, option))
     known = {k: x for k, x in every.items() if isinstance(x, type) and issubclass(x, kind)}
     if name not in known:

@@ -6,6 +6,7 @@ import inspect
 import math
 import operator
 import os
+import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -64,16 +65,11 @@ def describe_options(kind: type) -> None:
     own = {n: x for n, x in vars(kind).items() if isinstance(x, Field)}  # before @dataclass
     known: dict[str, Field[Any]] = {**getattr(kind, "__dataclass_fields__", {}), **own}
     helps = {name: each.metadata.get("help") for name, each in known.items()}
-    lines = [
-        textwrap.fill(f"    {name}: {help}.", 96, subsequent_indent=" " * 8)
-        for name, help in helps.items()
-        if help
-    ]
-    if not (text and lines) or "\nArgs:" in text:
-        return
-    sections = [at for at in (text.find(f"\n{name}:") for name in ("Raises", "Example")) if at > 0]
-    end = min(sections, default=len(text))
-    kind.__doc__ = "\n".join([text[:end].rstrip(), "", "Args:", *lines, text[end:]])
+    described = (f"    {name}: {help}." for name, help in helps.items() if help)
+    lines = [textwrap.fill(x, 96, subsequent_indent=" " * 8) for x in described]
+    if text and lines and "\nArgs:" not in text:
+        before, heading, rest = re.split(r"(\n(?:Raises|Example):|\Z)", text, maxsplit=1)
+        kind.__doc__ = "\n".join([before.rstrip(), "", "Args:", *lines, heading + rest])
 
 
 def matches(value: Any, hint: Any) -> bool:

@@ -73,7 +73,7 @@ class DataArguments(ExampleData):
     label_column: str = option("label", help="column with classes, numbers or lists of tags")
     tokens_column: str = option("tokens", help="for token-classification: lists of words")
     target_column: str | None = option(
-        None, help="column with the text to produce: seq2seq, and causal-lm after a prompt"
+        None, help="the text to produce, or after a causal-lm prompt"
     )
     corrections: list[str] | None = option(None, help="suspects.csv with corrected labels")
     max_length: int = option(128, help="tokens in an example; longer ones are cut")
