@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from hyperopt_peft.problems.data_plans import EqualSources as EqualSources
     from hyperopt_peft.problems.data_plans import SomeSources as SomeSources
     from hyperopt_peft.problems.find import find_method as find_method
-    from hyperopt_peft.problems.head import Head as Head
     from hyperopt_peft.problems.layer_decay import LayerDecay as LayerDecay
     from hyperopt_peft.problems.layer_scales import LayerScales as LayerScales
     from hyperopt_peft.problems.row_weights import RowWeights as RowWeights
@@ -54,7 +53,7 @@ METHODS = {
     "trusted_repeated": ("baselines", "TrustedRepeated"),
 }
 _MODULES = {made: f"problems.{module}" for module, made in METHODS.values()}
-_MODULES |= {"Head": "problems.head", "find_method": "problems.find"}
+_MODULES["find_method"] = "problems.find"
 _MODULES["TaskLevel"] = "core.task_level"
 __all__ = ["METHODS", *_MODULES]
 

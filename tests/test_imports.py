@@ -18,15 +18,17 @@ ALLOWED = {
     "diagnostics": LEVELS,
     "adapters": {"errors", "utils"},
     "trainer": LEVELS | {"engine", "adapters"},
-    "problems": LEVELS | {"engine", "adapters", "trainer"},
-    "attribution": LEVELS | {"engine", "adapters", "trainer", "problems"},
-    "comparison": LEVELS | {"engine", "adapters", "trainer", "problems"},
+    "heads": LEVELS | {"engine", "trainer"},
+    "problems": LEVELS | {"engine", "adapters", "trainer", "heads"},
+    "attribution": LEVELS | {"engine", "adapters", "trainer", "heads"},
+    "comparison": LEVELS | {"engine", "adapters", "trainer", "heads", "problems"},
     "cli": LEVELS
-    | {"engine", "diagnostics", "adapters", "trainer", "problems", "attribution", "comparison", ""},
+    | {"engine", "diagnostics", "adapters", "trainer", "heads", "problems", "attribution"}
+    | {"comparison", ""},
 }
 # The rooms that may import a library. GPT-2's Conv1D, a layer that PEFT adapts, is transformers's.
 LIBRARIES = {
-    "transformers": {"trainer", "problems", "attribution", "comparison", "cli"},
+    "transformers": {"trainer", "heads", "problems", "attribution", "comparison", "cli"},
     "transformers.pytorch_utils": {"adapters"},
     "peft": {"adapters", "problems", "comparison", "cli"},
 }

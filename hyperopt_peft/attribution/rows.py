@@ -15,11 +15,8 @@ from hyperopt_peft.core.labels import label_weights, labels_are_shifted, row_los
 from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.step import MicroBatch
-from hyperopt_peft.trainer.tags import without
+from hyperopt_peft.trainer.tags import INDEX, without
 from hyperopt_peft.utils.random_state import RandomState
-
-#: The entry of a batch with the number of each row.
-ROW = "attribution_row"
 
 
 class NumberedRows(Dataset[Any]):
@@ -27,13 +24,13 @@ class NumberedRows(Dataset[Any]):
 
     def __init__(self, data: Any) -> None:
         self.data = data
-        self.column_names = [*getattr(data, "column_names", ()), ROW]
+        self.column_names = [*getattr(data, "column_names", ()), INDEX]
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        return {**self.data[row], ROW: row}
+        return {**self.data[row], INDEX: row}
 
 
 class ModelOnRows:
@@ -41,7 +38,7 @@ class ModelOnRows:
 
     Args:
         precision: returns a context for the model's passes.
-        tags: entries of a batch, besides `ROW`, that the model does not read.
+        tags: entries of a batch, besides `INDEX`, that the model does not read.
     """
 
     def __init__(
@@ -50,7 +47,7 @@ class ModelOnRows:
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
         tags: Sequence[str] = (),
     ) -> None:
-        self.model, self.precision, self.tags = model, precision, (*tags, ROW)
+        self.model, self.precision, self.tags = model, precision, (*tags, INDEX)
 
     def losses(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """`row_losses` in the model's precision, without dropout."""

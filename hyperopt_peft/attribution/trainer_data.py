@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 from transformers.utils import logging
 
-from hyperopt_peft.attribution.rows import ROW, NumberedRows
+from hyperopt_peft.attribution.rows import NumberedRows
 from hyperopt_peft.core.labels import require_labels
 from hyperopt_peft.core.logits import as_numbers
 from hyperopt_peft.errors import ProblemError
@@ -25,7 +25,7 @@ from hyperopt_peft.trainer.data import (
     require_unseen,
     shared_rows,
 )
-from hyperopt_peft.trainer.tags import InOrder, TagCollator
+from hyperopt_peft.trainer.tags import INDEX, InOrder, TagCollator
 from hyperopt_peft.trainer.upper_batches import loader_of
 
 logger = logging.get_logger(__name__)
@@ -41,7 +41,7 @@ class TrainerData:
         of_retraining: likewise, for a method to choose from in its second phase.
         groups: the numbers of the evaluation rows in each slice.
         shown: the columns of the training and of the evaluation rows to show.
-        collate: makes a batch from a list of rows, with their numbers as `ROW`.
+        collate: makes a batch from a list of rows, with their numbers as `INDEX`.
 
     Raises:
         ProblemError: all evaluation rows are training rows; there is no column ``slices``.
@@ -77,7 +77,8 @@ class TrainerData:
             self.groups.setdefault(str(value), []).append(row)
         self.shown = _shown(self.train), _shown(evaluation)
         loader = loader_of(trainer, trainer.train_dataset, "train_dataset")
-        self.collate = TagCollator(InOrder(loader.collate_fn), (*getattr(trainer, "tags", ()), ROW))
+        tags = {*getattr(trainer, "tags", ()), INDEX}
+        self.collate = TagCollator(InOrder(loader.collate_fn), sorted(tags))
 
     @property
     def shares(self) -> dict[str, float]:
@@ -107,12 +108,17 @@ def _rows_of_levels(trainer: Any) -> tuple[Any, Any, tuple[Any, Any], tuple[Any,
     lower, upper = trainer._rows
     if upper is None:
         given, reads = lower, {*columns_read(lower, lower, trainer._row_columns)}
-        numbered = given.add_column(ROW, list(range(len(given))))
+        numbered = _with_index(given, range(len(given)))
         halves = data_of_levels(numbered, None, trainer.args, True, reads)
-        numbers = [half[ROW][:] for half in halves]
+        numbers = [half[INDEX][:] for half in halves]
     else:
         given = joined(train_dataset=lower, upper_dataset=upper)
         numbers = [list(range(len(lower))), list(range(len(lower), len(given)))]
+    if INDEX in trainer.method.tags and given[INDEX][:] != [*range(len(given))]:
+        raise ProblemError(
+            f"rows: {type(trainer.method).__name__} reads the numbers of rows, and its rows() "
+            "leaves some out or moves them; give it the rows that it keeps"
+        )
     levels = []
     for name, of_level in zip(("train_dataset", "upper_dataset"), numbers, strict=True):
         rows = read_rows(trainer, getattr(trainer, name), name)
@@ -121,17 +127,25 @@ def _rows_of_levels(trainer: Any) -> tuple[Any, Any, tuple[Any, Any], tuple[Any,
                 f"{name}: the trainer left {len(of_level) - len(rows)} rows out, so the others "
                 "cannot be numbered; remove these rows first"
             )
-        levels.append(rows.add_column(ROW, of_level))
+        levels.append(_with_index(rows, of_level))
     everything = joined(train_dataset=levels[0], upper_dataset=levels[1])
     everything = everything.select(np.argsort([*numbers[0], *numbers[1]]))
     both = levels[0], levels[1]
     return given, everything, both, both if upper is not None else (everything, None)
 
 
+def _with_index(rows: Any, numbers: Sequence[int]) -> Any:
+    """``rows`` with ``numbers`` as `INDEX`, in place of a column that no level reads."""
+    rows = rows.remove_columns(INDEX) if INDEX in rows.column_names else rows
+    return rows.add_column(INDEX, list(numbers))
+
+
 def _numbered_rows(trainer: Any, data: Any, name: str) -> NumberedRows:
     """The rows of `read_rows` with their numbers, once they are checked."""
     require_examples(name, data, by_index=True)
     check_rows(trainer.model, data, {"data_collator": trainer.data_collator})
+    if _reads(trainer) is None and INDEX in data[0]:
+        raise ProblemError(f"{INDEX}: this name is reserved for row numbers; rename the column")
     return NumberedRows(read_rows(trainer, data, name))
 
 
