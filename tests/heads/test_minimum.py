@@ -47,7 +47,7 @@ def test_held_out_rows_have_trained_no_head_that_predicts_them() -> None:
 
 def test_a_penalty_at_an_end_of_the_grid_is_said(caplog: pytest.LogCaptureFixture) -> None:
     head = Head(5, 3, dtype=torch.float64)
-    choose_l2(head, features(300, noise=0.3))
+    choose_l2(head, features(300))
     assert not caplog.text
     choose_l2(head, features(60, noise=100.0))
     assert "λ = 10 is the largest one tried" in caplog.text
