@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt_peft.attribution.rows import ModelOnRows, NumberedRows, classes_of_rows
+from hyperopt_peft.attribution.rows import ModelOnRows, NumberedRows, TrainerData, classes_of_rows
 from hyperopt_peft.attribution.run import Training
 from hyperopt_peft.attribution.scores import Evaluation, Trained
 from hyperopt_peft.attribution.trainer import require_trainer
-from hyperopt_peft.attribution.trainer_data import TrainerData
 from hyperopt_peft.heads.features import Features, features_of
 from hyperopt_peft.heads.head import Head, head_of, require_head
 from hyperopt_peft.heads.minimum import choose_l2, end_of_grid, gram_of, level_of, solve

@@ -8,8 +8,8 @@ from typing import Any, Never
 import torch
 from torch import Tensor, nn
 
+from hyperopt_peft.attribution.rows import TrainerData
 from hyperopt_peft.attribution.run import ParameterUpdate, Run
-from hyperopt_peft.attribution.trainer_data import TrainerData
 from hyperopt_peft.core.examples import WeightedRows
 from hyperopt_peft.core.labels import WEIGHT
 from hyperopt_peft.errors import NonFiniteError

@@ -17,10 +17,9 @@ from transformers import Trainer, enable_full_determinism, set_seed
 
 from hyperopt_peft.adapters import peft_internals
 from hyperopt_peft.attribution.recorder import RecordedTrainer, method_of
-from hyperopt_peft.attribution.rows import ModelOnRows, classes_of_rows
+from hyperopt_peft.attribution.rows import ModelOnRows, TrainerData, classes_of_rows
 from hyperopt_peft.attribution.run import ParameterUpdate, Run
 from hyperopt_peft.attribution.scores import Evaluation, Trained
-from hyperopt_peft.attribution.trainer_data import TrainerData
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.checks import require_mean_over_labels
@@ -49,11 +48,12 @@ def trained_by_trainer(
     *,
     twice: bool,
     progress: bool,
-    **run: Any,
+    **options: Any,
 ) -> Trained:
     """Train what ``trainer`` trains, and return its run and Φ; see `attribute`.
 
-    ``twice`` says whether the training loss is differentiated twice; ``run`` has options of `Run`.
+    ``twice`` says whether the training loss is differentiated twice; ``options`` are
+    of `Run`.
     """
     require_attributable(trainer)
     data = TrainerData(trainer, evaluation, slices)
@@ -66,18 +66,14 @@ def trained_by_trainer(
     with TemporaryDirectory(prefix="attribution-") as folder:  # apart from the user's checkpoints
         changes = {"remove_unused_columns": False, "disable_tqdm": not progress}
         args = quiet(trainer.args, folder, BilevelTrainingArguments, **changes)
-        runner = RecordedTrainer(trainer, args, data, run, twice=twice)
+        runner = RecordedTrainer(trainer, args, data, options, twice=twice)
         if random_state is not None:
             random_state.restore()
         runner.train()
-    assert runner.run is not None
-    runner.run.settings["seconds"] = runner.passes.read()["seconds"]
+    run = runner.run
+    assert run is not None
+    run.settings["seconds"] = runner.passes.read()["seconds"]
     trainer.state.global_step, trainer.state.epoch = runner.state.global_step, runner.state.epoch
-    return replace(_trained(runner, runner.run, data), progress=progress)
-
-
-def _trained(runner: RecordedTrainer, run: Run, data: TrainerData) -> Trained:
-    """``run``, and Φ at its end."""
     method = method_of(runner)
     model = ModelOnRows(runner.model, runner.compute_loss_context_manager, runner.tags)
     slices = {
@@ -85,7 +81,6 @@ def _trained(runner: RecordedTrainer, run: Run, data: TrainerData) -> Trained:
         for name, rows in data.groups.items()
     }
     final = method.lower(runner.model, partial(runner.task_loss, training=False))
-
     enlarged = len(run.levels) == 1 and not method.tags
     return Trained(
         run,
@@ -99,6 +94,7 @@ def _trained(runner: RecordedTrainer, run: Run, data: TrainerData) -> Trained:
         labels=classes_of_rows(data.batches(data.train_rows)),
         logits=lambda: model.of_labels(data.batches(data.evaluation_rows)),
         columns=data.shown[0],
+        progress=progress,
     )
 
 

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from hyperopt_peft.attribution.head import HeadTraining, train_head
 from hyperopt_peft.attribution.reasons import Reason, Reasons
+from hyperopt_peft.attribution.rows import TrainerData
 from hyperopt_peft.attribution.scores import (
     HEAD_ESTIMATOR,
     Evaluation,
@@ -29,7 +30,6 @@ from hyperopt_peft.attribution.trainer import (
     require_trainer,
     trained_by_trainer,
 )
-from hyperopt_peft.attribution.trainer_data import TrainerData
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.heads.features import Features
 from hyperopt_peft.utils.models import base_model

@@ -124,10 +124,8 @@ def held_out_losses(head: Head, features: Features, progress: bool = False) -> T
     """
     features, head = sampled(features).to(dtype=torch.float32), deepcopy(head).float()
     rows = features.row.unique()
-    parts = [
-        tuple(features.select(each).batch() for each in fold)
-        for fold in folds_of(rows, min(FOLDS, len(rows)))
-    ]
+    folds = folds_of(rows, min(FOLDS, len(rows)))
+    parts = [[features.select(each) for each in fold] for fold in folds]
     variables, losses = (head.weight, head.bias), list[Tensor]()
     points: list[Any] = [[x.detach().clone() for x in variables] for _ in parts]  # one per fold
     gram = gram_of(features, head.config.num_labels)
@@ -135,19 +133,15 @@ def held_out_losses(head: Head, features: Features, progress: bool = False) -> T
         level, held_out = level_of(head, l2=l2), []
         for (train, others), point in zip(parts, points, strict=True):
             assign_(variables, point)
-            solve(level, train, tolerance=ROUGHLY, gram=gram, l2=l2)
+            solve(level, train.batch(), tolerance=ROUGHLY, gram=gram, l2=l2)
             point[:] = [x.detach().clone() for x in variables]
             with torch.no_grad():
-                held_out.append(row_losses(head, without_index(others))[0])
+                batch = {"features": others.x, "labels": others.labels}
+                held_out.append(row_losses(head, batch)[0])
         losses.append(torch.cat(held_out).double())
         if losses[-1].mean() > highest(losses):
             break
     return torch.stack(losses)
-
-
-def without_index(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a `Head` reads of ``batch``."""
-    return {name: x for name, x in batch.items() if name != INDEX}
 
 
 def highest(losses: Sequence[Tensor]) -> float:

@@ -17,7 +17,7 @@ from hyperopt_peft import (
     ProblemError,
     attribute,
 )
-from hyperopt_peft.attribution.trainer_data import TrainerData
+from hyperopt_peft.attribution.rows import TrainerData
 from hyperopt_peft.core.task_level import TaskLevel
 from hyperopt_peft.problems import DoRA, LayerScales
 from hyperopt_peft.trainer.tags import INDEX

@@ -100,3 +100,15 @@ def test_the_trainer_and_its_model_stay(tmp_path: Path) -> None:
     assert torch.allclose(again.scores, result.scores)
     require_equal(watched.model, unchanged.model, 0.0)
     assert watched.state.global_step == 0
+
+
+def test_a_column_index_of_the_user_stays_apart(tmp_path: Path) -> None:
+    """It is not read, or refused where the user's collator may read it."""
+    rows, found = data(rows=14), []
+    for train in (rows, rows.add_column("index", range(100, 114))):
+        watched = trainer(tmp_path, train_dataset=train)
+        found.append(attribute(watched, model="head", progress=False).scores)
+    assert torch.equal(*found)
+    watched.args.remove_unused_columns = False
+    with pytest.raises(ProblemError, match="index: this name is reserved for row numbers"):
+        attribute(watched, model="head")
