@@ -30,7 +30,7 @@ from benchmarks.measure import show
 from benchmarks.pages import RESULTS
 from benchmarks.store import Row, Store
 from hyperopt_peft import BilevelTrainingArguments, compare_methods, problems
-from hyperopt_peft.comparison.heads import OnFeatures
+from hyperopt_peft.heads import Head, OnFeatures
 
 TASKS = ("movies", "questions")
 SEEDS, TRUSTED, TESTS = range(5), (20, 60), 500
@@ -84,9 +84,9 @@ def measured(x: torch.Tensor, labels: list[int], cell: Draw) -> dict[str, Any]:
     """The losses on the folds and the test accuracy of every mixture."""
     sources, *both = cell
     rows = [(row, label, name) for name, pairs in sources.items() for row, label in pairs]
-    columns = zip(("head_row", "labels", "source"), map(list, zip(*rows)), strict=True)
+    columns = zip(("features", "labels", "source"), map(list, zip(*rows)), strict=True)
     trusted, test = (
-        Dataset.from_dict({"head_row": each, "labels": [labels[row] for row in each]})
+        Dataset.from_dict({"features": each, "labels": [labels[row] for row in each]})
         for each in both
     )
     others = {name: [each for each in sources if each != name] for name in sources}
@@ -101,7 +101,7 @@ def measured(x: torch.Tensor, labels: list[int], cell: Draw) -> dict[str, Any]:
         "weights by log odds of agreement": problems.Agreement(log_odds=True),
         "learned weights": problems.Sources(),
     }
-    head, args = problems.Head(x.shape[1], max(labels) + 1), BilevelTrainingArguments("unused")
+    head, args = Head(x.shape[1], max(labels) + 1), BilevelTrainingArguments("unused")
     options: dict[str, Any] = {"train_dataset": Dataset.from_dict(dict(columns)), "model": "head"}
     options |= {"upper_dataset": trusted, "compute_metrics": accuracy, "progress": False}
     judged: dict[str, dict[str, Any]] = {"loss": {"folds": 5}}

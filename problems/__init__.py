@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from hyperopt_peft.problems.class_priors import TunedAdjustment as TunedAdjustment
     from hyperopt_peft.problems.data_plans import EqualSources as EqualSources
     from hyperopt_peft.problems.data_plans import SomeSources as SomeSources
-    from hyperopt_peft.problems.head import Head as Head
     from hyperopt_peft.problems.layer_decay import LayerDecay as LayerDecay
     from hyperopt_peft.problems.layer_scales import LayerScales as LayerScales
     from hyperopt_peft.problems.row_weights import RowWeights as RowWeights

@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt_peft.engine import lbfgs
-from hyperopt_peft.method import ProblemError, WeightedRows, option, without
+from hyperopt_peft.heads import Head, features_of, level_of, solve
+from hyperopt_peft.method import ProblemError, option, without
 from hyperopt_peft.problems.data_plans import SOURCE, TRUSTED, EqualSources
-from hyperopt_peft.problems.features import features_of
-from hyperopt_peft.problems.head import Head, l2_penalty
 
 
 @dataclass
@@ -45,10 +43,8 @@ class Agreement(EqualSources):
         if self.names[-1] != TRUSTED or numbers:
             raise ProblemError("upper_dataset: Agreement needs trusted rows, and a class a row")
         made, classes = made.standardized(), max(2, 1 + int(made.labels.max()))
-        head, size = Head(made.x.shape[1], classes), len(self.names)
-        level = WeightedRows(head, lambda batch: torch.ones(len(batch["labels"])))
-        level.prior = l2_penalty()
-        lbfgs(level, made.select((source == size - 1).nonzero()[:, 0]).batch())
+        head, size = Head(made.x.shape[1], classes, dtype=made.x.dtype), len(self.names)
+        solve(level_of(head), made.select((source == size - 1).nonzero()[:, 0]).batch())
         right = head(made.x).logits.argmax(1) == made.labels
         counts = source.bincount(minlength=size) + classes
         q = ((source[right].bincount(minlength=size) + 1) / counts)[:-1]

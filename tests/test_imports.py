@@ -22,15 +22,17 @@ ALLOWED = {
     "adapters": {"errors", "utils"},
     "trainer": LEVELS | {"engine", "adapters"},
     "method": LEVELS | {"engine", "adapters", "trainer"},
-    "problems": LEVELS | {"engine", "adapters", "trainer", "method"},
-    "attribution": LEVELS | {"engine", "adapters", "trainer", "problems"},
-    "comparison": LEVELS | {"engine", "adapters", "trainer", "problems"},
+    "heads": LEVELS | {"engine", "trainer"},
+    "problems": LEVELS | {"engine", "adapters", "trainer", "method", "heads"},
+    "attribution": LEVELS | {"engine", "adapters", "trainer", "heads"},
+    "comparison": LEVELS | {"engine", "adapters", "trainer", "heads", "problems"},
     "cli": LEVELS
-    | {"engine", "diagnostics", "adapters", "trainer", "problems", "attribution", "comparison", ""},
+    | {"engine", "diagnostics", "adapters", "trainer", "heads", "problems", "attribution"}
+    | {"comparison", ""},
 }
 # The rooms that may import a library. GPT-2's Conv1D, a layer that PEFT adapts, is transformers's.
 LIBRARIES = {
-    "transformers": {"trainer", "problems", "attribution", "comparison", "cli"},
+    "transformers": {"trainer", "heads", "problems", "attribution", "comparison", "cli"},
     "transformers.pytorch_utils": {"adapters"},
     "peft": {"adapters", "problems", "comparison", "cli"},
 }
@@ -79,7 +81,6 @@ def test_arrows_point_down(room: str) -> None:
 #: The modules whose ``__all__`` is public; "" is the root.
 PUBLIC = {"", "adapters", "attribution", "comparison", "core", "diagnostics", "engine", "errors"}
 PUBLIC |= {"heads", "hypergradients", "method", "problems", "utils.plots"}
-HEADS = {"features.py", "head.py"}  # infrastructure, which moves to a room of its own
 
 
 def documents() -> list[tuple[str, str]]:
@@ -95,7 +96,7 @@ def documents() -> list[tuple[str, str]]:
             cells = [x for x in json.loads(text)["cells"] if x["cell_type"] == "code"]
             text = "\n".join("".join(cell["source"]) for cell in cells)
         found.append((str(path.relative_to(ROOT)), re.sub("^%.*$", "", text, flags=re.M)))
-    methods = [path for path in ROOT.glob("problems/**/*.py") if path.name not in HEADS]
+    methods = ROOT.glob("problems/**/*.py")
     return found + [(str(path.relative_to(ROOT)), path.read_text()) for path in methods]
 
 
@@ -112,8 +113,7 @@ def test_what_our_methods_and_pages_import_is_public(path: str, code: str) -> No
             module = str(node.module).removeprefix("hyperopt_peft").removeprefix(".")
             names = {x.name for x in node.names}
             if re.fullmatch(r"problems\.\w+(\.\w+)?", module):
-                moving = f"{module.rpartition('.')[2]}.py" in HEADS
-                neighbours = of_methods or moving or module.startswith("problems.textbook")
+                neighbours = of_methods or module.startswith("problems.textbook")
                 assert neighbours and not any(name.startswith("_") for name in names)
             elif (of_methods, module) != (True, "utils.lazy"):  # the package's own list of names
                 modules = {x.rpartition(".")[2] for x in PUBLIC if x.rpartition(".")[0] == module}

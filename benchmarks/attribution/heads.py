@@ -31,12 +31,16 @@ from benchmarks.measure import show
 from benchmarks.pages import RESULTS
 from benchmarks.store import Row, Store, opened, run_parser
 from hyperopt_peft.attribution import Attribution
-from hyperopt_peft.attribution.estimators import HEAD_ESTIMATOR, parse_estimator
-from hyperopt_peft.attribution.head import HeadTraining, batch_of, chosen_l2
-from hyperopt_peft.attribution.scores import Evaluation, RetrainingSetup, scores
+from hyperopt_peft.attribution.head import HeadTraining
+from hyperopt_peft.attribution.scores import (
+    HEAD_ESTIMATOR,
+    Evaluation,
+    Trained,
+    parse_estimator,
+    scores,
+)
 from hyperopt_peft.attribution.why import fewest, margins, reason_for
-from hyperopt_peft.problems.features import Features
-from hyperopt_peft.problems.head import Head
+from hyperopt_peft.heads import Features, Head, choose_l2
 from hyperopt_peft.utils.verdict import Verdict
 
 #: Seeds below 100 were used to choose the layers that a head reads, and the λ of `why`.
@@ -73,26 +77,26 @@ def drawn(name: str, seed: int) -> list[Features]:
 def reading(parts: Sequence[Features], layers: str = "three") -> list[Features]:
     """``parts`` with the states of ``layers`` side by side, standardised by the first part."""
     begin = 2 * parts[0].x.shape[1] // 3 if layers == "last" else 0
-    raw = [replace(part, x=part.x[:, begin:].double()) for part in parts]
+    raw = [replace(part, x=part.x[:, begin:]) for part in parts]
     return [each.standardized(raw[0]) for each in raw]
 
 
 def head_on(train: Features, classes: int, *, largest: bool = True) -> HeadTraining:
     """A head at the minimum of ``train``, as in `attribute`; `why` has ``largest=False`` for λ."""
-    head, count = Head(train.x.shape[1], classes, dtype=torch.float64), len(train.x)
-    return HeadTraining(head, train, count, chosen_l2(head, train, count, largest=largest))
+    head = Head(train.x.shape[1], classes, dtype=torch.float64)
+    return HeadTraining(head, train, len(train.x), choose_l2(head, train, largest=largest))
 
 
 def accuracy(training: HeadTraining, test: Features) -> float:
     """The accuracy on ``test``."""
-    guess = training.on_rows.of_labels([batch_of(test)]).argmax(1)
+    guess = training.on_rows.of_labels([test.batch()]).argmax(1)
     return float((guess == test.labels).double().mean())
 
 
-def setup_of(training: HeadTraining, phi: Any) -> RetrainingSetup:
+def setup_of(training: HeadTraining, phi: Any) -> Trained:
     """A head's training and Φ."""
-    batch = batch_of(training.features)
-    return RetrainingSetup(
+    batch = training.features.batch()
+    return Trained(
         training,
         Evaluation(training.weights, phi),
         {"all": 1.0},
@@ -115,10 +119,8 @@ def layers(runs: Store, name: str, seed: int) -> None:
             continue
         train, above, test = reading([noisy, *parts[1:]], way)
         training = head_on(train, classes)
-        setup = setup_of(training, training.on_rows.mean([batch_of(above)]))
-        by_slice, _ = scores(setup, estimator)
-        each = by_slice["all"], by_slice, training.losses, setup.evaluation.values()
-        result = Attribution(*each, {}, _setup=setup, _estimator=estimator)
+        setup = setup_of(training, training.on_rows.mean([above.batch()]))
+        result = Attribution.of(setup, estimator)
         check, count = result.check(20, share=SHARE, perturbation=None, seed=seed), len(wrong) // 10
         worst = {
             "score": result.scores.topk(count).indices,
@@ -142,7 +144,7 @@ def why(runs: Store, name: str, seed: int) -> None:
         return
     train, above, _ = reading(drawn(name, seed))
     training = head_on(train, int(pool(name).labels.max()) + 1, largest=False)
-    margin = margins(training.on_rows.of_labels([batch_of(above)]))
+    margin = margins(training.on_rows.of_labels([above.batch()]))
     order = torch.randperm(len(margin), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = [k for k in order if MARGINS[0] < margin[k] < MARGINS[1]][:EXPLAINED]
     row |= {"l2": training.settings["l2"], "sizes": [], "seconds": []}

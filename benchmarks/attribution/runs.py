@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from benchmarks.last_layers import LastLayers, States, encode, movies
 from hyperopt_peft import Problem
 from hyperopt_peft.attribution.levels import train_levels
-from hyperopt_peft.attribution.scores import Evaluation, RetrainingSetup
+from hyperopt_peft.attribution.scores import Evaluation, Trained
 from hyperopt_peft.core.problem import devices_of
 from hyperopt_peft.trainer.step import Accumulated, MicroBatch
 from hyperopt_peft.utils.random_state import RandomState
@@ -195,7 +195,7 @@ def level(rows: Rows, recipe: Recipe, seed: int) -> RowWeighted:
     return RowWeighted(model.train(recipe.dropout > 0), rows, recipe, seed)
 
 
-def trained(lower: RowWeighted, recipe: Recipe, memory_limit: float = 1.0) -> RetrainingSetup:
+def trained(lower: RowWeighted, recipe: Recipe, memory_limit: float = 1.0) -> Trained:
     """Train ``lower``, with Φ the mean loss of the evaluation rows, and the loss over all rows."""
     run = train_levels(lower, lower.weights, recipe.steps, memory_limit=memory_limit)
     rows = lower.rows
@@ -208,7 +208,7 @@ def trained(lower: RowWeighted, recipe: Recipe, memory_limit: float = 1.0) -> Re
     def probabilities(chosen: Sequence[int]) -> Tensor:
         return lower.logits(rows.train[torch.tensor(chosen)]).double().softmax(1)
 
-    return RetrainingSetup(
+    return Trained(
         run,
         Evaluation(lower.weights, [partial(evaluation_loss, lower)]),
         {"all": 1.0},
@@ -229,7 +229,7 @@ def evaluation_loss(lower: RowWeighted) -> Tensor:
     return loss
 
 
-def actual(setting: RetrainingSetup, masks: Sequence[Tensor]) -> Tensor:
+def actual(setting: Trained, masks: Sequence[Tensor]) -> Tensor:
     """The change of Φ when retrained without the rows of each mask, ``(R,)``."""
     before, changes = setting.evaluation.values()["all"], []
     for out in masks:

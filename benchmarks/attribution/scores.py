@@ -35,8 +35,7 @@ from benchmarks.measure import show
 from benchmarks.pages import RESULTS
 from benchmarks.store import Row, Store, opened, run_parser
 from hyperopt_peft.attribution.check import metasmoothness
-from hyperopt_peft.attribution.estimators import parse_estimator
-from hyperopt_peft.attribution.scores import RetrainingSetup, scores
+from hyperopt_peft.attribution.scores import Trained, parse_estimator, scores
 from hyperopt_peft.attribution.suspects import suspects
 
 SEEDS, RETRAININGS, DEVELOPMENT_RETRAININGS = (0, 1, 2), 50, 20
@@ -74,7 +73,7 @@ PERTURBATION = 0.1
 LONG, BATCH_OF_LONG = 1000, 4
 
 
-def by_name(setting: RetrainingSetup, name: str) -> tuple[Tensor, float]:
+def by_name(setting: Trained, name: str) -> tuple[Tensor, float]:
     """The scores of a method, and its passes in units of a training."""
     estimator = parse_estimator(name)
     by_slice, cost = scores(setting, estimator, setting.run.checkpoints)
@@ -84,15 +83,15 @@ def by_name(setting: RetrainingSetup, name: str) -> tuple[Tensor, float]:
     return by_slice["all"], passes / (len(run.steps) if estimator.differentiates_run else visits)
 
 
-class Trained:
+class LazyRun:
     """A run that is trained when it is first asked for."""
 
     def __init__(self, rows: Rows | Callable[[], Rows], recipe: Recipe, seed: int) -> None:
         self.rows, self.recipe, self.seed = rows, recipe, seed
-        self.trained_setting: RetrainingSetup | None = None
+        self.trained_setting: Trained | None = None
 
     @property
-    def setting(self) -> RetrainingSetup:
+    def setting(self) -> Trained:
         """The run and Φ."""
         if self.trained_setting is None:
             rows = self.rows() if callable(self.rows) else self.rows
@@ -100,7 +99,7 @@ class Trained:
         return self.trained_setting
 
 
-def retrain(runs: Store, row: Row, run: Trained, seed: int, retrainings: int) -> list[Tensor]:
+def retrain(runs: Store, row: Row, run: LazyRun, seed: int, retrainings: int) -> list[Tensor]:
     """Add missing retrainings' changes of Φ to the entry; return the rows that each leaves out."""
     masks = random_rows(TRAIN, SHARE, retrainings, seed)
     changes = row.setdefault("actual", [])
@@ -122,7 +121,7 @@ def rounded(values: Iterable[float]) -> list[float]:
     return [float(f"{value:.8g}") for value in values]
 
 
-def score(runs: Store, row: Row, run: Trained, names: Sequence[str], masks: list[Tensor]) -> None:
+def score(runs: Store, row: Row, run: LazyRun, names: Sequence[str], masks: list[Tensor]) -> None:
     """Add the predictions and costs of the methods ``names`` to the entry."""
     measured = row.setdefault("methods", {})
     for name in names:
@@ -152,7 +151,7 @@ def smooth(runs: Store, quick: bool) -> None:
             row = runs.entry(part="smooth", task=task, seed=seed, recipe=repr(recipe))
             row["name"] = name
             count = 5 if quick else DEVELOPMENT_RETRAININGS
-            run = Trained(lambda task=task, seed=seed: draw(task, seed), recipe, seed)
+            run = LazyRun(lambda task=task, seed=seed: draw(task, seed), recipe, seed)
             masks = random_rows(TRAIN, SHARE, count, seed)
             score(runs, row, run, [WHOLE], masks)
             retrain(runs, row, run, seed, count)
@@ -168,7 +167,7 @@ def compare(runs: Store, quick: bool) -> None:
                 row = runs.entry(part="methods", task=task, seed=seed, recipe=repr(recipe))
                 row["setting"] = setting
                 count = 5 if quick else RETRAININGS
-                run = Trained(lambda task=task, seed=seed: draw(task, seed), recipe, seed)
+                run = LazyRun(lambda task=task, seed=seed: draw(task, seed), recipe, seed)
                 masks = random_rows(TRAIN, SHARE, count, seed)
                 score(runs, row, run, [WHOLE, "gradient"], masks)
                 retrain(runs, row, run, seed, count)
@@ -224,13 +223,13 @@ def find(runs: Store, quick: bool) -> None:
             row = runs.entry(part="suspects", task=task, noise=noise, share=share, seed=seed)
             if "auc" not in row:
                 recipe = replace(SMOOTH, epochs=1.0 if quick else 4.0)
-                run = Trained(draw(task, seed, noise, share), recipe, seed)
+                run = LazyRun(draw(task, seed, noise, share), recipe, seed)
                 row |= ranked(run)
                 runs.save(row)
             print(row, flush=True)
 
 
-def ranked(run: Trained) -> Row:
+def ranked(run: LazyRun) -> Row:
     """The area under the curve with which each ranking finds wrong labels."""
     assert isinstance(run.rows, Rows)
     setting, wrong = run.setting, run.rows.wrong

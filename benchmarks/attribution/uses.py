@@ -127,7 +127,7 @@ def kinds(runs: Store, cell: str, seed: int, quick: bool) -> None:
     on_head = attribute(trainer, model="head", **options)
     check = on_head.check(5 if quick else RETRAININGS, share=SHARE, seed=seed)
     row["check of the head"] = {"lds": check.lds, "slope": check.slope}
-    setup: Any = (result := attribute(trainer, **options))._setup
+    setup: Any = (result := attribute(trainer, **options)).trained
     removal = result.removal(share, JUDGES, draws=2, seed=seed)
     of_head = on_head.ends(removal.count)[0]
     suspect = on_head.suspects(FOLDS, seed=seed).confidence.argsort()[: removal.count].tolist()

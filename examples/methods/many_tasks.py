@@ -21,7 +21,7 @@ import torch
 from hyperopt_peft import Engine, Problem
 from hyperopt_peft.comparison import Verdict
 from hyperopt_peft.engine import lbfgs
-from hyperopt_peft.problems.head import l2_penalty
+from hyperopt_peft.heads import l2_penalty
 
 
 class Adapt(Problem):

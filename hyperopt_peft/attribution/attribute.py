@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from hyperopt_peft.attribution.estimators import (
+from hyperopt_peft.attribution.head import trained_head
+from hyperopt_peft.attribution.levels import trained_levels
+from hyperopt_peft.attribution.result import Attribution
+from hyperopt_peft.attribution.scores import (
     HEAD_ESTIMATOR,
     parse_estimator,
     require_known_derivative,
 )
-from hyperopt_peft.attribution.levels import setup_from_levels
-from hyperopt_peft.attribution.result import Attribution
-from hyperopt_peft.attribution.scores import scores
+from hyperopt_peft.attribution.trainer import trained_by_trainer
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine.engine import Engine
 from hyperopt_peft.errors import ProblemError
@@ -119,38 +118,10 @@ def attribute(
         "progress": progress,
     }
     if of_levels:
-        setup = setup_from_levels(training, row_weights, evaluation, training_steps, **options)
+        trained = trained_levels(training, row_weights, evaluation, training_steps, **options)
     elif on_head:
-        from hyperopt_peft.attribution.head import setup_from_head
-
-        setup = setup_from_head(training, evaluation, slices, progress=progress)
+        trained = trained_head(training, evaluation, slices, progress=progress)
     else:
-        from hyperopt_peft.attribution.trainer import setup_from_trainer
-
         exact = parsed.estimator.requirements.second_derivatives
-        setup = setup_from_trainer(training, evaluation, slices, twice=exact, **options)
-    setup = replace(setup, progress=progress)
-    by_slice, cost = scores(setup, parsed)
-    run = setup.run
-    unseen = run.visits == 0
-    by_slice = {name: s.masked_fill(unseen, torch.nan) for name, s in by_slice.items()}
-    settings = {
-        "estimator": parsed.name,
-        "steps": len(run.steps),
-        "rows": len(run.row_weights),
-        "unseen": int(unseen.sum()),
-        "variables": sum(v.numel() for v in run.variables),
-        **run.settings,
-        "model": model,
-        **cost,
-    }
-    return Attribution(
-        setup.total(by_slice),
-        by_slice,
-        run.losses / run.visits,
-        setup.evaluation.values(),
-        settings,
-        setup.columns,
-        _setup=setup,
-        _estimator=parsed,
-    )
+        trained = trained_by_trainer(training, evaluation, slices, twice=exact, **options)
+    return Attribution.of(trained, parsed)

@@ -11,9 +11,8 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm.auto import trange
 
-from hyperopt_peft.attribution.estimators import ScoreEstimator
 from hyperopt_peft.attribution.run import Run
-from hyperopt_peft.attribution.scores import RetrainingSetup, scores
+from hyperopt_peft.attribution.scores import ScoreEstimator, Trained, scores
 from hyperopt_peft.errors import ProblemError
 
 #: Scores are trustworthy from the first LDS and metasmoothness on, worthless below the second.
@@ -147,7 +146,7 @@ def rank_interval(rho: float, count: int) -> tuple[float, float]:
 
 
 def check_scores(
-    setup: RetrainingSetup,
+    trained: Trained,
     estimator: ScoreEstimator,
     by_slice: dict[str, Tensor],
     before: dict[str, float],
@@ -157,7 +156,7 @@ def check_scores(
     seed: int,
 ) -> ScoreCheck:
     """See `Attribution.check`; ``before`` is Φ at the end of the run."""
-    run, rows = setup.run, setup.run.visits.nonzero().flatten()
+    run, rows = trained.run, trained.run.visits.nonzero().flatten()
     count = round(share * len(rows))
     if not isinstance(retrainings, int) or retrainings < 5:
         raise ProblemError(f"retrainings: must be at least 5, got {retrainings}")
@@ -166,34 +165,36 @@ def check_scores(
     generator = torch.Generator().manual_seed(seed)
     seen = {name: torch.nan_to_num(values) for name, values in by_slice.items()}
     changes = {name: torch.zeros(2, retrainings, dtype=torch.float64) for name in seen}
-    for number in trange(retrainings, desc="check", disable=not setup.progress):
+    for number in trange(retrainings, desc="check", disable=not trained.progress):
         rows_out = rows[torch.randperm(len(rows), generator=generator)[:count]]
         with run.without(rows_out):
-            after = setup.evaluation.values()
+            after = trained.evaluation.values()
         for name, values in seen.items():
             changes[name][0, number] = -(values * run.row_weights.cpu())[rows_out].sum()
             changes[name][1, number] = after[name] - before[name]
     smoothness = None
     if perturbation is not None and estimator.differentiates_run:
-        smoothness = metasmoothness(setup, estimator, setup.total(seen), perturbation, generator)
+        smoothness = metasmoothness(
+            trained, estimator, trained.total(seen), perturbation, generator
+        )
     rest: Any = {"metasmoothness": smoothness, "share": share, "of_head": not isinstance(run, Run)}
     checks = {name: ScoreCheck(*both, **rest) for name, both in changes.items()}
     rest["by_slice"] = checks if len(checks) > 1 else {}
-    return ScoreCheck(*setup.total(changes), **rest)
+    return ScoreCheck(*trained.total(changes), **rest)
 
 
 def metasmoothness(
-    setup: RetrainingSetup,
+    trained: Trained,
     estimator: ScoreEstimator,
     run_scores: Tensor,
     perturbation: float,
     generator: torch.Generator,
 ) -> float:
     """The cosine between ``run_scores`` and the scores at v = 1 ± ``perturbation``."""
-    run = setup.run
+    run = trained.run
     assert isinstance(run, Run)
     signs = torch.randint(0, 2, (len(run.row_weights),), generator=generator) * 2 - 1
     weights = run.row_weights * (1 + perturbation * signs.to(run.row_weights))
     with run.repeated(weights, keep=True) as checkpoints:
-        moved_scores = setup.total(scores(setup, estimator, checkpoints)[0])
+        moved_scores = trained.total(scores(trained, estimator, checkpoints)[0])
     return float(torch.cosine_similarity(run_scores, torch.nan_to_num(moved_scores), dim=0))

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from hyperopt_peft.attribution.run import Run
-from hyperopt_peft.attribution.scores import Evaluation, Loss, RetrainingSetup
+from hyperopt_peft.attribution.scores import Evaluation, Loss, Trained
 from hyperopt_peft.core.problem import LossGradient, Problem, devices_of
 from hyperopt_peft.engine.engine import Engine
 from hyperopt_peft.engine.fit import fit
@@ -21,13 +21,13 @@ from hyperopt_peft.trainer.step import Accumulated, MicroBatch
 from hyperopt_peft.utils.random_state import RandomState, replay
 
 
-def setup_from_levels(
+def trained_levels(
     training: Problem | Engine,
     weights: Tensor | None,
     evaluation: Loss | Mapping[str, Loss],
     training_steps: int | None,
     **options: Any,
-) -> RetrainingSetup:
+) -> Trained:
     """Train ``training``, and return its run and Φ; see `attribute` and `train_levels`."""
     leaf = isinstance(weights, Tensor) and weights.is_leaf and weights.requires_grad
     if weights is None or not leaf or weights.dim() != 1 or len(weights) == 0:
@@ -43,7 +43,9 @@ def setup_from_levels(
     run = train_levels(training, weights, training_steps, **options)
     shares = {name: 1 / len(phi.slices) for name in phi.slices}
     lower = run.levels[0]
-    return RetrainingSetup(run, phi, shares, Accumulated(lower), lambda: _epoch(lower))
+    progress = bool(options.get("progress"))
+    rows = partial(_epoch, lower)
+    return Trained(run, phi, shares, Accumulated(lower), rows, progress=progress)
 
 
 def train_levels(

@@ -8,9 +8,8 @@ from typing import Any, Never
 import torch
 from torch import Tensor, nn
 
-from hyperopt_peft.attribution.rows import ROW
+from hyperopt_peft.attribution.rows import TrainerData
 from hyperopt_peft.attribution.run import ParameterUpdate, Run
-from hyperopt_peft.attribution.trainer_data import TrainerData
 from hyperopt_peft.core.examples import WeightedRows
 from hyperopt_peft.core.labels import WEIGHT
 from hyperopt_peft.errors import NonFiniteError
@@ -19,7 +18,7 @@ from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.passes import PassCounter
 from hyperopt_peft.trainer.phases import lower_of, options_of_retraining, upper_of
 from hyperopt_peft.trainer.step import Accumulated, MicroBatch
-from hyperopt_peft.trainer.tags import without
+from hyperopt_peft.trainer.tags import INDEX, without
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.models import trainable
@@ -39,13 +38,13 @@ class RecordedTrainer(BilevelTrainer):
         self, trainer: Any, args: Any, data: TrainerData, options: dict[str, Any], *, twice: bool
     ) -> None:
         self.method, self.passes = (method := method_of(trainer)), PassCounter()
-        self.tags, self.options = (*method.tags, ROW), options
+        self.tags, self.options = (*method.tags, INDEX), options
         self._rows = data.of_retraining
         dtype = torch.promote_types(trainable(trainer.model)[0][1].dtype, torch.float32)
         ones = torch.ones(len(data.train_rows), dtype=dtype, device=args.device)
         self.weights = weights = ones.requires_grad_()
         how: dict[str, Any] = {"variables": [weights], "tags": self.tags, "twice": twice}
-        self._weighted: Any = WeightedRows(trainer.model, lambda x: weights[x[ROW]], **how)
+        self._weighted: Any = WeightedRows(trainer.model, lambda x: weights[x[INDEX]], **how)
         # With model_init the Trainer makes optimizer and schedule itself.
         given = (None, None) if trainer.model_init else (trainer.optimizer, trainer.lr_scheduler)
         more = {
@@ -152,7 +151,7 @@ class RecordedTrainer(BilevelTrainer):
         """The factor of each row's mean loss in the loss of ``batch``, 0 for others, ``(n,)``."""
         parts = torch.zeros_like(self.weights)
         for micro in batch:
-            rows = micro.batch[ROW].unique()
+            rows = micro.batch[INDEX].unique()
             weight = micro.weight * torch.as_tensor(micro.batch.get(WEIGHT, 1.0))
             # Rows without labels have the weight 0, and were seen.
             parts[rows] += weight.clamp(min=1e-30).to(parts) / (len(rows) * len(batch))

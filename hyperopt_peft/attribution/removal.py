@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hyperopt_peft.attribution.scores import RetrainingSetup
+from hyperopt_peft.attribution.scores import Trained
 from hyperopt_peft.utils.tables import aligned
 
 Numbers = Mapping[str, float]
@@ -82,7 +82,7 @@ class Removal:
 
 
 def remove(
-    setup: RetrainingSetup,
+    trained: Trained,
     scores: Tensor,
     losses: Tensor,
     worst: list[int],
@@ -91,7 +91,7 @@ def remove(
     seed: int,
 ) -> Removal:
     """Train without the rows ``worst``, and in the other ways; see `Attribution.removal`."""
-    measure, count = setup.test(test), len(worst)
+    measure, count = trained.test(test), len(worst)
 
     @torch.no_grad()
     def numbers() -> Numbers:
@@ -104,12 +104,12 @@ def remove(
     seen = (~scores.isnan()).nonzero().flatten()
     random = [seen[torch.randperm(len(seen), generator=generator)[:count]] for _ in range(draws)]
     results = []
-    for rows in tqdm([[], worst, highest, *random], "removal", disable=not setup.progress):
-        with setup.run.without(rows):
+    for rows in tqdm([[], worst, highest, *random], "removal", disable=not trained.progress):
+        with trained.run.without(rows):
             results.append(numbers())
     with_evaluation = None
-    if setup.enlarged is not None:
-        with setup.enlarged(seed):
+    if trained.enlarged is not None:
+        with trained.enlarged(seed):
             with_evaluation = numbers()
     plain, without, highest_loss, *others = results
     return Removal(count, plain, without, highest_loss, others, with_evaluation)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hyperopt_peft.attribution.check import ScoreCheck, check_scores
 from hyperopt_peft.attribution.removal import Removal, remove
+from hyperopt_peft.attribution.scores import ScoreEstimator, Trained, scores
 from hyperopt_peft.attribution.suspects import Suspects, suspects
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.plots import row_scores
@@ -36,6 +37,7 @@ class Attribution:
         columns: the columns of the training rows to show, by name.
         numbers: the number to show for each row; by default its index.
         checked: the last `check`, or None.
+        trained, estimator: what was trained, and the estimator of the scores, for retrainings.
 
     Example:
         >>> scores = torch.tensor([0.5, -1.0, 0.1])
@@ -52,11 +54,35 @@ class Attribution:
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     numbers: Sequence[int] = ()
     checked: ScoreCheck | None = None
-    _setup: Any = field(default=None, repr=False)
-    _estimator: Any = field(default=None, repr=False)
+    trained: Trained | None = field(default=None, repr=False)
+    estimator: ScoreEstimator | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.numbers = self.numbers or range(len(self.scores))
+
+    @classmethod
+    def of(cls, trained: Trained, estimator: ScoreEstimator) -> Attribution:
+        """The scores of ``trained``, whatever its source.
+
+        Raises:
+            NonFiniteError: a loss, a gradient or a score is NaN or infinite.
+        """
+        by_slice, cost = scores(trained, estimator)
+        run, unseen = trained.run, trained.run.visits == 0
+        by_slice = {name: s.masked_fill(unseen, torch.nan) for name, s in by_slice.items()}
+        settings = {
+            "estimator": estimator.name,
+            "steps": len(run.steps),
+            "rows": len(run.row_weights),
+            "unseen": int(unseen.sum()),
+            "variables": sum(v.numel() for v in run.variables),
+            "model": "adapter",
+            **run.settings,
+            **cost,
+        }
+        values, losses = trained.evaluation.values(), run.losses / run.visits
+        rest: Any = {"columns": trained.columns, "trained": trained, "estimator": estimator}
+        return cls(trained.total(by_slice), by_slice, losses, values, settings, **rest)
 
     def check(
         self,
@@ -80,7 +106,8 @@ class Attribution:
             NonFiniteError: a retraining diverges.
         """
         how = retrainings, share, perturbation, seed
-        self.checked = check_scores(self._setup, self._estimator, self.by_slice, self.values, *how)
+        assert self.trained is not None and self.estimator is not None
+        self.checked = check_scores(self.trained, self.estimator, self.by_slice, self.values, *how)
         return self.checked
 
     def ranks(self) -> Tensor:
@@ -132,7 +159,8 @@ class Attribution:
             NonFiniteError: a training diverges.
         """
         worst = self.ends(self._count(share))[0]
-        return remove(self._setup, self.scores, self.losses, worst, test, draws, seed)
+        assert self.trained is not None
+        return remove(self.trained, self.scores, self.losses, worst, test, draws, seed)
 
     def suspects(self, folds: int = 5, *, seed: int = 0) -> Suspects:
         """Rows whose labels may be wrong, by ``folds`` trainings; see `Suspects`.
@@ -142,7 +170,8 @@ class Attribution:
                 there are fewer than 2 folds, or more than rows.
             NonFiniteError: a training without a fold diverges.
         """
-        return suspects(self._setup, folds, seed)
+        assert self.trained is not None
+        return suspects(self.trained, folds, seed)
 
     def ends(self, count: int) -> tuple[list[int], list[int]]:
         """The up to ``count`` rows that hurt most, and as many that help most."""

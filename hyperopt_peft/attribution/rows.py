@@ -1,4 +1,4 @@
-"""Numbered rows, and a model's losses and predictions on batches of them."""
+"""The rows of a `transformers.Trainer`, numbered, and a model's losses and predictions on them."""
 
 from __future__ import annotations
 
@@ -7,19 +7,39 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
+import datasets
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers.utils import logging
 
-from hyperopt_peft.core.labels import label_weights, labels_are_shifted, row_losses
-from hyperopt_peft.core.logits import IGNORED
+from hyperopt_peft.core.labels import (
+    label_weights,
+    labels_are_shifted,
+    require_labels,
+    row_losses,
+)
+from hyperopt_peft.core.logits import IGNORED, as_numbers
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.trainer.checks import check_rows, read_rows
+from hyperopt_peft.trainer.data import (
+    batches_of,
+    columns_read,
+    data_of_levels,
+    joined,
+    label_column,
+    reads_of,
+    require_examples,
+    require_unseen,
+    shared_rows,
+)
 from hyperopt_peft.trainer.step import MicroBatch
-from hyperopt_peft.trainer.tags import without
+from hyperopt_peft.trainer.tags import INDEX, InOrder, TagCollator, without
+from hyperopt_peft.trainer.upper_batches import loader_of
 from hyperopt_peft.utils.random_state import RandomState
 
-#: The entry of a batch with the number of each row.
-ROW = "attribution_row"
+logger = logging.get_logger(__name__)
 
 
 class NumberedRows(Dataset[Any]):
@@ -27,13 +47,13 @@ class NumberedRows(Dataset[Any]):
 
     def __init__(self, data: Any) -> None:
         self.data = data
-        self.column_names = [*getattr(data, "column_names", ()), ROW]
+        self.column_names = [*getattr(data, "column_names", ()), INDEX]
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        return {**self.data[row], ROW: row}
+        return {**self.data[row], INDEX: row}
 
 
 class ModelOnRows:
@@ -41,7 +61,7 @@ class ModelOnRows:
 
     Args:
         precision: returns a context for the model's passes.
-        tags: entries of a batch, besides `ROW`, that the model does not read.
+        tags: entries of a batch, besides `INDEX`, that the model does not read.
     """
 
     def __init__(
@@ -50,7 +70,7 @@ class ModelOnRows:
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
         tags: Sequence[str] = (),
     ) -> None:
-        self.model, self.precision, self.tags = model, precision, (*tags, ROW)
+        self.model, self.precision, self.tags = model, precision, (*tags, INDEX)
 
     def losses(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """`row_losses` in the model's precision, without dropout."""
@@ -108,3 +128,141 @@ def classes_of_rows(batches: Sequence[Any]) -> Tensor | None:
     if any(not isinstance(x, Tensor) or x.dtype != torch.int64 or x.dim() != 1 for x in labels):
         return None
     return torch.cat(labels).cpu()
+
+
+class TrainerData:
+    """The training rows of a run, the evaluation rows of Φ, and the collator of both.
+
+    Attributes:
+        train, evaluation: the rows as they were given; ``train`` of both levels if there are two.
+        train_rows, evaluation_rows: the rows, numbered, with the columns that the model takes.
+        of_levels: the numbered training rows of the lower and of the upper level.
+        of_retraining: likewise, for a method to choose from in its second phase.
+        groups: the numbers of the evaluation rows in each slice.
+        shown: the columns of the training and of the evaluation rows to show.
+        collate: makes a batch from a list of rows, with their numbers as `INDEX`.
+
+    Raises:
+        ProblemError: all evaluation rows are training rows; there is no column ``slices``.
+    """
+
+    def __init__(self, trainer: Any, evaluation: Any, slices: str | None) -> None:
+        self.trainer, self.train = trainer, trainer.train_dataset
+        if getattr(trainer, "upper", None) is not None:
+            self.train, prepared, self.of_levels, self.of_retraining = _rows_of_levels(trainer)
+            self.train_rows = NumberedRows(prepared)
+        else:
+            self.train_rows = _numbered_rows(trainer, self.train, "train_dataset")
+            self.of_levels = self.of_retraining = self.train_rows, None
+        evaluation = self.evaluation = trainer.eval_dataset if evaluation is None else evaluation
+        self.evaluation_rows = _numbered_rows(trainer, evaluation, "eval_dataset")
+        count = len(self.evaluation_rows)
+        common = len(shared_rows(evaluation, self.train, _reads(trainer)))
+        if common == count:
+            raise ProblemError(
+                "evaluation: every row of it is a training row too, and would explain itself; give "
+                "rows that are not in the training set"
+            )
+        if common:
+            logger.warning("%d of %d evaluation rows are training rows too", common, count)
+        columns = getattr(evaluation, "column_names", [])
+        if slices is not None and slices not in columns:
+            raise ProblemError(
+                f"slices: the evaluation rows have no column {slices!r}, only {columns}"
+            )
+        self.groups: dict[str, list[int]] = {}
+        of_rows = evaluation.with_format(None)[slices][:] if slices else ["all"] * count
+        for row, value in enumerate(of_rows):
+            self.groups.setdefault(str(value), []).append(row)
+        self.shown = _shown(self.train), _shown(evaluation)
+        loader = loader_of(trainer, trainer.train_dataset, "train_dataset")
+        tags = {*getattr(trainer, "tags", ()), INDEX}
+        self.collate = TagCollator(InOrder(loader.collate_fn), sorted(tags))
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of each slice in the evaluation rows."""
+        return {name: len(rows) / len(self.evaluation_rows) for name, rows in self.groups.items()}
+
+    def batches(self, rows: NumberedRows, chosen: Sequence[int] | None = None) -> list[Any]:
+        """``rows``, or only the ``chosen`` ones, in batches on the model's device, in order."""
+        args = self.trainer.args
+        size, model = args.per_device_eval_batch_size, self.trainer.model
+        made = batches_of(rows, self.collate, size, args.device, chosen=chosen)
+        labelled = [batch for batch in made if "labels" in batch]  # later refused if not all are
+        if len(labelled) < len(made):
+            return made
+        return [{**batch, "labels": as_numbers(model, require_labels(batch))} for batch in made]
+
+    def test_rows(self, test: Any) -> NumberedRows:
+        """``test``, numbered; ProblemError if a row is a training or an evaluation row."""
+        rows = _numbered_rows(self.trainer, test, "test")
+        reads = _reads(self.trainer)
+        require_unseen("test", test, reads, training=self.train, evaluation=self.evaluation)
+        return rows
+
+
+def _rows_of_levels(trainer: Any) -> tuple[Any, Any, tuple[Any, Any], tuple[Any, Any]]:
+    """``train``, ``train_rows``, ``of_levels`` and ``of_retraining`` of `TrainerData`."""
+    lower, upper = trainer._rows
+    if upper is None:
+        given, reads = lower, {*columns_read(lower, lower, trainer._row_columns)}
+        numbered = _with_index(given, range(len(given)))
+        halves = data_of_levels(numbered, None, trainer.args, True, reads)
+        numbers = [half[INDEX][:] for half in halves]
+    else:
+        given = joined(train_dataset=lower, upper_dataset=upper)
+        numbers = [list(range(len(lower))), list(range(len(lower), len(given)))]
+    if INDEX in trainer.method.tags and given[INDEX][:] != [*range(len(given))]:
+        raise ProblemError(
+            f"rows: {type(trainer.method).__name__} reads the numbers of rows, and its rows() "
+            "leaves some out or moves them; give it the rows that it keeps"
+        )
+    levels = []
+    for name, of_level in zip(("train_dataset", "upper_dataset"), numbers, strict=True):
+        rows = read_rows(trainer, getattr(trainer, name), name)
+        if len(rows) != len(of_level):
+            raise ProblemError(
+                f"{name}: the trainer left {len(of_level) - len(rows)} rows out, so the others "
+                "cannot be numbered; remove these rows first"
+            )
+        levels.append(_with_index(rows, of_level))
+    everything = joined(train_dataset=levels[0], upper_dataset=levels[1])
+    everything = everything.select(np.argsort([*numbers[0], *numbers[1]]))
+    both = levels[0], levels[1]
+    return given, everything, both, both if upper is not None else (everything, None)
+
+
+def _with_index(rows: Any, numbers: Sequence[int]) -> Any:
+    """``rows`` with ``numbers`` as `INDEX`, in place of a column that no level reads."""
+    rows = rows.remove_columns(INDEX) if INDEX in rows.column_names else rows
+    return rows.add_column(INDEX, list(numbers))
+
+
+def _numbered_rows(trainer: Any, data: Any, name: str) -> NumberedRows:
+    """The rows of `read_rows` with their numbers, once they are checked."""
+    require_examples(name, data, by_index=True)
+    check_rows(trainer.model, data, {"data_collator": trainer.data_collator})
+    if _reads(trainer) is None and INDEX in data[0]:
+        raise ProblemError(f"{INDEX}: this name is reserved for row numbers; rename the column")
+    return NumberedRows(read_rows(trainer, data, name))
+
+
+def _reads(trainer: Any) -> set[str] | None:
+    """As `reads_of`; a bilevel trainer with tags keeps the columns of its own accord."""
+    return getattr(trainer, "_row_columns", None) or reads_of(trainer.model, trainer.args)
+
+
+def _shown(data: Any) -> dict[str, Sequence[Any]]:
+    """The text columns and the label column of ``data``, as they are stored."""
+    if not isinstance(data, datasets.Dataset):
+        return {}
+    data, shown = data.with_format(None), dict[str, Sequence[Any]]()
+    for name, feature in data.features.items():
+        of_tokens = isinstance(feature, datasets.List)  # a label for each
+        text = getattr(feature, "dtype", "") in ("string", "large_string")
+        if text or (name == label_column(data) and not of_tokens):
+            shown[name] = data[name][:]
+            if isinstance(feature, datasets.ClassLabel):
+                shown[name] = [feature.int2str(x) if x >= 0 else "" for x in shown[name]]
+    return shown

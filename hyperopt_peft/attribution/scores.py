@@ -1,4 +1,4 @@
-"""Computes one score per row, through the run's steps or at its end."""
+"""What was trained, and one score per row: through the run's steps, or at its end."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt_peft.attribution.estimators import ScoreEstimator
 from hyperopt_peft.attribution.reverse import Sweep
 from hyperopt_peft.attribution.run import Checkpoints, Run, Training
 from hyperopt_peft.core.problem import Problem, devices_of
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.hypergradients.estimator import Estimator
+from hyperopt_peft.hypergradients.implicit.solver import Solver
 from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import Passes
+from hyperopt_peft.hypergradients.registry import get_estimator, with_options
+from hyperopt_peft.hypergradients.unrolled.darts import DARTS
+from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.hypergradients.unrolled.reverse import Unrolled
 from hyperopt_peft.utils.random_state import RandomState
 
@@ -24,6 +28,54 @@ from hyperopt_peft.utils.random_state import RandomState
 LossPart = Callable[[], Tensor]
 #: Φ, or the terms whose sum is Φ.
 Loss = LossPart | Sequence[LossPart]
+
+#: A head's estimator: conjugate gradients with exact products, to a relative residual of 1e-6.
+HEAD_ESTIMATOR = "cg:steps=2000,tolerance=1e-6"
+
+
+@dataclass(frozen=True)
+class ScoreEstimator:
+    """An estimator, its name, and the number of last steps that it differentiates; None for all."""
+
+    estimator: Estimator
+    name: str
+    last_steps: int | None = None
+
+    @property
+    def differentiates_run(self) -> bool:
+        """Whether steps of the run are differentiated."""
+        return isinstance(self.estimator, Unrolled)
+
+
+def parse_estimator(estimator: str | Estimator) -> ScoreEstimator:
+    """The estimator with the name ``estimator``; ProblemError if it cannot score rows."""
+    name = estimator if isinstance(estimator, str) else repr(estimator)
+    kind, _, options = name.partition(":")
+    if kind == "gradient":  # the identity in place of the inverse Hessian, as in one step
+        return ScoreEstimator(with_options(DARTS, options), name)
+    parsed = get_estimator(estimator)
+    if type(parsed) is Unrolled:
+        truncated = parsed.steps > 1 or "steps=" in options
+        return ScoreEstimator(parsed, name, parsed.steps if truncated else None)
+    if not isinstance(parsed, Solver):
+        raise ProblemError(
+            f"estimator: {parsed.name} gives no score for each row; choose unrolled (the whole "
+            "run), an implicit solver such as minres, nystrom or cg, or gradient"
+        )
+    return ScoreEstimator(parsed, name)
+
+
+def require_known_derivative(training: Any, differentiates_run: bool = True) -> None:
+    """Raise ProblemError if the derivative of a bilevel run is not known."""
+    if not differentiates_run:
+        raise ProblemError(
+            "estimator: a bilevel run does not end at the minimum of a single loss; choose unrolled"
+        )
+    if not isinstance(training.estimator, Direct):
+        raise ProblemError(
+            f"hypergradient: the derivative of {training.estimator.name} is not known; give a "
+            'bilevel run hypergradient="direct", or attribute the training of one level'
+        )
 
 
 class Evaluation(Problem):
@@ -60,7 +112,7 @@ class Evaluation(Problem):
 
 
 @dataclass(frozen=True)
-class RetrainingSetup:
+class Trained:
     """A run, Φ, and the loss over all training rows at the run's end.
 
     Attributes:
@@ -98,7 +150,7 @@ class RetrainingSetup:
 
 
 def scores(
-    setup: RetrainingSetup, estimator: ScoreEstimator, checkpoints: Checkpoints | None = None
+    trained: Trained, estimator: ScoreEstimator, checkpoints: Checkpoints | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """dΦ/dv of each slice, ``(n,)`` in float64, at the variables' current values; and the cost.
 
@@ -109,14 +161,14 @@ def scores(
     Raises:
         NonFiniteError: a loss, a gradient, a curvature or a score is NaN or infinite.
     """
-    passes, run, kind, results = Passes(), setup.run, estimator.estimator, list[Any]()
+    passes, run, kind, results = Passes(), trained.run, estimator.estimator, list[Any]()
     through = estimator.differentiates_run
-    level = Problem(run.variables, name="the run") if through else setup.final
-    rows = None if through else setup.rows()
+    level = Problem(run.variables, name="the run") if through else trained.final
+    rows = None if through else trained.rows()
     fixed = RandomState.seeded(devices_of(level), "attribution")
     oracles = [
-        Oracle(setup.evaluation, level, losses, rows, fixed, fixed, passes=passes)
-        for losses in setup.evaluation.slices.values()
+        Oracle(trained.evaluation, level, losses, rows, fixed, fixed, passes=passes)
+        for losses in trained.evaluation.slices.values()
     ]
     if isinstance(kind, Unrolled):
         assert isinstance(run, Run)
@@ -126,11 +178,11 @@ def scores(
                 adjoints.append(oracle.upper_gradient.b.parts)
         sweep = Sweep(run, adjoints, passes, kind.product)
         points = checkpoints or run.checkpoints
-        products = sweep.back(points, last_steps=estimator.last_steps, progress=setup.progress)
+        products = sweep.back(points, last_steps=estimator.last_steps, progress=trained.progress)
     else:
         results = [oracle.estimate(kind) for oracle in oracles]
         products = [result.implicit.flat() for result in results]
-    names = setup.evaluation.slices
+    names = trained.evaluation.slices
     by_slice = {k: s.to("cpu", torch.float64) for k, s in zip(names, products, strict=True)}
     return by_slice, {
         "gradients": passes.gradients,

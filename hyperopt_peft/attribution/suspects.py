@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
 import torch
 from sklearn.metrics import accuracy_score, cohen_kappa_score
-from sklearn.model_selection import KFold
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hyperopt_peft.attribution.scores import RetrainingSetup
+from hyperopt_peft.attribution.scores import Trained
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.utils.splits import folds_of
 
 #: The kappa up to which agreement is slight (Landis & Koch 1977, doi:10.2307/2529310).
 SLIGHT = 0.2
@@ -79,19 +78,18 @@ class Suspects:
         return f"{self.verdict}\n{self.numbers}"
 
 
-def suspects(setup: RetrainingSetup, folds: int, seed: int) -> Suspects:
+def suspects(trained: Trained, folds: int, seed: int) -> Suspects:
     """See `Attribution.suspects`."""
-    labels = setup.labels
-    if labels is None or setup.probabilities is None:
+    labels = trained.labels
+    if labels is None or trained.probabilities is None:
         raise ProblemError("suspects: needs a Trainer of a classifier with one class per row")
     if not 2 <= folds <= len(labels):
         raise ProblemError(f"folds: must be from 2 to the number of rows, got {folds}")
-    splits = KFold(folds, shuffle=True, random_state=seed).split(labels)
-    parts, of_parts = [rows for _, rows in splits], []
-    for rows in tqdm(parts, "folds", disable=not setup.progress):
-        with setup.run.without(rows):
-            of_parts.append(setup.probabilities(rows.tolist()))
-    probabilities = torch.cat(of_parts)[np.concatenate(parts).argsort()]
+    parts, of_parts = [rows for _, rows in folds_of(torch.arange(len(labels)), folds, seed)], []
+    for rows in tqdm(parts, "folds", disable=not trained.progress):
+        with trained.run.without(rows):
+            of_parts.append(trained.probabilities(rows.tolist()))
+    probabilities = torch.cat(of_parts)[torch.cat(parts).argsort()]
     labelled = (labels >= 0).nonzero().flatten()
     confidence = torch.full((len(labels),), torch.nan, dtype=torch.float64)
     given, of_given = labels[labelled], probabilities[labelled]

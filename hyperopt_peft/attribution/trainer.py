@@ -17,16 +17,16 @@ from transformers import Trainer, enable_full_determinism, set_seed
 
 from hyperopt_peft.adapters import peft_internals
 from hyperopt_peft.attribution.recorder import RecordedTrainer, method_of
-from hyperopt_peft.attribution.rows import ROW, ModelOnRows, classes_of_rows
+from hyperopt_peft.attribution.rows import ModelOnRows, TrainerData, classes_of_rows
 from hyperopt_peft.attribution.run import ParameterUpdate, Run
-from hyperopt_peft.attribution.scores import Evaluation, RetrainingSetup
-from hyperopt_peft.attribution.trainer_data import TrainerData
+from hyperopt_peft.attribution.scores import Evaluation, Trained
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.checks import require_mean_over_labels
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.quiet import quiet
 from hyperopt_peft.trainer.step import Accumulated
+from hyperopt_peft.trainer.tags import INDEX
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.precision import require_float32
 from hyperopt_peft.utils.random_state import RandomState
@@ -41,18 +41,19 @@ UNSUPPORTED_OVERRIDES = (
 )
 
 
-def setup_from_trainer(
+def trained_by_trainer(
     trainer: Any,
     evaluation: Any,
     slices: str | None,
     *,
     twice: bool,
     progress: bool,
-    **run: Any,
-) -> RetrainingSetup:
+    **options: Any,
+) -> Trained:
     """Train what ``trainer`` trains, and return its run and Φ; see `attribute`.
 
-    ``twice`` says whether the training loss is differentiated twice; ``run`` has options of `Run`.
+    ``twice`` says whether the training loss is differentiated twice; ``options`` are
+    of `Run`.
     """
     require_attributable(trainer)
     data = TrainerData(trainer, evaluation, slices)
@@ -65,18 +66,14 @@ def setup_from_trainer(
     with TemporaryDirectory(prefix="attribution-") as folder:  # apart from the user's checkpoints
         changes = {"remove_unused_columns": False, "disable_tqdm": not progress}
         args = quiet(trainer.args, folder, BilevelTrainingArguments, **changes)
-        runner = RecordedTrainer(trainer, args, data, run, twice=twice)
+        runner = RecordedTrainer(trainer, args, data, options, twice=twice)
         if random_state is not None:
             random_state.restore()
         runner.train()
-    assert runner.run is not None
-    runner.run.settings["seconds"] = runner.passes.read()["seconds"]
+    run = runner.run
+    assert run is not None
+    run.settings["seconds"] = runner.passes.read()["seconds"]
     trainer.state.global_step, trainer.state.epoch = runner.state.global_step, runner.state.epoch
-    return _setup(runner, runner.run, data)
-
-
-def _setup(runner: RecordedTrainer, run: Run, data: TrainerData) -> RetrainingSetup:
-    """``run``, and Φ at its end."""
     method = method_of(runner)
     model = ModelOnRows(runner.model, runner.compute_loss_context_manager, runner.tags)
     slices = {
@@ -84,9 +81,8 @@ def _setup(runner: RecordedTrainer, run: Run, data: TrainerData) -> RetrainingSe
         for name, rows in data.groups.items()
     }
     final = method.lower(runner.model, partial(runner.task_loss, training=False))
-
     enlarged = len(run.levels) == 1 and not method.tags
-    return RetrainingSetup(
+    return Trained(
         run,
         Evaluation(run.weights, slices),
         data.shares,
@@ -98,6 +94,7 @@ def _setup(runner: RecordedTrainer, run: Run, data: TrainerData) -> RetrainingSe
         labels=classes_of_rows(data.batches(data.train_rows)),
         logits=lambda: model.of_labels(data.batches(data.evaluation_rows)),
         columns=data.shown[0],
+        progress=progress,
     )
 
 
@@ -114,7 +111,7 @@ def _enlarged(run: Run, runner: Any, data: TrainerData, seed: int) -> Iterator[N
         (update,) = step
         batches = []
         for micro in update.batch:
-            chosen = [{**rows[next(order)], ROW: 0} for _ in micro.batch[ROW].unique()]
+            chosen = [{**rows[next(order)], INDEX: 0} for _ in micro.batch[INDEX].unique()]
             batches.append(send_to_device(data.collate(chosen), data.trainer.args.device))
         pairs = zip(runner.current_step.with_entries(batches), update.batch, strict=True)
         return (replace(update, batch=[replace(m, batch=batch) for batch, m in pairs]),)

@@ -14,22 +14,24 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hyperopt_peft.attribution.estimators import (
+from hyperopt_peft.attribution.head import HeadTraining, train_head
+from hyperopt_peft.attribution.reasons import Reason, Reasons
+from hyperopt_peft.attribution.rows import TrainerData
+from hyperopt_peft.attribution.scores import (
     HEAD_ESTIMATOR,
+    Evaluation,
+    Trained,
     parse_estimator,
     require_known_derivative,
+    scores,
 )
-from hyperopt_peft.attribution.head import HeadTraining, batch_of, train_head
-from hyperopt_peft.attribution.reasons import Reason, Reasons
-from hyperopt_peft.attribution.scores import Evaluation, RetrainingSetup, scores
 from hyperopt_peft.attribution.trainer import (
     require_attributable,
     require_trainer,
-    setup_from_trainer,
+    trained_by_trainer,
 )
-from hyperopt_peft.attribution.trainer_data import TrainerData
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems.features import Features
+from hyperopt_peft.heads.features import Features
 from hyperopt_peft.utils.models import base_model
 
 #: The largest share of the training rows that a search removes.
@@ -106,14 +108,14 @@ def _with_adapter(
 ) -> list[Reason]:
     """Add the predictions of the adapter, trained on all rows and without each reason's rows."""
     options: dict[str, Any] = {"twice": False, "differentiated": False, "memory_limit": 1.0}
-    setup = setup_from_trainer(trainer, rows, None, progress=progress, **options)
-    assert setup.logits is not None
-    before, results = setup.logits().argmax(-1), list[Reason]()
+    trained = trained_by_trainer(trainer, rows, None, progress=progress, **options)
+    assert trained.logits is not None
+    before, results = trained.logits().argmax(-1), list[Reason]()
     bar = tqdm(reasons, "adapter", disable=not progress)
     for place, reason in zip(places, bar, strict=True):
         if reason.rows:
-            with setup.run.without(reason.rows):
-                after = setup.logits()[place].argmax()
+            with trained.run.without(reason.rows):
+                after = trained.logits()[place].argmax()
             reason = replace(reason, adapter=(int(before[place]), int(after)))
         results.append(reason)
     return results
@@ -124,7 +126,7 @@ def explained(training: HeadTraining, places: Features) -> list[int]:
     if _one_per_row(places):
         return list(range(len(places.row)))
     with torch.no_grad():
-        logits = training.on_rows.logits(batch_of(places))
+        logits = training.on_rows.logits(places.batch())
     wrong, sure = logits.argmax(1) != places.labels, margins(logits)
     chosen = []
     for row in places.row.unique():
@@ -152,10 +154,10 @@ def reason_for(training: HeadTraining, places: Features, place: int) -> Reason:
     token = None if _one_per_row(places) else int((places.row[:place] == row).sum())
     head, predicted = training.on_rows.model, _predicted(training, x)
     classes = torch.full((1,), predicted, device=x.device)
-    level, batch = training.level, batch_of(training.features)
+    level, batch = training.level, training.features.batch()
     margin = Evaluation(training.weights, lambda: margins(head(x).logits, classes)[0])
-    setup = RetrainingSetup(training, margin, {"all": 1.0}, level, lambda: batch)
-    slopes = scores(setup, parse_estimator(HEAD_ESTIMATOR))[0]["all"]
+    trained = Trained(training, margin, {"all": 1.0}, level, lambda: batch)
+    slopes = scores(trained, parse_estimator(HEAD_ESTIMATOR))[0]["all"]
     most = min(int((slopes > 0).sum()), int(MOST * len(slopes)))
     order = slopes.argsort(descending=True)[:most]
     size = margin.values()["all"]

@@ -14,7 +14,7 @@ from datasets import Dataset
 from hyperopt_peft import attribute, why
 from hyperopt_peft.adapters import use_fast_dora
 from hyperopt_peft.attribution import Reasons
-from hyperopt_peft.attribution.estimators import parse_estimator
+from hyperopt_peft.attribution.scores import parse_estimator
 from hyperopt_peft.cli import train
 from hyperopt_peft.cli.answers import DRAWS, Answers
 from hyperopt_peft.cli.options import OutputArguments, divided, flags_of, names_of

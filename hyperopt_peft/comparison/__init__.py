@@ -8,7 +8,6 @@ if TYPE_CHECKING:
     from hyperopt_peft.comparison.compare import compare_methods as compare_methods
     from hyperopt_peft.comparison.find import METHODS as METHODS
     from hyperopt_peft.comparison.find import find_method as find_method
-    from hyperopt_peft.comparison.frozen_layers import compute_once as compute_once
     from hyperopt_peft.comparison.result import Comparison as Comparison
     from hyperopt_peft.comparison.tasks import AcrossTasks as AcrossTasks
     from hyperopt_peft.utils.verdict import Verdict as Verdict

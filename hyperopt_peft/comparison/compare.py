@@ -17,13 +17,13 @@ from tqdm.auto import tqdm
 from hyperopt_peft.comparison.choice import RATES, UPPER_RATES, Plan
 from hyperopt_peft.comparison.find import find_method
 from hyperopt_peft.comparison.folds import Rows
-from hyperopt_peft.comparison.frozen_layers import forget
 from hyperopt_peft.comparison.heads import RATE, HeadTask
 from hyperopt_peft.comparison.result import Comparison
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Task, without_sizes
 from hyperopt_peft.comparison.work import Work, require_pickled
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.heads.frozen_layers import forget
 from hyperopt_peft.trainer.data import reads_of
 from hyperopt_peft.trainer.fingerprint import data_fingerprint
 from hyperopt_peft.trainer.method import Method, has_upper_level

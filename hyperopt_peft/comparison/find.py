@@ -16,7 +16,6 @@ GROUP = "hyperopt_peft.methods"
 METHODS = {
     re.sub("(?<=[a-z])(?=[A-Z][a-z]{2})", "_", made).lower(): made
     for made in vars(problems)["__all__"]
-    if made != "Head"
 }
 
 

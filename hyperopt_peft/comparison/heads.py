@@ -8,7 +8,6 @@ rate is chosen and no passes are equalised: a solved level depends on neither.
 
 from __future__ import annotations
 
-import copy
 import tempfile
 import time
 from collections.abc import Sequence
@@ -28,10 +27,10 @@ from hyperopt_peft.comparison.task import Run, Task
 from hyperopt_peft.core.data import DataStream, to_device
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine.engine import Engine
-from hyperopt_peft.engine.fit import lbfgs
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.problems.features import Features, features_of
-from hyperopt_peft.problems.head import Head, head_of, l2_penalty, require_head
+from hyperopt_peft.heads.features import Features, features_of
+from hyperopt_peft.heads.head import FEATURES, OnFeatures, head_of, require_head
+from hyperopt_peft.heads.minimum import penalised, solve
 from hyperopt_peft.trainer.checks import read_rows, require_mean_over_labels
 from hyperopt_peft.trainer.data import LABELS, batches_of, firsts, split_dataset
 from hyperopt_peft.trainer.method import Method, has_upper_level
@@ -40,27 +39,6 @@ from hyperopt_peft.trainer.tags import INDEX, numbered
 
 #: The steps of an upper level, the rate of its Adam, and the solver of its hypergradient.
 STEPS, RATE, SOLVER = 15, 0.6, "cg:steps=30"
-#: The largest entry of the gradient at a minimum.
-TOLERANCE = 1e-5
-#: The column with the number of a row's features.
-ROW = "head_row"
-
-
-class OnFeatures(nn.Module):
-    """A head that reads the features ``x`` by the numbers of rows, as a model of Transformers."""
-
-    def __init__(self, x: Tensor, head: Head) -> None:
-        super().__init__()
-        self.x, self.head, self.config = x, copy.deepcopy(head), head.config
-
-    def forward(
-        self, head_row: Tensor, labels: Tensor | None = None, output_hidden_states: bool = False
-    ) -> Any:
-        """Loss and logits; the features are the hidden states of a row of one token."""
-        output = self.head(self.x[head_row], labels)
-        if output_hidden_states:
-            output.hidden_states = (self.x[head_row][:, None],)
-        return output
 
 
 @dataclass
@@ -115,7 +93,7 @@ class HeadTask(Task):
         train, upper = method.rows(train, upper)
         if bilevel and upper is None:
             share = self.args.with_defaults(method.defaults).upper_fraction
-            train, upper = split_dataset(train, share, run.seed, reads={ROW})
+            train, upper = split_dataset(train, share, run.seed, reads={FEATURES})
         rows = train if bilevel else method.all_rows(train, upper)
         assert self.model is not None
         model: Any = OnFeatures(self.model.x, self.model.head)
@@ -134,7 +112,7 @@ class HeadTask(Task):
             model = method.finish(model)
             rows = method.all_rows(train, upper)
             method.read_rows(model, rows, read)
-        lbfgs(_lower(method, model), batch(rows), tolerance=TOLERANCE)
+        solve(_lower(method, model), batch(rows))
         return model
 
     def evaluate(self, model: nn.Module, rows: Any) -> dict[str, float]:
@@ -164,14 +142,14 @@ class HeadTask(Task):
             begin = sum(len(each.x) for each in found)
             found.append(features)
             numbers = [begin + row for row in firsts(rows, data.reads)]
-            columns = {ROW: numbers, "labels": features.labels.tolist()}
-            others = [column for column in rows.column_names if column not in (*read, *LABELS)]
-            tables[name] = Dataset.from_dict(columns | {other: rows[other][:] for other in others})
-        every = Features.joined(found).double()
+            columns = {x: rows[x][:] for x in rows.column_names if x not in (*read, *LABELS)}
+            columns |= {FEATURES: numbers, "labels": features.labels.tolist()}
+            tables[name] = Dataset.from_dict(columns)
+        every = Features.joined(found)
         seen = found[:-1] if data.test is not None else found
         every = every.standardized(Features.joined(seen)).to(trainer.args.device)
         self.model = OnFeatures(every.x, head_of(trainer.model, every))
-        self.data = replace(data, **tables, reads={ROW})
+        self.data = replace(data, **tables, reads={FEATURES})
 
     def _features(self, rows: Any) -> tuple[Any, Features, list[str]]:
         """A trainer, the features of ``rows``, and the columns that the trainer's model reads."""
@@ -196,7 +174,7 @@ class HeadTask(Task):
 
 def _read(rows: Any, tags: Sequence[str] = (), device: Any = "cpu") -> Any:
     """The batch of ``rows``: the numbers of their features, labels and tags."""
-    names = (ROW, "labels", *tags)
+    names = (FEATURES, "labels", *tags)
     rows = [{name: row[name] for name in names if name in row} for row in rows]
     batch: dict[str, Tensor] = default_data_collator(rows)
     if batch["labels"].is_floating_point():
@@ -206,16 +184,13 @@ def _read(rows: Any, tags: Sequence[str] = (), device: Any = "cpu") -> Any:
 
 def _loss(model: Any, batch: Any) -> Tensor:
     """The model's loss of a batch that has tags too."""
-    loss: Tensor = model(batch[ROW], batch["labels"]).loss
+    loss: Tensor = model(batch[FEATURES], batch["labels"]).loss
     return loss
 
 
 def _lower(method: Method, model: Any) -> Problem:
     """The lower level with the penalty of a head."""
-    level = method.lower(model, partial(_loss, model))
-    own, penalty = level.prior, l2_penalty()
-    level.prior = penalty if own is None else lambda x: own(x) + penalty(x)
-    return level
+    return penalised(method.lower(model, partial(_loss, model)))
 
 
 def _search(method: Method, model: Any, below: Any, above: Any, rate: float) -> None:

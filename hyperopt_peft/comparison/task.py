@@ -21,9 +21,9 @@ from transformers import set_seed
 from hyperopt_peft.comparison.ablations import OneLevel, Projects
 from hyperopt_peft.comparison.budget import Budget, peak_memory, predicted_steps
 from hyperopt_peft.comparison.folds import Rows
-from hyperopt_peft.comparison.frozen_layers import compute_once
 from hyperopt_peft.comparison.watch import Watch
 from hyperopt_peft.errors import NonFiniteError, ProblemError
+from hyperopt_peft.heads.frozen_layers import compute_once
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.checks import check_class
 from hyperopt_peft.trainer.data import shared_rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import trange
 
 from hyperopt_peft.core.problem import Problem
@@ -46,7 +47,12 @@ def fit(problem: Problem, steps: int, *, progress: bool = True) -> list[dict[str
 
 
 def lbfgs(
-    problem: Problem, batch: Any = None, *, tolerance: float = 1e-4, max_steps: int = 500
+    problem: Problem,
+    batch: Any = None,
+    *,
+    tolerance: float = 1e-4,
+    max_steps: int = 500,
+    factor: Tensor | None = None,
 ) -> int:
     """Move the variables from their current values towards a minimum of the loss, by L-BFGS.
 
@@ -58,15 +64,19 @@ def lbfgs(
         batch: the batch of all evaluations.
         tolerance: the method ends when no entry of the gradient exceeds this.
         max_steps: the largest number of steps.
+        factor: R, upper triangular ``(d, d)``: the method moves R·W in place of the first variable
+            W ``(d, k)``. Few steps are needed if RᵀR is near the second derivative of a column.
 
     Raises:
         NonFiniteError: the loss or the gradient is NaN or infinite; the variables have not moved.
     """
+    first, *others = problem.variables
+    moved = first if factor is None else (factor @ first).detach()
     optimizer = torch.optim.LBFGS(
-        problem.variables,
+        [moved, *others],
         max_iter=max_steps,
         max_eval=2 * max_steps,
-        tolerance_grad=tolerance,
+        tolerance_grad=tolerance if factor is None else 0.0,
         tolerance_change=0.0,
         history_size=20,
         line_search_fn="strong_wolfe",
@@ -76,14 +86,24 @@ def lbfgs(
     def closure() -> float:
         nonlocal evaluations
         evaluations += 1
+        if factor is not None:
+            assign_([first], [torch.linalg.solve_triangular(factor, moved, upper=True)])
         evaluation = problem.gradient(batch, problem.variables)
-        for variable, slope in zip(problem.variables, evaluation.gradient, strict=True):
-            variable.grad = slope
+        slopes = evaluation.gradient
+        if factor is not None and slopes[0] is not None:
+            largest = max(float(slope.abs().max()) for slope in slopes if slope is not None)
+            of_moved = torch.linalg.solve_triangular(factor.T, slopes[0], upper=False)
+            # Without a gradient the method ends.
+            slopes = (of_moved, *slopes[1:]) if largest > tolerance else (None,) * len(slopes)
+        for variable, slope in zip((moved, *others), slopes, strict=True):
+            variable.grad = None if slope is None else slope.contiguous()
         return evaluation.loss
 
     before = [variable.detach().clone() for variable in problem.variables]
     try:
         optimizer.step(closure)
+        if factor is not None:
+            assign_([first], [torch.linalg.solve_triangular(factor, moved, upper=True)])
     except NonFiniteError:
         assign_(problem.variables, before)
         raise

@@ -17,10 +17,10 @@ from hyperopt_peft import (
     ProblemError,
     attribute,
 )
-from hyperopt_peft.attribution.rows import ROW
-from hyperopt_peft.attribution.trainer_data import TrainerData
+from hyperopt_peft.attribution.rows import TrainerData
 from hyperopt_peft.core.task_level import TaskLevel
 from hyperopt_peft.problems import DoRA, LayerScales
+from hyperopt_peft.trainer.tags import INDEX
 from hyperopt_peft.utils.models import trainable
 from tests.support.attributed import ROWS, error, error_of_slopes, ones, require_equal, setup_of
 from tests.support.attributed_bilevel import STEPS, engine, evaluation_of
@@ -115,11 +115,11 @@ def test_copies_of_a_row_have_their_own_numbers(tmp_path: Path) -> None:
     )
     trainer = trained(tmp_path, BiDoRA(), train_dataset=rows)
     read = TrainerData(trainer, None, None)
-    numbers = [level[ROW][:] for level in read.of_levels]
+    numbers = [level[INDEX][:] for level in read.of_levels]
     assert sorted([*numbers[0], *numbers[1]]) == [*range(24)]
     assert not {k % 12 for k in numbers[0]} & {k % 12 for k in numbers[1]}
     for level in read.of_levels:
-        assert all(row["input_ids"] == rows[row[ROW]]["input_ids"] for row in level)
+        assert all(row["input_ids"] == rows[row[INDEX]]["input_ids"] for row in level)
 
 
 CASES = [

@@ -1,6 +1,5 @@
 """Scores on a head: the derivative of its minimum, and what they predict of other minima."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,14 @@ from datasets import Value
 
 from hyperopt_peft import ProblemError, attribute, why
 from hyperopt_peft.attribution.check import check_scores
-from hyperopt_peft.attribution.estimators import HEAD_ESTIMATOR, parse_estimator
-from hyperopt_peft.attribution.head import PENALTIES, batch_of, chosen_l2, held_out_losses
-from hyperopt_peft.attribution.scores import Evaluation, RetrainingSetup, scores
-from hyperopt_peft.problems.features import Features
-from hyperopt_peft.problems.head import Head
+from hyperopt_peft.attribution.scores import (
+    HEAD_ESTIMATOR,
+    Evaluation,
+    Trained,
+    parse_estimator,
+    scores,
+)
+from hyperopt_peft.heads.features import Features
 from tests.support.attributed import error_of_slopes, require_equal
 from tests.support.heads import features, fitted, trainer
 from tests.support.trainers import data, ragged
@@ -61,10 +63,10 @@ def test_ratings_are_numbers_whatever_their_type(
 
 def test_scores_predict_other_minima() -> None:
     """LDS from .98, and a slope of about 1, without 5 % of 300 rows."""
-    training, above = fitted(features(300)), batch_of(features(100, seed=1))
+    training, above = fitted(features(300)), features(100, seed=1).batch()
     phi = Evaluation(training.weights, training.on_rows.mean([above]))
-    rows = batch_of(training.features)
-    setup = RetrainingSetup(training, phi, {"all": 1.0}, training.level, lambda: rows)
+    rows = training.features.batch()
+    setup = Trained(training, phi, {"all": 1.0}, training.level, lambda: rows)
     estimator = parse_estimator(HEAD_ESTIMATOR)
     by_slice, _ = scores(setup, estimator)
     check = check_scores(setup, estimator, by_slice, phi.values(), 20, 0.05, None, 0)
@@ -83,40 +85,6 @@ def test_a_head_on_more_rows_is_their_minimum() -> None:
     assert all(map(torch.equal, training.variables, before.variables))
 
 
-def test_the_penalty_follows_the_rows() -> None:
-    """Small where the classes are linear in the features, the largest where they are random."""
-    head = Head(5, 3, dtype=torch.float64)
-    linear, random = features(300, noise=0.01), features(60, noise=100.0)
-    assert chosen_l2(head, linear, 300) < 0.1 and chosen_l2(head, random, 60) == max(PENALTIES)
-    assert chosen_l2(head, random, 60, largest=False) < chosen_l2(head, random, 60)
-    assert not head.weight.any()
-
-
-def test_the_penalty_is_within_a_standard_error_of_the_best() -> None:
-    """And not within a deviation of the losses, which would be another one."""
-    head, rows = Head(5, 3, dtype=torch.float64), features(300, noise=0.3)
-    losses = held_out_losses(head, rows, 300)
-    means, best = losses.mean(1), losses.mean(1).argmin()
-    spread = losses[best].std()
-    good, other = (
-        [penalty for penalty, mean in zip(PENALTIES, means, strict=False) if mean <= limit]
-        for limit in (means[best] + spread / math.sqrt(300), means[best] + spread)
-    )
-    assert good[0] < other[0]
-    assert chosen_l2(head, rows, 300) == good[0]
-    assert chosen_l2(head, rows, 300, largest=False) == good[-1]
-
-
-def test_held_out_rows_have_trained_no_head_that_predicts_them() -> None:
-    """Labels that have nothing to do with 80 features are no better predicted than by chance."""
-    source = torch.Generator().manual_seed(0)
-    x = torch.randn(60, 80, generator=source, dtype=torch.float64)
-    labels = torch.randint(3, (60,), generator=source)
-    head, rows = Head(80, 3, dtype=torch.float64), Features(x, labels, torch.arange(60))
-    losses = held_out_losses(head, rows, 60)
-    assert losses.shape[1] == 60 and bool((losses.mean(1) > math.log(3)).all())
-
-
 def test_the_trainer_and_its_model_stay(tmp_path: Path) -> None:
     """And everything that a user does with scores works, a second call included."""
     unchanged, watched = trainer(tmp_path), trainer(tmp_path)
@@ -132,3 +100,15 @@ def test_the_trainer_and_its_model_stay(tmp_path: Path) -> None:
     assert torch.allclose(again.scores, result.scores)
     require_equal(watched.model, unchanged.model, 0.0)
     assert watched.state.global_step == 0
+
+
+def test_a_column_index_of_the_user_stays_apart(tmp_path: Path) -> None:
+    """It is not read, or refused where the user's collator may read it."""
+    rows, found = data(rows=14), []
+    for train in (rows, rows.add_column("index", range(100, 114))):
+        watched = trainer(tmp_path, train_dataset=train)
+        found.append(attribute(watched, model="head", progress=False).scores)
+    assert torch.equal(*found)
+    watched.args.remove_unused_columns = False
+    with pytest.raises(ProblemError, match="index: this name is reserved for row numbers"):
+        attribute(watched, model="head")

@@ -152,13 +152,13 @@ def test_what_a_user_does_with_it(tmp_path: Path) -> None:
 def test_evaluation_rows_are_trained_on_in_as_many_visits(tmp_path: Path) -> None:
     """Each of the 21 rows about as often, in micro-batches of the recorded sizes."""
     result = attributed(stock(tmp_path))
-    run = result._setup.run
+    run = result.trained.run
 
     def micro_batches() -> list[Any]:
         return [m.batch for step in run.steps for m in step[0].batch]
 
     recorded = micro_batches()
-    with result._setup.enlarged(0):
+    with result.trained.enlarged(0):
         other = micro_batches()
     assert [len(b["labels"]) for b in other] == [len(b["labels"]) for b in recorded]
     assert all(map(operator.is_, micro_batches(), recorded))

@@ -11,9 +11,9 @@ from sklearn.linear_model import LogisticRegression
 
 from hyperopt_peft import BiDoRA, BilevelTrainer, BilevelTrainingArguments, ProblemError, why
 from hyperopt_peft.attribution.reasons import Reason, Reasons
-from hyperopt_peft.attribution.trainer import setup_from_trainer
+from hyperopt_peft.attribution.trainer import trained_by_trainer
 from hyperopt_peft.attribution.why import explained, fewest, reason_for
-from hyperopt_peft.problems.features import Features
+from hyperopt_peft.heads.features import Features
 from tests.support.attributed import require_equal
 from tests.support.heads import L2, features, fitted, trainer
 from tests.support.trainers import data, peft_model, ragged
@@ -114,7 +114,7 @@ def test_with_a_trainer_and_its_adapter(tmp_path: Path) -> None:
     assert [each.rows for each in both] == [each.rows for each in reasons]
     options: dict[str, Any] = {"twice": False, "differentiated": False, "memory_limit": 1.0}
     again = trainer(tmp_path, train_dataset=train, eval_dataset=rows)
-    setup = setup_from_trainer(again, rows, None, progress=False, **options)
+    setup = trained_by_trainer(again, rows, None, progress=False, **options)
     logits, changed = setup.logits, 0
     assert logits is not None
     before = logits().argmax(1)

@@ -11,7 +11,7 @@ from benchmarks.attribution import scores, tables, trainers
 from benchmarks.attribution.runs import Recipe, actual, planted, random_rows
 from benchmarks.store import Store
 from hyperopt_peft.attribution.check import metasmoothness
-from hyperopt_peft.attribution.estimators import parse_estimator
+from hyperopt_peft.attribution.scores import parse_estimator
 from tests.support.attributed import ROWS, levels, scored, setup_of
 
 

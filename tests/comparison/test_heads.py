@@ -18,21 +18,18 @@ from transformers import default_data_collator
 
 from hyperopt_peft import BiDoRA, BilevelTrainingArguments, Method, ProblemError, compare_methods
 from hyperopt_peft.comparison import Comparison
-from hyperopt_peft.comparison.heads import OnFeatures
+from hyperopt_peft.heads import L2, Features, Head, OnFeatures, features_of
 from hyperopt_peft.problems import (
     Agreement,
     ClassOffsets,
     DoRA,
     EqualSources,
-    Head,
     LoRA,
     RowWeights,
     SomeSources,
     Sources,
     TrustedRepeated,
 )
-from hyperopt_peft.problems.features import Features, features_of
-from hyperopt_peft.problems.head import L2
 from tests.support.sources import rows, sources
 from tests.support.trainers import base_model, data
 
@@ -135,7 +132,7 @@ def test_offsets_of_classes_come_near_their_log_shares() -> None:
     classes = [torch.arange(3).repeat_interleave(torch.tensor(each)) for each in counts]
     y = torch.cat(classes)
     x = torch.eye(3)[y] + torch.randn(len(y), 3, generator=source)
-    table = Dataset.from_dict({"head_row": range(len(y)), "labels": y.tolist()})
+    table = Dataset.from_dict({"features": range(len(y)), "labels": y.tolist()})
     ends = torch.tensor([0, *map(len, classes)]).cumsum(0).tolist()
     parts = [table.select(range(*pair)) for pair in pairwise(ends)]
     names = ("train_dataset", "upper_dataset", "test_dataset")
@@ -165,7 +162,7 @@ class Watched(Method):
     seen: ClassVar[list[Any]] = []
 
     def read_rows(self, model: Any, rows: Any, collate: Any) -> None:
-        self.seen.append(Counter(rows["head_row"][:]))
+        self.seen.append(Counter(rows["features"][:]))
 
     def prepare(self, model: Any) -> None:
         self.u = torch.zeros((), requires_grad=True)

@@ -9,7 +9,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from hyperopt_peft import Problem, attribute
 from hyperopt_peft.attribution import Attribution
-from hyperopt_peft.attribution.scores import RetrainingSetup
+from hyperopt_peft.attribution.scores import Trained
 from tests.support.trainers import values
 
 ROWS, STEPS = 12, 30
@@ -75,8 +75,8 @@ def attributed(trainer: Any, **options: Any) -> Attribution:
     return attribute(trainer, progress=False, **options)
 
 
-def setup_of(result: Attribution) -> RetrainingSetup:
-    setup: RetrainingSetup = result._setup
+def setup_of(result: Attribution) -> Trained:
+    setup: Trained = result.trained
     return setup
 
 

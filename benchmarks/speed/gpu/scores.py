@@ -17,11 +17,16 @@ from benchmarks.measure import interleaved, rounds, table_of, wait
 from benchmarks.speed import llama
 from benchmarks.speed.gpu.machine import Machine
 from hyperopt_peft import attribute
-from hyperopt_peft.attribution.estimators import HEAD_ESTIMATOR, parse_estimator
-from hyperopt_peft.attribution.head import HeadTraining, batch_of
-from hyperopt_peft.attribution.scores import Evaluation, RetrainingSetup, scores
-from hyperopt_peft.problems.features import Features, features_of
-from hyperopt_peft.problems.head import L2, Head
+from hyperopt_peft.attribution.head import HeadTraining
+from hyperopt_peft.attribution.scores import (
+    HEAD_ESTIMATOR,
+    Evaluation,
+    Trained,
+    parse_estimator,
+    scores,
+)
+from hyperopt_peft.heads.features import Features, features_of
+from hyperopt_peft.heads.head import L2, Head
 from hyperopt_peft.trainer.data import batches_of
 from hyperopt_peft.utils.models import evaluating
 
@@ -109,7 +114,7 @@ def trained(rows: Features) -> HeadTraining:
 
 def scored(training: HeadTraining) -> Tensor:
     """The scores of the training rows, judged by themselves, ``(n,)``."""
-    batch = batch_of(training.features)
+    batch = training.features.batch()
     phi = Evaluation(training.weights, training.on_rows.mean([batch]))
-    setup = RetrainingSetup(training, phi, {"all": 1.0}, training.level, lambda: batch)
+    setup = Trained(training, phi, {"all": 1.0}, training.level, lambda: batch)
     return scores(setup, parse_estimator(HEAD_ESTIMATOR))[0]["all"]

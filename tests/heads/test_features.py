@@ -12,7 +12,7 @@ from torch import nn
 from transformers import default_data_collator
 
 from hyperopt_peft import ProblemError
-from hyperopt_peft.problems.features import Features, features_of
+from hyperopt_peft.heads.features import Features, features_of
 from hyperopt_peft.utils.models import base_model
 from tests.support import trainers
 from tests.support.trainers import LENGTH, data, peft_model, ragged
@@ -125,8 +125,8 @@ def test_layers_of_fewer_tokens_are_left_out() -> None:
 def test_standardized_features_have_mean_0_and_deviation_1() -> None:
     x = torch.randn(20, 3) * torch.tensor([1.0, 5.0, 0.0]) + 2  # the last one is constant
     made = Features(x, torch.zeros(20), torch.arange(20)).standardized()
-    torch.testing.assert_close(made.x.mean(0), torch.zeros(3), rtol=0, atol=1e-5)
-    expected = torch.tensor([1.0, 1.0, 0.0])
+    torch.testing.assert_close(made.x.mean(0), torch.zeros(3).double(), rtol=0, atol=1e-5)
+    expected = torch.tensor([1.0, 1.0, 0.0]).double()
     torch.testing.assert_close(made.x.std(0, correction=0), expected, rtol=0, atol=1e-5)
 
 

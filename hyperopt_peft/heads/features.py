@@ -21,7 +21,7 @@ from hyperopt_peft.core.labels import model_reads, rows_of
 from hyperopt_peft.core.logits import IGNORED, as_numbers
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import batches_of
-from hyperopt_peft.trainer.tags import InOrder
+from hyperopt_peft.trainer.tags import INDEX, InOrder
 from hyperopt_peft.utils.models import base_model, evaluating
 
 
@@ -44,8 +44,8 @@ class Features:
         return cls(*map(torch.cat, columns))
 
     def batch(self) -> dict[str, Tensor]:
-        """All rows as a batch of `Head`."""
-        return {"features": self.x, "labels": self.labels}
+        """All rows as a batch of `Head`, with the numbers of the data's rows as `INDEX`."""
+        return {"features": self.x, "labels": self.labels, INDEX: self.row}
 
     def select(self, rows: Tensor) -> Features:
         """The features of the data's rows ``rows``, in the present order."""
@@ -53,22 +53,24 @@ class Features:
         return Features(self.x[chosen], self.labels[chosen], self.row[chosen])
 
     def standardized(self, like: Features | None = None) -> Features:
-        """x with mean 0 and deviation 1 in each feature, so that one λ suits every model.
+        """x with mean 0 and deviation 1 in each feature, in float64, so that one λ suits all.
 
         Mean and deviation are computed from ``like``, by default from these rows.
         """
-        deviation, mean = torch.std_mean((like or self).x, 0, correction=0)
-        return Features((self.x - mean) / deviation.clamp(min=1e-6), self.labels, self.row)
+        deviation, mean = torch.std_mean((like or self).x.double(), 0, correction=0)
+        x = (self.x - mean).div_(deviation.clamp(min=1e-6))
+        return Features(x, self.labels, self.row).to(dtype=torch.float64)
 
-    def double(self) -> Features:
-        """The features, and labels that are numbers, in float64."""
-        labels = self.labels.double() if self.labels.is_floating_point() else self.labels
-        return Features(self.x.double(), labels, self.row)
+    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Features:
+        """The features, and labels that are numbers, of ``dtype``; all on ``device``.
 
-    def to(self, device: torch.device) -> Features:
-        """The features on ``device``, or on the CPU where ``device`` has no float64 (Apple's)."""
-        device = torch.device("cpu") if device.type == "mps" else device
-        return Features(*(x.to(device) for x in (self.x, self.labels, self.row)))
+        They are on the CPU where ``device`` has no float64 (Apple's).
+        """
+        if device is not None and device.type == "mps":
+            device = torch.device("cpu")
+        x = self.x.to(device, dtype)
+        numbers = self.labels.is_floating_point()
+        return Features(x, self.labels.to(device, dtype if numbers else None), self.row.to(device))
 
 
 def features_of(
