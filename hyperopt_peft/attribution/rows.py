@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hyperopt_peft.core.labels import label_weights, labels_are_shifted, row_losses
+from hyperopt_peft.core.labels import (
+    counts_of_labels,
+    label_weights,
+    labels_are_shifted,
+    row_losses,
+)
 from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.step import MicroBatch
@@ -60,17 +65,22 @@ class ModelOnRows:
 
     def micro_batches(self, batches: Sequence[Any]) -> list[MicroBatch]:
         """``batches`` as one step, weighted so that its loss is the mean over all labels."""
-        shifted = labels_are_shifted(self.model, without(batches[0], self.tags))
-        pairs = zip(batches, label_weights(batches, shifted=shifted), strict=True)
+        pairs = zip(batches, label_weights(self._counts(batches)), strict=True)
         state = RandomState.capture()
         return [MicroBatch({**batch, **weight}, state) for batch, weight in pairs]
+
+    def _counts(self, batches: Sequence[Any]) -> list[Tensor]:
+        """The number of labels that the model scores in each batch, at least one in all."""
+        shifted = labels_are_shifted(self.model, without(batches[0], self.tags))
+        counts = counts_of_labels(batches, shifted=shifted)
+        if counts is None or not any(counts):
+            raise ProblemError("labels: no row has a label that is scored; give rows with labels")
+        return counts
 
     @torch.no_grad()
     def mean(self, batches: Sequence[Any]) -> list[Callable[[], Tensor]]:
         """Functions, one per batch, whose sum is the mean loss over the labels of ``batches``."""
-        total = int(sum(self.losses(batch)[1].sum() for batch in batches))
-        if total == 0:
-            raise ProblemError("labels: no row has a label that is scored; give rows with labels")
+        total = int(sum(self._counts(batches)))
         return [partial(lambda batch: self.losses(batch)[0].sum() / total, x) for x in batches]
 
     @torch.no_grad()

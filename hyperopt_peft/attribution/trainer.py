@@ -16,17 +16,17 @@ from torch.utils.data import ConcatDataset
 from transformers import Trainer, enable_full_determinism, set_seed
 
 from hyperopt_peft.adapters import peft_internals
-from hyperopt_peft.attribution.recorder import RecordedTrainer, method_of
+from hyperopt_peft.attribution.recorder import RecordedTrainer, method_of, recorded
 from hyperopt_peft.attribution.rows import ROW, ModelOnRows, classes_of_rows
 from hyperopt_peft.attribution.run import ParameterUpdate, Run
 from hyperopt_peft.attribution.scores import Evaluation, RetrainingSetup
 from hyperopt_peft.attribution.trainer_data import TrainerData
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
-from hyperopt_peft.trainer.checks import require_mean_over_labels
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.quiet import quiet
 from hyperopt_peft.trainer.step import Accumulated
+from hyperopt_peft.trainer.task_loss import require_mean_over_labels
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.precision import require_float32
 from hyperopt_peft.utils.random_state import RandomState
@@ -65,14 +65,15 @@ def setup_from_trainer(
     with TemporaryDirectory(prefix="attribution-") as folder:  # apart from the user's checkpoints
         changes = {"remove_unused_columns": False, "disable_tqdm": not progress}
         args = quiet(trainer.args, folder, BilevelTrainingArguments, **changes)
-        runner = RecordedTrainer(trainer, args, data, run, twice=twice)
+        runner = recorded(trainer, args, data, run, twice=twice)
         if random_state is not None:
             random_state.restore()
         runner.train()
-    assert runner.run is not None
-    runner.run.settings["seconds"] = runner.passes.read()["seconds"]
+    recorded_run = runner.recording.run
+    assert recorded_run is not None
+    recorded_run.settings["seconds"] = runner.passes.read()["seconds"]
     trainer.state.global_step, trainer.state.epoch = runner.state.global_step, runner.state.epoch
-    return _setup(runner, runner.run, data)
+    return _setup(runner, recorded_run, data)
 
 
 def _setup(runner: RecordedTrainer, run: Run, data: TrainerData) -> RetrainingSetup:

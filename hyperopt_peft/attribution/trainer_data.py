@@ -104,9 +104,9 @@ class TrainerData:
 
 def _rows_of_levels(trainer: Any) -> tuple[Any, Any, tuple[Any, Any], tuple[Any, Any]]:
     """``train``, ``train_rows``, ``of_levels`` and ``of_retraining`` of `TrainerData`."""
-    lower, upper = trainer._rows
+    lower, upper = trainer.phase.rows
     if upper is None:
-        given, reads = lower, {*columns_read(lower, lower, trainer._row_columns)}
+        given, reads = lower, {*columns_read(lower, lower, trainer.row_columns)}
         numbered = given.add_column(ROW, list(range(len(given))))
         halves = data_of_levels(numbered, None, trainer.args, True, reads)
         numbers = [half[ROW][:] for half in halves]
@@ -137,7 +137,7 @@ def _numbered_rows(trainer: Any, data: Any, name: str) -> NumberedRows:
 
 def _reads(trainer: Any) -> set[str] | None:
     """As `reads_of`; a bilevel trainer with tags keeps the columns of its own accord."""
-    return getattr(trainer, "_row_columns", None) or reads_of(trainer.model, trainer.args)
+    return getattr(trainer, "row_columns", None) or reads_of(trainer.model, trainer.args)
 
 
 def _shown(data: Any) -> dict[str, Sequence[Any]]:

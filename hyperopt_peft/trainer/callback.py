@@ -44,11 +44,16 @@ class BilevelCallback(TrainerCallback):
         self.signalled = False  # whether SIGTERM asked for a checkpoint and ended the run
 
     @contextmanager
-    def run(self, resumed: tuple[Path, Mapping[str, Any]] | None) -> Iterator[None]:
-        """Train in the body, from the checkpoint ``resumed`` (folder, record) if there is one."""
+    def run(
+        self, resumed: tuple[Path, Mapping[str, Any]] | None, settings: Mapping[str, Any]
+    ) -> Iterator[None]:
+        """Train in the body, from the checkpoint ``resumed`` (folder, record) if there is one.
+
+        ``settings`` are compared with the checkpoint's, and written to new ones.
+        """
         self.writing, self.signalled = None, False
         self.resumed = None if resumed is None else resumed[0]
-        self.settings = self.trainer.settings()
+        self.settings = settings
         self.save_total_limit = self.trainer.args.save_total_limit
         if resumed is not None:
             self._check(*resumed)

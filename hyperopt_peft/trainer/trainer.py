@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
-from hyperopt_peft.core.labels import NO_LABELS, scored_labels
+from hyperopt_peft.core.labels import ITEMS, MICRO_BATCHES, WEIGHT, model_reads
 from hyperopt_peft.core.prior import GaussianPrior
 from hyperopt_peft.core.problem import Problem, devices_of
+from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.engine.step import BilevelStep
-from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError, ProblemError
-from hyperopt_peft.trainer import checks
+from hyperopt_peft.errors import NonFiniteError, ProblemError
+from hyperopt_peft.trainer import checks, phases
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.callback import BilevelCallback
 from hyperopt_peft.trainer.data import (
     Endless,
-    Reads,
     collating,
     data_of_levels,
     reads_of,
@@ -32,23 +36,34 @@ from hyperopt_peft.trainer.data import (
     without_upper,
 )
 from hyperopt_peft.trainer.internals import counters_of, metrics_restored, packed_with
-from hyperopt_peft.trainer.logs import shorten, upper_gap
+from hyperopt_peft.trainer.logs import add_to_card, shorten, upper_gap
 from hyperopt_peft.trainer.method import Method
-from hyperopt_peft.trainer.optimizer import check_optimizers, params_of
-from hyperopt_peft.trainer.over import loads_names
+from hyperopt_peft.trainer.optimizer import (
+    check_optimizers,
+    new_optimizer,
+    parameter_groups,
+    params_of,
+    returning,
+    take_replicated,
+)
+from hyperopt_peft.trainer.over import CombinedTrainer, loads_names
 from hyperopt_peft.trainer.passes import PassCounter
-from hyperopt_peft.trainer.phases import PhasesTrainer
+from hyperopt_peft.trainer.phases import Given, Phase
+from hyperopt_peft.trainer.saved import check_saved
 from hyperopt_peft.trainer.step import Accumulated, OptimizerStep
-from hyperopt_peft.trainer.tags import keep_tags
+from hyperopt_peft.trainer.tags import keep_tags, without
+from hyperopt_peft.trainer.task_loss import LossRule, check_unread, has_own_loss
 from hyperopt_peft.trainer.upper_batches import loader_of, upper_batches
 from hyperopt_peft.utils import distributed
+from hyperopt_peft.utils.distributed import reshard
 from hyperopt_peft.utils.models import keep_differentiable
 
 #: A level, or a function that makes one for a finished trainer and reads its ``task_loss``.
 LevelLike = Problem | Callable[["BilevelTrainer"], Problem]
+SETTINGS = "bilevel_settings.json"
 
 
-class BilevelTrainer(PhasesTrainer):
+class BilevelTrainer(CombinedTrainer):
     """`transformers.Trainer` for a lower and an upper level over one model.
 
     Every optimizer step moves the lower level. Each ``lower_steps``-th step also moves the upper
@@ -96,68 +111,77 @@ class BilevelTrainer(PhasesTrainer):
     """
 
     Arguments = BilevelTrainingArguments
-    current_step: OptimizerStep
-    _row_columns: Reads = None
-    eval_dataset: Any
-    current_flos: float
+    #: The columns that the model takes, if tags pass beside them; else None.
+    model_columns: set[str] | None = None
+    #: The number of calls of `task_loss`.
+    calls = 0
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Keep the arguments, from which a second phase's trainer is made."""
+        made = super().__new__(cls)
+        made.given = Given.of(args, options)
+        return made
 
     def __init__(
         self,
         model: nn.Module | str,
         args: BilevelTrainingArguments,
         *,
-        method: Method | None = None,
+        method: Method | Phase | None = None,
         lower: LevelLike | None = None,
         upper: LevelLike | None = None,
-        train_dataset: Any,
-        upper_dataset: Any = None,
-        **trainer: Any,
-    ) -> None:
-        checks.check_class(args, self.Arguments)
-        self.passes = PassCounter()
-        self._row_columns = reads_of(model, args)
-        if upper_dataset is not None:  # before a method numbers, joins or repeats rows
-            require_apart(
-                train_dataset, upper_dataset, trainer.get("eval_dataset"), self._row_columns
-            )
-        if lower is None and upper is None:
-            method = method or Method()
-            self._set_up_method(model, args, method, train_dataset, upper_dataset, trainer)
-            return
-        if method is not None or lower is None:
-            raise ProblemError("method: give a method, or the levels lower and upper, and not both")
-        data = {"train_dataset": train_dataset, "upper_dataset": upper_dataset}
-        self._set_up(model, args, lower=lower, upper=upper, **data, **trainer)
-
-    def _set_up(
-        self,
-        model: nn.Module | str,
-        args: BilevelTrainingArguments,
-        *,
-        lower: Any,
-        upper: LevelLike | None,
         train_dataset: Any,
         upper_dataset: Any = None,
         callbacks: Sequence[Any] | None = None,
         **trainer: Any,
     ) -> None:
-        """Initialise the trainer with two levels, or one."""
-        args = args.with_defaults({})  # after a method's
-        self.trainer_loss = _is_function(lower)
+        checks.check_class(args, self.Arguments)
+        #: The columns in which rows must differ to be different rows; None for all.
+        self.row_columns = reads_of(model, args)
+        evaluation = trainer.pop("eval_dataset", None)
+        phase = method if isinstance(method, Phase) else None
+        if phase is None and upper_dataset is not None:  # before rows are numbered or joined
+            require_apart(train_dataset, upper_dataset, evaluation, self.row_columns)
+        if lower is None and upper is None and not isinstance(method, Phase):
+            method = method or Method()
+            args = args.with_defaults(method.defaults)
+            if trainer.get("peft_config") is not None:
+                trainer["peft_config"] = method.adapter(deepcopy(trainer["peft_config"]))
+            phase = Phase.first(method, train_dataset, upper_dataset)
+            train_dataset, upper_dataset = phase.rows
+            if not phase.bilevel:
+                train_dataset, upper_dataset = method.all_rows(*phase.rows), None
+        elif phase is None and (method is not None or lower is None):
+            raise ProblemError("method: give a method, or the levels lower and upper, and not both")
+        args = args.with_defaults({})
+        bilevel = upper is not None if phase is None else phase.bilevel
+        #: The phase of a method; None if the user gave levels.
+        self.phase = phase
+        self.method = None if phase is None else phase.method
+        #: Columns of a batch that a level reads and the model does not.
+        self.tags: tuple[str, ...] = () if phase is None else phase.tags
+        #: Passes and seconds of the training, for both phases of a method together.
+        self.passes = PassCounter() if phase is None else phase.passes
+        #: Whether the levels are functions of the trainer, so that they may read its loss.
+        self.trainer_loss = phase is not None or _is_function(lower)
+        #: The trainer of the second phase; None before that begins.
+        self.retrainer: Any = None
+        #: Whether the last phase has ended, and the adapter is not yet saved and checked.
+        self.trained = False
+        self.skipped, self._loss_checked = 0, False
+        self._unprepared, self._replicated = list[Tensor](), list[dict[str, Any]]()
         checks.check_arguments(args, trainer)
         if not isinstance(model, nn.Module) and not loads_names(self.parent()):
             raise ProblemError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        evaluation = trainer.pop("eval_dataset", None)
         if self.trainer_loss:
             for data in (train_dataset, upper_dataset, evaluation):
                 checks.check_rows(model, data, trainer)
         if self.parent() is not Trainer:
             require_same_layout(train_dataset, upper_dataset)
         train_dataset, upper_dataset = data_of_levels(
-            train_dataset, upper_dataset, args, upper is not None, self._row_columns
+            train_dataset, upper_dataset, args, bilevel, self.row_columns
         )
-        self.skipped = 0
-        self._callback = BilevelCallback(self)
+        self.callback = BilevelCallback(self)
         with packed_with(self.tags):
             super().__init__(
                 model=model,
@@ -165,7 +189,7 @@ class BilevelTrainer(PhasesTrainer):
                 train_dataset=train_dataset,
                 # The parent prepares the upper level's data as it prepares evaluation data.
                 eval_dataset=with_upper(evaluation, upper_dataset, args),
-                callbacks=[self._callback, self.passes, *(callbacks or ())],
+                callbacks=[self.callback, self.passes, *(callbacks or ())],
                 **trainer,
             )
         shorten(self)
@@ -173,15 +197,26 @@ class BilevelTrainer(PhasesTrainer):
         self.upper_dataset = None
         if upper_dataset is not None:
             self.eval_dataset, self.upper_dataset = without_upper(self.eval_dataset, evaluation)
-        if self.method is not None and self.tags:
-            keep_tags(self, self.tags, type(self.method).__name__)
-        self._show_rows()
+        if self.method is not None:
+            if self.tags:
+                keep_tags(self, self.tags, type(self.method).__name__)
+            phases.show_rows(self)
         warn_of_repeated_rows(self.train_dataset, args)
         if not has_length(self.train_dataset):
             self.train_dataset = Endless(self.train_dataset)
-        self._set_loss_rule()
-        self.lower = _made(lower, self)
-        self.upper = _made(upper, self)
+        own = self.compute_loss_func is not None
+        self.loss_rule = LossRule(
+            args,
+            scaled=getattr(self, "loss_is_scaled_for_ga", None),  # of Transformers 5.19
+            own=own or has_own_loss(type(self), BilevelTrainer),
+            counts=own or self.model_accepts_loss_kwargs,
+            measuring=self.measuring,
+        )
+        if phase is None:
+            self.lower = lower(self) if _is_function(lower) else lower
+            self.upper = upper(self) if _is_function(upper) else upper
+        else:
+            self.lower, self.upper = phase.levels(self.model, self.task_loss, args.device)
         checks.check_levels(self.levels)
         if self.upper is not None and args.upper_prior is not None:
             if self.upper.prior is not None:
@@ -200,6 +235,166 @@ class BilevelTrainer(PhasesTrainer):
             loader = loader_of(self, self.upper_dataset, "upper_dataset")
             self.upper_batches = upper_batches(self.upper_dataset, loader, args)
         self._set_step(self.optimizer or self._new_optimizer())
+
+    @property
+    def levels(self) -> list[Problem]:
+        """The lower level, then the upper level if there is one."""
+        return [self.lower] if self.upper is None else [self.lower, self.upper]
+
+    def named_tensors(self) -> list[tuple[str, Tensor]]:
+        """The levels' variables and the centres of their priors, by level and name."""
+        named: list[tuple[str, Tensor]] = []
+        for key, level in zip(("lower", "upper"), self.levels):
+            named += [(f"{key}.{n}", x) for n, x in zip(level.names, level.variables)]
+            if isinstance(level.prior, GaussianPrior):
+                named += [(f"{key} prior.{n}", x) for n, x in zip(level.names, level.prior.start)]
+        return named
+
+    # Phases
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As `transformers.Trainer.train`; ``True`` resumes from the last complete checkpoint.
+
+        With a method, this runs the search and the second phase, and returns the result of the
+        last phase. ``True`` finds the last checkpoint of either phase. A resumed run equals the
+        uninterrupted run bit for bit, with the exceptions in docs/distributed.md.
+
+        Raises:
+            ProblemError: there is no complete checkpoint, or it is damaged or has other settings or
+                data; the run has fewer steps than ``lower_steps``; the collator cannot batch the
+                examples; at a level's first step the loss is no scalar or ignores a variable.
+            NonFiniteError: a loss, gradient or curvature is not finite, and ``args.non_finite`` is
+                ``"raise"``. The message names step and batch.
+        """
+        self.passes.begin()
+        return phases.run(self, resume_from_checkpoint, *args, **kwargs)
+
+    def train_phase(
+        self,
+        resumed: tuple[Path, Mapping[str, Any]] | None,
+        settings: Mapping[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Run this trainer's phase from the checkpoint ``resumed`` (folder, record), or anew.
+
+        ``settings`` are those of `fingerprint.settings_of`.
+        """
+        self.skipped = 0
+        try:
+            with self.callback.run(resumed, settings):
+                distributed.broadcast([x for _, x in self.named_tensors()], self.args.device)
+                folder = None if resumed is None else str(resumed[0])
+                return super().train(folder, *args, **kwargs)
+        finally:
+            self.passes.end()
+            if self.upper_batches is not None:
+                self.upper_batches.close()
+
+    @property
+    def has_second_phase(self) -> bool:
+        """Whether a second phase, training of the lower level alone, follows the search."""
+        return self.method is not None and self.upper is not None and self.args.retrain != "none"
+
+    def all_rows(self) -> Any:
+        """The rows of the second phase, as the method makes them from both levels' rows."""
+        assert self.phase is not None
+        return self.phase.method.all_rows(*self.phase.rows)
+
+    def retraining(self, args: Any) -> Any:
+        """The trainer of the second phase, on the current model."""
+        return phases.second_trainer(self, args)
+
+    def passes_of_an_upper_step(self) -> int:
+        """The search's forward+backward passes over a micro-batch for each upper step.
+
+        A hypergradient of unknown cost counts as two passes.
+        """
+        args, of_upper = self.args, self.estimator.cost() or 2
+        of_lower_batch = args.lower_steps - 1 + of_upper - 1
+        pieces = 1 if self.upper_batches is None else self.upper_batches.count  # of F
+        return int(of_lower_batch * args.gradient_accumulation_steps + pieces)
+
+    def end_training(self) -> None:
+        """End the process group: the last line of a script.
+
+        A process that exits while threads of gloo hold its tensors is aborted; the threads end
+        with the process group. DDP is deleted first: if it held the last reference to the group,
+        Python and the threads would wait for each other.
+        """
+        for trainer in filter(None, (self.retrainer, self)):
+            trainer.model_wrapped = trainer.model
+            trainer.accelerator.free_memory()
+        gc.collect()
+        self.accelerator.end_training()
+
+    # The loss
+
+    def task_loss(self, batch: Any) -> Tensor:
+        """The Trainer's loss of a micro-batch, a scalar.
+
+        With the entries of `core.labels`, its mean over a step's micro-batches and processes is the
+        mean over all labels of the step.
+        """
+        self.calls += 1
+        inputs = without(batch, self.tags)
+        weight, items, n = (inputs.pop(entry, None) for entry in (WEIGHT, ITEMS, MICRO_BATCHES))
+        if n is not None:  # TRL divides a mixture of experts' auxiliary loss by this attribute
+            self.current_gradient_accumulation_steps = n
+        with model_reads(batch):
+            loss: Tensor = self.compute_loss(self.model, inputs, num_items_in_batch=items)
+        if n is not None:
+            # In 64 bits the later division by n gives back exactly the loss.
+            loss = (loss if loss.is_mps else loss.double()) * n
+        elif weight is not None:
+            loss = loss * weight.to(loss.dtype)
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """As `transformers.Trainer.compute_loss`, corrected for evaluation by several processes.
+
+        Given a count of labels, the Trainer multiplies the loss by the number of processes, even if
+        the model ignores the count and averages itself. Such a model gets no count.
+        """
+        compute, items = super().compute_loss, num_items_in_batch
+        if items is not None and distributed.world_size() > 1:
+            of_count = lambda n: compute(model, deepcopy(dict(inputs)), num_items_in_batch=n)  # noqa: E731
+            if self.loss_rule.ignores_count(of_count):
+                items = None
+        return compute(model, inputs, return_outputs=return_outputs, num_items_in_batch=items)
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.prediction_step`, without tags."""
+        if self.tags:
+            inputs = without(inputs, self.tags)
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """A context for evaluations of the loss that train nothing, uncounted and not logged."""
+        with metrics_restored(self), self.passes.paused(), self.compute_loss_context_manager():
+            yield
+        reshard(self.model)
+
+    def with_entries(self, batches: Sequence[Any]) -> list[Any]:
+        """A step's micro-batches, of either level, with the entries of `core.labels`."""
+        samples = list(batches)
+        # No samples: the run resumed at the end of an epoch. Levels' own losses read no entries.
+        if not samples or not self.trainer_loss:
+            return samples
+        read = [without(batch, self.tags) for batch in samples] if self.tags else samples
+        entries = self.loss_rule.entries(read, self.model, self.task_loss)
+        return [{**b, **e} if e else b for b, e in zip(samples, entries, strict=True)]
+
+    # A step
 
     def adopt_prepared_parameters(self) -> None:
         """Replace the levels' variables by the optimizer's, which FSDP2 has made shards."""
@@ -227,7 +422,7 @@ class BilevelTrainer(PhasesTrainer):
             return [], None
         with collating("train_dataset"):
             batches = list(islice(epoch_iterator, num_batches))
-        return self._with_entries(batches), None
+        return self.with_entries(batches), None
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The loss of one micro-batch; the call for the last one computes the step's gradients.
@@ -243,7 +438,7 @@ class BilevelTrainer(PhasesTrainer):
         step, calls = self.current_step, self.calls
         loss = step.evaluate(inputs)
         if calls == self.calls and not self._loss_checked:
-            checks.check_unread(self, self.lower, step.micro[0].batch)
+            check_unread(self, self.lower, step.micro[0].batch, self.loss_rule.own)
         self._loss_checked = True
         if step.complete:
             try:
@@ -252,10 +447,10 @@ class BilevelTrainer(PhasesTrainer):
                 step.withhold_gradients()
             except NonFiniteError as error:
                 step.clear_gradients()
-                self._skip_or_stop(error)
+                self.handle_non_finite(error)
         return loss
 
-    def _skip_or_stop(self, error: NonFiniteError) -> None:
+    def handle_non_finite(self, error: NonFiniteError) -> None:
         """Count the step as skipped, or save the state before the step and raise."""
         if self.args.non_finite == "skip":
             self.skipped += 1
@@ -263,12 +458,10 @@ class BilevelTrainer(PhasesTrainer):
         step, state = self.current_step, self.state
         self.current_flos, state.num_input_tokens_seen, counters = self._counters
         self.__dict__.update(counters)
-        written = self._callback.save_before(step.micro[0].random_state)
-        counts = [scored_labels(micro.batch, shifted=False) for micro in (*step.micro, *step.upper)]
-        advice = NO_LABELS if any(count == 0 for count in counts) else NON_FINITE_ADVICE
+        written = self.callback.save_before(step.micro[0].random_state)
         raise NonFiniteError(
             f"step {state.global_step + 1} (epoch {state.epoch or 0:.2f}, {step.count} "
-            f"micro-batches): {error}; {advice}; {written}"
+            f"micro-batches): {error}; {step.advice()}; {written}"
         ) from error
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -289,17 +482,6 @@ class BilevelTrainer(PhasesTrainer):
             logs |= {name: round(value, 9) for name, value in spent.items()}
         super().log(logs, start_time)
 
-    def end_training(self) -> None:
-        """End the process group: the last line of a script.
-
-        A process that exits while threads of gloo hold its tensors is aborted; the threads end
-        with the process group. DDP is deleted first: if it held the last reference to the group,
-        Python and the threads would wait for each other.
-        """
-        self.release_models()
-        gc.collect()
-        self.accelerator.end_training()
-
     def _set_step(self, optimizer: Any) -> None:
         """Make the step over the levels' current variables."""
         self.bilevel_step: BilevelStep | None = None
@@ -317,9 +499,89 @@ class BilevelTrainer(PhasesTrainer):
             optimizer=optimizer,
             accelerator=self.accelerator,
             upper_batches=self.upper_batches,
-            with_entries=self._with_entries,
+            with_entries=self.with_entries,
             autocast=self.compute_loss_context_manager,
         )
+
+    # Optimizer, schedule and files
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """The optimizer ``args.optim`` over both levels, each in parameter groups of its own."""
+        if self.is_fsdp_enabled:  # an evaluation replaces the shards by full parameters
+            reshard(self.model)
+        if self.optimizer is None:
+            kind, options = given = self._optimizer_kind()
+            self.optimizer_cls_and_kwargs = returning(self._new_optimizer(), kind), {**options}
+            super().create_optimizer()
+            self.optimizer_cls_and_kwargs = given
+            check_optimizers("create_optimizer", self.optimizer, None, self.levels)
+        self._replicated = []
+        if self.is_fsdp_enabled:
+            self._replicated = take_replicated(self.optimizer, self.model)
+        replicated = [x for group in self._replicated for x in group["params"]]
+        self._unprepared = params_of(self.optimizer) + replicated
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As `transformers.Trainer.create_scheduler`; refuses a run without an upper step.
+
+        Under FSDP2 tensors outside the model are replicated; their groups join the prepared
+        optimizer here.
+        """
+        self.require_upper_step(num_training_steps)
+        while self._replicated:
+            self.optimizer.add_param_group(self._replicated.pop(0))
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def require_upper_step(self, steps: int) -> None:
+        """Raise ProblemError if a run of ``steps`` lower steps has no upper step."""
+        if self.upper is not None and steps < self.args.lower_steps:
+            raise ProblemError(
+                f"lower_steps: {self.args.lower_steps} leaves no upper step in a run of "
+                f"{steps} steps of {self.args.gradient_accumulation_steps} micro-batches; train "
+                "for longer, or lower lower_steps or gradient_accumulation_steps"
+            )
+
+    def _optimizer_kind(self) -> Any:
+        given = self.optimizer_cls_and_kwargs
+        return given or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+
+    def _new_optimizer(self) -> Any:
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        decayed = {id(named[name]) for name in self.get_decay_parameter_names(self.model)}
+        plain = {id(parameter) for parameter in named.values()} - decayed
+        groups = parameter_groups(self.lower, self.upper, self.args, plain)
+        return new_optimizer(self._optimizer_kind(), groups)
+
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """As `transformers.Trainer.save_model`, with the settings; a checkpoint has the levels.
+
+        The first call after the training loads the folder by PEFT and compares the logits of a
+        batch.
+
+        Raises:
+            ProblemError: PEFT loads another model than the one that was trained.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        name = f"{checkpoint.PREFIX}{self.state.global_step}"
+        if self.is_in_train and folder == Path(self.args.output_dir or "") / name:
+            self.callback.write(folder)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / SETTINGS).write_text(json.dumps(self.args.bilevel_settings(), indent=1))
+        super().save_model(output_dir, *args, **kwargs)
+        if self.callback.writing is not None:  # delete no older checkpoint before this is complete
+            self.args.save_total_limit = None
+        if self.trained and self.args.should_save:
+            self.trained = False
+            check_saved(self, folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As `transformers.Trainer.create_model_card`, with the bilevel settings."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            settings = {"levels": [level.name for level in self.levels]}
+            add_to_card(self.args.output_dir, settings | self.args.bilevel_settings())
 
 
 def bilevel(trainer: Any) -> type[BilevelTrainer]:
@@ -335,7 +597,3 @@ def bilevel(trainer: Any) -> type[BilevelTrainer]:
 
 def _is_function(level: Any) -> bool:
     return callable(level) and not isinstance(level, Problem | nn.Module | type)
-
-
-def _made(level: Any, trainer: BilevelTrainer) -> Any:
-    return level(trainer) if _is_function(level) else level
