@@ -21,7 +21,7 @@ from hyperopt_peft.trainer.passes import PassCounter
 from hyperopt_peft.trainer.phases import Phase
 from hyperopt_peft.trainer.step import Accumulated, MicroBatch
 from hyperopt_peft.trainer.tags import without
-from hyperopt_peft.trainer.task_loss import depends_on_count
+from hyperopt_peft.trainer.task_loss import LossRule, depends_on_count
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.models import trainable
@@ -52,8 +52,10 @@ class RecordedTrainer(BilevelTrainer):
     def __init__(self, model: Any, args: Any, *, recording: Recording, **options: Any) -> None:
         self.recording = recording
         super().__init__(model, args, **options)
-        # The loss here reads no count of labels.
-        self.loss_rule = replace(self.loss_rule, counts=False)
+
+    def new_loss_rule(self) -> LossRule:
+        """As in `BilevelTrainer`, for a loss that reads no count of labels."""
+        return replace(super().new_loss_rule(), counts=False)
 
     def with_entries(self, batches: Sequence[Any]) -> list[Any]:
         """As in `BilevelTrainer`, or so that the mean over the step is a sum."""

@@ -1,7 +1,7 @@
 """The two phases of a method: a search over both levels, then a training of the lower one.
 
-The trainer of the second phase is a new one, of the first one's class and with its arguments, on
-the method's plain model and without upper level.
+The trainer of the second phase is a new one of the first one's class, without upper level, on the
+method's plain model.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from inspect import Parameter, signature
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,6 @@ from hyperopt_peft.utils.validation import require_settings
 INITIAL, LEARNED = "initial.pt", "learned.pt"
 #: TRL's name of the adapter with which DPOTrainer and KTOTrainer compare.
 REFERENCE = "ref"
-#: Arguments that the second trainer does not get again: it has the prepared model and all rows.
-FIRST_ONLY = {"lower", "upper", "upper_dataset", "peft_config", "quantization_config"}
 
 
 @dataclass(frozen=True)
@@ -82,54 +79,6 @@ class Phase:
         return lower, self.method.upper(model, task_loss) if self.bilevel else None
 
 
-@dataclass(frozen=True)
-class Given:
-    """The arguments with which a user made a trainer; ``callbacks`` are copied before they change.
-
-    Attributes:
-        args: those by position.
-        options: those by name.
-    """
-
-    args: tuple[Any, ...]
-    options: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, args: tuple[Any, ...], options: Mapping[str, Any]) -> Given:
-        """A record of ``args`` and ``options``."""
-        callbacks = [copy.copy(callback) for callback in options.get("callbacks") or ()]
-        return cls(args, {**options, "callbacks": callbacks} if callbacks else options)
-
-    def again(self, kind: type, **changes: Any) -> dict[str, Any]:
-        """The arguments by name for another trainer of the class ``kind``, with ``changes``.
-
-        Raises:
-            ProblemError: the class's own constructor does not take them.
-        """
-        init: Any = kind.__init__  # type: ignore[misc]
-        names, named = signature(init).parameters, dict[str, Any]()
-        for name, value in (
-            signature(init).bind_partial(None, *self.args, **self.options).arguments.items()
-        ):
-            if names[name].kind is Parameter.VAR_KEYWORD:
-                named |= value
-            elif names[name].kind is Parameter.VAR_POSITIONAL:
-                named |= zip(("model", "args"), value)
-            else:
-                named[name] = value
-        del named[next(iter(names))]  # self
-        named = {name: x for name, x in named.items() if name not in FIRST_ONLY} | changes
-        try:
-            signature(init).bind(None, **named)
-        except TypeError as error:
-            raise ProblemError(
-                f"{kind.__name__}: its constructor cannot make the trainer of the second phase "
-                f"({error}); let it pass on the arguments of BilevelTrainer, or set "
-                "retrain='none'"
-            ) from error
-        return named
-
-
 def run(trainer: Any, resume: str | bool | None, *args: Any, **kwargs: Any) -> Any:
     """Train ``trainer``, and with a method that of its second phase; see `BilevelTrainer.train`."""
     folder = Path(trainer.args.output_dir or "")
@@ -143,7 +92,6 @@ def run(trainer: Any, resume: str | bool | None, *args: Any, **kwargs: Any) -> A
             _export(trainer)
         return output
     arguments = trainer.args.for_retraining()
-    second_arguments(trainer, arguments)  # refuses what would fail after the search
     point = checkpoint.to_resume(resume, folder, Path(arguments.output_dir))
     retrain = {n: x for n, x in trainer.args.bilevel_settings().items() if "retrain" in n}
     settings = settings_of(trainer)
@@ -168,40 +116,11 @@ def run(trainer: Any, resume: str | bool | None, *args: Any, **kwargs: Any) -> A
         _end_search(trainer, folder, initial)
         point = None
     _continue_with(trainer.method.finish(trainer.model), trainer)
-    trainer.retrainer = second = second_trainer(trainer, arguments, search)
+    trainer.retrainer = second = trainer.retraining(arguments, search)
     output = second.train_phase(point, settings_of(second), *args, **kwargs)
     if not second.callback.signalled:
         _export(second, trainer)
     return output
-
-
-def second_arguments(first: Any, args: Any, search: Mapping[str, Any] | None = None) -> Any:
-    """The arguments of the trainer of the second phase, without its rows."""
-    args = copy.copy(args)
-    args.remove_unused_columns |= first.model_columns is not None  # which tags had turned off
-    phase = replace(first.phase, bilevel=False, prepared=True, search=search)
-    changes = {"model": first.model, "args": args, "method": phase, "train_dataset": None}
-    changes |= {"processing_class": first.processing_class, "optimizers": (None, None)}
-    return first.given.again(type(first), **changes)
-
-
-def second_trainer(first: Any, args: Any, search: Mapping[str, Any] | None = None) -> Any:
-    """The trainer of the second phase: of the class of ``first``, on all rows, with ``args``.
-
-    ``search`` has the settings of the first phase.
-    """
-    arguments = second_arguments(first, args, search)
-    with as_prepared(first.model):
-        second = type(first)(**{**arguments, "train_dataset": first.all_rows()})
-    if second.model is not first.model:
-        raise ProblemError(
-            f"{type(first).__name__}: its constructor makes a model of its own in the second phase "
-            "too; let it pass on its argument model, or set retrain='none'"
-        )
-    for name in vars(first).keys() - vars(second).keys():  # which the user's loss may read
-        if not name.startswith("_"):
-            setattr(second, name, getattr(first, name))
-    return second
 
 
 def show_rows(trainer: Any) -> None:
@@ -265,6 +184,14 @@ def _level_values(trainer: Any) -> dict[str, Tensor]:
     lower, *upper = trainer.levels
     named = {f"lower.{name}": x for name, x in zip(lower.names, lower.variables)}
     return named | {n: x for each in upper for n, x in zip(each.names, each.variables)}
+
+
+def options_again(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The second trainer's ``options``; the callbacks are copied before the search changes them."""
+    made_once = ("peft_config", "quantization_config", "processing_class")
+    copies = [copy.copy(callback) for callback in options.get("callbacks") or ()]
+    rest = {name: value for name, value in options.items() if name not in made_once}
+    return {**rest, "callbacks": copies, "optimizers": (None, None)}
 
 
 @contextmanager

@@ -45,8 +45,11 @@ def check_saved(trainer: Any, folder: Path) -> None:
 
 
 def _inputs(trainer: Any) -> dict[str, Any]:
-    """A few training rows as the model reads them, without labels."""
-    rows, names = trainer.train_dataset, signature(base_model(trainer.model).forward).parameters
+    """A few training rows as the model reads them; labels only if the decoder's input needs them."""
+    rows, base = trainer.train_dataset, base_model(trainer.model)
+    names = {*signature(type(base).forward).parameters}
+    if not getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        names -= {"labels"}
     if not (has_length(rows) and hasattr(rows, "__getitem__")):
         raise NotCompared("the training rows are a stream")
     size = min(len(rows), trainer.args.per_device_train_batch_size, ROWS)
@@ -56,5 +59,4 @@ def _inputs(trainer: Any) -> dict[str, Any]:
         )
     except ProblemError as error:
         raise NotCompared(str(error)) from error
-    read = {k: x for k, x in batch.items() if k in names and isinstance(x, Tensor)}
-    return {name: x for name, x in read.items() if name != "labels"}
+    return {k: x for k, x in batch.items() if k in names and isinstance(x, Tensor)}

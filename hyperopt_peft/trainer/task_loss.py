@@ -15,23 +15,14 @@ from torch import Tensor
 from transformers import Trainer
 
 from hyperopt_peft.core.labels import (
-    ENTRIES,
     ITEMS,
     MICRO_BATCHES,
-    TOLERANCE,
     counts_of_labels,
     label_weights,
     labels_are_shifted,
-    row_losses,
-    with_all_classes,
 )
-from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.trainer.internals import metrics_restored
-from hyperopt_peft.trainer.tags import without
 from hyperopt_peft.utils import distributed
-from hyperopt_peft.utils.models import evaluating
-from hyperopt_peft.utils.random_state import RandomState, replay
 from hyperopt_peft.utils.restore import preserve_state
 
 logger = logging.getLogger(__name__)
@@ -171,59 +162,3 @@ def has_own_loss(trainer: type[Trainer], stock: type[Trainer]) -> bool:
     ``stock`` is a class whose override does not count.
     """
     return any("compute_loss" in vars(x) for x in trainer.__mro__ if x not in (stock, Trainer))
-
-
-def check_unread(trainer: Any, level: Problem, batch: Any, own: bool) -> None:
-    """Raise ProblemError if ``level``, which did not call ``task_loss``, drops the trainer's loss.
-
-    ``own`` says whether its class has one. A loss that is the mean over the labels of ``batch``, as
-    that of TRL's SFTTrainer, is the model's own. Under FSDP2 a loss is not evaluated here, and
-    passes.
-    """
-    changes = (trainer.label_smoother, trainer.compute_loss_func, own)
-    names = "label_smoothing_factor", "compute_loss_func", "compute_loss"
-    name = next((name for name, used in zip(names, changes) if used), None)
-    if name is None or (trainer.is_fsdp_enabled and not trainer.label_smoother):
-        return
-    try:
-        with trainer.passes.paused():
-            require_mean_over_labels(trainer, batch, trainer.tags)
-    except ProblemError as error:
-        raise ProblemError(
-            f"{name}: {level.name} drops it, since its loss does not call task_loss; let it call "
-            f"task_loss, or leave {name} out ({error})"
-        ) from error
-
-
-@torch.no_grad()
-def require_mean_over_labels(trainer: Any, batch: Any, tags: Sequence[str]) -> None:
-    """Raise ProblemError if a Trainer's loss of ``batch`` is not the mean over labels.
-
-    The loss is that of ``compute_loss``, without dropout and ``tags``; see `with_all_classes`.
-    """
-    batch = without(batch, (*tags, *ENTRIES)) if isinstance(batch, Mapping) else {}
-    found = "the first batch has no labels"
-    if trainer.label_smoother:  # a little smoothing is below the tolerance
-        found = "label_smoothing_factor changes the loss of each label"
-    elif isinstance(batch.get("labels"), torch.Tensor):
-        with (
-            evaluating(trainer.model),
-            replay(RandomState.capture()),
-            metrics_restored(trainer),
-            trainer.compute_loss_context_manager(),
-        ):
-            for labelled in with_all_classes(trainer.model, batch):
-                sums, counts = row_losses(trainer.model, labelled)
-                mean = sums.sum() / counts.sum().clamp(min=1)
-                items = counts.sum() if distributed.world_size() == 1 else None  # else it is scaled
-                copy = {**labelled}  # the trainer may add entries
-                loss = trainer.compute_loss(trainer.model, copy, num_items_in_batch=items)
-                if counts.any() and (loss - mean).abs() > TOLERANCE * mean.abs():
-                    break
-            else:
-                return
-        found = f"the loss of the first batch is {loss:.4g}, the mean of its labels {mean:.4g}"
-    raise ProblemError(
-        f"{type(trainer).__name__}: {found}, so that rows have no losses of their own; use a "
-        "trainer or settings whose loss is the mean over the labels"
-    )

@@ -6,10 +6,11 @@ import gc
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy, deepcopy
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import Trainer
@@ -48,11 +49,11 @@ from hyperopt_peft.trainer.optimizer import (
 )
 from hyperopt_peft.trainer.over import CombinedTrainer, loads_names
 from hyperopt_peft.trainer.passes import PassCounter
-from hyperopt_peft.trainer.phases import Given, Phase
+from hyperopt_peft.trainer.phases import Phase
 from hyperopt_peft.trainer.saved import check_saved
 from hyperopt_peft.trainer.step import Accumulated, OptimizerStep
 from hyperopt_peft.trainer.tags import keep_tags, without
-from hyperopt_peft.trainer.task_loss import LossRule, check_unread, has_own_loss
+from hyperopt_peft.trainer.task_loss import LossRule, has_own_loss
 from hyperopt_peft.trainer.upper_batches import loader_of, upper_batches
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.distributed import reshard
@@ -116,12 +117,6 @@ class BilevelTrainer(CombinedTrainer):
     #: The number of calls of `task_loss`.
     calls = 0
 
-    def __new__(cls, *args: Any, **options: Any) -> Self:
-        """Keep the arguments, from which a second phase's trainer is made."""
-        made = super().__new__(cls)
-        made.given = Given.of(args, options)
-        return made
-
     def __init__(
         self,
         model: nn.Module | str,
@@ -132,13 +127,14 @@ class BilevelTrainer(CombinedTrainer):
         upper: LevelLike | None = None,
         train_dataset: Any,
         upper_dataset: Any = None,
-        callbacks: Sequence[Any] | None = None,
         **trainer: Any,
     ) -> None:
         checks.check_class(args, self.Arguments)
         #: The columns in which rows must differ to be different rows; None for all.
         self.row_columns = reads_of(model, args)
-        evaluation = trainer.pop("eval_dataset", None)
+        #: The further arguments of the second phase's trainer.
+        self.options_again = phases.options_again(trainer)
+        evaluation, callbacks = (trainer.pop(x, None) for x in ("eval_dataset", "callbacks"))
         phase = method if isinstance(method, Phase) else None
         if phase is None and upper_dataset is not None:  # before rows are numbered or joined
             require_apart(train_dataset, upper_dataset, evaluation, self.row_columns)
@@ -204,14 +200,7 @@ class BilevelTrainer(CombinedTrainer):
         warn_of_repeated_rows(self.train_dataset, args)
         if not has_length(self.train_dataset):
             self.train_dataset = Endless(self.train_dataset)
-        own = self.compute_loss_func is not None
-        self.loss_rule = LossRule(
-            args,
-            scaled=getattr(self, "loss_is_scaled_for_ga", None),  # of Transformers 5.19
-            own=own or has_own_loss(type(self), BilevelTrainer),
-            counts=own or self.model_accepts_loss_kwargs,
-            measuring=self.measuring,
-        )
+        self.loss_rule = self.new_loss_rule()
         if phase is None:
             self.lower = lower(self) if _is_function(lower) else lower
             self.upper = upper(self) if _is_function(upper) else upper
@@ -303,9 +292,21 @@ class BilevelTrainer(CombinedTrainer):
         assert self.phase is not None
         return self.phase.method.all_rows(*self.phase.rows)
 
-    def retraining(self, args: Any) -> Any:
-        """The trainer of the second phase, on the current model."""
-        return phases.second_trainer(self, args)
+    def retraining(self, args: Any, search: Mapping[str, Any] | None = None) -> Any:
+        """The trainer of the second phase, on this model; ``search`` has this one's settings.
+
+        A class's own constructor is not called again: its attributes, which the loss may read, are
+        those of this trainer.
+        """
+        args, second = copy(args), type(self).__new__(type(self))
+        args.remove_unused_columns |= self.model_columns is not None  # which tags had turned off
+        phase = replace(self.phase, bilevel=False, prepared=True, search=search)
+        data = {"train_dataset": self.all_rows(), "processing_class": self.processing_class}
+        with phases.as_prepared(self.model):
+            options = {"method": phase, **data, **self.options_again}
+            BilevelTrainer.__init__(second, self.model, args, **options)
+        vars(second).update({n: x for n, x in vars(self).items() if n not in vars(second)})
+        return second
 
     def passes_of_an_upper_step(self) -> int:
         """The search's forward+backward passes over a micro-batch for each upper step.
@@ -384,6 +385,17 @@ class BilevelTrainer(CombinedTrainer):
             yield
         reshard(self.model)
 
+    def new_loss_rule(self) -> LossRule:
+        """The rule by which `task_loss` weights micro-batches."""
+        own = self.compute_loss_func is not None
+        return LossRule(
+            self.args,
+            scaled=getattr(self, "loss_is_scaled_for_ga", None),  # of Transformers 5.19
+            own=own or has_own_loss(type(self), BilevelTrainer),
+            counts=own or self.model_accepts_loss_kwargs,
+            measuring=self.measuring,
+        )
+
     def with_entries(self, batches: Sequence[Any]) -> list[Any]:
         """A step's micro-batches, of either level, with the entries of `core.labels`."""
         samples = list(batches)
@@ -438,7 +450,7 @@ class BilevelTrainer(CombinedTrainer):
         step, calls = self.current_step, self.calls
         loss = step.evaluate(inputs)
         if calls == self.calls and not self._loss_checked:
-            check_unread(self, self.lower, step.micro[0].batch, self.loss_rule.own)
+            checks.check_unread(self, self.lower, step.micro[0].batch, self.loss_rule.own)
         self._loss_checked = True
         if step.complete:
             try:
