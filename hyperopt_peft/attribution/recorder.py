@@ -29,21 +29,14 @@ from hyperopt_peft.utils.models import trainable
 
 @dataclass
 class Recording:
-    """What both phases of a recorded training share.
+    """What both phases of a recorded training share."""
 
-    Attributes:
-        weights: the rows' weights v, ``(n,)``.
-        loss: the level whose loss has a weight for each row.
-        options: arguments of `Run`.
-        sums: whether a step is the sum of its micro-batches' losses, as in some stock Trainers.
-        run: the recorded run, from its first step on.
-    """
-
-    weights: Tensor
-    loss: Any
-    options: Mapping[str, Any]
-    sums: bool
-    run: Run | None = None
+    weights: Tensor  # v, of the rows, (n,)
+    loss: WeightedRows  # the mean loss with a weight for each row
+    options: Mapping[str, Any]  # arguments of `Run`
+    scaled: bool | None  # as of `LossRule`
+    sums: bool = False  # whether a step is the sum of its micro-batches' losses
+    run: Run | None = None  # from the first step on
 
 
 class RecordedTrainer(BilevelTrainer):
@@ -55,7 +48,7 @@ class RecordedTrainer(BilevelTrainer):
 
     def new_loss_rule(self) -> LossRule:
         """As in `BilevelTrainer`, for a loss that reads no count of labels."""
-        return replace(super().new_loss_rule(), counts=False)
+        return replace(super().new_loss_rule(), counts=False, scaled=self.recording.scaled)
 
     def with_entries(self, batches: Sequence[Any]) -> list[Any]:
         """As in `BilevelTrainer`, or so that the mean over the step is a sum."""
@@ -167,12 +160,11 @@ def recorded(
     scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
     if scaled is None and stock:
         scaled = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
-    kind = _Unscaled if scaled is False else RecordedTrainer
     lower, upper = data.of_levels
-    made = kind(
+    made = RecordedTrainer(
         model,
         args,
-        recording=Recording(weights, loss, options, sums=False),
+        recording=Recording(weights, loss, options, scaled=None if scaled else scaled),
         method=Phase(
             method,
             rows=data.of_retraining,
@@ -195,12 +187,6 @@ def recorded(
     if type(method) is Method:
         made.lower.name = "training"
     return made
-
-
-class _Unscaled(RecordedTrainer):
-    """Of a Trainer whose step is the plain mean of its micro-batches' losses."""
-
-    loss_is_scaled_for_ga = False
 
 
 def _reads_count(trainer: Any, made: RecordedTrainer, data: TrainerData) -> bool:

@@ -45,7 +45,7 @@ def check_saved(trainer: Any, folder: Path) -> None:
 
 
 def _inputs(trainer: Any) -> dict[str, Any]:
-    """A few training rows as the model reads them; labels only if the decoder's input needs them."""
+    """A few training rows as the model reads them; labels only for the input of a decoder."""
     rows, base = trainer.train_dataset, base_model(trainer.model)
     names = {*signature(type(base).forward).parameters}
     if not getattr(getattr(base, "config", None), "is_encoder_decoder", False):

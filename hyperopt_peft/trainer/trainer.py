@@ -22,31 +22,12 @@ from hyperopt_peft.core.problem import Problem, devices_of
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.engine.step import BilevelStep
 from hyperopt_peft.errors import NonFiniteError, ProblemError
-from hyperopt_peft.trainer import checks, phases
+from hyperopt_peft.trainer import checks, data, optimizer, phases
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.callback import BilevelCallback
-from hyperopt_peft.trainer.data import (
-    Endless,
-    collating,
-    data_of_levels,
-    reads_of,
-    require_apart,
-    require_same_layout,
-    warn_of_repeated_rows,
-    with_upper,
-    without_upper,
-)
 from hyperopt_peft.trainer.internals import counters_of, metrics_restored, packed_with
 from hyperopt_peft.trainer.logs import add_to_card, shorten, upper_gap
 from hyperopt_peft.trainer.method import Method
-from hyperopt_peft.trainer.optimizer import (
-    check_optimizers,
-    new_optimizer,
-    parameter_groups,
-    params_of,
-    returning,
-    take_replicated,
-)
 from hyperopt_peft.trainer.over import CombinedTrainer, loads_names
 from hyperopt_peft.trainer.passes import PassCounter
 from hyperopt_peft.trainer.phases import Phase
@@ -129,15 +110,16 @@ class BilevelTrainer(CombinedTrainer):
         upper_dataset: Any = None,
         **trainer: Any,
     ) -> None:
+        self._own = {**vars(self)}  # which the constructor of a subclass has set
         checks.check_class(args, self.Arguments)
         #: The columns in which rows must differ to be different rows; None for all.
-        self.row_columns = reads_of(model, args)
+        self.row_columns = data.reads_of(model, args)
         #: The further arguments of the second phase's trainer.
         self.options_again = phases.options_again(trainer)
         evaluation, callbacks = (trainer.pop(x, None) for x in ("eval_dataset", "callbacks"))
         phase = method if isinstance(method, Phase) else None
         if phase is None and upper_dataset is not None:  # before rows are numbered or joined
-            require_apart(train_dataset, upper_dataset, evaluation, self.row_columns)
+            data.require_apart(train_dataset, upper_dataset, evaluation, self.row_columns)
         if lower is None and upper is None and not isinstance(method, Phase):
             method = method or Method()
             args = args.with_defaults(method.defaults)
@@ -170,11 +152,11 @@ class BilevelTrainer(CombinedTrainer):
         if not isinstance(model, nn.Module) and not loads_names(self.parent()):
             raise ProblemError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if self.trainer_loss:
-            for data in (train_dataset, upper_dataset, evaluation):
-                checks.check_rows(model, data, trainer)
+            for rows in (train_dataset, upper_dataset, evaluation):
+                checks.check_rows(model, rows, trainer)
         if self.parent() is not Trainer:
-            require_same_layout(train_dataset, upper_dataset)
-        train_dataset, upper_dataset = data_of_levels(
+            data.require_same_layout(train_dataset, upper_dataset)
+        train_dataset, upper_dataset = data.data_of_levels(
             train_dataset, upper_dataset, args, bilevel, self.row_columns
         )
         self.callback = BilevelCallback(self)
@@ -184,7 +166,7 @@ class BilevelTrainer(CombinedTrainer):
                 args=args,
                 train_dataset=train_dataset,
                 # The parent prepares the upper level's data as it prepares evaluation data.
-                eval_dataset=with_upper(evaluation, upper_dataset, args),
+                eval_dataset=data.with_upper(evaluation, upper_dataset, args),
                 callbacks=[self.callback, self.passes, *(callbacks or ())],
                 **trainer,
             )
@@ -192,14 +174,16 @@ class BilevelTrainer(CombinedTrainer):
         keep_differentiable(self.model)
         self.upper_dataset = None
         if upper_dataset is not None:
-            self.eval_dataset, self.upper_dataset = without_upper(self.eval_dataset, evaluation)
+            self.eval_dataset, self.upper_dataset = data.without_upper(
+                self.eval_dataset, evaluation
+            )
         if self.method is not None:
             if self.tags:
                 keep_tags(self, self.tags, type(self.method).__name__)
             phases.show_rows(self)
-        warn_of_repeated_rows(self.train_dataset, args)
+        data.warn_of_repeated_rows(self.train_dataset, args)
         if not has_length(self.train_dataset):
-            self.train_dataset = Endless(self.train_dataset)
+            self.train_dataset = data.Endless(self.train_dataset)
         self.loss_rule = self.new_loss_rule()
         if phase is None:
             self.lower = lower(self) if _is_function(lower) else lower
@@ -217,7 +201,8 @@ class BilevelTrainer(CombinedTrainer):
         checks.check_layers(self.model, self.levels, self.estimator)
         checks.check_accelerator(self, self.levels, self.estimator)
         checks.check_router_loss(self, self.levels)
-        check_optimizers("optimizers", self.optimizer, self.lr_scheduler, self.levels)
+        given = self.optimizer, self.lr_scheduler
+        optimizer.check_optimizers("optimizers", *given, self.levels)
         loader_of(self, self.train_dataset, "train_dataset")  # refuses what the model cannot read
         self.upper_batches = None
         if self.upper is not None:
@@ -299,11 +284,12 @@ class BilevelTrainer(CombinedTrainer):
         those of this trainer.
         """
         args, second = copy(args), type(self).__new__(type(self))
+        vars(second).update(self._own)
         args.remove_unused_columns |= self.model_columns is not None  # which tags had turned off
         phase = replace(self.phase, bilevel=False, prepared=True, search=search)
-        data = {"train_dataset": self.all_rows(), "processing_class": self.processing_class}
+        options = {"train_dataset": self.all_rows(), "processing_class": self.processing_class}
         with phases.as_prepared(self.model):
-            options = {"method": phase, **data, **self.options_again}
+            options |= {"method": phase, **self.options_again}
             BilevelTrainer.__init__(second, self.model, args, **options)
         vars(second).update({n: x for n, x in vars(self).items() if n not in vars(second)})
         return second
@@ -410,7 +396,8 @@ class BilevelTrainer(CombinedTrainer):
 
     def adopt_prepared_parameters(self) -> None:
         """Replace the levels' variables by the optimizer's, which FSDP2 has made shards."""
-        prepared = dict(zip(map(id, self._unprepared), params_of(self.optimizer), strict=True))
+        params = optimizer.params_of(self.optimizer)
+        prepared = dict(zip(map(id, self._unprepared), params, strict=True))
         for level in self.levels:
             level.variables = tuple(prepared[id(variable)] for variable in level.variables)
         self._set_step(self.optimizer)
@@ -432,7 +419,7 @@ class BilevelTrainer(CombinedTrainer):
         """The next step's micro-batches with the entries of `core.labels`; none after the end."""
         if self.control.should_training_stop:
             return [], None
-        with collating("train_dataset"):
+        with data.collating("train_dataset"):
             batches = list(islice(epoch_iterator, num_batches))
         return self.with_entries(batches), None
 
@@ -494,12 +481,12 @@ class BilevelTrainer(CombinedTrainer):
             logs |= {name: round(value, 9) for name, value in spent.items()}
         super().log(logs, start_time)
 
-    def _set_step(self, optimizer: Any) -> None:
+    def _set_step(self, of_levels: Any) -> None:
         """Make the step over the levels' current variables."""
         self.bilevel_step: BilevelStep | None = None
         if self.upper is not None:
             limit = self.args.max_grad_norm or None
-            lower = Accumulated(self.lower, optimizer, limit)
+            lower = Accumulated(self.lower, of_levels, limit)
             upper = Accumulated(self.upper, calls=lambda: self.calls)
             options = {"seed": self.args.seed, "uncounted": self.passes.paused}
             self.bilevel_step = BilevelStep(upper, lower, self.estimator, **options)
@@ -508,7 +495,7 @@ class BilevelTrainer(CombinedTrainer):
             self.lower,
             self.bilevel_step,
             args=self.args,
-            optimizer=optimizer,
+            optimizer=of_levels,
             accelerator=self.accelerator,
             upper_batches=self.upper_batches,
             with_entries=self.with_entries,
@@ -523,15 +510,16 @@ class BilevelTrainer(CombinedTrainer):
             reshard(self.model)
         if self.optimizer is None:
             kind, options = given = self._optimizer_kind()
-            self.optimizer_cls_and_kwargs = returning(self._new_optimizer(), kind), {**options}
+            made = optimizer.returning(self._new_optimizer(), kind)
+            self.optimizer_cls_and_kwargs = made, {**options}
             super().create_optimizer()
             self.optimizer_cls_and_kwargs = given
-            check_optimizers("create_optimizer", self.optimizer, None, self.levels)
+            optimizer.check_optimizers("create_optimizer", self.optimizer, None, self.levels)
         self._replicated = []
         if self.is_fsdp_enabled:
-            self._replicated = take_replicated(self.optimizer, self.model)
+            self._replicated = optimizer.take_replicated(self.optimizer, self.model)
         replicated = [x for group in self._replicated for x in group["params"]]
-        self._unprepared = params_of(self.optimizer) + replicated
+        self._unprepared = optimizer.params_of(self.optimizer) + replicated
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -562,8 +550,8 @@ class BilevelTrainer(CombinedTrainer):
         named = dict(self.model.named_parameters(remove_duplicate=False))
         decayed = {id(named[name]) for name in self.get_decay_parameter_names(self.model)}
         plain = {id(parameter) for parameter in named.values()} - decayed
-        groups = parameter_groups(self.lower, self.upper, self.args, plain)
-        return new_optimizer(self._optimizer_kind(), groups)
+        groups = optimizer.parameter_groups(self.lower, self.upper, self.args, plain)
+        return optimizer.new_optimizer(self._optimizer_kind(), groups)
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """As `transformers.Trainer.save_model`, with the settings; a checkpoint has the levels.
