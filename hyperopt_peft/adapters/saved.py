@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -114,7 +115,8 @@ def _logits(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     except Exception as error:  # of the model's own code
         raise NotCompared(f"it has no logits for {sorted(inputs)} ({error})") from error
     flat = logits.flatten()
-    return flat[:: max(1, flat.numel() // ENTRIES)].double().cpu()
+    some: Tensor = flat[:: max(1, flat.numel() // ENTRIES)].double().cpu()
+    return some
 
 
 def _rounding(model: nn.Module) -> float:
@@ -122,4 +124,4 @@ def _rounding(model: nn.Module) -> float:
     kinds = [x for x in model.parameters() if x.is_floating_point()]
     worst = max(torch.finfo(x.dtype).eps for x in kinds)
     exact = all(x.device.type == "cpu" for x in kinds)
-    return float(max(worst, 0.0 if exact else 2**-10)) ** 0.5
+    return math.sqrt(worst if exact else max(worst, 2**-10))

@@ -17,8 +17,7 @@ from hyperopt_peft.core.labels import WEIGHT
 from hyperopt_peft.errors import NonFiniteError
 from hyperopt_peft.trainer.internals import metrics_restored
 from hyperopt_peft.trainer.method import Method
-from hyperopt_peft.trainer.passes import PassCounter
-from hyperopt_peft.trainer.phases import Phase
+from hyperopt_peft.trainer.phases import Phase, lower_of, upper_of
 from hyperopt_peft.trainer.step import Accumulated, MicroBatch
 from hyperopt_peft.trainer.tags import without
 from hyperopt_peft.trainer.task_loss import LossRule, depends_on_count
@@ -32,7 +31,7 @@ class Recording:
     """What both phases of a recorded training share."""
 
     weights: Tensor  # v, of the rows, (n,)
-    loss: WeightedRows  # the mean loss with a weight for each row
+    loss: Any  # a `WeightedRows`: the mean loss with a weight for each row
     options: Mapping[str, Any]  # arguments of `Run`
     scaled: bool | None  # as of `LossRule`
     sums: bool = False  # whether a step is the sum of its micro-batches' losses
@@ -155,7 +154,7 @@ def recorded(
     weights = torch.ones(len(data.train_rows), dtype=dtype, device=args.device, requires_grad=True)
     tags = (*method.tags, ROW)
     how: dict[str, Any] = {"variables": [weights], "tags": tags, "twice": twice}
-    loss = WeightedRows(model, lambda batch: weights[batch[ROW]], **how)
+    loss = WeightedRows(model, lambda x: weights[x[ROW]], **how)
     stock = not isinstance(trainer, BilevelTrainer)
     scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
     if scaled is None and stock:
@@ -166,12 +165,7 @@ def recorded(
         args,
         recording=Recording(weights, loss, options, scaled=None if scaled else scaled),
         method=Phase(
-            method,
-            rows=data.of_retraining,
-            tags=tags,
-            bilevel=upper is not None,
-            prepared=True,
-            passes=PassCounter(),
+            method, lower_of, None if upper is None else upper_of, data.of_retraining, tags
         ),
         train_dataset=lower,
         upper_dataset=upper,

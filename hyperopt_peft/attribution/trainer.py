@@ -149,7 +149,7 @@ def require_attributable(trainer: Any) -> None:
             "one with model_init"
         )
     method = method_of(trainer)
-    for name in ("finish", "after_upper_step", "after_search"):
+    for name in ("finish", "export", "after_upper_step", "after_search"):
         if getattr(type(method), name) is not getattr(Method, name):
             raise ProblemError(
                 f"training: {type(method).__name__}.{name} changes the model during the run, and "

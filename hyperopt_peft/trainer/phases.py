@@ -9,15 +9,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.trainer_utils import has_length
 
-from hyperopt_peft.core.problem import Problem, TaskLoss
+from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer import checks
@@ -39,44 +39,76 @@ REFERENCE = "ref"
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase of a method; a trainer takes one as ``method``, with the rows of its levels.
+    """What a trainer trains; it takes one as ``method``, with the rows of the levels.
 
     Attributes:
-        method: makes the levels.
+        method: the method whose phase it is; None if the user gave levels.
+        lower, upper: the levels, or functions of the trainer that make them; ``upper`` may be None.
         rows: the rows of both levels as `Method.rows` returned them.
         tags: the columns of a batch that a level reads and the model does not.
-        bilevel: whether the phase has an upper level.
-        prepared: whether the method has prepared the model.
         passes: counts the passes of both phases.
         search: the settings of the search before this phase.
     """
 
-    method: Method
+    method: Method | None
+    lower: Any
+    upper: Any
     rows: tuple[Any, Any]
-    tags: tuple[str, ...]
-    bilevel: bool
-    prepared: bool
-    passes: PassCounter
+    tags: tuple[str, ...] = ()
+    passes: PassCounter = field(default_factory=PassCounter)
     search: Mapping[str, Any] | None = None
 
     @classmethod
-    def first(cls, method: Method, train: Any, upper: Any) -> Phase:
-        """The first, or only, phase of ``method`` on the user's rows."""
-        if INDEX in method.tags:
-            train, upper = numbered(train, upper)
-        rows, bilevel = method.rows(train, upper), has_upper_level(method)
-        return cls(method, rows, method.tags, bilevel, prepared=False, passes=PassCounter())
+    def first(cls, method: Method | None, lower: Any, upper: Any, *rows: Any) -> Phase:
+        """The first, or only, phase of ``method``, or of levels, on the user's rows."""
+        if method is None:
+            return cls(None, lower, upper, (rows[0], rows[1]))
+        train, of_upper = numbered(*rows) if INDEX in method.tags else rows
+        upper = upper_of if has_upper_level(method) else None
+        return cls(method, prepared_lower_of, upper, method.rows(train, of_upper), method.tags)
 
-    def levels(
-        self, model: Any, task_loss: TaskLoss, device: torch.device
-    ) -> tuple[Problem, Problem | None]:
-        """The lower and the upper level; the method prepares ``model`` if it has not yet."""
-        if not self.prepared:
-            # Methods and levels copy initial values, which must be equal on all processes.
-            distributed.broadcast([p for p in model.parameters() if p.requires_grad], device)
-            self.method.prepare(model)
-        lower = self.method.lower(model, task_loss)
-        return lower, self.method.upper(model, task_loss) if self.bilevel else None
+    @property
+    def rows_of_levels(self) -> tuple[Any, Any]:
+        """The rows to train on; a baseline has one level on all rows."""
+        if self.method is None or self.upper is not None:
+            return self.rows
+        return self.method.all_rows(*self.rows), None
+
+    @property
+    def reads_trainer(self) -> bool:
+        """Whether the levels are functions of the trainer, so that they may read its loss."""
+        return is_function(self.lower)
+
+    def levels_of(self, trainer: Any) -> Iterator[Any]:
+        """The lower level of ``trainer``, then the upper level or None."""
+        for level in (self.lower, self.upper):
+            yield level(trainer) if is_function(level) else level
+
+
+def is_function(level: Any) -> bool:
+    """Whether ``level`` is a function that makes one."""
+    return callable(level) and not isinstance(level, Problem | nn.Module | type)
+
+
+def lower_of(trainer: Any) -> Problem:
+    """The lower level of the method of ``trainer``."""
+    level: Problem = trainer.method.lower(trainer.model, trainer.task_loss)
+    return level
+
+
+def prepared_lower_of(trainer: Any) -> Problem:
+    """As `lower_of`, after the method has prepared the model."""
+    # Methods and levels copy initial values, which must be equal on all processes.
+    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+    distributed.broadcast(parameters, trainer.args.device)
+    trainer.method.prepare(trainer.model)
+    return lower_of(trainer)
+
+
+def upper_of(trainer: Any) -> Problem:
+    """The upper level of the method of ``trainer``."""
+    level: Problem = trainer.method.upper(trainer.model, trainer.task_loss)
+    return level
 
 
 def run(trainer: Any, resume: str | bool | None, *args: Any, **kwargs: Any) -> Any:

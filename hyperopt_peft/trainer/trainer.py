@@ -29,7 +29,6 @@ from hyperopt_peft.trainer.internals import counters_of, metrics_restored, packe
 from hyperopt_peft.trainer.logs import add_to_card, shorten, upper_gap
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.over import CombinedTrainer, loads_names
-from hyperopt_peft.trainer.passes import PassCounter
 from hyperopt_peft.trainer.phases import Phase
 from hyperopt_peft.trainer.saved import check_saved
 from hyperopt_peft.trainer.step import Accumulated, OptimizerStep
@@ -97,6 +96,11 @@ class BilevelTrainer(CombinedTrainer):
     model_columns: set[str] | None = None
     #: The number of calls of `task_loss`.
     calls = 0
+    # As of `transformers.Trainer`, which sets them.
+    train_dataset: Any = None
+    eval_dataset: Any = None
+    optimizer_cls_and_kwargs: Any = None
+    current_flos: float = 0.0
 
     def __init__(
         self,
@@ -117,31 +121,26 @@ class BilevelTrainer(CombinedTrainer):
         #: The further arguments of the second phase's trainer.
         self.options_again = phases.options_again(trainer)
         evaluation, callbacks = (trainer.pop(x, None) for x in ("eval_dataset", "callbacks"))
-        phase = method if isinstance(method, Phase) else None
-        if phase is None and upper_dataset is not None:  # before rows are numbered or joined
-            data.require_apart(train_dataset, upper_dataset, evaluation, self.row_columns)
-        if lower is None and upper is None and not isinstance(method, Phase):
-            method = method or Method()
-            args = args.with_defaults(method.defaults)
-            if trainer.get("peft_config") is not None:
-                trainer["peft_config"] = method.adapter(deepcopy(trainer["peft_config"]))
-            phase = Phase.first(method, train_dataset, upper_dataset)
-            train_dataset, upper_dataset = phase.rows
-            if not phase.bilevel:
-                train_dataset, upper_dataset = method.all_rows(*phase.rows), None
-        elif phase is None and (method is not None or lower is None):
-            raise ProblemError("method: give a method, or the levels lower and upper, and not both")
+        if not isinstance(method, Phase):
+            if upper_dataset is not None:  # before rows are numbered or joined
+                data.require_apart(train_dataset, upper_dataset, evaluation, self.row_columns)
+            if lower is None and upper is None:
+                method = method or Method()
+                args = args.with_defaults(method.defaults)
+                if trainer.get("peft_config") is not None:
+                    trainer["peft_config"] = method.adapter(deepcopy(trainer["peft_config"]))
+            elif method is not None or lower is None:
+                raise ProblemError(
+                    "method: give a method, or the levels lower and upper, and not both"
+                )
+            method = Phase.first(method, lower, upper, train_dataset, upper_dataset)
+            train_dataset, upper_dataset = method.rows_of_levels
         args = args.with_defaults({})
-        bilevel = upper is not None if phase is None else phase.bilevel
-        #: The phase of a method; None if the user gave levels.
-        self.phase = phase
-        self.method = None if phase is None else phase.method
+        self.phase, self.method = method, method.method
         #: Columns of a batch that a level reads and the model does not.
-        self.tags: tuple[str, ...] = () if phase is None else phase.tags
+        self.tags = self.phase.tags
         #: Passes and seconds of the training, for both phases of a method together.
-        self.passes = PassCounter() if phase is None else phase.passes
-        #: Whether the levels are functions of the trainer, so that they may read its loss.
-        self.trainer_loss = phase is not None or _is_function(lower)
+        self.passes = self.phase.passes
         #: The trainer of the second phase; None before that begins.
         self.retrainer: Any = None
         #: Whether the last phase has ended, and the adapter is not yet saved and checked.
@@ -151,13 +150,13 @@ class BilevelTrainer(CombinedTrainer):
         checks.check_arguments(args, trainer)
         if not isinstance(model, nn.Module) and not loads_names(self.parent()):
             raise ProblemError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if self.trainer_loss:
+        if self.phase.reads_trainer:
             for rows in (train_dataset, upper_dataset, evaluation):
                 checks.check_rows(model, rows, trainer)
         if self.parent() is not Trainer:
             data.require_same_layout(train_dataset, upper_dataset)
         train_dataset, upper_dataset = data.data_of_levels(
-            train_dataset, upper_dataset, args, bilevel, self.row_columns
+            train_dataset, upper_dataset, args, method.upper is not None, self.row_columns
         )
         self.callback = BilevelCallback(self)
         with packed_with(self.tags):
@@ -185,11 +184,9 @@ class BilevelTrainer(CombinedTrainer):
         if not has_length(self.train_dataset):
             self.train_dataset = data.Endless(self.train_dataset)
         self.loss_rule = self.new_loss_rule()
-        if phase is None:
-            self.lower = lower(self) if _is_function(lower) else lower
-            self.upper = upper(self) if _is_function(upper) else upper
-        else:
-            self.lower, self.upper = phase.levels(self.model, self.task_loss, args.device)
+        levels = self.phase.levels_of(self)
+        self.lower: Problem = next(levels)
+        self.upper: Problem | None = next(levels)  # which may read the lower one
         checks.check_levels(self.levels)
         if self.upper is not None and args.upper_prior is not None:
             if self.upper.prior is not None:
@@ -274,8 +271,8 @@ class BilevelTrainer(CombinedTrainer):
 
     def all_rows(self) -> Any:
         """The rows of the second phase, as the method makes them from both levels' rows."""
-        assert self.phase is not None
-        return self.phase.method.all_rows(*self.phase.rows)
+        assert self.method is not None
+        return self.method.all_rows(*self.phase.rows)
 
     def retraining(self, args: Any, search: Mapping[str, Any] | None = None) -> Any:
         """The trainer of the second phase, on this model; ``search`` has this one's settings.
@@ -284,14 +281,15 @@ class BilevelTrainer(CombinedTrainer):
         those of this trainer.
         """
         args, second = copy(args), type(self).__new__(type(self))
-        vars(second).update(self._own)
+        second.__dict__.update(self._own)
         args.remove_unused_columns |= self.model_columns is not None  # which tags had turned off
-        phase = replace(self.phase, bilevel=False, prepared=True, search=search)
+        phase = replace(self.phase, lower=phases.lower_of, upper=None, search=search)
         options = {"train_dataset": self.all_rows(), "processing_class": self.processing_class}
         with phases.as_prepared(self.model):
             options |= {"method": phase, **self.options_again}
             BilevelTrainer.__init__(second, self.model, args, **options)
-        vars(second).update({n: x for n, x in vars(self).items() if n not in vars(second)})
+        for name in vars(self).keys() - vars(second).keys():
+            setattr(second, name, getattr(self, name))
         return second
 
     def passes_of_an_upper_step(self) -> int:
@@ -386,7 +384,7 @@ class BilevelTrainer(CombinedTrainer):
         """A step's micro-batches, of either level, with the entries of `core.labels`."""
         samples = list(batches)
         # No samples: the run resumed at the end of an epoch. Levels' own losses read no entries.
-        if not samples or not self.trainer_loss:
+        if not samples or not self.phase.reads_trainer:
             return samples
         read = [without(batch, self.tags) for batch in samples] if self.tags else samples
         entries = self.loss_rule.entries(read, self.model, self.task_loss)
@@ -473,7 +471,7 @@ class BilevelTrainer(CombinedTrainer):
             ratio = None if self.bilevel_step is None else self.bilevel_step.signal.read()
             if ratio is not None and ratio != float("inf"):
                 logs["upper_snr"] = ratio
-        if self.is_in_train and self.trainer_loss:
+        if self.is_in_train and self.phase.reads_trainer:
             logs |= upper_gap(logs, self.state.log_history)
         if self.is_in_train or "train_runtime" in logs:
             spent = distributed.averages(self.passes.read())  # a process has rows of its own
@@ -491,7 +489,7 @@ class BilevelTrainer(CombinedTrainer):
             options = {"seed": self.args.seed, "uncounted": self.passes.paused}
             self.bilevel_step = BilevelStep(upper, lower, self.estimator, **options)
         self.devices = devices_of(*self.levels)
-        self.current_step = OptimizerStep(
+        self.current_step: OptimizerStep = OptimizerStep(
             self.lower,
             self.bilevel_step,
             args=self.args,
@@ -593,7 +591,3 @@ def bilevel(trainer: Any) -> type[BilevelTrainer]:
         False
     """
     return BilevelTrainer.over(trainer)
-
-
-def _is_function(level: Any) -> bool:
-    return callable(level) and not isinstance(level, Problem | nn.Module | type)
