@@ -17,21 +17,28 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
-from torch.utils.data import DataLoader
 
-from hyperopt_peft.method import IGNORED, WEIGHT, Method, ProblemError, TaskLoss, option
+from hyperopt_peft.method import (
+    IGNORED,
+    WEIGHT,
+    Method,
+    ProblemError,
+    TaskLoss,
+    label_counts,
+    option,
+)
 from hyperopt_peft.problems.class_offsets import balanced_loss, class_labels, logits_and_labels
 
 
 class _Counting(Method):
     def read_rows(self, model: Any, rows: Any, collate: Callable[[Sequence[Any]], Any]) -> None:
         """Count the labels of each class."""
-        counts = torch.zeros(0, dtype=torch.int64)
-        for batch in DataLoader(rows, 256, collate_fn=collate):
-            labels = class_labels(batch)
-            new = labels[labels != IGNORED].bincount(minlength=len(counts))
-            counts = new + pad(counts, (0, len(new) - len(counts)))
-        self.counts = counts
+
+        def with_classes(rows: Sequence[Any]) -> Any:
+            class_labels(batch := collate(rows))
+            return batch
+
+        self.counts = label_counts("labels", 1, None, rows, with_classes)
 
     def class_counts(self, logits: Tensor) -> Tensor:
         """The number of labels of each class of ``logits``."""

@@ -17,6 +17,7 @@ layer type an entry of m belongs to a row of V:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -245,13 +246,32 @@ def _is_plain(layer: lora.LoraLayer, base: Any) -> bool:
     return isinstance(weight, Tensor) and is_torch and weight.dtype in PLAIN_DTYPES
 
 
+def keep_active(model: Any) -> Callable[[], None]:
+    """A function that activates again what is active of several adapters of ``model`` now.
+
+    Transformers activates only the first one when it loads a checkpoint.
+    """
+    active = list(model.active_adapters) if isinstance(model, PeftModel) else []
+    trained = [(x, x.requires_grad) for x in model.parameters()] if len(active) > 1 else []
+
+    def activate() -> None:
+        if trained:
+            model.base_model.set_adapter(active)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+
+    return activate
+
+
 def adapter_settings(model: Any) -> dict[str, Any]:
-    """The adapter's type and options, which must be equal in a checkpoint and a resumed run."""
-    config = model.peft_config[active_adapter(model)]
-    dora = getattr(config, "use_dora", False)
+    """The adapters' type and options, which must be equal in a checkpoint and a resumed run."""
     names = ("lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
-    return {
-        "adapter": "dora" if dora else str(config.peft_type.value).lower(),
-        "rank": getattr(config, "r", None),
-        **{name: getattr(config, name, None) for name in names},
-    }
+    settings = dict[str, Any]()
+    several = isinstance(model, PeftModel) and len(model.active_adapters) > 1
+    for adapter in model.active_adapters if several else [active_adapter(model)]:
+        config, of = model.peft_config[adapter], f"{adapter}: " if settings else ""
+        dora = getattr(config, "use_dora", False)
+        settings[f"{of}adapter"] = "dora" if dora else str(config.peft_type.value).lower()
+        settings[f"{of}rank"] = getattr(config, "r", None)
+        settings |= {f"{of}{name}": getattr(config, name, None) for name in names}
+    return settings

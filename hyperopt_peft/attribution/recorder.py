@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Never
 
 import torch
@@ -15,85 +16,54 @@ from hyperopt_peft.core.labels import WEIGHT
 from hyperopt_peft.errors import NonFiniteError
 from hyperopt_peft.trainer.internals import metrics_restored
 from hyperopt_peft.trainer.method import Method
-from hyperopt_peft.trainer.passes import PassCounter
-from hyperopt_peft.trainer.phases import lower_of, options_of_retraining, upper_of
+from hyperopt_peft.trainer.phases import Phase, lower_of, upper_of
 from hyperopt_peft.trainer.step import Accumulated, MicroBatch
 from hyperopt_peft.trainer.tags import INDEX, without
+from hyperopt_peft.trainer.task_loss import LossRule, depends_on_count
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.models import trainable
 
 
+@dataclass
+class Recording:
+    """What both phases of a recorded training share."""
+
+    weights: Tensor  # v, of the rows, (n,)
+    loss: Any  # a `WeightedRows`: the mean loss with a weight for each row
+    options: Mapping[str, Any]  # arguments of `Run`
+    scaled: bool | None  # as of `LossRule`
+    sums: bool = False  # whether a step is the sum of its micro-batches' losses
+    run: Run | None = None  # from the first step on
+
+
 class RecordedTrainer(BilevelTrainer):
-    """Trains the model of ``trainer`` as it would, in one phase or two; records steps in ``run``.
+    """A bilevel trainer that records its steps in ``recording``; see `recorded`."""
 
-    The method of ``trainer`` has prepared the model. The method's levels get a `task_loss` in which
-    each row has a weight. ``options`` are arguments of `Run`; ``twice`` says whether losses are
-    differentiated twice. Nothing is logged.
-    """
+    def __init__(self, model: Any, args: Any, *, recording: Recording, **options: Any) -> None:
+        self.recording = recording
+        super().__init__(model, args, **options)
 
-    run: Run | None = None
+    def new_loss_rule(self) -> LossRule:
+        """As in `BilevelTrainer`, for a loss that reads no count of labels."""
+        return replace(super().new_loss_rule(), counts=False, scaled=self.recording.scaled)
 
-    def __init__(
-        self, trainer: Any, args: Any, data: TrainerData, options: dict[str, Any], *, twice: bool
-    ) -> None:
-        self.method, self.passes = (method := method_of(trainer)), PassCounter()
-        self.tags, self.options = (*method.tags, INDEX), options
-        self._rows = data.of_retraining
-        dtype = torch.promote_types(trainable(trainer.model)[0][1].dtype, torch.float32)
-        ones = torch.ones(len(data.train_rows), dtype=dtype, device=args.device)
-        self.weights = weights = ones.requires_grad_()
-        how: dict[str, Any] = {"variables": [weights], "tags": self.tags, "twice": twice}
-        self._weighted: Any = WeightedRows(trainer.model, lambda x: weights[x[INDEX]], **how)
-        # With model_init the Trainer makes optimizer and schedule itself.
-        given = (None, None) if trainer.model_init else (trainer.optimizer, trainer.lr_scheduler)
-        more = {
-            "data_collator": data.collate,
-            "optimizer_cls_and_kwargs": trainer.optimizer_cls_and_kwargs,
-            "optimizers": given,
-            "processing_class": trainer.processing_class,
-        }
-        self._options = options_of_retraining(more)
-        more |= zip(("train_dataset", "upper_dataset"), data.of_levels, strict=True)
-        upper = None if data.of_levels[1] is None else upper_of
-        stock = not isinstance(trainer, BilevelTrainer)
-        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
-        if scaled is None and stock:
-            scaled = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
-        if scaled is False:
-            self.loss_is_scaled_for_ga = False
-        self._set_up(trainer.model, args, lower=lower_of, upper=upper, **more)
-        self._sums = stock and scaled and not self._reads_count(trainer, data)
-        if type(method) is Method:
-            self.lower.name = "training"
-
-    def _set_loss_rule(self) -> None:
-        self.model_accepts_loss_kwargs = False  # the loss here reads no count of labels
-        super()._set_loss_rule()
-
-    def _with_entries(self, batches: Sequence[Any]) -> list[Any]:
-        samples = super()._with_entries(batches)
-        if not self._sums:
+    def with_entries(self, batches: Sequence[Any]) -> list[Any]:
+        """As in `BilevelTrainer`, or so that the mean over the step is a sum."""
+        samples = super().with_entries(batches)
+        if not self.recording.sums:
             return samples
         # A stock Trainer adds the means up, and multiplies them by the number of processes.
         scale = distributed.world_size() if self.args.average_tokens_across_devices else 1
         weight = torch.tensor(float(len(samples) * scale))
         return [{**batch, WEIGHT: weight} for batch in samples]
 
-    def _reads_count(self, trainer: Any, data: TrainerData) -> bool:
-        """Whether the loss of ``trainer`` depends on the number of labels in a step."""
-        batch, *_ = data.batches(data.train_rows, range(len(data.train_rows))[:8])
-        loss, inputs = trainer.compute_loss, without(batch, self.tags)
-        with metrics_restored(trainer):
-            reads = self._differs(lambda n: loss(self.model, {**inputs}, num_items_in_batch=n))
-        return reads is not False
-
     def task_loss(self, batch: Any, *, training: bool = True) -> Tensor:
         """The model's loss with a weight for each row, with dropout if ``training``."""
         self.calls += 1
         self.model.train(training)
         with self.compute_loss_context_manager():
-            loss: Tensor = self._weighted.loss(batch)["loss"]
+            loss: Tensor = self.recording.loss.loss(batch)["loss"]
             return loss
 
     def adopt_prepared_parameters(self) -> None:
@@ -105,19 +75,20 @@ class RecordedTrainer(BilevelTrainer):
             for level, limit, calls in zip(self.levels, limits, (None, lambda: self.calls))
         ]
         self._assigned: dict[int, Tensor] = {}
-        if self.run is None:
+        run, recording = self.recording.run, self.recording
+        if run is None:
             length = self.state.max_steps
             if self.has_second_phase:
                 length += self.args.for_retraining().steps_of(len(self.all_rows()))
-            self.run = Run(levels, self.weights, length, **self.options)
+            recording.run = Run(levels, recording.weights, length, **recording.options)
             self._first = 0
             return
-        self._first = len(self.run.levels)
+        self._first = len(run.levels)
         for level in levels:
-            self.run.add(level)
+            run.add(level)
         if self.args.retrain == "scratch":
-            indices = self.run.indices[self._first]
-            self._assigned = {k: self.run.variables[k].detach().clone() for k in indices}
+            indices = run.indices[self._first]
+            self._assigned = {k: run.variables[k].detach().clone() for k in indices}
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """As in `BilevelTrainer`; also records a step once its gradients are complete."""
@@ -130,7 +101,7 @@ class RecordedTrainer(BilevelTrainer):
         return loss
 
     def _record(self) -> None:
-        run, step, weights = self.run, self.current_step, self.weights
+        run, step, weights = self.recording.run, self.current_step, self.recording.weights
         assert run is not None
         (of_weights,) = distributed.mean((weights.grad,), (weights,))
         weights.grad = None
@@ -149,7 +120,7 @@ class RecordedTrainer(BilevelTrainer):
 
     def _parts(self, batch: Sequence[MicroBatch]) -> Tensor:
         """The factor of each row's mean loss in the loss of ``batch``, 0 for others, ``(n,)``."""
-        parts = torch.zeros_like(self.weights)
+        parts = torch.zeros_like(self.recording.weights)
         for micro in batch:
             rows = micro.batch[INDEX].unique()
             weight = micro.weight * torch.as_tensor(micro.batch.get(WEIGHT, 1.0))
@@ -157,7 +128,8 @@ class RecordedTrainer(BilevelTrainer):
             parts[rows] += weight.clamp(min=1e-30).to(parts) / (len(rows) * len(batch))
         return parts
 
-    def _skip_or_stop(self, error: NonFiniteError) -> Never:
+    def handle_non_finite(self, error: NonFiniteError) -> Never:
+        """Raise, since the steps before are recorded in memory."""
         step = self.state.global_step + 1
         raise NonFiniteError(
             f"step {step}: {error}; lower the learning rate or max_grad_norm"
@@ -165,6 +137,62 @@ class RecordedTrainer(BilevelTrainer):
 
     def log(self, *_: Any, **__: Any) -> None:
         """Log nothing."""
+
+
+def recorded(
+    trainer: Any, args: Any, data: TrainerData, options: Mapping[str, Any], *, twice: bool
+) -> RecordedTrainer:
+    """A trainer that trains the model of ``trainer`` as it would, in one phase or two.
+
+    The method of ``trainer`` has prepared the model. The method's levels get a `task_loss` in which
+    each row has a weight. ``options`` are arguments of `Run`; ``twice`` says whether losses are
+    differentiated twice. Nothing is logged.
+    """
+    method, model = method_of(trainer), trainer.model
+    dtype = torch.promote_types(trainable(model)[0][1].dtype, torch.float32)
+    weights = torch.ones(len(data.train_rows), dtype=dtype, device=args.device, requires_grad=True)
+    tags = (*method.tags, INDEX)
+    how: dict[str, Any] = {"variables": [weights], "tags": tags, "twice": twice}
+    loss = WeightedRows(model, lambda x: weights[x[INDEX]], **how)
+    stock = not isinstance(trainer, BilevelTrainer)
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if scaled is None and stock:
+        scaled = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
+    lower, upper = data.of_levels
+    made = RecordedTrainer(
+        model,
+        args,
+        recording=Recording(weights, loss, options, scaled=None if scaled else scaled),
+        method=Phase(
+            method, lower_of, None if upper is None else upper_of, data.of_retraining, tags
+        ),
+        train_dataset=lower,
+        upper_dataset=upper,
+        data_collator=data.collate,
+        optimizer_cls_and_kwargs=trainer.optimizer_cls_and_kwargs,
+        # With model_init the Trainer makes optimizer and schedule itself.
+        optimizers=(None, None)
+        if trainer.model_init
+        else (trainer.optimizer, trainer.lr_scheduler),
+        processing_class=trainer.processing_class,
+    )
+    made.recording.sums = bool(stock and scaled) and not _reads_count(trainer, made, data)
+    if type(method) is Method:
+        made.lower.name = "training"
+    return made
+
+
+def _reads_count(trainer: Any, made: RecordedTrainer, data: TrainerData) -> bool:
+    """Whether the loss of ``trainer`` depends on the number of labels in a step."""
+    batch, *_ = data.batches(data.train_rows, range(len(data.train_rows))[:8])
+    loss, inputs = trainer.compute_loss, without(batch, made.tags)
+    with metrics_restored(trainer):
+        reads = depends_on_count(
+            lambda n: loss(made.model, {**inputs}, num_items_in_batch=n),
+            made.args.device,
+            made.measuring,
+        )
+    return reads is not False
 
 
 def method_of(trainer: Any) -> Method:

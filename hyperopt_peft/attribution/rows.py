@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from hyperopt_peft.core.labels import (
+    counts_of_labels,
     label_weights,
     labels_are_shifted,
     require_labels,
@@ -80,17 +81,22 @@ class ModelOnRows:
 
     def micro_batches(self, batches: Sequence[Any]) -> list[MicroBatch]:
         """``batches`` as one step, weighted so that its loss is the mean over all labels."""
-        shifted = labels_are_shifted(self.model, without(batches[0], self.tags))
-        pairs = zip(batches, label_weights(batches, shifted=shifted), strict=True)
+        pairs = zip(batches, label_weights(self._counts(batches)), strict=True)
         state = RandomState.capture()
         return [MicroBatch({**batch, **weight}, state) for batch, weight in pairs]
+
+    def _counts(self, batches: Sequence[Any]) -> list[Tensor]:
+        """The number of labels that the model scores in each batch, at least one in all."""
+        shifted = labels_are_shifted(self.model, without(batches[0], self.tags))
+        counts = counts_of_labels(batches, shifted=shifted)
+        if counts is None or not any(counts):
+            raise ProblemError("labels: no row has a label that is scored; give rows with labels")
+        return counts
 
     @torch.no_grad()
     def mean(self, batches: Sequence[Any]) -> list[Callable[[], Tensor]]:
         """Functions, one per batch, whose sum is the mean loss over the labels of ``batches``."""
-        total = int(sum(self.losses(batch)[1].sum() for batch in batches))
-        if total == 0:
-            raise ProblemError("labels: no row has a label that is scored; give rows with labels")
+        total = int(sum(self._counts(batches)))
         return [partial(lambda batch: self.losses(batch)[0].sum() / total, x) for x in batches]
 
     @torch.no_grad()
@@ -204,9 +210,9 @@ class TrainerData:
 
 def _rows_of_levels(trainer: Any) -> tuple[Any, Any, tuple[Any, Any], tuple[Any, Any]]:
     """``train``, ``train_rows``, ``of_levels`` and ``of_retraining`` of `TrainerData`."""
-    lower, upper = trainer._rows
+    lower, upper = trainer.phase.rows
     if upper is None:
-        given, reads = lower, {*columns_read(lower, lower, trainer._row_columns)}
+        given, reads = lower, {*columns_read(lower, lower, trainer.row_columns)}
         numbered = _with_index(given, range(len(given)))
         halves = data_of_levels(numbered, None, trainer.args, True, reads)
         numbers = [half[INDEX][:] for half in halves]
@@ -250,7 +256,7 @@ def _numbered_rows(trainer: Any, data: Any, name: str) -> NumberedRows:
 
 def _reads(trainer: Any) -> set[str] | None:
     """As `reads_of`; a bilevel trainer with tags keeps the columns of its own accord."""
-    return getattr(trainer, "_row_columns", None) or reads_of(trainer.model, trainer.args)
+    return getattr(trainer, "row_columns", None) or reads_of(trainer.model, trainer.args)
 
 
 def _shown(data: Any) -> dict[str, Sequence[Any]]:

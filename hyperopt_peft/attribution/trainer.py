@@ -16,7 +16,7 @@ from torch.utils.data import ConcatDataset
 from transformers import Trainer, enable_full_determinism, set_seed
 
 from hyperopt_peft.adapters import peft_internals
-from hyperopt_peft.attribution.recorder import RecordedTrainer, method_of
+from hyperopt_peft.attribution.recorder import method_of, recorded
 from hyperopt_peft.attribution.rows import ModelOnRows, TrainerData, classes_of_rows
 from hyperopt_peft.attribution.run import ParameterUpdate, Run
 from hyperopt_peft.attribution.scores import Evaluation, Trained
@@ -66,11 +66,11 @@ def trained_by_trainer(
     with TemporaryDirectory(prefix="attribution-") as folder:  # apart from the user's checkpoints
         changes = {"remove_unused_columns": False, "disable_tqdm": not progress}
         args = quiet(trainer.args, folder, BilevelTrainingArguments, **changes)
-        runner = RecordedTrainer(trainer, args, data, options, twice=twice)
+        runner = recorded(trainer, args, data, options, twice=twice)
         if random_state is not None:
             random_state.restore()
         runner.train()
-    run = runner.run
+    run = runner.recording.run
     assert run is not None
     run.settings["seconds"] = runner.passes.read()["seconds"]
     trainer.state.global_step, trainer.state.epoch = runner.state.global_step, runner.state.epoch
@@ -145,7 +145,7 @@ def require_attributable(trainer: Any) -> None:
             "one with model_init"
         )
     method = method_of(trainer)
-    for name in ("finish", "after_upper_step", "after_search"):
+    for name in ("finish", "export", "after_upper_step", "after_search"):
         if getattr(type(method), name) is not getattr(Method, name):
             raise ProblemError(
                 f"training: {type(method).__name__}.{name} changes the model during the run, and "

@@ -155,19 +155,34 @@ def has_fused_head(model: Any) -> bool:
     return False
 
 
-def scored_labels(batch: Any, shifted: bool) -> Tensor | None:
-    """The number of scored labels in ``batch``; None without labels."""
-    if not isinstance(batch, Mapping):
+def scored_labels(batch: Any, *, shifted: bool) -> Tensor | None:
+    """Which labels of ``batch`` are scored, a mask in their shape; None without labels.
+
+    All are but `IGNORED`, and with ``shifted`` the first of each row.
+
+    Example:
+        >>> scored_labels({"labels": torch.tensor([[3, 1, -100]])}, shifted=True)
+        tensor([[False,  True, False]])
+    """
+    entries = batch if isinstance(batch, Mapping) else {}
+    of_next = entries.get("shift_labels")
+    labels = entries.get("labels") if of_next is None else of_next
+    if not isinstance(labels, Tensor):
         return None
-    labels = batch.get("shift_labels")
-    if labels is None:
-        labels = batch.get("labels")
-        if shifted and isinstance(labels, Tensor):
-            labels = labels[..., 1:]
-    return labels.ne(IGNORED).sum() if isinstance(labels, Tensor) else None
+    scored = labels.ne(IGNORED) | labels.is_floating_point()
+    if shifted and of_next is None:
+        scored[..., 0] = False
+    return scored
 
 
-def label_weights(batches: Sequence[Any], *, shifted: bool) -> list[dict[str, Tensor]]:
+def counts_of_labels(batches: Sequence[Any], *, shifted: bool) -> list[Tensor] | None:
+    """The number of `scored_labels` of each batch; None if one has no labels."""
+    masks = [scored_labels(batch, shifted=shifted) for batch in batches]
+    counts = [mask.sum() for mask in masks if mask is not None]
+    return counts if len(counts) == len(masks) > 0 else None
+
+
+def label_weights(counts: Sequence[Tensor]) -> list[dict[str, Tensor]]:
     """The entries for each batch that make a step's loss the mean over all labels of the step.
 
     The loss of micro-batch i on process p is the mean over its c_ip scored labels. The loss of a
@@ -175,17 +190,12 @@ def label_weights(batches: Sequence[Any], *, shifted: bool) -> list[dict[str, Te
 
         1/(nP) Σ_ip weight_ip · loss_ip,   weight_ip = c_ip · nP / Σ c
 
-    If a batch has no labels, no batch gets entries. With ``shifted`` a row's first label is not
-    scored.
+    ``counts`` has the c of this process, as `counts_of_labels` returns them.
     """
-    counts = [scored_labels(batch, shifted) for batch in batches]
-    counted = [count for count in counts if count is not None]
-    if not counted or len(counted) < len(batches):
-        return [{} for _ in batches]
     # Apple's devices have no float64.
-    exact = torch.float32 if counted[0].is_mps else torch.float64
-    mean = distributed.average(torch.stack(counted).sum().to(exact)) / len(counted)
-    return [{WEIGHT: count / mean} for count in counted]
+    exact = torch.float32 if counts[0].is_mps else torch.float64
+    mean = distributed.average(torch.stack([*counts]).sum().to(exact)) / len(counts)
+    return [{WEIGHT: count / mean} for count in counts]
 
 
 def require_labels(batch: Any) -> Tensor:

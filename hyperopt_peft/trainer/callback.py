@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
+from hyperopt_peft.adapters.layers import keep_active
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.internals import NEEDED, counters_of, save_checkpoint
@@ -44,11 +45,16 @@ class BilevelCallback(TrainerCallback):
         self.signalled = False  # whether SIGTERM asked for a checkpoint and ended the run
 
     @contextmanager
-    def run(self, resumed: tuple[Path, Mapping[str, Any]] | None) -> Iterator[None]:
-        """Train in the body, from the checkpoint ``resumed`` (folder, record) if there is one."""
+    def run(
+        self, resumed: tuple[Path, Mapping[str, Any]] | None, settings: Mapping[str, Any]
+    ) -> Iterator[None]:
+        """Train in the body, from the checkpoint ``resumed`` (folder, record) if there is one.
+
+        ``settings`` are compared with the checkpoint's, and written to new ones.
+        """
         self.writing, self.signalled = None, False
         self.resumed = None if resumed is None else resumed[0]
-        self.settings = self.trainer.settings()
+        self.settings, self.activate = settings, keep_active(self.trainer.model)
         self.save_total_limit = self.trainer.args.save_total_limit
         if resumed is not None:
             self._check(*resumed)
@@ -135,6 +141,7 @@ class BilevelCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restore the levels, after the Trainer has prepared model and optimizer."""
+        self.activate()
         self.trainer.adopt_prepared_parameters()
         if self.resumed is not None:
             # A variable need not be a parameter of the model.
@@ -183,6 +190,7 @@ class BilevelCallback(TrainerCallback):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             best = Path(state.best_model_checkpoint)
             checkpoint.verify_manifest(best)
+            self.activate()
             self._load_levels(best)
 
     def _complete_on_signal(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

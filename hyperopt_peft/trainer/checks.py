@@ -176,13 +176,14 @@ def read_rows(trainer: Any, rows: Any = None, name: str = "train_dataset") -> An
     return rows.select_columns(loader_of(trainer, rows, name).dataset.column_names)
 
 
-def check_unread(trainer: Any, level: Problem, batch: Any) -> None:
+def check_unread(trainer: Any, level: Problem, batch: Any, own: bool) -> None:
     """Raise ProblemError if ``level``, which did not call ``task_loss``, drops the trainer's loss.
 
-    A loss that is the mean over the labels of ``batch``, as that of TRL's SFTTrainer, is the
-    model's own. Under FSDP2 a loss is not evaluated here, and passes.
+    ``own`` says whether its class has one. A loss that is the mean over the labels of ``batch``, as
+    that of TRL's SFTTrainer, is the model's own. Under FSDP2 a loss is not evaluated here, and
+    passes.
     """
-    changes = (trainer.label_smoother, trainer.compute_loss_func, trainer.has_own_loss())
+    changes = (trainer.label_smoother, trainer.compute_loss_func, own)
     names = "label_smoothing_factor", "compute_loss_func", "compute_loss"
     name = next((name for name, used in zip(names, changes) if used), None)
     if name is None or (trainer.is_fsdp_enabled and not trainer.label_smoother):

@@ -1,9 +1,11 @@
-"""Fingerprints of data sets and frozen weights, in which a checkpoint and a resumed run agree."""
+"""Settings, data sets and frozen weights, in which a checkpoint and a resumed run must agree."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import pyarrow  # type: ignore[import-untyped]
@@ -13,6 +15,7 @@ from datasets.fingerprint import Hasher
 from torch import nn
 from transformers.trainer_utils import has_length
 
+from hyperopt_peft.adapters.layers import adapter_settings
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.utils import distributed
 
@@ -63,3 +66,30 @@ def frozen_fingerprint(model: nn.Module, levels: Iterable[Problem]) -> str:
             sample = tensor.detach().reshape(-1)[places.to(tensor.device)]
             digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return distributed.union([digest.hexdigest()])[0]
+
+
+def settings_of(trainer: Any) -> dict[str, Any]:
+    """The settings, as JSON, in which a checkpoint and the run that resumes must agree."""
+    method, settings = trainer.method, dict[str, Any]()
+    if method is not None:
+        options = fields(method) if is_dataclass(method) else ()
+        if hasattr(trainer.model, "peft_config"):
+            settings = adapter_settings(trainer.model)
+        settings["method"] = name = type(method).__name__
+        settings |= {f"{name}.{each.name}": getattr(method, each.name) for each in options}
+        if trainer.phase.search is not None:
+            settings["search"] = trainer.phase.search
+    settings |= {
+        **trainer.args.resume_must_match(),
+        "hypergradient": repr(trainer.estimator) if trainer.upper is not None else None,
+        "processes": distributed.world_size(),
+        "train_dataset": data_fingerprint(trainer.train_dataset),
+        "upper_dataset": data_fingerprint(trainer.upper_dataset),
+        **{name: list(tensor.shape) for name, tensor in trainer.named_tensors()},
+        # Under FSDP2 processes have shards, and some get weights from process 0 in training.
+        "frozen weights of the model": (
+            None if trainer.is_fsdp_enabled else frozen_fingerprint(trainer.model, trainer.levels)
+        ),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return plain

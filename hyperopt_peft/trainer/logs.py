@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback
@@ -62,6 +63,13 @@ def line_of(args: Any, state: Any, logs: Mapping[str, Any]) -> str:
     ]
     steps = [f"step {state.global_step}/{state.max_steps}"] if state.max_steps else []
     return "  ".join([*steps, *numbers])
+
+
+def add_to_card(folder: str, settings: Mapping[str, Any]) -> None:
+    """Append the settings of bilevel training to the model card in ``folder``."""
+    lines = "".join(f"- {key}: {value}\n" for key, value in settings.items())
+    with (Path(folder) / "README.md").open("a") as card:
+        card.write(f"\n\n## Bilevel training\n\nTrained with hyperopt-peft.\n\n{lines}")
 
 
 class ShortProgress(ProgressCallback):

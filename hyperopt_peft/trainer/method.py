@@ -33,6 +33,7 @@ class Method:
     A `BilevelTrainer` calls in this order: ``adapter``, ``rows``, ``read_rows``, ``prepare``, the
     levels, for each upper step ``after_upper_step``, then ``after_search`` and ``finish``, and for
     the second phase ``all_rows``, ``read_rows`` and the lower level again, on the finished model.
+    ``export`` comes last, after all phases and before the adapter is saved.
 
     Example:
         >>> from dataclasses import dataclass
@@ -172,6 +173,14 @@ class Method:
         """
         return model
 
+    def export(self, model: Any) -> Any:
+        """The model to save, which may be a new one: what is left to fold at the end is folded in.
+
+        Called once, after the last phase; checkpoints have the model before. PEFT must load what
+        is saved with equal logits.
+        """
+        return model
+
     def lower(self, model: Any, task_loss: TaskLoss) -> Problem:
         """The lower level: ``lower_loss`` over the other trainable parameters of ``model``."""
         variables = trainable(model, without=self.upper_variables(model).values())
@@ -206,7 +215,7 @@ class Method:
         """Prepare ``model`` and return the levels (upper, lower) for an `Engine`.
 
         Args:
-            model: the model; call ``finish`` after training.
+            model: the model; call ``finish`` and ``export`` after training.
             task_loss: the loss of a batch; ``model(**batch).loss`` by default.
             data: the batches of (upper, lower); see `Problem`.
             optimizers: for (upper, lower), functions from a list of variables to an optimizer.

@@ -6,7 +6,8 @@ from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.core.validation import check_optimizer
@@ -55,6 +56,22 @@ def parameter_groups(
 def params_of(optimizer: Any) -> list[Tensor]:
     """The tensors of all groups of ``optimizer``, in order."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def returning(made: Any, kind: Any) -> type[Optimizer]:
+    """A class named ``kind`` that returns ``made`` for a parent that constructs its optimizer."""
+    return type(str(kind), (Optimizer,), {"__new__": lambda *_, **__: made})
+
+
+def take_replicated(optimizer: Any, model: nn.Module) -> list[dict[str, Any]]:
+    """Remove the groups of tensors outside ``model`` from ``optimizer``, and return them.
+
+    FSDP2 needs a shard for each tensor of the optimizer.
+    """
+    of_model, groups = {id(parameter) for parameter in model.parameters()}, optimizer.param_groups
+    outside = [group for group in groups if id(group["params"][0]) not in of_model]
+    groups[:] = [group for group in groups if id(group["params"][0]) in of_model]
+    return outside
 
 
 def learning_rate(optimizer: Any, level: Problem) -> float | None:

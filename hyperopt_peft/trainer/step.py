@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,11 +13,11 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from hyperopt_peft.core.labels import MICRO_BATCHES, WEIGHT
+from hyperopt_peft.core.labels import MICRO_BATCHES, NO_LABELS, WEIGHT, scored_labels
 from hyperopt_peft.core.problem import Problem, devices_of, variables_of
 from hyperopt_peft.core.validation import require_read
 from hyperopt_peft.engine.step import BilevelStep, prior_of
-from hyperopt_peft.errors import NonFiniteError
+from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.logs import StepLog
 from hyperopt_peft.trainer.optimizer import learning_rate
@@ -25,6 +26,7 @@ from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.distributed import gather
 from hyperopt_peft.utils.random_state import RandomState, replay
 
+logger = logging.getLogger(__name__)
 #: Entries of a micro-batch by which `task_loss` has weighted its loss already.
 COUNTED = {WEIGHT, MICRO_BATCHES}
 #: The logged numbers of an upper step.
@@ -102,7 +104,7 @@ class OptimizerStep:
         upper = [] if self.bilevel is None else [self.bilevel.upper]
         self.u = variables_of(*upper)
         self.devices = devices_of(self.lower, *upper)
-        self.log = StepLog()
+        self.log, self._noted = StepLog(), False
         self.begin(0, 0)
 
     def begin(self, count: int, number: int) -> None:
@@ -131,6 +133,12 @@ class OptimizerStep:
                     bilevel.look_ahead(self.upper, number=number)
             except NonFiniteError as error:
                 self._failure = error
+
+    def advice(self) -> str:
+        """What to do about a loss, gradient or curvature that is not finite."""
+        masks = (scored_labels(x.batch, shifted=False) for x in (*self.micro, *self.upper))
+        unlabelled = any(mask is not None and not mask.any() for mask in masks)
+        return NO_LABELS if unlabelled else NON_FINITE_ADVICE
 
     @property
     def complete(self) -> bool:
@@ -191,6 +199,9 @@ class OptimizerStep:
             self.upper = self.upper or self._upper_batch(number // every - 1)
             with self.autocast():
                 upper = bilevel.hypergradient(self.upper, number=number)
+            if (note := upper.log["note"]) and not self._noted:
+                self._noted = True
+                logger.warning("step %d: %s: %s", number, bilevel.estimator.name, note)
             numbers |= {key: upper.log[key] for key in UPPER_NUMBERS}
             numbers |= {f"upper_{key}": value for key, value in upper.metrics.items()}
             limit = self.args.upper_max_grad_norm

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import RemoveColumnsCollator
 
-from hyperopt_peft.core.labels import labels_are_shifted, require_labels
+from hyperopt_peft.core.labels import labels_are_shifted, require_labels, scored_labels
 from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.upper_batches import loader_of
@@ -147,24 +147,22 @@ def without(entries: Mapping[str, Any], tags: Iterable[str]) -> dict[str, Any]:
 def label_counts(
     tag: str, values: int, model: Any, rows: Any, collate: Callable[[Sequence[Any]], Any]
 ) -> Tensor:
-    """The number of scored labels of ``rows`` for each value of ``tag``, ``(values,)``.
+    """The number of scored labels of ``rows`` for each value of ``tag``, ``(values,)`` or more.
 
-    ``model``, ``rows`` and ``collate`` are the arguments of `Method.read_rows`. With ``model`` a
-    causal model's first label of each row, which is not scored, does not count.
+    ``tag`` may be ``"labels"``. ``model``, ``rows`` and ``collate`` are the arguments of
+    `Method.read_rows`. With ``model`` a causal model's first label of each row, which is not
+    scored, does not count.
     """
-    counts, shifted = torch.zeros(values, dtype=torch.int64), None
+    chosen, shifted = list[Tensor](), None
     for batch in DataLoader(rows, 256, collate_fn=collate):
         labels, value = require_labels(batch), batch[tag]
-        scored = (labels != IGNORED) | labels.is_floating_point()
         if shifted is None and model is not None:
             inputs = send_to_device(without(batch, [tag]), next(model.parameters()).device)
             shifted = labels_are_shifted(model, inputs)
-        if shifted:
-            scored[:, 0] = False
         if value.dim() < labels.dim():
             value = value[:, None].expand_as(labels)
-        counts += value[scored].bincount(minlength=values)
-    return counts
+        chosen.append(value[scored_labels({"labels": labels}, shifted=bool(shifted))])
+    return torch.cat(chosen).bincount(minlength=values)
 
 
 def keep_tags(trainer: Any, tags: Sequence[str], method: str) -> None:

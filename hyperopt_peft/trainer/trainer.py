@@ -3,52 +3,48 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy, deepcopy
+from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
-from hyperopt_peft.core.labels import NO_LABELS, scored_labels
+from hyperopt_peft.core.labels import ITEMS, MICRO_BATCHES, WEIGHT, model_reads
 from hyperopt_peft.core.prior import GaussianPrior
 from hyperopt_peft.core.problem import Problem, devices_of
+from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.engine.step import BilevelStep
-from hyperopt_peft.errors import NON_FINITE_ADVICE, NonFiniteError, ProblemError
-from hyperopt_peft.trainer import checks
+from hyperopt_peft.errors import NonFiniteError, ProblemError
+from hyperopt_peft.trainer import checks, data, optimizer, phases
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.callback import BilevelCallback
-from hyperopt_peft.trainer.data import (
-    Endless,
-    Reads,
-    collating,
-    data_of_levels,
-    reads_of,
-    require_apart,
-    require_same_layout,
-    warn_of_repeated_rows,
-    with_upper,
-    without_upper,
-)
 from hyperopt_peft.trainer.internals import counters_of, metrics_restored, packed_with
-from hyperopt_peft.trainer.logs import shorten, upper_gap
+from hyperopt_peft.trainer.logs import add_to_card, shorten, upper_gap
 from hyperopt_peft.trainer.method import Method
-from hyperopt_peft.trainer.optimizer import check_optimizers, params_of
-from hyperopt_peft.trainer.over import loads_names
-from hyperopt_peft.trainer.passes import PassCounter
-from hyperopt_peft.trainer.phases import PhasesTrainer
+from hyperopt_peft.trainer.over import CombinedTrainer, loads_names
+from hyperopt_peft.trainer.phases import Phase
+from hyperopt_peft.trainer.saved import check_saved
 from hyperopt_peft.trainer.step import Accumulated, OptimizerStep
-from hyperopt_peft.trainer.tags import keep_tags
+from hyperopt_peft.trainer.tags import keep_tags, without
+from hyperopt_peft.trainer.task_loss import LossRule, has_own_loss
 from hyperopt_peft.trainer.upper_batches import loader_of, upper_batches
 from hyperopt_peft.utils import distributed
+from hyperopt_peft.utils.distributed import reshard
 from hyperopt_peft.utils.models import keep_differentiable
 
 #: A level, or a function that makes one for a finished trainer and reads its ``task_loss``.
 LevelLike = Problem | Callable[["BilevelTrainer"], Problem]
+SETTINGS = "bilevel_settings.json"
 
 
-class BilevelTrainer(PhasesTrainer):
+class BilevelTrainer(CombinedTrainer):
     """`transformers.Trainer` for a lower and an upper level over one model.
 
     Every optimizer step moves the lower level. Each ``lower_steps``-th step also moves the upper
@@ -96,92 +92,101 @@ class BilevelTrainer(PhasesTrainer):
     """
 
     Arguments = BilevelTrainingArguments
-    current_step: OptimizerStep
-    _row_columns: Reads = None
-    eval_dataset: Any
-    current_flos: float
+    #: The columns that the model takes, if tags pass beside them; else None.
+    model_columns: set[str] | None = None
+    #: The number of calls of `task_loss`.
+    calls = 0
+    # As of `transformers.Trainer`, which sets them.
+    train_dataset: Any = None
+    eval_dataset: Any = None
+    optimizer_cls_and_kwargs: Any = None
+    current_flos: float = 0.0
 
     def __init__(
         self,
         model: nn.Module | str,
         args: BilevelTrainingArguments,
         *,
-        method: Method | None = None,
+        method: Method | Phase | None = None,
         lower: LevelLike | None = None,
         upper: LevelLike | None = None,
         train_dataset: Any,
         upper_dataset: Any = None,
         **trainer: Any,
     ) -> None:
+        self._own = {**vars(self)}  # which the constructor of a subclass has set
         checks.check_class(args, self.Arguments)
-        self.passes = PassCounter()
-        self._row_columns = reads_of(model, args)
-        if upper_dataset is not None:  # before a method numbers, joins or repeats rows
-            require_apart(
-                train_dataset, upper_dataset, trainer.get("eval_dataset"), self._row_columns
-            )
-        if lower is None and upper is None:
-            method = method or Method()
-            self._set_up_method(model, args, method, train_dataset, upper_dataset, trainer)
-            return
-        if method is not None or lower is None:
-            raise ProblemError("method: give a method, or the levels lower and upper, and not both")
-        data = {"train_dataset": train_dataset, "upper_dataset": upper_dataset}
-        self._set_up(model, args, lower=lower, upper=upper, **data, **trainer)
-
-    def _set_up(
-        self,
-        model: nn.Module | str,
-        args: BilevelTrainingArguments,
-        *,
-        lower: Any,
-        upper: LevelLike | None,
-        train_dataset: Any,
-        upper_dataset: Any = None,
-        callbacks: Sequence[Any] | None = None,
-        **trainer: Any,
-    ) -> None:
-        """Initialise the trainer with two levels, or one."""
-        args = args.with_defaults({})  # after a method's
-        self.trainer_loss = _is_function(lower)
+        #: The columns in which rows must differ to be different rows; None for all.
+        self.row_columns = data.reads_of(model, args)
+        #: The further arguments of the second phase's trainer.
+        self.options_again = phases.options_again(trainer)
+        evaluation, callbacks = (trainer.pop(x, None) for x in ("eval_dataset", "callbacks"))
+        if not isinstance(method, Phase):
+            if upper_dataset is not None:  # before rows are numbered or joined
+                data.require_apart(train_dataset, upper_dataset, evaluation, self.row_columns)
+            if lower is None and upper is None:
+                method = method or Method()
+                args = args.with_defaults(method.defaults)
+                if trainer.get("peft_config") is not None:
+                    trainer["peft_config"] = method.adapter(deepcopy(trainer["peft_config"]))
+            elif method is not None or lower is None:
+                raise ProblemError(
+                    "method: give a method, or the levels lower and upper, and not both"
+                )
+            method = Phase.first(method, lower, upper, train_dataset, upper_dataset)
+            train_dataset, upper_dataset = method.rows_of_levels
+        args = args.with_defaults({})
+        self.phase, self.method = method, method.method
+        #: Columns of a batch that a level reads and the model does not.
+        self.tags = self.phase.tags
+        #: Passes and seconds of the training, for both phases of a method together.
+        self.passes = self.phase.passes
+        #: The trainer of the second phase; None before that begins.
+        self.retrainer: Any = None
+        #: Whether the last phase has ended, and the adapter is not yet saved and checked.
+        self.trained = False
+        self.skipped, self._loss_checked = 0, False
+        self._unprepared, self._replicated = list[Tensor](), list[dict[str, Any]]()
         checks.check_arguments(args, trainer)
         if not isinstance(model, nn.Module) and not loads_names(self.parent()):
             raise ProblemError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        evaluation = trainer.pop("eval_dataset", None)
-        if self.trainer_loss:
-            for data in (train_dataset, upper_dataset, evaluation):
-                checks.check_rows(model, data, trainer)
+        if self.phase.reads_trainer:
+            for rows in (train_dataset, upper_dataset, evaluation):
+                checks.check_rows(model, rows, trainer)
         if self.parent() is not Trainer:
-            require_same_layout(train_dataset, upper_dataset)
-        train_dataset, upper_dataset = data_of_levels(
-            train_dataset, upper_dataset, args, upper is not None, self._row_columns
+            data.require_same_layout(train_dataset, upper_dataset)
+        train_dataset, upper_dataset = data.data_of_levels(
+            train_dataset, upper_dataset, args, method.upper is not None, self.row_columns
         )
-        self.skipped = 0
-        self._callback = BilevelCallback(self)
+        self.callback = BilevelCallback(self)
         with packed_with(self.tags):
             super().__init__(
                 model=model,
                 args=args,
                 train_dataset=train_dataset,
                 # The parent prepares the upper level's data as it prepares evaluation data.
-                eval_dataset=with_upper(evaluation, upper_dataset, args),
-                callbacks=[self._callback, self.passes, *(callbacks or ())],
+                eval_dataset=data.with_upper(evaluation, upper_dataset, args),
+                callbacks=[self.callback, self.passes, *(callbacks or ())],
                 **trainer,
             )
         shorten(self)
         keep_differentiable(self.model)
         self.upper_dataset = None
         if upper_dataset is not None:
-            self.eval_dataset, self.upper_dataset = without_upper(self.eval_dataset, evaluation)
-        if self.method is not None and self.tags:
-            keep_tags(self, self.tags, type(self.method).__name__)
-        self._show_rows()
-        warn_of_repeated_rows(self.train_dataset, args)
+            self.eval_dataset, self.upper_dataset = data.without_upper(
+                self.eval_dataset, evaluation
+            )
+        if self.method is not None:
+            if self.tags:
+                keep_tags(self, self.tags, type(self.method).__name__)
+            phases.show_rows(self)
+        data.warn_of_repeated_rows(self.train_dataset, args)
         if not has_length(self.train_dataset):
-            self.train_dataset = Endless(self.train_dataset)
-        self._set_loss_rule()
-        self.lower = _made(lower, self)
-        self.upper = _made(upper, self)
+            self.train_dataset = data.Endless(self.train_dataset)
+        self.loss_rule = self.new_loss_rule()
+        levels = self.phase.levels_of(self)
+        self.lower: Problem = next(levels)
+        self.upper: Problem | None = next(levels)  # which may read the lower one
         checks.check_levels(self.levels)
         if self.upper is not None and args.upper_prior is not None:
             if self.upper.prior is not None:
@@ -193,7 +198,8 @@ class BilevelTrainer(PhasesTrainer):
         checks.check_layers(self.model, self.levels, self.estimator)
         checks.check_accelerator(self, self.levels, self.estimator)
         checks.check_router_loss(self, self.levels)
-        check_optimizers("optimizers", self.optimizer, self.lr_scheduler, self.levels)
+        given = self.optimizer, self.lr_scheduler
+        optimizer.check_optimizers("optimizers", *given, self.levels)
         loader_of(self, self.train_dataset, "train_dataset")  # refuses what the model cannot read
         self.upper_batches = None
         if self.upper is not None:
@@ -201,9 +207,195 @@ class BilevelTrainer(PhasesTrainer):
             self.upper_batches = upper_batches(self.upper_dataset, loader, args)
         self._set_step(self.optimizer or self._new_optimizer())
 
+    @property
+    def levels(self) -> list[Problem]:
+        """The lower level, then the upper level if there is one."""
+        return [self.lower] if self.upper is None else [self.lower, self.upper]
+
+    def named_tensors(self) -> list[tuple[str, Tensor]]:
+        """The levels' variables and the centres of their priors, by level and name."""
+        named: list[tuple[str, Tensor]] = []
+        for key, level in zip(("lower", "upper"), self.levels):
+            named += [(f"{key}.{n}", x) for n, x in zip(level.names, level.variables)]
+            if isinstance(level.prior, GaussianPrior):
+                named += [(f"{key} prior.{n}", x) for n, x in zip(level.names, level.prior.start)]
+        return named
+
+    # Phases
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As `transformers.Trainer.train`; ``True`` resumes from the last complete checkpoint.
+
+        With a method, this runs the search and the second phase, and returns the result of the
+        last phase. ``True`` finds the last checkpoint of either phase. A resumed run equals the
+        uninterrupted run bit for bit, with the exceptions in docs/distributed.md.
+
+        Raises:
+            ProblemError: there is no complete checkpoint, or it is damaged or has other settings or
+                data; the run has fewer steps than ``lower_steps``; the collator cannot batch the
+                examples; at a level's first step the loss is no scalar or ignores a variable.
+            NonFiniteError: a loss, gradient or curvature is not finite, and ``args.non_finite`` is
+                ``"raise"``. The message names step and batch.
+        """
+        self.passes.begin()
+        return phases.run(self, resume_from_checkpoint, *args, **kwargs)
+
+    def train_phase(
+        self,
+        resumed: tuple[Path, Mapping[str, Any]] | None,
+        settings: Mapping[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Run this trainer's phase from the checkpoint ``resumed`` (folder, record), or anew.
+
+        ``settings`` are those of `fingerprint.settings_of`.
+        """
+        self.skipped = 0
+        try:
+            with self.callback.run(resumed, settings):
+                distributed.broadcast([x for _, x in self.named_tensors()], self.args.device)
+                folder = None if resumed is None else str(resumed[0])
+                return super().train(folder, *args, **kwargs)
+        finally:
+            self.passes.end()
+            if self.upper_batches is not None:
+                self.upper_batches.close()
+
+    @property
+    def has_second_phase(self) -> bool:
+        """Whether a second phase, training of the lower level alone, follows the search."""
+        return self.method is not None and self.upper is not None and self.args.retrain != "none"
+
+    def all_rows(self) -> Any:
+        """The rows of the second phase, as the method makes them from both levels' rows."""
+        assert self.method is not None
+        return self.method.all_rows(*self.phase.rows)
+
+    def retraining(self, args: Any, search: Mapping[str, Any] | None = None) -> Any:
+        """The trainer of the second phase, on this model; ``search`` has this one's settings.
+
+        A class's own constructor is not called again: its attributes, which the loss may read, are
+        those of this trainer.
+        """
+        args, second = copy(args), type(self).__new__(type(self))
+        second.__dict__.update(self._own)
+        args.remove_unused_columns |= self.model_columns is not None  # which tags had turned off
+        phase = replace(self.phase, lower=phases.lower_of, upper=None, search=search)
+        options = {"train_dataset": self.all_rows(), "processing_class": self.processing_class}
+        with phases.as_prepared(self.model):
+            options |= {"method": phase, **self.options_again}
+            BilevelTrainer.__init__(second, self.model, args, **options)
+        for name in vars(self).keys() - vars(second).keys():
+            setattr(second, name, getattr(self, name))
+        return second
+
+    def passes_of_an_upper_step(self) -> int:
+        """The search's forward+backward passes over a micro-batch for each upper step.
+
+        A hypergradient of unknown cost counts as two passes.
+        """
+        args, of_upper = self.args, self.estimator.cost() or 2
+        of_lower_batch = args.lower_steps - 1 + of_upper - 1
+        pieces = 1 if self.upper_batches is None else self.upper_batches.count  # of F
+        return int(of_lower_batch * args.gradient_accumulation_steps + pieces)
+
+    def end_training(self) -> None:
+        """End the process group: the last line of a script.
+
+        A process that exits while threads of gloo hold its tensors is aborted; the threads end
+        with the process group. DDP is deleted first: if it held the last reference to the group,
+        Python and the threads would wait for each other.
+        """
+        for trainer in filter(None, (self.retrainer, self)):
+            trainer.model_wrapped = trainer.model
+            trainer.accelerator.free_memory()
+        gc.collect()
+        self.accelerator.end_training()
+
+    # The loss
+
+    def task_loss(self, batch: Any) -> Tensor:
+        """The Trainer's loss of a micro-batch, a scalar.
+
+        With the entries of `core.labels`, its mean over a step's micro-batches and processes is the
+        mean over all labels of the step.
+        """
+        self.calls += 1
+        inputs = without(batch, self.tags)
+        weight, items, n = (inputs.pop(entry, None) for entry in (WEIGHT, ITEMS, MICRO_BATCHES))
+        if n is not None:  # TRL divides a mixture of experts' auxiliary loss by this attribute
+            self.current_gradient_accumulation_steps = n
+        with model_reads(batch):
+            loss: Tensor = self.compute_loss(self.model, inputs, num_items_in_batch=items)
+        if n is not None:
+            # In 64 bits the later division by n gives back exactly the loss.
+            loss = (loss if loss.is_mps else loss.double()) * n
+        elif weight is not None:
+            loss = loss * weight.to(loss.dtype)
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """As `transformers.Trainer.compute_loss`, corrected for evaluation by several processes.
+
+        Given a count of labels, the Trainer multiplies the loss by the number of processes, even if
+        the model ignores the count and averages itself. Such a model gets no count.
+        """
+        compute, items = super().compute_loss, num_items_in_batch
+        if items is not None and distributed.world_size() > 1:
+            of_count = lambda n: compute(model, deepcopy(dict(inputs)), num_items_in_batch=n)  # noqa: E731
+            if self.loss_rule.ignores_count(of_count):
+                items = None
+        return compute(model, inputs, return_outputs=return_outputs, num_items_in_batch=items)
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.prediction_step`, without tags."""
+        if self.tags:
+            inputs = without(inputs, self.tags)
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """A context for evaluations of the loss that train nothing, uncounted and not logged."""
+        with metrics_restored(self), self.passes.paused(), self.compute_loss_context_manager():
+            yield
+        reshard(self.model)
+
+    def new_loss_rule(self) -> LossRule:
+        """The rule by which `task_loss` weights micro-batches."""
+        own = self.compute_loss_func is not None
+        return LossRule(
+            self.args,
+            scaled=getattr(self, "loss_is_scaled_for_ga", None),  # of Transformers 5.19
+            own=own or has_own_loss(type(self), BilevelTrainer),
+            counts=own or self.model_accepts_loss_kwargs,
+            measuring=self.measuring,
+        )
+
+    def with_entries(self, batches: Sequence[Any]) -> list[Any]:
+        """A step's micro-batches, of either level, with the entries of `core.labels`."""
+        samples = list(batches)
+        # No samples: the run resumed at the end of an epoch. Levels' own losses read no entries.
+        if not samples or not self.phase.reads_trainer:
+            return samples
+        read = [without(batch, self.tags) for batch in samples] if self.tags else samples
+        entries = self.loss_rule.entries(read, self.model, self.task_loss)
+        return [{**b, **e} if e else b for b, e in zip(samples, entries, strict=True)]
+
+    # A step
+
     def adopt_prepared_parameters(self) -> None:
         """Replace the levels' variables by the optimizer's, which FSDP2 has made shards."""
-        prepared = dict(zip(map(id, self._unprepared), params_of(self.optimizer), strict=True))
+        params = optimizer.params_of(self.optimizer)
+        prepared = dict(zip(map(id, self._unprepared), params, strict=True))
         for level in self.levels:
             level.variables = tuple(prepared[id(variable)] for variable in level.variables)
         self._set_step(self.optimizer)
@@ -225,9 +417,9 @@ class BilevelTrainer(PhasesTrainer):
         """The next step's micro-batches with the entries of `core.labels`; none after the end."""
         if self.control.should_training_stop:
             return [], None
-        with collating("train_dataset"):
+        with data.collating("train_dataset"):
             batches = list(islice(epoch_iterator, num_batches))
-        return self._with_entries(batches), None
+        return self.with_entries(batches), None
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The loss of one micro-batch; the call for the last one computes the step's gradients.
@@ -243,7 +435,7 @@ class BilevelTrainer(PhasesTrainer):
         step, calls = self.current_step, self.calls
         loss = step.evaluate(inputs)
         if calls == self.calls and not self._loss_checked:
-            checks.check_unread(self, self.lower, step.micro[0].batch)
+            checks.check_unread(self, self.lower, step.micro[0].batch, self.loss_rule.own)
         self._loss_checked = True
         if step.complete:
             try:
@@ -252,10 +444,10 @@ class BilevelTrainer(PhasesTrainer):
                 step.withhold_gradients()
             except NonFiniteError as error:
                 step.clear_gradients()
-                self._skip_or_stop(error)
+                self.handle_non_finite(error)
         return loss
 
-    def _skip_or_stop(self, error: NonFiniteError) -> None:
+    def handle_non_finite(self, error: NonFiniteError) -> None:
         """Count the step as skipped, or save the state before the step and raise."""
         if self.args.non_finite == "skip":
             self.skipped += 1
@@ -263,12 +455,10 @@ class BilevelTrainer(PhasesTrainer):
         step, state = self.current_step, self.state
         self.current_flos, state.num_input_tokens_seen, counters = self._counters
         self.__dict__.update(counters)
-        written = self._callback.save_before(step.micro[0].random_state)
-        counts = [scored_labels(micro.batch, shifted=False) for micro in (*step.micro, *step.upper)]
-        advice = NO_LABELS if any(count == 0 for count in counts) else NON_FINITE_ADVICE
+        written = self.callback.save_before(step.micro[0].random_state)
         raise NonFiniteError(
             f"step {state.global_step + 1} (epoch {state.epoch or 0:.2f}, {step.count} "
-            f"micro-batches): {error}; {advice}; {written}"
+            f"micro-batches): {error}; {step.advice()}; {written}"
         ) from error
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -281,7 +471,7 @@ class BilevelTrainer(PhasesTrainer):
             ratio = None if self.bilevel_step is None else self.bilevel_step.signal.read()
             if ratio is not None and ratio != float("inf"):
                 logs["upper_snr"] = ratio
-        if self.is_in_train and self.trainer_loss:
+        if self.is_in_train and self.phase.reads_trainer:
             logs |= upper_gap(logs, self.state.log_history)
         if self.is_in_train or "train_runtime" in logs:
             spent = distributed.averages(self.passes.read())  # a process has rows of its own
@@ -289,37 +479,107 @@ class BilevelTrainer(PhasesTrainer):
             logs |= {name: round(value, 9) for name, value in spent.items()}
         super().log(logs, start_time)
 
-    def end_training(self) -> None:
-        """End the process group: the last line of a script.
-
-        A process that exits while threads of gloo hold its tensors is aborted; the threads end
-        with the process group. DDP is deleted first: if it held the last reference to the group,
-        Python and the threads would wait for each other.
-        """
-        self.release_models()
-        gc.collect()
-        self.accelerator.end_training()
-
-    def _set_step(self, optimizer: Any) -> None:
+    def _set_step(self, of_levels: Any) -> None:
         """Make the step over the levels' current variables."""
         self.bilevel_step: BilevelStep | None = None
         if self.upper is not None:
             limit = self.args.max_grad_norm or None
-            lower = Accumulated(self.lower, optimizer, limit)
+            lower = Accumulated(self.lower, of_levels, limit)
             upper = Accumulated(self.upper, calls=lambda: self.calls)
             options = {"seed": self.args.seed, "uncounted": self.passes.paused}
             self.bilevel_step = BilevelStep(upper, lower, self.estimator, **options)
         self.devices = devices_of(*self.levels)
-        self.current_step = OptimizerStep(
+        self.current_step: OptimizerStep = OptimizerStep(
             self.lower,
             self.bilevel_step,
             args=self.args,
-            optimizer=optimizer,
+            optimizer=of_levels,
             accelerator=self.accelerator,
             upper_batches=self.upper_batches,
-            with_entries=self._with_entries,
+            with_entries=self.with_entries,
             autocast=self.compute_loss_context_manager,
         )
+
+    # Optimizer, schedule and files
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """The optimizer ``args.optim`` over both levels, each in parameter groups of its own."""
+        if self.is_fsdp_enabled:  # an evaluation replaces the shards by full parameters
+            reshard(self.model)
+        if self.optimizer is None:
+            kind, options = given = self._optimizer_kind()
+            made = optimizer.returning(self._new_optimizer(), kind)
+            self.optimizer_cls_and_kwargs = made, {**options}
+            super().create_optimizer()
+            self.optimizer_cls_and_kwargs = given
+            optimizer.check_optimizers("create_optimizer", self.optimizer, None, self.levels)
+        self._replicated = []
+        if self.is_fsdp_enabled:
+            self._replicated = optimizer.take_replicated(self.optimizer, self.model)
+        replicated = [x for group in self._replicated for x in group["params"]]
+        self._unprepared = optimizer.params_of(self.optimizer) + replicated
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As `transformers.Trainer.create_scheduler`; refuses a run without an upper step.
+
+        Under FSDP2 tensors outside the model are replicated; their groups join the prepared
+        optimizer here.
+        """
+        self.require_upper_step(num_training_steps)
+        while self._replicated:
+            self.optimizer.add_param_group(self._replicated.pop(0))
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def require_upper_step(self, steps: int) -> None:
+        """Raise ProblemError if a run of ``steps`` lower steps has no upper step."""
+        if self.upper is not None and steps < self.args.lower_steps:
+            raise ProblemError(
+                f"lower_steps: {self.args.lower_steps} leaves no upper step in a run of "
+                f"{steps} steps of {self.args.gradient_accumulation_steps} micro-batches; train "
+                "for longer, or lower lower_steps or gradient_accumulation_steps"
+            )
+
+    def _optimizer_kind(self) -> Any:
+        given = self.optimizer_cls_and_kwargs
+        return given or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+
+    def _new_optimizer(self) -> Any:
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        decayed = {id(named[name]) for name in self.get_decay_parameter_names(self.model)}
+        plain = {id(parameter) for parameter in named.values()} - decayed
+        groups = optimizer.parameter_groups(self.lower, self.upper, self.args, plain)
+        return optimizer.new_optimizer(self._optimizer_kind(), groups)
+
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """As `transformers.Trainer.save_model`, with the settings; a checkpoint has the levels.
+
+        The first call after the training loads the folder by PEFT and compares the logits of a
+        batch.
+
+        Raises:
+            ProblemError: PEFT loads another model than the one that was trained.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        name = f"{checkpoint.PREFIX}{self.state.global_step}"
+        if self.is_in_train and folder == Path(self.args.output_dir or "") / name:
+            self.callback.write(folder)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / SETTINGS).write_text(json.dumps(self.args.bilevel_settings(), indent=1))
+        super().save_model(output_dir, *args, **kwargs)
+        if self.callback.writing is not None:  # delete no older checkpoint before this is complete
+            self.args.save_total_limit = None
+        if self.trained and self.args.should_save:
+            self.trained = False
+            check_saved(self, folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As `transformers.Trainer.create_model_card`, with the bilevel settings."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            settings = {"levels": [level.name for level in self.levels]}
+            add_to_card(self.args.output_dir, settings | self.args.bilevel_settings())
 
 
 def bilevel(trainer: Any) -> type[BilevelTrainer]:
@@ -331,11 +591,3 @@ def bilevel(trainer: Any) -> type[BilevelTrainer]:
         False
     """
     return BilevelTrainer.over(trainer)
-
-
-def _is_function(level: Any) -> bool:
-    return callable(level) and not isinstance(level, Problem | nn.Module | type)
-
-
-def _made(level: Any, trainer: BilevelTrainer) -> Any:
-    return level(trainer) if _is_function(level) else level

@@ -8,7 +8,7 @@ from transformers import default_data_collator
 
 from hyperopt_peft import ProblemError
 from hyperopt_peft.core.examples import WeightedRows
-from hyperopt_peft.core.labels import label_losses, label_weights
+from hyperopt_peft.core.labels import counts_of_labels, label_losses, label_weights
 from tests.support.trainers import data, peft_model
 
 
@@ -41,7 +41,7 @@ def test_the_loss_is_the_weighted_sum_by_the_number_of_labels(kind: str, of_labe
 def test_unequal_micro_batches_of_a_trainer_make_the_loss_of_all() -> None:
     _, lower, _, batch = levels()
     parts = [{name: x[chosen] for name, x in batch.items()} for chosen in ([0], [1, 2, 3, 4, 5])]
-    entries = label_weights(parts, shifted=True)
+    entries = label_weights(counts_of_labels(parts, shifted=True) or [])
     each = [lower.loss({**p, **e})["loss"] for p, e in zip(parts, entries, strict=True)]
     torch.testing.assert_close(sum(each) / 2, lower.loss(batch)["loss"])
 

@@ -45,7 +45,7 @@ def test_a_product_that_is_a_tenth_too_large_is_seen(monkeypatch: pytest.MonkeyP
 values, move, share = tags._values, OptimizerStep._move, upper_batches.UpperBatches._share
 FAULTS: dict[str, Any] = {
     "tags of other rows": (tags, "_values", lambda *args: values(*args).flip(0)),
-    "micro-batches that count alike": (task_loss, "label_weights", lambda x, **_: [{}] * len(x)),
+    "micro-batches that count alike": (task_loss, "label_weights", lambda x: [{}] * len(x)),
     "no clipping": (OptimizerStep, "_move", lambda *args: move(*args[:3], 0.0)),
     "a row that is read twice": (upper_batches.UpperBatches, "_share", lambda x, k: share(x, 0)),
 }

@@ -9,6 +9,7 @@ from peft import IA3Config, get_peft_model
 
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, ProblemError
 from hyperopt_peft.problems import DoRA
+from hyperopt_peft.trainer.fingerprint import settings_of
 from tests.support.trainers import QUIET, base_model, data, peft_model, values
 
 
@@ -22,7 +23,7 @@ def test_an_adapter_that_is_no_lora_is_trained_on_both_data_sets(tmp_path: Path)
     model = get_peft_model(base_model(dropout=0.0), config)
     run = trainer(tmp_path, model, upper_dataset=data(rows=6, seed=1))
     assert len(run.train_dataset) == 30 and run.upper_dataset is None
-    assert run.settings()["adapter"] == "ia3"
+    assert settings_of(run)["adapter"] == "ia3"
     before, loss = values(model), run.evaluate(run.train_dataset)["eval_loss"]
     run.train()
     assert run.evaluate(run.train_dataset)["eval_loss"] < loss

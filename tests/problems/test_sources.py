@@ -195,7 +195,7 @@ def test_equal_weights_have_the_loss_of_the_trainer(tmp_path: Path) -> None:
     run.lower.weights = lambda batch: torch.ones(batch["source"].shape)
     run.model.eval()
     parts = [run.data_collator([run.train_dataset[k] for k in ks]) for ks in ([0, 1, 2], [13])]
-    entered = run._with_entries(parts)
+    entered = run.with_entries(parts)
     ours = [run.lower.loss(part)["loss"] for part in entered]
     torch.testing.assert_close(sum(ours), sum(map(run.task_loss, entered)), check_dtype=False)
     assert not torch.isclose(sum(ours), sum(run.lower.loss(part)["loss"] for part in parts))
