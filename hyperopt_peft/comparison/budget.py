@@ -74,12 +74,12 @@ class Budget(TrainerCallback):
 
     def reserved(self) -> float:
         """The passes of a second phase with as many steps as the search has now."""
-        return self.again * self.state.global_step * self.a_step
+        return float(self.again * self.state.global_step * self.a_step)
 
     def progress(self) -> float:
         """The share of the phase that is done."""
         spent = self.counter.passes - self.start
-        return (spent + self.reserved()) / max(1e-9, self.passes - self.start)
+        return float((spent + self.reserved()) / max(1e-9, self.passes - self.start))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """End the phase if the next step, or the next cycle of a search, is above the budget.
