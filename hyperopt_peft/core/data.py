@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -104,10 +104,11 @@ class DataStream:
         self._restore(state["now"])
 
     def _draw(self) -> Any:
-        with replay(self._random):
+        drawing = type(self.data) not in (list, tuple)  # which draw no random numbers
+        with replay(self._random) if drawing else nullcontext():
             for _ in range(2):
                 if self._iterator is None:
-                    self._random = RandomState.capture()
+                    self._random = RandomState.capture() if drawing else self._random
                     self._epoch_state = self._capture()
                     self._iterator, self._position = iter(self.data), 0
                 try:
@@ -116,7 +117,7 @@ class DataStream:
                     self._iterator = None
                 else:
                     self._position += 1
-                    self._random = RandomState.capture()
+                    self._random = RandomState.capture() if drawing else self._random
                     return batch
         raise ProblemError(_empty(self.name))
 

@@ -62,6 +62,8 @@ def total(scalars: Sequence[Tensor]) -> Tensor:
 
 def dot_product(a: Tensor, b: Tensor) -> Tensor:
     """⟨a, b⟩ of two tensors, a float64 scalar; a CPU widens ``BLOCK`` entries at a time."""
+    if b is a and not (a.is_cpu and a.numel() > BLOCK):
+        return squares([a])[0]
     size = BLOCK if a.is_cpu else max(1, a.numel())
     of_a = (x.double() for x in a.detach().flatten().split(size))
     if b is a:
