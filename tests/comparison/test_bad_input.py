@@ -208,7 +208,7 @@ def test_a_score_that_is_not_finite_wins_in_no_order(lower_is_better: bool) -> N
     plan = Plan(ONE, (1.0, 2.0, 3.0, 4.0), (1.0,), [100], [0, 1], lower_is_better)
     for scores in permutations((math.nan, -math.inf if lower_is_better else math.inf, 0.3, 0.4)):
         store = Store(None, {})
-        for run, score in zip(plan.first_rates(), scores, strict=True):
+        for run, score in zip(next(plan.stages(store)), scores, strict=True):
             store.add({**vars(run), "score": score})
         best = store.scores([plan.chosen(store, "LoRA", "method")])
         assert best == [0.3 if lower_is_better else 0.4]
