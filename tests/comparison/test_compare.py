@@ -129,6 +129,7 @@ def test_no_step_more_is_within_a_budget() -> None:
             assert search % every == 0
             room = budget.passes - counter.passes - search * step
             assert room < a_cycle + every * step + 1e-6 or search == every
+            assert rates[-1] <= 1.2 * (a_cycle + every * step + 1e-6) / budget.passes
             second, rates = phase(budget, counter, cycle(epoch))
             assert second >= search or search == every
         assert budget.passes - last - 1e-6 < counter.passes

@@ -58,9 +58,12 @@ def test_a_division_scores_each_row_once(spare: bool, copies: int) -> None:
 
 
 def test_folds_are_those_of_cross_validation() -> None:
+    """And of the different rows, where some come twice."""
     for count, seed in ((2, 0), (3, 1), (11, 2)):
         known = KFold(count, shuffle=True, random_state=seed).split(range(11))
-        assert folds_of(TRUSTED, count, seed) == [rows.tolist() for _, rows in known]
+        assert folds_of(TRUSTED, count, seed) == (single := [rows.tolist() for _, rows in known])
+        both = folds_of(TRUSTED.select([*range(11), *range(11)]), count, seed)
+        assert both == [[*fold, *(row + 11 for row in fold)] for fold in single]
 
 
 def test_trusted_rows_choose_the_rates_where_there_are_test_rows() -> None:
