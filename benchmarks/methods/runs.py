@@ -73,7 +73,6 @@ def stored(setting: str, task: str) -> Comparison | None:
     with path.open() as file:
         settings = json.loads(next(file))[HEAD]
     plan, store = SETTINGS[setting].plan, Store(path.parent, settings)
-    for stage in (lambda _: plan.first_rates(), plan.next_rates, plan.reported):
-        if store.missing(stage(store)):  # the next stage depends on these results
-            return None
+    if any(store.missing(runs) for runs in plan.stages(store)):  # a stage reads the ones before
+        return None
     return Comparison(plan, store, settings["metric"], settings["passes"])

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, get_scheduler
 
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.trainer.passes import passes_of_a_cycle
+from hyperopt_peft.trainer.passes import PassCounter, passes_of_a_cycle
 
 
 class Budget(TrainerCallback):
@@ -50,10 +50,11 @@ class Budget(TrainerCallback):
 
     def begin(self, trainer: Any, unit: int) -> None:
         """Count the passes of ``trainer``, which has this callback, in units of ``unit`` rows."""
-        args, self.counter, self.again = trainer.args, trainer.passes, trainer.has_second_phase
+        args, self.again = trainer.args, bool(trainer.has_second_phase)
+        self.counter: PassCounter = trainer.passes
         self.counter.unit = unit
-        self.every = 0 if trainer.upper is None else args.lower_steps
-        self.a_step = args.train_batch_size * args.gradient_accumulation_steps / unit
+        self.every: int = 0 if trainer.upper is None else args.lower_steps
+        self.a_step: float = args.train_batch_size * args.gradient_accumulation_steps / unit
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **_: Any
@@ -74,12 +75,12 @@ class Budget(TrainerCallback):
 
     def reserved(self) -> float:
         """The passes of a second phase with as many steps as the search has now."""
-        return float(self.again * self.state.global_step * self.a_step)
+        return self.again * int(self.state.global_step) * self.a_step
 
     def progress(self) -> float:
         """The share of the phase that is done."""
         spent = self.counter.passes - self.start
-        return float((spent + self.reserved()) / max(1e-9, self.passes - self.start))
+        return (spent + self.reserved()) / max(1e-9, self.passes - self.start)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """End the phase if the next step, or the next cycle of a search, is above the budget.

@@ -51,14 +51,19 @@ class Plan:
             grid += (len(self.upper_rates) - (len(self.rates) > 1)) * len(self.development)
         return grid + len(self.seeds)
 
-    def first_rates(self) -> list[Run]:
-        """The runs that choose each method's rate; the upper rate is the middle of its grid.
+    def stages(self, store: Store) -> Iterator[list[Run]]:
+        """Runs that choose each rate, those that choose each upper rate at it, and reported ones.
 
-        The form with a frozen upper level has the rate of the method. A grid of one has no runs.
+        A stage reads the scores of the stage before it. The upper rate is first the middle of its
+        grid. The form with a frozen upper level has the rate of the method. A grid of one has no
+        runs.
         """
-        if len(self.rates) == 1:
-            return []
-        return [run for name, kind in self.candidates() for run in self._grid(name, kind)]
+        several = len(self.rates) > 1
+        yield [run for each in self.candidates() for run in self._grid(*each) if several]
+        names = [name for name, method in self.methods.items() if has_upper_level(method)]
+        grids = (self._grid(name, "method") for name in names if len(self.upper_rates) > 1)
+        yield [run for grid in grids for run in self._upper_grid(self._best(grid, store))]
+        yield [run for each in self.candidates() for run in self.runs_of(store, *each)]
 
     def _grid(self, name: str, kind: Kind) -> list[Run]:
         if kind == "frozen":
@@ -71,15 +76,6 @@ class Plan:
             for rate in self.rates
             for seed in self.development
         ]
-
-    def next_rates(self, store: Store) -> list[Run]:
-        """The runs that choose each upper rate, at the rate that `first_rates` chose."""
-        runs = []
-        for name, method in self.methods.items():
-            if has_upper_level(method) and len(self.upper_rates) > 1:
-                best = self._best(self._grid(name, "method"), store)
-                runs += self._upper_grid(best)
-        return runs
 
     def _upper_grid(self, best: Run) -> list[Run]:
         return [
@@ -96,10 +92,6 @@ class Plan:
         if best.upper_rate is None:
             return best
         return self._best(self._upper_grid(best), store)
-
-    def reported(self, store: Store) -> list[Run]:
-        """The runs on the test rows."""
-        return [run for name, kind in self.candidates() for run in self.runs_of(store, name, kind)]
 
     def runs_of(self, store: Store, name: str, kind: Kind) -> list[Run]:
         """The reported runs of a method or an ablation, one for each seed."""

@@ -204,11 +204,10 @@ def compare_methods(
         if dry_run:
             print(work.estimate())
             return Comparison(plan, store, metric, budget, note)
-        work.do(plan.first_rates())
-        work.do(plan.next_rates(store))
-        work.do(plan.reported(store))
+        for runs in plan.stages(store):
+            work.do(runs)
     forget()
-    for run in plan.reported(store):
+    for run in runs:  # the reported ones
         if not math.isfinite(score := store.results[run]["score"]):
             raise ProblemError(
                 f"{run}: the score is {score:g}, by a loss or a metric that is not finite; give "

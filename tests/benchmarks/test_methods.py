@@ -50,9 +50,9 @@ def test_tables_need_all_runs_of_a_task(tmp_path: Path, monkeypatch: pytest.Monk
     for name in ("trec", "tags"):
         before = report.complete("magnitudes")
         store = Store(runs.folder("magnitudes", name), {"metric": "accuracy", "passes": 300})
-        for stage in (lambda _: plan.first_rates(), plan.next_rates, plan.reported):
+        for stage in plan.stages(store):
             assert [*report.complete("magnitudes")] == [*before]
-            for run in store.missing(stage(store)):
+            for run in store.missing(stage):
                 store.add(result(run))
     found = report.complete("magnitudes")
     assert [*found] == ["trec", "tags"]
@@ -72,12 +72,11 @@ def test_the_best_plain_way_is_chosen_by_held_out_rows(
     monkeypatch.setattr(runs, "RESULTS", tmp_path)
     setting = SETTINGS["sources"]
     store = Store(runs.folder("sources", "movies"), {"metric": "accuracy", "passes": 200})
-    for stage in (lambda _: setting.plan.first_rates(), setting.plan.next_rates):
-        for run in store.missing(stage(store)):
-            way = run.method == "each source alike"
-            store.add(result(run) | {"score": 0.9 if way else 0.5})
-    for run in store.missing(setting.plan.reported(store)):
-        store.add(result(run) | {"score": 0.1 * len(run.method) / 10})
+    for stage in setting.plan.stages(store):
+        for run in store.missing(stage):
+            best = 0.9 if run.method == "each source alike" else 0.5
+            score = best if run.development else 0.1 * len(run.method) / 10
+            store.add(result(run) | {"score": score})
     row, *others = report.summary("sources", report.complete("sources"))
     assert len(others) == 4 and others[0]["− frozen"] == "–"
     assert row["− best other method"] == "−10.0 ± 0.0 (each source alike)"

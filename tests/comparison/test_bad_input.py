@@ -17,15 +17,19 @@ from datasets import concatenate_datasets
 from torch import nn
 from torch.nn.utils import parametrize
 
-from hyperopt_peft import Method, ProblemError
+from hyperopt_peft import Method, ProblemError, compare_methods
 from hyperopt_peft.comparison.choice import Plan
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.problems import LoRA
-from tests.support.comparisons import accuracy, compared
-from tests.support.trainers import data
+from tests.support.comparisons import accuracy, compared, parts_of
+from tests.support.trainers import base_model, data
 
 ONE = {"LoRA": LoRA()}
 TEST = data(rows=20, seed=5)
+FOLDS: dict[str, Any] = {"test_dataset": None, "folds": 2}
+BEST = {"load_best_model_at_end": True}
+#: The same rows with other numbers, which no model reads.
+IDS, MOVED = (data(rows=30).add_column("idx", [*range(k, k + 30)]) for k in (0, 100))
 
 
 class Idle(Method):
@@ -108,6 +112,28 @@ def undefined(outputs: Any) -> dict[str, float]:
         ({}, {}, "methods: there is none"),
         (ONE, {"ablations": ["LoRA"]}, r"ablations: \['LoRA'\] are no methods with an upper"),
         (ONE, {"test_dataset": data(rows=30)}, "all of its rows are training rows"),
+        (ONE, {"folds": 2}, "give either test_dataset or folds"),
+        (ONE, {"test_dataset": None}, "give either test_dataset or folds"),
+        (ONE, {**FOLDS}, "upper_dataset: there is none"),
+        (ONE, {**FOLDS, "folds": 9, "upper_dataset": data(rows=9)}, "give 2 to 8"),
+        (ONE, {**FOLDS, "upper_dataset": data(rows=9)}, "row 0 .* in train_dataset"),
+        (ONE, {"upper_dataset": data(rows=20, seed=5)}, "all of its rows are training rows"),
+        (ONE, {"train_dataset": IDS, "test_dataset": MOVED.select([2, 7])}, "all .* training rows"),
+        (ONE, {**FOLDS, "upper_dataset": MOVED, "train_dataset": IDS}, "row 0 .* train_dataset"),
+        (ONE, {"passes": None}, "passes: must be .*got None"),
+        (ONE, {"passes": math.nan}, "passes: must be .*got nan"),
+        (ONE, {"jobs": 0}, "jobs: must be"),
+        (
+            ONE,
+            {"arguments": {"dataloader_drop_last": True}},
+            "^dataloader_drop_last.* it out$",
+        ),
+        (ONE, {"arguments": {"eval_strategy": "epoch"}}, "^eval_strategy.*leave it out$"),
+        (
+            ONE,
+            {"arguments": {"retrain_arguments": BEST}},
+            "^retrain_arguments: load_.* it out$",
+        ),
         (ONE, {"test_dataset": TEST.select([])}, "test_dataset has no examples"),
         (ONE, {"test_dataset": TEST.to_list()}, "test_dataset: must be a datasets.Dataset"),
         (
@@ -134,16 +160,22 @@ def test_a_loss_that_is_refused_at_its_first_step_is_refused_early(
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_store_of_other_settings(tmp_path: Path) -> None:
+def test_a_store_is_of_one_budget_one_rule_one_score_and_one_model(tmp_path: Path) -> None:
     compared(ONE, folder=tmp_path)
-    with pytest.raises(ProblemError, match="passes"):
-        compared(ONE, folder=tmp_path, passes=20)
+    for name, other in {"passes": 20, "compute_metrics": undefined}.items():
+        with pytest.raises(ProblemError, match=name):
+            compared(ONE, folder=tmp_path, **{name: other})
     head, *runs = (path := tmp_path / "runs.jsonl").read_text().splitlines()
     before = json.loads(head)
     del before["settings"]["budget"]  # as an earlier release wrote it
     path.write_text("\n".join([json.dumps(before), *runs, ""]))
     with pytest.raises(ProblemError, match=r"^budget: .* start a new run$"):
         compared(ONE, folder=tmp_path)
+    model, (_, *others) = base_model(), parts_of("classes")
+    rows = {"train_dataset": data(rows=30), "test_dataset": TEST, "passes": 12}
+    for folder in (None, tmp_path / "2"):
+        with pytest.raises(ProblemError, match="base_model: returns one model again"):
+            compare_methods(ONE, lambda: model, *others, folder=folder, **rows)
 
 
 class Shifting(Method):
@@ -176,7 +208,7 @@ def test_a_score_that_is_not_finite_wins_in_no_order(lower_is_better: bool) -> N
     plan = Plan(ONE, (1.0, 2.0, 3.0, 4.0), (1.0,), [100], [0, 1], lower_is_better)
     for scores in permutations((math.nan, -math.inf if lower_is_better else math.inf, 0.3, 0.4)):
         store = Store(None, {})
-        for run, score in zip(plan.first_rates(), scores, strict=True):
+        for run, score in zip(next(plan.stages(store)), scores, strict=True):
             store.add({**vars(run), "score": score})
         best = store.scores([plan.chosen(store, "LoRA", "method")])
         assert best == [0.3 if lower_is_better else 0.4]

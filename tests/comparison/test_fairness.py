@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.optim import SGD
 from transformers import get_scheduler
 
-from hyperopt_peft import Method, ProblemError, compare_methods
+from hyperopt_peft import Method
 from hyperopt_peft.comparison.budget import Budget
 from hyperopt_peft.comparison.folds import Rows
 from hyperopt_peft.comparison.task import Run, Task
 from hyperopt_peft.problems import LoRA, S3Delta
 from tests.support.comparisons import compared, parts_of
-from tests.support.trainers import base_model, data
+from tests.support.trainers import data
 
 
 def task(methods: Any) -> Task:
@@ -91,33 +91,6 @@ def test_seeds_are_other_starts_of_a_model_that_seeds_itself(tmp_path: Path) -> 
         model = whole.make(run, whole.data.of(seed, False), str(tmp_path)).model
         starts.append(next(p for n, p in model.named_parameters() if "lora_A" in n).detach())
     assert not torch.equal(*starts)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "name"),
-    [
-        ({"dataloader_drop_last": True}, "dataloader_drop_last"),
-        ({"eval_strategy": "epoch"}, "eval_strategy"),
-        ({"retrain_arguments": {"load_best_model_at_end": True}}, "retrain_arguments: load_best"),
-    ],
-)
-def test_an_argument_that_a_run_would_change_is_refused(arguments: Any, name: str) -> None:
-    with pytest.raises(ProblemError, match=f"^{name}.*leave it out$"):
-        compared({"LoRA": LoRA()}, arguments=arguments)
-
-
-def test_a_store_is_of_one_model_and_one_score(tmp_path: Path) -> None:
-    def other(outputs: Any) -> dict[str, float]:
-        return {"accuracy": 0.5}
-
-    compared({"LoRA": LoRA()}, folder=tmp_path)
-    with pytest.raises(ProblemError, match="compute_metrics"):
-        compared({"LoRA": LoRA()}, folder=tmp_path, compute_metrics=other)
-    model, (_, *others) = base_model(), parts_of("classes")
-    rows = {"train_dataset": data(rows=30), "test_dataset": data(rows=20, seed=5), "passes": 12}
-    for folder in (None, tmp_path / "2"):
-        with pytest.raises(ProblemError, match="base_model: returns one model again"):
-            compare_methods({"LoRA": LoRA()}, lambda: model, *others, folder=folder, **rows)
 
 
 class Dearer(Method):

@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset
 from sklearn.model_selection import KFold
 
-from hyperopt_peft import Method, ProblemError
+from hyperopt_peft import Method
 from hyperopt_peft.comparison.choice import Plan
 from hyperopt_peft.comparison.folds import Rows
 from hyperopt_peft.comparison.result import Comparison
@@ -26,8 +26,6 @@ TRAIN = Dataset.from_dict({"x": [100, 101]})
 SEEN: list[set[str]] = []
 FOLDS: dict[str, Any] = {"test_dataset": None, "folds": 2}
 NINE = data(rows=9, seed=7)
-#: The same rows with other numbers, which no model reads.
-IDS, MOVED = (data(rows=30).add_column("idx", [*range(k, k + 30)]) for k in (0, 100))
 
 
 @dataclass
@@ -60,9 +58,12 @@ def test_a_division_scores_each_row_once(spare: bool, copies: int) -> None:
 
 
 def test_folds_are_those_of_cross_validation() -> None:
+    """And of the different rows, where some come twice."""
     for count, seed in ((2, 0), (3, 1), (11, 2)):
         known = KFold(count, shuffle=True, random_state=seed).split(range(11))
-        assert folds_of(TRUSTED, count, seed) == [rows.tolist() for _, rows in known]
+        assert folds_of(TRUSTED, count, seed) == (single := [rows.tolist() for _, rows in known])
+        both = folds_of(TRUSTED.select([*range(11), *range(11)]), count, seed)
+        assert both == [[*fold, *(row + 11 for row in fold)] for fold in single]
 
 
 def test_trusted_rows_choose_the_rates_where_there_are_test_rows() -> None:
@@ -90,27 +91,6 @@ def test_no_run_trains_on_the_rows_that_score_it() -> None:
     left_out = {frozenset(all_rows - seen) for seen in SEEN}
     assert len(left_out) == 3 and all(len(rows) == 3 for rows in left_out)
     assert frozenset.union(*left_out) == all_rows
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"folds": 2}, "give either test_dataset or folds"),
-        ({"test_dataset": None}, "give either test_dataset or folds"),
-        ({**FOLDS}, "upper_dataset: there is none"),
-        ({**FOLDS, "folds": 9, "upper_dataset": data(rows=9)}, "give 2 to 8"),
-        ({**FOLDS, "upper_dataset": data(rows=9)}, "row 0 .* in train_dataset"),
-        ({"upper_dataset": data(rows=20, seed=5)}, "all of its rows are training rows"),
-        ({"train_dataset": IDS, "test_dataset": MOVED.select([2, 7])}, "all .* are training rows"),
-        ({**FOLDS, "upper_dataset": MOVED, "train_dataset": IDS}, "row 0 .* in train_dataset"),
-        ({"passes": None}, "passes: must be .*got None"),
-        ({"passes": float("nan")}, "passes: must be .*got nan"),
-        ({"jobs": 0}, "jobs: must be"),
-    ],
-)
-def test_bad_input_is_one_line(options: Any, message: str) -> None:
-    with pytest.raises(ProblemError, match=message):
-        compared({"LoRA": LoRA()}, **options)
 
 
 def test_a_recommendation_has_its_numbers() -> None:
