@@ -175,6 +175,30 @@ class Reads(Method):
         collate([rows[0]])["quality"]
 
 
+class Scored(Method):
+    """An upper loss that reads a tag; the training rows have it."""
+
+    tags = ("quality",)
+
+    def upper_variables(self, model: Any) -> Any:
+        return {n: x for n, x in model.named_parameters() if x.requires_grad and "bias" in n}
+
+    def upper_loss(self, model: Any, batch: Any, task_loss: Any) -> Any:
+        return task_loss(batch) * batch["quality"].mean()
+
+
+def test_a_tag_that_the_upper_rows_lack_is_named(tmp_path: Path) -> None:
+    rows = {"train_dataset": data().add_column("quality", [1.0] * 24)}
+    run = method_trainer(
+        tmp_path, method=Scored(), options={**rows, "upper_dataset": data(rows=5, seed=1)}
+    )
+    with pytest.raises(
+        ProblemError,
+        match=r"Scored.upper_loss: reads the tag 'quality', a column that upper_dataset",
+    ):
+        run.train()
+
+
 QUALITY = {
     "None": (["quality"], [1.0, None], "quality: is None in row 1 "),
     "text": (["quality"], ["good", "bad"], "quality: is 'good' in row 0 "),

@@ -1,5 +1,3 @@
-"""Two levels and their loop as a user writes them."""
-
 import torch
 from torch import Tensor
 
@@ -7,16 +5,12 @@ from hyperopt_peft import Engine, Problem, check_problem, hypergradient
 
 
 class Lower(Problem):
-    """min over w of |w − batch|² + e^u·|w|²."""
-
     def loss(self, batch: Tensor) -> dict[str, Tensor]:
         fit = (w - batch).square().sum()
         return {"loss": fit + u.exp() * w.square().sum(), "fit": fit}
 
 
 class Upper(Problem):
-    """min over u of |w|²."""
-
     def loss(self, batch: Tensor) -> Tensor:
         return w.square().sum()
 

@@ -1,5 +1,3 @@
-"""A Trainer, a comparison and methods by name as a user writes them."""
-
 from typing import Any
 
 from datasets import Dataset
@@ -9,11 +7,9 @@ from hyperopt_peft.comparison import Comparison, find_method
 
 
 def train(model: Any, rows: Dataset, config: Any) -> Comparison:
-    """Train one adapter, then compare two."""
     args = BilevelTrainingArguments("outputs", hypergradient="direct", lower_steps=4)
     bidora: type[Method] = find_method("bidora")
-    trainer = BilevelTrainer(model, args, method=bidora(), train_dataset=rows)
-    trainer.train()
+    BilevelTrainer(model, args, method=bidora(), train_dataset=rows).train()
     methods: dict[str, Method | str] = {"LoRA": "lora", "BiDoRA": bidora()}
     return compare_methods(
         methods, lambda: model, config, args, train_dataset=rows, test_dataset=rows, passes=300

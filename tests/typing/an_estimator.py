@@ -1,31 +1,13 @@
-"""An estimator and a solver as a user writes them."""
-
 from dataclasses import dataclass
 
 from hyperopt_peft import Estimator, Solver, register
-from hyperopt_peft.hypergradients import (
-    Bound,
-    Estimate,
-    Matvec,
-    Oracle,
-    Requirements,
-    Solution,
-    Vector,
-    get_estimator,
-    option,
-)
+from hyperopt_peft.hypergradients import Estimate, Matvec, Oracle, Solution, Vector, get_estimator
 
 
 @register("one_step", kind="identity")
 @dataclass(frozen=True)
 class OneStep(Estimator):
-    """∂F/∂u − ξ·∂²f/∂u∂w·∂F/∂w."""
-
-    xi: float = option(1.0, help="ξ")
-
-    @property
-    def requirements(self) -> Requirements:
-        return Requirements(history=1)
+    xi: float = 1.0
 
     def estimate(self, oracle: Oracle) -> Estimate:
         gradient = oracle.upper_gradient
@@ -36,13 +18,8 @@ class OneStep(Estimator):
 @register("damped", kind="implicit", tolerance=1.0)
 @dataclass(frozen=True)
 class Damped(Solver):
-    """v = b/damping."""
-
-    damping: float = option(1.0, help="the only curvature")
-
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
-        return Solution(1 / self.damping * b, None, 0)
+        return Solution(0.5 * b, None, 0)
 
 
-bound = Bound(">", 0)
 estimator: Estimator = get_estimator("one_step:xi=0.5")
