@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, DataCollatorWithPadding
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hyperopt_peft.core.logits import IGNORED
-from hyperopt_peft.heads.features import Features, features_of
+from hyperopt_peft.heads import Features, features_of
 
 FROZEN = 4
 

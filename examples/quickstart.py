@@ -26,7 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, attribute, compare_methods
-from hyperopt_peft.heads.frozen_layers import compute_once
+from hyperopt_peft.heads import compute_once
 from hyperopt_peft.problems import BiDoRA, DoRA, LoRA
 from hyperopt_peft.utils.tables import aligned
 from peft import LoraConfig, get_peft_model

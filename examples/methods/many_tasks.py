@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from hyperopt_peft import Engine, Problem
 from hyperopt_peft.engine.fit import lbfgs
-from hyperopt_peft.heads.head import l2_penalty
+from hyperopt_peft.heads import l2_penalty
 from hyperopt_peft.utils.statistics import mean_and_half
 
 

@@ -76,7 +76,7 @@ def trained_by_trainer(
     trainer.state.global_step, trainer.state.epoch = runner.state.global_step, runner.state.epoch
     method = method_of(runner)
     model = ModelOnRows(runner.model, runner.compute_loss_context_manager, runner.tags)
-    slices = {
+    of_slices = {
         name: model.mean(data.batches(data.evaluation_rows, rows))
         for name, rows in data.groups.items()
     }
@@ -84,7 +84,7 @@ def trained_by_trainer(
     enlarged = len(run.levels) == 1 and not method.tags
     return Trained(
         run,
-        Evaluation(run.weights, slices),
+        Evaluation(run.weights, of_slices),
         data.shares,
         Accumulated(final),
         lambda: model.micro_batches(data.batches(data.train_rows)),

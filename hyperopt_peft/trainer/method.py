@@ -130,7 +130,7 @@ class Method:
         Trainer's entries; ProblemError if it cannot. Half precision is widened to float32.
 
         Example:
-            >>> from hyperopt_peft.heads.head import Head
+            >>> from hyperopt_peft.heads import Head
             >>> batch = {"features": torch.ones(3, 4), "labels": torch.tensor([0, 1, 1])}
             >>> Method().logits_of(Head(4, 2), batch).shape
             torch.Size([3, 2])
