@@ -171,6 +171,7 @@ class Answers:
         trained = f"{settings['steps']} steps"
         if self.command.score_model == "head":
             trained = f"a linear head at its minimum, with the penalty λ = {settings['l2']:g}"
+            trained += f" (the {settings['l2_end']} one tried)" * bool(settings["l2_end"])
         text = (
             f"{settings['rows']} training rows, {trained}, {settings['variables']:,} parameters; "
             f"scores by {settings['estimator']}\nloss on the evaluation rows: {phi}"

@@ -1,13 +1,13 @@
 """A linear head on a model's frozen features, solved to the minimum of a convex loss.
 
-``features`` computes the features, once a text; ``head`` is the head; ``minimum`` solves it, and
-chooses its penalty. ``frozen_layers`` lets a whole model compute its frozen layers once a text.
+``features`` computes the features, ``head`` is the head, and ``minimum`` solves it and chooses its
+penalty. ``frozen_layers`` lets a model compute its frozen layers once a text.
 """
 
 from hyperopt_peft.heads.features import Features, features_of
 from hyperopt_peft.heads.frozen_layers import compute_once
-from hyperopt_peft.heads.head import L2, Head, OnFeatures, head_of, l2_penalty, require_head
-from hyperopt_peft.heads.minimum import choose_l2, level_of, penalised, solve
+from hyperopt_peft.heads.head import L2, Head, OnFeatures, l2_penalty
+from hyperopt_peft.heads.minimum import choose_l2, level_of, solve
 
 __all__ = [
     "L2",
@@ -17,10 +17,7 @@ __all__ = [
     "choose_l2",
     "compute_once",
     "features_of",
-    "head_of",
     "l2_penalty",
     "level_of",
-    "penalised",
-    "require_head",
     "solve",
 ]

@@ -16,7 +16,7 @@ from hyperopt_peft.attribution.scores import (
     parse_estimator,
     scores,
 )
-from hyperopt_peft.heads.features import Features
+from hyperopt_peft.heads import Features
 from tests.support.attributed import error_of_slopes, require_equal
 from tests.support.heads import features, fitted, trainer
 from tests.support.trainers import data, ragged

@@ -13,7 +13,7 @@ from hyperopt_peft import BiDoRA, BilevelTrainer, BilevelTrainingArguments, Prob
 from hyperopt_peft.attribution.reasons import Reason, Reasons
 from hyperopt_peft.attribution.trainer import trained_by_trainer
 from hyperopt_peft.attribution.why import explained, fewest, reason_for
-from hyperopt_peft.heads.features import Features
+from hyperopt_peft.heads import Features
 from tests.support.attributed import require_equal
 from tests.support.heads import L2, features, fitted, trainer
 from tests.support.trainers import data, peft_model, ragged

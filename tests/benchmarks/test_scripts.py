@@ -15,6 +15,7 @@ SLOW = [
     "speed language --quick",
     "speed gpu --device cpu --small --threads 1 --parts layer head",
     "speed on_paper --quick",
+    "speed head --quick",
     "estimators comparison --quick --methods direct cg:steps=10",
     "estimators convergence --quick",
     "estimators fidelity --quick",

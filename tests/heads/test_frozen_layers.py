@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from hyperopt_peft import BiDoRA, BilevelTrainer, Method
-from hyperopt_peft.heads.frozen_layers import compute_once
+from hyperopt_peft.heads import compute_once
 from hyperopt_peft.problems import LoRA
 from tests.support import language
 from tests.support.files import tokenizer

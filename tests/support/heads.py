@@ -7,8 +7,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from hyperopt_peft.attribution.head import HeadTraining
-from hyperopt_peft.heads.features import Features
-from hyperopt_peft.heads.head import Head
+from hyperopt_peft.heads import Features, Head
 from tests.support.trainers import QUIET, data, peft_model
 
 L2 = 0.1

@@ -25,8 +25,7 @@ from hyperopt_peft.attribution.scores import (
     parse_estimator,
     scores,
 )
-from hyperopt_peft.heads.features import Features, features_of
-from hyperopt_peft.heads.head import L2, Head
+from hyperopt_peft.heads import L2, Features, Head, features_of
 from hyperopt_peft.trainer.data import batches_of
 from hyperopt_peft.utils.models import evaluating
 
