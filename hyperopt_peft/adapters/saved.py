@@ -70,8 +70,9 @@ def _load(model: PeftModel, folder: Path) -> Any:
             "PEFT loads one; let export make one of them"
         )
     place = folder if name == "default" else folder / name
+    device = str(next(model.parameters()).device)
     try:
-        return PeftModel.from_pretrained(base, place, torch_device=str(model.device))
+        return PeftModel.from_pretrained(base, place, torch_device=device)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ProblemError(f"{place}: PEFT does not load what was saved ({error})") from error
 
