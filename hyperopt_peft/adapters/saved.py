@@ -33,8 +33,8 @@ def difference(model: Any, folder: Path, inputs: Mapping[str, Any]) -> tuple[flo
     """‖z' − z‖/‖z‖ of the logits of ``inputs``, and the value that rounding may reach.
 
     z are the logits of ``model``, z' those of the adapter in ``folder`` that PEFT loads into a new
-    base model. The base models share their weights, so that none is loaded twice. No module of
-    ``model`` changes, and no random state.
+    base model, which shares the weights of the old one. Nothing of ``model`` changes, and no random
+    state. Rounding may reach √ε of the least precise parameter; a GPU may round float32 to 11 bits.
 
     Raises:
         NotCompared: ``model`` is no PeftModel, its base cannot be built from its configuration, or
@@ -51,25 +51,26 @@ def difference(model: Any, folder: Path, inputs: Mapping[str, Any]) -> tuple[flo
     with replay(RandomState.capture()), warnings.catch_warnings(), evaluating(model):
         warnings.simplefilter("ignore")
         expected = _logits(model, inputs)
-        loaded = _load(model, folder).eval()
-        found = _logits(loaded, inputs)
+        found = _logits(_load(model, folder).eval(), inputs)
     if expected.shape != found.shape:
         raise ProblemError(f"{folder}: PEFT loads a model with logits of another shape")
-    error = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
-    return error, _rounding(model)
+    kinds = [x for x in model.parameters() if x.is_floating_point()]
+    rounding = [max(torch.finfo(x.dtype).eps, 0 if x.is_cpu else 2**-10) for x in kinds]
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-30)), math.sqrt(
+        max(rounding)
+    )
 
 
 def _load(model: PeftModel, folder: Path) -> Any:
     """The adapter in ``folder``, over a new base model with the weights of ``model``."""
-    active, base = list(model.active_adapters), _base(model)
-    name = active[0]
-    if len(active) != 1:
+    base, (name, *others) = _base(model), list(model.active_adapters)
+    if others:
         raise ProblemError(
-            f"{folder}: {len(active)} adapters are active ({', '.join(active)}), and PEFT loads "
-            "one; let export make one of them"
+            f"{folder}: {len(others) + 1} adapters are active ({name}, {', '.join(others)}), and "
+            "PEFT loads one; let export make one of them"
         )
-    device = str(next(model.parameters()).device)
     place = folder if name == "default" else folder / name
+    device = str(next(model.parameters()).device)
     try:
         return PeftModel.from_pretrained(base, place, torch_device=device)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
@@ -79,8 +80,8 @@ def _load(model: PeftModel, folder: Path) -> Any:
 def _base(model: PeftModel) -> nn.Module:
     """A new base model of the class and configuration of ``model``'s, with its weights."""
     base = model.get_base_model()
-    held = {_plain(n): x for n, x in base.named_parameters(remove_duplicate=False)}
-    held |= {_plain(n): x for n, x in base.named_buffers(remove_duplicate=False)}
+    named = [*base.named_parameters(remove_duplicate=False), *base.named_buffers()]
+    held = {".".join(x for x in n.split(".") if x not in WRAPPERS): tensor for n, tensor in named}
     if is_sharded(*held.values()) or any(x.is_meta for x in held.values()):
         raise NotCompared("its parameters are sharded or offloaded")
     try:
@@ -89,39 +90,23 @@ def _base(model: PeftModel) -> nn.Module:
     except Exception as error:  # of the model's own code
         raise NotCompared(f"{type(base).__name__} is not made from its configuration") from error
     for place, module in new.named_modules():
-        for name in (*module._parameters, *module._buffers):
-            tensor, path = getattr(module, name), f"{place}.{name}" if place else name
-            if tensor is None:
-                continue
-            other = held.get(path)
-            if other is None or other.shape != tensor.shape:
-                raise NotCompared(f"its base model has no plain weight {path}")
-            shared: Any = other.detach()
-            if name in module._parameters:
-                shared = nn.Parameter(shared, requires_grad=False)
-            setattr(module, name, shared)
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                other = held.get(path := f"{place}.{name}" if place else name)
+                if tensor is not None and (other is None or other.shape != tensor.shape):
+                    raise NotCompared(f"its base model has no plain weight {path}")
+                if tensor is not None and other is not None:
+                    shared: Any = other.detach()
+                    if isinstance(tensor, nn.Parameter):
+                        shared = nn.Parameter(shared, requires_grad=False)
+                    tensors[name] = shared
     return new
-
-
-def _plain(name: str) -> str:
-    """The name of a parameter without PEFT's wrappers."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _logits(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     """Some logits, by the class's own forward, which accelerate has not wrapped."""
     try:
-        logits = type(model).forward(model, **inputs).logits
+        logits: Tensor = type(model).forward(model, **inputs).logits.flatten()
     except Exception as error:  # of the model's own code
         raise NotCompared(f"it has no logits for {sorted(inputs)} ({error})") from error
-    flat = logits.flatten()
-    some: Tensor = flat[:: max(1, flat.numel() // ENTRIES)].double().cpu()
-    return some
-
-
-def _rounding(model: nn.Module) -> float:
-    """√ε of the least precise parameter; a GPU may round float32 to 11 bits."""
-    kinds = [x for x in model.parameters() if x.is_floating_point()]
-    worst = max(torch.finfo(x.dtype).eps for x in kinds)
-    exact = all(x.device.type == "cpu" for x in kinds)
-    return math.sqrt(worst if exact else max(worst, 2**-10))
+    return logits[:: max(1, logits.numel() // ENTRIES)].double().cpu()

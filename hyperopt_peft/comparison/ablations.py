@@ -16,15 +16,8 @@ class OneLevel(Method):
     def __init__(self, method: Method) -> None:
         self.method, self.tags = method, method.tags
         self.defaults = {k: v for k, v in method.defaults.items() if k != "hypergradient"}
-        for name in (
-            "adapter",
-            "rows",
-            "all_rows",
-            "prepare",
-            "after_upper_step",
-            "finish",
-            "export",
-        ):
+        names = "adapter", "rows", "all_rows", "prepare", "after_upper_step", "finish", "export"
+        for name in names:
             setattr(self, name, getattr(method, name))
 
     def read_rows(self, model: Any, rows: Any, collate: Any) -> None:

@@ -570,7 +570,7 @@ class BilevelTrainer(CombinedTrainer):
         super().save_model(output_dir, *args, **kwargs)
         if self.callback.writing is not None:  # delete no older checkpoint before this is complete
             self.args.save_total_limit = None
-        if self.trained and self.args.should_save:
+        if self.trained and self.method is not None and self.args.should_save:
             self.trained = False
             check_saved(self, folder)
 

@@ -184,6 +184,14 @@ def test_a_printed_line_has_a_large_residual(residual: float, shown: bool) -> No
     assert ("residual 0.3" in line) == shown and line.startswith("step 2/4  loss 1")
 
 
+def test_the_first_note_of_an_estimator_is_logged_once(tmp_path: Path, caplog: Any) -> None:
+    estimator = "neumann:terms=3,step_size=1e4"
+    made = trainer(tmp_path, hypergradient=estimator, dropout=0.0, lower_steps=1, max_steps=3)
+    made.train()
+    notes = [x.getMessage() for x in caplog.records if "diverges" in x.getMessage()]
+    assert notes == ["step 1: neumann: the series diverges at step_size 1e+04"]
+
+
 class Detaching(Weighted):
     def loss(self, batch: Any) -> Any:
         return super().loss(batch) + sum((p.detach() * p).sum() for p in self.model.parameters())

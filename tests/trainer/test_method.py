@@ -108,8 +108,13 @@ def test_the_second_phase_has_the_class_and_its_loss(tmp_path: Path) -> None:
 
     class Scaled(BilevelTrainer):
         def __init__(self, model: Any, args: Any, factor: float, **options: Any) -> None:
+            self.half = factor / 2
             super().__init__(model, args, **options)
             self.factor = factor
+
+        def get_decay_parameter_names(self, model: Any) -> Any:
+            assert self.half == 0.25  # the constructor asks for them
+            return super().get_decay_parameter_names(model)
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             factors.append((self.upper is None, self.factor))
@@ -117,7 +122,11 @@ def test_the_second_phase_has_the_class_and_its_loss(tmp_path: Path) -> None:
 
     run = method_trainer(tmp_path, method=LayerScales(), kind=Scaled, options={"factor": 0.5})
     run.train()
-    assert type(run.retrainer) is Scaled and set(factors) == {(False, 0.5), (True, 0.5)}
+    assert (
+        type(run.retrainer) is Scaled
+        and run.retrainer is not run
+        and set(factors) == {(False, 0.5), (True, 0.5)}
+    )
     assert run.state.global_step == run.retrainer.state.global_step == 6
     assert run.retrainer.args.output_dir == f"{tmp_path}/retrain"
     assert (len(run.train_dataset), len(run.retrainer.train_dataset)) == (19, 24)
