@@ -118,7 +118,9 @@ class Budget(TrainerCallback):
 def predicted_steps(trainer: Any, passes: float, unit: int) -> list[int]:
     """About how many steps each phase of ``trainer`` has with ``passes`` of ``unit`` rows."""
     args, every = trainer.args, 1 if trainer.upper is None else trainer.args.lower_steps
-    rows = args.train_batch_size * args.gradient_accumulation_steps
+    count = len(trainer.train_dataset)  # of which an epoch's last batch may be smaller
+    batches = math.ceil(count / (args.train_batch_size * args.gradient_accumulation_steps))
+    rows = count / batches
     again = every if trainer.has_second_phase else 0
     steps = int(passes * unit // (rows * (passes_of_a_cycle(trainer) + again))) * every
     return [steps, steps] if again else [steps]

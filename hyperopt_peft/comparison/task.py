@@ -190,18 +190,15 @@ class Task:
                 )
         return predicted_steps(trainer, self.passes, self.unit)
 
-    def estimate(self, run: Run, steps: Sequence[int]) -> dict[str, Any]:
-        """The entries of `run`, scaled up from about two cycles of a run of ``steps``."""
+    def seconds(self, run: Run, steps: Sequence[int]) -> float:
+        """The time of `run` with about ``steps``, by a run of about two cycles."""
         every = self.args.with_defaults(self.methods[run.method].defaults).lower_steps
         passes = self.passes * min(1.0, 2.5 * every / max(1, steps[0]))
         short = replace(self, passes=max(passes, min(self.passes, 6.0)))
         short.run(run)  # fills the store of frozen layers
         result = short._trained(run, budget := Budget(short.passes))
-        self.layers, longer = short.layers, self.passes / short.passes
-        more = (longer - 1) * result["passes"] * budget.seconds / (budget.timed or math.inf)
-        steps = [round(longer * each) for each in result["steps"]]
-        passes, seconds = longer * result["passes"], result["seconds"] + more
-        return {**result, "passes": passes, "steps": steps, "seconds": seconds}
+        self.layers, more = short.layers, self.passes - result["passes"]
+        return float(result["seconds"] + more * budget.seconds / (budget.timed or math.inf))
 
     def require_metric(self, metrics: Mapping[str, Any]) -> None:
         """Raise ProblemError where ``metrics`` of an evaluation lack the score."""

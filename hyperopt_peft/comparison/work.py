@@ -80,10 +80,10 @@ class Work:
         """The runs of each method, with their passes and minutes by one timed upper step."""
         rows, total = [["method", "runs", "steps", "passes", "minutes"]], 0.0
         for run, steps in self.check().items():
-            result, runs = self.task.estimate(run, steps), self.plan.count(run.method, run.kind)
-            minutes = runs * result["seconds"] / 60
+            runs = self.plan.count(run.method, run.kind)
+            minutes = runs * self.task.seconds(run, steps) / 60
             total += minutes
-            cells = " + ".join(map(str, result["steps"])), f"{result['passes']:.0f}"
+            cells = " + ".join(map(str, steps)), f"{self.task.passes:.0f}"
             rows.append([run.method + ABLATIONS[run.kind], str(runs), *cells, f"{minutes:.1f}"])
         whole = f"together about {total / self.jobs:.0f} minutes as measured now"
         return "\n".join([aligned(rows), whole, self.task.layers])

@@ -139,39 +139,29 @@ def test_a_class_of_a_file_with_its_options(
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("Clash", "Clash: a field of it cannot be an option: .*--learning_rate"),
-        ("Unknown", "Unknown: lerning_rate in defaults is no option"),
-        ("Other", "mine.py has no Method 'Other'; give .*/mine.py:Class; known are Clash, .*Mine"),
-        ("Min", "mine.py has no Method 'Min'; .* did you mean 'Mine'"),
-        ("", "mine.py has no Method ''; give .*/mine.py:Class; known are Clash"),
-    ],
-)
-def test_a_class_that_is_no_method_of_the_command_line(
-    tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str], name: str, words: str
-) -> None:
-    refused(capsys, "train", small_run(tmp_path, method=f"{file}:{name}".rstrip(":")), words)
-
-
-@pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"method": "mine.py:Clash"}, "Clash: a field of it cannot be an .*--learning_rate"),
+        ({"method": "mine.py:Unknown"}, "Unknown: lerning_rate in defaults is no option"),
+        ({"method": "mine.py:Other"}, "no Method 'Other'; give .*Class; known are Clash, .*Mine"),
+        ({"method": "mine.py:Min"}, "mine.py has no Method 'Min'; .* did you mean 'Mine'"),
+        ({"method": "mine.py"}, "mine.py has no Method ''; give .*/mine.py:Class; known are Clash"),
+        ({"method": "broken.py:Mine"}, "broken.py cannot be imported: Mod"),
+        ({"method": "none.py:Mine"}, "method: .*none.py is no file of Python"),
         ({"method": "bidorra"}, "method: unknown 'bidorra'; did you mean 'bidora'"),
-        ({"method": "none.py:Mine"}, "method: none.py is no file of Python"),
         ({"method": "lora", "gamma": 1}, "--gamma: is for bidora.*leave it out"),
         ({"gamma": -1}, "gamma must be finite float ≥ 0"),
         ({"hypergradient": "none.py:A"}, "hypergradient: none.py is no file of Python"),
-        ({"method": "broken"}, "broken.py cannot be imported: Mod"),
     ],
 )
 def test_bad_methods_are_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: str
+    file: str, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: str
 ) -> None:
-    (tmp_path / "broken.py").write_text("import no_such_module")
-    if changes.get("method") == "broken":
-        changes = {"method": f"{tmp_path}/broken.py:Mine"}
-    refused(capsys, "train", small_run(tmp_path, **changes), words)
+    folder = Path(file).parent
+    (folder / "broken.py").write_text("import no_such_module")
+    if ".py" in changes.get("method", ""):
+        changes = {"method": f"{folder}/{changes['method']}"}
+    refused(capsys, "train", small_run(folder, **changes), words)
 
 
 def test_an_estimator_of_a_file(tmp_path: Path) -> None:

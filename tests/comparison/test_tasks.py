@@ -15,14 +15,14 @@ from tests.support.comparisons import ARGUMENTS, METHODS, SHORT, compared
 WAYS = ["LoRA", "BiDoRA", "BiDoRA, upper level frozen", "BiDoRA, one level"]
 
 
-def require_scores(comparison: Comparison, metric: str = "loss", below: float = 1.5) -> None:
-    """Two finite scores of each way, at the budget."""
+def require_scores(comparison: Comparison, metric: str = "loss", step: float = 1.0) -> None:
+    """Two finite scores of each way, at the budget to one step."""
     assert comparison.metric == metric
     assert [row[0] for row in comparison.table()[1:]] == WAYS
     for name, kind in comparison.plan.candidates():
         assert all(map(math.isfinite, comparison.scores(name, kind)))
     for result in comparison.store.results.values():
-        assert SHORT["passes"] - below <= result["passes"] <= SHORT["passes"] + 1
+        assert SHORT["passes"] - step < result["passes"] <= SHORT["passes"]
 
 
 SLOW = pytest.mark.slow
@@ -81,7 +81,7 @@ def test_a_trainer_of_trl(layout: str) -> None:
 def test_rows_that_are_packed_or_joined(layout: str, capfd: pytest.CaptureFixture[str]) -> None:
     """A batch whose rows are joined to one is a micro-batch; each split packs its own count."""
     comparison = trained_by_sft(layout)
-    require_scores(comparison, below=2.5)
+    require_scores(comparison)
     joined = "every layer is computed in each pass" in str(comparison)
     assert joined == (layout != "wrapped")
     assert "examples/s" not in capfd.readouterr().err  # no bars of the rows' preparation
