@@ -41,9 +41,7 @@ SLICE, UNROLLED = "slice", "unrolled"
 class AttributeArguments(OutputArguments):
     """How rows are scored, and what is done with the scores."""
 
-    score_model: Literal["adapter", "head"] = option(
-        "adapter", help="what is trained, or a linear head on the base model's features"
-    )
+    score_model: Literal["adapter", "head"] = option("adapter", help="or a linear head on features")
     estimator: str | None = option(
         None,
         help="unrolled (the whole run, the default), a solver such as minres (the end of the run; "

@@ -28,9 +28,7 @@ class CompareArguments(OutputArguments):
     """The methods, the budget and the seeds."""
 
     methods: list[str] = option(default_factory=lambda: [*METHODS], help="compared with the first")
-    score_model: Literal["adapter", "head"] = option(
-        "adapter", help="what is trained, or a linear head on the base model's features"
-    )
+    score_model: Literal["adapter", "head"] = option("adapter", help="or a linear head on features")
     folds: int | None = option(None, help="folds of upper_file, which replace eval_file")
     passes: float = option(300.0, help="batches sent forward and backward in each run")
     seeds: list[int] | None = option(None, help="of start, split and order; five, or one a fold")

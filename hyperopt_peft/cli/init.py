@@ -50,9 +50,7 @@ class InitArguments:
 
     _argument_group_name = "command"
 
-    command: Literal["train", "compare", "attribute"] = option(
-        "train", help="the command to run with the options"
-    )
+    command: Literal["train", "compare", "attribute"] = option("train", help="the command to run")
     task: TaskName | None = option(None, help="the task; by default guessed")
     text_columns: list[str] | None = option(None, help="column with the texts, or two")
     label_column: str | None = option(None, help="column with the labels")

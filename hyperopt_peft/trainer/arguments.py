@@ -111,9 +111,7 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         help="arguments of the second training that differ, such as "
         '{"learning_rate": 1e-4, "max_steps": 100}',
     )
-    restore_callback_states_from_checkpoint: bool = option(
-        True, help="callbacks, such as early stopping, resume with their state"
-    )
+    restore_callback_states_from_checkpoint: bool = option(True, help="callbacks keep their state")
 
     #: Whether printed lines have norms and rates too; no field, since it is an option of a command.
     details = False

@@ -34,7 +34,7 @@ class ModelArguments:
     task: TaskName = option(help="the task to learn; sft trains with TRL")
     tokenizer: str | None = option(None, help="the tokenizer; the model's if not given")
     dtype: Literal["float32", "bfloat16", "auto"] = option(
-        "float32", help="number format of the base model; auto: as saved"
+        "float32", help="base model; auto: as saved"
     )
     load_in_4bit: bool = option(False, help="load the base model in NF4, by bitsandbytes")
     rank: int = option(8, help="rank r of the adapter B·A")
