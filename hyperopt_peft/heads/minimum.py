@@ -122,23 +122,23 @@ def held_out_losses(head: Head, features: Features, progress: bool = False) -> T
     The search ends with the first λ whose mean loss is more than a standard error above the least:
     a smaller λ is worse and takes more steps. ``head`` does not change.
     """
-    features, head = sampled(features).to(dtype=torch.float32), deepcopy(head).float()
+    features, head = sampled(features), deepcopy(head)
     rows = features.row.unique()
     folds = folds_of(rows, min(FOLDS, len(rows)))
-    parts = [[features.select(each) for each in fold] for fold in folds]
     variables, losses = (head.weight, head.bias), list[Tensor]()
-    points: list[Any] = [[x.detach().clone() for x in variables] for _ in parts]  # one per fold
+    points: list[Any] = [[x.detach().clone() for x in variables] for _ in folds]
     gram = gram_of(features, head.config.num_labels)
     for l2 in tqdm(PENALTIES, "head", disable=not progress):
         level, held_out = level_of(head, l2=l2), []
-        for (train, others), point in zip(parts, points, strict=True):
+        for (train, rest), point in zip(folds, points, strict=True):
             assign_(variables, point)
-            solve(level, train.batch(), tolerance=ROUGHLY, gram=gram, l2=l2)
+            solve(level, features.select(train).batch(), tolerance=ROUGHLY, gram=gram, l2=l2)
             point[:] = [x.detach().clone() for x in variables]
             with torch.no_grad():
+                others = features.select(rest)
                 batch = {"features": others.x, "labels": others.labels}
                 held_out.append(row_losses(head, batch)[0])
-        losses.append(torch.cat(held_out).double())
+        losses.append(torch.cat(held_out))
         if losses[-1].mean() > highest(losses):
             break
     return torch.stack(losses)
