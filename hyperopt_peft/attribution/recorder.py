@@ -189,6 +189,7 @@ def _reads_count(trainer: Any, made: RecordedTrainer, data: TrainerData) -> bool
     with metrics_restored(trainer):
         reads = depends_on_count(
             lambda n: loss(made.model, {**inputs}, num_items_in_batch=n),
+            made.model,
             made.args.device,
             made.measuring,
         )

@@ -70,7 +70,7 @@ class LossRule:
             entries = [*label_weights(counts)]
         items = self._items(counts)
         if items is not None or self.scaled:
-            if self._reads(batches[0], loss):
+            if self._reads(batches[0], model, loss):
                 of_step = {ITEMS: items, MICRO_BATCHES: len(batches)}
                 return [{**entry, **of_step} for entry in entries]
             self._warn_of_sums(len(batches))
@@ -110,27 +110,26 @@ class LossRule:
                 return False
             raise
 
-    def _reads(self, batch: Any, loss: Callable[[Any], Tensor]) -> bool:
+    def _reads(self, batch: Any, model: Any, loss: Callable[[Any], Tensor]) -> bool:
         if self._reads_count is None:
             batch = send_to_device(batch, self.args.device)
-            self._reads_count = self._depends_on_count(
-                # A copy, since some models, such as Whisper, mask their inputs in place.
-                lambda items: loss({**deepcopy(batch), ITEMS: items, MICRO_BATCHES: 1})
-            )
+            # A copy, since some models, such as Whisper, mask their inputs in place.
+            of_count = lambda n: loss({**deepcopy(batch), ITEMS: n, MICRO_BATCHES: 1})  # noqa: E731
+            device = self.args.device
+            self._reads_count = depends_on_count(of_count, model, device, self.measuring)
         return self._reads_count is not False
 
-    def ignores_count(self, loss: Callable[[Tensor], Tensor]) -> bool:
-        """Whether ``loss``, the model's as a function of the number of labels, ignores it."""
+    def ignores_count(self, model: Any, loss: Callable[[Tensor], Tensor]) -> bool:
+        """Whether ``loss``, that of ``model`` as a function of the number of labels, ignores it."""
         if self._model_reads_count is None:
-            self._model_reads_count = self._depends_on_count(loss)
+            device = self.args.device
+            self._model_reads_count = depends_on_count(loss, model, device, self.measuring)
         return self._model_reads_count is False
-
-    def _depends_on_count(self, loss: Callable[[Tensor], Tensor]) -> bool | None:
-        return depends_on_count(loss, self.args.device, self.measuring)
 
 
 def depends_on_count(
     loss: Callable[[Tensor], Tensor],
+    model: Any,
     device: torch.device,
     measuring: Callable[[], AbstractContextManager[Any]],
 ) -> bool | None:
@@ -143,6 +142,7 @@ def depends_on_count(
     for number in (1, 1024, 1):
         with preserve_state((), [device]), torch.no_grad(), measuring():
             values.append(loss(torch.tensor(number, device=device)))
+    distributed.reshard(model)
     one, many, again = values
     if not one or not one.isfinite():
         return None

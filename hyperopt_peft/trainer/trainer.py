@@ -352,7 +352,7 @@ class BilevelTrainer(CombinedTrainer):
         compute, items = super().compute_loss, num_items_in_batch
         if items is not None and distributed.world_size() > 1:
             of_count = lambda n: compute(model, deepcopy(dict(inputs)), num_items_in_batch=n)  # noqa: E731
-            if self.loss_rule.ignores_count(of_count):
+            if self.loss_rule.ignores_count(self.model, of_count):
                 items = None
         return compute(model, inputs, return_outputs=return_outputs, num_items_in_batch=items)
 
@@ -367,7 +367,6 @@ class BilevelTrainer(CombinedTrainer):
         """A context for evaluations of the loss that train nothing, uncounted and not logged."""
         with metrics_restored(self), self.passes.paused(), self.compute_loss_context_manager():
             yield
-        reshard(self.model)
 
     def new_loss_rule(self) -> LossRule:
         """The rule by which `task_loss` weights micro-batches."""
