@@ -321,7 +321,7 @@ def test_class_offsets_undo_the_imbalance(method: Any) -> None:
 
 
 def test_autobalance_s_second_phase_is_from_scratch(tmp_path: Path) -> None:
-    method, begun = ClassOffsets.published(), []
+    method, begun = ClassOffsets(factor=True, paper=True), []
     settings = {"max_steps": 2, "lower_steps": 1, "hypergradient": "darts"}
     run = method_trainer(tmp_path, method=method, **settings)
     start = flat(run.lower.variables)
