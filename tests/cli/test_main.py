@@ -12,12 +12,12 @@ import pytest
 import hyperopt_peft
 from hyperopt_peft.cli import COMMANDS, train
 from hyperopt_peft.cli.main import main
-from tests.support.cli import refused, small_run, start
+from tests.support.cli import Capture, refused, small_run, start
 from tests.support.files import flags
 from tests.support.process import python
 
 
-def test_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_names_every_command(capsys: Capture) -> None:
     assert main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if line.startswith("  ")] == list(COMMANDS)
