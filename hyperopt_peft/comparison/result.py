@@ -228,7 +228,7 @@ class Comparison:
             gap = self.difference((name, kind), first)
             gaps[name + ABLATIONS[kind]] = (gap.estimate, *gap.interval)
         title = f"{self.metric} − that of {self.first}, paired, 95 % intervals"
-        return intervals(gaps, path, title, zero=True)
+        return intervals(gaps, path, title)
 
     @property
     def versions(self) -> dict[str, str]:

@@ -30,11 +30,7 @@ from hyperopt_peft.problems.autolora import AutoLoRA
 from hyperopt_peft.problems.bidora import Direction
 from hyperopt_peft.problems.bilora import BiLoRA, orthogonality
 from hyperopt_peft.problems.class_offsets import ClassOffsets
-from hyperopt_peft.problems.class_priors import (
-    FrequencyWeights,
-    LogitAdjustment,
-    TunedAdjustment,
-)
+from hyperopt_peft.problems.class_priors import FrequencyWeights, LogitAdjustment, TunedAdjustment
 from hyperopt_peft.problems.layer_decay import LayerDecay
 from hyperopt_peft.problems.layer_scales import LayerScales
 from hyperopt_peft.problems.s3delta import S3Delta
