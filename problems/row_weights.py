@@ -58,7 +58,7 @@ class RowWeights(Method):
     defaults = {"hypergradient": "darts:product=dots", "lower_steps": 4, "retrain": "scratch"}
 
     def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:
-        """The given ones."""
+        """Both as they are."""
         require_examples("upper_dataset", upper)
         self.count = len(train)
         return train, upper
