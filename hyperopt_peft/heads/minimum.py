@@ -16,6 +16,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+from sklearn.model_selection import KFold
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -28,7 +29,6 @@ from hyperopt_peft.heads.features import Features
 from hyperopt_peft.heads.head import L2, Head, l2_penalty
 from hyperopt_peft.trainer.tags import INDEX
 from hyperopt_peft.utils.restore import assign_
-from hyperopt_peft.utils.splits import folds_of
 
 logger = logging.get_logger(__name__)
 #: The values of λ for cross-validation, its folds, and its largest number of labels. With a larger
@@ -124,7 +124,8 @@ def held_out_losses(head: Head, features: Features, progress: bool = False) -> T
     """
     features, head = sampled(features), deepcopy(head)
     rows = features.row.unique()
-    folds = folds_of(rows, min(FOLDS, len(rows)))
+    splits = KFold(min(FOLDS, len(rows)), shuffle=True, random_state=0).split(rows)
+    folds = [[rows[torch.from_numpy(part)] for part in parts] for parts in splits]
     variables, losses = (head.weight, head.bias), list[Tensor]()
     points: list[Any] = [[x.detach().clone() for x in variables] for _ in folds]
     gram = gram_of(features, head.config.num_labels)
