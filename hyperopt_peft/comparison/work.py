@@ -66,7 +66,9 @@ class Work:
         rate, steps = max(self.plan.rates), dict[Run, list[int]]()
         for name, kind in self.plan.candidates():
             run = Run(name, kind, self.plan.seeds[0], min(self.plan.rates))
-            steps[run] = each = self.task.check(run)
+            if kind != "frozen":  # which has the steps of its method, the one before
+                each = self.task.check(run)
+            steps[run] = each
             if each and min(each) * rate < LEARNS and "adam" in self.task.args.optim:
                 raise ProblemError(
                     f"passes: {self.task.passes:g} leave {name} a phase of {min(each)} steps, "
@@ -77,7 +79,7 @@ class Work:
         return steps
 
     def estimate(self) -> str:
-        """The runs of each method, with their passes and minutes by one timed upper step."""
+        """The runs of each method, with their passes and minutes by timed short runs."""
         rows, total = [["method", "runs", "steps", "passes", "minutes"]], 0.0
         for run, steps in self.check().items():
             runs = self.plan.count(run.method, run.kind)
