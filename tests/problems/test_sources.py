@@ -1,4 +1,4 @@
-"""`Sources` and the simple ways: shares by hand, both drivers of data, resuming, TRL's layouts."""
+"""`Sources` and its baselines: shares by hand, both drivers of data, resuming, TRL's layouts."""
 
 import re
 from collections.abc import Sequence
@@ -71,7 +71,7 @@ def test_it_resumes(tmp_path: Path, stop: Any) -> None:
     require_same_end(tmp_path, stop, make=trainer, retrain="scratch", **saving)
 
 
-def test_simple_ways_have_their_shares(tmp_path: Path) -> None:
+def test_baselines_have_their_shares(tmp_path: Path) -> None:
     """Half of the labels of one source are moved, and a head on features sees it."""
     shares: dict[str, Any] = {}
     for method in (EqualSources(), Agreement(), Agreement(log_odds=True)):
@@ -226,7 +226,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "one source": (lambda d: trainer(d, data=rows(9, 1)), "column 'source': .*two or more"),
     "no trusted rows": (lambda d: trainer(d, trusted=False), "upper_dataset: "),
     "no rows": (lambda d: trainer(d, method=RowWeights(), trusted=False), "upper_dataset"),
-    "an unknown paper": (lambda _: Sources.published("x"), "'x'.*scalebio, fastmix, dreamprm"),
+    "an unknown paper": (
+        lambda _: Sources(paper="x"),
+        "paper must be 'scalebio' or .*, got 'x'",
+    ),
     "trusted rows in both": (lambda d: trainer(d, trusted=sources().select(range(5))), "5 of 5"),
 }
 
