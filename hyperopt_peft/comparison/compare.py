@@ -33,8 +33,6 @@ from hyperopt_peft.utils.versions import versions
 
 #: How the names of scores end that are better where they are lower.
 LOWER_IS_BETTER = ("loss", "error", "mse", "mae", "perplexity", "wer", "cer", "ece", "brier")
-#: How runs are ended; runs that were ended otherwise, as before, are not continued.
-RULE = "a phase ends with its passes"
 #: The arguments that only adapters read, with their defaults.
 OF_ADAPTERS = {"passes": [None], "rates": [*RATES], "upper_rates": [*UPPER_RATES]}
 OF_ADAPTERS |= {"development": [100, 101, 102], "held_out": [0.2]}
@@ -227,7 +225,6 @@ def settings_of(task: Task) -> dict[str, Any]:
     args = task.args.resume_must_match()
     settings = {
         "passes": task.passes,
-        "budget": None if head else RULE,
         "metric": task.metric,
         "model": "head" if head else None,
         "trainer": task.trainer.__name__,

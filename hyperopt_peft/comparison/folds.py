@@ -10,6 +10,7 @@ from datasets import Dataset, concatenate_datasets
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import (
+    firsts,
     folds_of,
     hold_out,
     require_examples,
@@ -114,10 +115,10 @@ class Rows:
     def _fold(self, seed: int, development: bool, folds: int) -> tuple[Any, Any]:
         rest, others = self.upper, self.upper.select([])
         if self.spare:
-            rest, others = _apart(rest, folds_of(rest, folds + 1, 0, self.reads)[0])
+            rest, others = _apart(rest, folds_of(firsts(rest, self.reads), folds + 1)[0])
         if development:
             return rest, others
-        parts = folds_of(rest, folds, seed // folds, self.reads)
+        parts = folds_of(firsts(rest, self.reads), folds, seed // folds)
         train, fold = _apart(rest, parts[seed % folds])
         return concatenate_datasets([train, others]), fold
 
