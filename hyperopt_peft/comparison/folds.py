@@ -49,9 +49,10 @@ class Rows:
         """
         if (self.test is None) == (self.folds is None):
             raise ProblemError("test_dataset: give either test_dataset or folds")
-        tables = {"upper_dataset": self.upper, "test_dataset": self.test}
-        given = {name: rows for name, rows in tables.items() if rows is not None}
-        for name, rows in {"train_dataset": self.train, **given}.items():
+        others = {"upper_dataset": self.upper, "test_dataset": self.test}
+        for name, rows in {"train_dataset": self.train, **others}.items():
+            if rows is None and name in others:
+                continue
             require_examples(name, rows)
             if not isinstance(rows, Dataset):
                 kind = type(rows).__name__
@@ -61,9 +62,9 @@ class Rows:
                 "upper_dataset: one trusted row cannot both train and choose a rate; give more"
             )
         if self.folds is None:
-            known = self.train, self.upper
-            both = [row for rows in known for row in shared_rows(self.test, rows, self.reads)]
-            rest, count = sorted({*range(len(self.test))} - {*both}), len(self.test)
+            count, rest = len(self.test), {*range(len(self.test))}
+            for rows in (self.train, self.upper):
+                rest -= {*shared_rows(self.test, rows, self.reads)}
             if not rest:
                 raise ProblemError("test_dataset: all of its rows are training rows; give others")
             if len(rest) < len(self.parts):
@@ -74,7 +75,7 @@ class Rows:
             if len(rest) == count:
                 return self, ""
             note = f"{count - len(rest)} of {count} test rows are training rows too, and left out"
-            return replace(self, test=self.test.select(rest)), note
+            return replace(self, test=self.test.select(sorted(rest))), note
         require_examples("upper_dataset", self.upper)
         most, again = len(self.upper) - self.spare, shared_rows(self.upper, self.train, self.reads)
         if not 2 <= self.folds <= most:

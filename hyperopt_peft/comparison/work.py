@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,8 +39,11 @@ class Work:
         """
         number, count = self.part
         missing = set(self.store.missing(runs))
-        every = enumerate(first_of_each(runs))
-        mine = [run for k, run in every if k % count == number - 1 and run in missing]
+        first = dict[Any, Run]()
+        for run in runs:
+            first.setdefault((run.method, run.kind), run)
+        every = dict.fromkeys([*first.values(), *runs])  # a method that fails, fails early
+        mine = [run for run in [*every][number - 1 :: count] if run in missing]
         if mine and not self.checked:
             self.check()
         results = Parallel(n_jobs=self.jobs, return_as="generator_unordered")(
@@ -90,18 +92,6 @@ class Work:
             rows.append([run.method + ABLATIONS[run.kind], str(runs), *cells, f"{minutes:.1f}"])
         whole = f"together about {total / self.jobs:.0f} minutes as measured now"
         return "\n".join([aligned(rows), whole, self.task.layers])
-
-
-def first_of_each(runs: Sequence[Run]) -> list[Run]:
-    """``runs`` once each, those of a method or an ablation before second ones of any.
-
-    A method that fails then fails early.
-    """
-    places, counts = dict[Run, int](), Counter[Any]()
-    for run in dict.fromkeys(runs):
-        counts[run.method, run.kind] += 1
-        places[run] = min(2, counts[run.method, run.kind])
-    return sorted(places, key=places.__getitem__)
 
 
 def require_pickled(task: Task) -> None:
