@@ -9,14 +9,9 @@ import torch
 from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor
 
-from hyperopt_peft import (
-    Engine,
-    NonFiniteError,
-    ProblemError,
-    compare_hypergradients,
-    hypergradient,
-)
-from hyperopt_peft.hypergradients import ConjugateGradient, get_estimator
+from hyperopt_peft import Engine, ProblemError, compare_hypergradients, hypergradient
+from hyperopt_peft.errors import NonFiniteError
+from hyperopt_peft.hypergradients import ConjugateGradient
 from hyperopt_peft.hypergradients.implicit.function import FunctionSolver
 from tests.support.quadratic import FunctionLevel, flat, program
 
@@ -71,6 +66,7 @@ def test_a_function_goes_wherever_an_estimator_goes() -> None:
     assert close.relative_error < 1e-9 < far.relative_error
     assert (close.estimator, far.estimator) == ("my_cg(matvec, b)", "<lambda>(matvec, b)")
     assert compare_hypergradients(*levels, my_cg, repeats=1).rows[0].relative_error < 1e-9
+    assert repr(FunctionSolver(my_cg, product="difference")).endswith("product='difference')")
 
 
 def test_mixed_dtypes_are_one_tensor_and_b_belongs_to_the_function() -> None:
@@ -105,10 +101,3 @@ def nan(matvec: Product, b: Tensor) -> Tensor:
 def test_mistakes_are_named(solver: Any, error: type[Exception], fragment: str) -> None:
     with pytest.raises(error, match=fragment):
         hypergradient(*program(0).levels(), solver)
-
-
-def test_the_name_is_that_of_the_function_in_every_process() -> None:
-    """A checkpoint has the repr, which must not have an address."""
-    assert get_estimator(my_cg).name == "my_cg"
-    assert repr(get_estimator(my_cg)) == "my_cg(matvec, b)"
-    assert repr(FunctionSolver(my_cg, product="difference")).endswith("product='difference')")

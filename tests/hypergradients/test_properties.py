@@ -15,7 +15,7 @@ from torch import Tensor
 from hyperopt_peft import hypergradient
 from hyperopt_peft.hypergradients import open_oracle
 from tests.support.cases import Case, cases
-from tests.support.quadratic import Level, Program, flat, leaves, program, programs
+from tests.support.quadratic import FunctionLevel, Level, Program, flat, leaves, program, programs
 
 
 def estimate(case: Case, program: Program, **options: float) -> Tensor:
@@ -145,6 +145,24 @@ def test_a_lower_loss_without_u_gives_the_direct_term(case: Case) -> None:
     assert_close(actual, quadratic.direct, quadratic.direct, tolerance)
 
 
+@pytest.mark.parametrize("method", ["darts:", "cg:damping=5,"])
+@pytest.mark.parametrize("product", ["exact", "difference"])
+def test_variables_that_a_loss_does_not_read(method: str, product: str) -> None:
+    """Upper ones that only one loss reads, lower ones that neither does."""
+    w, u, unread_w, read_u, unread_u = (
+        torch.full((2,), x, dtype=torch.float64, requires_grad=True) for x in range(1, 6)
+    )
+
+    def estimated(w_owned: list[Tensor], u_owned: list[Tensor]) -> tuple[Tensor, ...]:
+        upper = FunctionLevel(lambda _: w.square().sum() + read_u.square().sum(), u_owned)
+        lower = FunctionLevel(lambda _: (w.exp() * u).sum() + (w - u) @ (w - u), w_owned)
+        return hypergradient(upper, lower, f"{method}product={product}")
+
+    actual, of_read, of_unread = estimated([w, unread_w], [u, read_u, unread_u])
+    assert torch.equal(of_read, 2 * read_u) and torch.equal(of_unread, 0 * unread_u)
+    torch.testing.assert_close(actual, *estimated([w], [u]), rtol=1e-6, atol=1e-9)
+
+
 @cases()
 def test_tensors_that_no_level_owns_are_constants(case: Case) -> None:
     """Neither frozen tensors nor trainable ones of nobody change the result or get a gradient."""
@@ -155,13 +173,8 @@ def test_tensors_that_no_level_owns_are_constants(case: Case) -> None:
     nobodys = torch.zeros((), dtype=torch.float64, requires_grad=True)
 
     def with_others(level: Level) -> Level:
-        owned = level.variables
-        return Level(
-            lambda w, u: level.objective(w + nobodys + frozen, u + nobodys * frozen),
-            owned,
-            quadratic.w,
-            quadratic.u,
-        )
+        loss = lambda w, u: level.objective(w + nobodys + frozen, u + nobodys * frozen)  # noqa: E731
+        return Level(loss, level.variables, quadratic.w, quadratic.u)
 
     actual = flat(hypergradient(with_others(upper), with_others(lower), case.estimator))
     assert_close(actual, expected, expected, case.rounding)

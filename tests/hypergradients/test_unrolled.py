@@ -44,12 +44,6 @@ def assert_slope(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-9)
 
 
-@each_optimizer
-def test_training_is_differentiated(optimizer: str, method: str) -> None:
-    actual = trained(made(optimizer), 2, 3, f"{method}:steps=3")
-    assert_slope(actual, slopes(partial(made, optimizer), 3, before=2))
-
-
 @both_modes
 @pytest.mark.parametrize("optimizer", ["nesterov", "adamw"])
 @pytest.mark.parametrize("setting", ["clipping", "groups", "schedule", "dropout", "truncated"])

@@ -33,12 +33,8 @@ NAMES = [
     ("peft", "_get_embed_scale"),
     ("peft", "_dora_cache"),
     ("peft", "ENABLE_DORA_CACHING"),
-    ("peft", "LoraVariant"),
-    ("peft", "DoraLinearVariant"),
     ("accelerate", "_hf_hook"),
     ("transformers", "_save_checkpoint"),
-    ("transformers", "_internal_call"),
-    ("transformers", "_signature_columns"),
     ("transformers", "loss_is_scaled_for_ga"),
 ]
 Seen = dict[str, Any]
