@@ -32,9 +32,7 @@ def test_a_comparison_measures_against_the_reference() -> None:
 
 
 @pytest.mark.parametrize(("largest", "name"), [(5000, "exact"), (3, "minres:steps=100")])
-def test_the_default_reference_is_one_that_the_size_allows(
-    largest: int, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_default_reference(largest: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hyperopt_peft.diagnostics.compare.LARGEST", largest)
     table = compare_hypergradients(*program(0).levels(), ["cg"], repeats=1)
     assert f"against {name} (" in str(table) and table.rows[0].cosine > 0.99

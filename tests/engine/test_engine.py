@@ -275,9 +275,7 @@ def test_a_loss_may_write_to_its_batch(method: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "lr"), [(torch.bfloat16, 1e-3), (torch.bfloat16, 0.1)])
-def test_a_variable_whose_steps_are_below_its_rounding_is_one_warning(
-    dtype: torch.dtype, lr: float
-) -> None:
+def test_steps_below_the_rounding_are_one_warning(dtype: torch.dtype, lr: float) -> None:
     u = torch.ones(3, dtype=dtype, requires_grad=True)
     upper = FunctionLevel(lambda _: u.sum(), [u], lr=lr)
     w = leaf(1.0)

@@ -45,9 +45,7 @@ SHORT = {"sizes": (1, 2, 1, 2)}
         (4, SHORT, "exact", "exact:product=difference", 1e-7),
     ],
 )
-def test_a_hypergradient_has_the_closed_form(
-    count: int, options: Any, inner: str, outer: str, error: float
-) -> None:
+def test_the_closed_form(count: int, options: Any, inner: str, outer: str, error: float) -> None:
     """At any point: implicit differentiation treats a level's values as its minimum."""
     program = chain(count, **options)
     above = outer if options is SHORT else EXACT

@@ -101,9 +101,7 @@ def test_what_is_not_finite_where_nothing_can_be_written_is_still_named(
 @pytest.mark.parametrize(
     ("fault", "micro"), [("upper loss", 1), ("lower gradient", 2), ("curvature", 2)]
 )
-def test_what_is_not_finite_can_be_skipped_and_is_counted(
-    tmp_path: Path, fault: str, micro: int
-) -> None:
+def test_steps_can_be_skipped_and_are_counted(tmp_path: Path, fault: str, micro: int) -> None:
     level, kind, _ = FAULTS[fault]
     states = {}
 

@@ -263,9 +263,7 @@ REFUSALS: list[tuple[str, Callable[[Any], None], str]] = [
 
 
 @pytest.mark.parametrize(("method", "spoil", "message"), REFUSALS)
-def test_where_they_would_be_wrong_they_are_refused(
-    method: str, spoil: Callable[[Any], None], message: str
-) -> None:
+def test_wrong_dots_are_refused(method: str, spoil: Callable[[Any], None], message: str) -> None:
     upper, lower = levels("index" if spoil is misshapen else "source")
     spoil(lower)
     with pytest.raises(ProblemError, match=message):

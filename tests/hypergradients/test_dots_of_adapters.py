@@ -84,9 +84,7 @@ def test_an_adapter_of_embeddings_is_refused() -> None:
 @pytest.mark.parametrize(
     ("method", "adapter"), [("fastmix", "plain"), ("darts:product=dots", "saved head")]
 )
-def test_a_fused_head_that_is_not_called_is_refused_before_any_step(
-    method: str, adapter: str
-) -> None:
+def test_a_fused_head_is_refused_before_any_step(method: str, adapter: str) -> None:
     """It reads the weight, which "saved head" trains and whose gradient ``fastmix`` takes."""
     model = adapted(**ADAPTERS[adapter])
     levels = weighted("source", model, 2)

@@ -31,9 +31,7 @@ def assert_close(actual: Tensor, expected: Tensor, scale: Tensor, tolerance: flo
 @pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
 @cases("implicit", "penalty")
 @given(program=programs())
-def test_implicit_and_penalty_estimators_reach_their_tolerance(
-    case: Case, program: Program
-) -> None:
+def test_implicit_and_penalty_estimators_are_accurate(case: Case, program: Program) -> None:
     exact = program.exact_implicit
     tolerance = max(case.tolerance, case.rounding)
     assert_close(estimate(case, program), program.direct + exact, exact, tolerance)
@@ -41,10 +39,8 @@ def test_implicit_and_penalty_estimators_reach_their_tolerance(
 
 @cases("identity")
 @given(program=programs(), scale=st.floats(1e-3, 1e3))
-def test_identity_estimators_replace_the_inverse_hessian_by_a_number(
-    case: Case, program: Program, scale: float
-) -> None:
-    """So their implicit term is proportional to the scale of f."""
+def test_identity_estimators_scale_with_f(case: Case, program: Program, scale: float) -> None:
+    """A number takes the place of the inverse Hessian."""
     implicit = scale * program.implicit(getattr(case.estimator, "xi", 1.0) * program.b)
     actual = estimate(case, program, scale=scale) - program.direct
     assert_close(actual, implicit, implicit, 10 * case.rounding)
@@ -52,9 +48,7 @@ def test_identity_estimators_replace_the_inverse_hessian_by_a_number(
 
 @cases("unrolled")
 @given(program=programs(), steps=st.integers(1, 6), lr=st.floats(0.01, 0.15))
-def test_unrolled_estimators_sum_the_series_of_gradient_descent(
-    case: Case, program: Program, steps: int, lr: float
-) -> None:
+def test_unrolled_sums_the_series(case: Case, program: Program, steps: int, lr: float) -> None:
     """dw_K/du = −lr Σ_{k<K} (I − lr·H)^k C."""
     if hasattr(case.estimator, "steps"):
         estimator = dataclasses.replace(case.estimator, steps=steps)
@@ -78,9 +72,7 @@ def test_direct_estimators_return_the_partial_derivative(case: Case, program: Pr
 @pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
 @cases("implicit")
 @given(program=programs(), scale=st.floats(1e-3, 1e3))
-def test_scaling_f_leaves_implicit_estimators_unchanged(
-    case: Case, program: Program, scale: float
-) -> None:
+def test_implicit_estimators_have_no_scale(case: Case, program: Program, scale: float) -> None:
     plain, scaled = estimate(case, program), estimate(case, program, scale=scale)
     assert_close(scaled, plain, program.exact_implicit, 10 * case.rounding)
 

@@ -49,9 +49,7 @@ def next_batches(level: Classify, count: int = 9) -> list[Any]:
 
 @cases()
 @pytest.mark.parametrize("in_backward", [False, True])
-def test_everything_is_bit_identical_afterwards_and_after_an_exception_in_any_evaluation(
-    case: Case, in_backward: bool
-) -> None:
+def test_everything_is_bit_identical_afterwards(case: Case, in_backward: bool) -> None:
     """In one of the two, the data have random generators of their own."""
     coming = [next_batches(level) for level in trained_levels(generators=in_backward)]
     levels = trained_levels(generators=in_backward)

@@ -52,9 +52,7 @@ def cancer() -> tuple[Problem, Problem]:
     return upper, lower
 
 
-def test_exact_is_the_slope_of_the_value_function_of_the_logistic_regression(
-    cancer: tuple[Problem, Problem],
-) -> None:
+def test_exact_is_the_slope_of_the_value_function(cancer: tuple[Problem, Problem]) -> None:
     upper, lower = cancer
     assert upper.evaluate(None)[0].item() == pytest.approx(0.164355, abs=5e-7)
     (h,) = hypergradient(upper, lower, "exact")
@@ -63,9 +61,7 @@ def test_exact_is_the_slope_of_the_value_function_of_the_logistic_regression(
     torch.testing.assert_close(h, slopes, rtol=0, atol=1e-9 * float(h.norm()) + 1e-12)
 
 
-def test_exact_is_the_slope_of_the_value_function_of_hypercleaning(
-    cleaning: tuple[Problem, Problem, Tensor],
-) -> None:
+def test_exact_is_the_slope_on_hypercleaning(cleaning: tuple[Problem, Problem, Tensor]) -> None:
     upper, lower, hessian = cleaning
     (h,) = hypergradient(upper, lower, "exact")
     coordinates = [*h.abs().topk(2).indices.tolist(), 0, 799]

@@ -47,9 +47,7 @@ def assert_slope(actual: Tensor, expected: Tensor) -> None:
 @both_modes
 @pytest.mark.parametrize("optimizer", ["nesterov", "adamw"])
 @pytest.mark.parametrize("setting", ["clipping", "groups", "schedule", "dropout", "truncated"])
-def test_each_step_is_differentiated_as_it_was_done(
-    optimizer: str, setting: str, method: str
-) -> None:
+def test_each_step_is_differentiated_as_done(optimizer: str, setting: str, method: str) -> None:
     """Each step has its own dropout mask."""
     done = 5 if setting == "truncated" else 3
     actual = trained(made(optimizer, setting), 2, done, f"{method}:steps=3")
@@ -57,9 +55,7 @@ def test_each_step_is_differentiated_as_it_was_done(
 
 
 @each_optimizer
-def test_outside_training_steps_are_simulated_from_the_current_point(
-    optimizer: str, method: str
-) -> None:
+def test_outside_training_steps_are_simulated(optimizer: str, method: str) -> None:
     """F is differentiated at the current point, on which the optimizer's state depends."""
 
     def advanced() -> Any:
