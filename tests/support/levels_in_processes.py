@@ -127,7 +127,6 @@ def levels(kind: str, count: int = 1, rank: int = 0) -> tuple[Any, ...]:
 
 
 def whole(tensors: Any) -> list[Any]:
-    """Copies of ``tensors`` in full."""
     return [x.full_tensor() if isinstance(x, DTensor) else x.detach().clone() for x in tensors]
 
 
@@ -146,7 +145,6 @@ def gradients(kind: str, *place: Any) -> Any:
 
 
 def estimates(kind: str, methods: Any, *place: Any) -> dict[str, Any]:
-    """Every method's hypergradient at one point."""
     return {method: whole(hypergradient(*levels(kind, *place), method)) for method in methods}
 
 
@@ -209,7 +207,6 @@ def poisoned(kind: str, *place: Any) -> Any:
 
 
 def drawn(kind: str, *place: Any) -> Any:
-    """The random numbers of the upper losses."""
     upper, lower = levels(kind, *place)
     Engine(upper, lower, "direct", progress=False).run(3)
     return upper.drawn

@@ -113,7 +113,6 @@ def adam_levels(
 
 
 def seed_all(seed: int) -> None:
-    """Seed the global generators of PyTorch, NumPy and Python."""
     for function in (torch.manual_seed, np.random.seed, random.seed):
         function(seed)
 
