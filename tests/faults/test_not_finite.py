@@ -19,10 +19,7 @@ from tests.support.trainers import LENGTH, data, trainer
 
 
 def spoil(made: Any, level: Any, step: Any, kind: Any) -> Any:
-    """Make the level's loss infinite, or its gradient NaN, at one evaluation in a step.
-
-    ``kind``: "loss", "gradient", or "curvature": only where the lower variables are displaced.
-    """
+    """A loss or a gradient that is not finite in one step; "curvature": where w is displaced."""
     problem = getattr(made, level)
     loss, start = problem.task_loss, []
 

@@ -73,10 +73,7 @@ def test_in_training_they_are_taken_where_the_last_lower_step_began() -> None:
 
 
 class Packed(WeightedExamples):
-    """Next-token losses of a causal network whose rows are packs of documents.
-
-    Source k is that of a document, and all tokens of a document have its number.
-    """
+    """Next-token losses of a causal network whose rows are packs of documents of a source each."""
 
     def __init__(self, logits: Tensor) -> None:
         torch.manual_seed(0)

@@ -1,8 +1,4 @@
-"""What every registered estimator is held to, on quadratic programs with a closed form.
-
-The estimators are taken from the registry, so a new one is held to the properties of its kind
-as soon as it is registered.
-"""
+"""What every registered estimator is held to, on quadratic programs with a closed form."""
 
 import dataclasses
 

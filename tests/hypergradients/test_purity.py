@@ -26,12 +26,11 @@ from tests.support.networks import (
 )
 from tests.support.quadratic import FunctionLevel
 
-Levels = tuple[Classify, Classify]
 # The lower loss of a network in training is not convex, and most solvers end far from a solution.
 pytestmark = pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
 
 
-def trained_levels(**options: Any) -> Levels:
+def trained_levels(**options: Any) -> list[Classify]:
     """Levels in the middle of training: optimizers, buffers and data are in use."""
     seed_all(0)
     levels = network_levels(**options)
@@ -144,7 +143,7 @@ def test_a_hypergradient_is_a_function_of_the_random_state(seed: int | None) -> 
 @cases()
 def test_the_upper_level_leaks_nothing_into_the_lower_one(case: Case) -> None:
     """With an upper learning rate of 0, training is that of the lower level alone, bit for bit."""
-    upper, lower = network_levels(upper_lr=0.0)
+    upper, lower = network_levels(rates=(0.0, 0.05))
     torch.manual_seed(4)
     Engine(upper, lower, case.estimator, lower_steps=2, warmup_steps=3, progress=False).run(4)
     _, alone = network_levels()

@@ -70,10 +70,7 @@ def test_the_step_follows_the_largest_eigenvalue(damping: float, scale: float, s
 
 
 def test_its_mean_over_all_sequences_of_batches_is_that_of_the_mean_batch() -> None:
-    """Exactly, at any step length, since v never meets a batch that it has already seen.
-
-    A solver that starts anew on each batch has the mean of H⁻¹b, which is another.
-    """
+    """A solver that starts anew on each batch has the mean of H⁻¹b, which is another."""
     batches = [(positive(4, torch.Generator().manual_seed(k)), normal(4, seed=k)) for k in range(3)]
     mean = sum(h for h, _ in batches) / 3, sum(b for _, b in batches) / 3
     solver, start = WarmStart(step_size=0.08), {"v": Vector([normal(4, seed=9)]), "k": 0}
