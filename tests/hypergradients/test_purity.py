@@ -143,10 +143,10 @@ def test_a_hypergradient_is_a_function_of_the_random_state(seed: int | None) -> 
 @cases()
 def test_the_upper_level_leaks_nothing_into_the_lower_one(case: Case) -> None:
     """With an upper learning rate of 0, training is that of the lower level alone, bit for bit."""
-    upper, lower = network_levels(rates=(0.0, 0.05))
+    upper, lower = network_levels(rates=(0.0, 0.1))
     torch.manual_seed(4)
     Engine(upper, lower, case.estimator, lower_steps=2, warmup_steps=3, progress=False).run(4)
-    _, alone = network_levels()
+    _, alone = network_levels(rates=(0.0, 0.1))
     torch.manual_seed(4)
     fit(alone, 11, progress=False)
     assert not differences(lower.variables, alone.variables)
