@@ -11,7 +11,7 @@ are orthogonal. Qin et al. 2024, arXiv:2410.09758.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from torch import Tensor
 
@@ -55,6 +55,16 @@ class BiDoRA(Method):
     # (benchmarks/methods).
     defaults = {"hypergradient": "direct", "lower_steps": 4}
     published_defaults = {"hypergradient": "darts:scheme=forward,xi=1.0"}
+
+    @classmethod
+    def published(cls, **options: Any) -> Self:
+        """BiDoRA with ``paper``.
+
+        Example:
+            >>> BiDoRA.published(gamma=1e-5).defaults["hypergradient"]
+            'darts:scheme=forward,xi=1.0'
+        """
+        return cls(paper=True, **options)
 
     def adapter(self, config: Any) -> Any:
         """``config`` with magnitudes."""

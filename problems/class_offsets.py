@@ -11,7 +11,7 @@ for balanced accuracy. Li et al. 2021, arXiv:2201.01212 (AutoBalance), who have 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -61,6 +61,16 @@ class ClassOffsets(Method):
         "lower_steps": 20,
         "retrain": "scratch",
     }
+
+    @classmethod
+    def published(cls) -> Self:
+        """Offsets and factors, with ``paper``.
+
+        Example:
+            >>> ClassOffsets.published().factor
+            True
+        """
+        return cls(factor=True, paper=True)
 
     def prepare(self, model: Any) -> None:
         """Make l and Δ, 0."""

@@ -19,7 +19,7 @@ weights their losses by p_k: 1/K of this loss. In these two papers trusted rows 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from torch.nn.functional import softplus
 from hyperopt_peft.method import (
     GaussianPrior,
     Problem,
+    ProblemError,
     TaskLoss,
     WeightedRows,
     option,
@@ -35,11 +36,11 @@ from hyperopt_peft.method import (
 )
 from hyperopt_peft.problems.data_plans import SOURCE, EqualSources
 
-#: Estimator and steps of each paper.
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "scalebio": {"hypergradient": "penalty", "lower_steps": 1},
-    "fastmix": {"hypergradient": "fastmix", "lower_steps": 20},
-    "dreamprm": {"hypergradient": "darts:xi=1.0", "lower_steps": 5},
+#: Form and arguments of each paper.
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "scalebio": ("softmax", {"hypergradient": "penalty", "lower_steps": 1}),
+    "fastmix": ("softmax", {"hypergradient": "fastmix", "lower_steps": 20}),
+    "dreamprm": ("softplus", {"hypergradient": "darts:xi=1.0", "lower_steps": 5}),
 }
 
 
@@ -61,15 +62,16 @@ class Sources(EqualSources):
         >>> method.prepare(torch.nn.Linear(1, 1))
         >>> method.shares()
         {'web': 0.33..., 'books': 0.33..., 'trusted': 0.33...}
-        >>> Sources(paper="dreamprm").defaults["lower_steps"]
-        5
     """
 
     prior: float | None = option(
-        None, help="τ; by default K/(8n) for n trusted rows, a variance of 8 a logit; 0 of a paper"
+        None, help="τ; by default K/(8n) for n trusted rows, a variance of 8 a logit"
+    )
+    form: Literal["softmax", "softplus"] = option(
+        "softmax", help="p of u; softplus: v of DreamPRM, and p_k is v_k·n_k by its sum"
     )
     paper: Literal["scalebio", "fastmix", "dreamprm"] | None = option(
-        None, help="whose weights of rows are learned, with its estimator and steps by default"
+        None, help="whose estimator and steps are the defaults; `published` sets form and prior too"
     )
 
     # An upper step after each lower one leaves too few steps at equal price (benchmarks/methods).
@@ -78,7 +80,22 @@ class Sources(EqualSources):
     @property
     def published_defaults(self) -> dict[str, Any]:  # type: ignore[override]
         """Estimator and steps of ``paper``."""
-        return PUBLISHED[self.paper or ""]
+        return PUBLISHED[self.paper or ""][1]
+
+    @classmethod
+    def published(cls, paper: Literal["scalebio", "fastmix", "dreamprm"], **options: Any) -> Self:
+        """Form, estimator and steps of a paper, without a prior.
+
+        Raises:
+            ProblemError: an unknown ``paper``; as the class.
+
+        Example:
+            >>> Sources.published("dreamprm").defaults["lower_steps"]
+            5
+        """
+        if paper not in PUBLISHED:
+            raise ProblemError(f"paper: unknown {paper!r}; choose from {', '.join(PUBLISHED)}")
+        return cls(**{"form": PUBLISHED[paper][0], "prior": 0.0, "paper": paper, **options})
 
     def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:
         """As `EqualSources.rows`."""
@@ -93,14 +110,14 @@ class Sources(EqualSources):
 
     def p(self) -> Tensor:
         """softmax(u), or the shares that DreamPRM's weights give, ``(K,)``."""
-        if self.paper != "dreamprm":
+        if self.form == "softmax":
             return self.logits.softmax(0)
         shares = softplus(self.logits) * self.counts.to(self.logits)
         return shares / shares.sum()
 
     def weights(self, batch: Any) -> Tensor:
         """As `EqualSources.weights`, or softplus(u) by its mean over the sources."""
-        if self.paper != "dreamprm":
+        if self.form == "softmax":
             return super().weights(batch)
         return (softplus(self.logits) / softplus(self.logits).mean())[batch[SOURCE]]
 
@@ -117,7 +134,7 @@ class Sources(EqualSources):
     def upper(self, model: Any, task_loss: TaskLoss) -> Problem:
         """The mean loss of the trusted rows, and the prior."""
         level = super().upper(model, task_loss)
-        default = 0.0 if self.paper else len(self.names) / (8 * self.trusted)
+        default = len(self.names) / (8 * self.trusted)
         level.prior = GaussianPrior(default if self.prior is None else self.prior, level.variables)
         return level
 

@@ -149,7 +149,7 @@ class RankedLoRA(LoRA):
 def magnitudes(batch: int) -> dict[str, Method]:
     """LoRA, DoRA and two forms of BiDoRA; the published one has lower_steps=1."""
     batches = {"lower_steps": 1, "per_device_upper_batch_size": batch}
-    published = with_arguments(BiDoRA(paper=True), **batches)
+    published = with_arguments(BiDoRA.published(), **batches)
     return {"LoRA": LoRA(), "DoRA": DoRA(), "BiDoRA": BiDoRA(), "BiDoRA, published": published}
 
 
@@ -269,9 +269,9 @@ SETTINGS = {
             "weights by agreement": Agreement(log_odds=True),
             "Sources": Sources(),
             "Sources, 1 lower step": with_arguments(Sources(), lower_steps=1),
-            "ScaleBiO": Sources(paper="scalebio"),
-            "FastMix": Sources(paper="fastmix"),
-            "DreamPRM": Sources(paper="dreamprm"),
+            "ScaleBiO": Sources.published("scalebio"),
+            "FastMix": Sources.published("fastmix"),
+            "DreamPRM": Sources.published("dreamprm"),
         },
         ("Sources", "Sources, 1 lower step", "ScaleBiO", "FastMix", "DreamPRM"),
         ("Sources",),

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import chain
 from typing import Any
 
 import torch
 from sklearn.metrics import accuracy_score, cohen_kappa_score
-from sklearn.model_selection import KFold
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hyperopt_peft.attribution.scores import Trained
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.trainer.data import folds_of
 
 #: The kappa up to which agreement is slight (Landis & Koch 1977, doi:10.2307/2529310).
 SLIGHT = 0.2
@@ -85,12 +86,11 @@ def suspects(trained: Trained, folds: int, seed: int) -> Suspects:
         raise ProblemError("suspects: needs a Trainer of a classifier with one class per row")
     if not 2 <= folds <= len(labels):
         raise ProblemError(f"folds: must be from 2 to the number of rows, got {folds}")
-    splits = KFold(folds, shuffle=True, random_state=seed).split(labels)
-    parts, of_parts = [torch.from_numpy(rows) for _, rows in splits], []
+    parts, of_parts = folds_of(range(len(labels)), folds, seed), []
     for rows in tqdm(parts, "folds", disable=not trained.progress):
         with trained.run.without(rows):
-            of_parts.append(trained.probabilities(rows.tolist()))
-    probabilities = torch.cat(of_parts)[torch.cat(parts).argsort()]
+            of_parts.append(trained.probabilities(rows))
+    probabilities = torch.cat(of_parts)[torch.tensor([*chain(*parts)]).argsort()]
     labelled = (labels >= 0).nonzero().flatten()
     confidence = torch.full((len(labels),), torch.nan, dtype=torch.float64)
     given, of_given = labels[labelled], probabilities[labelled]

@@ -134,19 +134,19 @@ class HeadTask(Task):
         """Make the features of all rows, once, and tables that have their numbers."""
         if self.model is not None:
             return
-        data, found, tables = self.data, list[Features](), dict[str, Any]()
+        data, parts, tables = self.data, list[Features](), dict[str, Any]()
         for name in ("train", "upper", "test"):
             if (rows := getattr(data, name)) is None:
                 continue
             trainer, features, read = self._features(rows)
-            begin = sum(len(each.x) for each in found)
-            found.append(features)
+            begin = sum(len(each.x) for each in parts)
+            parts.append(features)
             numbers = [begin + row for row in firsts(rows, data.reads)]
             columns = {x: rows[x][:] for x in rows.column_names if x not in (*read, *LABELS)}
             columns |= {FEATURES: numbers, "labels": features.labels.tolist()}
             tables[name] = Dataset.from_dict(columns)
-        every = Features.joined(found)
-        seen = found[:-1] if data.test is not None else found
+        every = Features.joined(parts)
+        seen = parts[:-1] if data.test is not None else parts
         every = every.standardized(Features.joined(seen)).to(trainer.args.device)
         self.model = OnFeatures(every.x, head_of(trainer.model, every))
         self.data = replace(data, **tables, reads={FEATURES})

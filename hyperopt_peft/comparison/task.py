@@ -96,9 +96,9 @@ class Task:
     def __post_init__(self) -> None:
         check_class(self.args, self.trainer.Arguments)
         again = cast(Mapping[str, Any], self.args.retrain_arguments or {})
-        for place, given in {"": vars(self.args), "retrain_arguments: ": again}.items():
+        for place, values in {"": vars(self.args), "retrain_arguments: ": again}.items():
             for name, value in FIXED.items():
-                if given.get(name, value) != value:
+                if values.get(name, value) != value:
                     raise ProblemError(
                         f"{place}{name}: a run of a comparison reads all of its rows, and no test "
                         "row chooses where it ends; leave it out"
@@ -146,7 +146,7 @@ class Task:
         """
         set_seed(0)
         model = self.base_model()
-        alive, found = weakref.ref(model), frozen_fingerprint(model, [])
+        alive, weights = weakref.ref(model), frozen_fingerprint(model, [])
         config = str(getattr(model, "config", ""))
         del model
         gc.collect()
@@ -155,7 +155,7 @@ class Task:
                 "base_model: returns one model again and again, which each run would train "
                 "further; let it make a new one"
             )
-        return hashlib.sha256(f"{found} {config}".encode()).hexdigest()
+        return hashlib.sha256(f"{weights} {config}".encode()).hexdigest()
 
     def line(self, run: Run, metrics: Mapping[str, Any], **more: Any) -> dict[str, Any]:
         """The entries of ``run``; without ``metrics`` of its evaluation the score is NaN."""
@@ -182,8 +182,8 @@ class Task:
             some = range(0, len(scored), -(-len(scored) // SOME))  # of every class, if sorted
             self.require_metric(trainer.evaluate(scored.select(some)))
         for rows in (trainer.train_dataset, trainer.upper_dataset, trainer.all_rows()):
-            known = {*data[2].column_names} <= {*getattr(rows, "column_names", ())}
-            if known and (common := shared_rows(data[2], rows, self.data.reads)):
+            alike = {*data[2].column_names} <= {*getattr(rows, "column_names", ())}
+            if alike and (common := shared_rows(data[2], rows, self.data.reads)):
                 raise ProblemError(
                     f"{run.method}: trains on {len(common)} of {len(data[2])} test rows; let rows "
                     "and all_rows return rows of train_dataset alone"

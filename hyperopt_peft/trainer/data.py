@@ -128,20 +128,18 @@ def hold_out(
     return rest, held_out
 
 
-def folds_of(rows: Dataset, count: int, seed: int, reads: Reads = None) -> list[list[int]]:
-    """The numbers of ``rows`` in each of ``count`` folds, for cross-validation.
+def folds_of(groups: Sequence[int], count: int, seed: int = 0) -> list[list[int]]:
+    """The places of ``groups`` in each of ``count`` random folds, for cross-validation.
 
-    Copies of a row, equal in the columns ``reads``, are in one fold. Without copies the folds are
-    those of ``sklearn.model_selection.KFold(count, shuffle=True, random_state=seed)``.
+    Equal groups, such as `firsts` has for copies of a row, are in one fold. Groups that all differ
+    have the folds of ``sklearn.model_selection.KFold(count, shuffle=True, random_state=seed)``.
 
     Example:
-        >>> folds = folds_of(Dataset.from_dict({"x": [0, 1, 2, 3, 0]}), 2, seed=0)
-        >>> sorted(row for fold in folds for row in fold), any({0, 4} <= {*fold} for fold in folds)
-        ([0, 1, 2, 3, 4], True)
+        >>> folds_of([0, 1, 2, 3, 0], 2)
+        [[2, 3], [0, 1, 4]]
     """
-    first = np.array(firsts(rows, reads))
-    order = np.random.RandomState(seed).permutation(np.unique(first))
-    return [np.flatnonzero(np.isin(first, x)).tolist() for x in np.array_split(order, count)]
+    order = np.random.RandomState(seed).permutation(np.unique(groups))
+    return [np.flatnonzero(np.isin(groups, x)).tolist() for x in np.array_split(order, count)]
 
 
 def data_of_levels(train: Any, upper: Any, args: Any, bilevel: bool, reads: Reads) -> Any:

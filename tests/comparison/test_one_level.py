@@ -26,7 +26,7 @@ def test_it_has_all_rows_once(tmp_path: Path, method: Any) -> None:
 
 
 def test_ablations_of_some_methods_alone() -> None:
-    methods = {"LoRA": LoRA(), "BiDoRA": BiDoRA(), "published": BiDoRA(paper=True)}
+    methods = {"LoRA": LoRA(), "BiDoRA": BiDoRA(), "published": BiDoRA.published()}
     found = compared(methods, ablations=["BiDoRA"])
     names = ["LoRA", "BiDoRA", "BiDoRA, upper level frozen", "BiDoRA, one level", "published"]
     assert [row[0] for row in found.table()[1:]] == names

@@ -13,7 +13,8 @@ from hyperopt_peft.core.logits import MULTI_LABEL
 from hyperopt_peft.core.prior import GaussianPrior
 from hyperopt_peft.core.task_level import TaskLevel
 from hyperopt_peft.engine import lbfgs
-from hyperopt_peft.heads import Features, Head, head_of, l2_penalty, require_head
+from hyperopt_peft.heads import Features, Head, l2_penalty
+from hyperopt_peft.heads.head import head_of, require_head
 from hyperopt_peft.utils import distributed
 from tests.support.weighted_levels import weighted
 

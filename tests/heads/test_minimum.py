@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hyperopt_peft.engine.fit import lbfgs
+from hyperopt_peft.engine import lbfgs
 from hyperopt_peft.heads import Features, Head, choose_l2, level_of, solve
 from hyperopt_peft.heads.minimum import PENALTIES, gram_of, held_out_losses, sampled
 from tests.support.heads import features

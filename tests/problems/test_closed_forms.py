@@ -131,13 +131,13 @@ def numbered(count: int, start: int = 0, **columns: Any) -> Dataset:
     return Dataset.from_dict({"index": list(range(start, start + count)), **columns})
 
 
-@pytest.mark.parametrize("paper", [None, "dreamprm"])
-def test_a_source_s_slope_is_its_agreement_less_the_mean(paper: Any) -> None:
+@pytest.mark.parametrize("form", ["softmax", "softplus"])
+def test_a_source_s_slope_is_its_agreement_less_the_mean(form: Any) -> None:
     """p'_j (g_j − Σ_k p_k g_k), g_k = −⟨∂F/∂w, ∂L_k/∂w⟩, and p'_j = p_j for softmax.
 
     DreamPRM: v = softplus(u)/mean softplus(u), f = Σ_k v_k S_k/N and S_k the sum of source k.
     """
-    model, method = Linear(), Sources(prior=0.0, paper=paper)
+    model, method = Linear(), Sources(prior=0.0, form=form)
     method.rows(numbered(25, source=["a"] * 20 + ["b"] * 5), numbered(5))
     method.counts = counts = torch.tensor([20, 5, 5])
     method.prepare(model)
@@ -152,7 +152,7 @@ def test_a_source_s_slope_is_its_agreement_less_the_mean(paper: Any) -> None:
     of_sources = [losses[below["source"] == k].mean() for k in range(3)]
     gradients = [torch.autograd.grad(x, model.w, retain_graph=True)[0] for x in of_sources]
     g = -torch.stack([(b * x).sum() for x in gradients])
-    if paper is None:
+    if form == "softmax":
         p = moved = u.softmax(0)
     else:
         positive = nn.functional.softplus(u)
@@ -162,7 +162,7 @@ def test_a_source_s_slope_is_its_agreement_less_the_mean(paper: Any) -> None:
 
 def test_dreamprm_s_rows_start_alike() -> None:
     """And the shares of the loss are those of the sources' sizes."""
-    method = Sources(paper="dreamprm")
+    method = Sources.published("dreamprm")
     method.rows(numbered(1010, source=["a"] * 1000 + ["b"] * 10), numbered(10))
     method.counts = torch.tensor([1000, 10, 10])
     method.prepare(Linear())

@@ -84,18 +84,15 @@ def stock(folder: Path, task: str = "text-classification") -> tuple[Any, Any]:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The lines of a CSV file."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 def results_of(folder: Path) -> dict[str, Any]:
-    """The numbers that a run wrote to ``out`` in ``folder``."""
     results: dict[str, Any] = json.loads((folder / "out/all_results.json").read_text())
     return results
 
 
 def state(folder: Path) -> dict[str, Any]:
-    """The Trainer's state that a run wrote to ``folder``."""
     result: dict[str, Any] = json.loads((folder / "trainer_state.json").read_text())
     return result

@@ -23,6 +23,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
     TrainingArguments,
+    default_data_collator,
 )
 
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
@@ -57,7 +58,6 @@ gc.freeze()
 
 
 def base_model(kind: str = "classes", dropout: float = 0.1) -> Any:
-    """An untrained model of the task."""
     torch.manual_seed(0)
     config = copy.deepcopy(CONFIG)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
@@ -133,6 +133,17 @@ def ragged(kind: str, count: int = 24) -> Dataset:
     )
 
 
+def padded(rows: Dataset) -> Dataset:
+    """``rows`` of one to ``LENGTH`` tokens."""
+    mask = [[int(k <= row % LENGTH) for k in range(LENGTH)] for row in range(len(rows))]
+    return rows.remove_columns("attention_mask").add_column("attention_mask", mask)
+
+
+def longest_first(rows: list[Any]) -> Any:
+    """A batch in another order than ``rows``."""
+    return default_data_collator(sorted(rows, key=lambda row: -sum(row["attention_mask"])))
+
+
 def arguments(folder: Path, **options: Any) -> BilevelTrainingArguments:
     """Six lower steps, an upper one after every second, on the CPU, without a bar."""
     settings = {
@@ -177,5 +188,4 @@ def shard_on_cpus() -> None:
 
 
 def values(model: nn.Module) -> dict[str, Any]:
-    """Copies of the trainable parameters by name."""
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}

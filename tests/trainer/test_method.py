@@ -91,16 +91,16 @@ def test_arguments_that_are_copied_or_parsed_keep_what_is_not_given(tmp_path: Pa
 
 def test_a_copy_of_a_published_method_is_published() -> None:
     copied = [
-        replace(BiDoRA(paper=True), gamma=0.1),
-        replace(ClassOffsets(factor=True, paper=True), factor=False),
-        replace(Sources(paper="fastmix"), column="group"),
+        replace(BiDoRA.published(), gamma=0.1),
+        replace(ClassOffsets.published(), factor=False),
+        replace(Sources.published("fastmix"), column="group"),
     ]
     found = [
         (x.defaults["hypergradient"].partition(":")[0], x.defaults["lower_steps"]) for x in copied
     ]
     assert found == [("darts", 4), ("neumann", 20), ("fastmix", 20)]
     assert copied[1].defaults["retrain"] == "scratch"
-    assert BiDoRA(paper=True) != BiDoRA()
+    assert BiDoRA.published() != BiDoRA()
 
 
 def test_the_second_phase_has_the_class_and_its_loss(tmp_path: Path) -> None:
