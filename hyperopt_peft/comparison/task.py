@@ -21,7 +21,7 @@ from transformers import set_seed
 from hyperopt_peft.comparison.ablations import OneLevel, Projects
 from hyperopt_peft.comparison.budget import Budget, peak_memory, predicted_steps
 from hyperopt_peft.comparison.folds import Rows
-from hyperopt_peft.comparison.watch import Watch
+from hyperopt_peft.comparison.watch import check_trained, logits_of
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.heads.frozen_layers import compute_once
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
@@ -122,14 +122,14 @@ class Task:
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
             trainer = self.make(run, self.data.of(run.seed, run.development), folder, budget)
             budget.begin(trainer, self.unit)
-            watch, peak = Watch(trainer, run.method), peak_memory()
+            before, peak = logits_of(trainer), peak_memory()
             with suppress(NonFiniteError):  # such as a rate that is too high; it has no score
                 trainer.train()
-                watch.check()
+                check_trained(trainer, run.method, before)
                 metrics = (trainer.retrainer or trainer).evaluate()
         steps = [x.state.global_step for x in (trainer, trainer.retrainer) if x is not None]
         spent = {"passes": trainer.passes.passes, "spent": budget.spent}
-        more = {"memory": peak(), "seconds": time.perf_counter() - begin, "finish": watch.change}
+        more = {"memory": peak(), "seconds": time.perf_counter() - begin}
         return self.line(run, metrics, steps=steps, **spent, **more)
 
     @property

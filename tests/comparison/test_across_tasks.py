@@ -34,7 +34,7 @@ def made_up(
         upper = 1e-2 if (name, kind) == ("BiDoRA", "method") else None
         for seed, score in enumerate((mean - 0.1, mean + 0.1)):
             run = Run(name, kind, seed, 1e-3, upper)
-            more = {"finish": 0.0, "layers": settings.get("layers", ""), "spent": {"steps": 3.0}}
+            more = {"layers": settings.get("layers", ""), "spent": {"steps": 3.0}}
             store.add({**asdict(run), "score": score, **more})
     plan = Plan(methods, [1e-3], [1e-2], [100], [0, 1], lower)
     return Comparison(plan, store, metric, settings.get("passes", 300.0))

@@ -173,22 +173,6 @@ def test_a_store_is_of_one_budget_one_score_and_one_model(tmp_path: Path) -> Non
             compare_methods(ONE, lambda: model, *others, folder=folder, **rows)
 
 
-class Shifting(Method):
-    """Changes the logits at the end."""
-
-    @torch.no_grad()
-    def finish(self, model: Any) -> Any:
-        for name, parameter in model.named_parameters():
-            if "classifier" in name and "bias" in name:
-                parameter.add_(torch.arange(len(parameter)).to(parameter))
-        return model
-
-
-def test_a_finish_that_changes_the_logits_is_said() -> None:
-    text = str(compared({"LoRA": LoRA(), "mine": Shifting()}))
-    assert "mine: finish changes the logits" in text and "LoRA: finish" not in text
-
-
 def test_a_rate_at_which_a_loss_is_not_finite_is_the_worst() -> None:
     comparison = compared({"LoRA": LoRA(), "mine": Fragile()}, rates=(3e-2, 6e-2, 90.0))
     text = str(comparison)
