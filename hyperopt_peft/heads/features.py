@@ -139,7 +139,7 @@ def _states(model: Any, batch: dict[str, Any], count: int, *, encoder: bool = Fa
     """The states of ``count`` rows in three layers, or in the encoder's, ``(n, T, d)``."""
     with model_reads(batch):
         output = model(**batch, output_hidden_states=True)
-    layers = getattr(output, "encoder_hidden_states", None) if encoder else None
+    layers: Any = getattr(output, "encoder_hidden_states", None) if encoder else None
     layers = layers or getattr(output, "hidden_states", None) or (None,)
     end = len(layers) - 1
     last = layers[end]

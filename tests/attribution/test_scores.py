@@ -35,16 +35,12 @@ def test_the_whole_run_is_differentiated(
     assert error_of_slopes(result) < 1e-6
 
 
-def test_checkpoints_change_the_memory_and_nothing_else() -> None:
+def test_checkpoints_change_the_memory_and_no_score() -> None:
+    """Passes are four trainings: one, the repetition between checkpoints, and two a step."""
     every, some = (scored(levels(), memory_limit=limit) for limit in (1.0, 1e-5))
     assert setup_of(every).run.checkpoints.every == 1 < setup_of(some).run.checkpoints.every
     assert error(some.scores, every.scores) < 1e-12
-
-
-def test_passes_are_at_most_four_trainings() -> None:
-    """Training, the repetition between checkpoints, and two passes a step backwards."""
-    for limit in (1.0, 1e-5):
-        settings = scored(levels(), memory_limit=limit).settings
+    for settings in (every.settings, some.settings):
         assert settings["gradients"] + settings["products"] + STEPS <= 4 * STEPS + 1
 
 

@@ -124,17 +124,9 @@ def undefined(outputs: Any) -> dict[str, float]:
         (ONE, {"passes": None}, "passes: must be .*got None"),
         (ONE, {"passes": math.nan}, "passes: must be .*got nan"),
         (ONE, {"jobs": 0}, "jobs: must be"),
-        (
-            ONE,
-            {"arguments": {"dataloader_drop_last": True}},
-            "^dataloader_drop_last.* it out$",
-        ),
+        (ONE, {"arguments": {"dataloader_drop_last": True}}, "^dataloader_drop_last.* it out$"),
         (ONE, {"arguments": {"eval_strategy": "epoch"}}, "^eval_strategy.*leave it out$"),
-        (
-            ONE,
-            {"arguments": {"retrain_arguments": BEST}},
-            "^retrain_arguments: load_.* it out$",
-        ),
+        (ONE, {"arguments": {"retrain_arguments": BEST}}, "^retrain_arguments: load_.* it out$"),
         (ONE, {"test_dataset": TEST.select([])}, "test_dataset has no examples"),
         (ONE, {"test_dataset": TEST.to_list()}, "test_dataset: must be a datasets.Dataset"),
         (
