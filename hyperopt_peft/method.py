@@ -1,7 +1,7 @@
 """All that a file with a method imports: ``from hyperopt_peft.method import Method, option, …``.
 
-Our own methods, the folder ``problems/`` of the repository, import no other tools. Names are
-imported on first use.
+The library's methods, the folder ``problems/`` of the repository, import from here, from each other
+and from `hyperopt_peft.heads` alone. Names are imported on first use.
 """
 
 from typing import TYPE_CHECKING

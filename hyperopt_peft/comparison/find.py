@@ -40,7 +40,7 @@ def find_method(spec: str) -> type[Method]:
         method = plugins.class_in(path, name, Method, "method")
     elif spec in METHODS:
         if spec in others:
-            warnings.warn(f"method: {spec!r} is ours, not an entry point's of it", stacklevel=2)
+            warnings.warn(f"method: {spec!r} is the library's, not the entry point's", stacklevel=2)
         method = getattr(problems, METHODS[spec])
     elif spec in others:
         method = plugins.load(GROUP, spec, Method)

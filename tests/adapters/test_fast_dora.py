@@ -41,9 +41,7 @@ MODES: tuple[Any, ...] = ("full", "detach")
     ("kind", "count"),  # of tokens, below and above where g ∘ V is formed
     [*((kind, count) for kind in LINEAR for count in (1, 3, 40)), ("conv2d", 3), ("embedding", 3)],
 )
-def test_it_is_the_layer_it_stands_for(
-    kind: str, norm_grad: Any, count: int, dropout: float
-) -> None:
+def test_it_equals_the_plain_layer(kind: str, norm_grad: Any, count: int, dropout: float) -> None:
     model = randomise(single(kind, lora_dropout=dropout)).train()
     x = tokens(count) if kind in LINEAR else layer_input(kind)
     expected = output_and_gradients(set_norm_grad(model, norm_grad), x)

@@ -76,9 +76,7 @@ def as_function(model: PeftModel, x: Tensor) -> tuple[Callable[..., Tensor], tup
         (use_fast_dora, "conv1d_gpt2", tokens(2), 0.3, False),
     ],
 )
-def test_first_and_second_derivatives(
-    use: Any, kind: str, x: Tensor, dropout: float, crossing: bool
-) -> None:
+def test_both_derivatives(use: Any, kind: str, x: Tensor, dropout: float, crossing: bool) -> None:
     """Also of magnitudes that cross zero."""
     model = use(randomise(single(kind, lora_dropout=dropout))).train()
     if crossing:
@@ -93,9 +91,7 @@ def test_first_and_second_derivatives(
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_outputs_and_random_draws_are_those_of_peft_and_detach_its_gradients(
-    kind: str, dropout: float
-) -> None:
+def test_outputs_and_draws_are_those_of_peft(kind: str, dropout: float) -> None:
     model, x = randomise(single(kind, lora_dropout=dropout)).train(), layer_input(kind)
     original = type(adapted_layer(model).lora_variant["default"])
     expected, state = output_and_gradients(model, x), torch.get_rng_state()

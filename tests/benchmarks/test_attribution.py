@@ -50,9 +50,7 @@ def task() -> trainers.Task:
 
 
 @pytest.mark.slow
-def test_methods_share_the_retrainings_of_a_check(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_methods_share_retrainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An entry has what each method predicts of them, and is not measured twice."""
     made = []
     monkeypatch.setattr(trainers, "tags", lambda seed, quick: made.append(seed) or task())

@@ -66,9 +66,7 @@ def test_tables_need_all_runs_of_a_task(tmp_path: Path, monkeypatch: pytest.Monk
     assert "### Magnitudes" in report.details("magnitudes", found)
 
 
-def test_the_best_plain_way_is_chosen_by_held_out_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_best_way_by_held_out_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "RESULTS", tmp_path)
     setting = SETTINGS["sources"]
     store = Store(runs.folder("sources", "movies"), {"metric": "accuracy", "passes": 200})

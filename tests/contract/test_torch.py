@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
@@ -88,22 +86,6 @@ def test_what_the_nodes_of_a_graph_tell() -> None:
         (slope,) = torch.autograd.grad(loss.sum(), x, create_graph=True)
         found = map(autograd.raises_when_differentiated, autograd.graph_nodes([slope]))
         assert any(found) == raises
-
-
-def test_the_words_of_a_double_backward_that_is_refused() -> None:
-    x = torch.ones(2, requires_grad=True)
-    (slope,) = torch.autograd.grad(Once.apply(x.sin()).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError) as twice:
-        slope.sum().backward()
-    assert autograd.lacks_second_derivative(twice.value)
-    query = torch.ones(1, 1, 4, 8, requires_grad=True)
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        attention = scaled_dot_product_attention(query, query, query).sum()
-    (slope,) = torch.autograd.grad(attention, query, create_graph=True)
-    with pytest.raises(RuntimeError) as missing:
-        torch.autograd.grad(slope.sum(), query)
-    assert autograd.lacks_second_derivative(missing.value)
-    assert not autograd.lacks_second_derivative(RuntimeError("shapes do not match"))
 
 
 class Watch(TorchFunctionMode):

@@ -74,9 +74,7 @@ def draw(batches: DataStream, count: int) -> list[Any]:
 
 @pytest.mark.parametrize("kind", LOADERS)
 @given(before=st.integers(0, 11), other=st.integers(0, 9), peek=st.booleans(), reused=st.booleans())
-def test_a_stream_returns_to_where_its_state_was_taken(
-    kind: str, before: int, other: int, peek: bool, reused: bool
-) -> None:
+def test_a_state_is_a_place(kind: str, before: int, other: int, peek: bool, reused: bool) -> None:
     """In a new stream, and in the old one after ``other`` further batches."""
     torch.manual_seed(1)
     batches = DataStream(LOADERS[kind](), "fit")

@@ -43,9 +43,7 @@ def lower_of(quadratic: Program, prior: Any = None) -> FunctionLevel:
 
 
 @given(quadratic=programs(), weight=st.floats(0, 100), seed=st.integers(0, 1000))
-def test_a_number_is_the_weight_of_a_mean_square_distance(
-    quadratic: Program, weight: float, seed: int
-) -> None:
+def test_a_number_weighs_a_mean_square(quadratic: Program, weight: float, seed: int) -> None:
     plain, level = upper_of(quadratic), upper_of(quadratic, weight)
     move = moved(quadratic.u, seed)
     expected = weight / 2 * float(move.square().mean())

@@ -115,9 +115,7 @@ def test_losses_and_gradients_that_are_not_finite_are_errors(loss: Any, message:
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e30), (torch.float16, 3e4)])
 @pytest.mark.parametrize("limit", [None, 1.0])
-def test_a_gradient_whose_squares_overflow_keeps_its_norm(
-    dtype: torch.dtype, size: float, limit: float | None
-) -> None:
+def test_squares_may_overflow(dtype: torch.dtype, size: float, limit: float | None) -> None:
     """Scaling by limit/∞ would make a finite gradient NaN, or nothing."""
     w = torch.ones(4, dtype=dtype, requires_grad=True)
     sgd = SGD([w], lr=1.0 if limit else 1 / size)

@@ -12,9 +12,7 @@ from tests.support.quadratic import CONDITION, flat, program, symmetric
 
 
 @given(seed=st.integers(0, 1000), size=st.integers(1, 8), scale=st.floats(1e-6, 1e6))
-def test_the_whole_krylov_space_has_the_matrix_s_own_ends(
-    seed: int, size: int, scale: float
-) -> None:
+def test_the_whole_krylov_space_has_the_ends(seed: int, size: int, scale: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     values = scale * torch.randn(size, dtype=torch.float64, generator=generator)
     matrix = symmetric(values, generator)

@@ -10,18 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from hyperopt_peft import (
-    NonFiniteError,
-    compare_hypergradients,
-    hypergradient,
-)
+from hyperopt_peft import NonFiniteError, compare_hypergradients, hypergradient
 from hyperopt_peft.diagnostics.retraining import Retraining
 from hyperopt_peft.hypergradients.estimate import open_oracle
 from hyperopt_peft.hypergradients.registry import get_estimator
 from hyperopt_peft.utils.random_state import RandomState
 from tests.support.networks import differences, give_gradients, network_levels, snapshot
 from tests.support.optimizers import OPTIMIZERS
-from tests.support.quadratic import FunctionLevel, Level, Program, flat, program
+from tests.support.quadratic import FunctionLevel, Level, Program, flat, program, relative_error
 
 SMALL: dict[str, Any] = {"w_shapes": [(2,), ()], "u_shapes": [(), (2,)]}
 # Polyak's best rate and momentum for eigenvalues from 1 to 10: errors halve with each step.
@@ -33,10 +29,6 @@ def quick_levels(quadratic: Program, scale: float = 1.0) -> tuple[Level, Level]:
     upper, lower = quadratic.levels(scale=scale)
     lower.optimizer = torch.optim.SGD(lower.variables, lr=RATE / scale, momentum=MOMENTUM)
     return upper, lower
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())
 
 
 def linear_above(seed: int = 0) -> Program:
@@ -54,7 +46,7 @@ def test_long_retrainings_are_the_closed_form(seed: int) -> None:
     quadratic = program(seed, **SMALL)
     expected = quadratic.direct + quadratic.exact_implicit
     method = Retraining(steps=30, directions=3)
-    assert relative(flat(hypergradient(*quick_levels(quadratic), method)), expected) < 1e-6
+    assert relative_error(flat(hypergradient(*quick_levels(quadratic), method)), expected) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -72,7 +64,7 @@ def test_short_retrainings_are_the_unrolled_steps(name: str, max_grad_norm: floa
     expected = flat(hypergradient(upper, lower, "unrolled:steps=3"))
     lr = options["lr"] if name == "rate" else None
     actual = flat(hypergradient(upper, lower, Retraining(steps=3, directions=3, lr=lr)))
-    assert relative(actual, expected) < 1e-7
+    assert relative_error(actual, expected) < 1e-7
 
 
 @pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
@@ -89,7 +81,7 @@ def test_options_of_the_optimizer_may_be_functions_of_u() -> None:
     upper = FunctionLevel(lambda _: w.sum(), [u])
     expected = flat(hypergradient(upper, lower, "unrolled:steps=3"))
     actual = flat(hypergradient(upper, lower, Retraining(steps=3)))
-    assert expected.abs() > 0.1 and relative(actual, expected) < 1e-7
+    assert expected.abs() > 0.1 and relative_error(actual, expected) < 1e-7
 
 
 @pytest.mark.parametrize("steps", [4, 10])
@@ -97,7 +89,7 @@ def test_the_residual_bounds_what_more_steps_would_change(steps: int) -> None:
     quadratic = program(1, **SMALL)
     method = Retraining(steps=steps, directions=3, lr=0.1)
     result = open_oracle(*quadratic.levels()).estimate(get_estimator(method))
-    error = relative(flat(result.hypergradient), quadratic.direct + quadratic.exact_implicit)
+    error = relative_error(flat(result.hypergradient), quadratic.direct + quadratic.exact_implicit)
     assert result.residual is not None and 0.3 * error < result.residual < 1
 
 

@@ -73,9 +73,7 @@ def wrong(upper: FunctionLevel, lower: FunctionLevel) -> list[tuple[str, str, st
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("function", [ReadsContext, WithoutGraph])
-def test_a_wrong_double_backward_is_an_error_and_products_are_differences(
-    function: type[Cube], dtype: torch.dtype
-) -> None:
+def test_a_wrong_double_backward_is_an_error(function: type[Cube], dtype: torch.dtype) -> None:
     assert wrong(*levels(function.apply, dtype)) == [(WRONG[1], "below", "error")]
     assert wrong(*levels(Cube.apply, dtype)) == []
     truth = check_problem(*levels(Cube.apply, torch.float64), progress=False).curvature

@@ -94,9 +94,7 @@ def test_what_is_absent_is_named(tmp_path: Path) -> None:
     assert last_valid(tmp_path) is None and last_valid(tmp_path / "nowhere") is None
 
 
-def test_the_last_complete_one_is_the_last_that_was_written(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_last_one_is_the_last_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for number in (2, 100, 4, 6):  # 100: of a longer run before
         write(tmp_path, number)
     write(tmp_path, 8, complete=False)

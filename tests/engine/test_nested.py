@@ -7,18 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
-from torch.optim import SGD
 
-from hyperopt_peft import Engine, Nested, NonFiniteError, Problem, ProblemError, hypergradient
+from hyperopt_peft import Engine, Nested, NonFiniteError, ProblemError, hypergradient
 from hyperopt_peft.engine import fit, minimize
 from hyperopt_peft.trainer.checks import check_levels
 from tests.support.chains import chain, nested
 from tests.support.networks import (
     Interruption,
-    adam_levels,
     differences,
     give_gradients,
     interrupt,
+    network_levels,
     snapshot,
 )
 from tests.support.quadratic import FunctionLevel, leaf, relative_error
@@ -45,9 +44,7 @@ SHORT = {"sizes": (1, 2, 1, 2)}
         (4, SHORT, "exact", "exact:product=difference", 1e-7),
     ],
 )
-def test_a_hypergradient_has_the_closed_form(
-    count: int, options: Any, inner: str, outer: str, error: float
-) -> None:
+def test_the_closed_form(count: int, options: Any, inner: str, outer: str, error: float) -> None:
     """At any point: implicit differentiation treats a level's values as its minimum."""
     program = chain(count, **options)
     above = outer if options is SHORT else EXACT
@@ -147,7 +144,7 @@ METHODS = ["darts", "cg:product=difference,steps=3", "unrolled:product=differenc
 
 
 def network_engine(method: str, **options: Any) -> Engine:
-    top, middle, lower = adam_levels(3, **options)
+    top, middle, lower = network_levels(3, **options)
     level = Nested(middle, lower, "cg:steps=3", lower_steps=2, warmup_steps=1)
     return Engine(top, level, method, lower_steps=2, progress=False)
 
@@ -187,7 +184,7 @@ def test_the_levels_above_leak_nothing_into_the_lowest(method: str, generators: 
     engine = network_engine(method, generators=generators, rates=(0.0, 0.0, 0.05))
     torch.manual_seed(4)
     engine.run(3)
-    *_, alone = adam_levels(3, generators=generators)
+    *_, alone = network_levels(3, generators=generators)
     torch.manual_seed(4)
     fit(alone, 3 * 2 * 2 + 1, progress=False)
     assert not differences(engine.lower.lower.variables, alone.variables)
@@ -271,14 +268,9 @@ def test_a_variable_that_only_a_level_below_reads_is_enough() -> None:
     assert all(x != 1 for x in (*engine.upper.variables, *engine.lower.variables))
 
 
-class Plain(Problem):
-    def loss(self, batch: Any) -> Any:
-        return sum(v.sum() for v in self.variables)
-
-
-def plain(value: Any = None, name: str = "level", **options: Any) -> Plain:
+def plain(value: Any = None) -> FunctionLevel:
     tensor = leaf(1.0) if value is None else value
-    return Plain([tensor], optimizer=SGD([tensor], lr=0.1), name=name, **options)
+    return FunctionLevel(lambda _: tensor.sum(), [tensor], lr=0.1, name="level")
 
 
 def pair(*estimator: str, **options: Any) -> Nested:
@@ -302,8 +294,8 @@ X, UNROLLED = leaf(1.0), "unrolled:steps=2,product=difference"
         (lambda: Engine(pair(), plain(), "direct"), "Nested"),
         (lambda: Engine(plain(X), Nested(plain(), plain(X)), "direct"), "variable 0"),
         (
-            lambda: Engine(plain(), Nested(plain(), Plain([leaf(1.0)], name="last"))),
-            "last: .*optim",
+            lambda: Engine(plain(), Nested(plain(), FunctionLevel(None, [leaf(1.0)]))),
+            "FunctionLevel: .*opt",
         ),
         (lambda: minimize(pair()), "level"),
         (lambda: check_levels([plain(), pair()]), "a trainer has two"),

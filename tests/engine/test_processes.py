@@ -67,10 +67,7 @@ def test_hypergradients_are_those_of_the_whole_batch(two: Any, kind: str) -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_is_that_of_one_process(two: Any, kind: str) -> None:
-    """Records, metrics included, and all variables; bit for bit the same on both processes.
-
-    The moments of an Adam below are sharded as the variables are.
-    """
+    """Records, metrics included, and all variables; bit for bit the same on both processes."""
     for method, (records, variables) in two[0][kind]["runs"].items():
         assert records == two[1][kind]["runs"][method][0], method
         assert all(map(torch.equal, variables, two[1][kind]["runs"][method][1])), method
@@ -88,8 +85,8 @@ def test_training_is_that_of_one_process(two: Any, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_three_levels_are_those_of_one_process(two: Any, kind: str) -> None:
     """Difference quotients of difference quotients: rounding counts for more."""
-    _, end = levels.chained("plain")
-    (_, first), (_, second) = (result[kind]["chained"] for result in two)
+    end = levels.chained("plain")
+    first, second = (result[kind]["chained"] for result in two)
     assert all(map(torch.equal, first, second))
     assert distance(first, end) < 1e-6
 

@@ -12,7 +12,7 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import OneCycleLR
 
 from hyperopt_peft import Engine, Nested, ProblemError
-from tests.support.networks import adam_levels, differences, draw_from_all, seed_all
+from tests.support.networks import differences, draw_from_all, network_levels, seed_all
 
 STEPS = 7
 WARM = ("warm", "f2sa:inner_steps=2", "penalty:inner_steps=2")  # with a state between two steps
@@ -32,7 +32,7 @@ def engine(
     method: str = "darts", levels: int = 2, generators: bool = False, **options: Any
 ) -> Engine:
     """Adam and a schedule at each level, numbers of all generators, shuffled loaders."""
-    upper, *others = adam_levels(levels, generators=generators)
+    upper, *others = network_levels(levels, generators=generators)
     lower = others[0] if levels == 2 else Nested(*others, "cg:steps=3", warmup_steps=1)
     options = {"lower_steps": 2, "warmup_steps": 1, "progress": False} | options
     draw_from_all(*upper.levels, *lower.levels)

@@ -117,9 +117,7 @@ def test_initial_values_that_are_lost_are_missed_before_the_search(tmp_path: Pat
 
 
 @pytest.mark.parametrize("size", [1_500, 15_000])  # in an adapter, in a pickle
-def test_a_full_disk_is_one_error_and_leaves_the_last_checkpoint(
-    ended: Any, tmp_path: Path, size: int
-) -> None:
+def test_a_full_disk_leaves_the_last_checkpoint(ended: Any, tmp_path: Path, size: int) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     class Full(TrainerCallback):

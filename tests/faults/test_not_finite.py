@@ -19,10 +19,7 @@ from tests.support.trainers import LENGTH, data, trainer
 
 
 def spoil(made: Any, level: Any, step: Any, kind: Any) -> Any:
-    """Make the level's loss infinite, or its gradient NaN, at one evaluation in a step.
-
-    ``kind``: "loss", "gradient", or "curvature": only where the lower variables are displaced.
-    """
+    """A loss or a gradient that is not finite in one step; "curvature": where w is displaced."""
     problem = getattr(made, level)
     loss, start = problem.task_loss, []
 
@@ -101,9 +98,7 @@ def test_what_is_not_finite_where_nothing_can_be_written_is_still_named(
 @pytest.mark.parametrize(
     ("fault", "micro"), [("upper loss", 1), ("lower gradient", 2), ("curvature", 2)]
 )
-def test_what_is_not_finite_can_be_skipped_and_is_counted(
-    tmp_path: Path, fault: str, micro: int
-) -> None:
+def test_steps_can_be_skipped_and_are_counted(tmp_path: Path, fault: str, micro: int) -> None:
     level, kind, _ = FAULTS[fault]
     states = {}
 

@@ -157,9 +157,7 @@ def reads(method: str, monkeypatch: pytest.MonkeyPatch) -> int:
         ("f2sa:inner_steps=9,tolerance=0.0", 2 * (10 + 10) + 9),
     ],
 )
-def test_no_estimator_reads_more_than_once_a_step(
-    method: str, most: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_read_a_step_at_most(method: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert reads(method, monkeypatch) <= most
 
 

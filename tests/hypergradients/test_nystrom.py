@@ -35,9 +35,7 @@ def solved(h: Tensor, **options: Any) -> tuple[Tensor, Tensor, Any]:
 
 
 @given(rank=st.integers(1, 9), seed=st.integers(0, 10**6), damping=st.floats(0.01, 10))
-def test_alone_it_is_the_solution_with_the_low_rank_hessian(
-    rank: int, seed: int, damping: float
-) -> None:
+def test_alone_it_solves_with_the_low_rank_hessian(rank: int, seed: int, damping: float) -> None:
     h = positive(9, torch.Generator().manual_seed(seed))
     v, b, solution = solved(h, rank=rank, steps=0, damping=damping)
     low_rank = sketch(h, columns(system(h)[1], rank))

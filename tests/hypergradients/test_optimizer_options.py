@@ -72,9 +72,7 @@ def test_options_that_are_plain_numbers_are_what_they_are(method: str, decay: An
 @pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("method", ["unrolled", "forward"])
 @pytest.mark.parametrize("steps", [1, 2])
-def test_outside_training_a_variable_that_f_does_not_read_does_not_decay(
-    method: str, steps: int
-) -> None:
+def test_outside_training_an_unread_variable_does_not_decay(method: str, steps: int) -> None:
     """A step leaves it alone; of the others, w' = w − lr·(2w + u·w)."""
     read, unread = (torch.full((2,), x, dtype=torch.float64, requires_grad=True) for x in (1, 3))
     decay = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)

@@ -50,9 +50,7 @@ def test_the_function_replays_the_real_optimizer(optimizer: str, replayed: Point
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_variables_that_a_batch_does_not_read_are_left_alone(
-    optimizer: str, replayed: Points
-) -> None:
+def test_variables_that_a_batch_does_not_read_rest(optimizer: str, replayed: Points) -> None:
     """The real optimizer passes over them: it neither decays them nor moves them on."""
     kind, options = OPTIMIZERS[optimizer]
     w, u = start()

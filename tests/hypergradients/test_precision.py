@@ -56,9 +56,7 @@ def half_and_single(way: str) -> tuple[PeftModel, bool, PeftModel]:
         for way, method in zip(HALF, METHODS)
     ],
 )
-def test_half_precision_models_have_the_hypergradient_of_single_precision(
-    way: str, method: str
-) -> None:
+def test_half_precision_has_the_hypergradient_of_single_precision(way: str, method: str) -> None:
     """At the same, rounded, parameters and masks."""
     model, autocast, reference = half_and_single(way)
     before = [(p.dtype, p.data_ptr(), p.detach().clone()) for p in model.parameters()]
@@ -127,9 +125,7 @@ def two_layers(autocast: tuple[bool, bool], *, modules: bool) -> tuple[Problem, 
 @pytest.mark.parametrize("modules", [False, True])
 @pytest.mark.parametrize("autocast", [(True, True), (False, True), "around"])
 @pytest.mark.parametrize("method", METHODS)
-def test_autocast_is_seen_wherever_the_lower_loss_uses_it(
-    modules: bool, autocast: Any, method: str
-) -> None:
+def test_autocast_of_the_lower_loss_is_seen(modules: bool, autocast: Any, method: str) -> None:
     exact = hypergradient(*two_layers((False, False), modules=modules), "darts:product=exact")
     around = autocast == "around"
     levels = two_layers((False, False) if around else autocast, modules=modules)
@@ -142,9 +138,7 @@ def test_autocast_is_seen_wherever_the_lower_loss_uses_it(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("scheme", ["forward", "central"])
-def test_the_radius_fits_the_precision_and_the_size_of_the_point(
-    dtype: torch.dtype, size: float, scheme: str
-) -> None:
+def test_the_radius_fits_precision_and_size(dtype: torch.dtype, size: float, scheme: str) -> None:
     """On w ↦ Σ u·size·sin(w/size), which varies over lengths of ``size``."""
     torch.manual_seed(0)
     w = (size * torch.randn(20, dtype=dtype)).requires_grad_()
@@ -191,9 +185,7 @@ def test_the_radius_follows_the_upper_variables_too(method: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", ["cg", "minres", "exact", "neumann", "unrolled:steps=3"])
-def test_solvers_run_in_single_precision_on_half_precision_variables(
-    dtype: torch.dtype, method: str
-) -> None:
+def test_solvers_run_in_single_precision(dtype: torch.dtype, method: str) -> None:
     """A recurrence at eight bits would end far from the solution."""
 
     def cast(program: Program, dtype: torch.dtype) -> Program:

@@ -1,8 +1,4 @@
-"""What every registered estimator is held to, on quadratic programs with a closed form.
-
-The estimators are taken from the registry, so a new one is held to the properties of its kind
-as soon as it is registered.
-"""
+"""What every registered estimator is held to, on quadratic programs with a closed form."""
 
 import dataclasses
 
@@ -15,7 +11,7 @@ from torch import Tensor
 from hyperopt_peft import hypergradient
 from hyperopt_peft.hypergradients import open_oracle
 from tests.support.cases import Case, cases
-from tests.support.quadratic import Level, Program, flat, leaves, program, programs
+from tests.support.quadratic import FunctionLevel, Level, Program, flat, leaves, program, programs
 
 
 def estimate(case: Case, program: Program, **options: float) -> Tensor:
@@ -31,9 +27,7 @@ def assert_close(actual: Tensor, expected: Tensor, scale: Tensor, tolerance: flo
 @pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
 @cases("implicit", "penalty")
 @given(program=programs())
-def test_implicit_and_penalty_estimators_reach_their_tolerance(
-    case: Case, program: Program
-) -> None:
+def test_implicit_and_penalty_estimators_are_accurate(case: Case, program: Program) -> None:
     exact = program.exact_implicit
     tolerance = max(case.tolerance, case.rounding)
     assert_close(estimate(case, program), program.direct + exact, exact, tolerance)
@@ -41,10 +35,8 @@ def test_implicit_and_penalty_estimators_reach_their_tolerance(
 
 @cases("identity")
 @given(program=programs(), scale=st.floats(1e-3, 1e3))
-def test_identity_estimators_replace_the_inverse_hessian_by_a_number(
-    case: Case, program: Program, scale: float
-) -> None:
-    """So their implicit term is proportional to the scale of f."""
+def test_identity_estimators_scale_with_f(case: Case, program: Program, scale: float) -> None:
+    """A number takes the place of the inverse Hessian."""
     implicit = scale * program.implicit(getattr(case.estimator, "xi", 1.0) * program.b)
     actual = estimate(case, program, scale=scale) - program.direct
     assert_close(actual, implicit, implicit, 10 * case.rounding)
@@ -52,9 +44,7 @@ def test_identity_estimators_replace_the_inverse_hessian_by_a_number(
 
 @cases("unrolled")
 @given(program=programs(), steps=st.integers(1, 6), lr=st.floats(0.01, 0.15))
-def test_unrolled_estimators_sum_the_series_of_gradient_descent(
-    case: Case, program: Program, steps: int, lr: float
-) -> None:
+def test_unrolled_sums_the_series(case: Case, program: Program, steps: int, lr: float) -> None:
     """dw_K/du = −lr Σ_{k<K} (I − lr·H)^k C."""
     if hasattr(case.estimator, "steps"):
         estimator = dataclasses.replace(case.estimator, steps=steps)
@@ -78,9 +68,7 @@ def test_direct_estimators_return_the_partial_derivative(case: Case, program: Pr
 @pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
 @cases("implicit")
 @given(program=programs(), scale=st.floats(1e-3, 1e3))
-def test_scaling_f_leaves_implicit_estimators_unchanged(
-    case: Case, program: Program, scale: float
-) -> None:
+def test_implicit_estimators_have_no_scale(case: Case, program: Program, scale: float) -> None:
     plain, scaled = estimate(case, program), estimate(case, program, scale=scale)
     assert_close(scaled, plain, program.exact_implicit, 10 * case.rounding)
 
@@ -145,6 +133,24 @@ def test_a_lower_loss_without_u_gives_the_direct_term(case: Case) -> None:
     assert_close(actual, quadratic.direct, quadratic.direct, tolerance)
 
 
+@pytest.mark.parametrize("method", ["darts:", "cg:damping=5,"])
+@pytest.mark.parametrize("product", ["exact", "difference"])
+def test_variables_that_a_loss_does_not_read(method: str, product: str) -> None:
+    """Upper ones that only one loss reads, lower ones that neither does."""
+    w, u, unread_w, read_u, unread_u = (
+        torch.full((2,), x, dtype=torch.float64, requires_grad=True) for x in range(1, 6)
+    )
+
+    def estimated(w_owned: list[Tensor], u_owned: list[Tensor]) -> tuple[Tensor, ...]:
+        upper = FunctionLevel(lambda _: w.square().sum() + read_u.square().sum(), u_owned)
+        lower = FunctionLevel(lambda _: (w.exp() * u).sum() + (w - u) @ (w - u), w_owned)
+        return hypergradient(upper, lower, f"{method}product={product}")
+
+    actual, of_read, of_unread = estimated([w, unread_w], [u, read_u, unread_u])
+    assert torch.equal(of_read, 2 * read_u) and torch.equal(of_unread, 0 * unread_u)
+    torch.testing.assert_close(actual, *estimated([w], [u]), rtol=1e-6, atol=1e-9)
+
+
 @cases()
 def test_tensors_that_no_level_owns_are_constants(case: Case) -> None:
     """Neither frozen tensors nor trainable ones of nobody change the result or get a gradient."""
@@ -155,13 +161,8 @@ def test_tensors_that_no_level_owns_are_constants(case: Case) -> None:
     nobodys = torch.zeros((), dtype=torch.float64, requires_grad=True)
 
     def with_others(level: Level) -> Level:
-        owned = level.variables
-        return Level(
-            lambda w, u: level.objective(w + nobodys + frozen, u + nobodys * frozen),
-            owned,
-            quadratic.w,
-            quadratic.u,
-        )
+        loss = lambda w, u: level.objective(w + nobodys + frozen, u + nobodys * frozen)  # noqa: E731
+        return Level(loss, level.variables, quadratic.w, quadratic.u)
 
     actual = flat(hypergradient(with_others(upper), with_others(lower), case.estimator))
     assert_close(actual, expected, expected, case.rounding)

@@ -48,9 +48,7 @@ def in_8_bits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Problem, Proble
 
 
 @pytest.mark.parametrize("method", DIFFERENCES)
-def test_differences_over_layers_that_round_activations_are_refused(
-    method: str, in_8_bits: tuple[Problem, Problem]
-) -> None:
+def test_differences_are_refused(method: str, in_8_bits: tuple[Problem, Problem]) -> None:
     with pytest.raises(ProblemError, match=r"^Linear8bitLt: .*; choose product=exact, direct"):
         hypergradient(*in_8_bits, method)
 

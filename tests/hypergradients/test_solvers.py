@@ -64,9 +64,7 @@ def galerkin(h: Tensor, b: Tensor, steps: int) -> Tensor:
 
 @pytest.mark.parametrize("condition", [10.0, 1000.0])
 @given(steps=st.integers(1, 6), seed=st.integers(0, 10**6))
-def test_conjugate_gradients_return_their_last_iterate_on_positive_systems(
-    condition: float, steps: int, seed: int
-) -> None:
+def test_cg_returns_its_last_iterate(condition: float, steps: int, seed: int) -> None:
     """Its error falls at every step (Hestenes & Stiefel 1952, 6:3); its residual need not."""
     eigenvalues = condition ** torch.linspace(0, 1, 9, dtype=torch.float64)
     h = symmetric(eigenvalues, torch.Generator().manual_seed(seed))
@@ -228,9 +226,7 @@ def test_exact_solves_a_singular_system_that_has_a_solution() -> None:
     assert "rank 2 of 3" in solution.note
 
 
-def test_exact_refuses_more_unknowns_than_a_dense_hessian_may_have(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_exact_refuses_too_many_unknowns(monkeypatch: pytest.MonkeyPatch) -> None:
     upper, lower = program(0).levels()
     monkeypatch.setattr(exact, "LARGEST", 12)
     hypergradient(upper, lower, "exact")
@@ -264,9 +260,7 @@ def regression(dtype: torch.dtype, size: int, scale: float) -> tuple[FunctionLev
 @pytest.mark.parametrize(
     ("dtype", "scale"), [(torch.float32, 1e-30), (torch.float32, 1.0), (torch.float64, 1e10)]
 )
-def test_steps_beyond_the_solution_change_nothing(
-    solver: Solver, dtype: torch.dtype, scale: float
-) -> None:
+def test_further_steps_change_nothing(solver: Solver, dtype: torch.dtype, scale: float) -> None:
     """Not where the residual is zero, nor where a direction underflows."""
     options = {field.name for field in dataclasses.fields(solver)}
     many = {"steps": 400, "tolerance": 0.0} if "tolerance" in options else {}

@@ -38,9 +38,7 @@ def calls(solver: WarmStart, systems: Sequence[tuple[Tensor, Tensor]], state: St
     damping=st.sampled_from([0.0, 2.0]),
     seed=st.integers(0, 10**6),
 )
-def test_the_error_is_the_product_of_all_steps(
-    n: int, steps: int, decay: float, damping: float, seed: int
-) -> None:
+def test_errors_of_all_steps(n: int, steps: int, decay: float, damping: float, seed: int) -> None:
     """v* − v = Π (I − (a/k^decay)(H + damping·I)) v*, the first steps being Neumann's."""
     h, b, a = positive(n, torch.Generator().manual_seed(seed)), normal(n, seed=seed), 0.05
     one = torch.eye(n, dtype=torch.float64)
@@ -61,9 +59,7 @@ def test_the_error_is_the_product_of_all_steps(
 
 
 @given(damping=st.sampled_from([0.0, 1.0]), scale=st.floats(1e-3, 1e3), seed=st.integers(0, 10**6))
-def test_the_step_is_one_over_the_largest_eigenvalue(
-    damping: float, scale: float, seed: int
-) -> None:
+def test_the_step_follows_the_largest_eigenvalue(damping: float, scale: float, seed: int) -> None:
     """Found by one product a call, and the solution at its rate: (1 − 1/10)^200 = 7e-10."""
     h, b = scale * positive(8, torch.Generator().manual_seed(seed)), normal(8, seed=seed)
     damping = damping * scale
@@ -74,10 +70,7 @@ def test_the_step_is_one_over_the_largest_eigenvalue(
 
 
 def test_its_mean_over_all_sequences_of_batches_is_that_of_the_mean_batch() -> None:
-    """Exactly, at any step length, since v never meets a batch that it has already seen.
-
-    A solver that starts anew on each batch has the mean of H⁻¹b, which is another.
-    """
+    """A solver that starts anew on each batch has the mean of H⁻¹b, which is another."""
     batches = [(positive(4, torch.Generator().manual_seed(k)), normal(4, seed=k)) for k in range(3)]
     mean = sum(h for h, _ in batches) / 3, sum(b for _, b in batches) / 3
     solver, start = WarmStart(step_size=0.08), {"v": Vector([normal(4, seed=9)]), "k": 0}

@@ -94,7 +94,6 @@ class TwoLayers(nn.Module):
 
 
 def two_layers(**options: Any) -> PeftModel:
-    """`TwoLayers` with LoRA of random factors."""
     torch.manual_seed(0)
     targets = ["first", "second"]
     model = wrap(TwoLayers().double(), use_dora=False, target_modules=targets, **options)

@@ -14,7 +14,6 @@ STEPS = 6
 def level(
     net: nn.Sequential, weights: Tensor, layer: int, rows: Tensor, share: slice
 ) -> RowWeighted:
-    """The level of a layer, over ``rows``."""
     optimizer = torch.optim.Adam(net[layer].parameters(), lr=0.02)
     return RowWeighted(
         net,

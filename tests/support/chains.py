@@ -32,7 +32,6 @@ class Chain:
         return z @ self.matrices[k] @ z / 2 + self.vectors[k] @ z
 
     def levels(self, lr: float = 0.05, data: Any = None) -> list[Any]:
-        """The levels from above."""
         return [
             FunctionLevel(
                 lambda _, k=k: self.objective(k, self.blocks),

@@ -14,8 +14,6 @@ from tests.support.trainers import QUIET
 
 
 class Scaled(torch.nn.Module):
-    """A classifier of ten numbers."""
-
     def __init__(self) -> None:
         super().__init__()
         self.linear = torch.nn.Linear(6, 3)

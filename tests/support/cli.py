@@ -21,6 +21,7 @@ from hyperopt_peft.cli.text.tasks import TASKS
 from tests.support.files import SMALL, flags, rows, save_model, write
 
 ROOT = Path(__file__).parents[2]
+Capture = pytest.CaptureFixture[str]  # of ``capsys``
 COLUMNS: dict[str, dict[str, Any]] = {
     "token-classification": {"label_column": "tags"},
     "seq2seq": {"target_column": "target"},
@@ -46,11 +47,7 @@ def run(command: str, *argv: str, **options: Any) -> None:
 
 
 def refused(
-    capsys: pytest.CaptureFixture[str],
-    command: str,
-    options: dict[str, Any],
-    *words: str,
-    status: int = 2,
+    capsys: Capture, command: str, options: dict[str, Any], *words: str, status: int = 2
 ) -> str:
     """The one line of a command that must fail; it has all of ``words``, regular expressions."""
     capsys.readouterr()
@@ -87,18 +84,15 @@ def stock(folder: Path, task: str = "text-classification") -> tuple[Any, Any]:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The lines of a CSV file."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 def results_of(folder: Path) -> dict[str, Any]:
-    """The numbers that a run wrote to ``out`` in ``folder``."""
     results: dict[str, Any] = json.loads((folder / "out/all_results.json").read_text())
     return results
 
 
 def state(folder: Path) -> dict[str, Any]:
-    """The Trainer's state that a run wrote to ``folder``."""
     result: dict[str, Any] = json.loads((folder / "trainer_state.json").read_text())
     return result

@@ -30,7 +30,6 @@ SHORT: dict[str, Any] = {
 
 
 def accuracy(outputs: Any) -> dict[str, float]:
-    """The share of the labels that have the largest logit."""
     return {"accuracy": float((outputs.predictions.argmax(-1) == outputs.label_ids).mean())}
 
 

@@ -89,7 +89,6 @@ def write(path: Path, data: Any) -> Any:
 
 
 def flags(**options: Any) -> Any:
-    """Options as a command line has them."""
     result = []
     for name, value in options.items():
         values = value if isinstance(value, list) else [value]

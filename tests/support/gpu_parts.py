@@ -8,24 +8,20 @@ from typing import Any
 
 
 def fine(machine: Any) -> Iterator[dict[str, Any]]:
-    """Two rows."""
     yield {"device": machine.device, "n": 1}
     yield {"device": machine.device, "n": 2}
 
 
 def raises(machine: Any) -> Iterator[dict[str, Any]]:
-    """A row, then an error."""
     yield {"n": 1}
     raise MemoryError("out of memory")
 
 
 def killed(machine: Any) -> Iterator[dict[str, Any]]:
-    """A row, then the end by the system."""
     yield {"n": 1}
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def hangs(machine: Any) -> Iterator[dict[str, Any]]:
-    """No row in any time."""
     time.sleep(600)
     yield {"n": 1}

@@ -19,7 +19,6 @@ from tests.support.trainers import base_model, data
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """The numbers of each, by name."""
     args = TrainingArguments(str(folder), report_to="none")
     sets = {"train_dataset": data("classes", 14), "eval_dataset": data("classes", 7, seed=1)}
     trainer = Trainer(base_model(), args, **sets)

@@ -37,8 +37,6 @@ Ready = Callable[[], object]
 
 
 class Begin(TrainerCallback):
-    """Calls ``ready`` before the first step."""
-
     def __init__(self, ready: Ready) -> None:
         self.ready = ready
 
@@ -105,7 +103,6 @@ class Child:
         write_state(self.folder / FINAL, train(self.folder, ready, **settings))
 
     def finish(self) -> Any:
-        """Wait for the end, and read it."""
         self.process.join()
         assert self.process.exitcode == 0, "the run failed, see above"
         return read_state(self.folder / FINAL)

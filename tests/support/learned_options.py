@@ -11,8 +11,6 @@ from tests.support.quadratic import FunctionLevel
 
 
 class Learned(FunctionLevel):
-    """A lower level whose optimizer's options are ``options()``."""
-
     def __init__(self, function: Any, owned: Any, options: Any, **level: Any) -> None:
         self.options = options
         super().__init__(function, owned, **level)

@@ -127,7 +127,6 @@ def levels(kind: str, count: int = 1, rank: int = 0) -> tuple[Any, ...]:
 
 
 def whole(tensors: Any) -> list[Any]:
-    """Copies of ``tensors`` in full."""
     return [x.full_tensor() if isinstance(x, DTensor) else x.detach().clone() for x in tensors]
 
 
@@ -146,7 +145,6 @@ def gradients(kind: str, *place: Any) -> Any:
 
 
 def estimates(kind: str, methods: Any, *place: Any) -> dict[str, Any]:
-    """Every method's hypergradient at one point."""
     return {method: whole(hypergradient(*levels(kind, *place), method)) for method in methods}
 
 
@@ -159,8 +157,8 @@ def trained(kind: str, method: str, *place: Any) -> tuple[Any, ...]:
     return records, whole((*upper.variables, *lower.variables))
 
 
-def chained(kind: str, *place: Any) -> tuple[Any, ...]:
-    """The records of a short run of three levels, and all variables at its end."""
+def chained(kind: str, *place: Any) -> list[Any]:
+    """All variables of three levels after a short run."""
     middle, lower = levels(kind, *place)
     top, u, optimizer = middle.net, middle.variables[1:2], partial(torch.optim.SGD, lr=0.05)
     v = [pair for pair in zip(middle.names, middle.variables) if pair[0] != "temperature"]
@@ -169,8 +167,8 @@ def chained(kind: str, *place: Any) -> tuple[Any, ...]:
     middle = Level(top, middle.rare, v, **options)
     top = Level(top, middle.rare, u, optimizer=optimizer(u), data=data[1], name="top")
     level = Nested(middle, lower, "cg:product=difference,steps=3", lower_steps=2)
-    records = Engine(top, level, "cg:product=difference,steps=2", progress=False).run(2)
-    return records, whole((*top.variables, *middle.variables, *lower.variables))
+    Engine(top, level, "cg:product=difference,steps=2", progress=False).run(2)
+    return whole((*top.variables, *middle.variables, *lower.variables))
 
 
 def resumed(kind: str, method: str, *place: Any) -> tuple[Any, ...]:
@@ -209,7 +207,6 @@ def poisoned(kind: str, *place: Any) -> Any:
 
 
 def drawn(kind: str, *place: Any) -> Any:
-    """The random numbers of the upper losses."""
     upper, lower = levels(kind, *place)
     Engine(upper, lower, "direct", progress=False).run(3)
     return upper.drawn

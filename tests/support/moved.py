@@ -33,12 +33,8 @@ NAMES = [
     ("peft", "_get_embed_scale"),
     ("peft", "_dora_cache"),
     ("peft", "ENABLE_DORA_CACHING"),
-    ("peft", "LoraVariant"),
-    ("peft", "DoraLinearVariant"),
     ("accelerate", "_hf_hook"),
     ("transformers", "_save_checkpoint"),
-    ("transformers", "_internal_call"),
-    ("transformers", "_signature_columns"),
     ("transformers", "loss_is_scaled_for_ga"),
 ]
 Seen = dict[str, Any]
@@ -53,7 +49,6 @@ class Renamed(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Any = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The module's place, with a loader that replaces the word."""
         if fullname.partition(".")[0] != self.package:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
@@ -66,19 +61,15 @@ class Renamed(MetaPathFinder):
 
 
 class Loader(SourceFileLoader):
-    """Loads a module from the text ``source``."""
-
     def __init__(self, fullname: str, path: str, source: str) -> None:
         super().__init__(fullname, path)
         self.source = source
 
     def get_code(self, fullname: str) -> Any:
-        """The module's code."""
         return compile(self.source, self.path, "exec", dont_inherit=True)
 
 
 def engine() -> None:
-    """A run of an Engine."""
     from hyperopt_peft import Engine, Problem
 
     w, u = (torch.ones(2, requires_grad=True) for _ in range(2))
@@ -145,7 +136,6 @@ def seen(case: tuple[str, str]) -> Seen:
 
 
 def main() -> None:
-    """Print what is seen of each name."""
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
         print(json.dumps({each["name"]: each for each in pool.imap(seen, NAMES)}))
 

@@ -64,33 +64,18 @@ def owned(net: Network) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tenso
 
 
 def network_levels(
-    *, dropout: float = 0.3, generators: bool = False, upper_lr: float = 0.05
-) -> tuple[Classify, Classify]:
-    """Upper and lower level over one network, equal at every call.
-
-    ``generators`` gives each loader a generator of its own.
-    """
-    torch.manual_seed(0)
-    net = Network(dropout)
-    upper, lower = owned(net)
-    own = [torch.Generator().manual_seed(k) if generators else None for k in range(2)]
-    adam = torch.optim.Adam([v for _, v in upper], lr=upper_lr)
-    momentum = torch.optim.SGD([v for _, v in lower], lr=0.05, momentum=0.9)
-    return (
-        Classify(net, upper, data=loader(14, own[0]), optimizer=adam, name="upper"),
-        Classify(net, lower, data=loader(18, own[1]), optimizer=momentum, name="lower"),
-    )
-
-
-def adam_levels(
-    count: int,
+    count: int = 2,
     *,
+    dropout: float = 0.3,
     generators: bool = False,
     rates: Sequence[float] = (0.05, 0.05, 0.05),
 ) -> list[Classify]:
-    """Two or three levels over one network, from the top, with Adam and a schedule each."""
+    """Two or three levels over one network, from the top, with Adam and a schedule each.
+
+    They are equal at every call; ``generators`` gives each loader a generator of its own.
+    """
     torch.manual_seed(0)
-    net = Network()
+    net = Network(dropout)
     named = {name: p for name, p in net.named_parameters() if p.requires_grad}
     above = [["gate", "temperature"]] if count == 2 else [["temperature"], ["gate", "norm.weight"]]
     names = [*above, [name for name in named if not any(name in names for names in above)]]
@@ -113,7 +98,6 @@ def adam_levels(
 
 
 def seed_all(seed: int) -> None:
-    """Seed the global generators of PyTorch, NumPy and Python."""
     for function in (torch.manual_seed, np.random.seed, random.seed):
         function(seed)
 

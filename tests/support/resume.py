@@ -55,7 +55,6 @@ def interrupted(
 
 
 def end(made: Any) -> dict[str, Any]:
-    """All that should be the same."""
     last = getattr(made, "retrainer", None) or made
     parameters = {n: p.detach().clone() for n, p in made.model.named_parameters()}
     return {

@@ -45,5 +45,4 @@ def train(folder: Path, batch: int, estimator: str) -> tuple[list[dict[str, Any]
 
 
 def work(folder: Path) -> dict[str, Any]:
-    """The runs, by estimator."""
     return {name: train(folder / name, 2, name) for name in RUNS}

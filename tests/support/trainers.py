@@ -58,7 +58,6 @@ gc.freeze()
 
 
 def base_model(kind: str = "classes", dropout: float = 0.1) -> Any:
-    """An untrained model of the task."""
     torch.manual_seed(0)
     config = copy.deepcopy(CONFIG)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
@@ -189,5 +188,4 @@ def shard_on_cpus() -> None:
 
 
 def values(model: nn.Module) -> dict[str, Any]:
-    """Copies of the trainable parameters by name."""
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}

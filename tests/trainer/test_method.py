@@ -99,6 +99,7 @@ def test_a_copy_of_a_published_method_is_published() -> None:
         (x.defaults["hypergradient"].partition(":")[0], x.defaults["lower_steps"]) for x in copied
     ]
     assert found == [("darts", 4), ("neumann", 20), ("fastmix", 20)]
+    assert copied[1].defaults["retrain"] == "scratch"
     assert BiDoRA.published() != BiDoRA()
 
 

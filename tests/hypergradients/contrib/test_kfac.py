@@ -302,9 +302,7 @@ def test_at_negative_curvature_the_factored_matrix_is_inverted_alone() -> None:
         lambda net, x: net(nested_tensor([x[:2], x[2:]], layout=torch.jagged)).values(),
     ],
 )
-def test_layers_inside_of_a_transform_or_on_nested_tensors_are_none(
-    slopes: Callable[..., Tensor],
-) -> None:
+def test_layers_inside_of_a_transform_or_on_nested_tensors(slopes: Callable[..., Tensor]) -> None:
     """As in a loss of a network's derivatives; kfac is then cg."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()

@@ -41,7 +41,6 @@ class Sentence:
 
     @classmethod
     def draw(cls, seed: int) -> Self:
-        """The sentence of ``seed``."""
         draws = random.Random(seed)
         chosen = {
             name: draws.choices(list(odds), list(odds.values()))[0]

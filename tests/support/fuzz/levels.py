@@ -216,7 +216,6 @@ class Levels:
         return (x.real.sum() * self.network.last.weight.sum()).tanh()
 
     def loss(self, level: str) -> Tensor:
-        """The loss of ``level``, a scalar."""
         self.record(level)
         if not self.plain and level == "lower" and self.form.meddling in ("written", "data"):
             self._write()

@@ -28,8 +28,6 @@ class _Square(Function):
 
 
 class _Once(_Square):
-    """As `_Square`, marked as differentiable once."""
-
     backward = staticmethod(once_differentiable(_Square.backward))
 
 

@@ -18,14 +18,12 @@ GAMMA = 100.0  # of the estimator "penalty"
 
 
 def restore(state: Any) -> None:
-    """Set torch's, NumPy's and Python's generators."""
     torch.set_rng_state(state[0])
     np.random.set_state(state[1])
     random.setstate(state[2])
 
 
 def current() -> Any:
-    """The states of torch's, NumPy's and Python's generators."""
     return torch.get_rng_state(), np.random.get_state(), random.getstate()
 
 
@@ -36,7 +34,6 @@ def flat(tensors: Any) -> Tensor:
 
 
 def optimizer_of(form: Form, tensors: Any) -> torch.optim.Optimizer:
-    """The form's lower optimizer."""
     if form.optimizer == "adam":
         return torch.optim.Adam(tensors, lr=0.05, eps=1e-3)
     return torch.optim.SGD(tensors, lr=0.1, momentum=0.9 if form.optimizer == "momentum" else 0.0)
@@ -137,7 +134,6 @@ class Point:
 
     @property
     def truth(self) -> Tensor:
-        """dF/du by the implicit formula."""
         return self.d - self.m @ (self.inverse @ self.b)
 
     def darts(self, xi: float) -> Tensor:

@@ -141,14 +141,12 @@ class Examination:
         self._unmoved: list[Tensor] = []
 
     def levels(self) -> tuple[Levels, object, object]:
-        """New levels, and their Problems; the generators are as at the first."""
         levels = Levels(self.form, plain=False, curvature=self.functions.plain.curvature)
         optimizers = torch.optim.SGD(levels.u, lr=1.0), optimizer_of(self.form, levels.w)
         restore(self.state)
         return levels, *levels.problems(optimizers)
 
     def verdicts(self) -> Iterator[Verdict]:
-        """Of every estimator."""
         try:
             self.levels()
         except ProblemError as error:
@@ -269,7 +267,6 @@ def relative(error: Tensor, size: Tensor) -> float:
 
 
 def run(seeds: Iterable[int]) -> Iterator[Verdict]:
-    """The verdicts of the problems of ``seeds``."""
     torch.set_num_threads(1)
     for seed in seeds:
         if seed % 2:
@@ -280,7 +277,6 @@ def run(seeds: Iterable[int]) -> Iterator[Verdict]:
 
 
 def report(verdicts: Iterable[Verdict]) -> str:
-    """The faults among ``verdicts``, a problem each."""
     faults = groupby(filter(lambda v: v.fault, verdicts), lambda v: v.form)
     return "\n".join(
         "\n".join([str(form), *(f"    {v.kind} {v.estimator}: {v.words}" for v in each)])
@@ -289,7 +285,6 @@ def report(verdicts: Iterable[Verdict]) -> str:
 
 
 def main() -> int:
-    """Print the faults and the counts; returns 1 if there is a fault."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--problems", type=int, default=300)

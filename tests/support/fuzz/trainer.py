@@ -162,8 +162,6 @@ def collated(kind: str, rows: Sequence[Any]) -> dict[str, Tensor]:
 
 
 class Weights(RowWeights):
-    """The library's, in float64."""
-
     def prepare(self, model: Any) -> None:
         super().prepare(model)
         self.logits = self.logits.detach().double().requires_grad_()

@@ -36,7 +36,6 @@ class Optimizer:
         self.state = 0, torch.zeros(()), torch.zeros(())
 
     def step(self, x: Tensor, gradient: Tensor, rate: float, *, keep: bool = True) -> Tensor:
-        """x after a step; ``keep`` the moments."""
         if self.limit:
             gradient = gradient * (self.limit / (gradient.norm() + 1e-6)).clamp(max=1)
         if self.form.optimizer == "sgd":
@@ -76,7 +75,6 @@ class Reference:
         return torch.tensor([self.rows[number]["labels"] for number in rows])
 
     def each(self, rows: Sequence[int], mask: Tensor, w: Tensor, u: Tensor) -> Tensor:
-        """The loss of each of ``rows``, with the label smoothing."""
         method, smoothing = self.form.method, self.form.smoothing
         x = torch.stack([self.features[number] for number in rows]) * mask
         x = x * u if method == "scale" else x
@@ -118,7 +116,6 @@ class Reference:
         return loss + u.square().sum() / 20 if self.form.method == "offsets" else loss
 
     def run(self, steps: Sequence[Batches]) -> None:
-        """Take the ``steps``; one with upper batches is also an upper step."""
         for number, step in enumerate(steps):
             lower = {rows: mask for rows, mask in step.items() if rows[0] < FIRST_UPPER}
             upper = {rows: mask for rows, mask in step.items() if rows[0] >= FIRST_UPPER}
