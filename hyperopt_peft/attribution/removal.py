@@ -90,7 +90,7 @@ def remove(
     draws: int,
     seed: int,
 ) -> Removal:
-    """Train without the rows ``worst``, and in the other ways; see `Attribution.removal`."""
+    """Train without the rows ``worst``, and for comparison; see `Attribution.removal`."""
     measure, count = trained.test(test), len(worst)
 
     @torch.no_grad()

@@ -93,10 +93,10 @@ def suspects(trained: Trained, folds: int, seed: int) -> Suspects:
     probabilities = torch.cat(of_parts)[torch.tensor([*chain(*parts)]).argsort()]
     labelled = (labels >= 0).nonzero().flatten()
     confidence = torch.full((len(labels),), torch.nan, dtype=torch.float64)
-    given, of_given = labels[labelled], probabilities[labelled]
-    confidence[labelled], doubtful = _doubts(given, of_given)
-    predicted = of_given.argmax(1)
-    accuracy, kappa = accuracy_score(given, predicted), cohen_kappa_score(given, predicted)
+    scored = labels[labelled], probabilities[labelled]
+    confidence[labelled], doubtful = _doubts(*scored)
+    pair = scored[0], scored[1].argmax(1)
+    accuracy, kappa = accuracy_score(*pair), cohen_kappa_score(*pair)
     flagged = labelled[doubtful].tolist() if kappa > SLIGHT else []
     method = CLEANLAB if find_spec("cleanlab") else MOST_PROBABLE
     return Suspects(confidence, flagged, probabilities, accuracy, kappa, method)

@@ -244,7 +244,7 @@ def settings_of(task: Task) -> dict[str, Any]:
         "parts": data.parts or None,
     }
     for name, method in task.methods.items():
-        options = fields(method) if is_dataclass(method) else ()
+        options: Any = fields(method) if is_dataclass(method) else ()
         values = [getattr(method, each.name) for each in options]
         settings[f"method {name}"] = [code_of(type(method)), *values, dict(method.defaults)]
     return settings

@@ -1,9 +1,8 @@
 """Runs on a linear head over frozen features: each is solved to its minimum, in a second.
 
-    min over W, b   f(W, b; u) + ½·λ·‖W‖²,   f the method's lower level
-
-A method with an upper level takes steps of Adam along the hypergradient at that minimum first. No
-rate is chosen and no passes are equalised: a solved level depends on neither.
+The minimum is that of the method's lower level with the penalty of a head (`heads.head`). A method
+with an upper level takes steps of Adam along the hypergradient at that minimum first. No rate is
+chosen and no passes are equalised: a solved level depends on neither.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ class HeadTask(Task):
         metrics = self.evaluate(model, test)
         self.require_metric(metrics)
         more = {"seconds": seconds, "memory": peak(), "steps": [], "spent": {}}
-        return self.line(scored, metrics, passes=0.0, finish=0.0, **more)
+        return self.line(scored, metrics, passes=0.0, **more)
 
     def solve(self, run: Run) -> Any:
         """The head of ``run``; its method is called in the order of a trainer."""

@@ -171,15 +171,8 @@ class Comparison:
                     f"{name}: a lower level at its minimum absorbs the upper variables; what moves "
                     "them is the path to it or the decay of an optimizer"
                 )
-            results = self.reported[name, "method"]
-            change = max(result["finish"] for result in results)
-            if change > 1e-3:
-                lines.append(
-                    f"{name}: finish changes the logits, by up to {change:.1%} of the largest; the "
-                    "second training starts from there"
-                )
-            if said := results[0]["layers"]:
-                layers.setdefault(said, []).append(name)
+            if text := self.reported[name, "method"][0]["layers"]:
+                layers.setdefault(text, []).append(name)
         alike = len(layers) == 1
         return lines + [k if alike else f"{', '.join(names)}: {k}" for k, names in layers.items()]
 

@@ -71,8 +71,8 @@ class Work:
             if kind != "frozen":  # which has the steps of its method, the one before
                 each = self.task.check(run)
             steps[run] = each
-            least = LEARNS / rate if "adam" in self.task.args.optim else 1
-            if each and min(each) < least:
+            least = LEARNS if "adam" in self.task.args.optim else rate
+            if each and min(each) * rate < least:
                 raise ProblemError(
                     f"passes: {self.task.passes:g} leave {name} a phase of {min(each)} steps, "
                     f"which hardly train an adapter at a rate of {rate:g}; give more passes or "

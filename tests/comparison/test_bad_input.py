@@ -124,17 +124,9 @@ def undefined(outputs: Any) -> dict[str, float]:
         (ONE, {"passes": None}, "passes: must be .*got None"),
         (ONE, {"passes": math.nan}, "passes: must be .*got nan"),
         (ONE, {"jobs": 0}, "jobs: must be"),
-        (
-            ONE,
-            {"arguments": {"dataloader_drop_last": True}},
-            "^dataloader_drop_last.* it out$",
-        ),
+        (ONE, {"arguments": {"dataloader_drop_last": True}}, "^dataloader_drop_last.* it out$"),
         (ONE, {"arguments": {"eval_strategy": "epoch"}}, "^eval_strategy.*leave it out$"),
-        (
-            ONE,
-            {"arguments": {"retrain_arguments": BEST}},
-            "^retrain_arguments: load_.* it out$",
-        ),
+        (ONE, {"arguments": {"retrain_arguments": BEST}}, "^retrain_arguments: load_.* it out$"),
         (ONE, {"test_dataset": TEST.select([])}, "test_dataset has no examples"),
         (ONE, {"test_dataset": TEST.to_list()}, "test_dataset: must be a datasets.Dataset"),
         (
@@ -171,22 +163,6 @@ def test_a_store_is_of_one_budget_one_score_and_one_model(tmp_path: Path) -> Non
     for folder in (None, tmp_path / "2"):
         with pytest.raises(ProblemError, match="base_model: returns one model again"):
             compare_methods(ONE, lambda: model, *others, folder=folder, **rows)
-
-
-class Shifting(Method):
-    """Changes the logits at the end."""
-
-    @torch.no_grad()
-    def finish(self, model: Any) -> Any:
-        for name, parameter in model.named_parameters():
-            if "classifier" in name and "bias" in name:
-                parameter.add_(torch.arange(len(parameter)).to(parameter))
-        return model
-
-
-def test_a_finish_that_changes_the_logits_is_said() -> None:
-    text = str(compared({"LoRA": LoRA(), "mine": Shifting()}))
-    assert "mine: finish changes the logits" in text and "LoRA: finish" not in text
 
 
 def test_a_rate_at_which_a_loss_is_not_finite_is_the_worst() -> None:

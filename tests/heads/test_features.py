@@ -1,7 +1,6 @@
 """Features: what a model makes of rows before its head."""
 
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,22 +94,6 @@ def test_an_encoder_decoder_s_states_are_the_encoder_s() -> None:
     model.eval()
     states = model.model.encoder(torch.tensor([PADDED[2]["input_ids"][:3]])).last_hidden_state
     torch.testing.assert_close(made.x[2, -8:], states[0].mean(0))
-
-
-def test_layers_of_fewer_tokens_are_left_out() -> None:
-    """As in Funnel, which shortens its rows on the way."""
-
-    class Shrinking(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(()))
-
-        def forward(self, input_ids: Any, attention_mask: Any, **options: Any) -> Any:
-            x = self.scale * input_ids[..., None].float()
-            return SimpleNamespace(hidden_states=(x, 2 * x, x[:, ::2], 4 * x))
-
-    made = features_of(Shrinking(), PADDED, default_data_collator)
-    assert made.x.shape == (10, 2) and torch.equal(made.x[:, 1], 2 * made.x[:, 0])
 
 
 def test_standardized_features_have_mean_0_and_deviation_1() -> None:
