@@ -30,16 +30,11 @@ def test_a_schedule_and_a_learnt_decay_go_together() -> None:
 
     def levels() -> Any:
         (w, u), (_, decay) = start(), logs()
-        made = SGD(w, lr=0.3)
         upper = FunctionLevel(lambda _: upper_f(w, u), [*u, decay], lr=1.0)
-        return upper, Learned(
-            lambda b: f(w, u, b),
-            w,
-            lambda: {"weight_decay": decay.exp()},
-            data=BATCHES,
-            optimizer=made,
-            scheduler=ExponentialLR(made, 0.7),
-        )
+        options = lambda: {"weight_decay": decay.exp()}  # noqa: E731
+        lower = Learned(lambda b: f(w, u, b), w, options, data=BATCHES, lr=0.3)
+        lower.scheduler = ExponentialLR(lower.optimizer, 0.7)
+        return upper, lower
 
     actual = trained(levels(), 0, 3, "unrolled:steps=3")
     torch.testing.assert_close(actual, slopes(levels, 3), rtol=1e-7, atol=1e-9)
@@ -76,13 +71,8 @@ def test_outside_training_an_unread_variable_does_not_decay(method: str, steps: 
     """A step leaves it alone; of the others, w' = w − lr·(2w + u·w)."""
     read, unread = (torch.full((2,), x, dtype=torch.float64, requires_grad=True) for x in (1, 3))
     decay = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
-    owned = [read, unread]
-    lower = Learned(
-        lambda _: read.square().sum(),
-        owned,
-        lambda: {"weight_decay": decay},
-        optimizer=SGD(owned, lr=0.5),
-    )
+    options = lambda: {"weight_decay": decay}  # noqa: E731
+    lower = Learned(lambda _: read.square().sum(), [read, unread], options, lr=0.5)
     upper = FunctionLevel(lambda _: read.sum() + unread.sum(), [decay])
     (h,) = hypergradient(upper, lower, f"{method}:steps={steps}")
     factor = 1 - 0.5 * (2 + 0.1)

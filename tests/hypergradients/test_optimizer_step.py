@@ -76,14 +76,9 @@ def test_a_gradient_that_is_exactly_zero_gives_no_nan(
     kind: type[Optimizer], max_grad_norm: float | None, method: str
 ) -> None:
     """Square roots and norms have no derivative at 0, where ∂f/∂w is here."""
-    w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    u = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    lower = FunctionLevel(
-        lambda _: (w - u).square().sum() / 2,
-        [w],
-        optimizer=kind([w], lr=0.1),
-        max_grad_norm=max_grad_norm,
-    )
+    w, u = (torch.zeros(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    options = {"optimizer": kind([w], lr=0.1), "max_grad_norm": max_grad_norm}
+    lower = FunctionLevel(lambda _: (w - u).square().sum() / 2, [w], **options)
     upper = FunctionLevel(lambda _: (w - 1).square().sum() / 2, [u])
     (h,) = hypergradient(upper, lower, method)
     assert torch.isfinite(h).all() and (h != 0).all()
@@ -99,9 +94,8 @@ def test_a_variable_of_no_dimension_keeps_its_precision(
     for dtype in (torch.float32, torch.float64):
         w = torch.tensor(0.5, dtype=dtype, requires_grad=True)
         u = torch.tensor(0.2, dtype=dtype, requires_grad=True)
-        lower = FunctionLevel(
-            lambda _, w=w, u=u: (w - u).square(), [w], optimizer=kind([w], lr=0.1)
-        )
+        f, made = lambda _, w=w, u=u: (w - u).square(), kind([w], lr=0.1)
+        lower = FunctionLevel(f, [w], optimizer=made)
         upper = FunctionLevel(lambda _, w=w: w.square(), [u], lr=1.0)
         assert hypergradient(upper, lower, method)[0].dtype is dtype
         Engine(upper, lower, method, lower_steps=3, progress=False).run(1)
@@ -116,10 +110,8 @@ def test_a_gradient_just_below_the_limit_is_clipped_alike(limit: float, replayed
     """As torch does, by limit/(norm + 1e-6): at a small limit that is a factor of its own."""
     w = torch.tensor([limit - 5e-7], dtype=torch.float64, requires_grad=True)
     u = torch.zeros(1, dtype=torch.float64, requires_grad=True)
-    optimizer = SGD([w], lr=0.5)
-    lower = FunctionLevel(
-        lambda _: (w.square() / 2 + u * w).sum(), [w], optimizer=optimizer, max_grad_norm=limit
-    )
+    f = lambda _: (w.square() / 2 + u * w).sum()  # noqa: E731
+    lower = FunctionLevel(f, [w], lr=0.5, max_grad_norm=limit)
     upper = FunctionLevel(lambda _: w.sum(), [u], lr=0.0)
     x = w.detach().clone().requires_grad_()
     x.grad = x.detach().clone()

@@ -37,8 +37,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 def levels(loss: Loss, w: Tensor) -> tuple[FunctionLevel, FunctionLevel]:
     u = torch.randn_like(w, requires_grad=True)
     upper = FunctionLevel(lambda _: w.square().sum() + u.sum(), [u])
-    sgd = torch.optim.SGD([w], lr=0.1)
-    return upper, FunctionLevel(lambda _: loss(w, u), [w], optimizer=sgd)
+    return upper, FunctionLevel(lambda _: loss(w, u), [w], lr=0.1)
 
 
 def flash(w: Tensor) -> Tensor:

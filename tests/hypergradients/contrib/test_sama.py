@@ -42,8 +42,8 @@ def test_half_precision_variables_have_their_step_in_single_precision() -> None:
     for dtype in (torch.bfloat16, torch.float64):
         w = torch.tensor([0.5, -1.0, 2.0], dtype=dtype, requires_grad=True)
         u = torch.tensor([0.25, 0.75, -0.5], dtype=dtype, requires_grad=True)
-        lower = FunctionLevel(lambda _, w=w, u=u: (w - u).square().sum(), [w])
-        lower.optimizer = AdamW([w], lr=0.125, eps=0.5)
+        adam = AdamW([w], lr=0.125, eps=0.5)
+        lower = FunctionLevel(lambda _, w=w, u=u: (w - u).square().sum(), [w], optimizer=adam)
         upper = FunctionLevel(lambda _, w=w: w.square().sum(), [u])
         (h,) = hypergradient(upper, lower, "sama")
         assert h.dtype == dtype
