@@ -149,11 +149,7 @@ def get_estimator(estimator: EstimatorLike) -> Estimator:
 
 
 def with_options(estimator: type[EstimatorT], text: str) -> EstimatorT:
-    """An instance of ``estimator`` with the options in ``text``: ``"steps=40,damping=0.1"``.
-
-    Raises:
-        ProblemError: an option is unknown, or a value is invalid.
-    """
+    """``estimator`` with the options in ``text``, "steps=40,damping=0.1", or ProblemError."""
     name = estimator.name
     names = [option.name for option in dataclasses.fields(estimator)]  # type: ignore[arg-type]
     options = {}
