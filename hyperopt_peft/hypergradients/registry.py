@@ -105,9 +105,9 @@ def _entry(name: str) -> Entry:
         if name not in others:
             near = did_you_mean(name, sorted({*_ENTRIES, *others}))
             raise ProblemError(f"unknown estimator {name!r}{near}")
-        found = plugins.load(GROUP, name, Estimator)
+        kind = plugins.load(GROUP, name, Estimator)
         if name not in _ENTRIES:
-            raise ProblemError(f"{name!r}: {found.__name__} is registered as {found.name!r}")
+            raise ProblemError(f"{name!r}: {kind.__name__} is registered as {kind.name!r}")
     return _ENTRIES[name]
 
 

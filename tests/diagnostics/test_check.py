@@ -260,6 +260,7 @@ def test_far_from_stationary_is_the_change_of_the_hypergradient():
     upper, lower = quadratic.levels()
     check = examine(upper, lower, solver_steps=len(quadratic.h))
     here = flat(hypergradient(upper, lower, "exact"))
+    ratio = float((here - quadratic.direct).norm() / quadratic.direct.norm())
     sizes = [float(quadratic.direct.norm() + quadratic.exact_implicit.norm())]
     f = lower.loss(None).item()
     minimize(lower)
@@ -268,6 +269,7 @@ def test_far_from_stationary_is_the_change_of_the_hypergradient():
     change = float((there - here).norm()) / max(sizes)
     assert change > 0.1
     assert check.curvature.change == pytest.approx(change, rel=1e-6)
+    assert check.curvature.implicit_ratio == pytest.approx(ratio, rel=1e-6)
     assert check.curvature.losses == pytest.approx((f, lower.loss(None).item()))
     finding = finding_of(check, "far from stationary")
     assert finding.severity == "warning" and f"hypergradient by {change:.0%}" in finding.words

@@ -89,21 +89,16 @@ def test_the_residual_bounds_what_more_steps_would_change(steps: int) -> None:
     assert result.residual is not None and 0.3 * error < result.residual < 1
 
 
+COMPARED = {"estimators": ["darts", "cg:steps=2"], "reference": "retraining:steps=2,directions=1"}
+
+
 @pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
 @pytest.mark.parametrize(
     ("run", "error"),
     [
         (partial(hypergradient, estimator=Retraining(steps=3)), None),
         (partial(hypergradient, estimator=Retraining(steps=3, lr=1e30)), NonFiniteError),
-        (
-            partial(
-                compare_hypergradients,
-                estimators=["darts", "cg:steps=2"],
-                reference=Retraining(steps=2, directions=1),
-                repeats=1,
-            ),
-            None,
-        ),
+        (partial(compare_hypergradients, **COMPARED), None),
     ],
 )
 def test_everything_is_bit_identical_afterwards(run: Any, error: Any) -> None:
