@@ -170,11 +170,7 @@ def squares(peft_model: PeftModel) -> Tensor:
 
 
 def set_layers(config: Any, layers: Mapping[str, tuple[int, float]]) -> dict[str, float]:
-    """Set the rank and the scale s of each layer in a LoraConfig, from ``layers`` by name.
-
-    Returns:
-        Each s as PEFT will compute it.
-    """
+    """Set each layer's rank and scale s in a LoraConfig; returns each s as PEFT will compute it."""
     # PEFT matches a key as a regular expression with the end of a name.
     keys = {name: f"^{re.escape(name)}" for name in layers}
     root = 0.5 if config.use_rslora else 1

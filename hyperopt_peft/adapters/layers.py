@@ -161,12 +161,10 @@ def split_parameters(peft_model: PeftModel) -> ParameterSplit:
 
 
 def require_plain(layer: lora.LoraLayer, adapter_name: str, name: str) -> None:
-    """Check that the layer ``name`` computes with V = W0 + s·B·A and that W0 can be read.
+    """Raise ProblemError unless the layer ``name`` computes with V = W0 + s·B·A and W0 is readable.
 
-    Raises:
-        ProblemError: the layer type is unknown; its base layer is quantised or has a forward pass
-            of its own; its convolution is grouped, dilated or not zero-padded; or the adapter uses
-            a LoRA variant other than DoRA.
+    Its base layer must be neither quantised nor have a forward pass of its own, its convolution
+    plain, and its adapter LoRA or DoRA.
     """
     base: Any = layer.get_base_layer()
     if not isinstance(layer, READABLE_LAYERS) or not _is_plain(layer, base):
@@ -247,10 +245,7 @@ def _is_plain(layer: lora.LoraLayer, base: Any) -> bool:
 
 
 def keep_active(model: Any) -> Callable[[], None]:
-    """A function that activates again what is active of several adapters of ``model`` now.
-
-    Transformers activates only the first one when it loads a checkpoint.
-    """
+    """A function that activates all active adapters again; a checkpoint's loading leaves one."""
     active = list(model.active_adapters) if isinstance(model, PeftModel) else []
     trained = [(x, x.requires_grad) for x in model.parameters()] if len(active) > 1 else []
 

@@ -29,11 +29,7 @@ def _moved(name: str) -> ProblemError:
 
 
 def variant(layer: LoraLayer, adapter_name: str) -> Any:
-    """The object that runs and merges ``layer``; None for plain LoRA.
-
-    Raises:
-        ProblemError: this release of PEFT has no such objects.
-    """
+    """The object that runs and merges ``layer``, None for plain LoRA; ProblemError if it moved."""
     variants = getattr(layer, "lora_variant", None)
     if not isinstance(variants, dict):
         raise _moved("LoraLayer.lora_variant")

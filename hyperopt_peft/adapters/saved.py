@@ -51,14 +51,13 @@ def difference(model: Any, folder: Path, inputs: Mapping[str, Any]) -> tuple[flo
     with replay(RandomState.capture()), warnings.catch_warnings(), evaluating(model):
         warnings.simplefilter("ignore")
         expected = _logits(model, inputs)
-        found = _logits(_load(model, folder).eval(), inputs)
-    if expected.shape != found.shape:
+        loaded = _logits(_load(model, folder).eval(), inputs)
+    if expected.shape != loaded.shape:
         raise ProblemError(f"{folder}: PEFT loads a model with logits of another shape")
     kinds = [x for x in model.parameters() if x.is_floating_point()]
     rounding = [max(torch.finfo(x.dtype).eps, 0 if x.is_cpu else 2**-10) for x in kinds]
-    return float((found - expected).norm() / expected.norm().clamp(min=1e-30)), math.sqrt(
-        max(rounding)
-    )
+    error = float((loaded - expected).norm() / expected.norm().clamp(min=1e-30))
+    return error, math.sqrt(max(rounding))
 
 
 def _load(model: PeftModel, folder: Path) -> Any:
@@ -81,8 +80,8 @@ def _base(model: PeftModel) -> nn.Module:
     """A new base model of the class and configuration of ``model``'s, with its weights."""
     base = model.get_base_model()
     named = [*base.named_parameters(remove_duplicate=False), *base.named_buffers()]
-    held = {".".join(x for x in n.split(".") if x not in WRAPPERS): tensor for n, tensor in named}
-    if is_sharded(*held.values()) or any(x.is_meta for x in held.values()):
+    weights = {".".join(x for x in n.split(".") if x not in WRAPPERS): t for n, t in named}
+    if is_sharded(*weights.values()) or any(x.is_meta for x in weights.values()):
         raise NotCompared("its parameters are sharded or offloaded")
     try:
         with torch.device("meta"):
@@ -92,7 +91,7 @@ def _base(model: PeftModel) -> nn.Module:
     for place, module in new.named_modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
-                other = held.get(path := f"{place}.{name}" if place else name)
+                other = weights.get(path := f"{place}.{name}" if place else name)
                 if tensor is not None and (other is None or other.shape != tensor.shape):
                     raise NotCompared(f"its base model has no plain weight {path}")
                 if tensor is not None and other is not None:

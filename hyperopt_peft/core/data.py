@@ -41,9 +41,6 @@ class DataStream:
     The generator states at the start of an epoch determine the order of the epoch. ``state_dict``
     contains these states and the position in the epoch.
 
-    Raises:
-        ProblemError: ``data`` is empty, or can be iterated only once.
-
     Example:
         >>> stream = DataStream(["a", "b"], name="lower")
         >>> [stream.next() for _ in range(3)], stream.peek()

@@ -69,11 +69,9 @@ def labels_are_shifted(model: nn.Module, batch: Mapping[str, Any]) -> bool:
 def row_losses(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """The summed loss of each row, ``(n,)``, and the number of scored labels in it, ``(n,)``.
 
-    Arguments and errors: see `label_losses`. The sum of the losses divided by the sum of the counts
-    is the model's own loss.
+    The quotient of their sums is the model's own loss. For arguments and errors see `label_losses`.
     """
-    each = label_losses(model, batch)
-    losses, counts = (x.reshape(len(x), -1).sum(1) for x in each)
+    losses, counts = (x.reshape(len(x), -1).sum(1) for x in label_losses(model, batch))
     return losses, counts
 
 

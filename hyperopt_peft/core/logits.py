@@ -68,10 +68,7 @@ def beside_logits(labels: Tensor, length: int) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """−log softmax(logits)[label] of each row, in float32 or wider.
-
-    Large logits are widened in chunks, again in the backward pass.
-    """
+    """−log softmax(logits)[label] of each row, widened to float32 in chunks, again in backward."""
     size = max(1, CHUNK // logits.shape[-1])
     if len(labels) <= size:
         return _of_chunk(logits, labels)

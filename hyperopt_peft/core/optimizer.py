@@ -39,10 +39,8 @@ def options_by_group(level: Any) -> list[dict[str, Tensor]]:
 
 def present_options(level: Any) -> list[dict[str, float]]:
     """The current values of `options_by_group`, as numbers."""
-    return [
-        {name: float(value.detach()) for name, value in options.items()}
-        for options in options_by_group(level)
-    ]
+    groups = options_by_group(level)
+    return [{name: float(value.detach()) for name, value in o.items()} for o in groups]
 
 
 def write_options(level: Any) -> None:
@@ -83,11 +81,9 @@ def _number(level: Any, name: str, value: Tensor | float) -> Tensor:
 def optimizer_state_copy(level: Any, *, with_state: bool) -> dict[str, Any]:
     """Copies of the options and the state of the optimizer of ``level``.
 
-    Returns:
-        ``"kind"``, the optimizer's class, None without an optimizer; ``"groups"``, the present
-        options of each parameter group that is not empty, with the positions of its variables under
-        ``"variables"``; ``"state"``, the optimizer's state of each variable (such as its momentum),
-        by the variable's position.
+    ``"kind"`` is the optimizer's class or None; ``"groups"`` has the present options of each
+    parameter group that is not empty, with the positions of its ``"variables"``; ``"state"`` has
+    the optimizer's state of each variable (such as its momentum), by the variable's position.
     """
     optimizer = level.optimizer
     if optimizer is None:

@@ -24,13 +24,7 @@ Variables = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tenso
 
 
 def named_variables(variables: Variables, level: str) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
-    """The names and the tensors of ``variables``; a tensor without a name gets a number.
-
-    Raises:
-        ProblemError: there are no variables; a variable is not a leaf, does not require a
-            gradient, is complex, or has entries that share memory; two variables share memory or a
-            name.
-    """
+    """The names and tensors of ``variables``, checked; a tensor without a name gets a number."""
     if isinstance(variables, Tensor) or not isinstance(variables, Iterable):
         raise ProblemError(
             f"{level}: variables must be tensors or (name, tensor) pairs, such as [w] or "
@@ -102,11 +96,7 @@ def _stretch(tensor: Tensor) -> int:
 
 
 def loss_and_metrics(result: Any, level: str) -> tuple[Tensor, dict[str, float]]:
-    """The loss in ``result`` as a scalar tensor, and the other single numbers in ``result``.
-
-    Raises:
-        ProblemError: the loss is not a scalar, or depends on no tensor that requires a gradient.
-    """
+    """The loss in ``result``, a scalar with a gradient (or ProblemError), and the other numbers."""
     metrics: dict[str, float] = {}
     if isinstance(result, Mapping):
         if "loss" not in result:
@@ -130,12 +120,9 @@ def loss_and_metrics(result: Any, level: str) -> tuple[Tensor, dict[str, float]]
 
 
 def runs_in_half(loss: Tensor, level: str) -> bool | None:
-    """Whether a part of the autograd graph of ``loss`` is in half precision.
+    """Whether a part of the autograd graph of ``loss`` is in half precision; None if it is hidden.
 
-    None if a compiled function hides a part of the graph.
-
-    Raises:
-        ProblemError: reentrant gradient checkpointing hides the graph.
+    A compiled function hides a part. Reentrant gradient checkpointing, a ProblemError, hides all.
     """
     nodes = list(graph_nodes([loss]))
     names = " ".join(node.name() for node in nodes)
@@ -153,12 +140,9 @@ def runs_in_half(loss: Tensor, level: str) -> bool | None:
 def unwritten(*levels: Any) -> Iterator[None]:
     """Check that the body, an evaluation of a loss, does not write to a variable of ``levels``.
 
-    The check compares tensor versions, so that it misses a write through ``.data``. A level with
-    lower levels moves variables itself, and checks its own evaluations.
-
-    Raises:
-        ProblemError: the body wrote to a variable, which keeps the new value; or, in a run of one
-            process, a variable has a post-accumulate hook (in several, DDP registers such hooks).
+    The check compares tensor versions, so that it misses a write through ``.data``. A variable
+    keeps a written value. A level with lower levels moves variables itself, and checks its own
+    evaluations. In a run of several processes DDP registers post-accumulate hooks.
     """
     if any(len(level.levels) > 1 for level in levels):
         levels = ()

@@ -19,7 +19,7 @@ from hyperopt_peft.utils.random_state import RandomState, replay
 
 def batch_findings(oracle: Oracle) -> list[Finding]:
     """Warnings about the batches of an open oracle, by three evaluations of each loss."""
-    upper, lower, found = oracle.upper, oracle.lower, []
+    upper, lower, findings = oracle.upper, oracle.lower, []
     above, below = _entries(oracle.upper_batch), _entries(oracle.lower_batch)
     keys = [key for key in above if key in below]
     if any(above[key].dim() > 1 for key in keys):  # labels or numbers of rows alone tell nothing
@@ -27,7 +27,7 @@ def batch_findings(oracle: Oracle) -> list[Finding]:
         if shared := sum(row in others for row in rows):
             words = f"{shared} of the {len(rows)} rows of its batch are in the lower batch too"
             advice = "give the upper level rows that the lower level does not train on"
-            found.append(Finding("shared rows", "warning", upper.name, words, advice))
+            findings.append(Finding("shared rows", "warning", upper.name, words, advice))
     for level, batch, state in (
         (upper, oracle.upper_batch, oracle.upper_random),
         (lower, oracle.lower_batch, oracle.lower_random),
@@ -36,9 +36,9 @@ def batch_findings(oracle: Oracle) -> list[Finding]:
             if not lower.nested and _is_sum(level, batch, state):
                 words = "the loss of a batch is the sum of its halves' losses, not their mean"
                 advice = "return the mean over rows, or steps and damping scale with the batch"
-                found.append(Finding("sum over rows", "warning", level.name, words, advice))
+                findings.append(Finding("sum over rows", "warning", level.name, words, advice))
         oracle.buffers.restore()
-    return found
+    return findings
 
 
 def _entries(batch: Any) -> dict[Any, Tensor]:

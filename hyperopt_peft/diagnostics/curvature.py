@@ -130,10 +130,7 @@ def random_like(variables: Any, seed: int) -> Vector:
 
 
 def measure_curvature(oracle: Oracle, product: ProductKind, steps: int, seed: int) -> Curvature:
-    """The curvature at the point of an open oracle, by at most 5·``steps`` products.
-
-    The lower variables move; the caller restores them.
-    """
+    """The curvature at an open oracle's point, by 5·``steps`` products; the caller restores w."""
     w = oracle.lower.variables
     gradient = oracle.lower_gradient()
     with oracle.product(product) as second:

@@ -57,5 +57,5 @@ class Check:
         return lines
 
     def __str__(self) -> str:
-        found = [*map(str, self.findings)] or ["no problem was found"]
-        return "\n".join([*found, *self.measurements()])
+        lines = [*map(str, self.findings)] or ["no problem was found"]
+        return "\n".join([*lines, *self.measurements()])

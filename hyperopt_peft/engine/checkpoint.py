@@ -55,10 +55,7 @@ def write_manifest(folder: Path, record: Mapping[str, Any]) -> None:
 def verify_manifest(folder: Path) -> dict[str, Any]:
     """The record in the manifest of ``folder``, after a check of the hashes of all files.
 
-    ``"written"`` is the time at which the manifest was written, in seconds.
-
-    Raises:
-        ProblemError: ``folder`` has no readable manifest, or a file is missing or has changed.
+    ``"written"`` is the time of writing in seconds. A check that fails raises ProblemError.
     """
     if not (folder / MANIFEST).is_file():
         raise ProblemError(
@@ -105,12 +102,9 @@ def last_valid(folder: Path) -> Path | None:
 
 
 def to_resume(path: str | bool | None, *folders: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to resume from, and its record; None for a new run.
+    """The complete checkpoint to resume from, and its record; None for a new run.
 
     ``path`` is a checkpoint, True for the newest complete one in ``folders``, or None.
-
-    Raises:
-        ProblemError: there is no complete checkpoint, or the one at ``path`` is incomplete.
     """
     if path is not True:
         return (Path(path), verify_manifest(Path(path))) if path else None
@@ -142,11 +136,7 @@ def rotate(folder: Path, limit: int | None, best: str | None) -> None:
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write tensors and plain values to the file ``path``, atomically.
-
-    Raises:
-        ProblemError: the file could not be written; an earlier file at ``path`` is unchanged.
-    """
+    """Write tensors and plain values to the file ``path`` atomically, or raise ProblemError."""
     temporary = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,11 +152,7 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_state(path: Path) -> Any:
-    """The tensors and plain values in a file by `write_state` or ``torch.save``.
-
-    Raises:
-        ProblemError: the file does not exist, is damaged, or is a pickle that would execute code.
-    """
+    """The tensors and plain values in a file, or ProblemError; no code is executed."""
     from accelerate.utils import load  # a slow import that only a resumed run needs
 
     try:

@@ -108,10 +108,6 @@ def held_out_loss(
     """The mean of F without its prior over ``batches`` and the processes; nothing changes.
 
     Dropout masks are a function of ``seed``, so that only the variables change the result.
-
-    Raises:
-        ProblemError: there are no batches.
-        NonFiniteError: F is NaN or infinite.
     """
     devices, losses = devices_of(upper, lower), []
     with (

@@ -231,16 +231,12 @@ class Nested(Problem):
         self._step.forget()
 
     def _settings(self) -> dict[str, Any]:
-        settings = {key: getattr(self, key) for key in ("lower_steps", "warmup_steps")}
-        return {**settings, "hypergradient": repr(self.estimator)}
+        steps = {"lower_steps": self.lower_steps, "warmup_steps": self.warmup_steps}
+        return {**steps, "hypergradient": repr(self.estimator)}
 
     def _oracle(self, level: Problem, batch: Any, variables: Sequence[Tensor]) -> Oracle:
-        """The oracle of ``level`` and the lower level, with random numbers for ``level``.
-
-        The random numbers are a function of the current random state and the step. The random state
-        does not change, so that the training of the lower level is not affected.
-        """
-        with replay(RandomState.capture()):
+        """The oracle of ``level`` and the lower level, with random numbers for ``level``."""
+        with replay(RandomState.capture()):  # so that the lower level's training goes on as before
             key = int(torch.randint(2**62, ()))
         seeded = partial(RandomState.seeded, devices_of(self))
         place = (self._rounds, *distributed.rank_key())

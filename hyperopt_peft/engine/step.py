@@ -51,19 +51,12 @@ RESTING = 10
 
 @dataclass(frozen=True)
 class UpperStep:
-    """The hypergradient at one point, and the numbers for the log.
-
-    Attributes:
-        hypergradient: dF/du, one tensor for each upper variable.
-        grad_norm: ‖dF/du‖₂.
-        log: the entries of `Engine.history` from F and the estimator.
-        metrics: the metrics of F on this process, with ``prior`` if the level has a prior.
-    """
+    """dF/du at one point, and the numbers for the log."""
 
     hypergradient: tuple[Tensor, ...]
     grad_norm: float
-    log: dict[str, Any]
-    metrics: dict[str, float]
+    log: dict[str, Any]  # the entries of `Engine.history` from F and the estimator
+    metrics: dict[str, float]  # of F on this process, with the prior if the level has one
 
 
 class BilevelStep:
@@ -76,9 +69,6 @@ class BilevelStep:
         upper, lower, estimator, seed: as for `Engine`.
         recorded: the largest number of lower steps with a record, see `require_history`.
         uncounted: a context for passes that only check.
-
-    Raises:
-        ProblemError: the estimator cannot be used with these levels.
     """
 
     def __init__(
@@ -116,11 +106,8 @@ class BilevelStep:
         """Do a lower step on the lower level's next batch.
 
         Returns f without the prior, the 2-norm of ∂f/∂w, and the metrics of f. If f is already
-        ``solved`` on that batch, the step is recorded and w does not move.
-
-        Raises:
-            ProblemError: at the first step, f does not read a lower variable.
-            NonFiniteError: a loss or a gradient is NaN or infinite; no variable has moved.
+        ``solved`` on that batch, the step is recorded and w does not move. Nothing moves where a
+        loss or a gradient is not finite, which raises NonFiniteError.
         """
         batch, random_state = self.lower.next_batch(), RandomState.capture(self.devices)
         with self.observe():
@@ -147,10 +134,8 @@ class BilevelStep:
         """Record a lower step on ``batch``; returns ∂f/∂w.
 
         ``random_state`` has the generator states before f was evaluated; ``gradient`` is the
-        gradient of f with respect to `variables`, as they were before the evaluation.
-
-        Raises:
-            ProblemError: at the first step, f does not read a lower variable; or as `Dots.check`.
+        gradient of f with respect to `variables`, as they were before the evaluation. Raises
+        ProblemError if f does not read a lower variable at the first step, and as `Dots.check`.
         """
         needs, w = self.requirements, self.lower.variables
         of_w, of_u = tuple(gradient[: len(w)]), tuple(gradient[len(w) :])
@@ -207,9 +192,6 @@ class BilevelStep:
 
         This is for an estimator with `Requirements.observe`: the lower step's passes in `observe`
         then collect its dot products. `hypergradient` comes next, with the same arguments.
-
-        Raises:
-            NonFiniteError: F or the gradient of F is NaN or infinite.
         """
         self._ahead = None
         now = StepRecord(None, RandomState.capture(self.devices))
@@ -228,12 +210,9 @@ class BilevelStep:
     def hypergradient(self, batch: Any, *, number: int) -> UpperStep:
         """dF/du at the current point on ``batch``; no variable moves.
 
-        F's random numbers are a function of the seed and the ``number`` of the upper step.
-
-        Raises:
-            ProblemError: at the first step, no loss reads an upper variable.
-            NonFiniteError: a loss, a gradient, a curvature or the result is NaN or infinite; or
-                no lower step was recorded since `forget`.
+        F's random numbers are a function of the seed and the ``number`` of the upper step. Raises
+        ProblemError if no loss reads an upper variable at the first step, and NonFiniteError, also
+        if no lower step was recorded since `forget`.
 
         Warns:
             HypergradientWarning: the estimator is `Direct`, and F does not read an upper variable;

@@ -232,11 +232,7 @@ class _Tap(torch.autograd.Function):
 
 
 def weighted_examples(level: Problem) -> WeightedExamples:
-    """The `WeightedExamples` that ``level`` is or evaluates.
-
-    Raises:
-        ProblemError: there is none.
-    """
+    """The `WeightedExamples` that ``level`` is or evaluates; raises ProblemError without one."""
     examples = level.examples
     if not isinstance(examples, WeightedExamples):
         raise ProblemError(
@@ -249,9 +245,7 @@ def weighted_examples(level: Problem) -> WeightedExamples:
 def linear_layers(level: Problem) -> dict[nn.Linear, tuple[int | None, int | None]]:
     """For each layer, the indices of its weight and bias among the variables of ``level``.
 
-    Raises:
-        ProblemError: a variable is neither a weight nor a bias of an ``nn.Linear`` in the level's
-            model, or a fused head reads it; or as `weighted_examples`.
+    Raises ProblemError for a variable of no ``nn.Linear`` of the model, or of a fused head.
     """
     number = {id(variable): k for k, variable in enumerate(level.variables)}
     model: Any = weighted_examples(level).model

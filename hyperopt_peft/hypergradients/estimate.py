@@ -196,11 +196,7 @@ def disagreement(
 
 
 def check_products(oracle: Oracle) -> str:
-    """`disagreement` of the products with ∂F/∂w in the precision of training, by five passes.
-
-    Raises:
-        ProblemError: there are no differences of f, or no exact products.
-    """
+    """`disagreement` of the products with ∂F/∂w, by five passes; ProblemError if there are none."""
     h = float(default_epsilon(oracle.lower.variables, beside=oracle.upper.variables))
     names = [f"{level.name}'s {n}" for level in (oracle.lower, oracle.upper) for n in level.names]
 

@@ -136,13 +136,9 @@ class Product(ABC):
 class ExactProduct(Product):
     """Products by double backward through one autograd graph (Pearlmutter 1994).
 
-    Attention runs in PyTorch's math kernel, the only one with a second derivative. The backward
-    pass of a custom ``autograd.Function`` must be differentiable. A product is an average over the
-    processes.
-
-    Raises:
-        ProblemError: an operation of the loss has no second derivative (a function marked
-            ``once_differentiable``, for example), or a module is sharded.
+    Attention runs in PyTorch's math kernel, the only one with a second derivative. A custom
+    ``autograd.Function`` whose backward pass is not differentiable, and a sharded module, are a
+    ProblemError. A product is an average over the processes.
     """
 
     def __init__(self, objective: Objective) -> None:
@@ -193,12 +189,9 @@ class ExactProduct(Product):
 
     @contextmanager
     def _second_derivatives(self) -> Iterator[None]:
-        """Turn an error about a missing second derivative in the body into a ProblemError.
-
-        Gradient checkpointing reruns forward passes in the body, so attention uses the math kernel.
-        """
+        """Turn an error about a missing second derivative in the body into a ProblemError."""
         try:
-            with sdpa_kernel(SDPBackend.MATH):
+            with sdpa_kernel(SDPBackend.MATH):  # checkpoints rerun forward passes here
                 yield
         except RuntimeError as error:
             if not lacks_second_derivative(error):
@@ -313,11 +306,7 @@ def default_epsilon(
 
 @contextmanager
 def _without_reducers() -> Iterator[None]:
-    """Within the body, forward passes of DistributedDataParallel expect no ``backward``.
-
-    Raises:
-        ProblemError: a module's parameters are sharded.
-    """
+    """Within the body, forward passes of DDP expect no ``backward``; shards are a ProblemError."""
     if not distributed.initialised():
         yield
         return

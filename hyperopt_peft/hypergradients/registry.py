@@ -105,9 +105,9 @@ def _entry(name: str) -> Entry:
         if name not in others:
             near = did_you_mean(name, sorted({*_ENTRIES, *others}))
             raise ProblemError(f"unknown estimator {name!r}{near}")
-        found = plugins.load(GROUP, name, Estimator)
+        kind = plugins.load(GROUP, name, Estimator)
         if name not in _ENTRIES:
-            raise ProblemError(f"{name!r}: {found.__name__} is registered as {found.name!r}")
+            raise ProblemError(f"{name!r}: {kind.__name__} is registered as {kind.name!r}")
     return _ENTRIES[name]
 
 
@@ -149,11 +149,7 @@ def get_estimator(estimator: EstimatorLike) -> Estimator:
 
 
 def with_options(estimator: type[EstimatorT], text: str) -> EstimatorT:
-    """An instance of ``estimator`` with the options in ``text``: ``"steps=40,damping=0.1"``.
-
-    Raises:
-        ProblemError: an option is unknown, or a value is invalid.
-    """
+    """``estimator`` with the options in ``text``, "steps=40,damping=0.1", or ProblemError."""
     name = estimator.name
     names = [option.name for option in dataclasses.fields(estimator)]  # type: ignore[arg-type]
     options = {}

@@ -22,12 +22,7 @@ def packed(state: State) -> dict[str, Any]:
 
 
 def unpacked(state: Mapping[str, Any], variables: Sequence[Tensor]) -> State:
-    """The inverse of `packed`, on the devices and shards of the lower ``variables``.
-
-    Raises:
-        ProblemError: ``state`` is not a mapping, or has an entry that is neither a number nor
-            shaped like ``variables``.
-    """
+    """The inverse of `packed`, on the devices and shards of the lower ``variables``, checked."""
     if not isinstance(state, Mapping):
         raise ProblemError(f"the estimator's state: must be a mapping, got {state!r}")
     shapes = [tuple(variable.shape) for variable in variables]

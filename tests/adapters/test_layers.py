@@ -85,10 +85,6 @@ def merged() -> Any:
     return model
 
 
-def quantised() -> Any:
-    return adapted_layer(wrap(Single(Quantised(4, 5))))
-
-
 def with_weight(change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     layer = adapted_layer(single())
     base = layer.get_base_layer()
@@ -103,9 +99,6 @@ def convolution(**options: Any) -> Any:
 def alora() -> Any:
     options = {"use_dora": False, "alora_invocation_tokens": [1]}
     return adapted_layer(wrap(Single(nn.Linear(4, 5)), **options))
-
-
-NONE: Any = "none"
 
 
 def plain(layer: Any) -> None:
@@ -130,9 +123,11 @@ def without_a_magnitude() -> Any:
         (lambda: dora_layers(dora_bert(use_dora=False)), r"layer\.0.*query: .*use_dora"),
         (lambda: dora_layers(without_a_magnitude()), r"layer\.1\.attention\.self\.value: "),
         (lambda: use_fast_dora(single(use_dora=False)), r"model\.layer: .*use_dora"),
-        (lambda: use_fast_dora(single(), NONE), "norm_grad: .*'none'"),
-        (lambda: set_norm_grad(single(), NONE), "norm_grad: .*'none'"),
-        (lambda: plain(quantised()), "here: .*Quantised"),
+        *(
+            (lambda use=use: use(single(), "none"), "norm_grad: .*'none'")
+            for use in (use_fast_dora, set_norm_grad)
+        ),
+        (lambda: plain(adapted_layer(wrap(Single(Quantised(4, 5))))), "here: .*Quantised"),
         (lambda: plain(with_weight(lambda w: w.as_subclass(PackedTensor))), "here: .*W0"),
         (lambda: plain(with_weight(lambda w: w.to(torch.float8_e4m3fn))), "here: .*W0"),
         (lambda: plain(convolution(groups=2)), "here: .*groups=2"),

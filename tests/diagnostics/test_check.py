@@ -54,8 +54,7 @@ class Pair:
         self.lower = self.level(self.f, [("w", self.w), *self.spare], "below")
 
     def level(self, function, owned, name):
-        optimizer = torch.optim.SGD([x for _, x in owned], lr=0.1)
-        return FunctionLevel(lambda _: function(), owned, optimizer=optimizer, name=name)
+        return FunctionLevel(lambda _: function(), owned, lr=0.1, name=name)
 
     def f(self):
         return (self.w - self.u).square().sum() / 2 + self.f_more(self.w, self.u)
@@ -76,9 +75,6 @@ def test_the_reference_problems_are_sound_at_their_minimum_and_not_before(make):
     minimize(lower)
     check = examine(upper, lower)
     assert check.findings == () and check.curvature.change < 1e-6
-
-
-# One broken pair for every finding.
 
 
 def test_a_lower_variable_that_its_loss_does_not_read():
@@ -204,9 +200,8 @@ def test_an_ill_conditioned_lower_level():
     scale = torch.logspace(-4, 0, 300, dtype=torch.float64)
     u = torch.ones(300, dtype=torch.float64, requires_grad=True)
     w = u.detach().clone().requires_grad_()
-    options = {"optimizer": None}
-    lower = FunctionLevel(lambda _: (scale * (w - u).square()).sum() / 2, [w], **options)
-    upper = FunctionLevel(lambda _: (w - 3).square().sum(), [u], **options)
+    lower = FunctionLevel(lambda _: (scale * (w - u).square()).sum() / 2, [w])
+    upper = FunctionLevel(lambda _: (w - 3).square().sum(), [u])
     check = examine(upper, lower)
     assert kinds(check, "error", "warning") == ["ill-conditioned"]
     finding = finding_of(check, "ill-conditioned")
@@ -265,6 +260,7 @@ def test_far_from_stationary_is_the_change_of_the_hypergradient():
     upper, lower = quadratic.levels()
     check = examine(upper, lower, solver_steps=len(quadratic.h))
     here = flat(hypergradient(upper, lower, "exact"))
+    ratio = float((here - quadratic.direct).norm() / quadratic.direct.norm())
     sizes = [float(quadratic.direct.norm() + quadratic.exact_implicit.norm())]
     f = lower.loss(None).item()
     minimize(lower)
@@ -273,6 +269,7 @@ def test_far_from_stationary_is_the_change_of_the_hypergradient():
     change = float((there - here).norm()) / max(sizes)
     assert change > 0.1
     assert check.curvature.change == pytest.approx(change, rel=1e-6)
+    assert check.curvature.implicit_ratio == pytest.approx(ratio, rel=1e-6)
     assert check.curvature.losses == pytest.approx((f, lower.loss(None).item()))
     finding = finding_of(check, "far from stationary")
     assert finding.severity == "warning" and f"hypergradient by {change:.0%}" in finding.words
@@ -310,9 +307,6 @@ def test_inside_autocast_the_step_is_seen_and_half_precision_is_no_finding():
         assert f(None).item() == pytest.approx(check.curvature.losses[0], rel=1e-6)
     assert kinds(check, "error", "warning") == ["far from stationary"]
     assert check.curvature.losses[1] < 0.5 * check.curvature.losses[0]
-
-
-# Beside the findings.
 
 
 def test_another_exception_of_a_loss_passes_and_leaves_everything():
@@ -364,11 +358,8 @@ def noisy(above, below):
     """F = Σ (u + batch)·w and f = ½|w − u − batch|², at w = u; Σ|…| of the noise is known."""
     u = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
     w = u.detach().clone().requires_grad_()
-    sgd = torch.optim.SGD([u], lr=0.1)
-    upper = FunctionLevel(lambda x: (u + x) @ w, [u], data=above, optimizer=sgd)
-    sgd = torch.optim.SGD([w], lr=0.1)
-    f = lambda x: (w - u - x).square().sum() / 2  # noqa: E731
-    return upper, FunctionLevel(f, [w], data=below, optimizer=sgd)
+    upper = FunctionLevel(lambda x: (u + x) @ w, [u], data=above)
+    return upper, FunctionLevel(lambda x: (w - u - x).square().sum() / 2, [w], data=below)
 
 
 def signal_to_noise(slopes):
@@ -400,11 +391,10 @@ def test_the_signal_to_noise_ratio_is_that_of_the_next_batches(scale, given):
 
 def test_the_lower_batch_is_noise_too_and_one_batch_has_none():
     """f = ½|w − c∘u|² with the batch c: dF/du has the term c∘w."""
-    pair = Pair(upper_more=lambda w, u: 0)
+    pair = Pair()
     rows = [torch.full((3,), x, dtype=torch.float64) for x in (0.5, 1.5, 1.0)]
     f = lambda c: (pair.w - c * pair.u).square().sum() / 2  # noqa: E731
-    sgd = torch.optim.SGD([pair.w], lr=0.1)
-    check = examine(pair.upper, FunctionLevel(f, [pair.w], data=rows, optimizer=sgd))
+    check = examine(pair.upper, FunctionLevel(f, [pair.w], data=rows))
     u = pair.u.detach()
     slopes = torch.stack([u - 1 + c * u for c in (*rows, rows[0])])
     assert check.signal_to_noise == pytest.approx(signal_to_noise(slopes), rel=1e-6)

@@ -5,13 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from hyperopt_peft import ProblemError, compare_hypergradients, hypergradient
 from hyperopt_peft.diagnostics.compare import ComparisonRow, EstimatorComparison
 from hyperopt_peft.diagnostics.recommend import recommend
 from hyperopt_peft.hypergradients import DARTS
-from tests.support.cases import Case, cases
+from tests.support.cases import Case, cases, counted
 from tests.support.networks import network_levels
 from tests.support.quadratic import FunctionLevel, flat, program
 
@@ -116,24 +115,13 @@ def test_mistakes_are_named(arguments: dict[str, Any], message: str) -> None:
 
 
 @cases()
-def test_the_count_of_gradients_is_the_count_of_loss_evaluations(case: Case) -> None:
+def test_gradients_are_evaluations_of_losses(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     upper, lower = program(0).levels()
-    count = 0
-
-    def counting(level: FunctionLevel) -> FunctionLevel:
-        def loss(batch: Any) -> Tensor:
-            nonlocal count
-            count += 1
-            return level.loss(batch)
-
-        return FunctionLevel(loss, level.variables, optimizer=level.optimizer)
-
-    counted = counting(upper), counting(lower)
-    counted[1].evaluate(None)  # a level looks at its precision when it is first evaluated
-    count = 0
-    hypergradient(*counted, case.estimator)
+    lower.evaluate(None)  # a level looks at its precision when it is first evaluated
+    with counted(monkeypatch, (upper, "loss", "losses"), (lower, "loss", "losses")) as counts:
+        hypergradient(upper, lower, case.estimator)
     (record,) = compare_hypergradients(upper, lower, [case.estimator], "direct").records()
-    assert record["gradients"] == count
+    assert record["gradients"] == counts["losses"]
 
 
 def row(method, cosine=0.99, error=0.1, seconds=1.0, problem="", factor=math.nan):

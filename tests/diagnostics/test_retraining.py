@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from hyperopt_peft import NonFiniteError, compare_hypergradients, hypergradient
 from hyperopt_peft.diagnostics.retraining import Retraining
 from hyperopt_peft.hypergradients.estimate import open_oracle
 from hyperopt_peft.hypergradients.registry import get_estimator
 from hyperopt_peft.utils.random_state import RandomState
+from tests.support.learned_options import Learned
 from tests.support.networks import differences, give_gradients, network_levels, snapshot
 from tests.support.optimizers import OPTIMIZERS
 from tests.support.quadratic import FunctionLevel, Level, Program, flat, program, relative_error
@@ -73,11 +73,7 @@ def test_options_of_the_optimizer_may_be_functions_of_u() -> None:
     w = torch.ones(2, dtype=torch.float64, requires_grad=True)
     u = torch.tensor(-2.0, dtype=torch.float64, requires_grad=True)
 
-    class Learnt(FunctionLevel):
-        def optimizer_options(self) -> dict[str, Tensor]:
-            return {"lr": u.exp()}
-
-    lower = Learnt(lambda _: w.square().sum(), [w], optimizer=torch.optim.SGD([w], lr=0.1))
+    lower = Learned(lambda _: w.square().sum(), [w], lambda: {"lr": u.exp()}, lr=0.1)
     upper = FunctionLevel(lambda _: w.sum(), [u])
     expected = flat(hypergradient(upper, lower, "unrolled:steps=3"))
     actual = flat(hypergradient(upper, lower, Retraining(steps=3)))
@@ -93,21 +89,16 @@ def test_the_residual_bounds_what_more_steps_would_change(steps: int) -> None:
     assert result.residual is not None and 0.3 * error < result.residual < 1
 
 
+COMPARED = {"estimators": ["darts", "cg:steps=2"], "reference": "retraining:steps=2,directions=1"}
+
+
 @pytest.mark.filterwarnings("ignore::hyperopt_peft.HypergradientWarning")
 @pytest.mark.parametrize(
     ("run", "error"),
     [
         (partial(hypergradient, estimator=Retraining(steps=3)), None),
         (partial(hypergradient, estimator=Retraining(steps=3, lr=1e30)), NonFiniteError),
-        (
-            partial(
-                compare_hypergradients,
-                estimators=["darts", "cg:steps=2"],
-                reference=Retraining(steps=2, directions=1),
-                repeats=1,
-            ),
-            None,
-        ),
+        (partial(compare_hypergradients, **COMPARED), None),
     ],
 )
 def test_everything_is_bit_identical_afterwards(run: Any, error: Any) -> None:
@@ -151,8 +142,6 @@ def test_half_precision_variables_are_moved_in_single_precision() -> None:
     hypergradient(upper, lower, Retraining(steps=2))  # by the twin of Adam
     assert torch.equal(w, before)
 
-
-# As the reference of a comparison.
 
 METHODS = ["direct", "darts", "minres:steps=3"]
 

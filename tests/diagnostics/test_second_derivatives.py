@@ -115,9 +115,6 @@ def test_a_hook_that_masks_a_gradient_is_right_for_what_it_lets_through() -> Non
     assert wrong(upper, lower) == []
 
 
-# No false alarm.
-
-
 class OneSided(torch.autograd.Function):
     """a·b, whose derivative by a has no graph: ∂²/∂b∂a is 0, and ∂²/∂a∂b is 1."""
 

@@ -92,6 +92,8 @@ def test_what_is_absent_is_named(tmp_path: Path) -> None:
     with pytest.raises(ProblemError, match=MANIFEST):
         verify_manifest(write(tmp_path, 3, complete=False))
     assert last_valid(tmp_path) is None and last_valid(tmp_path / "nowhere") is None
+    with pytest.raises(ProblemError, match=r"state\.pt: there is no such file"):
+        read_state(tmp_path / "state.pt")
 
 
 def test_the_last_one_is_the_last_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -175,11 +177,6 @@ def test_a_truncated_or_changed_state_is_one_error_or_loads(tmp_path: Path) -> N
         path.write_bytes(changed)
         with suppress(ProblemError):
             read_state(path)
-
-
-def test_a_missing_state_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ProblemError, match=r"state\.pt: there is no such file"):
-        read_state(tmp_path / "state.pt")
 
 
 @pytest.mark.parametrize("zipped", [True, False])

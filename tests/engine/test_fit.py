@@ -63,17 +63,12 @@ def test_minimize_says_where_there_is_no_minimum_in_reach() -> None:
         minimize(unbounded, max_steps=3)
 
 
-def data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    torch.manual_seed(0)
-    x, y = torch.randn(2, 40, 4, dtype=torch.float64), torch.randint(3, (2, 40))
-    return x[0], y[0], x[1], y[1]
-
-
 def levels(
     optimizer: Callable[[Any], Any] | None = None, broken: bool = False
 ) -> tuple[FunctionLevel, FunctionLevel]:
     """A head with a learned penalty a feature, judged by other rows."""
-    x, y, x_val, y_val = data()
+    torch.manual_seed(0)
+    (x, x_val), (y, y_val) = torch.randn(2, 40, 4, dtype=torch.float64), torch.randint(3, (2, 40))
     u = torch.full((4,), -2.0, dtype=torch.float64, requires_grad=True)
     w = torch.zeros(4, 3, dtype=torch.float64, requires_grad=True)
 

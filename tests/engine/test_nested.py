@@ -219,27 +219,25 @@ def test_derivatives_of_the_level_below_are_on_its_last_batch_and_masks() -> Non
 
 
 LOSSES = {
-    "top": lambda u, v, w: (w + v).square().sum(),
-    "g": lambda u, v, w: (v - u + w).square().sum(),
-    "f": lambda u, v, w: (w - v).square().sum(),
+    "first": lambda u, v, w: (w + v).square().sum(),
+    "middle": lambda u, v, w: (v - u + w).square().sum(),
+    "last": lambda u, v, w: (w - v).square().sum(),
 }
 
 
 def three(**losses: Any) -> Engine:
     """An engine over three levels of one number each, with other losses where given."""
     variables = leaf(1.0), leaf(1.0), leaf(1.0)
-    first, middle, lower = (
+    first, *others = (
         FunctionLevel(lambda _, h=h: h(*variables), [x], lr=0.1, name=name)
-        for h, x, name in zip((LOSSES | losses).values(), variables, ("first", "middle", "last"))
+        for (name, h), x in zip((LOSSES | losses).items(), variables)
     )
-    level = Nested(middle, lower)
-    return Engine(first, level, "cg:product=difference", progress=False)
+    return Engine(first, Nested(*others), "cg:product=difference", progress=False)
 
 
-@pytest.mark.parametrize("level", ["top", "g", "f"])
-def test_a_level_that_is_not_finite_is_named(level: str) -> None:
-    name = {"top": "first", "g": "middle", "f": "last"}[level]
-    engine = three(**{level: lambda u, v, w: (u + v + w).sum() * float("nan")})
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_level_that_is_not_finite_is_named(name: str) -> None:
+    engine = three(**{name: lambda u, v, w: (u + v + w).sum() * float("nan")})
     with pytest.raises(NonFiniteError, match=f"step 1: .*{name}: .*loss"):
         engine.run(1)
 
@@ -247,9 +245,9 @@ def test_a_level_that_is_not_finite_is_named(level: str) -> None:
 @pytest.mark.parametrize(
     ("losses", "name"),
     [
-        ({"f": lambda u, v, w: v.sum()}, "last"),
-        ({"g": lambda u, v, w: (w - 1).square(), "f": lambda u, v, w: w.square()}, "middle"),
-        ({"top": lambda u, v, w: w.square(), "g": lambda u, v, w: (v - w).square()}, "first"),
+        ({"last": lambda u, v, w: v.sum()}, "last"),
+        ({"middle": lambda u, v, w: (w - 1).square(), "last": lambda u, v, w: w**2}, "middle"),
+        ({"first": lambda u, v, w: w.square(), "middle": lambda u, v, w: (v - w) ** 2}, "first"),
     ],
 )
 def test_a_variable_that_no_loss_reads_is_named(losses: dict[str, Any], name: str) -> None:
@@ -260,9 +258,8 @@ def test_a_variable_that_no_loss_reads_is_named(losses: dict[str, Any], name: st
 def test_a_variable_that_only_a_level_below_reads_is_enough() -> None:
     """v is read by f alone, as a penalty is, and u by f alone too."""
     engine = three(
-        top=lambda u, v, w: (w + v).square().sum(),
-        g=lambda u, v, w: (w - 3).square().sum(),
-        f=lambda u, v, w: (w - v - u).square().sum(),
+        middle=lambda u, v, w: (w - 3).square().sum(),
+        last=lambda u, v, w: (w - v - u).square().sum(),
     )
     engine.run(2)
     assert all(x != 1 for x in (*engine.upper.variables, *engine.lower.variables))

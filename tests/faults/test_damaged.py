@@ -1,9 +1,12 @@
-"""Damaged and hostile files and a full disk: one clear error, nothing executed, a way to go on."""
+"""Damaged and hostile files, a full disk and SIGKILL: one clear error, and a way to go on."""
 
 from __future__ import annotations
 
+import json
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from hyperopt_peft.engine.checkpoint import (
     write_state,
 )
 from tests.support.damage import DAMAGES, Trap
+from tests.support.killed import RUNS
 from tests.support.networks import differences
 from tests.support.resume import end, interrupted, saving
 
@@ -136,3 +140,20 @@ def test_a_full_disk_leaves_the_last_checkpoint(ended: Any, tmp_path: Path, size
     assert all(f"{tmp_path}/checkpoint-{step}" in str(error.value) for step in (6, 3))
     assert not (tmp_path / "checkpoint-6").exists()
     require_same_end(tmp_path, ended)
+
+
+@pytest.mark.parametrize(
+    ("seed", "kills", "name"),
+    [
+        (0, 1, next(iter(RUNS))),
+        *(pytest.param(k, 3, name, marks=pytest.mark.slow) for k, name in enumerate(RUNS)),
+    ],
+)
+def test_a_killed_run_ends_as_if_left_alone(seed: int, kills: int, name: str) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "tests.support.killed", str(seed), str(kills)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run([*command, name], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["kills"] >= 1
+    assert not result["different"]

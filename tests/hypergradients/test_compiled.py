@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hyperopt_peft import Engine, Problem, attribute, hypergradient
-from tests.support.networks import Network, loader, owned
+from tests.support.networks import Network, loader, network_levels
 from tests.support.quadratic import FunctionLevel, flat, taken
 
 # PyTorch warns that a hook of all modules sees a compiled model twice, which is harmless.
@@ -59,18 +59,16 @@ def fresh() -> Iterator[None]:
 
 def levels(way: Way, *, dropout: float = 0.3) -> tuple[Problem, Problem]:
     """Levels over a network with dropout and batch normalisation, which ``way`` calls."""
-    torch.manual_seed(0)
-    net = Network(dropout)
-    call, parts, (x, y) = way(net), owned(net), next(iter(loader(18)))
+    above, below = network_levels(dropout=dropout)
+    u, w = above.variables, below.variables
+    call, (x, y) = way(above.net), next(iter(loader(18)))
 
     def loss(x: Tensor) -> Tensor:
-        pull = sum(v.square().sum() for part in parts for _, v in part)
+        pull = sum(v.square().sum() for v in (*u, *w))
         return cross_entropy(call(x), y) + 0.05 * pull
 
-    return (
-        FunctionLevel(lambda _: loss(x + 1), parts[0], lr=0.0, name="upper"),
-        FunctionLevel(lambda _: loss(x), parts[1], lr=0.0, name="lower"),
-    )
+    upper = FunctionLevel(lambda _: loss(x + 1), u, lr=0.0)
+    return upper, FunctionLevel(lambda _: loss(x), w, lr=0.0)
 
 
 def trained(method: str, way: Way, **options: Any) -> Tensor:

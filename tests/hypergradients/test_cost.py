@@ -1,8 +1,5 @@
 """What each estimator costs: passes, vectors and reads, as counted and as documented."""
 
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from hyperopt_peft import Engine, hypergradient
 from hyperopt_peft.core.examples import WeightedExamples
 from hyperopt_peft.hypergradients import get_estimator, registered
 from hyperopt_peft.utils import reductions
+from tests.support.cases import Counted, counted
 from tests.support.quadratic import FunctionLevel, program
 
 READS = ("item", "tolist", "__float__", "__int__", "__bool__", "__index__", "numpy", "cpu")
@@ -66,27 +64,6 @@ def levels(size: int) -> Any:
     lower = Lower([model.weight], optimizer=rates[1], name="lower")
     lower.model = model
     return FunctionLevel(upper_f, [u], optimizer=rates[0], name="upper"), lower
-
-
-Counted = tuple[Any, str, str]
-
-
-@contextmanager
-def counted(monkeypatch: pytest.MonkeyPatch, *functions: Counted) -> Iterator[Counter[str]]:
-    """Count the calls of each (object, name of its function, name of the count)."""
-    counts: Counter[str] = Counter()
-
-    def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any, **options: Any) -> Any:
-            counts[name] += 1
-            return function(*arguments, **options)
-
-        return run
-
-    with monkeypatch.context() as patch:
-        for thing, attribute, name in functions:
-            patch.setattr(thing, attribute, counting(name, getattr(thing, attribute)))
-        yield counts
 
 
 def passes(engine: Engine) -> list[Counted]:

@@ -19,7 +19,7 @@ from hyperopt_peft.hypergradients.products import Scheme
 from hyperopt_peft.utils.precision import SinglePrecision
 from tests.support.minilm import cosine, levels, minilm
 from tests.support.networks import differences
-from tests.support.quadratic import FunctionLevel, Program, flat, program, taken
+from tests.support.quadratic import FunctionLevel, Once, Program, flat, program, taken
 
 ORDERS = {"forward": 1, "central": 2}
 METHODS = ("darts:scheme=forward", "darts:scheme=central", "darts:product=exact")
@@ -233,15 +233,10 @@ def test_operations_in_place_reach_the_tensor_itself(change: Callable[[Tensor], 
     assert torch.equal(actual, expected)
 
 
-class Recorded(torch.autograd.Function):
+class Recorded(Once):
     """x², whose backward pass records the dtype of a cast and whether autocast is enabled."""
 
     seen: ClassVar[list[tuple[torch.dtype, bool]]] = []
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x * x
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD
 
 from hyperopt_peft import Engine, ProblemError, hypergradient
 from hyperopt_peft.engine import fit
@@ -226,8 +225,7 @@ def test_a_hook_that_takes_a_gradient_away_is_refused(case: Case) -> None:
     """The gradient of the loss would seem to be zero, and with it the implicit term."""
     u, w = (torch.ones(2, requires_grad=True) for _ in range(2))
     upper = FunctionLevel(lambda _: w.square().sum(), [u])
-    sgd = SGD([w], lr=0.1)
-    lower = FunctionLevel(lambda _: (w - u).square().sum(), [("w", w)], optimizer=sgd)
+    lower = FunctionLevel(lambda _: (w - u).square().sum(), [("w", w)], lr=0.1)
     w.register_post_accumulate_grad_hook(lambda x: setattr(x, "grad", None))
     with pytest.raises(ProblemError, match=r"w has a post-accumulate hook.*; remove the hook"):
         hypergradient(upper, lower, case.estimator)

@@ -113,15 +113,10 @@ SOLVERS = [n for n, entry in registered().items() if entry.kind == "implicit" an
 OPTIONS = {"neumann": ":terms=5000", "nystrom": ":steps=100"}
 
 
-def problem(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    torch.manual_seed(seed)
-    x, y = torch.randn(2, 30, 5, dtype=torch.float64), torch.randint(2, (2, 30))
-    return x[0], y[0], x[1], y[1]
-
-
 def losses(seed: int):
     """A weight for each class and a decay for each feature; F reads the former too."""
-    x, y, x_val, y_val = problem(seed)
+    torch.manual_seed(seed)
+    (x, x_val), (y, y_val) = torch.randn(2, 30, 5).double(), torch.randint(2, (2, 30))
 
     def f(u: Tensors, w: Tensors) -> Tensor:
         rows = cross_entropy(x @ w[0], y, reduction="none") * u[0].exp()[y]

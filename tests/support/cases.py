@@ -1,6 +1,9 @@
-"""Every registered estimator as a case of a test."""
+"""Every registered estimator as a case of a test, and counts of calls."""
 
 import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, get_args
 
 import pytest
@@ -8,6 +11,26 @@ import pytest
 from hyperopt_peft import Estimator
 from hyperopt_peft.hypergradients import registered
 from hyperopt_peft.hypergradients.products import ProductKind
+
+Counted = tuple[Any, str, str]
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch, *functions: Counted) -> Iterator[Counter[str]]:
+    """Count the calls of each (object, name of its function, name of the count)."""
+    counts: Counter[str] = Counter()
+
+    def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            counts[name] += 1
+            return function(*arguments, **options)
+
+        return run
+
+    with monkeypatch.context() as patch:
+        for thing, attribute, name in functions:
+            patch.setattr(thing, attribute, counting(name, getattr(thing, attribute)))
+        yield counts
 
 
 @dataclasses.dataclass(frozen=True)

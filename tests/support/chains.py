@@ -32,16 +32,11 @@ class Chain:
         return z @ self.matrices[k] @ z / 2 + self.vectors[k] @ z
 
     def levels(self, lr: float = 0.05, data: Any = None) -> list[Any]:
-        return [
-            FunctionLevel(
-                lambda _, k=k: self.objective(k, self.blocks),
-                [x],
-                lr=lr,
-                data=data,
-                name=f"level {k}",
-            )
-            for k, x in enumerate(self.blocks)
-        ]
+        made = []
+        for k, x in enumerate(self.blocks):
+            function = lambda _, k=k: self.objective(k, self.blocks)  # noqa: E731
+            made.append(FunctionLevel(function, [x], lr=lr, data=data, name=f"level {k}"))
+        return made
 
     def reductions(self) -> tuple[Any, ...]:
         """(S, s) for z as a function of x_0; and x_0, …, x_k at each level's minimum."""

@@ -40,12 +40,5 @@ def make(
 
     groups = [{"params": [x]} for x in w] if grouped else w
     upper = FunctionLevel(lambda _: upper_f(w, u), [*u, rate, decay], lr=1.0)
-    lower = Learned(
-        lambda b: f(w, u, b),
-        w,
-        learned,
-        data=BATCHES,
-        optimizer=kind(groups, **options),
-        **level,
-    )
-    return upper, lower
+    level |= {"data": BATCHES, "optimizer": kind(groups, **options)}
+    return upper, Learned(lambda b: f(w, u, b), w, learned, **level)

@@ -56,13 +56,6 @@ def loader(size: int, generator: torch.Generator | None = None) -> DataLoader[An
     return DataLoader(TensorDataset(x, y), batch_size=4, shuffle=True, generator=generator)
 
 
-def owned(net: Network) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
-    """The upper variables, gate and temperature, and the lower ones: all that are left."""
-    named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
-    upper = [pair for pair in named if pair[0] in ("gate", "temperature")]
-    return upper, [pair for pair in named if pair[0] not in ("gate", "temperature")]
-
-
 def network_levels(
     count: int = 2,
     *,
@@ -81,19 +74,12 @@ def network_levels(
     names = [*above, [name for name in named if not any(name in names for names in above)]]
     levels = []
     for k, size in enumerate((14, 18) if count == 2 else (10, 14, 18)):
-        variables = [(name, named[name]) for name in names[k]]
-        optimizer = torch.optim.Adam([v for _, v in variables], lr=rates[k])
+        variables = {name: named[name] for name in names[k]}
+        adam = torch.optim.Adam(variables.values(), lr=rates[k])
         generator = torch.Generator().manual_seed(k) if generators else None
-        levels.append(
-            Classify(
-                net,
-                variables,
-                data=loader(size, generator),
-                optimizer=optimizer,
-                scheduler=LambdaLR(optimizer, lambda step: 1 / (1 + step / 5)),
-                name=f"level {k}",
-            )
-        )
+        options = {"data": loader(size, generator), "optimizer": adam, "name": f"level {k}"}
+        schedule = LambdaLR(adam, lambda step: 1 / (1 + step / 5))
+        levels.append(Classify(net, variables, scheduler=schedule, **options))
     return levels
 
 

@@ -83,11 +83,7 @@ class FastMix(Estimator):
 
 
 def output_layer(level: Problem) -> nn.Module:
-    """The output layer of the model in ``level``.
-
-    Raises:
-        ProblemError: the model has no output layer, or does not call it; or as `weighted_examples`.
-    """
+    """The output layer that the model in ``level`` calls; raises ProblemError without one."""
     model = weighted_examples(level).model
     if has_fused_head(model):
         raise refusal(level, UNCALLED)

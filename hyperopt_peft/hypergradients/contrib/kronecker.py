@@ -79,9 +79,6 @@ def empirical_fisher(samples: Samples, like: Sequence[Tensor]) -> list[Block]:
     eigenvalues are the second moments of the rows' gradients Σ_t δxᵀ in these bases. A variable
     belongs to one layer only, preferably a ``torch.nn.functional.linear``. Means include all
     processes.
-
-    Raises:
-        NonFiniteError: an input or a gradient is NaN or infinite.
     """
     layers = _disjoint(distributed.union(samples))
     forms = [layer.matrix(like) for layer in layers]

@@ -129,10 +129,7 @@ def require_finite(*values: float) -> list[float]:
     """``values``, which were computed from Hessian-vector products.
 
     A NaN or infinite entry of Hv makes ⟨v, Hv⟩ and ‖Hv‖ NaN or infinite, so that checking one of
-    these numbers is enough.
-
-    Raises:
-        NonFiniteError: a value is NaN or infinite.
+    these numbers is enough: a NonFiniteError.
     """
     if not all(map(math.isfinite, values)):
         raise NonFiniteError(

@@ -1,0 +1,97 @@
+"""`forward`: tangents over a whole run, and few unknowns; `sama`: one step of the optimizer."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.optim import SGD, AdamW
+
+from hyperopt_peft import BilevelTrainingArguments, Engine, ProblemError, hypergradient
+from tests.support.learned_options import make
+from tests.support.optimizers import OPTIMIZERS, make_levels, start, trained
+from tests.support.quadratic import FunctionLevel, flat, taken
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_carried_tangents_look_back_on_the_whole_run(optimizer: str) -> None:
+    """At a u that rests, six upper steps of one lower step are reverse mode through six."""
+
+    def engine(method: str, **options: int) -> Engine:
+        levels = make(*OPTIMIZERS[optimizer], max_grad_norm=0.3)
+        return Engine(*levels, method, warmup_steps=1, progress=False, **options)
+
+    forward, again = (engine("forward:carry=true") for _ in range(2))
+    carried = taken(forward, 2)
+    again.load_state_dict(forward.state_dict())
+    for k, actual in enumerate([*carried, *taken(again, 4)], 1):
+        (expected,) = taken(engine(f"unrolled:steps={k}", lower_steps=k))
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    assert len(again._step._records) == 1  # one step is kept, whatever it looks back on
+
+
+def test_without_carry_the_steps_before_the_last_upper_step_are_left_out() -> None:
+    forward, reverse = (
+        taken(Engine(*make(*OPTIMIZERS["adamw"]), method, lower_steps=2, progress=False), 3)
+        for method in ("forward:steps=2", "unrolled:steps=2")
+    )
+    torch.testing.assert_close(forward, reverse, rtol=1e-12, atol=1e-13)
+
+
+def test_too_many_unknowns_are_sent_to_reverse_mode() -> None:
+    levels = make(SGD, {"lr": 0.1})
+    with pytest.raises(ProblemError, match="limit=5"):
+        hypergradient(*levels, "forward:limit=5")
+    with pytest.raises(ProblemError, match="limit=5"):
+        Engine(*levels, "forward:limit=5", warmup_steps=1000)
+    hypergradient(*levels, "forward:limit=6")
+    with pytest.raises(ProblemError, match="limit"):
+        hypergradient(*levels, "forward:limit=0")
+
+
+def test_carried_tangents_need_every_lower_step(tmp_path: Path) -> None:
+    with pytest.raises(ProblemError, match="every lower step"):
+        BilevelTrainingArguments(
+            str(tmp_path), hypergradient="forward:carry=true", lower_steps=2, use_cpu=True
+        ).estimator()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("limit", [None, 0.05])
+@pytest.mark.parametrize("training", [True, False])
+def test_sama_is_unrolling_by_one_step(optimizer: str, limit: float | None, training: bool) -> None:
+    """Clipping included, which makes D a full matrix; outside training the step is the next one."""
+    kind, options = OPTIMIZERS[optimizer]
+    estimates = []
+    for method in ("sama:product=exact", "unrolled:steps=1"):
+        w, u = start()
+        levels = make_levels(kind(w, **options), w, u, max_grad_norm=limit)
+        if training:
+            estimates.append(trained(levels, 1, 2, method))
+        else:
+            estimates.append(flat(hypergradient(*levels, method)))
+    torch.testing.assert_close(*estimates, rtol=1e-12, atol=1e-12)
+
+
+def test_a_step_is_recorded_with_its_own_gradient() -> None:
+    """torch's Nesterov step over many tensors writes to it, and 0.43 would become 1.25."""
+    actual = []
+    for limit in (None, 0.9):
+        w, u = start()
+        made = SGD(w, lr=0.2, momentum=0.95, nesterov=True, foreach=True)
+        levels = make_levels(made, w, u, max_grad_norm=limit)
+        actual.append(trained(levels, 2, 1, "sama:product=exact"))
+    assert torch.equal(*actual)
+
+
+def test_half_precision_variables_have_their_step_in_single_precision() -> None:
+    actual = []
+    for dtype in (torch.bfloat16, torch.float64):
+        w = torch.tensor([0.5, -1.0, 2.0], dtype=dtype, requires_grad=True)
+        u = torch.tensor([0.25, 0.75, -0.5], dtype=dtype, requires_grad=True)
+        adam = AdamW([w], lr=0.125, eps=0.5)
+        lower = FunctionLevel(lambda _, w=w, u=u: (w - u).square().sum(), [w], optimizer=adam)
+        upper = FunctionLevel(lambda _, w=w: w.square().sum(), [u])
+        (h,) = hypergradient(upper, lower, "sama")
+        assert h.dtype == dtype
+        actual.append(h.double())
+    torch.testing.assert_close(actual[0], actual[1], rtol=2e-2, atol=0)
