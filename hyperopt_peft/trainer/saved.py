@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
@@ -67,7 +66,7 @@ def check_saved(trainer: Any, folder: Path) -> None:
 def _inputs(trainer: Any) -> dict[str, Any]:
     """A few training rows as the model reads them; labels only for the input of a decoder."""
     rows, base, device = trainer.train_dataset, base_model(trainer.model), trainer.args.device
-    if not isinstance(trainer.model, PeftModel):
+    if "PeftModel" not in {kind.__name__ for kind in type(trainer.model).__mro__}:
         raise NotCompared("it is no PeftModel")
     if trainer.is_fsdp_enabled or not (has_length(rows) and hasattr(rows, "__getitem__")):
         raise NotCompared("the model is sharded, or the training rows are a stream")
@@ -82,7 +81,7 @@ def _inputs(trainer: Any) -> dict[str, Any]:
     return {k: x for k, x in batch.items() if k in names and isinstance(x, Tensor)}
 
 
-def _load(model: PeftModel, folder: Path) -> Any:
+def _load(model: Any, folder: Path) -> Any:
     """The adapter in ``folder``, over a new base model with the weights of ``model``."""
     base, (name, *others) = _base(model), list(model.active_adapters)
     if others:
@@ -93,12 +92,12 @@ def _load(model: PeftModel, folder: Path) -> Any:
     place = folder if name == "default" else folder / name
     device = str(next(model.parameters()).device)
     try:
-        return PeftModel.from_pretrained(base, place, torch_device=device)
+        return type(model).from_pretrained(base, place, torch_device=device)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ProblemError(f"{place}: PEFT does not load what was saved ({error})") from error
 
 
-def _base(model: PeftModel) -> nn.Module:
+def _base(model: Any) -> nn.Module:
     """A new base model of the class and configuration of ``model``'s, with its weights."""
     base = model.get_base_model()
     named = [*base.named_parameters(remove_duplicate=False), *base.named_buffers()]
