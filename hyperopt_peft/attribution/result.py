@@ -82,7 +82,8 @@ class Attribution:
         }
         values, losses = trained.evaluation.values(), run.losses / run.visits
         rest: Any = {"columns": trained.columns, "trained": trained, "estimator": estimator}
-        return cls(trained.total(by_slice), by_slice, losses, values, settings, **rest)
+        total = trained.evaluation.total(by_slice)
+        return cls(total, by_slice, losses, values, settings, **rest)
 
     def check(
         self,

@@ -84,8 +84,7 @@ def trained_by_trainer(
     enlarged = len(run.levels) == 1 and not method.tags
     return Trained(
         run,
-        Evaluation(run.weights, of_slices),
-        data.shares,
+        Evaluation(run.weights, of_slices, data.shares),
         Accumulated(final),
         lambda: model.micro_batches(data.batches(data.train_rows)),
         test=lambda test: partial(model.measured, data.batches(data.test_rows(test))),
