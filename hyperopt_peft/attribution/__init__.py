@@ -4,8 +4,8 @@
 
 ``levels``, ``trainer`` and ``head`` train levels of your own, a Trainer, or a head on its features;
 each returns `Trained`. From there one path leads to the scores (``scores``, through the steps of a
-``run``), to what holds them (``result``), and to their check and uses (``check``, ``removal``,
-``suspects``). ``why`` explains predictions of a head.
+``run``), to what holds them (``result``), and to their check and uses (``check``, ``uses``).
+``why`` explains predictions of a head.
 """
 
 from hyperopt_peft.attribution.attribute import attribute

@@ -174,9 +174,8 @@ def check_scores(
             changes[name][1, number] = after[name] - before[name]
     smoothness = None
     if perturbation is not None and estimator.differentiates_run:
-        smoothness = metasmoothness(
-            trained, estimator, trained.evaluation.total(seen), perturbation, generator
-        )
+        total = trained.evaluation.total(seen)
+        smoothness = metasmoothness(trained, estimator, total, perturbation, generator)
     rest: Any = {"metasmoothness": smoothness, "share": share, "of_head": not isinstance(run, Run)}
     checks = {name: ScoreCheck(*both, **rest) for name, both in changes.items()}
     rest["by_slice"] = checks if len(checks) > 1 else {}

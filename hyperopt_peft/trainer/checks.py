@@ -201,25 +201,25 @@ def read_rows(trainer: Any, rows: Any = None, name: str = "train_dataset") -> An
     return rows.select_columns(loader_of(trainer, rows, name).dataset.column_names)
 
 
-def check_unread(trainer: Any, level: Problem, batch: Any, own: bool) -> None:
-    """Raise ProblemError if ``level``, which did not call ``task_loss``, drops the trainer's loss.
+def check_unread(trainer: Any) -> None:
+    """Raise ProblemError if the lower level, which did not call ``task_loss``, drops its loss.
 
-    ``own`` says whether its class has one. A loss that is the mean over the labels of ``batch``, as
-    that of TRL's SFTTrainer, is the model's own. Under FSDP2 a loss is not evaluated here, and
-    passes.
+    A loss that is the mean over labels, as that of TRL's SFTTrainer, is the model's own. Under
+    FSDP2 a loss is not evaluated here, and passes.
     """
-    changes = (trainer.label_smoother, trainer.compute_loss_func, own)
+    changes = trainer.label_smoother, trainer.compute_loss_func, trainer.loss_rule.own
     names = "label_smoothing_factor", "compute_loss_func", "compute_loss"
     name = next((name for name, used in zip(names, changes) if used), None)
     if name is None or (trainer.is_fsdp_enabled and not trainer.label_smoother):
         return
     try:
         with trainer.passes.paused():
+            batch = trainer.current_step.micro[0].batch
             require_mean_over_labels(trainer, batch, trainer.tags)
     except ProblemError as error:
         raise ProblemError(
-            f"{name}: {level.name} drops it, since its loss does not call task_loss; let it call "
-            f"task_loss, or leave {name} out ({error})"
+            f"{name}: {trainer.lower.name} drops it, since its loss does not call task_loss; let it "
+            f"call task_loss, or leave {name} out ({error})"
         ) from error
 
 

@@ -172,7 +172,7 @@ def run(trainer: Any, resume: str | bool | None, *args: Any, **kwargs: Any) -> A
 
 
 def show_rows(trainer: Any) -> None:
-    """Show the lower level's rows to the method of ``trainer``, without unused columns."""
+    """Let the method of ``trainer`` read the lower level's rows, without unused columns."""
     method = trainer.method
     if method is None or type(method).read_rows is Method.read_rows:
         return

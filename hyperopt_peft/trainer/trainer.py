@@ -356,7 +356,7 @@ class BilevelTrainer(CombinedTrainer):
         step, calls = self.current_step, self.calls
         loss = step.evaluate(inputs)
         if calls == self.calls and not self._loss_checked:
-            checks.check_unread(self, self.lower, step.micro[0].batch, self.loss_rule.own)
+            checks.check_unread(self)
         self._loss_checked = True
         if step.complete:
             try:

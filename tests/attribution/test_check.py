@@ -8,7 +8,7 @@ import torch
 from hyperopt_peft import ProblemError
 from hyperopt_peft.attribution import ScoreCheck
 from hyperopt_peft.attribution.check import rank_interval
-from hyperopt_peft.attribution.removal import Removal
+from hyperopt_peft.attribution.uses import Removal
 from tests.support.attributed import levels, scored
 
 
