@@ -156,7 +156,7 @@ def reason_for(training: HeadTraining, places: Features, place: int) -> Reason:
     classes = torch.full((1,), predicted, device=x.device)
     level, batch = training.level, training.features.batch()
     margin = Evaluation(training.weights, lambda: margins(head(x).logits, classes)[0])
-    trained = Trained(training, margin, {"all": 1.0}, level, lambda: batch)
+    trained = Trained(training, margin, level, lambda: batch)
     slopes = scores(trained, parse_estimator(HEAD_ESTIMATOR))[0]["all"]
     most = min(int((slopes > 0).sum()), int(MOST * len(slopes)))
     order = slopes.argsort(descending=True)[:most]

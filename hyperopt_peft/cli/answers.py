@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 
 from hyperopt_peft.attribution import Attribution, Reasons
-from hyperopt_peft.attribution.suspects import Suspects
+from hyperopt_peft.attribution.uses import Suspects
 from hyperopt_peft.cli.report import Report, as_text
 from hyperopt_peft.cli.text import attributed
 from hyperopt_peft.utils.tables import cells, write_csv

@@ -182,8 +182,10 @@ def with_upper(evaluation: Any, upper: Any, args: Any) -> Any:
     return {**evaluation, UPPER: upper}
 
 
-def without_upper(prepared: Any, evaluation: Any) -> tuple[Any, Any]:
+def without_upper(prepared: Any, evaluation: Any, upper: Any) -> tuple[Any, Any]:
     """Undo `with_upper`: the prepared evaluation data, shaped as ``evaluation``, and ``upper``."""
+    if upper is None:
+        return prepared, None
     if not isinstance(prepared, Mapping) or UPPER not in prepared:
         raise ProblemError(
             f"{UPPER}: the trainer does not keep a dict of data sets as eval_dataset, in which "

@@ -12,7 +12,7 @@ from torch import Tensor
 from hyperopt_peft import NonFiniteError, Problem, ProblemError, attribute
 from hyperopt_peft.attribution import Attribution, ScoreCheck
 from hyperopt_peft.attribution.check import rank_interval
-from hyperopt_peft.attribution.removal import Removal
+from hyperopt_peft.attribution.uses import Removal
 from hyperopt_peft.hypergradients.unrolled.reverse import Unrolled
 from tests.support.attributed import ROWS, STEPS, error, error_of_slopes, levels, scored, setup_of
 

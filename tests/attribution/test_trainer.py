@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from hyperopt_peft import NonFiniteError, ProblemError
-from hyperopt_peft.attribution.suspects import suspects
+from hyperopt_peft.attribution.uses import suspects
 from tests.support.attributed import attributed, error_of_slopes, require_equal
 from tests.support.trainers import (
     CONFIG,
