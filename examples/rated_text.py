@@ -77,7 +77,7 @@ def raters(blocks: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     features = features_of(load_model("minilm", ["-"]), rows, DataCollatorWithPadding(tokenizer))
     parts = np.array_split(table.ratings, blocks)
     classes = (torch.tensor(part.tolist()).T.abs().ge(2).long() for part in parts)
-    return [*zip(features.standardized().x.split(30), classes)]
+    return [*zip(features.standardized().x.float().split(30), classes)]
 
 
 def draw_raters(blocks: Any, numbers: random.Random) -> tuple[Any, Any]:

@@ -1,7 +1,7 @@
 """All that a file with a method imports: ``from hyperopt_peft.method import Method, option, …``.
 
-Our own methods, the folder ``problems/`` of the repository, import no other tools. Names are
-imported on first use.
+The library's methods, the folder ``problems/`` of the repository, import from here, from each other
+and from `hyperopt_peft.heads` alone. Names are imported on first use.
 """
 
 from typing import TYPE_CHECKING
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from hyperopt_peft.adapters.gains import remove_gains as remove_gains
     from hyperopt_peft.adapters.gains import set_layers as set_layers
     from hyperopt_peft.adapters.gains import squares as squares
-    from hyperopt_peft.adapters.layers import dora_layers as dora_layers
     from hyperopt_peft.adapters.layers import factors as factors
     from hyperopt_peft.adapters.layers import lora_layers as lora_layers
     from hyperopt_peft.adapters.layers import split_parameters as split_parameters
@@ -31,13 +30,11 @@ if TYPE_CHECKING:
     from hyperopt_peft.core.labels import WEIGHT as WEIGHT
     from hyperopt_peft.core.labels import require_labels as require_labels
     from hyperopt_peft.core.logits import IGNORED as IGNORED
-    from hyperopt_peft.core.logits import losses_of_logits as losses_of_logits
     from hyperopt_peft.core.prior import GaussianPrior as GaussianPrior
     from hyperopt_peft.core.problem import Problem as Problem
     from hyperopt_peft.core.problem import TaskLoss as TaskLoss
     from hyperopt_peft.core.task_level import TaskLevel as TaskLevel
     from hyperopt_peft.errors import ProblemError as ProblemError
-    from hyperopt_peft.trainer.data import batches_of as batches_of
     from hyperopt_peft.trainer.data import joined as joined
     from hyperopt_peft.trainer.data import require_examples as require_examples
     from hyperopt_peft.trainer.gained import Gained as Gained
@@ -46,9 +43,7 @@ if TYPE_CHECKING:
     from hyperopt_peft.trainer.tags import label_counts as label_counts
     from hyperopt_peft.trainer.tags import without as without
     from hyperopt_peft.utils.distributed import gather as gather
-    from hyperopt_peft.utils.distributed import is_sharded as is_sharded
     from hyperopt_peft.utils.models import base_model as base_model
-    from hyperopt_peft.utils.models import evaluating as evaluating
     from hyperopt_peft.utils.models import trainable as trainable
     from hyperopt_peft.utils.validation import Bound as Bound
     from hyperopt_peft.utils.validation import NonNegativeFloat as NonNegativeFloat

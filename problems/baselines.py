@@ -114,7 +114,7 @@ class GivenWeights(Method):
     tags = ("weight",)
 
     def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:
-        """The given ones; a trusted row without a weight has 1."""
+        """Both as they are; a trusted row without a weight has 1."""
         if upper is not None and "weight" not in upper.column_names:
             upper = upper.add_column("weight", [1.0] * len(upper))
         return _with_floats(train), upper and _with_floats(upper)

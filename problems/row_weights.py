@@ -24,7 +24,6 @@ from hyperopt_peft.method import (
     Share,
     TaskLoss,
     WeightedRows,
-    joined,
     option,
     require_examples,
 )
@@ -59,7 +58,7 @@ class RowWeights(Method):
     defaults = {"hypergradient": "darts:product=dots", "lower_steps": 4, "retrain": "scratch"}
 
     def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:
-        """The given ones."""
+        """Both as they are."""
         require_examples("upper_dataset", upper)
         self.count = len(train)
         return train, upper
@@ -98,7 +97,7 @@ class RowWeights(Method):
         """The rows of largest weight, in their order, and the trusted rows; before a search all."""
         if self.keep is not None and hasattr(self, "logits"):
             train = self.best_rows(train)
-        return joined(train_dataset=train, upper_dataset=upper)
+        return super().all_rows(train, upper)
 
     def best_rows(self, train: Any) -> Any:
         """The rows of largest weight, a share ``keep`` of ``train``, in their order."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support.documents import ROOT, sources
+
 LEVELS = {"errors", "utils", "core", "hypergradients"}
 ALLOWED = {
     "errors": set(),
@@ -83,24 +83,10 @@ PUBLIC = {"", "adapters", "attribution", "comparison", "core", "diagnostics", "e
 PUBLIC |= {"heads", "hypergradients", "method", "problems", "utils.plots"}
 
 
-def documents() -> list[tuple[str, str]]:
-    """The code of our methods, examples, pages and notebooks, by path."""
-    found = []
-    for path in [ROOT / "README.md", *ROOT.glob("docs/**/*"), *ROOT.glob("examples/**/*.*")]:
-        if "upstream" in path.parts or path.suffix not in (".md", ".py", ".ipynb"):
-            continue
-        text = path.read_text()
-        if path.suffix == ".md":
-            text = "\n".join(re.findall(r"```python\n(.*?)```", text, re.S))
-        elif path.suffix == ".ipynb":
-            cells = [x for x in json.loads(text)["cells"] if x["cell_type"] == "code"]
-            text = "\n".join("".join(cell["source"]) for cell in cells)
-        found.append((str(path.relative_to(ROOT)), re.sub("^%.*$", "", text, flags=re.M)))
-    methods = ROOT.glob("problems/**/*.py")
-    return found + [(str(path.relative_to(ROOT)), path.read_text()) for path in methods]
+METHODS = [(str(x.relative_to(ROOT)), x.read_text()) for x in ROOT.glob("problems/**/*.py")]
 
 
-@pytest.mark.parametrize(("path", "code"), documents())
+@pytest.mark.parametrize(("path", "code"), [*METHODS, *sources()])
 def test_what_our_methods_and_pages_import_is_public(path: str, code: str) -> None:
     """Contract 21; a method may also import names of a neighbouring method."""
     of_methods = path.startswith("problems/")

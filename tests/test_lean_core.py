@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support.process import python
+
 TRAINERS = {"transformers", "datasets", "sklearn", "matplotlib", "peft", "accelerate", "pandas"}
 ENGINE = """
 import torch
@@ -33,11 +31,7 @@ Engine(upper, lower, "{estimator}", progress=False).run(steps=2)
 def loaded(program: str) -> set[str]:
     """The modules of a process that has run ``program``."""
     last = "\nimport json, sys; print(json.dumps(list(sys.modules)))"
-    done = subprocess.run(
-        [sys.executable, "-c", program + last], capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr
-    return set(json.loads(done.stdout.splitlines()[-1]))
+    return set(json.loads(python("-c", program + last).stdout.splitlines()[-1]))
 
 
 def test_the_package_alone_loads_nothing() -> None:

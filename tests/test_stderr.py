@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support.process import python
+
 TRAINER = """
 from datasets import Dataset
 from hyperopt_peft import BiDoRA, BilevelTrainer, BilevelTrainingArguments
@@ -29,12 +27,5 @@ trainer.evaluate(rows)
 
 @pytest.mark.slow
 def test_neither_a_missing_kernel_nor_pinned_memory(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", TRAINER],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "gemm_4bit" not in done.stderr and "pin_memory" not in done.stderr
+    errors = python("-c", TRAINER, folder=tmp_path, CUDA_VISIBLE_DEVICES="").stderr
+    assert "gemm_4bit" not in errors and "pin_memory" not in errors

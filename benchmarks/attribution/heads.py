@@ -99,7 +99,6 @@ def setup_of(training: HeadTraining, phi: Any) -> Trained:
     return Trained(
         training,
         Evaluation(training.weights, phi),
-        {"all": 1.0},
         training.level,
         lambda: batch,
         probabilities=lambda rows: training.on_rows.probabilities([batch])[rows],

@@ -211,7 +211,6 @@ def trained(lower: RowWeighted, recipe: Recipe, memory_limit: float = 1.0) -> Tr
     return Trained(
         run,
         Evaluation(lower.weights, [partial(evaluation_loss, lower)]),
-        {"all": 1.0},
         Accumulated(lower),
         everything,
         probabilities=probabilities,

@@ -11,7 +11,7 @@ run_script(
     "estimators",
     {
         "comparison": "all estimators and other libraries on four problems; docs/comparison.md",
-        "convergence": "the value function against passes, and its figure",
+        "convergence": "the value function against backward passes, and its figure",
         "fidelity": "the implicit term under dropout and in bfloat16",
         "noise": "the minimum that minibatches reach",
     },

@@ -1,12 +1,12 @@
-"""The value function against passes: how fast does each estimator lower it?
+"""The value function against backward passes: how fast does each estimator lower it?
 
     python benchmarks/estimators convergence --json benchmarks/results/convergence.json
 
 Problems A (penalties of a logistic regression, in the box [−12, 6]) and B (weights of noisy
 images), full batch, float64. Every estimator has the same two optimizers: Adam at the lower level
-of A, gradient descent at that of B, Adam at the upper levels. A pass is a forward+backward pass
-or a second backward pass of either loss, lower steps included. The value is F(u, w*(u)), where
-Newton's method (A) or L-BFGS (B) computes w*; these do not count.
+of A, gradient descent at that of B, Adam at the upper levels. First and second backward passes of
+either loss count one each, those of lower steps included. The value is F(u, w*(u)), where Newton's
+method (A) or L-BFGS (B) computes w*; these do not count.
 
 ``--json`` also draws docs/convergence.png.
 """
@@ -95,7 +95,7 @@ def newton(level: logistic.Logistic) -> None:
 
 
 def curve(make: Any, method: str, calls: int) -> tuple[list[tuple[int, float]], Any]:
-    """About thirty points (passes so far, value) within ``calls``, and the upper level."""
+    """About thirty points (backward passes so far, value) within ``calls``, and the upper level."""
     upper, lower, project = make()
     points, spent = [(0, value(upper, lower))], 0
     try:
@@ -113,7 +113,7 @@ def curve(make: Any, method: str, calls: int) -> tuple[list[tuple[int, float]], 
 
 def main() -> None:
     """Run all estimators, print the values and draw the figure."""
-    options = arguments("the value function against passes", calls=20_000)
+    options = arguments("the value function against backward passes", calls=20_000)
     calls = 100 if options.quick else options.calls
     problems = {"A": problem_a, "B": problem_b}
     runs = {
@@ -127,7 +127,7 @@ def main() -> None:
         | {"B: test accuracy": runs["B"][m][1].test_accuracy() if len(curves["B"][m]) > 1 else None}
         for m in METHODS
     ]
-    report(options, {f"Value after {calls} passes": rows}, {"curves": curves})
+    report(options, {f"Value after {calls} backward passes": rows}, {"curves": curves})
     if options.json is not None:
         draw(curves)
 
@@ -142,4 +142,4 @@ def draw(curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> Non
         }
         for key, named in curves.items()
     }
-    lines(panels, FIGURE, xlabel="passes", ylabel="F(u, w*(u))", yscale="log")
+    lines(panels, FIGURE, xlabel="backward passes", ylabel="F(u, w*(u))", yscale="log")

@@ -174,13 +174,12 @@ def check_scores(
             changes[name][1, number] = after[name] - before[name]
     smoothness = None
     if perturbation is not None and estimator.differentiates_run:
-        smoothness = metasmoothness(
-            trained, estimator, trained.total(seen), perturbation, generator
-        )
+        total = trained.evaluation.total(seen)
+        smoothness = metasmoothness(trained, estimator, total, perturbation, generator)
     rest: Any = {"metasmoothness": smoothness, "share": share, "of_head": not isinstance(run, Run)}
     checks = {name: ScoreCheck(*both, **rest) for name, both in changes.items()}
     rest["by_slice"] = checks if len(checks) > 1 else {}
-    return ScoreCheck(*trained.total(changes), **rest)
+    return ScoreCheck(*trained.evaluation.total(changes), **rest)
 
 
 def metasmoothness(
@@ -196,5 +195,5 @@ def metasmoothness(
     signs = torch.randint(0, 2, (len(run.row_weights),), generator=generator) * 2 - 1
     weights = run.row_weights * (1 + perturbation * signs.to(run.row_weights))
     with run.repeated(weights, keep=True) as checkpoints:
-        moved_scores = trained.total(scores(trained, estimator, checkpoints)[0])
+        moved_scores = trained.evaluation.total(scores(trained, estimator, checkpoints)[0])
     return float(torch.cosine_similarity(run_scores, torch.nan_to_num(moved_scores), dim=0))

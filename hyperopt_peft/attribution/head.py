@@ -114,8 +114,7 @@ def trained_head(trainer: Any, evaluation: Any, slices: str | None, *, progress:
     }
     return Trained(
         training,
-        Evaluation(training.weights, of_slices),
-        data.shares,
+        Evaluation(training.weights, of_slices, data.shares),
         training.level,
         train.batch,
         test=lambda test: partial(on_rows.measured, [read(data.test_rows(test)).batch()]),

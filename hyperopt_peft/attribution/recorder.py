@@ -19,7 +19,7 @@ from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.phases import Phase, lower_of, upper_of
 from hyperopt_peft.trainer.step import Accumulated, MicroBatch
 from hyperopt_peft.trainer.tags import INDEX, without
-from hyperopt_peft.trainer.task_loss import LossRule, depends_on_count
+from hyperopt_peft.trainer.task_loss import depends_on_count
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.models import trainable
@@ -44,10 +44,6 @@ class RecordedTrainer(BilevelTrainer):
         self.recording = recording
         super().__init__(model, args, **options)
 
-    def new_loss_rule(self) -> LossRule:
-        """As in `BilevelTrainer`, for a loss that reads no count of labels."""
-        return replace(super().new_loss_rule(), counts=False, scaled=self.recording.scaled)
-
     def with_entries(self, batches: Sequence[Any]) -> list[Any]:
         """As in `BilevelTrainer`, or so that the mean over the step is a sum."""
         samples = super().with_entries(batches)
@@ -69,6 +65,8 @@ class RecordedTrainer(BilevelTrainer):
     def adopt_prepared_parameters(self) -> None:
         """As in `BilevelTrainer`; also begins the run, or its second phase."""
         super().adopt_prepared_parameters()
+        # `task_loss` reads no count of labels.
+        self.loss_rule = replace(self.loss_rule, counts=False, scaled=self.recording.scaled)
         limits = (self.args.max_grad_norm, self.args.upper_max_grad_norm)
         levels = [
             Accumulated(level, self.optimizer, limit or None, calls)

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from hyperopt_peft.attribution.check import ScoreCheck, check_scores
-from hyperopt_peft.attribution.removal import Removal, remove
 from hyperopt_peft.attribution.scores import ScoreEstimator, Trained, scores
-from hyperopt_peft.attribution.suspects import Suspects, suspects
+from hyperopt_peft.attribution.uses import Removal, Suspects, remove, suspects
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.plots import row_scores
 from hyperopt_peft.utils.tables import cells, write_csv
@@ -82,7 +81,8 @@ class Attribution:
         }
         values, losses = trained.evaluation.values(), run.losses / run.visits
         rest: Any = {"columns": trained.columns, "trained": trained, "estimator": estimator}
-        return cls(trained.total(by_slice), by_slice, losses, values, settings, **rest)
+        total = trained.evaluation.total(by_slice)
+        return cls(total, by_slice, losses, values, settings, **rest)
 
     def check(
         self,

@@ -195,8 +195,7 @@ class TrainerData:
         args = self.trainer.args
         size, model = args.per_device_eval_batch_size, self.trainer.model
         made = batches_of(rows, self.collate, size, args.device, chosen=chosen)
-        labelled = [batch for batch in made if "labels" in batch]  # later refused if not all are
-        if len(labelled) < len(made):
+        if any("labels" not in batch for batch in made):  # refused later
             return made
         return [{**batch, "labels": as_numbers(model, require_labels(batch))} for batch in made]
 
@@ -212,14 +211,14 @@ def _rows_of_levels(trainer: Any) -> tuple[Any, Any, tuple[Any, Any], tuple[Any,
     """``train``, ``train_rows``, ``of_levels`` and ``of_retraining`` of `TrainerData`."""
     lower, upper = trainer.phase.rows
     if upper is None:
-        given, reads = lower, {*columns_read(lower, lower, trainer.row_columns)}
-        numbered = _with_index(given, range(len(given)))
+        train, reads = lower, {*columns_read(lower, lower, trainer.row_columns)}
+        numbered = _with_index(train, range(len(train)))
         halves = data_of_levels(numbered, None, trainer.args, True, reads)
         numbers = [half[INDEX][:] for half in halves]
     else:
-        given = joined(train_dataset=lower, upper_dataset=upper)
-        numbers = [list(range(len(lower))), list(range(len(lower), len(given)))]
-    if INDEX in trainer.method.tags and given[INDEX][:] != [*range(len(given))]:
+        train = joined(train_dataset=lower, upper_dataset=upper)
+        numbers = [list(range(len(lower))), list(range(len(lower), len(train)))]
+    if INDEX in trainer.method.tags and train[INDEX][:] != [*range(len(train))]:
         raise ProblemError(
             f"rows: {type(trainer.method).__name__} reads the numbers of rows, and its rows() "
             "leaves some out or moves them; give it the rows that it keeps"
@@ -236,7 +235,7 @@ def _rows_of_levels(trainer: Any) -> tuple[Any, Any, tuple[Any, Any], tuple[Any,
     everything = joined(train_dataset=levels[0], upper_dataset=levels[1])
     everything = everything.select(np.argsort([*numbers[0], *numbers[1]]))
     both = levels[0], levels[1]
-    return given, everything, both, both if upper is not None else (everything, None)
+    return train, everything, both, both if upper is not None else (everything, None)
 
 
 def _with_index(rows: Any, numbers: Sequence[int]) -> Any:

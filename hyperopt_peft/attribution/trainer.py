@@ -50,11 +50,7 @@ def trained_by_trainer(
     progress: bool,
     **options: Any,
 ) -> Trained:
-    """Train what ``trainer`` trains, and return its run and Φ; see `attribute`.
-
-    ``twice`` says whether the training loss is differentiated twice; ``options`` are
-    of `Run`.
-    """
+    """Train what ``trainer`` trains, and return its run and Φ; see `attribute` and `recorded`."""
     require_attributable(trainer)
     data = TrainerData(trainer, evaluation, slices)
     random_state = _new_model(trainer)
@@ -74,25 +70,22 @@ def trained_by_trainer(
     assert run is not None
     run.settings["seconds"] = runner.passes.read()["seconds"]
     trainer.state.global_step, trainer.state.epoch = runner.state.global_step, runner.state.epoch
-    method = method_of(runner)
+    method, batches = method_of(runner), data.batches
     model = ModelOnRows(runner.model, runner.compute_loss_context_manager, runner.tags)
-    of_slices = {
-        name: model.mean(data.batches(data.evaluation_rows, rows))
-        for name, rows in data.groups.items()
-    }
+    above = {name: batches(data.evaluation_rows, rows) for name, rows in data.groups.items()}
+    of_slices = {name: model.mean(parts) for name, parts in above.items()}
     final = method.lower(runner.model, partial(runner.task_loss, training=False))
     enlarged = len(run.levels) == 1 and not method.tags
     return Trained(
         run,
-        Evaluation(run.weights, of_slices),
-        data.shares,
+        Evaluation(run.weights, of_slices, data.shares),
         Accumulated(final),
-        lambda: model.micro_batches(data.batches(data.train_rows)),
-        test=lambda test: partial(model.measured, data.batches(data.test_rows(test))),
+        lambda: model.micro_batches(batches(data.train_rows)),
+        test=lambda test: partial(model.measured, batches(data.test_rows(test))),
         enlarged=partial(_enlarged, run, runner, data) if enlarged else None,
-        probabilities=lambda rows: model.probabilities(data.batches(data.train_rows, rows)),
-        labels=classes_of_rows(data.batches(data.train_rows)),
-        logits=lambda: model.of_labels(data.batches(data.evaluation_rows)),
+        probabilities=lambda rows: model.probabilities(batches(data.train_rows, rows)),
+        labels=classes_of_rows(batches(data.train_rows)),
+        logits=lambda: model.of_labels(batches(data.evaluation_rows)),
         columns=data.shown[0],
         progress=progress,
     )

@@ -107,8 +107,8 @@ def _with_adapter(
     trainer: Any, rows: Any, places: list[int], reasons: list[Reason], progress: bool
 ) -> list[Reason]:
     """Add the predictions of the adapter, trained on all rows and without each reason's rows."""
-    options: dict[str, Any] = {"twice": False, "differentiated": False, "memory_limit": 1.0}
-    trained = trained_by_trainer(trainer, rows, None, progress=progress, **options)
+    options = {"twice": False, "differentiated": False, "progress": progress}
+    trained = trained_by_trainer(trainer, rows, None, **options)
     assert trained.logits is not None
     before, results = trained.logits().argmax(-1), list[Reason]()
     bar = tqdm(reasons, "adapter", disable=not progress)
@@ -156,7 +156,7 @@ def reason_for(training: HeadTraining, places: Features, place: int) -> Reason:
     classes = torch.full((1,), predicted, device=x.device)
     level, batch = training.level, training.features.batch()
     margin = Evaluation(training.weights, lambda: margins(head(x).logits, classes)[0])
-    trained = Trained(training, margin, {"all": 1.0}, level, lambda: batch)
+    trained = Trained(training, margin, level, lambda: batch)
     slopes = scores(trained, parse_estimator(HEAD_ESTIMATOR))[0]["all"]
     most = min(int((slopes > 0).sum()), int(MOST * len(slopes)))
     order = slopes.argsort(descending=True)[:most]

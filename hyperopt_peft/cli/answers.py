@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 
 from hyperopt_peft.attribution import Attribution, Reasons
-from hyperopt_peft.attribution.suspects import Suspects
+from hyperopt_peft.attribution.uses import Suspects
 from hyperopt_peft.cli.report import Report, as_text
 from hyperopt_peft.cli.text import attributed
 from hyperopt_peft.utils.tables import cells, write_csv
@@ -115,10 +115,10 @@ class Answers:
         guesses = suspects.probabilities.argmax(1).tolist()
         heads, lines, shown = ["row", *result.columns, *EVIDENCE], list[list[Any]](), []
         for row, mark in zip(flagged, attributed.as_column(self.marks, len(flagged)), strict=True):
-            own = [values[row] for values in result.columns.values()]
+            entries = [values[row] for values in result.columns.values()]
             numbers = confidence[row], losses[row], float(result.scores[row])
             guess = self.classes[guesses[row]]
-            lines.append([result.numbers[row], *own, guess, *numbers, twins[row], mark])
+            lines.append([result.numbers[row], *entries, guess, *numbers, twins[row], mark])
             texts = (f"{x:{form}}" for x, form in zip(numbers, (".2f", ".2f", "+.1e"), strict=True))
             shown.append([*self._cells(row), guess, *texts])
         if self.folder is not None:
@@ -134,14 +134,14 @@ class Answers:
         parts["Terms"] = TERMS + f"\n{suspects.advice}" * bool(suspects.advice)
         return self.add(parts, suspects=suspects.record())
 
-    def _reasons(self, found: Reasons) -> str:
+    def _reasons(self, reasons: Reasons) -> str:
         if self.folder is not None:
             escape = self.command.escape_formulas
-            found.to_csv(self.folder / "why.csv", escape_formulas=escape)
-            if any(reason.rows for reason in found):
-                found.plot(self.folder / "why.png")
+            reasons.to_csv(self.folder / "why.csv", escape_formulas=escape)
+            if any(reason.rows for reason in reasons):
+                reasons.plot(self.folder / "why.png")
                 self.page.pictures = {**self.page.pictures, "Why these predictions": "why.png"}
-        return self.add({"Why these predictions": str(found)})
+        return self.add({"Why these predictions": str(reasons)})
 
     def _cells(self, row: int) -> list[Any]:
         each = (cells({name: values}, row, 60) for name, values in self.result.columns.items())

@@ -29,8 +29,8 @@ class TrainArguments(OutputArguments):
 
     method: str = option(
         "bidora",
-        help="lora, dora, bidora or another name of hyperopt_peft.comparison.METHODS, or "
-        "my_method.py:MyMethod; the fields of its class are options",
+        help="lora, dora, bidora, another name of hyperopt_peft.comparison.METHODS or of an entry "
+        "point, or my_method.py:MyMethod; the fields of its class are options",
     )
 
 

@@ -35,14 +35,14 @@ class Plan:
 
         A method whose search is followed by a training from scratch has no form with one level.
         """
-        found: list[tuple[str, Kind]] = []
+        pairs: list[tuple[str, Kind]] = []
         for name, method in self.methods.items():
-            found.append((name, "method"))
+            pairs.append((name, "method"))
             if has_upper_level(method) and (self.ablations is None or name in self.ablations):
-                found.append((name, "frozen"))
+                pairs.append((name, "frozen"))
                 if method.defaults.get("retrain") != "scratch":
-                    found.append((name, "one level"))
-        return found
+                    pairs.append((name, "one level"))
+        return pairs
 
     def count(self, name: str, kind: Kind) -> int:
         """The number of runs of a method or an ablation."""

@@ -33,8 +33,6 @@ from hyperopt_peft.utils.versions import versions
 
 #: How the names of scores end that are better where they are lower.
 LOWER_IS_BETTER = ("loss", "error", "mse", "mae", "perplexity", "wer", "cer", "ece", "brier")
-#: How runs are ended; runs that were ended otherwise, as before, are not continued.
-RULE = "a phase ends with its passes"
 #: The arguments that only adapters read, with their defaults.
 OF_ADAPTERS = {"passes": [None], "rates": [*RATES], "upper_rates": [*UPPER_RATES]}
 OF_ADAPTERS |= {"development": [100, 101, 102], "held_out": [0.2]}
@@ -153,8 +151,8 @@ def compare_methods(
     seeds = list(dict.fromkeys(map(int, seeds if seeds is not None else range(folds or 5))))
     development, on_heads = list(dict.fromkeys(map(int, development))), model == "head"
     grids: list[list[Any]] = [[*rates], [*upper_rates], development]
-    for name, given in zip(OF_ADAPTERS, [[passes], *grids, [held_out]], strict=True):
-        if on_heads and given != OF_ADAPTERS[name]:
+    for name, value in zip(OF_ADAPTERS, [[passes], *grids, [held_out]], strict=True):
+        if on_heads and value != OF_ADAPTERS[name]:
             raise ProblemError(f"{name}: has no effect on heads, which are solved; leave it out")
     if len(seeds) < 2 or not development:
         raise ProblemError(
@@ -227,7 +225,6 @@ def settings_of(task: Task) -> dict[str, Any]:
     args = task.args.resume_must_match()
     settings = {
         "passes": task.passes,
-        "budget": None if head else RULE,
         "metric": task.metric,
         "model": "head" if head else None,
         "trainer": task.trainer.__name__,
@@ -247,10 +244,9 @@ def settings_of(task: Task) -> dict[str, Any]:
         "parts": data.parts or None,
     }
     for name, method in task.methods.items():
-        own: Any = fields(method) if is_dataclass(method) else ()
-        values = [getattr(method, each.name) for each in own]
-        code = code_of(type(method))
-        settings[f"method {name}"] = [code, *values, dict(method.defaults)]
+        options: Any = fields(method) if is_dataclass(method) else ()
+        values = [getattr(method, each.name) for each in options]
+        settings[f"method {name}"] = [code_of(type(method)), *values, dict(method.defaults)]
     return settings
 
 

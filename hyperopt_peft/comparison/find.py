@@ -35,16 +35,16 @@ def find_method(spec: str) -> type[Method]:
     """
     path, colon, name = f"{spec}{':' * spec.endswith('.py')}".rpartition(":")
     others = plugins.names(GROUP)
-    found: type[Method]
+    method: type[Method]
     if colon:
-        found = plugins.class_in(path, name, Method, "method")
+        method = plugins.class_in(path, name, Method, "method")
     elif spec in METHODS:
         if spec in others:
-            warnings.warn(f"method: {spec!r} is ours, not an entry point's of it", stacklevel=2)
-        found = getattr(problems, METHODS[spec])
+            warnings.warn(f"method: {spec!r} is the library's, not the entry point's", stacklevel=2)
+        method = getattr(problems, METHODS[spec])
     elif spec in others:
-        found = plugins.load(GROUP, spec, Method)
+        method = plugins.load(GROUP, spec, Method)
     else:
         near = did_you_mean(spec, [*METHODS, *others])
         raise ProblemError(f"method: unknown {spec!r}{near}")
-    return found
+    return method

@@ -10,6 +10,7 @@ from datasets import Dataset, concatenate_datasets
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import (
+    firsts,
     folds_of,
     hold_out,
     require_examples,
@@ -48,9 +49,10 @@ class Rows:
         """
         if (self.test is None) == (self.folds is None):
             raise ProblemError("test_dataset: give either test_dataset or folds")
-        tables = {"upper_dataset": self.upper, "test_dataset": self.test}
-        given = {name: rows for name, rows in tables.items() if rows is not None}
-        for name, rows in {"train_dataset": self.train, **given}.items():
+        others = {"upper_dataset": self.upper, "test_dataset": self.test}
+        for name, rows in {"train_dataset": self.train, **others}.items():
+            if rows is None and name in others:
+                continue
             require_examples(name, rows)
             if not isinstance(rows, Dataset):
                 kind = type(rows).__name__
@@ -60,9 +62,9 @@ class Rows:
                 "upper_dataset: one trusted row cannot both train and choose a rate; give more"
             )
         if self.folds is None:
-            known = self.train, self.upper
-            both = [row for rows in known for row in shared_rows(self.test, rows, self.reads)]
-            rest, count = sorted({*range(len(self.test))} - {*both}), len(self.test)
+            count, rest = len(self.test), {*range(len(self.test))}
+            for rows in (self.train, self.upper):
+                rest -= {*shared_rows(self.test, rows, self.reads)}
             if not rest:
                 raise ProblemError("test_dataset: all of its rows are training rows; give others")
             if len(rest) < len(self.parts):
@@ -73,7 +75,7 @@ class Rows:
             if len(rest) == count:
                 return self, ""
             note = f"{count - len(rest)} of {count} test rows are training rows too, and left out"
-            return replace(self, test=self.test.select(rest)), note
+            return replace(self, test=self.test.select(sorted(rest))), note
         require_examples("upper_dataset", self.upper)
         most, again = len(self.upper) - self.spare, shared_rows(self.upper, self.train, self.reads)
         if not 2 <= self.folds <= most:
@@ -114,10 +116,10 @@ class Rows:
     def _fold(self, seed: int, development: bool, folds: int) -> tuple[Any, Any]:
         rest, others = self.upper, self.upper.select([])
         if self.spare:
-            rest, others = _apart(rest, folds_of(rest, folds + 1, 0, self.reads)[0])
+            rest, others = _apart(rest, folds_of(firsts(rest, self.reads), folds + 1)[0])
         if development:
             return rest, others
-        parts = folds_of(rest, folds, seed // folds, self.reads)
+        parts = folds_of(firsts(rest, self.reads), folds, seed // folds)
         train, fold = _apart(rest, parts[seed % folds])
         return concatenate_datasets([train, others]), fold
 

@@ -1,9 +1,8 @@
 """Runs on a linear head over frozen features: each is solved to its minimum, in a second.
 
-    min over W, b   f(W, b; u) + ½·λ·‖W‖²,   f the method's lower level
-
-A method with an upper level takes steps of Adam along the hypergradient at that minimum first. No
-rate is chosen and no passes are equalised: a solved level depends on neither.
+The minimum is that of the method's lower level with the penalty of a head (`heads.head`). A method
+with an upper level takes steps of Adam along the hypergradient at that minimum first. No rate is
+chosen and no passes are equalised: a solved level depends on neither.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ class HeadTask(Task):
         metrics = self.evaluate(model, test)
         self.require_metric(metrics)
         more = {"seconds": seconds, "memory": peak(), "steps": [], "spent": {}}
-        return self.line(scored, metrics, passes=0.0, finish=0.0, **more)
+        return self.line(scored, metrics, passes=0.0, **more)
 
     def solve(self, run: Run) -> Any:
         """The head of ``run``; its method is called in the order of a trainer."""
@@ -134,19 +133,19 @@ class HeadTask(Task):
         """Make the features of all rows, once, and tables that have their numbers."""
         if self.model is not None:
             return
-        data, found, tables = self.data, list[Features](), dict[str, Any]()
+        data, parts, tables = self.data, list[Features](), dict[str, Any]()
         for name in ("train", "upper", "test"):
             if (rows := getattr(data, name)) is None:
                 continue
             trainer, features, read = self._features(rows)
-            begin = sum(len(each.x) for each in found)
-            found.append(features)
+            begin = sum(len(each.x) for each in parts)
+            parts.append(features)
             numbers = [begin + row for row in firsts(rows, data.reads)]
             columns = {x: rows[x][:] for x in rows.column_names if x not in (*read, *LABELS)}
             columns |= {FEATURES: numbers, "labels": features.labels.tolist()}
             tables[name] = Dataset.from_dict(columns)
-        every = Features.joined(found)
-        seen = found[:-1] if data.test is not None else found
+        every = Features.joined(parts)
+        seen = parts[:-1] if data.test is not None else parts
         every = every.standardized(Features.joined(seen)).to(trainer.args.device)
         self.model = OnFeatures(every.x, head_of(trainer.model, every))
         self.data = replace(data, **tables, reads={FEATURES})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -116,16 +116,16 @@ class Comparison:
 
     def sentences(self) -> list[str]:
         """For each method the difference to the first one, its parts, and remarks."""
-        found = []
+        lines = []
         ablated = {name for name, kind in self.plan.candidates() if kind == "frozen"}
         for name in self.plan.methods:
             if name != self.first:
                 gap = self.difference((name, "method"), (self.first, "method"))
                 names = name, self.first, self.metric, self.unit
-                found.append(gap.sentence(*names, self.plan.lower_is_better))
+                lines.append(gap.sentence(*names, self.plan.lower_is_better))
             if name in ablated:
-                found.append(self._by_parts(name))
-        return found + self.remarks()
+                lines.append(self._by_parts(name))
+        return lines + self.remarks()
 
     def _by_parts(self, name: str) -> str:
         """The difference to the first method as a sum over the ablations between the two."""
@@ -141,51 +141,40 @@ class Comparison:
             gap = self.difference(one, other)
             terms.append(f"{gap} by {part}" + ", not significant" * (not gap.is_significant))
         last = self.first if name != self.first else f"the same{ABLATIONS[kinds[-1][1]]}"
-        whole = f"{name} − {last}"
-        return "\n  ".join([f"{whole} is the sum of", *terms])
+        return "\n  ".join([f"{name} − {last} is the sum of", *terms])
 
-    def _edges(self) -> list[str]:
+    def _edges(self) -> Iterator[str]:
         """Rates without a finite score, and chosen rates at an end of their grid."""
-        found = []
-        for name, kind in self.plan.candidates():
-            best = self.plan.chosen(self.store, name, kind)
-            for run, score in self.plan.at_every_rate(self.store, name, kind):
+        plan = self.plan
+        for name, kind in plan.candidates():
+            title, best = name + ABLATIONS[kind], plan.chosen(self.store, name, kind)
+            for run, score in plan.at_every_rate(self.store, name, kind):
                 if not math.isfinite(score):
                     rates = " and upper rate ".join(filter(None, _rates(vars(run))))
-                    found.append(
-                        f"{name}{ABLATIONS[kind]}: at the rate {rates} a score is not finite, "
-                        "which counts as the worst"
-                    )
-            chosen = {"rate": best.rate, "upper rate": best.upper_rate}
-            for what, grid in (("rate", self.plan.rates), ("upper rate", self.plan.upper_rates)):
-                edges = (min(grid), max(grid))
-                if kind != "frozen" and len(grid) > 1 and chosen[what] in edges:
-                    found.append(
-                        f"{name}{ABLATIONS[kind]}: the best {what}, {chosen[what]:g}, is at the "
-                        f"edge of the {what}s; give further ones"
-                    )
-        return found
+                    text = f"at the rate {rates} a score is not finite, which counts as the worst"
+                    yield f"{title}: {text}"
+            chosen = (
+                ("rate", best.rate, plan.rates),
+                ("upper rate", best.upper_rate, plan.upper_rates),
+            )
+            for word, rate, grid in chosen:
+                if kind != "frozen" and len(grid) > 1 and rate in (min(grid), max(grid)):
+                    text = f"is at the edge of the {word}s; give further ones"
+                    yield f"{title}: the best {word}, {rate:g}, {text}"
 
     def remarks(self) -> list[str]:
         """Remarks on rates, rows and runs."""
-        found, layers = [*filter(None, [self.note, *self._edges()])], dict[str, list[str]]()
+        lines, layers = [*filter(None, [self.note, *self._edges()])], dict[str, list[str]]()
         for name, method in self.plan.methods.items():
             if method.absorbed:
-                found.append(
+                lines.append(
                     f"{name}: a lower level at its minimum absorbs the upper variables; what moves "
                     "them is the path to it or the decay of an optimizer"
                 )
-            results = self.reported[name, "method"]
-            change = max(result["finish"] for result in results)
-            if change > 1e-3:
-                found.append(
-                    f"{name}: finish changes the logits, by up to {change:.1%} of the largest; the "
-                    "second training starts from there"
-                )
-            if said := results[0]["layers"]:
-                layers.setdefault(said, []).append(name)
+            if text := self.reported[name, "method"][0]["layers"]:
+                layers.setdefault(text, []).append(name)
         alike = len(layers) == 1
-        return found + [k if alike else f"{', '.join(names)}: {k}" for k, names in layers.items()]
+        return lines + [k if alike else f"{', '.join(names)}: {k}" for k, names in layers.items()]
 
     def spent(self) -> list[Row]:
         """The passes of each method, by use; means over seeds."""
@@ -228,7 +217,7 @@ class Comparison:
             gap = self.difference((name, kind), first)
             gaps[name + ABLATIONS[kind]] = (gap.estimate, *gap.interval)
         title = f"{self.metric} − that of {self.first}, paired, 95 % intervals"
-        return intervals(gaps, path, title, zero=True)
+        return intervals(gaps, path, title)
 
     @property
     def versions(self) -> dict[str, str]:

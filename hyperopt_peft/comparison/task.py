@@ -15,13 +15,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, cast
 
+import torch
 from peft import get_peft_model
+from torch import Tensor
 from transformers import set_seed
 
 from hyperopt_peft.comparison.ablations import OneLevel, Projects
 from hyperopt_peft.comparison.budget import Budget, peak_memory, predicted_steps
 from hyperopt_peft.comparison.folds import Rows
-from hyperopt_peft.comparison.watch import Watch
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.heads.frozen_layers import compute_once
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
@@ -30,7 +31,9 @@ from hyperopt_peft.trainer.data import shared_rows
 from hyperopt_peft.trainer.fingerprint import frozen_fingerprint
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.quiet import QUIET, no_bars
+from hyperopt_peft.trainer.tags import without
 from hyperopt_peft.trainer.trainer import BilevelTrainer
+from hyperopt_peft.utils.models import evaluating
 
 #: A method as it is; its upper variables frozen; or all of its variables in one level on all rows.
 Kind = Literal["method", "frozen", "one level"]
@@ -45,6 +48,9 @@ ABLATIONS: dict[Kind, str] = {
 FIXED = {"dataloader_drop_last": False, "eval_strategy": "no", "load_best_model_at_end": False}
 #: The rows that an evaluation is tried on.
 SOME = 64
+#: The test rows whose logits a training must change, and the logits that are read of a batch: a
+#: language model has millions.
+ROWS, ENTRIES = 8, 100_000
 
 
 @dataclass(frozen=True)
@@ -96,9 +102,9 @@ class Task:
     def __post_init__(self) -> None:
         check_class(self.args, self.trainer.Arguments)
         again = cast(Mapping[str, Any], self.args.retrain_arguments or {})
-        for place, given in {"": vars(self.args), "retrain_arguments: ": again}.items():
+        for place, values in {"": vars(self.args), "retrain_arguments: ": again}.items():
             for name, value in FIXED.items():
-                if given.get(name, value) != value:
+                if values.get(name, value) != value:
                     raise ProblemError(
                         f"{place}{name}: a run of a comparison reads all of its rows, and no test "
                         "row chooses where it ends; leave it out"
@@ -122,14 +128,14 @@ class Task:
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
             trainer = self.make(run, self.data.of(run.seed, run.development), folder, budget)
             budget.begin(trainer, self.unit)
-            watch, peak = Watch(trainer, run.method), peak_memory()
+            before, peak = logits_of(trainer), peak_memory()
             with suppress(NonFiniteError):  # such as a rate that is too high; it has no score
                 trainer.train()
-                watch.check()
+                check_trained(trainer, run.method, before)
                 metrics = (trainer.retrainer or trainer).evaluate()
         steps = [x.state.global_step for x in (trainer, trainer.retrainer) if x is not None]
         spent = {"passes": trainer.passes.passes, "spent": budget.spent}
-        more = {"memory": peak(), "seconds": time.perf_counter() - begin, "finish": watch.change}
+        more = {"memory": peak(), "seconds": time.perf_counter() - begin}
         return self.line(run, metrics, steps=steps, **spent, **more)
 
     @property
@@ -146,7 +152,7 @@ class Task:
         """
         set_seed(0)
         model = self.base_model()
-        alive, found = weakref.ref(model), frozen_fingerprint(model, [])
+        alive, weights = weakref.ref(model), frozen_fingerprint(model, [])
         config = str(getattr(model, "config", ""))
         del model
         gc.collect()
@@ -155,7 +161,7 @@ class Task:
                 "base_model: returns one model again and again, which each run would train "
                 "further; let it make a new one"
             )
-        return hashlib.sha256(f"{found} {config}".encode()).hexdigest()
+        return hashlib.sha256(f"{weights} {config}".encode()).hexdigest()
 
     def line(self, run: Run, metrics: Mapping[str, Any], **more: Any) -> dict[str, Any]:
         """The entries of ``run``; without ``metrics`` of its evaluation the score is NaN."""
@@ -182,8 +188,8 @@ class Task:
             some = range(0, len(scored), -(-len(scored) // SOME))  # of every class, if sorted
             self.require_metric(trainer.evaluate(scored.select(some)))
         for rows in (trainer.train_dataset, trainer.upper_dataset, trainer.all_rows()):
-            known = {*data[2].column_names} <= {*getattr(rows, "column_names", ())}
-            if known and (common := shared_rows(data[2], rows, self.data.reads)):
+            alike = {*data[2].column_names} <= {*getattr(rows, "column_names", ())}
+            if alike and (common := shared_rows(data[2], rows, self.data.reads)):
                 raise ProblemError(
                     f"{run.method}: trains on {len(common)} of {len(data[2])} test rows; let rows "
                     "and all_rows return rows of train_dataset alone"
@@ -260,3 +266,33 @@ def without_sizes(args: Any) -> dict[str, Any]:
     decided = {"learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size"}
     decided |= {"gradient_accumulation_steps"}
     return {name: x for name, x in (args.retrain_arguments or {}).items() if name not in decided}
+
+
+def logits_of(trainer: Any) -> Tensor:
+    """Logits of a few test rows, by the model of the last phase of ``trainer``."""
+    model, rows = (trainer.retrainer or trainer).model, trainer.eval_dataset
+    loader = trainer.get_eval_dataloader(rows.select(range(min(len(rows), ROWS))))
+    with torch.no_grad(), evaluating(model):
+        outputs = [model(**without(batch, trainer.tags)) for batch in loader]
+    # TRL's SFTTrainer before 1.15 has the loss alone.
+    read = [x.loss if x.logits is None else x.logits for x in outputs]
+    return torch.cat([each.flatten()[:ENTRIES] for each in read]).float()
+
+
+def check_trained(trainer: Any, name: str, before: Tensor) -> None:
+    """Raise ProblemError where no logit has changed, or the method ``name`` left no plain model.
+
+    ``before`` are the logits before the training.
+    """
+    if torch.equal(logits_of(trainer), before):
+        raise ProblemError(
+            f"{name}: the training has changed no logit; let a loss read its variables, and "
+            "finish keep what they learned"
+        )
+    for place, module in (trainer.retrainer or trainer).model.named_modules():
+        if hasattr(module, "parametrizations"):
+            raise ProblemError(
+                f"{name}: finish leaves a parametrisation at {place}, without which the saved "
+                "adapter is another one; remove it by "
+                "torch.nn.utils.parametrize.remove_parametrizations"
+            )

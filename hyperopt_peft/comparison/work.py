@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,8 +39,11 @@ class Work:
         """
         number, count = self.part
         missing = set(self.store.missing(runs))
-        every = enumerate(first_of_each(runs))
-        mine = [run for k, run in every if k % count == number - 1 and run in missing]
+        first = dict[Any, Run]()
+        for run in runs:
+            first.setdefault((run.method, run.kind), run)
+        every = dict.fromkeys([*first.values(), *runs])  # a method that fails, fails early
+        mine = [run for run in [*every][number - 1 :: count] if run in missing]
         if mine and not self.checked:
             self.check()
         results = Parallel(n_jobs=self.jobs, return_as="generator_unordered")(
@@ -66,8 +68,11 @@ class Work:
         rate, steps = max(self.plan.rates), dict[Run, list[int]]()
         for name, kind in self.plan.candidates():
             run = Run(name, kind, self.plan.seeds[0], min(self.plan.rates))
-            steps[run] = each = self.task.check(run)
-            if each and min(each) * rate < LEARNS and "adam" in self.task.args.optim:
+            if kind != "frozen":  # which has the steps of its method, the one before
+                each = self.task.check(run)
+            steps[run] = each
+            least = LEARNS if "adam" in self.task.args.optim else rate
+            if each and min(each) * rate < least:
                 raise ProblemError(
                     f"passes: {self.task.passes:g} leave {name} a phase of {min(each)} steps, "
                     f"which hardly train an adapter at a rate of {rate:g}; give more passes or "
@@ -77,7 +82,7 @@ class Work:
         return steps
 
     def estimate(self) -> str:
-        """The runs of each method, with their passes and minutes by one timed upper step."""
+        """The runs of each method, with their passes and minutes by timed short runs."""
         rows, total = [["method", "runs", "steps", "passes", "minutes"]], 0.0
         for run, steps in self.check().items():
             runs = self.plan.count(run.method, run.kind)
@@ -87,18 +92,6 @@ class Work:
             rows.append([run.method + ABLATIONS[run.kind], str(runs), *cells, f"{minutes:.1f}"])
         whole = f"together about {total / self.jobs:.0f} minutes as measured now"
         return "\n".join([aligned(rows), whole, self.task.layers])
-
-
-def first_of_each(runs: Sequence[Run]) -> list[Run]:
-    """``runs`` once each, those of a method or an ablation before second ones of any.
-
-    A method that fails then fails early.
-    """
-    places, counts = dict[Run, int](), Counter[Any]()
-    for run in dict.fromkeys(runs):
-        counts[run.method, run.kind] += 1
-        places[run] = min(2, counts[run.method, run.kind])
-    return sorted(places, key=places.__getitem__)
 
 
 def require_pickled(task: Task) -> None:

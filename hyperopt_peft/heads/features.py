@@ -139,7 +139,7 @@ def _states(model: Any, batch: dict[str, Any], count: int, *, encoder: bool = Fa
     """The states of ``count`` rows in three layers, or in the encoder's, ``(n, T, d)``."""
     with model_reads(batch):
         output = model(**batch, output_hidden_states=True)
-    layers = getattr(output, "encoder_hidden_states", None) if encoder else None
+    layers: Any = getattr(output, "encoder_hidden_states", None) if encoder else None
     layers = layers or getattr(output, "hidden_states", None) or (None,)
     end = len(layers) - 1
     last = layers[end]
@@ -148,9 +148,6 @@ def _states(model: Any, batch: dict[str, Any], count: int, *, encoder: bool = Fa
             f"{type(base_model(model)).__name__}: returns no states of a row's tokens, so that a "
             "head has no features to read; train the adapter in its place"
         )
-    chosen = [layers[k] for k in sorted({end // 3, 2 * end // 3} - {end})]
-    # Some models have fewer tokens in later layers.
-    like = [x for x in chosen if isinstance(x, Tensor) and x.shape[:2] == last.shape[:2]]
-    states = torch.cat([*like, last], -1)
+    states = torch.cat([layers[k] for k in sorted({end // 3, 2 * end // 3, end})], -1)
     read = batch.get("attention_mask", batch.get("input_ids"))
     return states if read is None else states[:, -read.shape[1] :]  # without a tuned prompt's

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hyperopt_peft.trainer.tags import without
 from hyperopt_peft.utils.models import base_model, evaluating, hook_calls
 
+EACH = "every layer is computed in each pass"
 #: The states ``(tokens, d)`` above the frozen layers, by the tokens of a text.
 States = dict[tuple[int, ...], Tensor]
 #: Columns of a batch that belong to a text's key.
@@ -40,7 +41,7 @@ def compute_once(trainer: Any, *, dropout: bool = True) -> str:
     model = trainer.model
     layers = _layers_of(base_model(model))
     if not layers:
-        return "every layer is computed in each pass: the model has no list of its layers"
+        return f"{EACH}: the model has no list of its layers"
     variables = [variable for level in trainer.levels for variable in level.variables]
     owned = set(map(id, variables))
     below = next(
@@ -48,12 +49,12 @@ def compute_once(trainer: Any, *, dropout: bool = True) -> str:
         len(layers) - 1,
     )
     if below == 0:
-        return "every layer is computed in each pass: the lowest one is trained"
+        return f"{EACH}: the lowest one is trained"
     named = (getattr(module, "gradient_checkpointing", False) for module in model.modules())
     if trainer.args.gradient_checkpointing or any(named):
         return (
-            "every layer is computed in each pass: gradient checkpointing computes one again when "
-            "another batch may be known; with gradient_checkpointing=False they are computed once"
+            f"{EACH}: gradient checkpointing computes one again when another batch may be known; "
+            "with gradient_checkpointing=False they are computed once"
         )
     batch, alone = _batches(trainer)
     before, states = _before(model, layers[below], batch)
@@ -61,24 +62,22 @@ def compute_once(trainer: Any, *, dropout: bool = True) -> str:
         gradient is not None
         for gradient in torch.autograd.grad(states.sum(), variables, allow_unused=True)
     ):
-        return "every layer is computed in each pass: something below the layers is trained"
+        return f"{EACH}: something below the layers is trained"
     inside = {*before, *(module for layer in layers[:below] for module in layer.modules())}
     if not dropout:
         for module in inside:
             for name in _dropouts(module):
                 setattr(module, name, 0.0)
     if any(map(_dropouts, inside)):
-        return (
-            "every layer is computed in each pass: the frozen ones have dropout; without it "
-            "(frozen_dropout: false) they are computed once"
-        )
+        remedy = "without it (frozen_dropout: false) they are computed once"
+        return f"{EACH}: the frozen ones have dropout; {remedy}"
     inner = {id(p) for module in inside for p in module.parameters(recurse=False)}
     frozen = [p for p in model.parameters() if id(p) in inner]
     once = _Once(layers, below)
     with torch.no_grad(), evaluating(model):
         plain = model(**alone).logits
         if plain is None:  # as of TRL's SFTTrainer before 1.15
-            return "every layer is computed in each pass: the model returns no logits"
+            return f"{EACH}: the model returns no logits"
         once.install(model)
         model(**batch)  # from which the states of the row alone are
         known = model(**alone).logits
@@ -88,10 +87,8 @@ def compute_once(trainer: Any, *, dropout: bool = True) -> str:
     rounding = torch.finfo(plain.dtype).eps ** 0.5 * float(plain.abs().max())
     if not once.used or float((known - plain).abs().max()) > rounding:
         once.remove()
-        return (
-            "every layer is computed in each pass: one reads more than the text of its row, such "
-            "as its place among packed texts or padding"
-        )
+        example = "its place among packed texts or padding"
+        return f"{EACH}: one reads more than the text of its row, such as {example}"
     config, args = base_model(model).config.to_dict(), trainer.args
     settings = f"{config} {args.bf16} {args.fp16} {args.device}"
     once.use(_states_of(settings, frozen))

@@ -23,12 +23,12 @@ from transformers.utils import logging
 from hyperopt_peft.core.examples import WeightedRows
 from hyperopt_peft.core.labels import row_losses
 from hyperopt_peft.core.problem import Problem
-from hyperopt_peft.engine.fit import lbfgs
+from hyperopt_peft.engine import lbfgs
 from hyperopt_peft.heads.features import Features
 from hyperopt_peft.heads.head import L2, Head, l2_penalty
+from hyperopt_peft.trainer.data import folds_of
 from hyperopt_peft.trainer.tags import INDEX
 from hyperopt_peft.utils.restore import assign_
-from hyperopt_peft.utils.splits import folds_of
 
 logger = logging.get_logger(__name__)
 #: The values of λ for cross-validation, its folds, and its largest number of labels. With a larger
@@ -124,18 +124,19 @@ def held_out_losses(head: Head, features: Features, progress: bool = False) -> T
     """
     features, head = sampled(features), deepcopy(head)
     rows = features.row.unique()
-    folds = folds_of(rows, min(FOLDS, len(rows)))
+    folds = [rows[fold] for fold in folds_of(rows.tolist(), min(FOLDS, len(rows)))]
     variables, losses = (head.weight, head.bias), list[Tensor]()
     points: list[Any] = [[x.detach().clone() for x in variables] for _ in folds]
     gram = gram_of(features, head.config.num_labels)
     for l2 in tqdm(PENALTIES, "head", disable=not progress):
         level, held_out = level_of(head, l2=l2), []
-        for (train, rest), point in zip(folds, points, strict=True):
+        for fold, point in zip(folds, points, strict=True):
             assign_(variables, point)
-            solve(level, features.select(train).batch(), tolerance=ROUGHLY, gram=gram, l2=l2)
+            train = features.select(rows[~torch.isin(rows, fold)]).batch()
+            solve(level, train, tolerance=ROUGHLY, gram=gram, l2=l2)
             point[:] = [x.detach().clone() for x in variables]
             with torch.no_grad():
-                others = features.select(rest)
+                others = features.select(fold)
                 batch = {"features": others.x, "labels": others.labels}
                 held_out.append(row_losses(head, batch)[0])
         losses.append(torch.cat(held_out))

@@ -25,6 +25,8 @@ from hyperopt_peft.utils.distributed import gather, sharded_like
 from hyperopt_peft.utils.random_state import RandomState
 from hyperopt_peft.utils.validation import require_settings
 
+#: The checkpoint from which a run resumes, its folder and record, or None.
+Point = tuple[Path, Mapping[str, Any]] | None
 LEVELS, ESTIMATOR = "levels.safetensors", "estimator.pt"
 logger = logging.getLogger(__name__)
 
@@ -45,19 +47,14 @@ class BilevelCallback(TrainerCallback):
         self.signalled = False  # whether SIGTERM asked for a checkpoint and ended the run
 
     @contextmanager
-    def run(
-        self, resumed: tuple[Path, Mapping[str, Any]] | None, settings: Mapping[str, Any]
-    ) -> Iterator[None]:
-        """Train in the body, from the checkpoint ``resumed`` (folder, record) if there is one.
-
-        ``settings`` are compared with the checkpoint's, and written to new ones.
-        """
+    def run(self, point: Point, settings: Mapping[str, Any]) -> Iterator[None]:
+        """Train in the body, from ``point``; checkpoints have ``settings``, and must agree."""
         self.writing, self.signalled = None, False
-        self.resumed = None if resumed is None else resumed[0]
+        self.resumed = None if point is None else point[0]
         self.settings, self.activate = settings, keep_active(self.trainer.model)
         self.save_total_limit = self.trainer.args.save_total_limit
-        if resumed is not None:
-            self._check(*resumed)
+        if point is not None:
+            self._check(*point)
         try:
             yield
         except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
@@ -92,12 +89,12 @@ class BilevelCallback(TrainerCallback):
         if args.should_save:
             (folder / checkpoint.MANIFEST).unlink(missing_ok=True)
         values = {n: gather(x.detach()).contiguous() for n, x in trainer.named_tensors()}
-        step = trainer.bilevel_step
+        step = trainer.current_step.bilevel
         state = {} if step is None else step.state_dict()
         if args.should_save:
             save_file(values, folder / LEVELS)
             torch.save(state, folder / ESTIMATOR)
-        now = RandomState.capture(trainer.devices)
+        now = RandomState.capture(trainer.current_step.devices)
         position = {"step": self.epoch_step, "epoch": dict(self.epoch_random.states)}
         position |= {"counters": counters_of(trainer), **trainer.passes.read()}
         torch.save({**position, "now": dict(now.states)}, _position(folder))
@@ -117,14 +114,14 @@ class BilevelCallback(TrainerCallback):
             best = trainer.state.best_model_checkpoint
             checkpoint.rotate(folder.parent, self.save_total_limit, best)
 
-    def save_before(self, step_begin: RandomState) -> str:
-        """Write a checkpoint of the state before the current step; return a sentence with its path.
-
-        ``step_begin`` has the random states at the beginning of the step.
-        """
+    def save_before(self) -> str:
+        """Write a checkpoint of the state before the current step; return words with its path."""
         trainer, steps = self.trainer, self.trainer.state.global_step
+        trainer.current_flos, trainer.state.num_input_tokens_seen, metrics = self.counters
+        vars(trainer).update(metrics)
         # A run that resumes at the beginning of an epoch draws the order of the data again.
-        (self.epoch_random if self.epoch_step == steps else step_begin).restore()
+        first = trainer.current_step.micro[0].random_state
+        (self.epoch_random if self.epoch_step == steps else first).restore()
         folder = Path(trainer.args.output_dir) / f"{checkpoint.PREFIX}{steps}"
         try:
             if not (folder / checkpoint.MANIFEST).exists():
@@ -148,9 +145,8 @@ class BilevelCallback(TrainerCallback):
             self._load_levels(self.resumed)
             position = checkpoint.read_state(_position(self.resumed))
             self.trainer.passes.begin(position["passes"], position["seconds"])
-            state, step = checkpoint.read_state(self.resumed / ESTIMATOR), self.trainer.bilevel_step
-            if step is not None:
-                step.load_state_dict(state)
+            if (step := self.trainer.current_step.bilevel) is not None:
+                step.load_state_dict(checkpoint.read_state(self.resumed / ESTIMATOR))
 
     def on_epoch_begin(
         self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any
@@ -178,7 +174,7 @@ class BilevelCallback(TrainerCallback):
             self.epoch_step = position["step"] if within else done
             if hasattr(train_dataloader, "set_epoch"):  # accelerate's skip_first_batches forgets it
                 train_dataloader.set_epoch(done // steps)
-        self.epoch_random = RandomState.capture(self.trainer.devices)
+        self.epoch_random = RandomState.capture(self.trainer.current_step.devices)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the manifest, after the Trainer has written its files."""
@@ -209,6 +205,8 @@ class BilevelCallback(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin an optimizer step of both levels."""
         self._complete_on_signal(args, state, control)
+        flos, tokens = self.trainer.current_flos, state.num_input_tokens_seen
+        self.counters = flos, tokens, counters_of(self.trainer)
         self.trainer.begin_step()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

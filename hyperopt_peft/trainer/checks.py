@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from hyperopt_peft.adapters.layers import require_plain
 from hyperopt_peft.core.labels import ENTRIES, TOLERANCE, row_losses, with_all_classes
+from hyperopt_peft.core.prior import GaussianPrior
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator
@@ -23,6 +24,8 @@ from hyperopt_peft.hypergradients.estimate import check_ownership
 from hyperopt_peft.hypergradients.products import SHARDED
 from hyperopt_peft.trainer.data import label_column
 from hyperopt_peft.trainer.internals import metrics_restored
+from hyperopt_peft.trainer.optimizer import check_optimizers
+from hyperopt_peft.trainer.over import loads_names
 from hyperopt_peft.trainer.tags import without
 from hyperopt_peft.trainer.upper_batches import loader_of
 from hyperopt_peft.utils import distributed
@@ -79,8 +82,8 @@ def check_class(args: Any, kind: Any) -> None:
         )
 
 
-def check_arguments(args: Any, options: Mapping[str, Any]) -> None:
-    """Raise ProblemError for settings that do not work in bilevel training."""
+def check_arguments(trainer: Any, model: Any, args: Any, options: Mapping[str, Any]) -> None:
+    """Raise ProblemError for a model or settings that do not work in bilevel training."""
     if args.should_save and args.save_strategy != "no":
         require_writable(Path(args.output_dir))
     values = {**vars(args), **options, "n_gpu": args.n_gpu > 1}
@@ -89,9 +92,31 @@ def check_arguments(args: Any, options: Mapping[str, Any]) -> None:
     for name, reason in REFUSED.items():
         if values.get(name):
             raise ProblemError(f"{name}: not possible in bilevel training, since {reason}")
+    if not isinstance(model, nn.Module) and not loads_names(trainer.parent()):
+        raise ProblemError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def check_levels(levels: Sequence[Problem]) -> None:
+def check_levels(trainer: Any) -> None:
+    """Raise ProblemError for levels that do not fit together, or not the rest of ``trainer``.
+
+    The argument ``upper_prior`` becomes the upper level's prior.
+    """
+    levels, estimator = trainer.levels, trainer.estimator
+    _check_settings(levels)
+    if trainer.upper is not None and (tau := trainer.args.upper_prior) is not None:
+        if trainer.upper.prior is not None:
+            raise ProblemError(
+                f"upper_prior: the level {trainer.upper.name} has a prior; leave one of them out"
+            )
+        trainer.upper.prior = GaussianPrior(tau, trainer.upper.variables)
+    _check_layers(trainer.model, levels, estimator)
+    _check_accelerator(trainer, levels, estimator)
+    _check_router_loss(trainer, levels)
+    check_optimizers("optimizers", trainer.optimizer, trainer.lr_scheduler, levels)
+    loader_of(trainer, trainer.train_dataset, "train_dataset")  # refuses what no model can read
+
+
+def _check_settings(levels: Sequence[Problem]) -> None:
     """Raise ProblemError for nested levels, shared tensors, or settings the trainer owns."""
     for level in levels:
         if isinstance(level, Problem):  # else refused below
@@ -176,25 +201,25 @@ def read_rows(trainer: Any, rows: Any = None, name: str = "train_dataset") -> An
     return rows.select_columns(loader_of(trainer, rows, name).dataset.column_names)
 
 
-def check_unread(trainer: Any, level: Problem, batch: Any, own: bool) -> None:
-    """Raise ProblemError if ``level``, which did not call ``task_loss``, drops the trainer's loss.
+def check_unread(trainer: Any) -> None:
+    """Raise ProblemError if the lower level, which did not call ``task_loss``, drops its loss.
 
-    ``own`` says whether its class has one. A loss that is the mean over the labels of ``batch``, as
-    that of TRL's SFTTrainer, is the model's own. Under FSDP2 a loss is not evaluated here, and
-    passes.
+    A loss that is the mean over labels, as that of TRL's SFTTrainer, is the model's own. Under
+    FSDP2 a loss is not evaluated here, and passes.
     """
-    changes = (trainer.label_smoother, trainer.compute_loss_func, own)
+    changes = trainer.label_smoother, trainer.compute_loss_func, trainer.loss_rule.own
     names = "label_smoothing_factor", "compute_loss_func", "compute_loss"
     name = next((name for name, used in zip(names, changes) if used), None)
     if name is None or (trainer.is_fsdp_enabled and not trainer.label_smoother):
         return
     try:
         with trainer.passes.paused():
+            batch = trainer.current_step.micro[0].batch
             require_mean_over_labels(trainer, batch, trainer.tags)
     except ProblemError as error:
         raise ProblemError(
-            f"{name}: {level.name} drops it, since its loss does not call task_loss; let it call "
-            f"task_loss, or leave {name} out ({error})"
+            f"{name}: {trainer.lower.name} drops it, since its loss does not call task_loss; let "
+            f"it call task_loss, or leave {name} out ({error})"
         ) from error
 
 
@@ -232,7 +257,7 @@ def require_mean_over_labels(trainer: Any, batch: Any, tags: Sequence[str]) -> N
     )
 
 
-def check_layers(model: nn.Module, levels: Sequence[Problem], estimator: Estimator) -> None:
+def _check_layers(model: nn.Module, levels: Sequence[Problem], estimator: Estimator) -> None:
     """Raise ProblemError for layers that the estimator cannot differentiate, before any step.
 
     They round activations, lack float32 or hide their weights.
@@ -257,7 +282,7 @@ def check_layers(model: nn.Module, levels: Sequence[Problem], estimator: Estimat
                 ) from error
 
 
-def check_accelerator(trainer: Trainer, levels: Sequence[Problem], estimator: Estimator) -> None:
+def _check_accelerator(trainer: Trainer, levels: Sequence[Problem], estimator: Estimator) -> None:
     """Raise ProblemError for a configuration of accelerate that would not train ``levels``."""
     if trainer.accelerator.mixed_precision == "fp16":
         raise ProblemError("fp16: the loss scale is part of the gradients; use bf16")
@@ -273,7 +298,7 @@ def check_accelerator(trainer: Trainer, levels: Sequence[Problem], estimator: Es
         raise ProblemError("fsdp: accelerate has FSDP for GPUs only; use DDP on CPUs")
 
 
-def check_router_loss(trainer: Any, levels: Sequence[Problem]) -> None:
+def _check_router_loss(trainer: Any, levels: Sequence[Problem]) -> None:
     """Raise ProblemError if TRL would add a router's auxiliary loss to each of several batches."""
     several = len(levels) > 1 or trainer.args.gradient_accumulation_steps > 1
     if several and getattr(trainer, "aux_loss_enabled", False):

@@ -128,20 +128,18 @@ def hold_out(
     return rest, held_out
 
 
-def folds_of(rows: Dataset, count: int, seed: int, reads: Reads = None) -> list[list[int]]:
-    """The numbers of ``rows`` in each of ``count`` folds, for cross-validation.
+def folds_of(groups: Sequence[int], count: int, seed: int = 0) -> list[list[int]]:
+    """The places of ``groups`` in each of ``count`` random folds, for cross-validation.
 
-    Copies of a row, equal in the columns ``reads``, are in one fold. Without copies the folds are
-    those of ``sklearn.model_selection.KFold(count, shuffle=True, random_state=seed)``.
+    Equal groups, such as `firsts` has for copies of a row, are in one fold. Groups that all differ
+    have the folds of ``sklearn.model_selection.KFold(count, shuffle=True, random_state=seed)``.
 
     Example:
-        >>> folds = folds_of(Dataset.from_dict({"x": [0, 1, 2, 3, 0]}), 2, seed=0)
-        >>> sorted(row for fold in folds for row in fold), any({0, 4} <= {*fold} for fold in folds)
-        ([0, 1, 2, 3, 4], True)
+        >>> folds_of([0, 1, 2, 3, 0], 2)
+        [[2, 3], [0, 1, 4]]
     """
-    first = np.array(firsts(rows, reads))
-    order = np.random.RandomState(seed).permutation(np.unique(first))
-    return [np.flatnonzero(np.isin(first, x)).tolist() for x in np.array_split(order, count)]
+    order = np.random.RandomState(seed).permutation(np.unique(groups))
+    return [np.flatnonzero(np.isin(groups, x)).tolist() for x in np.array_split(order, count)]
 
 
 def data_of_levels(train: Any, upper: Any, args: Any, bilevel: bool, reads: Reads) -> Any:
@@ -184,8 +182,10 @@ def with_upper(evaluation: Any, upper: Any, args: Any) -> Any:
     return {**evaluation, UPPER: upper}
 
 
-def without_upper(prepared: Any, evaluation: Any) -> tuple[Any, Any]:
+def without_upper(prepared: Any, evaluation: Any, upper: Any) -> tuple[Any, Any]:
     """Undo `with_upper`: the prepared evaluation data, shaped as ``evaluation``, and ``upper``."""
+    if upper is None:
+        return prepared, None
     if not isinstance(prepared, Mapping) or UPPER not in prepared:
         raise ProblemError(
             f"{UPPER}: the trainer does not keep a dict of data sets as eval_dataset, in which "

@@ -40,12 +40,24 @@ class StepLog:
         return distributed.averages(means), last
 
 
-def upper_gap(logs: Mapping[str, float], history: list[dict[str, float]]) -> dict[str, float]:
-    """``eval_loss`` minus the last ``upper_loss`` in ``history``, if both exist."""
-    losses = [record["upper_loss"] for record in history if "upper_loss" in record]
-    if "eval_loss" not in logs or not losses:
-        return {}
-    return {"eval_upper_gap": logs["eval_loss"] - losses[-1]}
+def add_numbers(trainer: Any, logs: dict[str, float]) -> None:
+    """Add the numbers of the levels of ``trainer``, its passes and seconds to ``logs``."""
+    if "loss" in logs:
+        step = trainer.current_step
+        means, last = step.log.read()
+        logs |= {key: value for key, value in means.items() if key not in logs} | last
+        if trainer.skipped:
+            logs["skipped"] = trainer.skipped
+        ratio = None if step.bilevel is None else step.bilevel.signal.read()
+        if ratio is not None and ratio != float("inf"):
+            logs["upper_snr"] = ratio
+    losses = [x["upper_loss"] for x in trainer.state.log_history if "upper_loss" in x]
+    if "eval_loss" in logs and losses and trainer.is_in_train and trainer.phase.reads_trainer:
+        logs["eval_upper_gap"] = logs["eval_loss"] - losses[-1]
+    if trainer.is_in_train or "train_runtime" in logs:
+        spent = distributed.averages(trainer.passes.read())  # a process has rows of its own
+        # A resumed run adds two parts, whose last digit may be another.
+        logs |= {name: round(value, 9) for name, value in spent.items()}
 
 
 def line_of(args: Any, state: Any, logs: Mapping[str, Any]) -> str:
@@ -65,10 +77,12 @@ def line_of(args: Any, state: Any, logs: Mapping[str, Any]) -> str:
     return "  ".join([*steps, *numbers])
 
 
-def add_to_card(folder: str, settings: Mapping[str, Any]) -> None:
-    """Append the settings of bilevel training to the model card in ``folder``."""
+def add_to_card(trainer: Any) -> None:
+    """Append the settings of ``trainer`` to its model card."""
+    levels = {"levels": [level.name for level in trainer.levels]}
+    settings = levels | trainer.args.bilevel_settings()
     lines = "".join(f"- {key}: {value}\n" for key, value in settings.items())
-    with (Path(folder) / "README.md").open("a") as card:
+    with (Path(trainer.args.output_dir) / "README.md").open("a") as card:
         card.write(f"\n\n## Bilevel training\n\nTrained with hyperopt-peft.\n\n{lines}")
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hyperopt_peft.core.problem import Problem
@@ -14,11 +13,15 @@ from hyperopt_peft.core.validation import check_optimizer
 from hyperopt_peft.errors import ProblemError
 
 
-def new_optimizer(
-    kind_and_options: tuple[Any, Mapping[str, Any]], groups: Sequence[dict[str, Any]]
-) -> Any:
-    """An optimizer, of a class and with its options, over ``groups`` of parameters."""
-    kind, options = kind_and_options
+def _kind(trainer: Any) -> Any:
+    """The class of the optimizer of ``trainer``, and its options."""
+    kind = trainer.optimizer_cls_and_kwargs
+    return kind or trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+
+
+def new_optimizer(trainer: Any) -> Any:
+    """An optimizer over both levels of ``trainer``."""
+    kind, options = _kind(trainer)
     name = getattr(kind, "__name__", kind)
     takes_groups = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
     # Some classes take the model, and step in hooks of the backward pass.
@@ -26,6 +29,7 @@ def new_optimizer(
         raise ProblemError(
             f"optim: {name} takes no groups of parameters; use one that does, such as adamw_torch"
         )
+    groups = _groups(trainer)
     try:
         return kind(groups, **options)
     except (TypeError, ValueError) as error:
@@ -34,13 +38,12 @@ def new_optimizer(
         ) from error
 
 
-def parameter_groups(
-    lower: Problem, upper: Problem | None, args: Any, without_decay: Container[int]
-) -> list[dict[str, Any]]:
-    """Parameter groups: lower variables with ``args.weight_decay``, without, upper variables.
-
-    ``without_decay`` has the ids of tensors without weight decay, such as biases.
-    """
+def _groups(trainer: Any) -> list[dict[str, Any]]:
+    """The lower variables with weight decay, those without, such as biases, the upper ones."""
+    args, lower, upper = trainer.args, trainer.lower, trainer.upper
+    named = dict(trainer.model.named_parameters(remove_duplicate=False))
+    names = trainer.get_decay_parameter_names(trainer.model)
+    without_decay = {*map(id, named.values())} - {id(named[name]) for name in names}
     plain = [variable for variable in lower.variables if id(variable) in without_decay]
     decayed = [variable for variable in lower.variables if id(variable) not in without_decay]
     groups: list[dict[str, Any]] = [
@@ -53,22 +56,25 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def params_of(optimizer: Any) -> list[Tensor]:
-    """The tensors of all groups of ``optimizer``, in order."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def create(trainer: Any, parent: Callable[[], Any]) -> None:
+    """Let ``parent``, the parent's ``create_optimizer``, construct what is `new_optimizer`."""
+    kind, options = before = _kind(trainer)
+    made = new_optimizer(trainer)
+    returning = type(str(kind), (Optimizer,), {"__new__": lambda *_, **__: made})
+    trainer.optimizer_cls_and_kwargs = returning, {**options}
+    parent()
+    trainer.optimizer_cls_and_kwargs = before
+    check_optimizers("create_optimizer", trainer.optimizer, None, trainer.levels)
 
 
-def returning(made: Any, kind: Any) -> type[Optimizer]:
-    """A class named ``kind`` that returns ``made`` for a parent that constructs its optimizer."""
-    return type(str(kind), (Optimizer,), {"__new__": lambda *_, **__: made})
-
-
-def take_replicated(optimizer: Any, model: nn.Module) -> list[dict[str, Any]]:
-    """Remove the groups of tensors outside ``model`` from ``optimizer``, and return them.
+def take_replicated(trainer: Any) -> list[dict[str, Any]]:
+    """Under FSDP2, remove the groups of tensors outside the model, and return them.
 
     FSDP2 needs a shard for each tensor of the optimizer.
     """
-    of_model, groups = {id(parameter) for parameter in model.parameters()}, optimizer.param_groups
+    if not trainer.is_fsdp_enabled:
+        return []
+    of_model, groups = {*map(id, trainer.model.parameters())}, trainer.optimizer.param_groups
     outside = [group for group in groups if id(group["params"][0]) not in of_model]
     groups[:] = [group for group in groups if id(group["params"][0]) in of_model]
     return outside

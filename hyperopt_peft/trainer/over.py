@@ -17,7 +17,7 @@ from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from hyperopt_peft.errors import ProblemError
 
-#: Methods of the Trainer that a bilevel step does not call, and the trainers that need them.
+#: Methods of the Trainer that a bilevel step does not call, and what that means.
 REPLACED = {
     "_prepare_inputs": "trainers that generate batches in each step (GRPO, RLOO) are not possible",
     "training_step": "override compute_loss instead",

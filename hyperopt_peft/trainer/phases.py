@@ -58,15 +58,6 @@ class Phase:
     passes: PassCounter = field(default_factory=PassCounter)
     search: Mapping[str, Any] | None = None
 
-    @classmethod
-    def first(cls, method: Method | None, lower: Any, upper: Any, *rows: Any) -> Phase:
-        """The first, or only, phase of ``method``, or of levels, on the user's rows."""
-        if method is None:
-            return cls(None, lower, upper, (rows[0], rows[1]))
-        train, of_upper = numbered(*rows) if INDEX in method.tags else rows
-        upper = upper_of if has_upper_level(method) else None
-        return cls(method, prepared_lower_of, upper, method.rows(train, of_upper), method.tags)
-
     @property
     def rows_of_levels(self) -> tuple[Any, Any]:
         """The rows to train on; a baseline has one level on all rows."""
@@ -79,15 +70,40 @@ class Phase:
         """Whether the levels are functions of the trainer, so that they may read its loss."""
         return is_function(self.lower)
 
-    def levels_of(self, trainer: Any) -> Iterator[Any]:
-        """The lower level of ``trainer``, then the upper level or None."""
-        for level in (self.lower, self.upper):
-            yield level(trainer) if is_function(level) else level
+
+def first_phase(
+    method: Method | None,
+    lower: Any,
+    upper: Any,
+    rows: tuple[Any, Any],
+    args: Any,
+    options: dict[str, Any],
+) -> tuple[Phase, Any]:
+    """The first, or only, phase on the user's rows, and ``args`` with the method's defaults.
+
+    The method may change the PEFT config among ``options`` of the trainer.
+    """
+    if lower is not None and method is None:
+        return Phase(None, lower, upper, rows), args
+    if lower is not None or upper is not None:
+        raise ProblemError("method: give a method, or the levels lower and upper, and not both")
+    method = method or Method()
+    if options.get("peft_config") is not None:
+        options["peft_config"] = method.adapter(copy.deepcopy(options["peft_config"]))
+    rows = method.rows(*(numbered(*rows) if INDEX in method.tags else rows))
+    upper = upper_of if has_upper_level(method) else None
+    phase = Phase(method, prepared_lower_of, upper, rows, method.tags)
+    return phase, args.with_defaults(method.defaults)
 
 
 def is_function(level: Any) -> bool:
     """Whether ``level`` is a function that makes one."""
     return callable(level) and not isinstance(level, Problem | nn.Module | type)
+
+
+def level_of(trainer: Any, level: Any) -> Any:
+    """A level of ``trainer``: ``level``, or what the function ``level`` makes."""
+    return level(trainer) if is_function(level) else level
 
 
 def lower_of(trainer: Any) -> Problem:
@@ -156,9 +172,9 @@ def run(trainer: Any, resume: str | bool | None, *args: Any, **kwargs: Any) -> A
 
 
 def show_rows(trainer: Any) -> None:
-    """Show the lower level's rows to the method of ``trainer``, without unused columns."""
+    """Let the method of ``trainer`` read the lower level's rows, without unused columns."""
     method = trainer.method
-    if type(method).read_rows is Method.read_rows:
+    if method is None or type(method).read_rows is Method.read_rows:
         return
     model = None if trainer.is_fsdp_enabled else trainer.model  # FSDP2 may load parameters later
     rows = checks.read_rows(trainer)

@@ -165,8 +165,9 @@ def label_counts(
     return torch.cat(chosen).bincount(minlength=values)
 
 
-def keep_tags(trainer: Any, tags: Sequence[str], method: str) -> None:
-    """Add the columns ``tags`` to the batches of ``trainer``."""
+def keep_tags(trainer: Any) -> None:
+    """Add the columns ``trainer.tags`` to the batches of ``trainer``."""
+    tags, method = trainer.tags, type(trainer.method).__name__
     present = getattr(trainer.train_dataset, "column_names", None) or []
     if missing := [tag for tag in tags if tag not in present]:
         raise ProblemError(

@@ -50,6 +50,19 @@ class LossRule:
     counts: bool
     measuring: Callable[[], AbstractContextManager[Any]]
 
+    @classmethod
+    def of(cls, trainer: Any, stock: type[Trainer]) -> LossRule:
+        """The rule of ``trainer``; an override of ``compute_loss`` in ``stock`` does not count."""
+        function = trainer.compute_loss_func is not None
+        classes = [x for x in type(trainer).__mro__ if x not in (stock, Trainer)]
+        return cls(
+            trainer.args,
+            scaled=getattr(trainer, "loss_is_scaled_for_ga", None),  # of Transformers 5.19
+            own=function or any("compute_loss" in vars(x) for x in classes),
+            counts=function or trainer.model_accepts_loss_kwargs,
+            measuring=trainer.measuring,
+        )
+
     def __post_init__(self) -> None:
         self._reads_count: bool | None = self.scaled
         self._model_reads_count: bool | None = self.scaled
@@ -154,11 +167,3 @@ def depends_on_count(
         "global generators of PyTorch, NumPy or Python"
     )
     return bool(abs(one) > 32 * abs(many))
-
-
-def has_own_loss(trainer: type[Trainer], stock: type[Trainer]) -> bool:
-    """Whether a class between ``trainer`` and `transformers.Trainer` overrides ``compute_loss``.
-
-    ``stock`` is a class whose override does not count.
-    """
-    return any("compute_loss" in vars(x) for x in trainer.__mro__ if x not in (stock, Trainer))

@@ -18,23 +18,22 @@ from transformers.trainer_utils import has_length
 
 from hyperopt_peft.core.labels import ITEMS, MICRO_BATCHES, WEIGHT, model_reads
 from hyperopt_peft.core.prior import GaussianPrior
-from hyperopt_peft.core.problem import Problem, devices_of
+from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine import checkpoint
-from hyperopt_peft.engine.step import BilevelStep
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.trainer import checks, data, optimizer, phases
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
-from hyperopt_peft.trainer.callback import BilevelCallback
-from hyperopt_peft.trainer.internals import counters_of, metrics_restored, packed_with
-from hyperopt_peft.trainer.logs import add_to_card, shorten, upper_gap
+from hyperopt_peft.trainer.callback import BilevelCallback, Point
+from hyperopt_peft.trainer.internals import metrics_restored, packed_with
+from hyperopt_peft.trainer.logs import add_numbers, add_to_card, shorten
 from hyperopt_peft.trainer.method import Method
-from hyperopt_peft.trainer.over import CombinedTrainer, loads_names
+from hyperopt_peft.trainer.over import CombinedTrainer
 from hyperopt_peft.trainer.phases import Phase
 from hyperopt_peft.trainer.saved import check_saved
-from hyperopt_peft.trainer.step import Accumulated, OptimizerStep
+from hyperopt_peft.trainer.step import OptimizerStep
 from hyperopt_peft.trainer.tags import keep_tags, without
-from hyperopt_peft.trainer.task_loss import LossRule, has_own_loss
-from hyperopt_peft.trainer.upper_batches import loader_of, upper_batches
+from hyperopt_peft.trainer.task_loss import LossRule
+from hyperopt_peft.trainer.upper_batches import upper_batches
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.distributed import reshard
 from hyperopt_peft.utils.models import keep_differentiable
@@ -48,9 +47,9 @@ class BilevelTrainer(CombinedTrainer):
     """`transformers.Trainer` for a lower and an upper level over one model.
 
     Every optimizer step moves the lower level. Each ``lower_steps``-th step also moves the upper
-    level, by the hypergradient at the same point. It is computed on the step's lower batch (all
-    micro-batches, all processes) and on the upper level's next batch. A small upper data set is one
-    batch. One optimizer holds both levels, in separate parameter groups.
+    level, by the hypergradient at the same point, on the step's lower batch (all micro-batches, all
+    processes) and the upper level's next one. A small upper data set is one batch. One optimizer
+    holds both levels, in separate parameter groups.
 
     Training uses the losses of the levels, evaluation the loss of the model. A level that is a
     function of the trainer can read ``trainer.task_loss``, the loss that the Trainer itself would
@@ -99,8 +98,6 @@ class BilevelTrainer(CombinedTrainer):
     # As of `transformers.Trainer`, which sets them.
     train_dataset: Any = None
     eval_dataset: Any = None
-    optimizer_cls_and_kwargs: Any = None
-    current_flos: float = 0.0
 
     def __init__(
         self,
@@ -122,34 +119,21 @@ class BilevelTrainer(CombinedTrainer):
         self.options_again = phases.options_again(trainer)
         evaluation, callbacks = (trainer.pop(x, None) for x in ("eval_dataset", "callbacks"))
         if not isinstance(method, Phase):
+            rows = train_dataset, upper_dataset
             if upper_dataset is not None:  # before rows are numbered or joined
-                data.require_apart(train_dataset, upper_dataset, evaluation, self.row_columns)
-            if lower is None and upper is None:
-                method = method or Method()
-                args = args.with_defaults(method.defaults)
-                if trainer.get("peft_config") is not None:
-                    trainer["peft_config"] = method.adapter(deepcopy(trainer["peft_config"]))
-            elif method is not None or lower is None:
-                raise ProblemError(
-                    "method: give a method, or the levels lower and upper, and not both"
-                )
-            method = Phase.first(method, lower, upper, train_dataset, upper_dataset)
+                data.require_apart(*rows, evaluation, self.row_columns)
+            method, args = phases.first_phase(method, lower, upper, rows, args, trainer)
             train_dataset, upper_dataset = method.rows_of_levels
         args = args.with_defaults({})
         self.phase, self.method = method, method.method
-        #: Columns of a batch that a level reads and the model does not.
-        self.tags = self.phase.tags
-        #: Passes and seconds of the training, for both phases of a method together.
-        self.passes = self.phase.passes
+        self.tags, self.passes = method.tags, method.passes  # see `Phase`
         #: The trainer of the second phase; None before that begins.
         self.retrainer: Any = None
         #: Whether the last phase has ended, and the adapter is not yet saved and checked.
         self.trained = False
         self.skipped, self._loss_checked = 0, False
         self._unprepared, self._replicated = list[Tensor](), list[dict[str, Any]]()
-        checks.check_arguments(args, trainer)
-        if not isinstance(model, nn.Module) and not loads_names(self.parent()):
-            raise ProblemError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        checks.check_arguments(self, model, args, trainer)
         if self.phase.reads_trainer:
             for rows in (train_dataset, upper_dataset, evaluation):
                 checks.check_rows(model, rows, trainer)
@@ -171,41 +155,21 @@ class BilevelTrainer(CombinedTrainer):
             )
         shorten(self)
         keep_differentiable(self.model)
-        self.upper_dataset = None
-        if upper_dataset is not None:
-            self.eval_dataset, self.upper_dataset = data.without_upper(
-                self.eval_dataset, evaluation
-            )
-        if self.method is not None:
-            if self.tags:
-                keep_tags(self, self.tags, type(self.method).__name__)
-            phases.show_rows(self)
+        prepared = data.without_upper(self.eval_dataset, evaluation, upper_dataset)
+        self.eval_dataset, self.upper_dataset = prepared
+        if self.tags:
+            keep_tags(self)
+        phases.show_rows(self)
         data.warn_of_repeated_rows(self.train_dataset, args)
         if not has_length(self.train_dataset):
             self.train_dataset = data.Endless(self.train_dataset)
-        self.loss_rule = self.new_loss_rule()
-        levels = self.phase.levels_of(self)
-        self.lower: Problem = next(levels)
-        self.upper: Problem | None = next(levels)  # which may read the lower one
-        checks.check_levels(self.levels)
-        if self.upper is not None and args.upper_prior is not None:
-            if self.upper.prior is not None:
-                raise ProblemError(
-                    f"upper_prior: the level {self.upper.name} has a prior; leave one of them out"
-                )
-            self.upper.prior = GaussianPrior(args.upper_prior, self.upper.variables)
+        self.loss_rule = LossRule.of(self, stock=BilevelTrainer)
+        self.lower: Problem = phases.level_of(self, self.phase.lower)
+        self.upper: Problem | None = phases.level_of(self, self.phase.upper)
         self.estimator = args.estimator()
-        checks.check_layers(self.model, self.levels, self.estimator)
-        checks.check_accelerator(self, self.levels, self.estimator)
-        checks.check_router_loss(self, self.levels)
-        given = self.optimizer, self.lr_scheduler
-        optimizer.check_optimizers("optimizers", *given, self.levels)
-        loader_of(self, self.train_dataset, "train_dataset")  # refuses what the model cannot read
-        self.upper_batches = None
-        if self.upper is not None:
-            loader = loader_of(self, self.upper_dataset, "upper_dataset")
-            self.upper_batches = upper_batches(self.upper_dataset, loader, args)
-        self._set_step(self.optimizer or self._new_optimizer())
+        checks.check_levels(self)
+        self.upper_batches = upper_batches(self)
+        self.current_step = OptimizerStep(self, self.optimizer or optimizer.new_optimizer(self))
 
     @property
     def levels(self) -> list[Problem]:
@@ -228,9 +192,8 @@ class BilevelTrainer(CombinedTrainer):
     ) -> Any:
         """As `transformers.Trainer.train`; ``True`` resumes from the last complete checkpoint.
 
-        With a method, this runs the search and the second phase, and returns the result of the
-        last phase. ``True`` finds the last checkpoint of either phase. A resumed run equals the
-        uninterrupted run bit for bit, with the exceptions in docs/distributed.md.
+        With a method, this runs the search and the second phase, and returns the result of the last
+        one. A resumed run equals the uninterrupted run bit for bit, but for docs/distributed.md.
 
         Raises:
             ProblemError: there is no complete checkpoint, or it is damaged or has other settings or
@@ -242,22 +205,13 @@ class BilevelTrainer(CombinedTrainer):
         self.passes.begin()
         return phases.run(self, resume_from_checkpoint, *args, **kwargs)
 
-    def train_phase(
-        self,
-        resumed: tuple[Path, Mapping[str, Any]] | None,
-        settings: Mapping[str, Any],
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """Run this trainer's phase from the checkpoint ``resumed`` (folder, record), or anew.
-
-        ``settings`` are those of `fingerprint.settings_of`.
-        """
+    def train_phase(self, point: Point, settings: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Run this trainer's phase from ``point``; ``settings`` are those of `settings_of`."""
         self.skipped = 0
         try:
-            with self.callback.run(resumed, settings):
+            with self.callback.run(point, settings):
                 distributed.broadcast([x for _, x in self.named_tensors()], self.args.device)
-                folder = None if resumed is None else str(resumed[0])
+                folder = None if point is None else str(point[0])
                 return super().train(folder, *args, **kwargs)
         finally:
             self.passes.end()
@@ -274,41 +228,24 @@ class BilevelTrainer(CombinedTrainer):
         assert self.method is not None
         return self.method.all_rows(*self.phase.rows)
 
-    def retraining(self, args: Any, search: Mapping[str, Any] | None = None) -> Any:
-        """The trainer of the second phase, on this model; ``search`` has this one's settings.
-
-        A class's own constructor is not called again: its attributes, which the loss may read, are
-        those of this trainer.
-        """
+    def retraining(self, args: Any, search: Mapping[str, Any]) -> Any:
+        """The trainer of the second phase, on this model; ``search`` has this one's settings."""
+        # A subclass's constructor is not called again; the loss may read attributes that it set.
         args, second = copy(args), type(self).__new__(type(self))
         second.__dict__.update(self._own)
         args.remove_unused_columns |= self.model_columns is not None  # which tags had turned off
         phase = replace(self.phase, lower=phases.lower_of, upper=None, search=search)
-        options = {"train_dataset": self.all_rows(), "processing_class": self.processing_class}
+        options = {"processing_class": self.processing_class, **self.options_again}
+        options |= {"method": phase, "train_dataset": self.all_rows()}
         with phases.as_prepared(self.model):
-            options |= {"method": phase, **self.options_again}
             BilevelTrainer.__init__(second, self.model, args, **options)
         for name in vars(self).keys() - vars(second).keys():
             setattr(second, name, getattr(self, name))
         return second
 
-    def passes_of_an_upper_step(self) -> int:
-        """The search's forward+backward passes over a micro-batch for each upper step.
-
-        A hypergradient of unknown cost counts as two passes.
-        """
-        args, of_upper = self.args, self.estimator.cost() or 2
-        of_lower_batch = args.lower_steps - 1 + of_upper - 1
-        pieces = 1 if self.upper_batches is None else self.upper_batches.count  # of F
-        return int(of_lower_batch * args.gradient_accumulation_steps + pieces)
-
     def end_training(self) -> None:
-        """End the process group: the last line of a script.
-
-        A process that exits while threads of gloo hold its tensors is aborted; the threads end
-        with the process group. DDP is deleted first: if it held the last reference to the group,
-        Python and the threads would wait for each other.
-        """
+        """End the process group: the last line of a script, which threads of gloo would abort."""
+        # DDP goes first: if it held the last reference to the group, the threads would wait for it.
         for trainer in filter(None, (self.retrainer, self)):
             trainer.model_wrapped = trainer.model
             trainer.accelerator.free_memory()
@@ -368,17 +305,6 @@ class BilevelTrainer(CombinedTrainer):
         with metrics_restored(self), self.passes.paused(), self.compute_loss_context_manager():
             yield
 
-    def new_loss_rule(self) -> LossRule:
-        """The rule by which `task_loss` weights micro-batches."""
-        own = self.compute_loss_func is not None
-        return LossRule(
-            self.args,
-            scaled=getattr(self, "loss_is_scaled_for_ga", None),  # of Transformers 5.19
-            own=own or has_own_loss(type(self), BilevelTrainer),
-            counts=own or self.model_accepts_loss_kwargs,
-            measuring=self.measuring,
-        )
-
     def with_entries(self, batches: Sequence[Any]) -> list[Any]:
         """A step's micro-batches, of either level, with the entries of `core.labels`."""
         samples = list(batches)
@@ -393,15 +319,14 @@ class BilevelTrainer(CombinedTrainer):
 
     def adopt_prepared_parameters(self) -> None:
         """Replace the levels' variables by the optimizer's, which FSDP2 has made shards."""
-        params = optimizer.params_of(self.optimizer)
+        params = [x for group in self.optimizer.param_groups for x in group["params"]]
         prepared = dict(zip(map(id, self._unprepared), params, strict=True))
         for level in self.levels:
             level.variables = tuple(prepared[id(variable)] for variable in level.variables)
-        self._set_step(self.optimizer)
+        self.current_step = OptimizerStep(self, self.optimizer)
 
     def begin_step(self) -> None:
         """Begin an optimizer step; the callback calls this before the first micro-batch."""
-        self._counters = self.current_flos, self.state.num_input_tokens_seen, counters_of(self)
         self._set_training_mode(self.model)
         with metrics_restored(self):
             count, number = self.current_gradient_accumulation_steps, self.state.global_step + 1
@@ -421,10 +346,7 @@ class BilevelTrainer(CombinedTrainer):
         return self.with_entries(batches), None
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss of one micro-batch; the call for the last one computes the step's gradients.
-
-        Each ``.grad`` is set by `BilevelCallback.on_pre_optimizer_step`, after the Trainer clips.
-        """
+        """The loss of one micro-batch; the call for the last one computes the step's gradients."""
         if not self.is_in_train:
             raise ProblemError(
                 "training_step: a step of two levels is a part of train(); call train(), or "
@@ -434,7 +356,7 @@ class BilevelTrainer(CombinedTrainer):
         step, calls = self.current_step, self.calls
         loss = step.evaluate(inputs)
         if calls == self.calls and not self._loss_checked:
-            checks.check_unread(self, self.lower, step.micro[0].batch, self.loss_rule.own)
+            checks.check_unread(self)
         self._loss_checked = True
         if step.complete:
             try:
@@ -452,52 +374,15 @@ class BilevelTrainer(CombinedTrainer):
             self.skipped += 1
             return
         step, state = self.current_step, self.state
-        self.current_flos, state.num_input_tokens_seen, counters = self._counters
-        self.__dict__.update(counters)
-        written = self.callback.save_before(step.micro[0].random_state)
         raise NonFiniteError(
             f"step {state.global_step + 1} (epoch {state.epoch or 0:.2f}, {step.count} "
-            f"micro-batches): {error}; {step.advice()}; {written}"
+            f"micro-batches): {error}; {step.advice()}; {self.callback.save_before()}"
         ) from error
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `transformers.Trainer.log`, with the numbers of the levels, passes and seconds."""
-        if "loss" in logs:
-            means, last = self.current_step.log.read()
-            logs |= {key: value for key, value in means.items() if key not in logs} | last
-            if self.skipped:
-                logs["skipped"] = self.skipped
-            ratio = None if self.bilevel_step is None else self.bilevel_step.signal.read()
-            if ratio is not None and ratio != float("inf"):
-                logs["upper_snr"] = ratio
-        if self.is_in_train and self.phase.reads_trainer:
-            logs |= upper_gap(logs, self.state.log_history)
-        if self.is_in_train or "train_runtime" in logs:
-            spent = distributed.averages(self.passes.read())  # a process has rows of its own
-            # A resumed run adds two parts, whose last digit may be another.
-            logs |= {name: round(value, 9) for name, value in spent.items()}
+        add_numbers(self, logs)
         super().log(logs, start_time)
-
-    def _set_step(self, of_levels: Any) -> None:
-        """Make the step over the levels' current variables."""
-        self.bilevel_step: BilevelStep | None = None
-        if self.upper is not None:
-            limit = self.args.max_grad_norm or None
-            lower = Accumulated(self.lower, of_levels, limit)
-            upper = Accumulated(self.upper, calls=lambda: self.calls)
-            options = {"seed": self.args.seed, "uncounted": self.passes.paused}
-            self.bilevel_step = BilevelStep(upper, lower, self.estimator, **options)
-        self.devices = devices_of(*self.levels)
-        self.current_step: OptimizerStep = OptimizerStep(
-            self.lower,
-            self.bilevel_step,
-            args=self.args,
-            optimizer=of_levels,
-            accelerator=self.accelerator,
-            upper_batches=self.upper_batches,
-            with_entries=self.with_entries,
-            autocast=self.compute_loss_context_manager,
-        )
 
     # Optimizer, schedule and files
 
@@ -506,27 +391,16 @@ class BilevelTrainer(CombinedTrainer):
         if self.is_fsdp_enabled:  # an evaluation replaces the shards by full parameters
             reshard(self.model)
         if self.optimizer is None:
-            kind, options = given = self._optimizer_kind()
-            made = optimizer.returning(self._new_optimizer(), kind)
-            self.optimizer_cls_and_kwargs = made, {**options}
-            super().create_optimizer()
-            self.optimizer_cls_and_kwargs = given
-            optimizer.check_optimizers("create_optimizer", self.optimizer, None, self.levels)
-        self._replicated = []
-        if self.is_fsdp_enabled:
-            self._replicated = optimizer.take_replicated(self.optimizer, self.model)
-        replicated = [x for group in self._replicated for x in group["params"]]
-        self._unprepared = optimizer.params_of(self.optimizer) + replicated
+            optimizer.create(self, super().create_optimizer)
+        self._replicated = optimizer.take_replicated(self)
+        groups = [*self.optimizer.param_groups, *self._replicated]
+        self._unprepared = [parameter for group in groups for parameter in group["params"]]
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """As `transformers.Trainer.create_scheduler`; refuses a run without an upper step.
-
-        Under FSDP2 tensors outside the model are replicated; their groups join the prepared
-        optimizer here.
-        """
+        """As `transformers.Trainer.create_scheduler`; refuses a run without an upper step."""
         self.require_upper_step(num_training_steps)
-        while self._replicated:
+        while self._replicated:  # the prepared optimizer has the others already
             self.optimizer.add_param_group(self._replicated.pop(0))
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -539,25 +413,10 @@ class BilevelTrainer(CombinedTrainer):
                 "for longer, or lower lower_steps or gradient_accumulation_steps"
             )
 
-    def _optimizer_kind(self) -> Any:
-        given = self.optimizer_cls_and_kwargs
-        return given or self.get_optimizer_cls_and_kwargs(self.args, self.model)
-
-    def _new_optimizer(self) -> Any:
-        named = dict(self.model.named_parameters(remove_duplicate=False))
-        decayed = {id(named[name]) for name in self.get_decay_parameter_names(self.model)}
-        plain = {id(parameter) for parameter in named.values()} - decayed
-        groups = optimizer.parameter_groups(self.lower, self.upper, self.args, plain)
-        return optimizer.new_optimizer(self._optimizer_kind(), groups)
-
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """As `transformers.Trainer.save_model`, with the settings; a checkpoint has the levels.
 
-        The first call after the training loads the folder by PEFT and compares the logits of a
-        batch.
-
-        Raises:
-            ProblemError: PEFT loads another model than the one that was trained.
+        The first call after the training raises ProblemError if PEFT loads another model.
         """
         folder = Path(output_dir or self.args.output_dir)
         name = f"{checkpoint.PREFIX}{self.state.global_step}"
@@ -577,8 +436,7 @@ class BilevelTrainer(CombinedTrainer):
         """As `transformers.Trainer.create_model_card`, with the bilevel settings."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            settings = {"levels": [level.name for level in self.levels]}
-            add_to_card(self.args.output_dir, settings | self.args.bilevel_settings())
+            add_to_card(self)
 
 
 def bilevel(trainer: Any) -> type[BilevelTrainer]:

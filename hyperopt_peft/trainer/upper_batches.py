@@ -121,12 +121,15 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
-def upper_batches(data: Any, loader: Any, args: Any) -> UpperBatches:
-    """`UpperBatches` of ``data`` by ``args``, with the collator, columns and workers of ``loader``.
+def upper_batches(trainer: Any) -> UpperBatches | None:
+    """The batches of the upper level of ``trainer``, with the collator and workers of its loader.
 
     Without ``per_device_upper_batch_size`` a small data set is one batch.
     """
-    size = args.per_device_upper_batch_size
+    if trainer.upper is None:
+        return None
+    data, args = trainer.upper_dataset, trainer.args
+    loader, size = loader_of(trainer, data, "upper_dataset"), args.per_device_upper_batch_size
     if isinstance(data, datasets.Dataset):
         data = data.select_columns(loader.dataset.column_names)
     return UpperBatches(

@@ -121,21 +121,16 @@ def level_curves(history: Iterable[Mapping[str, Any]], path: str | Path | None =
 
 
 def intervals(
-    rows: Mapping[str, tuple[float, float, float]],
-    path: str | Path | None = None,
-    label: str = "",
-    zero: bool = False,
+    rows: Mapping[str, tuple[float, float, float]], path: str | Path | None = None, label: str = ""
 ) -> Any:
-    """A value and an interval for each name.
+    """A paired difference and its interval for each name, and a line at 0.
 
     Args:
         rows: (value, lower end, upper end) by name.
         label: the label of the values.
-        zero: whether there is a line at 0, as for paired differences.
     """
     with drawing(path, 7, 1 + 0.35 * len(rows)) as (figure, panel):
-        if zero:
-            panel.axvline(0, color="black", linewidth=0.8)
+        panel.axvline(0, color="black", linewidth=0.8)
         for y, (value, low, high) in enumerate(rows.values()):
             panel.plot((low, high), (y, y), color=BLUE, alpha=0.4, linewidth=5)
             panel.plot(value, y, "o", color=BLUE)

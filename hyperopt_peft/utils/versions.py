@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 __version__ = version("hyperopt-peft")
-PACKAGES = """
-hyperopt-peft torch transformers peft accelerate datasets trl bitsandbytes
-""".split()  # noqa: SIM905
+PACKAGES = ["hyperopt-peft", "torch", "transformers", "peft", "accelerate", "datasets"]
+PACKAGES += ["trl", "bitsandbytes"]
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     """The version of each of ``packages`` that is installed."""
     found = {}
     for name in packages:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 

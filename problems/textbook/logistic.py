@@ -42,10 +42,10 @@ class LogisticValidation(Problem):
         return softplus(-self.y * (self.x @ self.w)).mean()
 
 
-def breast_cancer(log_penalty: float = -2.0) -> tuple[LogisticValidation, Logistic]:
+def breast_cancer() -> tuple[LogisticValidation, Logistic]:
     """The two levels on scikit-learn's breast cancer data in float64, split 60/40, labels ±1.
 
-    Initially w = 0, and every l_j is ``log_penalty``.
+    Initially w = 0, and every l_j is −2.
 
     Example:
         >>> upper, lower = breast_cancer()
@@ -58,7 +58,7 @@ def breast_cancer(log_penalty: float = -2.0) -> tuple[LogisticValidation, Logist
     )
     x, x_val = standardised(x, x_val)
     w = torch.zeros(x.shape[1], dtype=x.dtype, requires_grad=True)
-    penalties = torch.full_like(w, log_penalty, requires_grad=True)
+    penalties = torch.full_like(w, -2.0, requires_grad=True)
     return LogisticValidation(penalties, w, x_val, 2 * y_val - 1), Logistic(
         w, penalties, x, 2 * y - 1
     )

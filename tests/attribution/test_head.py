@@ -66,7 +66,7 @@ def test_scores_predict_other_minima() -> None:
     training, above = fitted(features(300)), features(100, seed=1).batch()
     phi = Evaluation(training.weights, training.on_rows.mean([above]))
     rows = training.features.batch()
-    setup = Trained(training, phi, {"all": 1.0}, training.level, lambda: rows)
+    setup = Trained(training, phi, training.level, lambda: rows)
     estimator = parse_estimator(HEAD_ESTIMATOR)
     by_slice, _ = scores(setup, estimator)
     check = check_scores(setup, estimator, by_slice, phi.values(), 20, 0.05, None, 0)

@@ -1,5 +1,8 @@
-"""Two processes, each with half of every batch, give the scores of one with all of it."""
+"""Scores by two processes, each with half of every batch, and by a device that is no CPU."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,3 +24,14 @@ def test_scores_and_checks_are_those_of_one_process(two: Any) -> None:
         rounding = 1e-6 if "difference" in name or name == "gradient" else 1e-9
         assert torch.equal(first, other), name
         assert torch.allclose(first, torch.as_tensor(expected), rtol=rounding), name
+
+
+@pytest.mark.slow
+def test_heads_mix_no_tensors_of_two_devices(tmp_path: Path) -> None:
+    """Scores, removals, reasons and a comparison: they are those of the CPU, on the CPU."""
+    command = [sys.executable, "-m", "tests.support.heads_on_a_card", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=two_processes.ROOT)
+    assert done.returncode == 0, done.stderr[-5000:]
+    ours, theirs = torch.load(tmp_path / "results.pt")
+    for name, expected in ours.items():
+        torch.testing.assert_close(theirs[name], expected, rtol=1e-4, atol=1e-5, msg=name)

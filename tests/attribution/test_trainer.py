@@ -21,9 +21,18 @@ from transformers import (
 )
 
 from hyperopt_peft import NonFiniteError, ProblemError
-from hyperopt_peft.attribution.suspects import suspects
+from hyperopt_peft.attribution.uses import suspects
 from tests.support.attributed import attributed, error_of_slopes, require_equal
-from tests.support.trainers import CONFIG, COUNTS_RIGHT, QUIET, data, peft_model, ragged
+from tests.support.trainers import (
+    CONFIG,
+    COUNTS_RIGHT,
+    QUIET,
+    data,
+    longest_first,
+    padded,
+    peft_model,
+    ragged,
+)
 from tests.support.trainers import trainer as bilevel_trainer
 
 KINDS = ("classes", "regression", "tokens", "causal")
@@ -96,28 +105,29 @@ def test_the_run_is_the_trainers_own(tmp_path: Path, kind: str, accumulation: in
         assert result.values["all"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-6)
 
 
-def test_a_mean_over_micro_batches_is_the_trainers_own(tmp_path: Path) -> None:
-    """Of a model that takes no number of labels, and micro-batches with different numbers."""
-    ends = []
-    for run in (lambda trainer: trainer.train(), attributed):
-        model = peft_model("tokens", dora=False).double()
-        model.get_base_model().accepts_loss_kwargs = False
-        trainer = stock(tmp_path, "tokens", model=model, train_dataset=ragged("tokens", 11))
-        run(trainer)
-        ends.append(trainer.model)
-    require_equal(*ends, 1e-9)
+def over_batches(folder: Path) -> Trainer:
+    """Its model takes no number of labels, and micro-batches have different numbers."""
+    model = peft_model("tokens", dora=False).double()
+    model.get_base_model().accepts_loss_kwargs = False
+    return stock(folder, "tokens", model=model, train_dataset=ragged("tokens", 11))
 
 
-def test_a_bilevel_trainer_without_an_upper_level_has_its_own_mean(tmp_path: Path) -> None:
-    """Over the labels of a step's micro-batches, though the model ignores their number."""
-    ends = []
-    for run in (lambda trainer: trainer.train(), attributed):
-        settings: dict[str, Any] = {"per_device_train_batch_size": 3, "rows": 11, "method": "lora"}
-        trainer = bilevel_trainer(tmp_path, gradient_accumulation_steps=2, **settings)
-        trainer.eval_dataset = data(rows=7, seed=1)
-        run(trainer)
-        ends.append(trainer.model)
-    require_equal(*ends, 1e-5)
+def over_labels(folder: Path) -> Trainer:
+    """A bilevel trainer of one level, whose mean is over the labels of a step."""
+    settings: dict[str, Any] = {"per_device_train_batch_size": 3, "rows": 11, "method": "lora"}
+    trainer = bilevel_trainer(folder, gradient_accumulation_steps=2, **settings)
+    trainer.eval_dataset = data(rows=7, seed=1)
+    return trainer
+
+
+@pytest.mark.parametrize(("make", "rounding"), [(over_batches, 1e-9), (over_labels, 1e-5)])
+def test_a_mean_over_micro_batches_is_the_trainers_own(
+    tmp_path: Path, make: Any, rounding: float
+) -> None:
+    plain, watched = make(tmp_path), make(tmp_path)
+    plain.train()
+    attributed(watched)
+    require_equal(watched.model, plain.model, rounding)
 
 
 def test_slices_have_a_loss_each(tmp_path: Path) -> None:
@@ -266,16 +276,6 @@ def of_weights(outputs: Any, labels: Tensor, **_: Any) -> Tensor:
 BY_CLASS = labelled([0] * 5 + [1] * 5 + [2] * 4)
 
 
-def longest_first(rows: list[Any]) -> Any:
-    return default_data_collator(sorted(rows, key=lambda row: -sum(row["attention_mask"])))
-
-
-def padded(rows: Dataset) -> Dataset:
-    """``rows`` of one to six tokens."""
-    mask = [[int(k <= row % 6) for k in range(6)] for row in range(len(rows))]
-    return rows.remove_columns("attention_mask").add_column("attention_mask", mask)
-
-
 def with_ids(rows: Dataset, begin: int) -> Dataset:
     return rows.add_column("idx", [*range(begin, begin + len(rows))])
 
@@ -398,16 +398,10 @@ def test_losses_are_those_of_the_rows_in_batches_of_any_size(
     """At a rate of 0, without dropout; the last micro-batch of each epoch is smaller."""
     args = {"learning_rate": 1e-300, "weight_decay": 0.0}
     args |= {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 13}
-    rows = data(rows=14)
-    trainer = stock(tmp_path, args=args, train_dataset=rows)
-    for module in trainer.model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    result = attributed(trainer)
-    trainer.model.eval()
-    logits = trainer.model(input_ids=torch.tensor(rows["input_ids"][:])).logits
-    labels = torch.tensor(rows["labels"][:])
-    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    rows, model = data(rows=14), peft_model(dropout=0.0, dora=False).double()
+    result = attributed(stock(tmp_path, args=args, train_dataset=rows, model=model))
+    logits = model.eval()(input_ids=torch.tensor(rows["input_ids"][:])).logits
+    expected = cross_entropy(logits, torch.tensor(rows["labels"][:]), reduction="none")
     assert torch.allclose(result.losses, expected.detach(), rtol=1e-9)
 
 

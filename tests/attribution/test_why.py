@@ -3,7 +3,6 @@
 import csv
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -112,9 +111,9 @@ def test_with_a_trainer_and_its_adapter(tmp_path: Path) -> None:
     assert all(reason.adapter is None for reason in reasons)
     both = why(watched, rows, adapter=True, progress=False)
     assert [each.rows for each in both] == [each.rows for each in reasons]
-    options: dict[str, Any] = {"twice": False, "differentiated": False, "memory_limit": 1.0}
     again = trainer(tmp_path, train_dataset=train, eval_dataset=rows)
-    setup = trained_by_trainer(again, rows, None, progress=False, **options)
+    options = {"twice": False, "differentiated": False, "progress": False}
+    setup = trained_by_trainer(again, rows, None, **options)
     logits, changed = setup.logits, 0
     assert logits is not None
     before = logits().argmax(1)

@@ -15,7 +15,7 @@ from hyperopt_peft.cli.main import main
 from hyperopt_peft.cli.text.data import DataArguments
 from hyperopt_peft.cli.text.models import ModelArguments
 from hyperopt_peft.cli.text.setup import prepare
-from tests.support.cli import read_csv, refused, run, small_run
+from tests.support.cli import Capture, read_csv, refused, run, small_run
 from tests.support.files import rows, write
 
 
@@ -28,7 +28,7 @@ def written(folder: Path) -> list[dict[str, str]]:
     return read_csv(folder / "out/attribution.csv")
 
 
-def test_everything_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_everything_at_once(tmp_path: Path, capsys: Capture) -> None:
     """With options from a file."""
     evaluation = [{**row, "origin": "xy"[k % 2]} for k, row in enumerate(rows(number=10, seed=1))]
     changes = {"slices": "origin", "check": 5, "suspects": 2, "retrain_without": 0.1}
@@ -61,9 +61,7 @@ def test_everything_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert len(record["removal"]["random"]) == 5 and record["removal"]["with_evaluation"]
 
 
-def test_scores_on_a_head_train_no_adapter(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_scores_on_a_head_train_no_adapter(tmp_path: Path, capsys: Capture) -> None:
     chosen = options(tmp_path, score_model="head", check=5)
     run("attribute", **chosen)
     table, printed = written(tmp_path), capsys.readouterr().out
@@ -75,7 +73,7 @@ def test_scores_on_a_head_train_no_adapter(
     assert not (tmp_path / "out/adapter_config.json").exists()
 
 
-def test_why_with_and_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_why_with_and_without_labels(tmp_path: Path, capsys: Capture) -> None:
     """A file, a picture and a paragraph; a row without a label has none to show."""
     told = [{"text": row["text"]} for row in rows(number=3, seed=5)]
     bare = write(tmp_path / "bare.jsonl", told)
@@ -101,9 +99,7 @@ def test_why_with_and_without_labels(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert printed.count("the adapter: ") == len(sets) > 0
 
 
-def test_tags_are_explained_by_their_words(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tags_are_explained_by_their_words(tmp_path: Path, capsys: Capture) -> None:
     task = "token-classification"
     path = write(tmp_path / "told.jsonl", rows(task, number=3, seed=5))
     run("attribute", **options(tmp_path, task, score_model="head", why=path))
@@ -123,9 +119,7 @@ def test_formulas_get_an_apostrophe_where_that_is_wanted(tmp_path: Path) -> None
         assert written(tmp_path)[3]["text"] == f"{mark}{table[3]['text']}"
 
 
-def test_rows_of_others_write_no_controls_to_the_terminal(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_of_others_write_no_controls_to_the_terminal(tmp_path: Path, capsys: Capture) -> None:
     """Neither from `attribute` nor from an error; the file has them unchanged."""
     marks = "\x1b[31m\x9b2J\x07\u202e\u2066"
     table = [{**row, "text": f"{row['text']} {marks}"} for row in rows(number=34)]
@@ -150,9 +144,7 @@ def test_the_adapter_is_that_of_plain_training(tmp_path: Path) -> None:
     assert all(torch.allclose(plain[name], value) for name, value in attributed.items())
 
 
-def test_held_out_rows_are_not_in_the_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_held_out_rows_are_not_in_the_file(tmp_path: Path, capsys: Capture) -> None:
     path = write(tmp_path / "train.csv", rows())
     changes = {"train_file": path, "eval_file": None, "eval_fraction": 0.25, "max_steps": 2}
     run("attribute", **options(tmp_path, method="dora", **changes))
@@ -212,7 +204,7 @@ def test_rows_of_both_levels_of_bidora(tmp_path: Path) -> None:
     ],
 )
 def test_bad_runs_are_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: str
+    tmp_path: Path, capsys: Capture, changes: dict[str, Any], words: str
 ) -> None:
     files = {"train": tmp_path / "train.jsonl", "copy": tmp_path / "copy.jsonl"}
     files["bare"] = tmp_path / "bare.jsonl"

@@ -3,11 +3,9 @@
 import re
 from pathlib import Path
 
-import pytest
-
 from hyperopt_peft.cli.check import CheckArguments
 from hyperopt_peft.diagnostics.curvature import Spectrum
-from tests.support.cli import run, small_run
+from tests.support.cli import Capture, run, small_run
 
 QUICK = {
     "reference": "retraining:steps=2,directions=1",
@@ -23,7 +21,7 @@ def table(text: str) -> dict[str, tuple[float, float]]:
 
 
 def test_the_levels_are_in_words_and_every_default_estimator_in_the_table(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: Capture
 ) -> None:
     run("check", **small_run(tmp_path, search_steps=2, details=True, **QUICK))
     text = capsys.readouterr().out
@@ -31,6 +29,7 @@ def test_the_levels_are_in_words_and_every_default_estimator_in_the_table(
     assert "signal-to-noise ratio" in text
     chosen = CheckArguments().chosen(Spectrum(1.0, 1.0), 1.0)
     assert [m.partition(":")[0] for m in table(text)] == [m.partition(":")[0] for m in chosen]
+    assert re.search("\n(Use |No estimator)", text)
     assert "against retraining:steps=2,directions=1,lr=" in text and "ξ =" in text
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["check.html"]
 
@@ -47,14 +46,3 @@ def test_defaults_follow_from_the_measured_spectrum() -> None:
         "cg:steps=9": "cg:steps=9",
     }.items():
         assert CheckArguments(reference=reference).truth(measured) == truth
-
-
-def test_the_reference_itself_is_recommended(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    exact = "minres:steps=20,damping=10"
-    options = small_run(tmp_path, solver_steps=3, target_modules=["query"])
-    run("check", **options, reference=exact, estimators=["darts:xi=50", exact])
-    text = capsys.readouterr().out
-    assert table(text)[exact] == (1, 0)
-    assert f"Use {exact}: " in text

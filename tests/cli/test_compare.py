@@ -3,14 +3,13 @@
 import json
 from pathlib import Path
 
-import pytest
 import torch
 
 from hyperopt_peft.cli.text.data import DataArguments
 from hyperopt_peft.cli.text.models import ModelArguments
 from hyperopt_peft.cli.text.setup import prepare
 from hyperopt_peft.problems import DoRA, LoRA
-from tests.support.cli import refused, run, small_run
+from tests.support.cli import Capture, refused, run, small_run
 
 SHORT = {
     "passes": 16,
@@ -23,9 +22,7 @@ SHORT = {
 }
 
 
-def test_methods_of_files_too_are_judged_at_equal_passes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_methods_of_files_too_are_judged_at_equal_passes(tmp_path: Path, capsys: Capture) -> None:
     """One command, and again: the second one has nothing to train."""
     (tmp_path / "mine.py").write_text(
         "from hyperopt_peft.problems import BiDoRA\nclass Mine(BiDoRA):\n    pass\n"
@@ -48,9 +45,7 @@ def test_methods_of_files_too_are_judged_at_equal_passes(
     assert written - {".lock"} == files
 
 
-def test_folds_of_trusted_examples_recommend_a_method(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_folds_of_trusted_examples_recommend_a_method(tmp_path: Path, capsys: Capture) -> None:
     """On heads, and on adapters, whose rates are chosen by examples that no fold has."""
     short = SHORT | {"seeds": None, "folds": 2}
     options = small_run(tmp_path, methods=["lora", "trusted_repeated"], **short)
@@ -84,7 +79,7 @@ def test_one_seed_is_one_start_and_models_leave_the_options_as_they_are(tmp_path
     assert saved[0] == saved[1] and "pooler" in saved[0] and args.modules_to_save == ["pooler"]
 
 
-def test_no_evaluation_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_evaluation_is_refused(tmp_path: Path, capsys: Capture) -> None:
     refused(capsys, "compare", small_run(tmp_path, eval_fraction=0, eval_file=None), "eval_file")
     refused(capsys, "compare", small_run(tmp_path, run="3/2"), "run: must be K/N")
     refused(capsys, "compare", small_run(tmp_path, folds=2, eval_file=None), "give upper_file")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hyperopt_peft.cli.main import main
-from tests.support.cli import read_csv, refused, run, small_run
+from tests.support.cli import Capture, read_csv, refused, run, small_run
 from tests.support.files import rows, write
 
 NUMBER = 90
@@ -34,7 +34,7 @@ def changed(options: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def test_corrected_labels_are_trained_on_by_the_command_that_is_shown(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: Capture
 ) -> None:
     """The same adapter as with the right file; the rows that scored cannot judge."""
     options = attributed(tmp_path)
@@ -92,7 +92,7 @@ def test_corrected_labels_are_trained_on_by_the_command_that_is_shown(
     ],
 )
 def test_edited_files_that_do_not_fit_are_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: str
+    tmp_path: Path, capsys: Capture, changes: dict[str, Any], words: str
 ) -> None:
     lines = [{"row": k, **row} for k, row in enumerate(rows()[:2])]
     lines[1] |= changes
@@ -120,9 +120,7 @@ def test_one_text_with_two_labels_is_suspect(tmp_path: Path) -> None:
         assert not {text for row, text in same.items() if row not in (5, NUMBER)} - {""}
 
 
-def test_a_second_round_keeps_the_corrections_of_the_first(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_second_round_keeps_the_corrections_of_the_first(tmp_path: Path, capsys: Capture) -> None:
     first = tmp_path / "rows/suspects.csv"
     options = changed(attributed(tmp_path), score_model="head", corrections=first)
     again = {**options, "output_dir": tmp_path / "rows", "overwrite_output_dir": True}
@@ -131,14 +129,7 @@ def test_a_second_round_keeps_the_corrections_of_the_first(
     assert f"--corrections {first} {tmp_path}/out/suspects.csv" in capsys.readouterr().out
 
 
-def test_corrections_need_a_class_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = small_run(tmp_path, "regression", corrections=tmp_path / "any.csv")
-    refused(capsys, "train", options, "corrections: need a class a row; regression has none")
-
-
-def test_rows_that_made_weights_do_not_judge_them(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_that_made_weights_do_not_judge_them(tmp_path: Path, capsys: Capture) -> None:
     """The file of weights is renamed, sorted and cut; the trusted rows are in another file."""
     options = attributed(tmp_path)
     lines = read_csv(tmp_path / "rows/attribution.csv")
@@ -156,9 +147,7 @@ def test_rows_that_made_weights_do_not_judge_them(
     assert re.search("too good: [34] of the 9 rows", capsys.readouterr().out)
 
 
-def test_a_held_out_part_may_have_scored_too(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_held_out_part_may_have_scored_too(tmp_path: Path, capsys: Capture) -> None:
     held_out = {"eval_file": None, "eval_fraction": 0.25, "suspects": 0}
     options = attributed(tmp_path, **held_out)
     lines = [{**row, "row": k, "scored_on": ""} for k, row in enumerate(rows()[:1])]

@@ -15,7 +15,7 @@ from hyperopt_peft.cli.text.data import DataArguments, read_files
 from hyperopt_peft.cli.text.encode import Encoder, class_names
 from hyperopt_peft.cli.text.models import ModelArguments
 from hyperopt_peft.cli.text.setup import Setup, prepare
-from tests.support.cli import refused
+from tests.support.cli import Capture, refused
 from tests.support.files import WORDS, rows, save_model, tokenizer, write
 
 
@@ -183,7 +183,7 @@ def test_bad_data_is_one_line_that_names_it(
     data: list[Any],
     options: dict[str, Any],
     words: str,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Capture,
 ) -> None:
     path = write(tmp_path / "a.json", data)
     options = {"task": "text-classification", "max_length": 16, "model": model, **options}
@@ -224,7 +224,7 @@ FILES: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_bad_files_are_one_line_that_names_them(
-    tmp_path: Path, model: str, name: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, model: str, name: str, capsys: Capture
 ) -> None:
     content, words = FILES[name]
     if name != "missing.csv":

@@ -8,7 +8,7 @@ import pytest
 from hyperopt_peft.cli import COMMANDS
 from hyperopt_peft.cli.main import main
 from hyperopt_peft.cli.text.tasks import TASKS
-from tests.support.cli import run
+from tests.support.cli import Capture, run
 from tests.support.files import rows, save_model, write
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -17,7 +17,7 @@ EXAMPLES = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
 
 
 def test_yaml_example_is_planned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("config.yaml").write_text(EXAMPLES[0])
@@ -32,9 +32,7 @@ def test_yaml_example_is_planned(
     assert re.search(r"^search +1 +15 .*\nretraining +1 +15 ", printed, re.MULTILINE)
 
 
-def test_yaml_example_of_language_models_is_read(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_yaml_example_of_language_models_is_read(tmp_path: Path, capsys: Capture) -> None:
     """Up to the files, which are not there."""
     pytest.importorskip("trl")
     (tmp_path / "sft.yaml").write_text(EXAMPLES[1])
@@ -42,7 +40,7 @@ def test_yaml_example_of_language_models_is_read(
     assert "train_file: there is no file web.jsonl" in capsys.readouterr().err
 
 
-def test_named_options_and_tasks_exist(capsys: pytest.CaptureFixture[str]) -> None:
+def test_named_options_and_tasks_exist(capsys: Capture) -> None:
     options = {"--help", "--help_all", "--version"}
     for argv in [*([command] for command in COMMANDS), ["train", "--method", "sources"]]:
         main([*argv, "--help"])

@@ -15,7 +15,7 @@ from hyperopt_peft.cli.attribute import TYPES
 from hyperopt_peft.cli.guess import guess
 from hyperopt_peft.cli.main import main
 from hyperopt_peft.cli.options import divided, names_of
-from tests.support.cli import refused, run
+from tests.support.cli import Capture, refused, run
 from tests.support.files import KINDS, flags, rows, save_model, write
 
 TEXTS = [f"text number {k}" for k in range(20)]
@@ -121,7 +121,7 @@ REFUSED: list[tuple[str, list[str], dict[str, Any], str]] = [
 def test_a_file_that_does_not_fit_is_refused_in_one_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Capture,
     name: str,
     head: list[str],
     options: dict[str, Any],
@@ -139,7 +139,7 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line(
 
 
 def test_a_tall_file_is_read_in_seconds_and_unused_columns_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """The measured time is 0.3 seconds; without care it is minutes."""
     monkeypatch.chdir(tmp_path)
@@ -152,9 +152,7 @@ def test_a_tall_file_is_read_in_seconds_and_unused_columns_named(
     assert "not used: other" in capsys.readouterr().out
 
 
-def test_no_file_is_replaced_or_written_nowhere(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_file_is_replaced_or_written_nowhere(tmp_path: Path, capsys: Capture) -> None:
     files = [write(tmp_path / f"{k}.csv", rows(number=20, seed=k)) for k in (0, 1)]
     config = tmp_path / "config.yaml"
     refused(capsys, "init", {}, "give the file")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -14,11 +12,12 @@ import pytest
 import hyperopt_peft
 from hyperopt_peft.cli import COMMANDS, train
 from hyperopt_peft.cli.main import main
-from tests.support.cli import ROOT, refused, small_run, start
+from tests.support.cli import Capture, refused, small_run, start
 from tests.support.files import flags
+from tests.support.process import python
 
 
-def test_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_names_every_command(capsys: Capture) -> None:
     assert main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if line.startswith("  ")] == list(COMMANDS)
@@ -31,9 +30,7 @@ def test_usage_and_version_load_no_library() -> None:
         "main(['--help']); main(['--version']); print(hyperopt_peft.__version__)\n"
         "assert not {'torch', 'numpy', 'transformers', 'datasets'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    *_, line, last = done.stdout.splitlines()
+    *_, line, last = python("-c", program).stdout.splitlines()
     assert last == version("hyperopt-peft") == hyperopt_peft.__version__
     assert line == f"hyperopt-peft {last}"
 

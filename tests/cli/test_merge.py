@@ -19,7 +19,7 @@ from transformers import (
 
 from hyperopt_peft import ProblemError
 from hyperopt_peft.cli.merge import merge
-from tests.support.cli import refused, run, small_run, stock
+from tests.support.cli import Capture, refused, run, small_run, stock
 from tests.support.files import KINDS, save_model
 
 
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_merged_model_loads_alone_and_is_the_same_function(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     run("merge", adapter=folder / "out", output_dir=tmp_path / "merged")
     assert "largest difference" in capsys.readouterr().out
@@ -71,7 +71,7 @@ def test_a_head_of_two_layers_is_trained_in_full(tmp_path: Path) -> None:
 
 
 def test_bad_adapters_are_named_and_nothing_is_written(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     output, other = tmp_path / "merged", save_model(tmp_path / "other", "causal-lm")
     broken, cut = tmp_path / "broken", tmp_path / "cut"

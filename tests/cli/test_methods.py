@@ -12,7 +12,7 @@ from peft import PeftConfig
 
 from hyperopt_peft.cli.main import main
 from hyperopt_peft.comparison import METHODS
-from tests.support.cli import refused, results_of, run, small_run
+from tests.support.cli import Capture, refused, results_of, run, small_run
 from tests.support.files import rows, write
 
 MINE = '''
@@ -77,9 +77,7 @@ def test_every_name_trains(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("by", ["files", "column"])
-def test_sources_are_files_or_a_column(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], by: str
-) -> None:
+def test_sources_are_files_or_a_column(tmp_path: Path, capsys: Capture, by: str) -> None:
     parts = [
         write(tmp_path / f"{name}.csv", rows(number=12, seed=k)) for k, name in enumerate("ab")
     ]
@@ -95,9 +93,7 @@ def test_sources_are_files_or_a_column(
     assert sum(float(share) for _, share in shares) == pytest.approx(1, abs=2e-3)
 
 
-def test_given_weights_are_those_of_attribution(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_given_weights_are_those_of_attribution(tmp_path: Path, capsys: Capture) -> None:
     """Of 1 they change nothing, of 0 they leave rows out."""
     losses = {}
     for weights in ([1.0] * 24, [1.0, 0.0] * 12, [-1.0] * 24):
@@ -114,9 +110,7 @@ def test_given_weights_are_those_of_attribution(
     assert losses[1.0] == pytest.approx(plain, rel=1e-4) != pytest.approx(losses[0.0], rel=1e-4)
 
 
-def test_a_class_of_a_file_with_its_options(
-    tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_class_of_a_file_with_its_options(tmp_path: Path, file: str, capsys: Capture) -> None:
     """Of YAML too; its defaults are those of the run, which the user overrides."""
     method = f"{file}:Mine"
     config = tmp_path / "config.yaml"
@@ -155,7 +149,7 @@ def test_a_class_of_a_file_with_its_options(
     ],
 )
 def test_bad_methods_are_one_line(
-    file: str, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: str
+    file: str, capsys: Capture, changes: dict[str, Any], words: str
 ) -> None:
     folder = Path(file).parent
     (folder / "broken.py").write_text("import no_such_module")

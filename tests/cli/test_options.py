@@ -16,7 +16,7 @@ from hyperopt_peft.cli.main import main
 from hyperopt_peft.cli.options import flags_of, names_of, parse
 from hyperopt_peft.cli.text.setup import SHARED
 from hyperopt_peft.method import option
-from tests.support.cli import refused
+from tests.support.cli import Capture, refused
 from tests.support.files import flags
 
 
@@ -138,24 +138,20 @@ def test_bad_options_are_refused(tmp_path: Path, text: str, argv: str, words: st
     ],
 )
 def test_bad_options_are_one_line_before_any_work(
-    command: str, changes: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]
+    command: str, changes: dict[str, Any], words: str, capsys: Capture
 ) -> None:
     options = {"model": "none", "task": "causal-lm", "train_file": "none.csv", **changes}
     refused(capsys, command, {k: v for k, v in options.items() if v is not None}, words)
 
 
 @pytest.mark.parametrize(("method", "shown"), [("bidora", "direct"), ("lora", "minres")])
-def test_help_has_the_defaults_of_the_method(
-    method: str, shown: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_has_the_defaults_of_the_method(method: str, shown: str, capsys: Capture) -> None:
     assert main(["train", "--method", method, "--help"]) == 0
     assert f"cg:steps=5,damping=1.0 ({shown})" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_every_option_of_a_command_once(
-    command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_has_every_option_of_a_command_once(command: str, capsys: Capture) -> None:
     assert main([command, "--help"]) == 0
     text = capsys.readouterr().out
     assert f"hyperopt-peft {command} " in text and COMMANDS[command] in " ".join(text.split())

@@ -12,7 +12,7 @@ import pytest
 
 from hyperopt_peft import ProblemError
 from hyperopt_peft.cli.options import lock
-from tests.support.cli import ROOT, refused, run, small_run
+from tests.support.cli import ROOT, Capture, refused, run, small_run
 
 COMMANDS = ("train", "attribute", "compare")
 SHORT = {"max_steps": 1, "lower_steps": 1}
@@ -21,7 +21,7 @@ SHORT = {"max_steps": 1, "lower_steps": 1}
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("result", ["adapter_config.json", "checkpoint-3"])
 def test_the_results_of_an_earlier_run_stay(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, result: str
+    tmp_path: Path, capsys: Capture, command: str, result: str
 ) -> None:
     out, chosen = tmp_path / "out", small_run(tmp_path, **SHORT)
     out.mkdir()
@@ -35,7 +35,7 @@ def test_the_results_of_an_earlier_run_stay(
 
 
 def test_two_runs_do_not_write_into_one_folder_and_a_killed_one_blocks_none(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: Capture
 ) -> None:
     """The processes of one comparison share a folder."""
     out, chosen = tmp_path / "out", small_run(tmp_path, method="lora", **SHORT)

@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests.support.cli import run, small_run, state
+from tests.support.cli import Capture, run, small_run, state
 from tests.support.files import save_model
 
 
-def plan(
-    capsys: pytest.CaptureFixture[str], options: dict[str, Any], command: str = "train"
-) -> str:
+def plan(capsys: Capture, options: dict[str, Any], command: str = "train") -> str:
     run(command, "--dry-run", **options)
     return capsys.readouterr().out
 
@@ -30,7 +28,7 @@ def steps(text: str) -> list[int]:
     return [int(n) for n in re.findall(r"^\w+ +1 +(\d+) ", text, re.MULTILINE)]
 
 
-def test_who_owns_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_who_owns_what(tmp_path: Path, capsys: Capture) -> None:
     text = plan(capsys, small_run(tmp_path, target_modules=["query", "value"]))
     # Magnitudes and directions of four 8 × 8 layers of rank 2, and a head of 3 × 8 and 3.
     assert numbers(text, "parameters") == [4 * 8, 4 * 2 * 16 + 27]
@@ -40,9 +38,7 @@ def test_who_owns_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert numbers(text, "examples") == [24, 10] and steps(text) == [4]
 
 
-def test_steps_are_those_that_are_trained(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_steps_are_those_that_are_trained(tmp_path: Path, capsys: Capture) -> None:
     epochs = {"max_steps": -1, "num_train_epochs": 1.5, "lower_steps": 3}
     again = {"retrain_arguments": {"num_train_epochs": 2}, "gradient_accumulation_steps": 2}
     options = small_run(tmp_path, **epochs, **again)
@@ -58,7 +54,7 @@ def test_steps_are_those_that_are_trained(
 
 
 def test_new_weights_that_stay_random_are_warned_of(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, capsys: Capture, caplog: pytest.LogCaptureFixture
 ) -> None:
     # A token classifier has no pooler; the text classifier that is made of it has a new one.
     model = save_model(tmp_path / "tokens", "token-classification")
@@ -81,7 +77,7 @@ def test_new_weights_that_stay_random_are_warned_of(
 )
 def test_every_command_says_its_trainings_and_minutes(
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Capture,
     command: str,
     changes: dict[str, Any],
     trainings: dict[str, int],

@@ -9,7 +9,7 @@ import pytest
 from peft import PeftConfig
 
 from tests.support import language
-from tests.support.cli import read_csv, refused, results_of, run
+from tests.support.cli import Capture, read_csv, refused, results_of, run
 from tests.support.files import write
 
 pytest.importorskip("trl")
@@ -118,7 +118,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
 def test_bad_rows_and_options_are_one_line_before_any_work(
     tmp_path: Path,
     model: Path,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Capture,
     name: str,
     rows: list[Any],
     changes: dict[str, Any],
@@ -137,10 +137,7 @@ def test_bad_rows_and_options_are_one_line_before_any_work(
 
 
 def test_without_trl_there_is_one_line(
-    tmp_path: Path,
-    model: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, model: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "trl", None)
     refused(capsys, "attribute", options(tmp_path, model), r"pip install 'hyperopt-peft\[trl\]'")

@@ -13,7 +13,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from hyperopt_peft.cli.text.tasks import TASKS
-from tests.support.cli import refused, results_of, run, small_run, state, stock
+from tests.support.cli import Capture, refused, results_of, run, small_run, state, stock
 from tests.support.files import KINDS, rows, write
 
 
@@ -95,9 +95,7 @@ def test_a_baseline_is_trained_in_one_phase_and_needs_no_evaluation(tmp_path: Pa
     assert not [name for name in results_of(tmp_path) if name.startswith("eval")]
 
 
-def test_a_resumed_run_ends_in_the_same_adapter(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_resumed_run_ends_in_the_same_adapter(tmp_path: Path, capsys: Capture) -> None:
     """The first start of ``resume_from_checkpoint: true`` is a new run; another rank is refused."""
     options = small_run(tmp_path, retrain="none", save_strategy="steps", save_steps=2, dropout=0.1)
     (tmp_path / "out/checkpoint-1").mkdir(parents=True)  # a kill has left it incomplete
@@ -135,10 +133,11 @@ def test_a_resumed_run_ends_in_the_same_adapter(
         ({"eval_fraction": -0.5, "eval_file": None}, "eval_fraction: cannot hold out -50% of 24"),
         ({"upper_fraction": 0.01}, "upper_fraction: cannot hold out 1% of 24 different rows: "),
         ({"resume_from_checkpoint": "no/such"}, "no/such"),
+        ({"task": "regression", "corrections": "a.csv"}, "corrections: .* regression has none"),
     ],
 )
 def test_bad_options_are_one_line(
-    tmp_path: Path, options: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, options: dict[str, Any], words: str, capsys: Capture
 ) -> None:
     refused(capsys, "train", small_run(tmp_path, **options), words)
     assert not list((tmp_path / "out").glob("adapter*"))
@@ -153,7 +152,7 @@ def test_bad_options_are_one_line(
     ],
 )
 def test_a_diverged_training_is_one_line_status_1_and_no_adapter(
-    tmp_path: Path, command: str, rate: float, words: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, command: str, rate: float, words: str, capsys: Capture
 ) -> None:
     options = small_run(tmp_path, method="lora", learning_rate=rate)
     refused(capsys, command, options, words, status=1)

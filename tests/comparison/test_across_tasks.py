@@ -18,7 +18,7 @@ from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Kind, Run
 from hyperopt_peft.problems import LoRA
 
-WAYS: tuple[tuple[str, Kind], ...] = (
+PAIRS: tuple[tuple[str, Kind], ...] = (
     *(("LoRA", "method"), ("BiDoRA", "method")),
     *(("BiDoRA", "frozen"), ("BiDoRA", "one level")),
 )
@@ -27,23 +27,23 @@ WAYS: tuple[tuple[str, Kind], ...] = (
 def made_up(
     means: Mapping[tuple[str, Kind], float], metric: str = "accuracy", **settings: Any
 ) -> Comparison:
-    """Two seeds, .1 above and below the mean of each way."""
+    """Two seeds, .1 above and below the mean of each candidate."""
     methods = settings.pop("methods", {"LoRA": LoRA(), "BiDoRA": BiDoRA()})
     store, lower = Store(None, {}), metric == "loss"
     for (name, kind), mean in means.items():
         upper = 1e-2 if (name, kind) == ("BiDoRA", "method") else None
         for seed, score in enumerate((mean - 0.1, mean + 0.1)):
             run = Run(name, kind, seed, 1e-3, upper)
-            more = {"finish": 0.0, "layers": settings.get("layers", ""), "spent": {"steps": 3.0}}
+            more = {"layers": settings.get("layers", ""), "spent": {"steps": 3.0}}
             store.add({**asdict(run), "score": score, **more})
     plan = Plan(methods, [1e-3], [1e-2], [100], [0, 1], lower)
     return Comparison(plan, store, metric, settings.get("passes", 300.0))
 
 
 def three(*scores: tuple[float, ...]) -> AcrossTasks:
-    """Tasks a, b and c with a score for each way."""
+    """Tasks a, b and c with a score for each candidate."""
     tasks = zip("abc", scores, strict=True)
-    return AcrossTasks({task: made_up(dict(zip(WAYS, each))) for task, each in tasks})
+    return AcrossTasks({task: made_up(dict(zip(PAIRS, each))) for task, each in tasks})
 
 
 def test_differences_are_paired_by_task(tmp_path: Path) -> None:
@@ -84,13 +84,13 @@ def test_differences_are_paired_by_task(tmp_path: Path) -> None:
 def test_lower_losses_are_better_and_a_remark_names_its_tasks() -> None:
     layers = {"a": "none is frozen", "b": "five are frozen", "c": "none is frozen"}
     losses = {task: (0.5, *[0.7 + k / 1000] * 3) for k, task in enumerate("abc", start=-1)}
-    tasks = {n: made_up(dict(zip(WAYS, losses[n])), "loss", layers=x) for n, x in layers.items()}
+    tasks = {n: made_up(dict(zip(PAIRS, losses[n])), "loss", layers=x) for n, x in layers.items()}
     text = str(AcrossTasks(tasks))
     assert "BiDoRA is worse than LoRA in loss by 0.2000" in text
     assert "a, c: none is frozen" in text and "b: five are frozen" in text
 
 
-SCORES: dict[tuple[str, Kind], float] = dict.fromkeys(WAYS, 0.5)
+SCORES: dict[tuple[str, Kind], float] = dict.fromkeys(PAIRS, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 from dataclasses import dataclass
@@ -20,13 +19,14 @@ from torch.nn.utils import parametrize
 from hyperopt_peft import Method, ProblemError, compare_methods
 from hyperopt_peft.comparison.choice import Plan
 from hyperopt_peft.comparison.store import Store
-from hyperopt_peft.problems import LoRA
+from hyperopt_peft.problems import BiDoRA, LoRA
 from tests.support.comparisons import accuracy, compared, parts_of
 from tests.support.trainers import base_model, data
 
 ONE = {"LoRA": LoRA()}
 TEST = data(rows=20, seed=5)
 FOLDS: dict[str, Any] = {"test_dataset": None, "folds": 2}
+SGD = {"arguments": {"optim": "sgd"}}
 BEST = {"load_best_model_at_end": True}
 #: The same rows with other numbers, which no model reads.
 IDS, MOVED = (data(rows=30).add_column("idx", [*range(k, k + 30)]) for k in (0, 100))
@@ -109,6 +109,7 @@ def undefined(outputs: Any) -> dict[str, float]:
         (ONE, {"seeds": [0, 100]}, r"development: the seeds \[100\] are reported"),
         (ONE, {"passes": 1}, "passes: 1 leave LoRA a phase of"),
         (ONE, {"passes": 1, "dry_run": True}, "passes: 1 leave LoRA a phase of"),
+        ({"m": BiDoRA()}, {**SGD, "passes": 5}, "passes: 5 leave m a phase of 0 steps"),
         ({}, {}, "methods: there is none"),
         (ONE, {"ablations": ["LoRA"]}, r"ablations: \['LoRA'\] are no methods with an upper"),
         (ONE, {"test_dataset": data(rows=30)}, "all of its rows are training rows"),
@@ -123,17 +124,9 @@ def undefined(outputs: Any) -> dict[str, float]:
         (ONE, {"passes": None}, "passes: must be .*got None"),
         (ONE, {"passes": math.nan}, "passes: must be .*got nan"),
         (ONE, {"jobs": 0}, "jobs: must be"),
-        (
-            ONE,
-            {"arguments": {"dataloader_drop_last": True}},
-            "^dataloader_drop_last.* it out$",
-        ),
+        (ONE, {"arguments": {"dataloader_drop_last": True}}, "^dataloader_drop_last.* it out$"),
         (ONE, {"arguments": {"eval_strategy": "epoch"}}, "^eval_strategy.*leave it out$"),
-        (
-            ONE,
-            {"arguments": {"retrain_arguments": BEST}},
-            "^retrain_arguments: load_.* it out$",
-        ),
+        (ONE, {"arguments": {"retrain_arguments": BEST}}, "^retrain_arguments: load_.* it out$"),
         (ONE, {"test_dataset": TEST.select([])}, "test_dataset has no examples"),
         (ONE, {"test_dataset": TEST.to_list()}, "test_dataset: must be a datasets.Dataset"),
         (
@@ -160,38 +153,16 @@ def test_a_loss_that_is_refused_at_its_first_step_is_refused_early(
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_store_is_of_one_budget_one_rule_one_score_and_one_model(tmp_path: Path) -> None:
+def test_a_store_is_of_one_budget_one_score_and_one_model(tmp_path: Path) -> None:
     compared(ONE, folder=tmp_path)
     for name, other in {"passes": 20, "compute_metrics": undefined}.items():
         with pytest.raises(ProblemError, match=name):
             compared(ONE, folder=tmp_path, **{name: other})
-    head, *runs = (path := tmp_path / "runs.jsonl").read_text().splitlines()
-    before = json.loads(head)
-    del before["settings"]["budget"]  # as an earlier release wrote it
-    path.write_text("\n".join([json.dumps(before), *runs, ""]))
-    with pytest.raises(ProblemError, match=r"^budget: .* start a new run$"):
-        compared(ONE, folder=tmp_path)
     model, (_, *others) = base_model(), parts_of("classes")
     rows = {"train_dataset": data(rows=30), "test_dataset": TEST, "passes": 12}
     for folder in (None, tmp_path / "2"):
         with pytest.raises(ProblemError, match="base_model: returns one model again"):
             compare_methods(ONE, lambda: model, *others, folder=folder, **rows)
-
-
-class Shifting(Method):
-    """Changes the logits at the end."""
-
-    @torch.no_grad()
-    def finish(self, model: Any) -> Any:
-        for name, parameter in model.named_parameters():
-            if "classifier" in name and "bias" in name:
-                parameter.add_(torch.arange(len(parameter)).to(parameter))
-        return model
-
-
-def test_a_finish_that_changes_the_logits_is_said() -> None:
-    text = str(compared({"LoRA": LoRA(), "mine": Shifting()}))
-    assert "mine: finish changes the logits" in text and "LoRA: finish" not in text
 
 
 def test_a_rate_at_which_a_loss_is_not_finite_is_the_worst() -> None:

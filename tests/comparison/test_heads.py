@@ -74,34 +74,34 @@ def test_a_run_is_the_minimum_of_its_level() -> None:
     """Of all rows, of the trusted ones alone, of repeated ones, and of one source."""
     web, trusted, test = features(sources(24), TRUSTED, TEST)
     good = web.select(torch.arange(24))
-    ways = {
+    cases = {
         "all": (LoRA(), Features.joined([web, trusted]), None),
         "alone": (SomeSources(), trusted, None),
         "repeated": (TrustedRepeated(3), Features.joined([web, *[trusted] * 3]), None),
         "good": (SomeSources(["good"]), Features.joined([good, trusted]), None),
         "alike": (EqualSources(), Features.joined([web, trusted]), [1.0] * 72),
     }
-    comparison = on_heads({name: method for name, (method, *_) in ways.items()})
-    for name, (_, train, weights) in ways.items():
+    comparison = on_heads({name: method for name, (method, *_) in cases.items()})
+    for name, (_, train, weights) in cases.items():
         assert sum(comparison.scores(name)) / 2 == pytest.approx(
             solved(train, test, weights), abs=1e-4
         )
     assert "heads at their minimum" in str(comparison) and "rate" not in comparison.table()[0]
 
 
-def test_every_plan_of_data_is_a_way_and_folds_judge_it() -> None:
-    ways = {
+def test_folds_judge_plans_of_data() -> None:
+    cases = {
         "alike": EqualSources(),
         "agreement": Agreement(log_odds=True),
         "learned": Sources(),
         "rows": RowWeights(),
     }
-    comparison = on_heads(ways, test_dataset=None, seeds=None, folds=3)
+    comparison = on_heads(cases, test_dataset=None, seeds=None, folds=3)
     assert comparison.plan.seeds == [0, 1, 2]
     frozen = comparison.scores("learned", "frozen")
     assert frozen == pytest.approx(comparison.scores("alike"), abs=1e-6)
     assert sum(comparison.scores("learned")) < sum(frozen)
-    assert any(comparison.recommendation().startswith(name) for name in ways)
+    assert any(comparison.recommendation().startswith(name) for name in cases)
 
 
 def test_numbers_are_predicted_too() -> None:

@@ -10,15 +10,13 @@ import pytest
 from hyperopt_peft.comparison import Comparison, compare_methods
 from hyperopt_peft.trainer.trainer import bilevel
 from tests.support import language
-from tests.support.comparisons import ARGUMENTS, METHODS, SHORT, compared
-
-WAYS = ["LoRA", "BiDoRA", "BiDoRA, upper level frozen", "BiDoRA, one level"]
+from tests.support.comparisons import ARGUMENTS, METHODS, SHORT, TITLES, compared
 
 
 def require_scores(comparison: Comparison, metric: str = "loss", step: float = 1.0) -> None:
-    """Two finite scores of each way, at the budget to one step."""
+    """Two finite scores of each method and ablation, at the budget to one step."""
     assert comparison.metric == metric
-    assert [row[0] for row in comparison.table()[1:]] == WAYS
+    assert [row[0] for row in comparison.table()[1:]] == TITLES
     for name, kind in comparison.plan.candidates():
         assert all(map(math.isfinite, comparison.scores(name, kind)))
     for result in comparison.store.results.values():

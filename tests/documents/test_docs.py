@@ -4,8 +4,6 @@ import ast
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +17,8 @@ from hyperopt_peft import BiDoRA, BilevelTrainer, BilevelTrainingArguments
 from hyperopt_peft.hypergradients import registered, registry
 from hyperopt_peft.trainer.arguments import DEFAULTS
 from tests.support import language
-
-ROOT = Path(__file__).parents[2]
-PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
-README = (ROOT / "README.md").read_text()
-
-
-def blocks(text: str, language: Any) -> Any:
-    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+from tests.support.documents import PAGES, README, ROOT, blocks
+from tests.support.process import python
 
 
 def run(source: str, name: str, namespace: Any = None) -> Any:
@@ -59,27 +51,20 @@ def test_python_blocks_run_in_order(page: str) -> None:
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is an extra")
         language.write_files(Path())
     namespace = {}
-    for block in blocks(PAGES[page], "python"):
+    for block in blocks(PAGES[page]):
         run(block, page, namespace)  # the blocks hold assertions of their own
 
 
 @pytest.mark.slow  # a process of its own
 def test_the_estimator_of_the_page_keeps_the_property_tests(tmp_path: Path) -> None:
     page = PAGES["define-an-estimator.md"]
-    (source,) = (block for block in blocks(page, "python") if "class Secant" in block)
+    (source,) = (block for block in blocks(page) if "class Secant" in block)
     (tmp_path / "secant.py").write_text(source)
     (command,) = re.findall(r"<!-- command: property tests -->\n```sh\n(.*?)\n```", page, re.S)
     variables, _, arguments = command.partition(" python ")
     assert variables == "PYTHONPATH=."
-    paths = [str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, *arguments.split(), "-q", "-p", "no:cacheprovider"],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    path = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = python(*arguments.split(), "-q", "-p", "no:cacheprovider", **path)
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed and int(passed[1]) >= 16
 

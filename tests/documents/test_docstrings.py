@@ -19,14 +19,10 @@ PUBLIC = ("", ".adapters", ".hypergradients", ".problems")
 
 def modules() -> list[str]:
     """The modules that hold an example."""
-    package, problems = ROOT / "hyperopt_peft", ROOT / "problems"
-    names = [path.relative_to(ROOT) for path in package.rglob("*.py") if ">>> " in path.read_text()]
-    names += [
-        "hyperopt_peft" / path.relative_to(ROOT)
-        for path in problems.rglob("*.py")
-        if ">>> " in path.read_text()
-    ]
-    return sorted(".".join(name.with_suffix("").parts).removesuffix(".__init__") for name in names)
+    paths = [*ROOT.glob("hyperopt_peft/**/*.py"), *ROOT.glob("problems/**/*.py")]
+    names = [x.relative_to(ROOT).with_suffix("") for x in paths if ">>> " in x.read_text()]
+    inside = ("hyperopt_peft" / name if name.parts[0] == "problems" else name for name in names)
+    return sorted(".".join(name.parts).removesuffix(".__init__") for name in inside)
 
 
 def public() -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 import random
 import re
-import subprocess
-import sys
 from functools import partial
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch.autograd import grad
 
 from hyperopt_peft import hypergradient
 from tests.support.examples import EXAMPLES, example
+from tests.support.process import python
 from tests.support.quadratic import positive
 
 TASKS, SIZES = 3, (3, 1)
@@ -94,9 +93,7 @@ sys.path += [{str(EXAMPLES)!r}, {str(EXAMPLES / "methods")!r}]
 import many_tasks, rated_text
 rated_text.archive = lambda: {files}
 many_tasks.main(seeds=2, blocks=4, steps=2)"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    _, _, *rows, last = [line for line in done.stdout.splitlines() if line]
+    _, _, *rows, last = filter(None, python("-c", program).stdout.splitlines())
     found = [float(x) for row in rows for x in re.findall(r"\d+\.\d{3}", row)]
     assert len(found) == 3 * 3 and all(0 <= x <= 1 for x in found)
     assert re.fullmatch(r"learned − tuned: [+-]\d\.\d{3} ± \d\.\d{3}", last)

@@ -1,7 +1,6 @@
 """The methods that pages, notebooks and examples define have the right loss on padded rows."""
 
 import ast
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,22 +12,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BertConfig, BertForSequenceClassification
 
 from hyperopt_peft.core.labels import WEIGHT
+from tests.support.documents import sources
 
-ROOT = Path(__file__).parents[2]
 #: Modules that the methods' losses need.
 MODULES = ("dataclasses", "hyperopt_peft", "torch")
-
-
-def sources() -> Iterator[tuple[str, str]]:
-    """The Python code of each document, by its path."""
-    for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
-        yield str(page), "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
-    for notebook in ROOT.glob("docs/notebooks/*.ipynb"):
-        cells = json.loads(notebook.read_text())["cells"]
-        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-        yield str(notebook), re.sub(r"^%.*$", "", "\n".join(code), flags=re.M)
-    for example in ROOT.glob("examples/**/*.py"):
-        yield str(example), example.read_text()
 
 
 def defined() -> Iterator[Any]:

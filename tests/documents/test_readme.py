@@ -1,23 +1,21 @@
 """The README says what is true: its programs run, its table is what its command prints."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 
 from benchmarks import pages
 from benchmarks.estimators import comparison
+from tests.support.documents import README, ROOT, blocks
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "benchmarks/results/comparison.json"
 
 
 def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace = {}
-    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+    for block in blocks(README):
         exec(compile(block, "README.md", "exec"), namespace)
     offsets = namespace["method"].offsets.detach()
     assert offsets[0] - offsets[1] > 1 and offsets[0] - offsets[2] > 1  # log π: 1.8 and 2.5

@@ -1,9 +1,6 @@
 """The documentation builds as a site without a warning, and describes every public name."""
 
 import importlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +8,9 @@ import pytest
 pytest.importorskip("myst_nb", reason="Sphinx is an extra")
 from sphinx.util.inventory import InventoryFile
 
+from tests.support.process import python
+
 pytestmark = pytest.mark.slow  # a process of its own
-ROOT = Path(__file__).parents[2]
 MODULES = ["", ".adapters", ".diagnostics", ".hypergradients", ".problems"]
 
 
@@ -23,14 +21,8 @@ def names_of(module: str) -> set[str]:
 
 
 def test_every_public_name_is_described(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "docs", str(tmp_path)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    build = ("-m", "sphinx", "-W", "--keep-going", "-q", "docs", tmp_path)
+    python(*build, PYTHONDONTWRITEBYTECODE="1")
     inventory = InventoryFile.loads((tmp_path / "objects.inv").read_bytes(), uri="").data
     described = {name for kind, names in inventory.items() if kind[:3] == "py:" for name in names}
     public = {name for suffix in MODULES for name in names_of("hyperopt_peft" + suffix)}

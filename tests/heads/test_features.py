@@ -1,7 +1,6 @@
 """Features: what a model makes of rows before its head."""
 
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,23 +14,18 @@ from hyperopt_peft import ProblemError
 from hyperopt_peft.heads.features import Features, features_of
 from hyperopt_peft.utils.models import base_model
 from tests.support import trainers
-from tests.support.trainers import LENGTH, data, peft_model, ragged
+from tests.support.trainers import LENGTH, data, longest_first, padded, peft_model, ragged
+
+PADDED = padded(data(rows=10))
 
 
 def of(kind: str, rows: Dataset, **options: Any) -> Features:
     return features_of(peft_model(kind), rows, default_data_collator, batch_size=7, **options)
 
 
-def padded(count: int = 10) -> Dataset:
-    """Rows of one to six tokens."""
-    mask = [[int(k <= row % LENGTH) for k in range(LENGTH)] for row in range(count)]
-    rows = data("classes", count).remove_columns("attention_mask")
-    return rows.add_column("attention_mask", mask)
-
-
 def test_a_row_is_the_mean_of_its_tokens_without_dropout() -> None:
     """Of three layers; padding does not count, and model and random state are as they were."""
-    rows, model = padded(), peft_model("classes").train()
+    rows, model = PADDED, peft_model("classes").train()
     before = torch.get_rng_state()
     made = features_of(model, rows, default_data_collator, batch_size=4)
     assert torch.equal(torch.get_rng_state(), before)
@@ -60,12 +54,8 @@ def test_a_token_has_what_the_model_s_own_head_reads() -> None:
 
 def test_rows_that_a_collator_moves_or_leaves_out_are_refused() -> None:
     """Where each row has a class, and where each token has."""
-
-    def longest_first(rows: Any) -> Any:
-        return default_data_collator(sorted(rows, key=lambda row: -sum(row["attention_mask"])))
-
     with pytest.raises(ProblemError, match="data_collator: returns its rows in another order"):
-        features_of(peft_model(), padded(), longest_first)
+        features_of(peft_model(), PADDED, longest_first)
     for kind in ("classes", "tokens", "regression"):
         with pytest.raises(ProblemError, match="data_collator: leaves 9 rows as 8"):
             features_of(peft_model(kind), data(kind, 9), lambda x: default_data_collator(x[1:]))
@@ -99,27 +89,11 @@ def test_an_encoder_decoder_s_states_are_the_encoder_s() -> None:
         def forward(self, input_ids: Any, attention_mask: Any, **options: Any) -> Any:
             return self.model(input_ids, attention_mask, decoder_input_ids=input_ids, **options)
 
-    rows, model = padded(4), Classifier()
-    made = features_of(model, rows, default_data_collator)
+    model = Classifier()
+    made = features_of(model, PADDED, default_data_collator)
     model.eval()
-    states = model.model.encoder(torch.tensor([rows[2]["input_ids"][:3]])).last_hidden_state
+    states = model.model.encoder(torch.tensor([PADDED[2]["input_ids"][:3]])).last_hidden_state
     torch.testing.assert_close(made.x[2, -8:], states[0].mean(0))
-
-
-def test_layers_of_fewer_tokens_are_left_out() -> None:
-    """As in Funnel, which shortens its rows on the way."""
-
-    class Shrinking(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(()))
-
-        def forward(self, input_ids: Any, attention_mask: Any, **options: Any) -> Any:
-            x = self.scale * input_ids[..., None].float()
-            return SimpleNamespace(hidden_states=(x, 2 * x, x[:, ::2], 4 * x))
-
-    made = features_of(Shrinking(), padded(6), default_data_collator)
-    assert made.x.shape == (6, 2) and torch.equal(made.x[:, 1], 2 * made.x[:, 0])
 
 
 def test_standardized_features_have_mean_0_and_deviation_1() -> None:
@@ -138,7 +112,7 @@ def test_chosen_rows_are_those_of_the_data() -> None:
 
 def test_features_have_the_precision_of_the_passes() -> None:
     half = partial(torch.autocast, "cpu", torch.bfloat16)
-    exact, rounded = of("classes", padded()), of("classes", padded(), precision=half)
+    exact, rounded = of("classes", PADDED), of("classes", PADDED, precision=half)
     assert not torch.equal(exact.x, rounded.x)
     torch.testing.assert_close(exact.x, rounded.x, rtol=0.1, atol=0.1)
 

@@ -14,15 +14,7 @@ from hyperopt_peft import hypergradient
 from hyperopt_peft.adapters import lora_layers
 from hyperopt_peft.adapters.gains import gained_layers
 from hyperopt_peft.engine import lbfgs
-from hyperopt_peft.problems import (
-    SEAL,
-    AutoLoRA,
-    BiLoRA,
-    LayerDecay,
-    LayerScales,
-    S3Delta,
-    Sources,
-)
+from hyperopt_peft.problems import SEAL, AutoLoRA, BiLoRA, LayerDecay, LayerScales, S3Delta, Sources
 from tests.support.adapted_models import adapted_layer, layer_input, randomise, single, two_layers
 from tests.support.solved_levels import SGD
 from tests.support.weighted_levels import Linear, rows

@@ -14,7 +14,6 @@ from hyperopt_peft.problems import SEAL, RowWeights, WeightNet
 from hyperopt_peft.trainer.tags import without
 from tests.support.differences import displace, gradient
 from tests.support.methods import method_trainer
-from tests.support.solved_levels import flat
 from tests.support.trainers import data
 from tests.support.weighted_levels import Linear, regularised, rows, value
 
@@ -87,7 +86,8 @@ def test_the_second_phase_has_the_best_rows_or_the_weights(tmp_path: Path, keep:
     sets = {"upper_dataset": data(rows=5, seed=1)}
     sets["eval_dataset"] = data(rows=6, seed=2).add_column("index", range(6))
     method = RowWeights(keep=keep)
-    run = method_trainer(tmp_path, method=method, options=sets, retrain="warm")
+    run = method_trainer(tmp_path, method=method, options=sets)
+    assert run.args.retrain == "scratch"
     run.train()
     assert run.evaluate()["eval_loss"] > 0  # by a model that sees no tags
     assert method.logits.count_nonzero() and (method.row_weights() - 1).abs().max() < 1
@@ -98,21 +98,7 @@ def test_the_second_phase_has_the_best_rows_or_the_weights(tmp_path: Path, keep:
     if keep is None:
         batch = {"index": torch.tensor([3, 28, 24])}
         expected = torch.stack([method.row_weights()[3], torch.tensor(1.0), torch.tensor(1.0)])
-        assert torch.equal(method.weights(batch), expected)
-
-
-def test_by_default_all_rows_train_anew_with_their_weights(tmp_path: Path) -> None:
-    method, begun = RowWeights(), []
-    finish = method.finish
-    options = {"upper_dataset": data(rows=5, seed=1)}
-    run = method_trainer(tmp_path, method=method, options=options, max_steps=2)
-    start = flat(run.lower.variables)
-    method.finish = lambda model: begun.append(flat(run.lower.variables)) or finish(model)
-    run.train()
-    assert torch.equal(begun[0], start) and len(run.retrainer.train_dataset) == 29
-    batch = {"index": torch.arange(24)}
-    assert torch.equal(run.retrainer.lower.weights(batch), method.row_weights())
-    assert method.logits.count_nonzero()
+        assert torch.equal(run.retrainer.lower.weights(batch), expected)
 
 
 def test_seal_trains_anew_on_the_best_rows_alone(tmp_path: Path) -> None:

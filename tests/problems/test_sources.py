@@ -1,4 +1,4 @@
-"""`Sources` and the simple ways: shares by hand, both drivers of data, resuming, TRL's layouts."""
+"""`Sources` and its baselines: shares by hand, both drivers of data, resuming, TRL's layouts."""
 
 import re
 from collections.abc import Sequence
@@ -71,7 +71,7 @@ def test_it_resumes(tmp_path: Path, stop: Any) -> None:
     require_same_end(tmp_path, stop, make=trainer, retrain="scratch", **saving)
 
 
-def test_simple_ways_have_their_shares(tmp_path: Path) -> None:
+def test_baselines_have_their_shares(tmp_path: Path) -> None:
     """Half of the labels of one source are moved, and a head on features sees it."""
     shares: dict[str, Any] = {}
     for method in (EqualSources(), Agreement(), Agreement(log_odds=True)):

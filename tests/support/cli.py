@@ -21,6 +21,7 @@ from hyperopt_peft.cli.text.tasks import TASKS
 from tests.support.files import SMALL, flags, rows, save_model, write
 
 ROOT = Path(__file__).parents[2]
+Capture = pytest.CaptureFixture[str]  # of ``capsys``
 COLUMNS: dict[str, dict[str, Any]] = {
     "token-classification": {"label_column": "tags"},
     "seq2seq": {"target_column": "target"},
@@ -46,11 +47,7 @@ def run(command: str, *argv: str, **options: Any) -> None:
 
 
 def refused(
-    capsys: pytest.CaptureFixture[str],
-    command: str,
-    options: dict[str, Any],
-    *words: str,
-    status: int = 2,
+    capsys: Capture, command: str, options: dict[str, Any], *words: str, status: int = 2
 ) -> str:
     """The one line of a command that must fail; it has all of ``words``, regular expressions."""
     capsys.readouterr()

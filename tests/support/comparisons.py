@@ -13,6 +13,8 @@ from hyperopt_peft.problems import LoRA
 from tests.support.trainers import TASKS, base_model, data
 
 METHODS = {"LoRA": LoRA(), "BiDoRA": BiDoRA()}
+#: These and their ablations, as tables name them.
+TITLES = ["LoRA", "BiDoRA", "BiDoRA, upper level frozen", "BiDoRA, one level"]
 #: Arguments of each trainer: an upper step after two lower ones, in batches of four rows.
 ARGUMENTS: dict[str, Any] = {"report_to": "none", "use_cpu": True, "lower_steps": 2}
 ARGUMENTS |= {"per_device_train_batch_size": 4}

@@ -23,6 +23,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
     TrainingArguments,
+    default_data_collator,
 )
 
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments
@@ -130,6 +131,17 @@ def ragged(kind: str, count: int = 24) -> Dataset:
     return table.remove_columns("labels").add_column(
         "labels", labels, feature=table.features["labels"]
     )
+
+
+def padded(rows: Dataset) -> Dataset:
+    """``rows`` of one to ``LENGTH`` tokens."""
+    mask = [[int(k <= row % LENGTH) for k in range(LENGTH)] for row in range(len(rows))]
+    return rows.remove_columns("attention_mask").add_column("attention_mask", mask)
+
+
+def longest_first(rows: list[Any]) -> Any:
+    """A batch in another order than ``rows``."""
+    return default_data_collator(sorted(rows, key=lambda row: -sum(row["attention_mask"])))
 
 
 def arguments(folder: Path, **options: Any) -> BilevelTrainingArguments:

@@ -17,28 +17,10 @@ from hyperopt_peft import (
     BilevelTrainingArguments,
     Engine,
     Method,
-    ProblemError,
 )
-from hyperopt_peft.problems import AutoLoRA, ClassOffsets, LayerScales, LoRA, S3Delta, Sources
-from tests.support.methods import ARGUMENTS, RowWeights, method_trainer
-from tests.support.resume import require_same_end
+from hyperopt_peft.problems import ClassOffsets, LayerScales, LoRA, S3Delta, Sources
+from tests.support.methods import ARGUMENTS, method_trainer
 from tests.support.trainers import data, peft_model, values
-
-
-@pytest.mark.parametrize(
-    ("kind", "retrain", "stops"),
-    [
-        (LayerScales, "warm", [(4, "search")]),
-        (AutoLoRA, "warm", [(5, "retrain")]),
-        (RowWeights, "scratch", [(2, "search"), (4, "retrain")]),
-    ],
-)
-def test_a_run_resumes_in_both_phases(tmp_path: Path, kind: Any, retrain: Any, stops: Any) -> None:
-    def make(folder: Path, callbacks: Any = ()) -> Any:
-        saving = {"save_strategy": "steps", "save_steps": 3, "retrain": retrain}
-        return method_trainer(folder, callbacks, method=kind(), **saving)
-
-    require_same_end(tmp_path, *stops, make=make)
 
 
 def test_a_baseline_is_one_level_on_all_rows(tmp_path: Path) -> None:
@@ -51,24 +33,6 @@ def test_a_baseline_is_one_level_on_all_rows(tmp_path: Path) -> None:
     one.train()
     assert run.retrainer is None
     assert all(torch.equal(x, values(one.model)[name]) for name, x in values(run.model).items())
-
-
-@pytest.mark.parametrize("method", [LoRA(), RowWeights(), LayerScales()])
-def test_rows_that_score_are_not_trained_on(tmp_path: Path, method: Any) -> None:
-    """Also where rows are numbered, joined or repeated afterwards."""
-    both = {"train_dataset": data(), "upper_dataset": data().select([1, 2])}
-    with pytest.raises(ProblemError, match="2 of 2 examples of upper_dataset are in train_dataset"):
-        method_trainer(tmp_path, method=method, options=both)
-    held_out = data(rows=6, seed=1)
-    options = {"upper_dataset": held_out, "eval_dataset": held_out}
-    with pytest.raises(ProblemError, match="eval_dataset"):
-        method_trainer(tmp_path, method=method, options=options)
-
-
-def test_a_column_with_the_name_of_row_numbers_is_refused(tmp_path: Path) -> None:
-    rows = data().add_column("index", list(range(1000, 1024)))
-    with pytest.raises(ProblemError, match="index: this name is reserved"):
-        method_trainer(tmp_path, method=RowWeights(), options={"train_dataset": rows})
 
 
 def test_the_user_s_arguments_come_before_the_method_s(tmp_path: Path) -> None:
@@ -99,6 +63,7 @@ def test_a_copy_of_a_published_method_is_published() -> None:
         (x.defaults["hypergradient"].partition(":")[0], x.defaults["lower_steps"]) for x in copied
     ]
     assert found == [("darts", 4), ("neumann", 20), ("fastmix", 20)]
+    assert copied[1].defaults["retrain"] == "scratch"
     assert BiDoRA.published() != BiDoRA()
 
 

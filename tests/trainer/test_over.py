@@ -9,9 +9,8 @@ import pytest
 import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from hyperopt_peft import BiDoRA, BilevelTrainer, Problem, ProblemError, bilevel
+from hyperopt_peft import BiDoRA, BilevelTrainer, ProblemError, bilevel
 from hyperopt_peft.problems import ClassOffsets
-from hyperopt_peft.utils.models import trainable
 from tests.support.methods import method_trainer
 from tests.support.networks import differences
 from tests.support.trainers import QUIET, data, peft_model, values
@@ -65,20 +64,6 @@ def test_one_level_over_a_loss_of_one_s_own_is_that_trainer(
     assert not differences(*ends)
 
 
-def test_what_a_step_would_skip_is_refused() -> None:
-    class Stepping(Trainer):
-        def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            return super().training_step(*args, **kwargs)
-
-    for kind, message in (
-        (Stepping, "Stepping: overrides training_step"),
-        (torch.nn.Module, "must be a subclass of transformers.Trainer, got Module"),
-        ("SFTTrainer", "got 'SFTTrainer'"),
-    ):
-        with pytest.raises(ProblemError, match=message):
-            bilevel(kind)
-
-
 class Optimizing(Confident):
     """With an optimizer of its own where ``rate`` is given, as LLaMA-Factory's."""
 
@@ -100,24 +85,6 @@ def test_an_optimizer_of_the_parent_s_own_holds_the_levels_variables(tmp_path: P
     own = type("Own", (Optimizing,), {"rate": 0.1})
     with pytest.raises(ProblemError, match=r"create_optimizer: .* remove tensors of shape"):
         trained(bilevel(own), tmp_path, peft_model(), train_dataset=data(), method=BiDoRA())
-
-
-@pytest.mark.parametrize("kind", [BilevelTrainer, bilevel(Confident)])
-def test_a_name_is_no_model_where_the_parent_loads_none(tmp_path: Path, kind: Any) -> None:
-    args = kind.Arguments(str(tmp_path), **SETTINGS)
-    with pytest.raises(ProblemError, match=r"model must be a .*Module, got str"):
-        kind("name", args=args, lower=lambda made: made, upper=None, train_dataset=data())
-
-
-def test_levels_that_would_not_have_the_loss_of_the_parent_are_refused(tmp_path: Path) -> None:
-    class Own(Problem):
-        def loss(self, batch: Any) -> Any:
-            return sum(variable.square().sum() for variable in self.variables)
-
-    kind, model = bilevel(Confident), peft_model(dora=False)
-    args = kind.Arguments(str(tmp_path), **SETTINGS)
-    with pytest.raises(ProblemError, match="compute_loss: Own drops it"):
-        kind(model, args=args, lower=Own(trainable(model)), train_dataset=data()).train()
 
 
 def test_a_parent_that_only_watches_its_loss_is_no_loss_of_its_own(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hyperopt_peft import BiDoRA, BilevelTrainer, Method, Problem, ProblemError, bilevel
 from hyperopt_peft.problems import (
@@ -18,6 +18,7 @@ from hyperopt_peft.problems import (
     FrequencyWeights,
     LayerScales,
     LogitAdjustment,
+    LoRA,
     TunedAdjustment,
 )
 from hyperopt_peft.problems.bidora import Direction, Magnitude
@@ -27,6 +28,7 @@ from tests.support.methods import RowWeights, method_trainer
 from tests.support.trainers import arguments, base_model, data, peft_model, trainer
 
 NAN = float("nan")
+TRAIN, UPPER, EVAL = "train_dataset", "upper_dataset", "eval_dataset"
 # Each argument that an error must name, with values that it refuses.
 ARGUMENTS: dict[str, list[Any]] = {
     "lower_steps": [0, 1.5, True],
@@ -192,6 +194,35 @@ class Doubled(Trainer):
         return 2 * super().compute_loss(model, inputs, *args, **options)
 
 
+class Stepping(Trainer):
+    """A step of its own."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        return super().training_step(*args, **kwargs)
+
+
+class Reads(Method):
+    """Reads the column quality before training, and as a tag in the upper loss."""
+
+    def __init__(self, *tags: str) -> None:
+        self.tags = tags
+
+    def upper_variables(self, model: Any) -> Any:
+        return {n: x for n, x in model.named_parameters() if x.requires_grad and "bias" in n}
+
+    def read_rows(self, model: Any, rows: Any, collate: Any) -> None:
+        collate([rows[0]])["quality"]
+
+    def upper_loss(self, model: Any, batch: Any, task_loss: Any) -> Any:
+        return task_loss(batch) * batch["quality"].mean()
+
+
+def qualities(values: Any, *tags: str, **more: Any) -> Any:
+    """Training by `Reads` on rows whose column quality has these ``values``."""
+    rows = {TRAIN: data().add_column("quality", values * 12), **more}
+    return lambda _, f: method_trainer(f, method=Reads(*tags), options=rows).train()
+
+
 class Idle(Plain):
     """Owns a variable too that no loss reads."""
 
@@ -207,12 +238,24 @@ class Pulled(Plain):
         super().__init__(model, weight, prior=1.0)
 
 
-SPLIT, TRAIN, UPPER, EVAL = (
-    "upper_fraction: cannot hold out 20% of",
-    "train_dataset",
-    "upper_dataset",
-    "eval_dataset",
-)
+def of_method(method: type[Method], options: Any = None, **settings: Any) -> Any:
+    """Making a trainer of a method."""
+    return lambda _, f: method_trainer(f, method=method(), options=options, **settings)
+
+
+def order_of(kind: type[Method]) -> Any:
+    """Training with a collator that puts its longest row first."""
+    mask = [[1] * (1 + row % 6) + [0] * (5 - row % 6) for row in range(24)]
+    rows = data().remove_columns("attention_mask").add_column("attention_mask", mask)
+    sort = lambda rows: sorted(rows, key=lambda row: -sum(row["attention_mask"]))  # noqa: E731
+    options = {TRAIN: rows, "data_collator": lambda rows: default_data_collator(sort(rows))}
+    return lambda _, f: method_trainer(f, method=kind(), options=options).train()
+
+
+METHODS = (LoRA, RowWeights, LayerScales)
+AGAIN, OTHERS = data().select([1, 2]), data(rows=6, seed=1)
+INDEXED = data().add_column("index", list(range(1000, 1024)))
+SPLIT = "upper_fraction: cannot hold out 20% of"
 SMOOTH = {"label_smoothing_factor": 0.01}
 LOSS = {"compute_loss_func": lambda outputs, labels, **_: outputs.logits.sum()}
 SEVEN = [torch.zeros(7)]
@@ -249,6 +292,19 @@ REFUSED: list[tuple[str, Any]] = [
         "train_dataset.*text columns",
         trained({TRAIN: TEXT, "data_collator": as_tensors}, remove_unused_columns=False),
     ),
+    # Rows that a method numbers, joins or repeats, and tags.
+    *(("2 of 2 .*upper_dataset are in train", of_method(x, {UPPER: AGAIN})) for x in METHODS),
+    *(("eval_dataset is given", of_method(x, {UPPER: OTHERS, EVAL: OTHERS})) for x in METHODS),
+    ("index: this name is reserved", of_method(RowWeights, {TRAIN: INDEXED})),
+    (
+        "Reads.upper_loss: reads the tag 'quality', a column that upper_dataset",
+        qualities([1.0, 2.0], "quality", upper_dataset=data(rows=5, seed=1)),
+    ),
+    ("quality: is None in row 1 ", qualities([1.0, None], "quality")),
+    ("quality: is 'good' in row 0 ", qualities(["good", "bad"], "quality")),
+    ("quality: .*None.* in row 1 ", qualities([[1.0], [2.0, None]], "quality")),
+    ("Reads.read_rows: reads 'quality'.* name the column in tags", qualities([1.0, 2.0])),
+    ("data_collator: returns its rows in another order", order_of(RowWeights)),
     # Models.
     ("peft_model: .*Bert", lambda _, f: trainer(f, model=base_model())),
     ("query: .*'default'.*use_dora", lambda _, f: trainer(f, model=peft_model(dora=False))),
@@ -262,6 +318,10 @@ REFUSED: list[tuple[str, Any]] = [
         of_levels(lambda _: {"args": TrainingArguments("nowhere", report_to="none")}),
     ),
     ("model must be a .*Module, got str", of_levels(lambda _: {"model": "name"})),
+    ("model must be a .*Module, got str", of_method(LoRA, kind=bilevel(Doubled), model="name")),
+    ("Stepping: overrides training_step", lambda *_: bilevel(Stepping)),
+    ("subclass of transformers.Trainer, got Module", lambda *_: bilevel(nn.Module)),
+    ("got 'SFTTrainer'", lambda *_: bilevel("SFTTrainer")),
     ("n_gpu", on_two_gpus),
     ("auto_find_batch_size", of_levels(settings={"auto_find_batch_size": True})),
     ("model_init", of_levels(lambda _: {"model_init": peft_model})),

@@ -12,7 +12,9 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hyperopt_peft import ProblemError
 from hyperopt_peft.engine.checkpoint import last_valid
+from hyperopt_peft.problems import AutoLoRA, LayerScales
 from tests.support.class_weights import rows, streamed
+from tests.support.methods import RowWeights, method_trainer
 from tests.support.networks import differences
 from tests.support.resume import Stop, StopAt, end, interrupted, logs_of, require_same_end, saving
 from tests.support.trainers import data, sampling
@@ -26,6 +28,13 @@ def reweighting(folder: Path, callbacks: Any = (), **settings: Any) -> Any:
     wrong = [{**row, "labels": (row["labels"] + 1) % 3} for row in rows(64, 2)]
     options = {"data": rows(64, 0), "evaluation": wrong, "max_steps": 8, "logging_steps": 3}
     return streamed(folder, callbacks, **{**options, **settings})
+
+
+def of_method(kind: Any) -> Any:
+    """A function that makes a trainer of the method."""
+    return lambda folder, callbacks=(), **settings: method_trainer(
+        folder, callbacks, method=kind(), save_strategy="steps", save_steps=3, **settings
+    )
 
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2}
@@ -52,11 +61,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "rows": 25,
         "max_steps": 13,
     },
-    "a sampler by length": {
-        **sampling("group_by_length"),
-        "rows": 25,
-        "max_steps": 13,
-    },
+    "a sampler by length": {**sampling("group_by_length"), "rows": 25, "max_steps": 13},
     "one level": {"method": "dora"},
     "a checkpoint an epoch": {
         "save_strategy": "epoch",
@@ -80,6 +85,13 @@ RUNS: dict[str, dict[str, Any]] = {
         "stops": [(4,), (6,)],
     },
     "variables outside the model": {"make": reweighting, "max_steps": 8},
+    "scales": {"make": of_method(LayerScales), "retrain": "warm", "stops": [(4, "search")]},
+    "gates": {"make": of_method(AutoLoRA), "retrain": "warm", "stops": [(5, "retrain")]},
+    "weights of rows, on which the second phase's rows depend": {
+        "make": of_method(RowWeights),
+        "retrain": "scratch",
+        "stops": [(2, "search"), (4, "retrain")],
+    },
     "retraining from scratch": {
         "retrain": "scratch",
         "gradient_accumulation_steps": 2,
@@ -90,7 +102,8 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 FAST = {"plain", "micro-batches, a last step of one, metrics of a level", "a stream"}
-FAST |= {"retraining from scratch"}
+FAST |= {"retraining from scratch", "scales", "gates"}
+FAST |= {"weights of rows, on which the second phase's rows depend"}
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,11 +19,9 @@ from transformers import (
     default_data_collator,
 )
 
-from hyperopt_peft import Method, ProblemError
+from hyperopt_peft import ProblemError
 from hyperopt_peft.trainer.tags import InOrder, TagCollator
 from tests.support import language
-from tests.support.methods import RowWeights, method_trainer
-from tests.support.trainers import data
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 MESSAGE = "data_collator: returns its rows in another order"
@@ -132,20 +129,6 @@ def test_each_column_of_different_lengths_is_tried() -> None:
         checked([{"input_ids": [k], "target": [0] * (k + 1)} for k in range(3)])
 
 
-def longest_first(rows: Any) -> Any:
-    return default_data_collator(sorted(rows, key=lambda row: -sum(row["attention_mask"])))
-
-
-def test_a_trainer_refuses_it_before_its_first_step(tmp_path: Path) -> None:
-    mask = [[1] * (1 + row % 6) + [0] * (5 - row % 6) for row in range(24)]
-    rows = data().remove_columns("attention_mask").add_column("attention_mask", mask)
-    options = {"train_dataset": rows, "data_collator": longest_first}
-    run = method_trainer(tmp_path, method=RowWeights(), options=options)
-    with pytest.raises(ProblemError, match=MESSAGE):
-        run.train()
-    assert run.state.global_step == 0
-
-
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_a_number_of_each_token_is_beside_its_token_or_refused(side: str) -> None:
     pad = DataCollatorForTokenClassification(tokenizer(side))
@@ -163,53 +146,3 @@ def test_whole_numbers_are_exact() -> None:
     rows = [{"labels": 0, "k": 2**40 + 1, "x": 0.1}]
     batch = TagCollator(default_data_collator, ["k", "x"])(rows)
     assert batch["k"].item() == 2**40 + 1 and batch["x"].dtype == torch.float32
-
-
-class Reads(Method):
-    """Reads the column quality, which is one of its ``tags`` or not."""
-
-    def __init__(self, *tags: str) -> None:
-        self.tags = tags
-
-    def read_rows(self, model: Any, rows: Any, collate: Any) -> None:
-        collate([rows[0]])["quality"]
-
-
-class Scored(Method):
-    """An upper loss that reads a tag; the training rows have it."""
-
-    tags = ("quality",)
-
-    def upper_variables(self, model: Any) -> Any:
-        return {n: x for n, x in model.named_parameters() if x.requires_grad and "bias" in n}
-
-    def upper_loss(self, model: Any, batch: Any, task_loss: Any) -> Any:
-        return task_loss(batch) * batch["quality"].mean()
-
-
-def test_a_tag_that_the_upper_rows_lack_is_named(tmp_path: Path) -> None:
-    rows = {"train_dataset": data().add_column("quality", [1.0] * 24)}
-    run = method_trainer(
-        tmp_path, method=Scored(), options={**rows, "upper_dataset": data(rows=5, seed=1)}
-    )
-    with pytest.raises(
-        ProblemError,
-        match=r"Scored.upper_loss: reads the tag 'quality', a column that upper_dataset",
-    ):
-        run.train()
-
-
-QUALITY = {
-    "None": (["quality"], [1.0, None], "quality: is None in row 1 "),
-    "text": (["quality"], ["good", "bad"], "quality: is 'good' in row 0 "),
-    "part": (["quality"], [[1.0], [2.0, None]], "quality: .*None.* in row 1 "),
-    "no tag": ([], [1.0, 2.0], "Reads.read_rows: reads 'quality'.* name the column in tags"),
-}
-
-
-@pytest.mark.parametrize("name", QUALITY)
-def test_what_is_no_tag_is_named(tmp_path: Path, name: str) -> None:
-    tags, values, message = QUALITY[name]
-    rows = data().add_column("quality", values * 12)
-    with pytest.raises(ProblemError, match=message):
-        method_trainer(tmp_path, method=Reads(*tags), options={"train_dataset": rows})

@@ -7,9 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from datasets import Dataset
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from tests.support.trainers import QUIET, data, peft_model, trainer, values
+from hyperopt_peft import BilevelTrainer
+from tests.support.networks import differences
+from tests.support.trainers import (
+    COUNTS_RIGHT,
+    QUIET,
+    arguments,
+    data,
+    peft_model,
+    trainer,
+    values,
+)
 
 
 def test_one_level_alone_is_the_trainer_itself(tmp_path: Path) -> None:
@@ -33,6 +44,28 @@ def test_one_level_alone_is_the_trainer_itself(tmp_path: Path) -> None:
     ]
     assert logs[0] == logs[1]
     assert len(logs[0]) == 3
+
+
+@pytest.mark.skipif(not COUNTS_RIGHT, reason="the stock Trainer's loss is no mean over labels")
+def test_embeddings_keep_states_of_32_bits_as_in_the_trainer(tmp_path: Path) -> None:
+    """Bit for bit; bitsandbytes has states of 8 bits for tensors of 4096 numbers or more."""
+    pytest.importorskip("bitsandbytes")
+    ids = torch.randint(200, (16, 8), generator=torch.Generator().manual_seed(0)).tolist()
+    table, ends = Dataset.from_dict({"input_ids": ids, "labels": ids}), []
+    args = arguments(tmp_path, optim="adamw_bnb_8bit", max_steps=3)
+    for kind in (BilevelTrainer, Trainer):  # what the parent registers stays in the process
+        torch.manual_seed(0)
+        sizes = {"n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 200, "n_positions": 64}
+        model = GPT2LMHeadModel(GPT2Config(**sizes))
+        model.loss_type = "ForCausalLM"  # else the Trainer counts the first label of each row too
+        run = kind(model=model, args=args, train_dataset=table)
+        run.train()
+        states = run.optimizer.state
+        kinds = {name: states[p]["state1"].dtype for name, p in model.named_parameters()}
+        ends.append({"values": dict(model.named_parameters()), "kinds": kinds})
+    assert {torch.uint8, torch.float32} == set(kinds.values())
+    assert kinds["transformer.wte.weight"] == torch.float32
+    assert not differences(*ends)
 
 
 @pytest.mark.filterwarnings("ignore::hyperopt_peft.errors.HypergradientWarning")

@@ -60,7 +60,7 @@ def test_heavy_tails_are_cut_and_said() -> None:
 
 def test_differences_have_a_line_at_zero() -> None:
     gaps = {"a": (0.0, 0.0, 0.0), "b": (0.2, 0.1, 0.3)}
-    (panel,) = plots.intervals(gaps, label="gap", zero=True).axes
+    (panel,) = plots.intervals(gaps, label="gap").axes
     zero, *drawn = panel.lines
     assert list(zero.get_xdata()) == [0, 0] and panel.get_xlabel() == "gap"
     assert [list(line.get_xdata()) for line in drawn] == [[0, 0], [0], [0.1, 0.3], [0.2]]

@@ -18,7 +18,7 @@ from benchmarks.speed.gpu.machine import Machine, attempted
 from benchmarks.speed.language import DOTS
 from hyperopt_peft import hypergradient
 from hyperopt_peft.core.examples import WeightedRows
-from hyperopt_peft.problems import TaskLevel
+from hyperopt_peft.method import TaskLevel
 
 Row = dict[str, Any]
 ESTIMATORS = ("direct", DOTS, "darts", "minres:steps=2,product=difference", "minres:steps=2")

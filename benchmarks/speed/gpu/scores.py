@@ -115,5 +115,5 @@ def scored(training: HeadTraining) -> Tensor:
     """The scores of the training rows, judged by themselves, ``(n,)``."""
     batch = training.features.batch()
     phi = Evaluation(training.weights, training.on_rows.mean([batch]))
-    setup = Trained(training, phi, {"all": 1.0}, training.level, lambda: batch)
+    setup = Trained(training, phi, training.level, lambda: batch)
     return scores(setup, parse_estimator(HEAD_ESTIMATOR))[0]["all"]

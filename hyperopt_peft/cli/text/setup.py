@@ -172,8 +172,8 @@ def prepare(
     """Read and encode the data for ``methods``; ``numbered`` training rows keep column `ROW`."""
     read = list[str]()  # columns of the training rows, beside those of the task
     for method in methods:
-        own = getattr(method, "column", None)  # of which the method makes its tags
-        read += [name for name in ([own] if own else method.tags) if name not in (INDEX, *read)]
+        column = getattr(method, "column", None)  # of which the method makes its tags
+        read += [x for x in ([column] if column else method.tags) if x not in (INDEX, *read)]
     task, name, of_trl = TASKS[args.task], args.tokenizer or args.model, args.task == SFT
     columns = [] if of_trl else data.columns(args.task)
     rows, upper_rows, evaluation_rows = data.read(read)

@@ -1,13 +1,16 @@
-"""Every method with an upper level is compared: within its budget, beside both ablations."""
+"""Methods in a comparison: each with an upper level, within its budget, and its ablations."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hyperopt_peft.comparison import METHODS, find_method
-from hyperopt_peft.problems import LoRA
+from hyperopt_peft.comparison.ablations import OneLevel
+from hyperopt_peft.problems import SEAL, BiDoRA, LoRA, RowWeights, Sources
 from hyperopt_peft.trainer.method import has_upper_level
-from tests.support.comparisons import compared
+from tests.support.comparisons import TITLES, compared
+from tests.support.methods import method_trainer
 from tests.support.trainers import data
 
 #: One whose second phase is from scratch, one without any, and one that reads its rows.
@@ -21,6 +24,7 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_method_is_compared(name: str) -> None:
+    """Within its budget, beside both ablations."""
     uneven = [row for row in range(39) if row % 3 < 2 or row < 12]  # 13, 13 and 4 of the classes
     train, trusted = data(rows=39).select(uneven), data(rows=8, seed=9)
     if name == "sources":
@@ -36,3 +40,23 @@ def test_a_method_is_compared(name: str) -> None:
         last = 1 if len(result["steps"]) > 1 or result["kind"] == "one level" else 6
         assert 50 - last < result["passes"] <= 50
     assert any("absorbs" in each for each in comparison.sentences()) == method.absorbed
+
+
+@pytest.mark.parametrize("method", [RowWeights(), Sources(), SEAL()], ids=repr)
+def test_one_level_has_all_rows_once(tmp_path: Path, method: Any) -> None:
+    """Also where rows are learned for a second phase, or are in both levels."""
+    train, trusted = data(), data(rows=6, seed=1)
+    if isinstance(method, Sources):
+        train = train.add_column("source", ["a", "b"] * 12)
+    options = {"train_dataset": train, "upper_dataset": trusted}
+    run = method_trainer(tmp_path, method=OneLevel(method), options=options, max_steps=1)
+    assert len(run.train_dataset) == 30 and run.upper is None
+    run.train()
+    assert method.logits.detach().count_nonzero() > 0
+
+
+def test_ablations_of_some_methods_alone() -> None:
+    methods = {"LoRA": LoRA(), "BiDoRA": BiDoRA(), "published": BiDoRA.published()}
+    found = compared(methods, ablations=["BiDoRA"])
+    assert [row[0] for row in found.table()[1:]] == [*TITLES, "published"]
+    assert sum("is the sum of" in sentence for sentence in found.sentences()) == 1

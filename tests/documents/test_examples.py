@@ -1,23 +1,23 @@
 """The examples, end to end and made small."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import PeftConfig
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from tests.support.examples import EXAMPLES
+from tests.support.process import python
+
 pytestmark = pytest.mark.slow  # each starts a process and loads the pretrained encoder
 
 
 def run(script: str, folder: Path | None = None, **flags: Any) -> tuple[list[str], Any]:
     """The lines that the example prints, and the results that it writes to ``folder``."""
     flags |= {} if folder is None else {"output_dir": folder}
-    command = [sys.executable, EXAMPLES / script, *(f"--{k}={x}" for k, x in flags.items())]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = python(EXAMPLES / script, *(f"--{k}={x}" for k, x in flags.items()))
+    assert "Warning" not in done.stderr
     results = folder and json.loads((folder / "results.json").read_text())
     return done.stdout.splitlines(), results
 
@@ -38,3 +38,17 @@ def test_sources() -> None:
     lines, _ = run("sources.py", rows=16, trusted=12, test_size=30, folds=2)
     tables = [line for line in lines if line.startswith(("equal shares", "learned weights,"))]
     assert len(tables) == 2 * 3 and any(" is recommended: its mean loss" in line for line in lines)
+
+
+def test_quickstart(tmp_path: Path) -> None:
+    lines, results = run("quickstart.py", tmp_path, rows=60, test_rows=60, passes=45, seeds=2)
+    assert len(lines) <= 30 and max(map(len, lines)) <= 160
+    assert not any("{" in line for line in lines)
+    for part, count, digits in (("adapters", 3, 4), ("rows that hurt", 4, 3)):
+        assert len(results[part]) == count
+        for name, accuracy in results[part].items():
+            of_name = [x for x in lines if x.strip().startswith(f"{name} ")]
+            assert any(f"{accuracy:.{digits}f}" in line for line in of_name)
+    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("adapters", "rows"))
+    assert PeftConfig.from_pretrained(tmp_path / "adapter").peft_type == "LORA"
+    assert all(any(path.iterdir()) for path in tmp_path.rglob("*") if path.is_dir())

@@ -1,0 +1,220 @@
+"""Uses of a trained run: training without the worst rows, and finding labels that may be wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import chain
+from typing import Any
+
+import torch
+from sklearn.metrics import accuracy_score, cohen_kappa_score
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hyperopt_peft.attribution.scores import Trained
+from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.trainer.data import folds_of
+from hyperopt_peft.utils.tables import aligned
+
+#: The kappa up to which agreement is slight (Landis & Koch 1977, doi:10.2307/2529310).
+SLIGHT = 0.2
+CLEANLAB = "cleanlab's confident learning"
+MOST_PROBABLE = "the most probable class"
+INSTALL = 'pip install "hyperopt-peft[cleanlab]" flags fewer rows'
+
+Numbers = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Metrics on a test set, such as ``loss``, after trainings without some rows.
+
+    Attributes:
+        count: the number of rows left out.
+        plain: the metrics after training on all rows.
+        without: the metrics without the ``count`` rows with the largest scores.
+        highest_loss: the metrics without the ``count`` rows with the highest training loss.
+        random: the metrics without ``count`` random rows, once for each draw.
+        with_evaluation: the metrics after training on the evaluation rows too, with as many passes;
+            None if this is not possible, as for two levels or levels of your own.
+
+    Example:
+        >>> plain, less, more = {"loss": 1.0}, {"loss": 0.9}, {"loss": 1.05}
+        >>> print(Removal(3, plain, less, more, [more]).verdict)
+        leaving 3 rows out by score moves the loss by -0.1000: a gain that no other removal has
+    """
+
+    count: int
+    plain: Numbers
+    without: Numbers
+    highest_loss: Numbers
+    random: Sequence[Numbers]
+    with_evaluation: Numbers | None = None
+
+    @property
+    def verdict(self) -> str:
+        """Whether removal by score improves the test accuracy, or without an accuracy the loss."""
+        name, sign = ("accuracy", 1) if "accuracy" in self.plain else ("loss", -1)
+
+        def move(numbers: Numbers) -> float:
+            return numbers[name] - self.plain[name]
+
+        gain, noise = sign * move(self.without), max(map(abs, map(move, self.random)), default=0.0)
+        if gain <= noise:
+            judgement = f"no gain beyond random removals, which move it by up to {noise:.4f}"
+        elif gain > sign * move(self.highest_loss):
+            judgement = "a gain that no other removal has"
+        else:
+            judgement = "a gain, but removal by highest loss gains at least as much"
+        text = f"leaving {self.count} rows out by score moves the {name} by "
+        text += f"{move(self.without):+.4f}: {judgement}"
+        if self.with_evaluation is not None:
+            other = move(self.with_evaluation)
+            text += f"; training on the evaluation rows too moves it by {other:+.4f}"
+        return text
+
+    def table(self) -> list[list[str]]:
+        """The cells of a table: the heads, then a row for each training."""
+        rows = [
+            ("on all rows", self.plain),
+            (f"without {self.count} rows by score", self.without),
+            (f"without {self.count} of highest loss", self.highest_loss),
+            *((f"without {self.count} random rows", values) for values in self.random),
+        ]
+        if self.with_evaluation is not None:
+            rows.append(("as many passes, evaluation rows too", self.with_evaluation))
+        cells = [[title, *(f"{x:.4f}" for x in numbers.values())] for title, numbers in rows]
+        return [["training", *self.plain], *cells]
+
+    def __str__(self) -> str:
+        return f"{self.verdict}\n{aligned(self.table())}"
+
+
+def remove(
+    trained: Trained,
+    scores: Tensor,
+    losses: Tensor,
+    worst: list[int],
+    test: Any,
+    draws: int,
+    seed: int,
+) -> Removal:
+    """Train without the rows ``worst``, and for comparison; see `Attribution.removal`."""
+    measure, count = trained.test(test), len(worst)
+
+    @torch.no_grad()
+    def numbers() -> Numbers:
+        result = measure()
+        named = result if isinstance(result, Mapping) else {"loss": result}
+        return {name: float(value) for name, value in named.items()}
+
+    highest = torch.nan_to_num(losses, nan=-torch.inf).topk(count).indices.tolist()
+    generator = torch.Generator().manual_seed(seed)
+    seen = (~scores.isnan()).nonzero().flatten()
+    random = [seen[torch.randperm(len(seen), generator=generator)[:count]] for _ in range(draws)]
+    results = []
+    for rows in tqdm([[], worst, highest, *random], "removal", disable=not trained.progress):
+        with trained.run.without(rows):
+            results.append(numbers())
+    with_evaluation = None
+    if trained.enlarged is not None:
+        with trained.enlarged(seed):
+            with_evaluation = numbers()
+    plain, without, highest_loss, *others = results
+    return Removal(count, plain, without, highest_loss, others, with_evaluation)
+
+
+@dataclass(frozen=True)
+class Suspects:
+    """How doubtful the label of each row is.
+
+    Attributes:
+        confidence: the probability of the given label, or cleanlab's label quality (Northcutt et
+            al. 2021, arXiv:1911.00068), ``(n,)``; low if doubtful, NaN for a row without a label.
+        flagged: the rows that cleanlab flags, most doubtful first; without cleanlab the rows whose
+            label is not the most probable class. Empty if ``kappa`` is at most `SLIGHT`.
+        probabilities: the class probabilities, from a model that did not train on the row,
+            ``(n, classes)``.
+        accuracy: the share of the labels that are the most probable class.
+        kappa: how far ``accuracy`` is above chance: 0 at chance, 1 if all labels are predicted
+            (Cohen 1960, doi:10.1177/001316446002000104).
+        method: the rule that flagged the rows.
+    """
+
+    confidence: Tensor
+    flagged: list[int]
+    probabilities: Tensor
+    accuracy: float
+    kappa: float
+    method: str
+
+    def record(self) -> dict[str, Any]:
+        """The numbers of the search, for a file."""
+        names = ("accuracy", "kappa", "method", "verdict")
+        return {**{name: getattr(self, name) for name in names}, "flagged": len(self.flagged)}
+
+    @property
+    def verdict(self) -> str:
+        """How many labels may be wrong, or why none can be flagged."""
+        if self.kappa <= SLIGHT:
+            return (
+                "no label is flagged: models predict the labels of held-out rows hardly better "
+                "than chance; train for longer, or on more rows"
+            )
+        return "; ".join([f"{len(self.flagged)} labels may be wrong", *filter(None, [self.advice])])
+
+    @property
+    def advice(self) -> str:
+        """How to flag fewer rows; empty if cleanlab is installed."""
+        return "" if self.method == CLEANLAB else INSTALL
+
+    @property
+    def numbers(self) -> str:
+        """How well models predict the labels of rows on which they did not train."""
+        return (
+            f"labels of held-out rows predicted: {self.accuracy:.0%}, kappa {self.kappa:.2f} (0 is "
+            f"chance, 1 is all); rows flagged by {self.method}"
+        )
+
+    def __str__(self) -> str:
+        return f"{self.verdict}\n{self.numbers}"
+
+
+def suspects(trained: Trained, folds: int, seed: int) -> Suspects:
+    """See `Attribution.suspects`."""
+    labels = trained.labels
+    if labels is None or trained.probabilities is None:
+        raise ProblemError("suspects: needs a Trainer of a classifier with one class per row")
+    if not 2 <= folds <= len(labels):
+        raise ProblemError(f"folds: must be from 2 to the number of rows, got {folds}")
+    parts, of_parts = folds_of(range(len(labels)), folds, seed), []
+    for rows in tqdm(parts, "folds", disable=not trained.progress):
+        with trained.run.without(rows):
+            of_parts.append(trained.probabilities(rows))
+    probabilities = torch.cat(of_parts)[torch.tensor([*chain(*parts)]).argsort()]
+    labelled = (labels >= 0).nonzero().flatten()
+    confidence = torch.full((len(labels),), torch.nan, dtype=torch.float64)
+    scored = labels[labelled], probabilities[labelled]
+    confidence[labelled], doubtful = _doubts(*scored)
+    pair = scored[0], scored[1].argmax(1)
+    accuracy, kappa = accuracy_score(*pair), cohen_kappa_score(*pair)
+    flagged = labelled[doubtful].tolist() if kappa > SLIGHT else []
+    method = CLEANLAB if find_spec("cleanlab") else MOST_PROBABLE
+    return Suspects(confidence, flagged, probabilities, accuracy, kappa, method)
+
+
+def _doubts(labels: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    """The confidence in each label, and the indices of the doubtful ones, worst first."""
+    if find_spec("cleanlab") is None:
+        confidence = probabilities.gather(1, labels[:, None])[:, 0]
+        wrong = (probabilities.argmax(1) != labels).nonzero().flatten()
+        return confidence, wrong[confidence[wrong].argsort()]
+    from cleanlab.filter import find_label_issues
+    from cleanlab.rank import get_label_quality_scores
+
+    arrays = labels.numpy(), probabilities.numpy()
+    confidence = torch.from_numpy(get_label_quality_scores(*arrays)).to(torch.float64)
+    doubtful = find_label_issues(*arrays, return_indices_ranked_by="self_confidence", n_jobs=1)
+    return confidence, torch.from_numpy(doubtful)
