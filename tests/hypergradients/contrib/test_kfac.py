@@ -5,19 +5,20 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.func import grad, jacrev, vmap
 from torch.nested import nested_tensor
-from torch.nn.functional import cross_entropy
 
 from hyperopt_peft import Nested, NonFiniteError, Problem, ProblemError, hypergradient
 from hyperopt_peft.adapters import use_fast_dora
+from hyperopt_peft.core.data import DataStream
 from hyperopt_peft.hypergradients.contrib import KFAC, kronecker
 from hyperopt_peft.hypergradients.contrib.kfac import layer_samples
 from hyperopt_peft.hypergradients.contrib.kronecker import RELATIVE_DAMPING, empirical_fisher
 from hyperopt_peft.hypergradients.estimate import open_oracle
+from tests.support.adapted_models import randomise, wrap
 from tests.support.quadratic import FunctionLevel, flat, normal, program, relative_error
+from tests.support.weighted_levels import Layers, sequences, weighted
 
 DAMPING = 0.3
 
@@ -151,41 +152,19 @@ def test_a_layer_without_a_gradient_has_the_mean_eigenvalue_of_the_others() -> N
     torch.testing.assert_close(ratios, ratios[:1].expand(8), rtol=1e-10, atol=0)
 
 
-class Tagger(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.first(x).tanh()).mean(1)
-
-
-def adapted(
-    *, dora: bool, fast: bool = False, dtype: torch.dtype = torch.float64
-) -> tuple[Problem, Problem]:
-    """A LoRA or DoRA adapter and a head below; the magnitudes or a temperature above."""
-    torch.manual_seed(0)
-    config = LoraConfig(
-        r=2, target_modules=["first"], modules_to_save=["head"], use_dora=dora, lora_dropout=0.2
-    )
-    model = get_peft_model(Tagger(), config).to(dtype)
-    if fast:
-        use_fast_dora(model)
-    temperature = torch.ones((), dtype=dtype, requires_grad=True)
-    x, y = normal(8, 4, 6).to(dtype), torch.arange(8) % 3
+def adapted(dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Problem, Problem]:
+    """An adapter and a head below; weights of eight rows above."""
+    options = {"target_modules": ["first"], "modules_to_save": ["head"], **options}
+    model = randomise(wrap(Layers(), lora_dropout=0.2, **options)).to(dtype)
+    rows = [sequences(8, seed) for seed in range(2)]
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(normal(*parameter.shape, seed=5))
-            parameter.copy_(parameter.bfloat16())  # of the same value in every dtype
-
-    def loss(shift: float) -> Callable[[Any], Tensor]:
-        return lambda _: cross_entropy(model(x + shift).to(torch.float64) * temperature, y)
-
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    above = [p for name, p in named if "magnitude" in name] or [temperature]
-    below = [(name, p) for name, p in named if "magnitude" not in name]
-    return FunctionLevel(loss(1.0), above), FunctionLevel(loss(0.0), below)
+        for values in (*model.parameters(), *(each["x"] for each in rows)):
+            values.copy_(values.bfloat16())  # of the same value in every dtype
+    levels = weighted("index", model, 8, dtype)
+    for level, each in zip(levels, rows, strict=True):
+        level.batches = DataStream([{**each, "x": each["x"].to(dtype)}], level.name)
+    levels[1].evaluate(levels[1].peek_batch())  # the first batch says which loss the model has
+    return levels
 
 
 def layers_of(upper: Problem, lower: Problem) -> tuple[set[str], Any]:
@@ -199,9 +178,10 @@ def layers_of(upper: Problem, lower: Problem) -> tuple[set[str], Any]:
 
 def test_the_fast_dora_layer_has_the_factors_of_the_plain_one() -> None:
     """The fast layer is one autograd function, whose matrix products nobody sees."""
-    plain, fast = (
-        dict(layers_of(*adapted(dora=True, fast=fast))[1].items()) for fast in (False, True)
-    )
+    levels = adapted()
+    plain = layers_of(*levels)[1]
+    use_fast_dora(levels[1].model)
+    fast = layers_of(*levels)[1]
     assert plain.keys() == fast.keys() and len(plain) == 3
     for layer, pairs in plain.items():
         for (x, delta), (x_fast, delta_fast) in zip(pairs, fast[layer], strict=True):
@@ -213,13 +193,13 @@ def test_the_fast_dora_layer_has_the_factors_of_the_plain_one() -> None:
 def test_half_precision_has_the_factors_of_single_precision(product: str) -> None:
     actual = []
     for dtype in (torch.bfloat16, torch.float32):
-        upper, lower = adapted(dora=False, dtype=dtype)
+        upper, lower = adapted(dtype, use_dora=False)
         h = hypergradient(upper, lower, f"kfac:steps=0,product={product}", seed=0)
         actual.append([part.double() for part in h])
         names, samples = layers_of(upper, lower)
         assert names == set(lower.names)
         assert all(x.dtype != torch.bfloat16 for pairs in samples.values() for x, _ in pairs)
-    torch.testing.assert_close(flat(actual[0]), flat(actual[1]), rtol=5e-2, atol=1e-4)
+    assert relative_error(*actual) < 5e-2
 
 
 def badly_scaled() -> tuple[Problem, Problem]:
