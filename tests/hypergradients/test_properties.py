@@ -11,7 +11,7 @@ from torch import Tensor
 from hyperopt_peft import hypergradient
 from hyperopt_peft.hypergradients import open_oracle
 from tests.support.cases import Case, cases
-from tests.support.quadratic import FunctionLevel, Level, Program, flat, program, programs
+from tests.support.quadratic import FunctionLevel, Level, Program, flat, leaves, program, programs
 
 
 def estimate(case: Case, program: Program, **options: float) -> Tensor:
@@ -71,6 +71,15 @@ def test_direct_estimators_return_the_partial_derivative(case: Case, program: Pr
 def test_implicit_estimators_have_no_scale(case: Case, program: Program, scale: float) -> None:
     plain, scaled = estimate(case, program), estimate(case, program, scale=scale)
     assert_close(scaled, plain, program.exact_implicit, 10 * case.rounding)
+
+
+@cases()
+def test_many_leaves_equal_one_flat_vector(case: Case) -> None:
+    """A solver that treats each leaf on its own keeps the diagonal blocks of H only."""
+    many = program(0)
+    w, u = (leaves(x, [x.shape]) for x in (flat(many.w).detach(), flat(many.u).detach()))
+    expected = estimate(case, dataclasses.replace(many, w=w, u=u))
+    assert_close(estimate(case, many), expected, expected, 10 * case.rounding)
 
 
 @cases()
