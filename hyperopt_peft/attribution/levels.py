@@ -42,10 +42,8 @@ def trained_levels(
     phi = Evaluation(weights, evaluation)
     run = train_levels(training, weights, training_steps, **options)
     shares = {name: 1 / len(phi.slices) for name in phi.slices}
-    lower = run.levels[0]
-    progress = bool(options.get("progress"))
-    rows = partial(_epoch, lower)
-    return Trained(run, phi, shares, Accumulated(lower), rows, progress=progress)
+    lower, progress = run.levels[0], bool(options.get("progress"))
+    return Trained(run, phi, shares, Accumulated(lower), partial(_epoch, lower), progress=progress)
 
 
 def train_levels(
