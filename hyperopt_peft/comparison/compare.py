@@ -150,8 +150,8 @@ def compare_methods(
     """
     seeds = list(dict.fromkeys(map(int, seeds if seeds is not None else range(folds or 5))))
     development, on_heads = list(dict.fromkeys(map(int, development))), model == "head"
-    grids: list[list[Any]] = [[*rates], [*upper_rates], development]
-    for name, value in zip(OF_ADAPTERS, [[passes], *grids, [held_out]], strict=True):
+    values: Any = [passes], [*rates], [*upper_rates], development, [held_out]
+    for name, value in zip(OF_ADAPTERS, values, strict=True):
         if on_heads and value != OF_ADAPTERS[name]:
             raise ProblemError(f"{name}: has no effect on heads, which are solved; leave it out")
     if len(seeds) < 2 or not development:
