@@ -138,7 +138,7 @@ def test_names_of_distributions(folder: Path) -> None:
         file.write("[hyperopt_peft.methods]\nlora = scaled_rows:ScaledRows\n")
     with pytest.raises(ProblemError, match="'misnamed': Plain is registered as 'plain'"):
         get_estimator("misnamed")
-    with pytest.warns(UserWarning, match="'lora' is ours"):
+    with pytest.warns(UserWarning, match="'lora' is the library's"):
         assert find_method("lora").__name__ == "LoRA"
     assert "decay: of all that the lower level trains." in str(find_method("scaled_rows").__doc__)
 
