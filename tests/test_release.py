@@ -25,12 +25,6 @@ def test_the_version_is_that_of_the_changelog_and_the_citation() -> None:
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
 
 
-def test_a_contributor_is_told_the_command_of_the_readme() -> None:
-    readme = (ROOT / "README.md").read_text()
-    command = readme.partition("<!-- command: test -->")[2].split("```")[1]
-    assert command in (ROOT / "CONTRIBUTING.md").read_text()
-
-
 def test_the_weekly_job_runs_every_set_of_versions() -> None:
     (job,) = read(ROOT / ".github/workflows/matrix.yml")["jobs"].values()
     sets = job["strategy"]["matrix"]["include"]

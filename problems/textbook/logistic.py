@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import torch
 from sklearn.datasets import load_breast_cancer
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from hyperopt_peft.method import Problem
-from hyperopt_peft.problems.textbook.ridge import standardised
+from hyperopt_peft.problems.textbook.ridge import split
 
 
 class Logistic(Problem):
@@ -52,13 +51,8 @@ def breast_cancer() -> tuple[LogisticValidation, Logistic]:
         >>> upper.variables[0].shape, lower.variables[0].shape
         (torch.Size([30]), torch.Size([30]))
     """
-    x, y = load_breast_cancer(return_X_y=True)
-    x, x_val, y, y_val = (
-        torch.from_numpy(a).double() for a in train_test_split(x, y, test_size=0.4, random_state=0)
-    )
-    x, x_val = standardised(x, x_val)
+    x, x_val, y, y_val = split(*load_breast_cancer(return_X_y=True))
     w = torch.zeros(x.shape[1], dtype=x.dtype, requires_grad=True)
     penalties = torch.full_like(w, -2.0, requires_grad=True)
-    return LogisticValidation(penalties, w, x_val, 2 * y_val - 1), Logistic(
-        w, penalties, x, 2 * y - 1
-    )
+    y, y_val = 2 * y - 1, 2 * y_val - 1
+    return LogisticValidation(penalties, w, x_val, y_val), Logistic(w, penalties, x, y)

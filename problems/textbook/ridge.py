@@ -7,6 +7,8 @@ lower: w*(l) = argmin over w   ½ mean (X w − y)² + ½ Σ_j exp(l_j) w_j²
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from sklearn.datasets import load_diabetes
 from sklearn.model_selection import train_test_split
@@ -58,15 +60,18 @@ def diabetes(log_penalty: float = -2.0) -> tuple[RidgeValidation, Ridge]:
         >>> bool(lower.gradient(None, lower.variables).gradient[0].abs().max() < 1e-12)
         True
     """
-    x, y = load_diabetes(return_X_y=True)
-    x, x_val, y, y_val = (
-        torch.from_numpy(a) for a in train_test_split(x, y, test_size=0.4, random_state=0)
-    )
-    x, x_val = standardised(x, x_val)
+    x, x_val, y, y_val = split(*load_diabetes(return_X_y=True))
     y, y_val = standardised(y, y_val)
     w = torch.zeros(x.shape[1], dtype=x.dtype, requires_grad=True)
     penalties = torch.full_like(w, log_penalty, requires_grad=True)
     return RidgeValidation(penalties, w, x_val, y_val), Ridge(w, penalties, x, y)
+
+
+def split(*arrays: Any) -> tuple[Tensor, ...]:
+    """(x, x_val, y, y_val) of x and y in float64, split 60/40, with x standardised."""
+    parts = train_test_split(*arrays, test_size=0.4, random_state=0)
+    x, x_val, *labels = (torch.from_numpy(part).double() for part in parts)
+    return *standardised(x, x_val), *labels
 
 
 def standardised(train: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
