@@ -218,8 +218,8 @@ def check_unread(trainer: Any) -> None:
             require_mean_over_labels(trainer, batch, trainer.tags)
     except ProblemError as error:
         raise ProblemError(
-            f"{name}: {trainer.lower.name} drops it, since its loss does not call task_loss; let it "
-            f"call task_loss, or leave {name} out ({error})"
+            f"{name}: {trainer.lower.name} drops it, since its loss does not call task_loss; let "
+            f"it call task_loss, or leave {name} out ({error})"
         ) from error
 
 
