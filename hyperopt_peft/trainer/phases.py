@@ -129,41 +129,37 @@ def upper_of(trainer: Any) -> Problem:
 
 def run(trainer: Any, resume: str | bool | None, *args: Any, **kwargs: Any) -> Any:
     """Train ``trainer``, and with a method that of its second phase; see `BilevelTrainer.train`."""
-    folder = Path(trainer.args.output_dir or "")
-    if not trainer.has_second_phase:
-        point = checkpoint.to_resume(resume, folder)
-        output = trainer.train_phase(point, settings_of(trainer), *args, **kwargs)
-        if trainer.method is not None and not trainer.callback.signalled:
-            if trainer.upper is not None:
-                _end_search(trainer, folder)
-            _continue_with(trainer.method.finish(trainer.model), trainer)
-            _export(trainer)
-        return output
+    folder, two = Path(trainer.args.output_dir or ""), trainer.has_second_phase
     arguments = trainer.args.for_retraining()
-    point = checkpoint.to_resume(resume, folder, Path(arguments.output_dir))
+    later = Path(arguments.output_dir)
+    point = checkpoint.to_resume(resume, folder, *([later] if two else []))
     retrain = {n: x for n, x in trainer.args.bilevel_settings().items() if "retrain" in n}
     settings = settings_of(trainer)
     search = {**settings, **retrain}
-    if point is not None and point[0].resolve().parent == Path(arguments.output_dir).resolve():
+    if two and point is not None and point[0].resolve().parent == later.resolve():
         saved = point[1].get("settings", {}).get("search", {})
         require_settings(str(point[0]), saved, "this run", search)
         variables = _level_values(trainer)
         _assign(variables, _read(folder / LEARNED, variables))
     else:
         initial = None
-        if trainer.args.retrain == "scratch":
+        if two and trainer.args.retrain == "scratch":
             initial = _initial(trainer, resumed=point is not None)
-        if hasattr(trainer.model, "peft_config"):
+        if two and hasattr(trainer.model, "peft_config"):
             rows = trainer.train_dataset, trainer.upper_dataset
             lower, upper = (len(x) if has_length(x) else 0 for x in rows)
             checks.warn_of_short_phase("search", trainer.args, lower)
             checks.warn_of_short_phase("retraining", arguments, lower + upper)
         output = trainer.train_phase(point, settings, *args, **kwargs)
-        if trainer.callback.signalled:  # the search is unfinished
+        if trainer.method is None or trainer.callback.signalled:
             return output
-        _end_search(trainer, folder, initial)
+        if trainer.upper is not None:
+            _end_search(trainer, folder, initial)
         point = None
     _continue_with(trainer.method.finish(trainer.model), trainer)
+    if not two:
+        _export(trainer)
+        return output
     trainer.retrainer = second = trainer.retraining(arguments, search)
     output = second.train_phase(point, settings_of(second), *args, **kwargs)
     if not second.callback.signalled:

@@ -38,7 +38,7 @@ from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.distributed import reshard
 from hyperopt_peft.utils.models import keep_differentiable
 
-#: A level, or a function that makes one for a finished trainer and reads its ``task_loss``.
+#: A level, or a function that makes one for a trainer and reads its ``task_loss``.
 LevelLike = Problem | Callable[["BilevelTrainer"], Problem]
 SETTINGS = "bilevel_settings.json"
 
@@ -295,8 +295,7 @@ class BilevelTrainer(CombinedTrainer):
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As `transformers.Trainer.prediction_step`, without tags."""
-        if self.tags:
-            inputs = without(inputs, self.tags)
+        inputs = without(inputs, self.tags) if self.tags else inputs
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     @contextmanager
@@ -373,10 +372,10 @@ class BilevelTrainer(CombinedTrainer):
         if self.args.non_finite == "skip":
             self.skipped += 1
             return
-        step, state = self.current_step, self.state
+        step, number, epoch = self.current_step, self.state.global_step + 1, self.state.epoch or 0
         raise NonFiniteError(
-            f"step {state.global_step + 1} (epoch {state.epoch or 0:.2f}, {step.count} "
-            f"micro-batches): {error}; {step.advice()}; {self.callback.save_before()}"
+            f"step {number} (epoch {epoch:.2f}, {step.count} micro-batches): {error}; "
+            f"{step.advice()}; {self.callback.save_before()}"
         ) from error
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
