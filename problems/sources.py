@@ -28,7 +28,6 @@ from torch.nn.functional import softplus
 from hyperopt_peft.method import (
     GaussianPrior,
     Problem,
-    ProblemError,
     TaskLoss,
     WeightedRows,
     option,
@@ -65,13 +64,13 @@ class Sources(EqualSources):
     """
 
     prior: float | None = option(
-        None, help="τ; by default K/(8n) for n trusted rows, a variance of 8 a logit"
+        None, help="τ; K/(8n) for n trusted rows, a variance of 8 a logit, or 0 with ``paper``"
     )
-    form: Literal["softmax", "softplus"] = option(
-        "softmax", help="p of u; softplus: v of DreamPRM, and p_k is v_k·n_k by its sum"
+    form: Literal["softmax", "softplus"] | None = option(
+        None, help="p of u, softmax or of ``paper``; softplus: v, and p_k is v_k·n_k by its sum"
     )
     paper: Literal["scalebio", "fastmix", "dreamprm"] | None = option(
-        None, help="whose estimator and steps are the defaults; `published` sets form and prior too"
+        None, help="whose form, estimator and steps are the defaults"
     )
 
     # An upper step after each lower one leaves too few steps at equal price (benchmarks/methods).
@@ -84,18 +83,18 @@ class Sources(EqualSources):
 
     @classmethod
     def published(cls, paper: Literal["scalebio", "fastmix", "dreamprm"], **options: Any) -> Self:
-        """Form, estimator and steps of a paper, without a prior.
-
-        Raises:
-            ProblemError: an unknown ``paper``; as the class.
+        """The sources with ``paper``: its form, estimator and steps, without a prior.
 
         Example:
             >>> Sources.published("dreamprm").defaults["lower_steps"]
             5
         """
-        if paper not in PUBLISHED:
-            raise ProblemError(f"paper: unknown {paper!r}; choose from {', '.join(PUBLISHED)}")
-        return cls(**{"form": PUBLISHED[paper][0], "prior": 0.0, "paper": paper, **options})
+        return cls(paper=paper, **options)
+
+    @property
+    def weighs_rows(self) -> bool:
+        """Whether u gives the weights of rows, by softplus, and not the shares."""
+        return (self.form or PUBLISHED.get(self.paper or "", ("softmax",))[0]) == "softplus"
 
     def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:
         """As `EqualSources.rows`."""
@@ -110,14 +109,14 @@ class Sources(EqualSources):
 
     def p(self) -> Tensor:
         """softmax(u), or the shares that DreamPRM's weights give, ``(K,)``."""
-        if self.form == "softmax":
+        if not self.weighs_rows:
             return self.logits.softmax(0)
         shares = softplus(self.logits) * self.counts.to(self.logits)
         return shares / shares.sum()
 
     def weights(self, batch: Any) -> Tensor:
         """As `EqualSources.weights`, or softplus(u) by its mean over the sources."""
-        if self.form == "softmax":
+        if not self.weighs_rows:
             return super().weights(batch)
         return (softplus(self.logits) / softplus(self.logits).mean())[batch[SOURCE]]
 
@@ -134,7 +133,7 @@ class Sources(EqualSources):
     def upper(self, model: Any, task_loss: TaskLoss) -> Problem:
         """The mean loss of the trusted rows, and the prior."""
         level = super().upper(model, task_loss)
-        default = len(self.names) / (8 * self.trusted)
+        default = 0.0 if self.paper else len(self.names) / (8 * self.trusted)
         level.prior = GaussianPrior(default if self.prior is None else self.prior, level.variables)
         return level
 

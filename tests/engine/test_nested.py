@@ -1,6 +1,7 @@
 """Three levels and more: closed forms, autograd, purity, random numbers, and what is refused."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -270,6 +271,10 @@ def plain(value: Any = None) -> FunctionLevel:
     return FunctionLevel(lambda _: tensor.sum(), [tensor], lr=0.1, name="level")
 
 
+def of_a_trainer(*levels: Any) -> None:
+    check_levels(SimpleNamespace(levels=levels, estimator=None))
+
+
 def pair(*estimator: str, **options: Any) -> Nested:
     return Nested(plain(), plain(), *estimator, **options)
 
@@ -295,8 +300,8 @@ X, UNROLLED = leaf(1.0), "unrolled:steps=2,product=difference"
             "FunctionLevel: .*opt",
         ),
         (lambda: minimize(pair()), "level"),
-        (lambda: check_levels([plain(), pair()]), "a trainer has two"),
-        (lambda: check_levels([pair(), plain()]), "a trainer has two"),
+        (lambda: of_a_trainer(plain(), pair()), "a trainer has two"),
+        (lambda: of_a_trainer(pair(), plain()), "a trainer has two"),
     ],
 )
 def test_mistakes_are_named(construct: Callable[..., Any], message: str) -> None:
