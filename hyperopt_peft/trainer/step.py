@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
 
@@ -83,28 +84,26 @@ class Accumulated(Problem):
             yield loss * (weight / len(batch)), metrics
 
 
+@dataclass(eq=False)
 class OptimizerStep:
     """A step of both levels at one point: the lower gradient, and the hypergradient when due.
 
-    One object serves all steps of a run of ``trainer``; ``optimizer`` is over both levels.
+    One object serves all steps of a run, one after another.
     """
 
-    def __init__(self, trainer: Any, optimizer: Any) -> None:
-        self.lower: Problem = trainer.lower
-        self.args: BilevelTrainingArguments = trainer.args
-        self.upper_batches: UpperBatches | None = trainer.upper_batches
-        self.optimizer, self.accelerator = optimizer, trainer.accelerator
-        self.with_entries, self.autocast = (
-            trainer.with_entries,
-            trainer.compute_loss_context_manager,
-        )
-        self.u, self.devices = variables_of(*trainer.levels[1:]), devices_of(*trainer.levels)
-        self.bilevel: BilevelStep | None = None  # None trains the lower level alone
-        if trainer.upper is not None:
-            lower = Accumulated(self.lower, optimizer, self.args.max_grad_norm or None)
-            upper = Accumulated(trainer.upper, calls=lambda: trainer.calls)
-            options = {"seed": self.args.seed, "uncounted": trainer.passes.paused}
-            self.bilevel = BilevelStep(upper, lower, trainer.estimator, **options)
+    lower: Problem
+    bilevel: BilevelStep | None  # None trains the lower level alone
+    args: BilevelTrainingArguments
+    optimizer: Any  # over both levels
+    accelerator: Accelerator
+    upper_batches: UpperBatches | None
+    with_entries: Callable[[Sequence[Any]], list[Any]]  # adds the entries of `core.labels`
+    autocast: Callable[[], AbstractContextManager[Any]]
+
+    def __post_init__(self) -> None:
+        upper = [] if self.bilevel is None else [self.bilevel.upper]
+        self.u = variables_of(*upper)
+        self.devices = devices_of(self.lower, *upper)
         self.log, self._noted = StepLog(), False
         self.begin(0, 0)
 

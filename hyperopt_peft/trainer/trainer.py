@@ -20,6 +20,7 @@ from hyperopt_peft.core.labels import ITEMS, MICRO_BATCHES, WEIGHT, model_reads
 from hyperopt_peft.core.prior import GaussianPrior
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine import checkpoint
+from hyperopt_peft.engine.step import BilevelStep
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.trainer import checks, data, optimizer, phases
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
@@ -30,7 +31,7 @@ from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.over import CombinedTrainer
 from hyperopt_peft.trainer.phases import Phase
 from hyperopt_peft.trainer.saved import check_saved
-from hyperopt_peft.trainer.step import OptimizerStep
+from hyperopt_peft.trainer.step import Accumulated, OptimizerStep
 from hyperopt_peft.trainer.tags import keep_tags, without
 from hyperopt_peft.trainer.task_loss import LossRule
 from hyperopt_peft.trainer.upper_batches import upper_batches
@@ -169,7 +170,7 @@ class BilevelTrainer(CombinedTrainer):
         self.estimator = args.estimator()
         checks.check_levels(self)
         self.upper_batches = upper_batches(self)
-        self.current_step = OptimizerStep(self, self.optimizer or optimizer.new_optimizer(self))
+        self.current_step = self._step_by(self.optimizer or optimizer.new_optimizer(self))
 
     @property
     def levels(self) -> list[Problem]:
@@ -322,7 +323,26 @@ class BilevelTrainer(CombinedTrainer):
         prepared = dict(zip(map(id, self._unprepared), params, strict=True))
         for level in self.levels:
             level.variables = tuple(prepared[id(variable)] for variable in level.variables)
-        self.current_step = OptimizerStep(self, self.optimizer)
+        self.current_step = self._step_by(self.optimizer)
+
+    def _step_by(self, both: Any) -> OptimizerStep:
+        """The step over the levels' current variables; the optimizer ``both`` holds them all."""
+        bilevel = None
+        if self.upper is not None:
+            lower = Accumulated(self.lower, both, self.args.max_grad_norm or None)
+            upper = Accumulated(self.upper, calls=lambda: self.calls)
+            options = {"seed": self.args.seed, "uncounted": self.passes.paused}
+            bilevel = BilevelStep(upper, lower, self.estimator, **options)
+        return OptimizerStep(
+            self.lower,
+            bilevel,
+            args=self.args,
+            optimizer=both,
+            accelerator=self.accelerator,
+            upper_batches=self.upper_batches,
+            with_entries=self.with_entries,
+            autocast=self.compute_loss_context_manager,
+        )
 
     def begin_step(self) -> None:
         """Begin an optimizer step; the callback calls this before the first micro-batch."""
