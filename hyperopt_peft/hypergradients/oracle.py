@@ -319,15 +319,15 @@ class Oracle:
 
     def _half(self, objective: Objective) -> bool:
         """Whether f or its variables are in half precision."""
-        variables = variables_of(self.upper, self.lower)
-        if autocast_devices() or any(variable.dtype in HALF for variable in variables):
+        if autocast_devices():
             return True
         if self.lower.evaluated.half is None:  # f has never been evaluated
             # The reducers of DDP and FSDP2 expect a backward pass after a forward pass.
             with objective.evaluation():
                 self.lower.gradient(objective.batch, (*self.upper.variables, *self.lower.variables))
             self.buffers.restore()
-        return any(level.evaluated.half for level in self.lower.levels)
+        half = any(variable.dtype in HALF for variable in variables_of(self.upper, self.lower))
+        return half or any(level.evaluated.half for level in self.lower.levels)
 
     def _objective(self, at: StepRecord | None) -> Objective:
         batch = self.lower_batch if at is None else at.batch

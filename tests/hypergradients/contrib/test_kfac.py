@@ -163,7 +163,6 @@ def adapted(dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Problem
     levels = weighted("index", model, 8, dtype)
     for level, each in zip(levels, rows, strict=True):
         level.batches = DataStream([{**each, "x": each["x"].to(dtype)}], level.name)
-    levels[1].evaluate(levels[1].peek_batch())  # the first batch says which loss the model has
     return levels
 
 
