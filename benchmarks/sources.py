@@ -30,7 +30,8 @@ from benchmarks.measure import show
 from benchmarks.pages import RESULTS
 from benchmarks.store import Row, Store
 from hyperopt_peft import BilevelTrainingArguments, compare_methods, problems
-from hyperopt_peft.heads import Head, OnFeatures
+from hyperopt_peft.heads import Head
+from hyperopt_peft.heads.head import OnFeatures
 
 TASKS = ("movies", "questions")
 SEEDS, TRUSTED, TESTS = range(5), (20, 60), 500

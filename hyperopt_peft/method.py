@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from hyperopt_peft.adapters.gains import keep_terms as keep_terms
     from hyperopt_peft.adapters.gains import remove_gains as remove_gains
     from hyperopt_peft.adapters.gains import set_layers as set_layers
-    from hyperopt_peft.adapters.gains import squares as squares
     from hyperopt_peft.adapters.layers import factors as factors
     from hyperopt_peft.adapters.layers import lora_layers as lora_layers
     from hyperopt_peft.adapters.layers import split_parameters as split_parameters
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
     from hyperopt_peft.trainer.tags import label_counts as label_counts
     from hyperopt_peft.trainer.tags import without as without
     from hyperopt_peft.utils.distributed import gather as gather
-    from hyperopt_peft.utils.models import base_model as base_model
     from hyperopt_peft.utils.models import trainable as trainable
     from hyperopt_peft.utils.validation import Bound as Bound
     from hyperopt_peft.utils.validation import NonNegativeFloat as NonNegativeFloat

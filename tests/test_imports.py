@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.documents import ROOT, sources
+from tests.support.documents import PUBLIC, ROOT, sources
 
 LEVELS = {"errors", "utils", "core", "hypergradients"}
 ALLOWED = {
@@ -76,11 +76,6 @@ def test_arrows_point_down(room: str) -> None:
             elif package in LIBRARIES:
                 exact = LIBRARIES.get(name.removesuffix(".Conv1D"), set())
                 assert room in LIBRARIES[package] | exact, (path, name)
-
-
-#: The modules whose ``__all__`` is public; "" is the root.
-PUBLIC = {"", "adapters", "attribution", "comparison", "core", "diagnostics", "engine", "errors"}
-PUBLIC |= {"heads", "hypergradients", "method", "problems", "utils.plots"}
 
 
 METHODS = [(str(x.relative_to(ROOT)), x.read_text()) for x in ROOT.glob("problems/**/*.py")]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -51,7 +51,14 @@ class Gain(nn.Module):
 
 @dataclass(frozen=True)
 class GainedLayer:
-    """A LoRA layer, its name in the base model, A (r, in), and B without the gain, (out, r)."""
+    """A LoRA layer, its name in the base model, A (r, in), and B without the gain, (out, r).
+
+    Example:
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(target_modules="0"))
+        >>> (layer,) = add_gains(model, torch.exp, columns=True)
+        >>> layer.name, layer.a.shape, layer.b.shape, layer.gain.values().shape
+        ('0', torch.Size([8, 4]), torch.Size([3, 8]), torch.Size([8]))
+    """
 
     name: str
     layer: LoraLayer
@@ -77,6 +84,11 @@ def add_gains(
     Raises:
         ProblemError: as `lora_layers`; or a layer is not plain LoRA on a linear layer or a
             convolution, or already has a gain. Nothing has changed.
+
+    Example:
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(target_modules="0"))
+        >>> add_gains(model, torch.exp, columns=True)[0].gain.values()  # exp(u) at u = 0
+        tensor([1., 1., 1., 1., 1., 1., 1., 1.])
     """
     adapter, layers = active_adapter(peft_model), lora_layers(peft_model)
     for name, layer in layers:
@@ -98,7 +110,14 @@ def add_gains(
 
 
 def gained_layers(peft_model: PeftModel) -> list[GainedLayer]:
-    """The layers with a gain, in model order; empty after `remove_gains`."""
+    """The layers with a gain, in model order; empty after `remove_gains`.
+
+    Example:
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(target_modules="0"))
+        >>> _ = add_gains(model, torch.exp, columns=False)
+        >>> [layer.name for layer in gained_layers(model)]
+        ['0']
+    """
     adapter, gained = active_adapter(peft_model), []
     for name, layer in lora_layers(peft_model):
         b: Any = dict(layer.lora_B).get(adapter)
@@ -110,13 +129,28 @@ def gained_layers(peft_model: PeftModel) -> list[GainedLayer]:
 
 
 def gain_variables(peft_model: PeftModel) -> dict[str, Tensor]:
-    """The u of every layer, by the layer's name in the base model."""
+    """The u of every layer, by the layer's name in the base model.
+
+    Example:
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(target_modules="0"))
+        >>> _ = add_gains(model, torch.exp, columns=True)
+        >>> {name: u.shape for name, u in gain_variables(model).items()}
+        {'0.gain': torch.Size([1, 8])}
+    """
     return {f"{each.name}.gain": each.gain.u for each in gained_layers(peft_model)}
 
 
 @torch.no_grad()
 def remove_gains(peft_model: PeftModel, *, fold: bool = True) -> None:
-    """Remove the gain of every layer; ``fold`` replaces B by B·diag(g)."""
+    """Remove the gain of every layer; ``fold`` replaces B by B·diag(g).
+
+    Example:
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(target_modules="0"))
+        >>> _ = add_gains(model, torch.exp, columns=False)
+        >>> remove_gains(model)
+        >>> gained_layers(model)
+        []
+    """
     adapter = active_adapter(peft_model)
     for each in gained_layers(peft_model):
         b: Any = each.layer.lora_B[adapter]
@@ -134,6 +168,12 @@ def keep_terms(peft_model: PeftModel, masks: Mapping[str, Tensor]) -> PeftModel:
     Args:
         masks: the terms of each layer, ``(r,)``, by its name in the base model. A layer without
             terms gets no adapter. The scale s of a layer does not change.
+
+    Example:
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(target_modules="0"))
+        >>> plain = keep_terms(model, {"0": torch.arange(8) < 3})
+        >>> plain.peft_config["default"].rank_pattern
+        {'^0': 3}
     """
     adapter = active_adapter(peft_model)
     config: Any = deepcopy(peft_model.peft_config[adapter])
@@ -158,7 +198,12 @@ def keep_terms(peft_model: PeftModel, masks: Mapping[str, Tensor]) -> PeftModel:
 
 
 def drawn(count: int) -> Tensor:
-    """``count`` random numbers in [0, 1), a function of the run's seed: equal at each call."""
+    """``count`` random numbers in [0, 1), a function of the run's seed: equal at each call.
+
+    Example:
+        >>> torch.equal(drawn(3), drawn(3))
+        True
+    """
     generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
     return torch.rand(count, generator=generator)
 
@@ -169,8 +214,14 @@ def squares(peft_model: PeftModel) -> Tensor:
     return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
 
-def set_layers(config: Any, layers: Mapping[str, tuple[int, float]]) -> dict[str, float]:
-    """Set each layer's rank and scale s in a LoraConfig; returns each s as PEFT will compute it."""
+def set_layers(config: LoraConfig, layers: Mapping[str, tuple[int, float]]) -> dict[str, float]:
+    """Set each layer's rank and scale s in a LoraConfig; returns each s as PEFT will compute it.
+
+    Example:
+        >>> config = LoraConfig()
+        >>> set_layers(config, {"0": (3, 2.0)}), config.rank_pattern, config.alpha_pattern
+        ({'0': 2.0}, {'^0': 3}, {'^0': 6.0})
+    """
     # PEFT matches a key as a regular expression with the end of a name.
     keys = {name: f"^{re.escape(name)}" for name in layers}
     root = 0.5 if config.use_rslora else 1

@@ -220,7 +220,14 @@ def magnitude(layer: lora.LoraLayer, adapter_name: str) -> Tensor:
 
 
 def factors(layer: lora.LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
-    """A of shape (r, in) and B of shape (out, r)."""
+    """A of shape (r, in) and B of shape (out, r).
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(target_modules="0"))
+        >>> [x.shape for x in factors(lora_layers(model)[0][1], "default")]
+        [torch.Size([8, 4]), torch.Size([3, 8])]
+    """
     if isinstance(layer, lora.Embedding):
         return layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
     a: Any = layer.lora_A[adapter_name]

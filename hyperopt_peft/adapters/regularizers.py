@@ -19,6 +19,11 @@ def regularised(task: Any, weight: float, penalty: Callable[[Any], Tensor], mode
 
     Raises:
         ProblemError: FSDP2 shards the model.
+
+    Example:
+        >>> model = torch.nn.Linear(1, 1)
+        >>> regularised(torch.tensor(2.0), 0.5, lambda model: torch.tensor(4.0), model)
+        {'loss': tensor(4.), 'task_loss': tensor(2.), 'penalty': tensor(4.)}
     """
     if weight == 0:
         return task

@@ -30,6 +30,11 @@ class Reason:
         searched: the largest number of rows that a search removes.
         adapter: the classes that the adapter predicts, trained on all rows and without ``rows``;
             None if the adapter was not trained.
+
+    Example:
+        >>> reason = Reason(0, None, 1, 0, rows=[7], scores=[0.9], margin=0.5, searched=2)
+        >>> f"predicted {reason.predicted}; {reason.becomes} without the rows {reason.rows}"
+        'predicted 1; 0 without the rows [7]'
     """
 
     row: int

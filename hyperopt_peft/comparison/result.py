@@ -35,6 +35,17 @@ class Comparison:
         metric: the name of the score.
         passes: the budget of each run; 0 of heads, which are solved.
         note: a remark on the rows, or nothing.
+
+    Example:
+        >>> from hyperopt_peft.problems import DoRA, LoRA
+        >>> plan = Plan({"LoRA": LoRA(), "DoRA": DoRA()}, [1e-3], [1e-3], [100], [0, 1], False)
+        >>> store = Store(None, {})
+        >>> for name, scores in {"LoRA": [0.80, 0.79], "DoRA": [0.82, 0.80]}.items():
+        ...     for run, score in zip(plan.runs_of(store, name, "method"), scores):
+        ...         store.add({**vars(run), "score": score})
+        >>> print(Comparison(plan, store, "accuracy", passes=300).recommendation())
+        DoRA is recommended: its mean accuracy, 0.8100, is the highest of 2; that of LoRA is -0.0150
+        from it, with an error of 0.0050
     """
 
     plan: Plan

@@ -84,6 +84,13 @@ class WeightedRows(WeightedExamples):
     Raises:
         ProblemError: no parameter is trainable. ``loss`` raises it if the weights have another
             shape, and as `label_losses`.
+
+    Example:
+        >>> from hyperopt_peft.heads import Head
+        >>> batch = {"features": torch.ones(2, 3), "labels": torch.tensor([0, 1])}
+        >>> level = WeightedRows(Head(3, 2), lambda batch: torch.tensor([1.0, 0.0]))
+        >>> level.loss(batch)  # the second row does not count: log(2)/2
+        {'loss': tensor(0.3466, grad_fn=...), 'task_loss': tensor(0.6931)}
     """
 
     #: Further numbers to log, by name.

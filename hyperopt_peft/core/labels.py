@@ -197,7 +197,13 @@ def label_weights(counts: Sequence[Tensor]) -> list[dict[str, Tensor]]:
 
 
 def require_labels(batch: Any) -> Tensor:
-    """``batch["labels"]``; raises ProblemError if this is not a tensor."""
+    """``batch["labels"]``; raises ProblemError if this is not a tensor.
+
+    Example:
+        >>> require_labels({})
+        Traceback (most recent call last):
+        hyperopt_peft.errors.ProblemError: labels: the batch must have a tensor of labels, got []
+    """
     if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
         entries = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise ProblemError(f"labels: the batch must have a tensor of labels, got {entries}")

@@ -69,6 +69,13 @@ def lbfgs(
 
     Raises:
         NonFiniteError: the loss or the gradient is NaN or infinite; the variables have not moved.
+
+    Example:
+        >>> from hyperopt_peft.method import TaskLevel
+        >>> w = torch.zeros(2, requires_grad=True)
+        >>> level = TaskLevel(None, [w], task_loss=lambda target: (w - target).square().sum())
+        >>> lbfgs(level, torch.tensor([3.0, 4.0])) < 10, w.detach().round(decimals=3)
+        (True, tensor([3., 4.]))
     """
     first, *others = problem.variables
     moved = first if factor is None else (factor @ first).detach()

@@ -31,6 +31,11 @@ class Features:
 
     ``x`` has the features ``(m, d)`` of m rows, or of m tokens with a label; ``labels`` a class
     ``(m,)``, or numbers ``(m,)`` or ``(m, C)``; ``row`` the number of each one's row in the data.
+
+    Example:
+        >>> made = Features(torch.tensor([[1.0], [3.0]]), torch.tensor([0, 1]), torch.arange(2))
+        >>> made.standardized().x.flatten()
+        tensor([-1.,  1.], dtype=torch.float64)
     """
 
     x: Tensor
@@ -97,6 +102,14 @@ def features_of(
     Raises:
         ProblemError: the model returns no states of tokens; a batch has no labels, or one that is
             neither of a row nor of a token; ``collate`` sorts rows or leaves some out.
+
+    Example:
+        >>> from transformers import BertConfig, BertForTokenClassification, default_data_collator
+        >>> config = BertConfig(vocab_size=9, hidden_size=8, num_attention_heads=2)
+        >>> rows = Dataset.from_dict({"input_ids": [[3, 4], [5, 6]], "labels": [[0, -100], [1, 0]]})
+        >>> made = features_of(BertForTokenClassification(config), rows, default_data_collator)
+        >>> made.x.shape, made.labels, made.row  # of each labelled token
+        (torch.Size([3, 24]), tensor([0, 1, 0]), tensor([0, 1, 1]))
     """
     batches = batches_of(rows, InOrder(collate), batch_size, next(model.parameters()).device)
     parts, numbers = [], torch.arange(len(rows)).split(batch_size)

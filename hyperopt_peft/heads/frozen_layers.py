@@ -37,6 +37,11 @@ def compute_once(trainer: Any, *, dropout: bool = True) -> str:
 
     Returns:
         In words, how many layers are computed once, or why none is.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> compute_once(SimpleNamespace(model=nn.Linear(2, 1)))
+        'every layer is computed in each pass: the model has no list of its layers'
     """
     model = trainer.model
     layers = _layers_of(base_model(model))

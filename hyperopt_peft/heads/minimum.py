@@ -50,6 +50,11 @@ def level_of(head: Head, weights: Tensor | None = None, l2: float = L2) -> Probl
     """The loss of ``head`` on a batch of `Features`, penalised.
 
     ``weights`` has the weight v of each row of the data, by default 1.
+
+    Example:
+        >>> batch = Features(torch.ones(1, 3), torch.tensor([1]), torch.tensor([0])).batch()
+        >>> level_of(Head(3, 2), torch.tensor([0.5])).loss(batch)["loss"]  # log(2)/2
+        tensor(0.3466, grad_fn=...)
     """
 
     def v(batch: Any) -> Tensor:
@@ -159,6 +164,12 @@ def choose_l2(
     A smaller λ hardly predicts better, and if features outnumber rows, each row then moves the head
     so far that derivatives do not predict leaving rows out. A λ at an end of `PENALTIES` is logged.
     ``head`` does not change.
+
+    Example:
+        >>> x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
+        >>> labels = torch.arange(60) % 2  # nothing to predict, so that the largest is best
+        >>> choose_l2(Head(2, 2), Features(x, labels, torch.arange(60)))
+        10.0
     """
     losses = held_out_losses(head, features, progress)
     good = losses.mean(1) <= highest(list(losses))

@@ -216,6 +216,11 @@ def require_examples(name: str, data: Any, *, by_index: bool = False) -> None:
     """Raise ProblemError if ``data``, the argument ``name``, is not a data set or is empty.
 
     With ``by_index`` it must also have a length and examples by index.
+
+    Example:
+        >>> require_examples("train_dataset", [])
+        Traceback (most recent call last):
+        hyperopt_peft.errors.ProblemError: train_dataset has no examples; give it some
     """
     if data is None:
         raise ProblemError(f"{name}: there is none; give the trainer one")
@@ -240,6 +245,11 @@ def joined(**tables: Any) -> Any:
 
     Raises:
         ProblemError: a table is empty or not a data set, or their columns differ.
+
+    Example:
+        >>> rows = Dataset.from_dict({"x": [1, 2]})
+        >>> joined(train_dataset=rows, upper_dataset=rows)["x"][:]
+        [1, 2, 1, 2]
     """
     for name, rows in tables.items():
         require_examples(name, rows)

@@ -14,7 +14,17 @@ from hyperopt_peft.trainer.method import Method
 
 
 class Gained(Method):
-    """A method with gains of LoRA layers above, and a penalty below while they are learned."""
+    """A method with gains of LoRA layers above, and a penalty below while they are learned.
+
+    Example:
+        >>> from hyperopt_peft.method import add_gains
+        >>> class Scales(Gained):
+        ...     decay = 0.01
+        ...     def prepare(self, model):
+        ...         add_gains(model, lambda u: u.exp(), columns=False)
+        >>> Scales().absorbed
+        False
+    """
 
     #: The name of the penalty's weight, and the penalty.
     penalty: ClassVar[tuple[str, Callable[[Any], Tensor]]] = ("decay", squares)

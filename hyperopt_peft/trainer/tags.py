@@ -140,7 +140,12 @@ def _values(tag: str, rows: Sequence[Mapping[str, Any]], batch: Mapping[str, Any
 
 
 def without(entries: Mapping[str, Any], tags: Iterable[str]) -> dict[str, Any]:
-    """The entries of a row or a batch without ``tags``."""
+    """The entries of a row or a batch without ``tags``.
+
+    Example:
+        >>> without({"labels": 1, "source": 0}, ["source"])
+        {'labels': 1}
+    """
     return {key: value for key, value in entries.items() if key not in tags}
 
 
@@ -152,6 +157,12 @@ def label_counts(
     ``tag`` may be ``"labels"``. ``model``, ``rows`` and ``collate`` are the arguments of
     `Method.read_rows`. With ``model`` a causal model's first label of each row, which is not
     scored, does not count.
+
+    Example:
+        >>> from torch.utils.data import default_collate
+        >>> rows = [{"labels": 1, "source": source} for source in (1, 1, 0)]
+        >>> label_counts("source", 3, None, rows, default_collate)
+        tensor([1, 2, 0])
     """
     chosen, shifted = list[Tensor](), None
     for batch in DataLoader(rows, 256, collate_fn=collate):

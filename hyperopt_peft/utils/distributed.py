@@ -147,7 +147,12 @@ def to_local(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """The full ``tensor`` on every process, gathered from its shards."""
+    """The full ``tensor`` on every process, gathered from its shards.
+
+    Example:
+        >>> gather(torch.ones(2))  # without shards
+        tensor([1., 1.])
+    """
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

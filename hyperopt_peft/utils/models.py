@@ -58,6 +58,11 @@ def trainable(model: Any, *, without: Iterable[Tensor] = ()) -> list[tuple[str, 
 
     Raises:
         ProblemError: there is none.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> [name for name, _ in trainable(model, without=[model.weight])]
+        ['bias']
     """
     excluded, named = {id(parameter) for parameter in without}, model.named_parameters()
     found = [(name, p) for name, p in named if p.requires_grad and id(p) not in excluded]

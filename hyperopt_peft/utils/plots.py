@@ -16,7 +16,7 @@ import numpy as np
 
 from hyperopt_peft.errors import ProblemError
 
-__all__ = ["intervals", "level_curves", "lines", "row_groups", "row_scores"]
+__all__ = ["intervals", "level_curves", "lines", "row_groups"]
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 BLUE, RED, GREY = COLOURS[0], COLOURS[3], "#999999"
@@ -74,6 +74,11 @@ def lines(panels: Mapping[str, Lines], path: str | Path | None = None, **axes: A
     Args:
         panels: the lines of each panel, by title; at most 18 different names of lines.
         axes: properties of all axes, such as ``xlabel``, ``ylabel`` and ``yscale``.
+
+    Example:
+        >>> figure = lines({"a run": {"loss": ([1, 2], [0.5, 0.3])}}, xlabel="step")
+        >>> figure.axes[0].get_title(), figure.axes[0].get_xlabel()
+        ('a run', 'step')
     """
     from cycler import cycler
 
@@ -128,6 +133,11 @@ def intervals(
     Args:
         rows: (value, lower end, upper end) by name.
         label: the label of the values.
+
+    Example:
+        >>> figure = intervals({"DoRA": (0.02, -0.01, 0.05)}, label="accuracy − that of LoRA")
+        >>> [text.get_text() for text in figure.axes[0].get_yticklabels()]
+        ['DoRA']
     """
     with drawing(path, 7, 1 + 0.35 * len(rows)) as (figure, panel):
         panel.axvline(0, color="black", linewidth=0.8)
@@ -193,6 +203,11 @@ def row_groups(
     Args:
         groups: for each panel's title, the score of each row by its text.
         label: the label of the scores.
+
+    Example:
+        >>> figure = row_groups({"predicted yes": {"great film": 0.9, "fine": 0.2}}, label="score")
+        >>> [float(bar.get_width()) for bar in figure.axes[0].patches]
+        [0.9, 0.2]
     """
     counts = [max(1, len(rows)) for rows in groups.values()] or [1]
     size = (11, 0.2 + sum(0.9 + 0.24 * count for count in counts))

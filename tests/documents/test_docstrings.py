@@ -10,11 +10,8 @@ from typing import Any
 
 import pytest
 
-import hyperopt_peft
 from hyperopt_peft.hypergradients import registered, registry
-
-ROOT = Path(__file__).parents[2]
-PUBLIC = ("", ".adapters", ".hypergradients", ".problems")
+from tests.support.documents import PUBLIC, ROOT
 
 
 def modules() -> list[str]:
@@ -29,7 +26,7 @@ def public() -> dict[str, Any]:
     """The public classes and functions by name; an exception needs no example."""
     found = {}
     for name in PUBLIC:
-        module = importlib.import_module(hyperopt_peft.__name__ + name)
+        module = importlib.import_module(f"hyperopt_peft.{name}".removesuffix("."))
         for each in module.__all__:
             thing = getattr(module, each)
             is_error = isinstance(thing, type) and issubclass(thing, Exception)

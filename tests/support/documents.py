@@ -9,6 +9,10 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
 
+#: The modules of the package whose ``__all__`` is public; "" is the root.
+PUBLIC = {"", "adapters", "attribution", "comparison", "core", "diagnostics", "engine", "heads"}
+PUBLIC |= {"hypergradients", "method", "problems", "utils.plots"}
+
 
 def blocks(text: str, language: str = "python") -> list[str]:
     """The blocks of a page in ``language``."""
