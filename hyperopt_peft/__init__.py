@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from hyperopt_peft.hypergradients import register as register
     from hyperopt_peft.problems.bidora import BiDoRA as BiDoRA
     from hyperopt_peft.trainer.arguments import BilevelTrainingArguments as BilevelTrainingArguments
-    from hyperopt_peft.trainer.data import split_dataset as split_dataset
     from hyperopt_peft.trainer.method import Method as Method
+    from hyperopt_peft.trainer.splits import split_dataset as split_dataset
     from hyperopt_peft.trainer.trainer import BilevelTrainer as BilevelTrainer
     from hyperopt_peft.trainer.trainer import bilevel as bilevel
     from hyperopt_peft.utils.versions import __version__ as __version__

@@ -26,15 +26,12 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.checks import check_rows, read_rows
 from hyperopt_peft.trainer.data import (
     batches_of,
-    columns_read,
     data_of_levels,
     joined,
-    label_column,
-    reads_of,
     require_examples,
     require_unseen,
-    shared_rows,
 )
+from hyperopt_peft.trainer.splits import columns_read, label_column, reads_of, shared_rows
 from hyperopt_peft.trainer.step import MicroBatch
 from hyperopt_peft.trainer.tags import INDEX, InOrder, TagCollator, without
 from hyperopt_peft.trainer.upper_batches import loader_of

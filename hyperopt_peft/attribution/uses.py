@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from hyperopt_peft.attribution.scores import Trained
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.trainer.data import folds_of
+from hyperopt_peft.trainer.splits import folds_of
 from hyperopt_peft.utils.tables import aligned
 
 #: The kappa up to which agreement is slight (Landis & Koch 1977, doi:10.2307/2529310).

@@ -24,10 +24,10 @@ from hyperopt_peft.comparison.task import Task, without_sizes
 from hyperopt_peft.comparison.work import Work, require_pickled
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.heads.frozen_layers import forget
-from hyperopt_peft.trainer.data import reads_of
 from hyperopt_peft.trainer.fingerprint import data_fingerprint
 from hyperopt_peft.trainer.method import Method, has_upper_level
 from hyperopt_peft.trainer.quiet import no_bars
+from hyperopt_peft.trainer.splits import reads_of
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils.versions import versions
 

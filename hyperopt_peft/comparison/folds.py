@@ -9,14 +9,8 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.trainer.data import (
-    firsts,
-    folds_of,
-    hold_out,
-    require_examples,
-    shared_rows,
-    split_dataset,
-)
+from hyperopt_peft.trainer.data import require_examples
+from hyperopt_peft.trainer.splits import firsts, folds_of, hold_out, shared_rows, split_dataset
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,10 @@ from hyperopt_peft.heads.features import Features, features_of
 from hyperopt_peft.heads.head import FEATURES, OnFeatures, head_of, require_head
 from hyperopt_peft.heads.minimum import penalised, solve
 from hyperopt_peft.trainer.checks import read_rows, require_mean_over_labels
-from hyperopt_peft.trainer.data import LABELS, batches_of, firsts, split_dataset
+from hyperopt_peft.trainer.data import batches_of
 from hyperopt_peft.trainer.method import Method, has_upper_level
 from hyperopt_peft.trainer.quiet import no_bars
+from hyperopt_peft.trainer.splits import LABELS, firsts, split_dataset
 from hyperopt_peft.trainer.tags import INDEX, numbered
 
 #: The steps of an upper level, the rate of its Adam, and the solver of its hypergradient.

@@ -27,10 +27,10 @@ from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.heads.frozen_layers import compute_once
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.checks import check_class
-from hyperopt_peft.trainer.data import shared_rows
 from hyperopt_peft.trainer.fingerprint import frozen_fingerprint
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.quiet import QUIET, no_bars
+from hyperopt_peft.trainer.splits import shared_rows
 from hyperopt_peft.trainer.tags import without
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils.models import evaluating

@@ -26,7 +26,7 @@ from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine import lbfgs
 from hyperopt_peft.heads.features import Features
 from hyperopt_peft.heads.head import L2, Head, l2_penalty
-from hyperopt_peft.trainer.data import folds_of
+from hyperopt_peft.trainer.splits import folds_of
 from hyperopt_peft.trainer.tags import INDEX
 from hyperopt_peft.utils.restore import assign_
 

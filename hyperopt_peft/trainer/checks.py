@@ -22,10 +22,10 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator
 from hyperopt_peft.hypergradients.estimate import check_ownership
 from hyperopt_peft.hypergradients.products import SHARDED
-from hyperopt_peft.trainer.data import label_column
 from hyperopt_peft.trainer.internals import metrics_restored
 from hyperopt_peft.trainer.optimizer import check_optimizers
 from hyperopt_peft.trainer.over import loads_names
+from hyperopt_peft.trainer.splits import label_column
 from hyperopt_peft.trainer.tags import without
 from hyperopt_peft.trainer.upper_batches import loader_of
 from hyperopt_peft.utils import distributed

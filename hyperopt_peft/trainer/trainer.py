@@ -31,6 +31,7 @@ from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.over import CombinedTrainer
 from hyperopt_peft.trainer.phases import Phase
 from hyperopt_peft.trainer.saved import check_saved
+from hyperopt_peft.trainer.splits import reads_of
 from hyperopt_peft.trainer.step import Accumulated, OptimizerStep
 from hyperopt_peft.trainer.tags import keep_tags, without
 from hyperopt_peft.trainer.task_loss import LossRule
@@ -115,7 +116,7 @@ class BilevelTrainer(CombinedTrainer):
         self._own = {**vars(self)}  # which the constructor of a subclass has set
         checks.check_class(args, self.Arguments)
         #: The columns in which rows must differ to be different rows; None for all.
-        self.row_columns = data.reads_of(model, args)
+        self.row_columns = reads_of(model, args)
         #: The further arguments of the second phase's trainer.
         self.options_again = phases.options_again(trainer)
         evaluation, callbacks = (trainer.pop(x, None) for x in ("eval_dataset", "callbacks"))

@@ -17,7 +17,7 @@ from hyperopt_peft.comparison.result import Comparison
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Run
 from hyperopt_peft.problems import LoRA
-from hyperopt_peft.trainer.data import folds_of
+from hyperopt_peft.trainer.splits import folds_of
 from tests.support.comparisons import compared
 from tests.support.trainers import data
 

@@ -16,12 +16,8 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
 from hyperopt_peft import ProblemError, split_dataset
-from hyperopt_peft.trainer.data import (
-    reads_of,
-    require_apart,
-    shared_rows,
-    warn_of_repeated_rows,
-)
+from hyperopt_peft.trainer.data import require_apart, warn_of_repeated_rows
+from hyperopt_peft.trainer.splits import reads_of, shared_rows
 from hyperopt_peft.trainer.upper_batches import FULL, UpperBatches
 from tests.support.class_weights import pair
 from tests.support.class_weights import rows as rows_of_classes

@@ -17,7 +17,7 @@ from datasets.exceptions import DatasetsError
 from datasets.utils import logging
 
 from hyperopt_peft.errors import ProblemError, did_you_mean
-from hyperopt_peft.trainer.data import hold_out
+from hyperopt_peft.trainer.splits import hold_out
 from hyperopt_peft.utils.validation import option
 
 logger = logging.get_logger(__name__)

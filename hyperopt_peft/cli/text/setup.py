@@ -32,8 +32,8 @@ from hyperopt_peft.cli.text.tasks import SFT, TASKS, Task
 from hyperopt_peft.comparison.find import find_method
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
-from hyperopt_peft.trainer.data import shared_rows
 from hyperopt_peft.trainer.method import Method
+from hyperopt_peft.trainer.splits import shared_rows
 from hyperopt_peft.trainer.tags import INDEX
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 
