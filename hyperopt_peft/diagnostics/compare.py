@@ -31,7 +31,7 @@ _Truth = tuple[Vector, Callable[[Vector], Vector]]
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """One estimator in a `EstimatorComparison`, with medians over the repeats.
+    """One estimator in an `EstimatorComparison`, with medians over the repeats.
 
     Attributes:
         estimator: the name with options.
