@@ -129,7 +129,8 @@ def held_out_losses(head: Head, features: Features, progress: bool = False) -> T
     """
     features, head = sampled(features), deepcopy(head)
     rows = features.row.unique()
-    folds = [rows[fold] for fold in folds_of(rows.tolist(), min(FOLDS, len(rows)))]
+    numbers = folds_of(rows.tolist(), min(FOLDS, len(rows)))
+    folds = [rows[torch.tensor(fold)] for fold in numbers]
     variables, losses = (head.weight, head.bias), list[Tensor]()
     points: list[Any] = [[x.detach().clone() for x in variables] for _ in folds]
     gram = gram_of(features, head.config.num_labels)

@@ -41,10 +41,10 @@ class LogisticValidation(Problem):
         return softplus(-self.y * (self.x @ self.w)).mean()
 
 
-def breast_cancer() -> tuple[LogisticValidation, Logistic]:
+def breast_cancer(log_penalty: float = -2.0) -> tuple[LogisticValidation, Logistic]:
     """The two levels on scikit-learn's breast cancer data in float64, split 60/40, labels ±1.
 
-    Initially w = 0, and every l_j is −2.
+    Initially w = 0, and every l_j is ``log_penalty``.
 
     Example:
         >>> upper, lower = breast_cancer()
@@ -53,6 +53,6 @@ def breast_cancer() -> tuple[LogisticValidation, Logistic]:
     """
     x, x_val, y, y_val = split(*load_breast_cancer(return_X_y=True))
     w = torch.zeros(x.shape[1], dtype=x.dtype, requires_grad=True)
-    penalties = torch.full_like(w, -2.0, requires_grad=True)
+    penalties = torch.full_like(w, log_penalty, requires_grad=True)
     y, y_val = 2 * y - 1, 2 * y_val - 1
     return LogisticValidation(penalties, w, x_val, y_val), Logistic(w, penalties, x, y)
