@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,18 +13,17 @@ from hyperopt_peft.comparison.choice import RATES, UPPER_RATES, Plan
 from hyperopt_peft.comparison.find import find_method
 from hyperopt_peft.comparison.folds import Rows
 from hyperopt_peft.comparison.heads import RATE, HeadTask
+from hyperopt_peft.comparison.identity import settings_of
 from hyperopt_peft.comparison.result import Comparison
 from hyperopt_peft.comparison.store import Store
-from hyperopt_peft.comparison.task import Task, without_sizes
+from hyperopt_peft.comparison.task import Task
 from hyperopt_peft.comparison.work import Work, require_pickled
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.heads.frozen_layers import forget
-from hyperopt_peft.trainer.fingerprint import data_fingerprint
 from hyperopt_peft.trainer.method import Method, has_upper_level
 from hyperopt_peft.trainer.quiet import no_bars
 from hyperopt_peft.trainer.splits import reads_of
 from hyperopt_peft.trainer.trainer import BilevelTrainer
-from hyperopt_peft.utils.versions import versions
 
 #: How the names of scores end that are better where they are lower.
 LOWER_IS_BETTER = ("loss", "error", "mse", "mae", "perplexity", "wer", "cer", "ece", "brier")
@@ -212,52 +206,3 @@ def compare_methods(
                 "lower rates or another metric"
             )
     return Comparison(plan, store, metric, budget, note)
-
-
-def settings_of(task: Task) -> dict[str, Any]:
-    """The settings on which all runs of ``task`` depend, for its store.
-
-    Raises:
-        ProblemError: ``base_model`` returns one model again and again.
-    """
-    data, head = task.data, isinstance(task, HeadTask)
-    changed = {"learning_rate", "upper_learning_rate", "max_steps", "seed", "retrain_arguments"}
-    args = task.args.resume_must_match()
-    settings = {
-        "passes": task.passes,
-        "metric": task.metric,
-        "model": "head" if head else None,
-        "trainer": task.trainer.__name__,
-        "frozen_dropout": task.frozen_dropout,
-        "adapter": None if head or task.adapter is None else task.adapter.to_dict(),
-        "args": {name: value for name, value in args.items() if name not in changed},
-        "retrain": task.args.retrain,
-        "retrain_arguments": without_sizes(task.args),
-        "base_model": task.fingerprint(),
-        "options": {name: code_of(value) for name, value in task.options.items()},
-        "versions": versions(),
-        "train_dataset": data_fingerprint(data.train),
-        "upper_dataset": data_fingerprint(data.upper),
-        "test_dataset": data_fingerprint(data.test),
-        "held_out": data.held_out,
-        "folds": data.folds,
-        "parts": data.parts or None,
-    }
-    for name, method in task.methods.items():
-        options: Any = fields(method) if is_dataclass(method) else ()
-        values = [getattr(method, each.name) for each in options]
-        settings[f"method {name}"] = [code_of(type(method)), *values, dict(method.defaults)]
-    return settings
-
-
-def code_of(thing: Any) -> str:
-    """The name of a function, a class or a value's class, with a hash of the code of a user."""
-    if not callable(thing) or not hasattr(thing, "__qualname__"):
-        thing = type(thing)
-    name, module = f"{thing.__module__}.{thing.__qualname__}", sys.modules.get(thing.__module__)
-    folder = str(getattr(module, "__file__", ""))
-    if "site-packages" in folder or thing.__module__.startswith("hyperopt_peft"):
-        return name
-    with suppress(OSError, TypeError):  # as of a function that was typed in
-        name += f" {hashlib.sha256(inspect.getsource(module or thing).encode()).hexdigest()[:12]}"
-    return name
