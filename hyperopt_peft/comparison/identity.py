@@ -25,8 +25,6 @@ def settings_of(task: Task) -> dict[str, Any]:
     changed = {"learning_rate", "upper_learning_rate", "max_steps", "seed", "retrain_arguments"}
     args = task.args.resume_must_match()
     settings = {
-        "passes": task.passes,
-        "metric": task.metric,
         "model": "head" if head else None,
         "trainer": task.trainer.__name__,
         "frozen_dropout": task.frozen_dropout,

@@ -58,10 +58,6 @@ class Store:
         """The runs without a result, each once."""
         return [run for run in dict.fromkeys(runs) if run not in self.results]
 
-    def scores(self, runs: Iterable[Run]) -> list[float]:
-        """The scores of ``runs``, all of which have one."""
-        return [self.results[run]["score"] for run in runs]
-
 
 def read_entries(path: Path) -> Iterator[dict[str, Any]]:
     """The entries of a ``.jsonl`` file, none without one; a line that a kill cut is skipped."""
@@ -87,4 +83,5 @@ def _plain(value: Any) -> Any:
 
 
 def _run_of(entry: Mapping[str, Any]) -> Run:
-    return Run(**{each.name: entry[each.name] for each in fields(Run)})
+    values = {each.name: entry[each.name] for each in fields(Run)}
+    return Run(**{**values, "marks": tuple(values["marks"])})
