@@ -168,7 +168,7 @@ class Task:
         return {
             **asdict(run),
             "score": metrics.get(f"eval_{self.metric}", math.nan),
-            "metrics": {name: x for name, x in metrics.items() if isinstance(x, float)},
+            "metrics": {name: x for name, x in metrics.items() if isinstance(x, int | float)},
             "layers": self.layers,
             **more,
         }
