@@ -200,7 +200,10 @@ class Comparison:
 
     def remarks(self) -> list[str]:
         """Remarks on rates, rows and runs."""
-        lines, layers = [*filter(None, [self.note, *self._edges()])], dict[str, list[str]]()
+        lines, layers = (
+            [*filter(None, [self.note, self.store.remark(), *self._edges()])],
+            dict[str, list[str]](),
+        )
         for name, method in self.plan.methods.items():
             if method.absorbed:
                 lines.append(
@@ -231,7 +234,7 @@ class Comparison:
 
     def heading(self) -> str:
         """The score, the rows, the budget and the number of seeds, in a line."""
-        rows = "folds of the trusted rows" if self.store.settings.get("folds") else "the test rows"
+        rows = "folds of the trusted rows" if self.store.shared.get("folds") else "the test rows"
         better = " (lower is better)" if self.plan.lower_is_better else ""
         passes = f"{self.passes:g} passes a run" if self.passes else "heads at their minimum"
         return (
@@ -259,7 +262,7 @@ class Comparison:
     @property
     def versions(self) -> dict[str, str]:
         """The versions of the packages with which the runs were done."""
-        return dict(self.store.settings.get("versions") or versions())
+        return dict(self.store.shared.get("versions") or versions())
 
     def to_latex(self) -> str:
         """The scores, differences and passes as a LaTeX table of the package booktabs.
