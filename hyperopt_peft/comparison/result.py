@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ import pandas  # type: ignore[import-untyped]
 from hyperopt_peft.comparison.choice import Plan
 from hyperopt_peft.comparison.store import Result, Store
 from hyperopt_peft.comparison.task import ABLATIONS, Kind
+from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.plots import intervals
 from hyperopt_peft.utils.tables import aligned
 from hyperopt_peft.utils.verdict import Verdict
@@ -32,39 +32,61 @@ class Comparison:
     Attributes:
         plan: the methods, rates and seeds.
         store: the finished runs.
-        metric: the name of the score.
-        passes: the budget of each run; 0 of heads, which are solved.
         note: a remark on the rows, or nothing.
 
     Example:
         >>> from hyperopt_peft.problems import DoRA, LoRA
-        >>> plan = Plan({"LoRA": LoRA(), "DoRA": DoRA()}, [1e-3], [1e-3], [100], [0, 1], False)
-        >>> store = Store(None, {})
+        >>> from hyperopt_peft.comparison.choice import Choice
+        >>> methods, choice = {"LoRA": LoRA(), "DoRA": DoRA()}, Choice([1e-3], [1e-2])
+        >>> plan, store = Plan(methods, choice, [0, 1], "accuracy", False, 300), Store(None, {})
         >>> for name, scores in {"LoRA": [0.80, 0.79], "DoRA": [0.82, 0.80]}.items():
-        ...     for run, score in zip(plan.runs_of(store, name, "method"), scores):
-        ...         store.add({**vars(run), "score": score})
-        >>> print(Comparison(plan, store, "accuracy", passes=300).recommendation())
+        ...     for seed, score in enumerate(scores):
+        ...         run = plan.chosen(store, name, "method", seed)
+        ...         store.add({**vars(run), "metrics": {"eval_accuracy": score}})
+        >>> print(Comparison(plan, store).recommendation())
         DoRA is recommended: its mean accuracy, 0.8100, is the highest of 2; that of LoRA is -0.0150
         from it, with an error of 0.0050
     """
 
     plan: Plan
     store: Store
-    metric: str
-    passes: float
     note: str = ""
     #: The repetitions by which differences are paired.
     unit: ClassVar[str] = "seeds"
 
-    def scores(self, name: str, kind: Kind = "method") -> list[float]:
-        """The score of each reported seed."""
-        return [result["score"] for result in self.reported[name, kind]]
+    @property
+    def metric(self) -> str:
+        """The name of the score."""
+        return self.plan.metric
 
-    @cached_property
-    def reported(self) -> dict[tuple[str, Kind], list[Result]]:
-        """The reported runs of each method and ablation."""
-        runs = {each: self.plan.runs_of(self.store, *each) for each in self.plan.candidates()}
-        return {each: [self.store.results[run] for run in of] for each, of in runs.items()}
+    @property
+    def passes(self) -> float:
+        """The budget of each run; 0 of heads, which are solved."""
+        return self.plan.passes
+
+    def scores(self, name: str, kind: Kind = "method", stopped: bool = False) -> list[float]:
+        """The score of each seed at the end of its run, or where it was best on held-out rows."""
+        name_of = f"eval_{self.metric}"
+        runs = self.reported(name, kind, stopped)
+        return [each["metrics"].get(name_of, math.nan) for each in runs]
+
+    def reported(self, name: str, kind: Kind = "method", stopped: bool = False) -> list[Result]:
+        """The reported runs of a method or an ablation, one for each seed."""
+        chosen = (
+            self.plan.chosen(self.store, name, kind, seed, stopped) for seed in self.plan.seeds
+        )
+        return [self.store.results[run] for run in chosen]
+
+    def require_finite(self) -> None:
+        """Raise ProblemError where a reported run has no finite score."""
+        for name, kind in self.plan.candidates():
+            for seed, score in zip(self.plan.seeds, self.scores(name, kind), strict=True):
+                if not math.isfinite(score):
+                    raise ProblemError(
+                        f"{self.plan.chosen(self.store, name, kind, seed)}: the score is "
+                        f"{score:g}, by a loss or a metric that is not finite; give lower rates or "
+                        "another metric"
+                    )
 
     def recommendation(self) -> str:
         """The method of the best mean score, and how far the next one is behind it.
@@ -106,8 +128,10 @@ class Comparison:
         """The scores: heads, then a row for each method and each ablation."""
         spent = ["rate", "upper rate", "passes"] if self.passes else []
         rows = [["method", self.metric, f"− {self.first}", *spent, "seconds", "MB"]]
-        for (name, kind), results in self.reported.items():
-            means = {key: fmean(r[key] for r in results) for key in ("passes", "seconds")}
+        for name, kind in self.plan.candidates():
+            results = self.reported(name, kind)
+            means = {"passes": fmean(sum(r["spent"].values()) for r in results)}
+            means["seconds"] = fmean(r["seconds"] for r in results)
             spent = [*_rates(results[0]), f"{means['passes']:.1f}"] if self.passes else []
             score = Verdict(self.scores(name, kind)).shown()
             memory = f"{max(r['memory'] for r in results):.0f}"
@@ -119,7 +143,7 @@ class Comparison:
         """The mean score on held-out rows at each rate; an asterisk marks the chosen one."""
         rows = [["method", "rate", "upper rate", self.metric]]
         for name, kind in self.plan.candidates():
-            best = self.plan.chosen(self.store, name, kind)
+            best = self.plan.chosen(self.store, name, kind, self.plan.seeds[0])
             for run, score in self.plan.at_every_rate(self.store, name, kind):
                 mark = " *" if (run.rate, run.upper_rate) == (best.rate, best.upper_rate) else ""
                 rows.append([name + ABLATIONS[kind], *_rates(vars(run)), f"{score:.4f}{mark}"])
@@ -158,15 +182,16 @@ class Comparison:
         """Rates without a finite score, and chosen rates at an end of their grid."""
         plan = self.plan
         for name, kind in plan.candidates():
-            title, best = name + ABLATIONS[kind], plan.chosen(self.store, name, kind)
+            title = name + ABLATIONS[kind]
+            best = plan.chosen(self.store, name, kind, plan.seeds[0])
             for run, score in plan.at_every_rate(self.store, name, kind):
                 if not math.isfinite(score):
                     rates = " and upper rate ".join(filter(None, _rates(vars(run))))
                     text = f"at the rate {rates} a score is not finite, which counts as the worst"
                     yield f"{title}: {text}"
             chosen = (
-                ("rate", best.rate, plan.rates),
-                ("upper rate", best.upper_rate, plan.upper_rates),
+                ("rate", best.rate, plan.choice.rates),
+                ("upper rate", best.upper_rate, plan.choice.upper_rates),
             )
             for word, rate, grid in chosen:
                 if kind != "frozen" and len(grid) > 1 and rate in (min(grid), max(grid)):
@@ -175,14 +200,17 @@ class Comparison:
 
     def remarks(self) -> list[str]:
         """Remarks on rates, rows and runs."""
-        lines, layers = [*filter(None, [self.note, *self._edges()])], dict[str, list[str]]()
+        lines, layers = (
+            [*filter(None, [self.note, self.store.remark(), *self._edges()])],
+            dict[str, list[str]](),
+        )
         for name, method in self.plan.methods.items():
             if method.absorbed:
                 lines.append(
                     f"{name}: a lower level at its minimum absorbs the upper variables; what moves "
                     "them is the path to it or the decay of an optimizer"
                 )
-            if text := self.reported[name, "method"][0]["layers"]:
+            if text := self.reported(name)[0]["layers"]:
                 layers.setdefault(text, []).append(name)
         alike = len(layers) == 1
         return lines + [k if alike else f"{', '.join(names)}: {k}" for k, names in layers.items()]
@@ -190,7 +218,8 @@ class Comparison:
     def spent(self) -> list[Row]:
         """The passes of each method, by use; means over seeds."""
         rows: list[Row] = []
-        for (name, kind), results in self.reported.items():
+        for name, kind in self.plan.candidates():
+            results = self.reported(name, kind)
             means = {key: fmean(r["spent"][key] for r in results) for key in results[0]["spent"]}
             rows = rows or [["method", *means]]
             rows.append([name + ABLATIONS[kind], *(f"{x:.1f}" for x in means.values())])
@@ -205,7 +234,7 @@ class Comparison:
 
     def heading(self) -> str:
         """The score, the rows, the budget and the number of seeds, in a line."""
-        rows = "folds of the trusted rows" if self.store.settings.get("folds") else "the test rows"
+        rows = "folds of the trusted rows" if self.store.shared.get("folds") else "the test rows"
         better = " (lower is better)" if self.plan.lower_is_better else ""
         passes = f"{self.passes:g} passes a run" if self.passes else "heads at their minimum"
         return (
@@ -233,7 +262,7 @@ class Comparison:
     @property
     def versions(self) -> dict[str, str]:
         """The versions of the packages with which the runs were done."""
-        return dict(self.store.settings.get("versions") or versions())
+        return dict(self.store.shared.get("versions") or versions())
 
     def to_latex(self) -> str:
         """The scores, differences and passes as a LaTeX table of the package booktabs.
