@@ -115,7 +115,7 @@ def scores(tasks: Mapping[str, Comparison]) -> list[Row]:
 
 def points(values: Iterable[float], sign: str = "") -> str:
     """Mean ± half of the interval, in percentage points."""
-    return Verdict(100 * value for value in values).shown(sign, 1)
+    return Verdict(values, points=True).shown(sign)
 
 
 def details(name: str, tasks: Mapping[str, Comparison]) -> str:

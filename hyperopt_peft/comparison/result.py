@@ -5,29 +5,51 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, ClassVar
 
 import pandas  # type: ignore[import-untyped]
 
 from hyperopt_peft.comparison.choice import Plan
 from hyperopt_peft.comparison.store import Result, Store
-from hyperopt_peft.comparison.task import ABLATIONS, Kind
+from hyperopt_peft.comparison.task import ABLATIONS, Kind, Run
+from hyperopt_peft.trainer.method import has_upper_level
 from hyperopt_peft.utils.plots import intervals
 from hyperopt_peft.utils.tables import aligned
-from hyperopt_peft.utils.verdict import Verdict
+from hyperopt_peft.utils.verdict import Verdict, holm
 from hyperopt_peft.utils.versions import versions
 
 Row = list[str]
+#: A method or one of its ablations.
+Candidate = tuple[str, Kind]
 #: Columns of the table of scores that are not in a paper's.
 NOT_PRINTED = ["rate", "upper rate", "seconds", "MB"]
+#: The columns of the table of upper levels, by the entries of a run.
+UPPER = {"steps": "upper steps", "moved": "moved, relative", "moved_in_rates": "moved, in rates"}
+UPPER |= {"implicit_ratio": "implicit ratio", "residual": "residual"}
+#: What differs between a method's form, its next simpler one, and the first method.
+EFFECTS: dict[tuple[Kind, Kind], str] = {
+    ("method", "frozen"): "the upper level",
+    ("method", "one level"): "the upper level, the data split, fewer lower steps and the rate",
+    ("frozen", "one level"): "the data split, fewer lower steps and the rate",
+    ("frozen", "method"): "the data split, fewer lower steps, the adapter and the rate",
+    ("one level", "method"): "the variables, the adapter and the rate",
+}
+#: The characters that are others in LaTeX.
+LATEX = str.maketrans({sign: f"\\{sign}" for sign in "&%$#_{}"})
+LATEX |= str.maketrans({"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\^{}"})
+LATEX |= str.maketrans({"±": r"$\pm$", "−": "$-$", "–": "--", "*": "$^*$"})
 
 
 @dataclass
 class Comparison:
     """The result of `compare_methods`; printed, the scores with a sentence for each method.
+
+    Scores up to 1 that are better where they are higher, such as accuracy, F1 and Matthews'
+    correlation, are shown in points: hundredths, with one decimal.
 
     Attributes:
         plan: the methods, rates and seeds.
@@ -35,6 +57,7 @@ class Comparison:
         metric: the name of the score.
         passes: the budget of each run; 0 of heads, which are solved.
         note: a remark on the rows, or nothing.
+        scored: the number of test rows, or of rows divided into folds; 0 if unknown.
 
     Example:
         >>> from hyperopt_peft.problems import DoRA, LoRA
@@ -44,8 +67,9 @@ class Comparison:
         ...     for run, score in zip(plan.runs_of(store, name, "method"), scores):
         ...         store.add({**vars(run), "score": score})
         >>> print(Comparison(plan, store, "accuracy", passes=300).recommendation())
-        DoRA is recommended: its mean accuracy, 0.8100, is the highest of 2; that of LoRA is -0.0150
-        from it, with an error of 0.0050
+        DoRA is recommended: its mean accuracy, 81.0 points, is the highest of 2; no significant \
+difference between DoRA and LoRA in accuracy (+1.5 ± 6.4 points); minimum detectable difference \
+with 2 seeds (80 % power): 8.2 points
     """
 
     plan: Plan
@@ -53,6 +77,7 @@ class Comparison:
     metric: str
     passes: float
     note: str = ""
+    scored: int = 0
     #: The repetitions by which differences are paired.
     unit: ClassVar[str] = "seeds"
 
@@ -61,117 +86,176 @@ class Comparison:
         return [result["score"] for result in self.reported[name, kind]]
 
     @cached_property
-    def reported(self) -> dict[tuple[str, Kind], list[Result]]:
+    def reported(self) -> dict[Candidate, list[Result]]:
         """The reported runs of each method and ablation."""
         runs = {each: self.plan.runs_of(self.store, *each) for each in self.plan.candidates()}
         return {each: [self.store.results[run] for run in of] for each, of in runs.items()}
 
+    @cached_property
+    def in_points(self) -> bool:
+        """Whether scores are shown in points."""
+        scores = (score for each in self.plan.candidates() for score in self.scores(*each))
+        return not self.plan.lower_is_better and all(abs(score) <= 1 for score in scores)
+
     def recommendation(self) -> str:
-        """The method of the best mean score, and how far the next one is behind it.
+        """The method of the best mean score, and its difference to the next one.
 
         On 40 cases a rule that prefers a simpler method within an error was worse.
         """
-        sign, word = (1, "lowest") if self.plan.lower_is_better else (-1, "highest")
+        lower = self.plan.lower_is_better
+        sign, word = (1, "lowest") if lower else (-1, "highest")
         best, *rest = sorted(self.plan.methods, key=lambda name: sign * fmean(self.scores(name)))
+        mean = self._shown([fmean(self.scores(best))]) + " points" * self.in_points
         text = (
-            f"{best} is recommended: its mean {self.metric}, {fmean(self.scores(best)):.4f}, is "
-            f"the {word} of {len(self.plan.methods)}"
+            f"{best} is recommended: its mean {self.metric}, {mean}, is the {word} of "
+            f"{len(self.plan.methods)}"
         )
         for other in rest[:1]:
-            gap = self.difference((other, "method"), (best, "method"))
-            text += f"; that of {other} is {gap.estimate:+.4f} from it, with an error of "
-            text += f"{gap.error:.4f}"
+            gap = self.difference((best, "method"), (other, "method"))
+            text += f"; {gap.sentence(best, other, self.metric, self.unit, lower)}"
         return text
 
-    def differences(self, one: tuple[str, Kind], other: tuple[str, Kind]) -> list[float]:
+    def _shown(self, scores: list[float]) -> str:
+        return Verdict(scores, self.in_points).shown()
+
+    def differences(self, one: Candidate, other: Candidate) -> list[float]:
         """For each seed, the score of one method or ablation minus the score of the other."""
         pairs = zip(self.scores(*one), self.scores(*other), strict=True)
         return [first - second for first, second in pairs]
 
-    def difference(self, one: tuple[str, Kind], other: tuple[str, Kind]) -> Verdict:
+    def difference(self, one: Candidate, other: Candidate) -> Verdict:
         """The mean of `differences` with its interval."""
-        return Verdict(self.differences(one, other))
+        return Verdict(self.differences(one, other), self.in_points)
+
+    @cached_property
+    def verdicts(self) -> dict[tuple[Candidate, Candidate], Verdict]:
+        """The differences that `sentences` state, corrected in two families by `holm`.
+
+        One has the difference of each method to the first one, the other has the parts of these.
+        """
+        first, *others = [(name, "method") for name in self.plan.methods]
+        parts = [pair for name in self.plan.methods for pair in pairwise(self._forms(name))]
+        found = dict[tuple[Candidate, Candidate], Verdict]()
+        for pairs in [(other, first) for other in others], parts:
+            family = {pair: self.difference(*pair) for pair in pairs}
+            corrected = holm(each.p_value for each in family.values())
+            for verdict, verdict.corrected in zip(family.values(), corrected, strict=True):
+                verdict.family = len(family)
+            found |= family
+        return found
+
+    def _forms(self, name: str) -> list[Candidate]:
+        """A method, its ablations and the first method; nothing without ablations."""
+        forms = [each for each in self.plan.candidates() if each[0] == name]
+        first = [(self.first, "method")] if name != self.first else []
+        return [*forms, *first] if len(forms) > 1 else []
 
     def _gap(self, name: str, kind: Kind) -> str:
         """The difference to the first method; nothing for itself."""
-        first = self.plan.candidates()[0]
-        return "" if (name, kind) == first else str(self.difference((name, kind), first))
+        pair = (name, kind), self.plan.candidates()[0]
+        if gap := self.verdicts.get(pair):
+            return f"{gap}{'*' * gap.is_significant}"
+        return "" if pair[0] == pair[1] else str(self.difference(*pair))
 
     @property
     def first(self) -> str:
         """The method that the others are compared with."""
         return next(iter(self.plan.methods))
 
+    @property
+    def _score(self) -> str:
+        return f"{self.metric} (points)" if self.in_points else self.metric
+
     def table(self) -> list[Row]:
         """The scores: heads, then a row for each method and each ablation."""
         spent = ["rate", "upper rate", "passes"] if self.passes else []
-        rows = [["method", self.metric, f"− {self.first}", *spent, "seconds", "MB"]]
+        rows = [["method", self._score, f"− {self.first}", *spent, "seconds", "MB"]]
         for (name, kind), results in self.reported.items():
-            means = {key: fmean(r[key] for r in results) for key in ("passes", "seconds")}
-            spent = [*_rates(results[0]), f"{means['passes']:.1f}"] if self.passes else []
-            score = Verdict(self.scores(name, kind)).shown()
+            passes = fmean(sum(r["spent"].values()) for r in results)
+            spent = [*_rates(*results), f"{passes:.1f}"] if self.passes else []
+            price = f"{fmean(r['seconds'] for r in results):.1f}"
             memory = f"{max(r['memory'] for r in results):.0f}"
-            cells = [score, self._gap(name, kind), *spent, f"{means['seconds']:.1f}", memory]
-            rows.append([name + ABLATIONS[kind], *cells])
+            cells = [self._shown(self.scores(name, kind)), self._gap(name, kind), *spent]
+            rows.append([name + ABLATIONS[kind], *cells, price, memory])
         return rows
 
     def rates(self) -> list[Row]:
-        """The mean score on held-out rows at each rate; an asterisk marks the chosen one."""
-        rows = [["method", "rate", "upper rate", self.metric]]
+        """The mean held-out score at each rate, and the number of seeds whose rate is nearest."""
+        rows = [["method", "rate", "upper rate", self._score, "seeds"]]
         for name, kind in self.plan.candidates():
-            best = self.plan.chosen(self.store, name, kind)
-            for run, score in self.plan.at_every_rate(self.store, name, kind):
-                mark = " *" if (run.rate, run.upper_rate) == (best.rate, best.upper_rate) else ""
-                rows.append([name + ABLATIONS[kind], *_rates(vars(run)), f"{score:.4f}{mark}"])
+            tried = dict(self.plan.at_every_rate(self.store, name, kind))
+            near = [
+                min(tried, key=partial(_distance, r)) for r in self.reported[name, kind] if tried
+            ]
+            for run, score in tried.items():
+                cells = [*_rates(vars(run)), self._shown([score]), str(near.count(run))]
+                rows.append([name + ABLATIONS[kind], *cells])
         return rows
+
+    def upper_level(self) -> list[Row]:
+        """What the upper level of each method did: means over seeds.
+
+        How far the upper variables u moved is ‖u − u0‖/‖u0‖, and in units of their rate.
+        """
+        rows = [["method", *UPPER.values()]]
+        for name, method in self.plan.methods.items():
+            if has_upper_level(method):
+                means = self._upper(name)
+                rows.append([name, *(f"{means[x]:.3g}" if x in means else "–" for x in UPPER)])
+        return rows
+
+    def _upper(self, name: str) -> dict[str, float]:
+        """Means over seeds of what a method's upper level did, of the entries that are finite."""
+        entries = [result.get("upper") or {} for result in self.reported[name, "method"]]
+        means = pandas.DataFrame(entries, dtype=float).replace(math.inf, math.nan).mean()
+        return dict(means.dropna())
 
     def sentences(self) -> list[str]:
         """For each method the difference to the first one, its parts, and remarks."""
-        lines = []
-        ablated = {name for name, kind in self.plan.candidates() if kind == "frozen"}
+        lines, first, points = [], (self.first, "method"), " points" * self.in_points
         for name in self.plan.methods:
+            begin, forms = self._steps(name), self._forms(name)
             if name != self.first:
-                gap = self.difference((name, "method"), (self.first, "method"))
-                names = name, self.first, self.metric, self.unit
-                lines.append(gap.sentence(*names, self.plan.lower_is_better))
-            if name in ablated:
-                lines.append(self._by_parts(name))
+                names = name, self.first, self.metric, self.unit, self.plan.lower_is_better
+                lines.append(begin + self.verdicts[(name, "method"), first].sentence(*names))
+                begin, last = "", self.first
+            elif forms:
+                last = f"the same{ABLATIONS[forms[-1][1]]}"
+            terms = [f"{begin}{name} − {last} is the sum of"] if forms else []
+            for one, other in pairwise(forms):
+                gap, effect = self.verdicts[one, other], EFFECTS[one[1], other[1]]
+                shown = f"{gap}{points}{', not significant' * (not gap.is_significant)}"
+                terms.append(f"effect of {effect}: {shown}")
+            lines += ["\n  ".join(terms)] if terms else []
         return lines + self.remarks()
 
-    def _by_parts(self, name: str) -> str:
-        """The difference to the first method as a sum over the ablations between the two."""
-        kinds = [each for each in self.plan.candidates() if each[0] == name]
-        parts = ["the upper level", "the split of the rows, fewer steps and the rate"]
-        if name != self.first:
-            kinds.append((self.first, "method"))
-            parts.append("the variables, the adapter and the rate")
-            if (name, "one level") not in kinds:
-                parts[1:] = ["the split of the rows, fewer steps, the adapter and the rate"]
-        terms = []
-        for part, one, other in zip(parts, kinds[:-1], kinds[1:]):
-            gap = self.difference(one, other)
-            terms.append(f"{gap} by {part}" + ", not significant" * (not gap.is_significant))
-        last = self.first if name != self.first else f"the same{ABLATIONS[kinds[-1][1]]}"
-        return "\n  ".join([f"{name} − {last} is the sum of", *terms])
+    def _steps(self, name: str) -> str:
+        """The budget, the number of upper steps and how far these moved u, to begin a sentence."""
+        if not has_upper_level(self.plan.methods[name]):
+            return ""
+        means, words = self._upper(name), [f"at {self.passes:g} passes"] * bool(self.passes)
+        if "steps" in means:
+            moved = means.get("moved")
+            far = "" if moved is None else f" that moved the upper variables by {moved:.0%}"
+            words.append(f"with {means['steps']:.3g} upper steps{far}")
+        return f"{', '.join(words)}: " if words else ""
 
     def _edges(self) -> Iterator[str]:
         """Rates without a finite score, and chosen rates at an end of their grid."""
-        plan = self.plan
-        for name, kind in plan.candidates():
-            title, best = name + ABLATIONS[kind], plan.chosen(self.store, name, kind)
-            for run, score in plan.at_every_rate(self.store, name, kind):
+        grids = {"rate": self.plan.rates, "upper_rate": self.plan.upper_rates}
+        for name, kind in self.plan.candidates():
+            title, results = name + ABLATIONS[kind], self.reported[name, kind]
+            for run, score in self.plan.at_every_rate(self.store, name, kind):
                 if not math.isfinite(score):
                     rates = " and upper rate ".join(filter(None, _rates(vars(run))))
                     text = f"at the rate {rates} a score is not finite, which counts as the worst"
                     yield f"{title}: {text}"
-            chosen = (
-                ("rate", best.rate, plan.rates),
-                ("upper rate", best.upper_rate, plan.upper_rates),
-            )
-            for word, rate, grid in chosen:
-                if kind != "frozen" and len(grid) > 1 and rate in (min(grid), max(grid)):
-                    text = f"is at the edge of the {word}s; give further ones"
-                    yield f"{title}: the best {word}, {rate:g}, {text}"
+            for key, grid in grids.items() if kind != "frozen" else ():
+                ends, word = (min(grid), max(grid)), key.replace("_", " ")
+                count = sum(any(math.isclose(r[key] or 0, end) for end in ends) for r in results)
+                if len(grid) > 1 and 2 * count > len(results):
+                    text = f"{count} of {len(results)} seeds chose a {word} at an end of the grid"
+                    yield f"{title}: {text}, {_rates(*results)[key != 'rate']}; give further ones"
 
     def remarks(self) -> list[str]:
         """Remarks on rates, rows and runs."""
@@ -198,20 +282,32 @@ class Comparison:
 
     def tables(self) -> dict[str, list[Row]]:
         """All tables by heading; rates and passes only where runs have a budget."""
-        if not self.passes:
-            return {"Scores": self.table()}
-        others = {"Held-out score at every rate": self.rates(), "Passes": self.spent()}
-        return {"Scores": self.table(), **others}
+        tables = {"Scores": self.table(), "Upper level": self.upper_level()}
+        if self.passes:
+            tables |= {"Held-out score at every rate": self.rates(), "Passes": self.spent()}
+        return {title: rows for title, rows in tables.items() if len(rows) > 1}
 
     def heading(self) -> str:
-        """The score, the rows, the budget and the number of seeds, in a line."""
-        rows = "folds of the trusted rows" if self.store.settings.get("folds") else "the test rows"
+        """The score, the rows, the budget, the intervals and the level of significance."""
+        folds, tested = self.store.settings.get("folds"), f"{self.scored:,} " if self.scored else ""
+        rows = f"folds of the {tested}trusted rows" if folds else f"the {tested}test rows"
         better = " (lower is better)" if self.plan.lower_is_better else ""
         passes = f"{self.passes:g} passes a run" if self.passes else "heads at their minimum"
-        return (
-            f"{self.metric}{better} on {rows}, {passes}, means of {len(self.plan.seeds)} seeds "
-            "with 95 % intervals"
+        text = (
+            f"{self._score}{better} on {rows}, {passes}; means of {len(self.plan.seeds)} seeds "
+            f"with individual 95 % intervals over {self._repetitions()}"
         )
+        if (count := len(self.plan.methods) - 1) > 0:
+            text += "; *: significant at 5 %"
+            text += f", Holm's correction over {count} differences" * (count > 1)
+        return text
+
+    def _repetitions(self) -> str:
+        """What the intervals are over."""
+        if self.store.settings.get("folds"):
+            return "folds"
+        own = "each with training rows of its own, " * (not self.passes)
+        return f"seeds, {own}on the same test rows"
 
     def __str__(self) -> str:
         return "\n".join([self.heading(), "", aligned(self.table()), "", *self.sentences()])
@@ -222,12 +318,13 @@ class Comparison:
         Args:
             path: the file to write too; its suffix, such as ``.pdf`` or ``.png``, is the format.
         """
-        first, *others = self.plan.candidates()
+        (first, *others), scale = self.plan.candidates(), 100 if self.in_points else 1
         gaps = {}
         for name, kind in others:
             gap = self.difference((name, kind), first)
-            gaps[name + ABLATIONS[kind]] = (gap.estimate, *gap.interval)
-        title = f"{self.metric} − that of {self.first}, paired, 95 % intervals"
+            low, high = gap.interval
+            gaps[name + ABLATIONS[kind]] = (scale * gap.estimate, scale * low, scale * high)
+        title = f"{self._score} − that of {self.first}, paired, 95 % intervals"
         return intervals(gaps, path, title)
 
     @property
@@ -235,19 +332,31 @@ class Comparison:
         """The versions of the packages with which the runs were done."""
         return dict(self.store.settings.get("versions") or versions())
 
-    def to_latex(self) -> str:
-        """The scores, differences and passes as a LaTeX table of the package booktabs.
+    def to_latex(
+        self, ablations: bool = True, caption: str | None = None, label: str = "tab:comparison"
+    ) -> str:
+        """The scores, differences and passes as tables of the package booktabs.
 
-        The heading and the versions are comments above the table.
+        A second table has the ablations. The versions are a comment above.
+
+        Args:
+            ablations: whether there is a second table.
+            caption: of the first table, as LaTeX; by default the heading. The second one has the
+                heading too.
+            label: of the first table; that of the second ends with ``-ablations``.
         """
-        notes = self.heading(), ", ".join(map(" ".join, self.versions.items()))
-        heads, *rows = self.table()
+        heads, *rows = [[cell.translate(LATEX) for cell in row] for row in self.table()]
         table = pandas.DataFrame(rows, columns=heads).drop(columns=NOT_PRINTED, errors="ignore")
-        form = "l" + "r" * (table.shape[1] - 1)
-        text = table.to_latex(index=False, escape=True, column_format=form)
-        for sign, command in {"±": r"$\pm$", "−": "$-$", "–": "--"}.items():
-            text = text.replace(sign, command)
-        return "\n".join([*(f"% {note}" for note in notes), text])
+        ablated = pandas.Series(kind != "method" for _, kind in self.plan.candidates())
+        made, parts = f"{self.heading()}.".translate(LATEX), {"": table[~ablated]}
+        if ablations and ablated.any():
+            parts["-ablations"] = table[ablated]
+        texts = [f"% {', '.join(map(' '.join, self.versions.items()))}"]
+        for end, part in parts.items():
+            text = f"Ablations: {made}" if end else caption or made
+            form = {"column_format": "l" + "r" * (table.shape[1] - 1), "position": "t"}
+            texts.append(part.to_latex(index=False, caption=text, label=label + end, **form))
+        return "\n".join(texts)
 
     def results(self) -> list[Result]:
         """The entries of all runs."""
@@ -258,7 +367,19 @@ class Comparison:
         pandas.json_normalize(self.results()).to_csv(path, index=False)
 
 
-def _rates(run: Mapping[str, Any]) -> Row:
-    """The rate and the upper rate of a run."""
-    upper = run["upper_rate"]
-    return [f"{run['rate']:g}", "" if upper is None else f"{upper:g}"]
+def _rates(*runs: Mapping[str, Any]) -> Row:
+    """The rate and the upper rate of ``runs``: the median and, where they differ, the range."""
+    cells = []
+    for key in ("rate", "upper_rate"):
+        known = sorted(run[key] for run in runs if run[key] is not None)
+        text = f"{known[0]:g}" if known else ""
+        if known and known[0] != known[-1]:
+            text = f"{median(known):.2g} ({known[0]:.2g}–{known[-1]:.2g})"
+        cells.append(text)
+    return cells
+
+
+def _distance(result: Result, run: Run) -> float:
+    """Between their rates, by logarithms."""
+    pairs = (run.rate, result["rate"]), (run.upper_rate, result["upper_rate"])
+    return sum(abs(math.log(one / other)) for one, other in pairs if one and other)

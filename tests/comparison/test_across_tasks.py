@@ -17,6 +17,7 @@ from hyperopt_peft.comparison.choice import Plan
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Kind, Run
 from hyperopt_peft.problems import LoRA
+from hyperopt_peft.utils.verdict import Verdict
 
 PAIRS: tuple[tuple[str, Kind], ...] = (
     *(("LoRA", "method"), ("BiDoRA", "method")),
@@ -54,20 +55,20 @@ def test_differences_are_paired_by_task(tmp_path: Path) -> None:
     half = t.ppf(0.975, 2) * error
     heads, _, bidora, frozen, one = joined.table()
     assert heads == ["method", "a", "b", "c", "mean", "− LoRA"]
-    assert bidora == ["BiDoRA", "0.6000", "0.7100", "0.8200", "0.7100", f"+0.1100 ± {half:.4f}"]
+    assert bidora == ["BiDoRA", "60.0", "71.0", "82.0", "71.0", f"+11.0 ± {100 * half:.1f}*"]
     assert [row[0] for row in (frozen, one)] == ["BiDoRA, upper level frozen", "BiDoRA, one level"]
     ahead, parts = joined.sentences()[:2]
-    assert f"better than LoRA in accuracy by 0.1100 ± {half:.4f}" in ahead
+    assert f"better than LoRA in accuracy by 11.0 ± {100 * half:.1f} points" in ahead
     # Of the method and the frozen upper level the differences are 0, 0 and -.01.
     third = t.ppf(0.975, 2) * error / 3**0.5
-    assert f"−{0.01 / 3:.4f} ± {third:.4f} by the upper level, not significant" in parts
+    assert f"upper level: −0.3 ± {100 * third:.1f} points, not significant" in parts
     apart = three((0.5, 0.51, 0.5, 0.5), (0.6, 0.6, 0.6, 0.6), (0.7, 0.7, 0.7, 0.7))
-    least = (t.ppf(0.975, 2) + t.ppf(0.8, 2)) * error / 3**0.5
-    assert f"3 tasks show differences from {least:.4f} on" in apart.sentences()[0]
+    least = Verdict([0.01, 0.0, 0.0]).detectable
+    assert f"with 3 tasks (80 % power): {100 * least:.1f} points" in apart.sentences()[0]
     joined.comparisons["c_1"] = joined.comparisons.pop("c")
     latex = joined.to_latex()
-    assert latex.count(r"\\") == 5 and r"c\_1 &" in latex and "± " not in latex
-    assert rf"+0.1100 $\pm$ {half:.4f} \\" in latex and r"& $-$ LoRA \\" in latex
+    assert latex.count(r"\\") == 6 and r"c\_1 &" in latex and "±" not in latex
+    assert rf"+11.0 $\pm$ {100 * half:.1f}$^*$ \\" in latex and r"& $-$ LoRA \\" in latex
     joined.comparisons["c"] = joined.comparisons.pop("c_1")
     joined.plot(tmp_path / "gaps.png")
     joined.to_csv(tmp_path / "runs.csv")
@@ -78,7 +79,14 @@ def test_differences_are_paired_by_task(tmp_path: Path) -> None:
     assert "300 passes a run" in joined.heading()
     heads = AcrossTasks({x: made_up(SCORES, passes=0.0) for x in "ab"}).heading()
     assert "heads at their minimum" in heads and "over 2 tasks" in heads
-    assert joined.rates()[0] == ["task", "method", "rate", "upper rate", "accuracy"]
+    assert joined.rates()[0] == [
+        "task",
+        "method",
+        "rate",
+        "upper rate",
+        "accuracy (points)",
+        "seeds",
+    ]
 
 
 def test_lower_losses_are_better_and_a_remark_names_its_tasks() -> None:
@@ -86,7 +94,7 @@ def test_lower_losses_are_better_and_a_remark_names_its_tasks() -> None:
     losses = {task: (0.5, *[0.7 + k / 1000] * 3) for k, task in enumerate("abc", start=-1)}
     tasks = {n: made_up(dict(zip(PAIRS, losses[n])), "loss", layers=x) for n, x in layers.items()}
     text = str(AcrossTasks(tasks))
-    assert "BiDoRA is worse than LoRA in loss by 0.2000" in text
+    assert "BiDoRA is worse than LoRA in loss by 0.200" in text
     assert "a, c: none is frozen" in text and "b: five are frozen" in text
 
 

@@ -94,14 +94,17 @@ def test_no_run_trains_on_the_rows_that_score_it() -> None:
 
 
 def test_a_recommendation_has_its_numbers() -> None:
-    """The best mean, and the paired difference of the next one with its error."""
+    """The best mean, and the paired difference of the next one with its interval."""
     scores = {"far": [0.5, 0.3, 0.4], "near": [0.30, 0.30, 0.36], "best": [0.29, 0.32, 0.31]}
     store = Store(None, {})
     for name, values in scores.items():
         for seed, score in enumerate(values):
             store.add({**vars(Run(name, "method", seed, 0.0)), "score": score})
     methods = {name: LoRA() for name in scores}
-    for lower, first, numbers in ((True, "best", "0.3067 near +0.0133 0.0203"), (False, "far", "")):
+    for lower, first, numbers in (
+        (True, "best", "0.307 near −0.0133 ± 0.0872"),
+        (False, "far", ""),
+    ):
         plan = Plan(methods, (0.0,), (0.0,), [100], [0, 1, 2], lower)
         text = Comparison(plan, store, "loss", 0).recommendation()
         assert text.startswith(f"{first} is recommended")
