@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
+from operator import methodcaller
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, ClassVar
@@ -154,7 +155,7 @@ with 2 seeds (80 % power): 8.2 points
         """The difference to the first method; nothing for itself."""
         pair = (name, kind), self.plan.candidates()[0]
         if gap := self.verdicts.get(pair):
-            return f"{gap}{'*' * gap.is_significant}"
+            return _marked(gap)
         return "" if pair[0] == pair[1] else str(self.difference(*pair))
 
     @property
@@ -177,6 +178,21 @@ with 2 seeds (80 % power): 8.2 points
             memory = f"{max(r['memory'] for r in results):.0f}"
             cells = [self._shown(self.scores(name, kind)), self._gap(name, kind), *spent]
             rows.append([name + ABLATIONS[kind], *cells, price, memory])
+        return rows
+
+    def ablations(self) -> list[Row]:
+        """For each method with ablations, the scores of its forms and the effects between them.
+
+        An effect is the row above minus the row; those of a method sum up to its difference to the
+        first one, whose row is the last.
+        """
+        rows = [["method", self._score, "effect"]]
+        for name in self.plan.methods:
+            forms = self._forms(name)
+            effects = ["", *(_marked(self.verdicts[pair]) for pair in pairwise(forms))]
+            for (form, kind), effect in zip(forms, effects):
+                score = self._shown(self.scores(form, kind))
+                rows.append([form + ABLATIONS[kind], score, effect])
         return rows
 
     def rates(self) -> list[Row]:
@@ -236,7 +252,7 @@ with 2 seeds (80 % power): 8.2 points
         means, words = self._upper(name), [f"at {self.passes:g} passes"] * bool(self.passes)
         if "steps" in means:
             moved = means.get("moved")
-            far = "" if moved is None else f" that moved the upper variables by {moved:.0%}"
+            far = "" if moved is None else f" that moved the upper variables by {100 * moved:.0f} %"
             words.append(f"with {means['steps']:.3g} upper steps{far}")
         return f"{', '.join(words)}: " if words else ""
 
@@ -282,7 +298,8 @@ with 2 seeds (80 % power): 8.2 points
 
     def tables(self) -> dict[str, list[Row]]:
         """All tables by heading; rates and passes only where runs have a budget."""
-        tables = {"Scores": self.table(), "Upper level": self.upper_level()}
+        tables = {"Scores": self.table(), "Ablations": self.ablations()}
+        tables["Upper level"] = self.upper_level()
         if self.passes:
             tables |= {"Held-out score at every rate": self.rates(), "Passes": self.spent()}
         return {title: rows for title, rows in tables.items() if len(rows) > 1}
@@ -297,10 +314,11 @@ with 2 seeds (80 % power): 8.2 points
             f"{self._score}{better} on {rows}, {passes}; means of {len(self.plan.seeds)} seeds "
             f"with individual 95 % intervals over {self._repetitions()}"
         )
-        if (count := len(self.plan.methods) - 1) > 0:
-            text += "; *: significant at 5 %"
-            text += f", Holm's correction over {count} differences" * (count > 1)
-        return text
+        count = len(self.plan.methods) - 1
+        parts = len(self.verdicts) - count
+        over = [f"{count} differences"] * (count > 1) + [f"{parts} parts"] * (parts > 1)
+        holms = ", Holm's correction over " * bool(over) + " and over ".join(over)
+        return f"{text}; *: significant at 5 %{holms}"
 
     def _repetitions(self) -> str:
         """What the intervals are over."""
@@ -335,27 +353,28 @@ with 2 seeds (80 % power): 8.2 points
     def to_latex(
         self, ablations: bool = True, caption: str | None = None, label: str = "tab:comparison"
     ) -> str:
-        """The scores, differences and passes as tables of the package booktabs.
-
-        A second table has the ablations. The versions are a comment above.
+        """The methods' scores, differences and passes, and `ablations`, as tables of booktabs.
 
         Args:
-            ablations: whether there is a second table.
-            caption: of the first table, as LaTeX; by default the heading. The second one has the
-                heading too.
+            ablations: whether there is the second table.
+            caption: of the first table, as LaTeX; by default the heading.
             label: of the first table; that of the second ends with ``-ablations``.
         """
-        heads, *rows = [[cell.translate(LATEX) for cell in row] for row in self.table()]
+        heads, *rows = self.table()
+        rows = [x for x, (_, kind) in zip(rows, self.plan.candidates()) if kind == "method"]
         table = pandas.DataFrame(rows, columns=heads).drop(columns=NOT_PRINTED, errors="ignore")
-        ablated = pandas.Series(kind != "method" for _, kind in self.plan.candidates())
-        made, parts = f"{self.heading()}.".translate(LATEX), {"": table[~ablated]}
-        if ablations and ablated.any():
-            parts["-ablations"] = table[ablated]
+        made = f"{self.heading()}.".translate(LATEX)
+        parts = [(table, caption or made, label)]
+        heads, *rows = self.ablations()
+        if ablations and rows:
+            text = f"Ablations. An effect is the row above minus the row. {made}"
+            parts.append((pandas.DataFrame(rows, columns=heads), text, f"{label}-ablations"))
+        escape = methodcaller("translate", LATEX)
         texts = [f"% {', '.join(map(' '.join, self.versions.items()))}"]
-        for end, part in parts.items():
-            text = f"Ablations: {made}" if end else caption or made
+        for table, text, name in parts:
             form = {"column_format": "l" + "r" * (table.shape[1] - 1), "position": "t"}
-            texts.append(part.to_latex(index=False, caption=text, label=label + end, **form))
+            table = table.map(escape).rename(columns=escape)
+            texts.append(table.to_latex(index=False, caption=text, label=name, **form))
         return "\n".join(texts)
 
     def results(self) -> list[Result]:
@@ -365,6 +384,10 @@ with 2 seeds (80 % power): 8.2 points
     def to_csv(self, path: str | Path) -> None:
         """Write all runs, one line each, with columns such as ``metrics.eval_loss``."""
         pandas.json_normalize(self.results()).to_csv(path, index=False)
+
+
+def _marked(verdict: Verdict) -> str:
+    return f"{verdict}{'*' * verdict.is_significant}"
 
 
 def _rates(*runs: Mapping[str, Any]) -> Row:

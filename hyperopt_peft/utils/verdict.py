@@ -18,15 +18,13 @@ class Verdict:
 
     Args:
         values: differences of scores, say.
-        points: whether they are shown in points, hundredths with one decimal; others are shown with
-            three significant digits.
+        points: show them in points, hundredths with one decimal, not with three significant digits.
 
     Attributes:
         estimate: the mean.
-        error: its standard error; infinite for one value.
-        half: half the width of the interval; infinite for one value.
-        corrected: the p-value that decides: ``p_value``, or that by `holm` in a family.
-        family: the number of verdicts in the family.
+        error, half: its standard error, and half the width of the interval; infinite for one value.
+        corrected: the p-value that decides; ``p_value``, unless `holm` has corrected it.
+        family: how many verdicts were corrected together.
 
     Example:
         >>> gains = Verdict([0.01, 0.03, 0.02], points=True)
@@ -51,10 +49,7 @@ detectable difference with 3 seeds (80 % power): 3.3 points
 
     @property
     def p_value(self) -> float:
-        """By a two-sided t-test of mean 0: of differences, the paired t-test.
-
-        It is 1 for one value, and for a mean that is 0 up to rounding.
-        """
+        """Of the two-sided, for differences paired t-test; 1 if the mean is a rounding of 0."""
         if abs(self.estimate) <= ROUNDING or not self.freedom:
             return 1.0
         ratio = abs(self.estimate) / self.error if self.error else math.inf
@@ -67,10 +62,10 @@ detectable difference with 3 seeds (80 % power): 3.3 points
 
     @property
     def detectable(self) -> float:
-        """The minimum detectable difference: the true mean that is found with probability 0.8.
+        """The minimum detectable difference: a true mean of it is found with probability 0.8.
 
-        By the noncentral t-distribution, with the standard deviation of the values, at the level
-        5 %/m; in a family of m verdicts `holm` finds it with at least this probability.
+        By the noncentral t-distribution with the deviation of the values. In a family of m it is at
+        the level 5 %/m, so that Holm's correction finds it at least as often.
         """
         if not self.freedom or not self.error:
             return self.error
@@ -88,10 +83,10 @@ detectable difference with 3 seeds (80 % power): 3.3 points
 
     def _number(self, value: float, sign: str = "") -> str:
         """``value``, with as many decimals as the mean and its interval."""
-        scale, digits = (100, 1) if self.points else (1, 3)
         largest = max(abs(self.estimate), self.half if self.freedom else 0.0)
-        if not self.points and 0 < largest < math.inf:
-            digits = min(max(2 - math.floor(math.log10(largest)), 0), 6)
+        scale, digits = (100, 1) if self.points else (1, 3)
+        if not self.points and ROUNDING < largest < math.inf:
+            digits = max(2 - math.floor(math.log10(largest)), 0)
         return f"{scale * value:{sign}z.{digits}f}".replace("-", "−")
 
     def sentence(
@@ -112,18 +107,17 @@ detectable difference with 3 seeds (80 % power): 3.3 points
 
 
 def holm(p_values: Iterable[float]) -> list[float]:
-    """The p-values of a family, corrected so that 5 % of families have a false finding.
+    """The p-values of a family, so corrected that at most 5 % of families have a false finding.
 
-    The k-th smallest of m is multiplied by m − k + 1; none is below a smaller one's (Holm 1979, A
-    simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6).
+    The k-th smallest of m is multiplied by m − k + 1, and is at least the one before (Holm 1979,
+    A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6).
 
     Example:
         >>> holm([0.01, 0.04, 0.03])
         [0.03, 0.06, 0.06]
     """
-    values, largest = [*p_values], 0.0
-    corrected = [*values]
-    for rank, place in enumerate(sorted(range(len(values)), key=values.__getitem__)):
-        largest = max(largest, min(1.0, (len(values) - rank) * values[place]))
+    corrected, largest = [*p_values], 0.0
+    for rank, place in enumerate(sorted(range(len(corrected)), key=corrected.__getitem__)):
+        largest = max(largest, min(1.0, (len(corrected) - rank) * corrected[place]))
         corrected[place] = largest
     return corrected
