@@ -99,11 +99,12 @@ detectable difference with 3 seeds (80 % power): 3.3 points
             by = f"{self._number(abs(self.estimate))} ± {self._number(self.half)}{points}"
             return f"{one} is {word} than {other} in {metric} by {by}"
         alone = f"; p = {self.p_value:.2g}, by Holm's correction {self.corrected:.2g}"
-        return (
-            f"no significant difference between {one} and {other} in {metric} ({self}{points}"
-            f"{alone * (self.p_value < 0.05)}); minimum detectable difference with "
-            f"{len(self.values)} {unit} (80 % power): {self._number(self.detectable)}{points}"
-        )
+        text = f"no significant difference between {one} and {other} in {metric} "
+        text += f"({self}{points}{alone * (self.p_value < 0.05)})"
+        if self.error:
+            text += f"; minimum detectable difference with {len(self.values)} {unit} (80 % power): "
+            text += f"{self._number(self.detectable)}{points}"
+        return text
 
 
 def holm(p_values: Iterable[float]) -> list[float]:
