@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from hyperopt_peft.cli.options import OutputArguments, divided, names_of
 from hyperopt_peft.cli.report import Report, as_text
 from hyperopt_peft.cli.text import models
 from hyperopt_peft.cli.text.setup import SHARED, choose, prepare
-from hyperopt_peft.comparison import compare_methods
+from hyperopt_peft.comparison import Choice, HeadSettings, Runs, compare_methods
 from hyperopt_peft.comparison.choice import RATES, UPPER_RATES
-from hyperopt_peft.comparison.compare import OF_ADAPTERS
 from hyperopt_peft.comparison.find import find_method
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.validation import option
 
 METHODS = ["lora", "dora", "bidora"]
-#: The options that are arguments of `compare_methods` too.
-SAME = ("folds", "passes", "seeds", "development", "rates", "upper_rates", "jobs", "dry_run")
+#: The options that only adapters read.
+OF_ADAPTERS = {"passes", "rates", "upper_rates", "splits", "points"}
 
 
 @dataclass
@@ -30,14 +29,14 @@ class CompareArguments(OutputArguments):
     methods: list[str] = option(default_factory=lambda: [*METHODS], help="compared with the first")
     score_model: Literal["adapter", "head"] = option("adapter", help="or a linear head on features")
     folds: int | None = option(None, help="folds of upper_file, which replace eval_file")
-    passes: float = option(300.0, help="batches sent forward and backward in each run")
-    seeds: list[int] | None = option(None, help="of start, split and order; five, or one a fold")
-    development: list[int] = option(
-        default_factory=lambda: [100, 101, 102],
-        help="seeds of the runs that choose the rates, on held-out training rows",
+    passes: list[float] = option(
+        default_factory=lambda: [300.0], help="batches sent forward and backward; several budgets"
     )
+    seeds: list[int] | None = option(None, help="of start, split and order; five, or one a fold")
     rates: list[float] = option(default_factory=lambda: [*RATES], help="learning rates to try")
     upper_rates: list[float] = option(default_factory=lambda: [*UPPER_RATES], help="upper rates")
+    splits: int = option(Choice.splits, help="held-out parts of a seed's rows, which choose rates")
+    points: int = option(Choice.points, help="where a run may stop: at k/points of its passes")
     frozen_dropout: bool = option(True, help="keep dropout in frozen layers; else computed once")
     jobs: int = option(1, help="processes")
     run: str = option("1/1", help="K/N: the K-th of N parts, of a job array, say")
@@ -78,7 +77,12 @@ def run(argv: Sequence[str]) -> None:
         for path in output.glob("runs*.jsonl"):
             path.unlink()
     base, _ = setup.base()
-    unread = OF_ADAPTERS.keys() - flags.keys() if command.score_model == "head" else ()
+    head = command.score_model == "head"
+    if head and (given_here := sorted(OF_ADAPTERS & flags.keys())):
+        raise ProblemError(f"{given_here[0]}: has no effect on heads, which are solved")
+    number_of_passes: Any = command.passes if len(command.passes) > 1 else command.passes[0]
+    choice = Choice(command.rates, command.upper_rates, command.splits, points=command.points)
+    shares = {} if head else {"passes": number_of_passes, "choice": choice}
     comparison = compare_methods(
         {name: each.method for name, each in zip(names, chosen, strict=True)},
         lambda: setup.base()[0],
@@ -87,13 +91,14 @@ def run(argv: Sequence[str]) -> None:
         train_dataset=setup.train,
         upper_dataset=setup.upper,
         test_dataset=setup.evaluation,
-        model=command.score_model,
+        folds=command.folds,
+        seeds=command.seeds,
+        head=HeadSettings() if head else None,
         metric="loss" if command.folds else setup.task.metric or "loss",
         frozen_dropout=command.frozen_dropout,
-        folder=output,
-        part=(int(number), int(count)),
+        runs=Runs(output, command.jobs, (int(number), int(count)), dry_run=command.dry_run),
         trainer=setup.trainer_class(),
-        **{name: getattr(command, name) for name in SAME if name not in unread},
+        **shares,
         **setup.options(base),
     )
     if command.dry_run:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -29,9 +29,12 @@ class Budget(TrainerCallback):
 
     Args:
         passes: of all phases.
+        stop: where the training ends before its budget, in passes; not before the last phase.
+        marks: the passes after which the last phase is scored on the evaluation rows.
 
     Attributes:
         spent: the passes by use.
+        curve: the mark and the metrics of each evaluation.
         seconds, timed: the time of all steps but each phase's first one, which allocates, and the
             passes of these steps.
 
@@ -40,8 +43,13 @@ class Budget(TrainerCallback):
         0.0
     """
 
-    def __init__(self, passes: float) -> None:
+    def __init__(
+        self, passes: float, stop: float | None = None, marks: Sequence[float] = ()
+    ) -> None:
         self.passes, self.phase, self.seconds, self.timed = passes, 0, 0.0, 0.0
+        self.stop = passes if stop is None else stop
+        self.marks = sorted(mark for mark in marks if mark < passes)
+        self.curve, self.reached = list[tuple[float, dict[str, float]]](), list[float]()
         self.spent = dict.fromkeys(("lower steps", "upper steps", "second training"), 0.0)
 
     def __copy__(self) -> Self:
@@ -112,7 +120,19 @@ class Budget(TrainerCallback):
         if self.again:
             self.cycle, self.upper = max(self.cycle, now - self.upper), now
             following = self.cycle + self.every * self.a_step
-        control.should_training_stop |= now + self.reserved() + following > self.passes + 1e-6
+        end = self.passes if self.again else self.stop
+        control.should_training_stop |= now + self.reserved() + following > end + 1e-6
+        while self.marks and now + following > self.marks[0] + 1e-6:
+            mark = self.marks.pop(0)
+            self.reached += [] if self.again else [mark]
+        control.should_evaluate |= bool(self.reached)
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any
+    ) -> None:
+        """Keep the metrics at the marks that are reached."""
+        self.curve += [(mark, dict(metrics)) for mark in self.reached]
+        self.reached, self.clock = [], time.perf_counter()
 
 
 def predicted_steps(trainer: Any, passes: float, unit: int) -> list[int]:

@@ -1,13 +1,14 @@
-"""The runs of a comparison: the runs that choose the rates, then the reported runs."""
+"""What is chosen in a comparison: each seed's rates and stopping point, on its held-out rows."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import isfinite, nan
 from statistics import fmean
-from typing import Any
+from typing import Literal
 
+from hyperopt_peft.comparison.fit import peak
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Kind, Run
 from hyperopt_peft.errors import ProblemError
@@ -16,19 +17,73 @@ from hyperopt_peft.trainer.method import Method, has_upper_level
 #: Five rates over two decades.
 RATES = (2e-4, 6e-4, 2e-3, 6e-3, 2e-2)
 UPPER_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+#: What a seed chooses, in this order.
+Axis = Literal["rate", "upper_rate"]
+AXES: tuple[Axis, ...] = "rate", "upper_rate"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How `compare_methods` chooses rates and stopping points.
+
+    Each seed chooses its own, by the mean score of ``splits`` random parts of its rows, each held
+    out from a training with the other rows. A quadratic fit over the logarithm of the rate narrows
+    the choice (`comparison.fit.peak`).
+
+    Args:
+        rates, upper_rates: the grids; one value is no choice and costs no run.
+        splits: the held-out parts for each seed and rate.
+        held_out: the share of the trusted rows in such a part; without trusted rows, of the
+            training rows.
+        points: at how many equally spaced points of its budget a run may stop; 1 is its end alone.
+
+    Raises:
+        ProblemError: an empty grid, or a rate that is not positive; no splits or points; a share
+            outside (0, 1).
+
+    Example:
+        >>> Choice(rates=[1e-3, 1e-2], points=8).splits
+        2
+    """
+
+    rates: Sequence[float] = RATES
+    upper_rates: Sequence[float] = UPPER_RATES
+    splits: int = 2
+    held_out: float = 0.2
+    points: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what no run can have."""
+        for name in ("rates", "upper_rates"):
+            grid = tuple(getattr(self, name))
+            if not grid or not all(0 < rate < float("inf") for rate in grid):
+                raise ProblemError(f"{name}: must be positive numbers, got {[*grid]}")
+            object.__setattr__(self, name, grid)
+        for name in ("splits", "points"):
+            if getattr(self, name) < 1:
+                raise ProblemError(f"{name}: must be 1 or more, got {getattr(self, name)}")
+        if not 0 < self.held_out < 1:
+            raise ProblemError(f"held_out: must be a share in (0, 1), got {self.held_out}")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The runs of a comparison; attributes are arguments of `compare_methods`."""
+    """The runs of a comparison at one budget; most attributes are arguments of `compare_methods`.
+
+    Attributes:
+        passes: the budget of each run; 0 of heads, which are solved.
+        contained: the budgets whose held-out scores one development run has, since a long training
+            at a constant rate begins as a short one; empty at rates that decay.
+    """
 
     methods: Mapping[str, Method]
-    rates: Sequence[float]
-    upper_rates: Sequence[float]
-    development: Sequence[int]
+    choice: Choice
     seeds: Sequence[int]
+    metric: str
     lower_is_better: bool
-    ablations: Collection[str] | None = None
+    passes: float = 0.0
+    ablations: Mapping[str, Sequence[Kind]] | None = None
+    contained: Sequence[float] = ()
 
     def candidates(self) -> list[tuple[str, Kind]]:
         """The methods, each followed by its ablations.
@@ -38,96 +93,134 @@ class Plan:
         pairs: list[tuple[str, Kind]] = []
         for name, method in self.methods.items():
             pairs.append((name, "method"))
-            if has_upper_level(method) and (self.ablations is None or name in self.ablations):
-                pairs.append((name, "frozen"))
-                if method.defaults.get("retrain") != "scratch":
-                    pairs.append((name, "one level"))
+            kinds: Sequence[Kind] = "frozen", "one level"
+            if self.ablations is not None:
+                kinds = self.ablations.get(name, ())
+            for kind in kinds if has_upper_level(method) else ():
+                if kind == "frozen" or method.defaults.get("retrain") != "scratch":
+                    pairs.append((name, kind))
         return pairs
 
-    def count(self, name: str, kind: Kind) -> int:
-        """The number of runs of a method or an ablation."""
-        grid = len(self._grid(name, kind)) if len(self.rates) > 1 else 0
-        if kind == "method" and has_upper_level(self.methods[name]) and len(self.upper_rates) > 1:
-            grid += (len(self.upper_rates) - (len(self.rates) > 1)) * len(self.development)
-        return grid + len(self.seeds)
-
     def stages(self, store: Store) -> Iterator[list[Run]]:
-        """Runs that choose each rate, those that choose each upper rate at it, and reported ones.
+        """Runs that choose the rates, those that choose upper rates at them, and reported ones.
 
         A stage reads the scores of the stage before it. The upper rate is first the middle of its
-        grid. The form with a frozen upper level has the rate of the method. A grid of one has no
-        runs.
+        grid. The form with a frozen upper level has the rates of the method.
         """
-        several = len(self.rates) > 1
-        yield [run for each in self.candidates() for run in self._grid(*each) if several]
-        names = [name for name, method in self.methods.items() if has_upper_level(method)]
-        grids = (self._grid(name, "method") for name in names if len(self.upper_rates) > 1)
-        yield [run for grid in grids for run in self._upper_grid(self._best(grid, store))]
-        yield [run for each in self.candidates() for run in self.runs_of(store, *each)]
+        every = [(*each, seed) for each in self.candidates() for seed in self.seeds]
+        yield self._development(self._grid(self._first(*each), "rate") for each in every)
+        yield self._development(
+            self._grid(self._best(store, self._first(*each), "rate", stopped), "upper_rate")
+            for each in every
+            for stopped in self.endings
+        )
+        yield (
+            self._development(
+                [self._rated(store, *each, True)] for each in every if each[1] == "frozen"
+            )
+            if len(self.endings) > 1
+            else []
+        )
+        chosen = [self.chosen(store, *each, end) for end in self.endings for each in every]
+        yield [*dict.fromkeys(chosen)]
 
-    def _grid(self, name: str, kind: Kind) -> list[Run]:
-        if kind == "frozen":
-            return []
-        upper = None
-        if kind == "method" and has_upper_level(self.methods[name]):
-            upper = self.upper_rates[len(self.upper_rates) // 2]
-        return [
-            Run(name, kind, seed, rate, upper, development=True)
-            for rate in self.rates
-            for seed in self.development
-        ]
+    @property
+    def endings(self) -> Sequence[bool]:
+        """Whether reported runs stop at their best points: none, or a second one of each."""
+        return (False, True) if self.choice.points > 1 else (False,)
 
-    def _upper_grid(self, best: Run) -> list[Run]:
-        return [
-            replace(best, upper_rate=rate, seed=seed)
-            for rate in self.upper_rates
-            for seed in self.development
-        ]
+    def count(self, name: str, kind: Kind) -> int:
+        """The number of runs of a method or an ablation; those that stop early are counted once."""
+        first = self._first(name, kind, self.seeds[0])
+        grids = [len(self._grid(first, axis)) for axis in ("rate", "upper_rate")]
+        tried = sum(grids) - (min(grids) > 0)  # the middle upper rate is in both
+        return len(self.seeds) * (self.choice.splits * tried + len(self.endings))
 
-    def chosen(self, store: Store, name: str, kind: Kind) -> Run:
-        """The rates of a method or an ablation, in a run."""
-        if kind == "frozen":
-            return replace(self.chosen(store, name, "method"), kind=kind, upper_rate=None)
-        best = self._best(self._grid(name, kind), store)
-        if best.upper_rate is None:
-            return best
-        return self._best(self._upper_grid(best), store)
-
-    def runs_of(self, store: Store, name: str, kind: Kind) -> list[Run]:
-        """The reported runs of a method or an ablation, one for each seed."""
-        best = replace(self.chosen(store, name, kind), development=False)
-        return [replace(best, seed=seed) for seed in self.seeds]
-
-    def _best(self, runs: Sequence[Run], store: Store) -> Run:
-        """The first run at the rates of the best finite mean score.
-
-        With one pair of rates no score is needed.
+    def chosen(self, store: Store, name: str, kind: Kind, seed: int, stopped: bool = False) -> Run:
+        """The reported run of a seed; with ``stopped`` the one that ends at its best point.
 
         Raises:
-            ProblemError: no score is finite.
+            ProblemError: no rate has a finite score.
         """
-        if len({(run.rate, run.upper_rate) for run in runs}) == 1:
-            return runs[0]
-        means = [each for each in self.means(runs, store) if isfinite(each[1])]
-        if not means:
-            raise ProblemError(
-                f"{runs[0].method}: no rate has a finite score; give lower rates or another metric"
-            )
+        run = self._rated(store, name, kind, seed, stopped)
+        if not stopped:
+            return run
         sign = -1 if self.lower_is_better else 1
-        return max(means, key=lambda each: sign * each[1])[0]
+        points = [each for each in self.curve(store, run) if isfinite(each[1])]
+        stop = max(points, key=lambda each: sign * each[1])[0]
+        return replace(run, stop=None if stop == self.passes else stop)
 
-    def means(self, runs: Sequence[Run], store: Store) -> Iterator[tuple[Run, float]]:
-        """The first run of each pair of rates, and the mean score over seeds."""
-        groups: dict[Any, list[Run]] = {}
-        for run in runs:
-            groups.setdefault((run.rate, run.upper_rate), []).append(run)
-        for group in groups.values():
-            yield group[0], fmean(store.scores(group))
+    def curve(self, store: Store, run: Run) -> list[tuple[float, float]]:
+        """The passes at each point of ``run``, and the mean score on its seed's held-out parts."""
+        name = f"eval_{self.metric}"
+        curves = [dict(store.results[each]["curve"]) for each in self._parts(run)]
+        return [
+            (point, fmean(curve.get(point, {}).get(name, nan) for curve in curves))
+            for point in self._points(self.passes)
+        ]
 
-    def at_every_rate(self, store: Store, name: str, kind: Kind) -> list[tuple[Run, float]]:
-        """The mean score at each rate that was tried."""
-        grid = self._grid(name, kind)
-        if grid and grid[0].upper_rate is not None:
-            grid = [*grid, *self._upper_grid(self._best(grid, store))]
-        tried = [run for run in dict.fromkeys(grid) if run in store.results]
-        return list(self.means(tried, store))
+    def at_every_rate(self, store: Store, name: str, kind: Kind) -> dict[Axis, dict[float, float]]:
+        """The mean held-out score of the seeds at each rate, and at each upper rate.
+
+        Upper rates are those at each seed's own rate. A grid without a choice is left out.
+        """
+        found: dict[Axis, dict[float, float]] = {}
+        runs = [self._first(name, kind, seed) for seed in self.seeds]
+        for axis in AXES:
+            for each in zip(*(self._grid(run, axis) for run in runs)):
+                mean = fmean(self.curve(store, run)[-1][1] for run in each)
+                found.setdefault(axis, {})[getattr(each[0], axis)] = mean
+            runs = [self._best(store, run, axis, False) for run in runs]
+        return found
+
+    def _first(self, name: str, kind: Kind, seed: int) -> Run:
+        """A run at the middle of both grids."""
+        upper = None
+        if kind == "method" and has_upper_level(self.methods[name]):
+            upper = self.choice.upper_rates[len(self.choice.upper_rates) // 2]
+        rate = self.choice.rates[len(self.choice.rates) // 2]
+        return Run(name, kind, seed, rate, upper, passes=self.passes)
+
+    def _grid(self, run: Run, axis: Axis) -> list[Run]:
+        """``run`` at all rates of a grid that leaves a choice."""
+        grid = self.choice.rates if axis == "rate" else self.choice.upper_rates
+        if len(grid) == 1 or getattr(run, axis) is None or run.kind == "frozen":
+            return []
+        return [replace(run, **{axis: rate}) for rate in grid]
+
+    def _best(self, store: Store, run: Run, axis: Axis, stopped: bool) -> Run:
+        """``run`` at the best rate of a grid, on its seed's held-out rows."""
+        if not (runs := self._grid(run, axis)):
+            return run
+        sign, scores = -1 if self.lower_is_better else 1, list[float]()
+        for each in runs:
+            values = [sign * score for _, score in self.curve(store, each)]
+            scores.append(max(filter(isfinite, values), default=nan) if stopped else values[-1])
+        if not any(map(isfinite, scores)):
+            raise ProblemError(
+                f"{run.method}: no rate has a finite score; give lower rates or another metric"
+            )
+        return replace(run, **{axis: peak([getattr(each, axis) for each in runs], scores)})
+
+    def _rated(self, store: Store, name: str, kind: Kind, seed: int, stopped: bool) -> Run:
+        """The run of a seed at its rates."""
+        run = self._first(name, "method" if kind == "frozen" else kind, seed)
+        for axis in AXES:
+            run = self._best(store, run, axis, stopped)
+        return replace(run, kind=kind, upper_rate=None) if kind == "frozen" else run
+
+    def _development(self, grids: Iterable[Sequence[Run]]) -> list[Run]:
+        """The development runs of all runs in ``grids``, each once."""
+        return [*dict.fromkeys(part for grid in grids for run in grid for part in self._parts(run))]
+
+    def _parts(self, run: Run) -> list[Run]:
+        """The development runs that score ``run``, one for each held-out part of its seed."""
+        one_phase = run.kind == "one level" or not has_upper_level(self.methods[run.method])
+        budgets = [*(self.contained if one_phase else ())] or [self.passes]
+        marks = tuple(sorted({point for passes in budgets for point in self._points(passes)}))
+        run = replace(run, passes=max(budgets), marks=marks)
+        return [replace(run, split=split) for split in range(self.choice.splits)]
+
+    def _points(self, passes: float) -> list[float]:
+        """Where a run of ``passes`` may end."""
+        return [passes * k / self.choice.points for k in range(1, self.choice.points + 1)]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import require_examples
@@ -19,7 +19,6 @@ class Rows:
 
     Attributes:
         train, upper, test, folds, held_out: as in `compare_methods`.
-        spare: whether folds leave a further part out, which scores the development runs alone.
         reads: the columns in which equal rows are equal, as in `split_dataset`.
         parts: the seeds, each of which scores a part of ``test`` of its own; given where the
             training is not random, so that all seeds would have one score.
@@ -30,7 +29,6 @@ class Rows:
     test: Any = None
     folds: int | None = None
     held_out: float = 0.2
-    spare: bool = True
     parts: Sequence[int] = ()
     reads: Any = None
 
@@ -51,7 +49,7 @@ class Rows:
             if not isinstance(rows, Dataset):
                 kind = type(rows).__name__
                 raise ProblemError(f"{name}: must be a datasets.Dataset, got a {kind}")
-        if self.spare and self.upper is not None and len(self.upper) < 2:
+        if self.upper is not None and len(self.upper) < 2:
             raise ProblemError(
                 "upper_dataset: one trusted row cannot both train and choose a rate; give more"
             )
@@ -71,11 +69,9 @@ class Rows:
             note = f"{count - len(rest)} of {count} test rows are training rows too, and left out"
             return replace(self, test=self.test.select(sorted(rest))), note
         require_examples("upper_dataset", self.upper)
-        most, again = len(self.upper) - self.spare, shared_rows(self.upper, self.train, self.reads)
+        most, again = len(self.upper), shared_rows(self.upper, self.train, self.reads)
         if not 2 <= self.folds <= most:
-            raise ProblemError(
-                f"folds: {self.folds} of {len(self.upper)} trusted rows; give 2 to {most}"
-            )
+            raise ProblemError(f"folds: {self.folds} of {most} trusted rows; give 2 to {most}")
         if again:
             raise ProblemError(
                 f"upper_dataset: row {min(again)} (from 0) is in train_dataset too, so that a run "
@@ -83,40 +79,29 @@ class Rows:
             )
         return self, ""
 
-    def of(self, seed: int, development: bool) -> tuple[Any, Any, Any]:
+    def of(self, seed: int, split: int | None = None) -> tuple[Any, Any, Any]:
         """The rows (lower level, trusted, scoring) of a run.
 
         Example:
             >>> trusted = Dataset.from_dict({"x": range(6)})
-            >>> rows = Rows(Dataset.from_dict({"x": [9]}), trusted, folds=3, spare=False)
-            >>> sorted(x for seed in range(3, 6) for x in rows.of(seed, False)[2]["x"])
+            >>> rows = Rows(Dataset.from_dict({"x": [9]}), trusted, folds=3)
+            >>> sorted(x for seed in range(3, 6) for x in rows.of(seed)[2]["x"])
             [0, 1, 2, 3, 4, 5]
         """
+        train, upper, test = self.train, self.upper, self.test
         if self.folds is not None:
-            return self.train, *self._fold(seed, development, self.folds)
-        if self.parts:
-            part = self.test.shard(len(self.parts), self.parts.index(seed), contiguous=False)
-            return self.train, self.upper, part
-        if not development:
-            return self.train, self.upper, self.test
-        rows = self.train if self.upper is None else self.upper
+            parts = folds_of(firsts(upper, self.reads), self.folds, seed // self.folds)
+            chosen = {*parts[seed % self.folds]}
+            test = upper.select(sorted(chosen))
+            upper = upper.select(sorted({*range(len(upper))} - chosen))
+        elif self.parts:
+            test = test.shard(len(self.parts), self.parts.index(seed), contiguous=False)
+        if split is None:
+            return train, upper, test
+        rows, number = (train if upper is None else upper), seed + 100_003 * split
         try:
-            rest, scored = split_dataset(rows, self.held_out, seed, reads=self.reads)
+            rest, scored = split_dataset(rows, self.held_out, number, reads=self.reads)
         except ProblemError:  # of a class that is too rare to be in both parts
-            parts = hold_out(rows, self.held_out, seed, "held_out", reads=self.reads)
+            parts = hold_out(rows, self.held_out, number, "held_out", reads=self.reads)
             rest, scored = map(rows.select, parts)
-        return (rest, None, scored) if self.upper is None else (self.train, rest, scored)
-
-    def _fold(self, seed: int, development: bool, folds: int) -> tuple[Any, Any]:
-        rest, others = self.upper, self.upper.select([])
-        if self.spare:
-            rest, others = _apart(rest, folds_of(firsts(rest, self.reads), folds + 1)[0])
-        if development:
-            return rest, others
-        parts = folds_of(firsts(rest, self.reads), folds, seed // folds)
-        train, fold = _apart(rest, parts[seed % folds])
-        return concatenate_datasets([train, others]), fold
-
-
-def _apart(rows: Dataset, fold: Sequence[int]) -> tuple[Dataset, Dataset]:
-    return rows.select(sorted({*range(len(rows))} - {*fold})), rows.select(fold)
+        return (rest, None, scored) if upper is None else (train, rest, scored)

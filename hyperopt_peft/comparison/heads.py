@@ -37,8 +37,21 @@ from hyperopt_peft.trainer.quiet import no_bars
 from hyperopt_peft.trainer.splits import LABELS, firsts, split_dataset
 from hyperopt_peft.trainer.tags import INDEX, numbered
 
-#: The steps of an upper level, the rate of its Adam, and the solver of its hypergradient.
-STEPS, RATE, SOLVER = 15, 0.6, "cg:steps=30"
+#: The solver of the upper level's hypergradient.
+SOLVER = "cg:steps=30"
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """How a comparison trains heads.
+
+    Args:
+        upper_steps: the steps of Adam of an upper level.
+        upper_rate: their rate.
+    """
+
+    upper_steps: int = 15
+    upper_rate: float = 0.6
 
 
 @dataclass
@@ -69,7 +82,7 @@ class HeadTask(Task):
         Raises:
             ProblemError: the method changes an adapter, which a head lacks; as the method.
         """
-        peak, test = peak_memory(), self.data.of(run.seed, run.development)[2]
+        peak, test = peak_memory(), self.data.of(run.seed, run.split)[2]
         scored, parts = run, self.data.parts
         if parts:  # of the test rows; the head is the same
             run = replace(run, seed=parts[0])
@@ -80,12 +93,12 @@ class HeadTask(Task):
         metrics = self.evaluate(model, test)
         self.require_metric(metrics)
         more = {"seconds": seconds, "memory": peak(), "steps": [], "spent": {}}
-        return self.line(scored, metrics, passes=0.0, **more)
+        return self.line(scored, metrics, **more)
 
     def solve(self, run: Run) -> Any:
         """The head of ``run``; its method is called in the order of a trainer."""
         set_seed(run.seed)
-        train, upper, _ = self.data.of(run.seed, run.development)
+        train, upper, _ = self.data.of(run.seed, run.split)
         method = self.method_of(run)
         bilevel = has_upper_level(method)
         if INDEX in method.tags:
@@ -108,7 +121,13 @@ class HeadTask(Task):
             raise ProblemError(text) from error
         if bilevel:
             if run.kind == "method":
-                _search(method, model, batch(rows), batch(upper), run.upper_rate or RATE)
+                _search(
+                    method,
+                    model,
+                    batch(rows),
+                    batch(upper),
+                    run.upper_rate or HeadSettings.upper_rate,
+                )
             model = method.finish(model)
             rows = method.all_rows(train, upper)
             method.read_rows(model, rows, read)
@@ -201,4 +220,6 @@ def _search(method: Method, model: Any, below: Any, above: Any, rate: float) -> 
     upper.batches = DataStream([above], upper.name)
     upper.optimizer = Adam(upper.variables, rate)
     upper.optimizer.register_step_post_hook(method.project)
-    Engine(upper, lower, SOLVER, lower_steps="minimum", progress=False).run(STEPS)
+    Engine(upper, lower, SOLVER, lower_steps="minimum", progress=False).run(
+        HeadSettings.upper_steps
+    )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import pairwise
 from operator import methodcaller
 from pathlib import Path
@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 
 import pandas  # type: ignore[import-untyped]
 
-from hyperopt_peft.comparison.choice import Plan
+from hyperopt_peft.comparison.choice import AXES, Plan
 from hyperopt_peft.comparison.store import Result, Store
-from hyperopt_peft.comparison.task import ABLATIONS, Kind, Run
+from hyperopt_peft.comparison.task import ABLATIONS, Kind
+from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.method import has_upper_level
 from hyperopt_peft.utils.plots import intervals
 from hyperopt_peft.utils.tables import aligned
@@ -55,19 +56,19 @@ class Comparison:
     Attributes:
         plan: the methods, rates and seeds.
         store: the finished runs.
-        metric: the name of the score.
-        passes: the budget of each run; 0 of heads, which are solved.
         note: a remark on the rows, or nothing.
         scored: the number of test rows, or of rows divided into folds; 0 if unknown.
 
     Example:
         >>> from hyperopt_peft.problems import DoRA, LoRA
-        >>> plan = Plan({"LoRA": LoRA(), "DoRA": DoRA()}, [1e-3], [1e-3], [100], [0, 1], False)
-        >>> store = Store(None, {})
+        >>> from hyperopt_peft.comparison.choice import Choice
+        >>> methods, choice = {"LoRA": LoRA(), "DoRA": DoRA()}, Choice([1e-3], [1e-2])
+        >>> plan, store = Plan(methods, choice, [0, 1], "accuracy", False, 300), Store(None, {})
         >>> for name, scores in {"LoRA": [0.80, 0.79], "DoRA": [0.82, 0.80]}.items():
-        ...     for run, score in zip(plan.runs_of(store, name, "method"), scores):
-        ...         store.add({**vars(run), "score": score})
-        >>> print(Comparison(plan, store, "accuracy", passes=300).recommendation())
+        ...     for seed, score in enumerate(scores):
+        ...         run = plan.chosen(store, name, "method", seed)
+        ...         store.add({**vars(run), "metrics": {"eval_accuracy": score}})
+        >>> print(Comparison(plan, store).recommendation())
         DoRA is recommended: its mean accuracy, 81.0 points, is the highest of 2; no significant \
 difference between DoRA and LoRA in accuracy (+1.5 ± 6.4 points); minimum detectable difference \
 with 2 seeds (80 % power): 8.2 points
@@ -75,22 +76,44 @@ with 2 seeds (80 % power): 8.2 points
 
     plan: Plan
     store: Store
-    metric: str
-    passes: float
     note: str = ""
     scored: int = 0
     #: The repetitions by which differences are paired.
     unit: ClassVar[str] = "seeds"
 
-    def scores(self, name: str, kind: Kind = "method") -> list[float]:
-        """The score of each reported seed."""
-        return [result["score"] for result in self.reported[name, kind]]
+    @property
+    def metric(self) -> str:
+        """The name of the score."""
+        return self.plan.metric
 
-    @cached_property
-    def reported(self) -> dict[Candidate, list[Result]]:
-        """The reported runs of each method and ablation."""
-        runs = {each: self.plan.runs_of(self.store, *each) for each in self.plan.candidates()}
-        return {each: [self.store.results[run] for run in of] for each, of in runs.items()}
+    @property
+    def passes(self) -> float:
+        """The budget of each run; 0 of heads, which are solved."""
+        return self.plan.passes
+
+    def scores(self, name: str, kind: Kind = "method", stopped: bool = False) -> list[float]:
+        """The score of each seed at the end of its run, or where it was best on held-out rows."""
+        name_of = f"eval_{self.metric}"
+        runs = self.reported(name, kind, stopped)
+        return [each["metrics"].get(name_of, math.nan) for each in runs]
+
+    def reported(self, name: str, kind: Kind = "method", stopped: bool = False) -> list[Result]:
+        """The reported runs of a method or an ablation, one for each seed."""
+        chosen = (
+            self.plan.chosen(self.store, name, kind, seed, stopped) for seed in self.plan.seeds
+        )
+        return [self.store.results[run] for run in chosen]
+
+    def require_finite(self) -> None:
+        """Raise ProblemError where a reported run has no finite score."""
+        for name, kind in self.plan.candidates():
+            for seed, score in zip(self.plan.seeds, self.scores(name, kind), strict=True):
+                if not math.isfinite(score):
+                    raise ProblemError(
+                        f"{self.plan.chosen(self.store, name, kind, seed)}: the score is "
+                        f"{score:g}, by a loss or a metric that is not finite; give lower rates or "
+                        "another metric"
+                    )
 
     @cached_property
     def in_points(self) -> bool:
@@ -171,9 +194,10 @@ with 2 seeds (80 % power): 8.2 points
         """The scores: heads, then a row for each method and each ablation."""
         spent = ["rate", "upper rate", "passes"] if self.passes else []
         rows = [["method", self._score, f"− {self.first}", *spent, "seconds", "MB"]]
-        for (name, kind), results in self.reported.items():
-            passes = fmean(sum(r["spent"].values()) for r in results)
-            spent = [*_rates(*results), f"{passes:.1f}"] if self.passes else []
+        for name, kind in self.plan.candidates():
+            results = self.reported(name, kind)
+            passes = f"{fmean(sum(r['spent'].values()) for r in results):.1f}"
+            spent = [*(_several(r[x] for r in results) for x in AXES), passes] * bool(self.passes)
             price = f"{fmean(r['seconds'] for r in results):.1f}"
             memory = f"{max(r['memory'] for r in results):.0f}"
             cells = [self._shown(self.scores(name, kind)), self._gap(name, kind), *spent]
@@ -196,16 +220,19 @@ with 2 seeds (80 % power): 8.2 points
         return rows
 
     def rates(self) -> list[Row]:
-        """The mean held-out score at each rate, and the number of seeds whose rate is nearest."""
+        """The mean held-out score at each rate, and the number of seeds whose rate is nearest.
+
+        Without a rate, it is that at each seed's own rate.
+        """
         rows = [["method", "rate", "upper rate", self._score, "seeds"]]
         for name, kind in self.plan.candidates():
-            tried = dict(self.plan.at_every_rate(self.store, name, kind))
-            near = [
-                min(tried, key=partial(_distance, r)) for r in self.reported[name, kind] if tried
-            ]
-            for run, score in tried.items():
-                cells = [*_rates(vars(run)), self._shown([score]), str(near.count(run))]
-                rows.append([name + ABLATIONS[kind], *cells])
+            for axis, grid in self.plan.at_every_rate(self.store, name, kind).items():
+                chosen = [run[axis] for run in self.reported(name, kind)]
+                near = [min(grid, key=lambda x, own=own: abs(math.log(x / own))) for own in chosen]
+                for rate, score in grid.items():
+                    pair = [f"{rate:g}", ""] if axis == "rate" else ["", f"{rate:g}"]
+                    cells = [*pair, self._shown([score]), str(near.count(rate))]
+                    rows.append([name + ABLATIONS[kind], *cells])
         return rows
 
     def upper_level(self) -> list[Row]:
@@ -222,7 +249,7 @@ with 2 seeds (80 % power): 8.2 points
 
     def _upper(self, name: str) -> dict[str, float]:
         """Means over seeds of what a method's upper level did, of the entries that are finite."""
-        entries = [result.get("upper") or {} for result in self.reported[name, "method"]]
+        entries = [result.get("upper") or {} for result in self.reported(name)]
         means = pandas.DataFrame(entries, dtype=float).replace(math.inf, math.nan).mean()
         return dict(means.dropna())
 
@@ -258,31 +285,30 @@ with 2 seeds (80 % power): 8.2 points
 
     def _edges(self) -> Iterator[str]:
         """Rates without a finite score, and chosen rates at an end of their grid."""
-        grids = {"rate": self.plan.rates, "upper_rate": self.plan.upper_rates}
         for name, kind in self.plan.candidates():
-            title, results = name + ABLATIONS[kind], self.reported[name, kind]
-            for run, score in self.plan.at_every_rate(self.store, name, kind):
-                if not math.isfinite(score):
-                    rates = " and upper rate ".join(filter(None, _rates(vars(run))))
-                    text = f"at the rate {rates} a score is not finite, which counts as the worst"
-                    yield f"{title}: {text}"
-            for key, grid in grids.items() if kind != "frozen" else ():
-                ends, word = (min(grid), max(grid)), key.replace("_", " ")
-                count = sum(any(math.isclose(r[key] or 0, end) for end in ends) for r in results)
-                if len(grid) > 1 and 2 * count > len(results):
-                    text = f"{count} of {len(results)} seeds chose a {word} at an end of the grid"
-                    yield f"{title}: {text}, {_rates(*results)[key != 'rate']}; give further ones"
+            for axis, grid in self.plan.at_every_rate(self.store, name, kind).items():
+                title, word = name + ABLATIONS[kind], axis.replace("_", " ")
+                for rate, score in grid.items():
+                    if not math.isfinite(score):
+                        text = "a score is not finite, which counts as the worst"
+                        yield f"{title}: at the {word} {rate:g} {text}"
+                chosen = [run[axis] for run in self.reported(name, kind)]
+                ends = [x for x in chosen if not min(grid) * 1.001 < x < max(grid) * 0.999]
+                if 2 * len(ends) > len(chosen):
+                    text = f"seeds chose a {word} at an end of the grid, {_several(ends)}"
+                    yield f"{title}: {len(ends)} of {len(chosen)} {text}; give further ones"
 
     def remarks(self) -> list[str]:
         """Remarks on rates, rows and runs."""
-        lines, layers = [*filter(None, [self.note, *self._edges()])], dict[str, list[str]]()
+        lines = [*filter(None, [self.note, self.store.remark(), *self._edges()])]
+        layers: dict[str, list[str]] = {}
         for name, method in self.plan.methods.items():
             if method.absorbed:
                 lines.append(
                     f"{name}: a lower level at its minimum absorbs the upper variables; what moves "
                     "them is the path to it or the decay of an optimizer"
                 )
-            if text := self.reported[name, "method"][0]["layers"]:
+            if text := self.reported(name)[0]["layers"]:
                 layers.setdefault(text, []).append(name)
         alike = len(layers) == 1
         return lines + [k if alike else f"{', '.join(names)}: {k}" for k, names in layers.items()]
@@ -290,7 +316,8 @@ with 2 seeds (80 % power): 8.2 points
     def spent(self) -> list[Row]:
         """The passes of each method, by use; means over seeds."""
         rows: list[Row] = []
-        for (name, kind), results in self.reported.items():
+        for name, kind in self.plan.candidates():
+            results = self.reported(name, kind)
             means = {key: fmean(r["spent"][key] for r in results) for key in results[0]["spent"]}
             rows = rows or [["method", *means]]
             rows.append([name + ABLATIONS[kind], *(f"{x:.1f}" for x in means.values())])
@@ -306,7 +333,7 @@ with 2 seeds (80 % power): 8.2 points
 
     def heading(self) -> str:
         """The score, the rows, the budget, the intervals and the level of significance."""
-        folds, tested = self.store.settings.get("folds"), f"{self.scored:,} " if self.scored else ""
+        folds, tested = self.store.shared.get("folds"), f"{self.scored:,} " if self.scored else ""
         rows = f"folds of the {tested}trusted rows" if folds else f"the {tested}test rows"
         better = " (lower is better)" if self.plan.lower_is_better else ""
         passes = f"{self.passes:g} passes a run" if self.passes else "heads at their minimum"
@@ -322,7 +349,7 @@ with 2 seeds (80 % power): 8.2 points
 
     def _repetitions(self) -> str:
         """What the intervals are over."""
-        if self.store.settings.get("folds"):
+        if self.store.shared.get("folds"):
             return "folds"
         own = "each with training rows of its own, " * (not self.passes)
         return f"seeds, {own}on the same test rows"
@@ -348,7 +375,7 @@ with 2 seeds (80 % power): 8.2 points
     @property
     def versions(self) -> dict[str, str]:
         """The versions of the packages with which the runs were done."""
-        return dict(self.store.settings.get("versions") or versions())
+        return dict(self.store.shared.get("versions") or versions())
 
     def to_latex(
         self, ablations: bool = True, caption: str | None = None, label: str = "tab:comparison"
@@ -390,19 +417,9 @@ def _marked(verdict: Verdict) -> str:
     return f"{verdict}{'*' * verdict.is_significant}"
 
 
-def _rates(*runs: Mapping[str, Any]) -> Row:
-    """The rate and the upper rate of ``runs``: the median and, where they differ, the range."""
-    cells = []
-    for key in ("rate", "upper_rate"):
-        known = sorted(run[key] for run in runs if run[key] is not None)
-        text = f"{known[0]:g}" if known else ""
-        if known and known[0] != known[-1]:
-            text = f"{median(known):.2g} ({known[0]:.2g}–{known[-1]:.2g})"
-        cells.append(text)
-    return cells
-
-
-def _distance(result: Result, run: Run) -> float:
-    """Between their rates, by logarithms."""
-    pairs = (run.rate, result["rate"]), (run.upper_rate, result["upper_rate"])
-    return sum(abs(math.log(one / other)) for one, other in pairs if one and other)
+def _several(rates: Iterable[float | None]) -> str:
+    """The median and, where they differ, the range."""
+    known = sorted(rate for rate in rates if rate is not None)
+    if not known or known[0] == known[-1]:
+        return f"{known[0]:g}" if known else ""
+    return f"{median(known):.2g} ({known[0]:.2g}–{known[-1]:.2g})"

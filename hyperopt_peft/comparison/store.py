@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from hyperopt_peft.comparison.task import Run
-from hyperopt_peft.utils.validation import require_settings
+from hyperopt_peft.utils.validation import differences, shortened
 
 Result = dict[str, Any]
 #: The key of a file's first line, the settings of all of its runs.
@@ -20,47 +21,93 @@ SETTINGS = "settings"
 class Store:
     """The results of runs, in the ``runs*.jsonl`` files of a folder.
 
-    Several processes may write, each to a file of its own, and read all files. An unfinished line
-    of a killed process is skipped.
+    A run is found by what it depends on: its line has a ``key``, a hash of the settings of its
+    method, which a line before it shows. Lines with other keys remain, and are not used. Several
+    processes may write, each to a file of its own, and read all files. An unfinished line of a
+    killed process is skipped.
 
     Args:
         folder: where the files are; None keeps all in memory.
-        settings: the settings that all runs share; runs with others are refused.
+        settings: by the name of a method, all settings on which its runs depend.
         part: the name of this process's file.
 
-    Raises:
-        ProblemError: a file has runs of other settings.
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> line = {**vars(Run("LoRA", "method", 0, 1e-3)), "metrics": {"eval_accuracy": 0.8}}
+        >>> Store(folder := Path(mkdtemp()), {"LoRA": {"rows": 300}}).add(line)
+        >>> [len(Store(folder, {"LoRA": {"rows": rows}}).results) for rows in (300, 400)]
+        [1, 0]
+        >>> Store(folder, {"LoRA": {"rows": 400}}).remark()
+        '1 stored runs were made with other settings (rows: 300 → 400) and are not used'
     """
 
-    def __init__(self, folder: Path | None, settings: Mapping[str, Any], part: str = "") -> None:
+    def __init__(
+        self, folder: Path | None, settings: Mapping[str, Mapping[str, Any]], part: str = ""
+    ) -> None:
         self.settings = json.loads(json.dumps(settings, default=_plain))
         self.folder, self.results = folder, dict[Run, Result]()
         self.path = None if folder is None else folder / f"runs{part}.jsonl"
         self.reload()
 
+    @classmethod
+    def of(cls, folder: Path) -> Self:
+        """The store in ``folder`` with the settings of each method's last line."""
+        every = [entry for path in _files(folder) for entry in read_entries(path)]
+        known = {entry["key"]: entry[SETTINGS] for entry in every if SETTINGS in entry}
+        return cls(folder, {x["method"]: known[x["key"]] for x in every if SETTINGS not in x})
+
+    def key(self, method: str) -> str:
+        """The hash of the settings of ``method``."""
+        text = json.dumps(self.settings.get(method, {}), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def shared(self) -> Mapping[str, Any]:
+        """The settings of the first method, which are those of the others but for the method."""
+        return next(iter(self.settings.values()), {})
+
     def reload(self) -> None:
         """Read all that any process has written."""
-        for path in sorted(self.folder.glob("runs*.jsonl")) if self.folder else ():
-            for entry in read_entries(path):
-                if SETTINGS in entry:
-                    require_settings(str(path), entry[SETTINGS], "this comparison", self.settings)
-                else:
-                    self.results[_run_of(entry)] = entry
+        self.known, self.unused = dict[str, Any](), list[Result]()
+        names: dict[str | None, list[str]] = {}  # equal methods have one key
+        for name in self.settings:
+            names.setdefault(self.key(name), []).append(name)
+        for entry in (each for path in _files(self.folder) for each in read_entries(path)):
+            key = entry.get("key")
+            if SETTINGS in entry:
+                self.known[key] = entry[SETTINGS]
+                continue
+            for name in names.get(key, ()):
+                self.results[_run_of(entry, name)] = {**entry, "method": name}
+            if key not in names and entry["method"] in self.settings:
+                self.unused.append(entry)
 
     def add(self, result: Result) -> None:
         """Append the line of ``result`` in one write."""
-        self.results[_run_of(result)] = result
+        key = self.key(name := result["method"])
+        self.results[_run_of(result, name)] = result = {"key": key, **result}
         if self.path is not None:
-            head = [] if self.path.exists() else [{SETTINGS: self.settings}]
+            settings = self.settings.get(name, {})
+            head = [] if key in self.known else [{"key": key, SETTINGS: settings}]
+            self.known[key] = settings
             append_entries(self.path, *head, result)
+
+    def remark(self) -> str:
+        """How many runs of the methods are not used, and the settings of the last; or nothing."""
+        if not self.unused:
+            return ""
+        last = self.unused[-1]
+        saved, now = self.known.get(last.get("key"), {}), self.settings[last["method"]]
+        (name, before, after), *others = differences(saved, now)
+        more = f"; {len(others)} more differ" if others else ""
+        return (
+            f"{len(self.unused)} stored runs were made with other settings ({name}: "
+            f"{shortened(before)} → {shortened(after)}{more}) and are not used"
+        )
 
     def missing(self, runs: Iterable[Run]) -> list[Run]:
         """The runs without a result, each once."""
         return [run for run in dict.fromkeys(runs) if run not in self.results]
-
-    def scores(self, runs: Iterable[Run]) -> list[float]:
-        """The scores of ``runs``, all of which have one."""
-        return [self.results[run]["score"] for run in runs]
 
 
 def read_entries(path: Path) -> Iterator[dict[str, Any]]:
@@ -81,10 +128,17 @@ def append_entries(path: Path, *entries: Mapping[str, Any]) -> None:
         file.write(("\n" * cut + text).encode())
 
 
+def _files(folder: Path | None) -> list[Path]:
+    return sorted(folder.glob("runs*.jsonl")) if folder else []
+
+
 def _plain(value: Any) -> Any:
-    """A set in an order that is the same in every process."""
-    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
+    """A value as every process writes it: a set in order, an object without its address."""
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    return str(value if type(value).__repr__ is not object.__repr__ else type(value))
 
 
-def _run_of(entry: Mapping[str, Any]) -> Run:
-    return Run(**{each.name: entry[each.name] for each in fields(Run)})
+def _run_of(entry: Mapping[str, Any], method: str) -> Run:
+    values = {each.name: entry[each.name] for each in fields(Run)}
+    return Run(**{**values, "method": method, "marks": tuple(values["marks"])})

@@ -63,8 +63,11 @@ class Run:
         seed: of the held-out rows, the split, the start and the order.
         rate: the peak learning rate of the lower level.
         upper_rate: that of the upper level; None is that of the arguments.
-        development: whether the score is that of rows held out from the training rows, not of the
-            test rows.
+        passes: the budget, which the learning rates follow; 0 of heads, which are solved.
+        stop: the passes after which the run ends before its budget.
+        split: which held-out part of the seed's rows scores the run, which trains without it; None
+            is a reported run, which the test rows score.
+        marks: the passes after which a development run is scored, its end included.
     """
 
     method: str
@@ -72,7 +75,10 @@ class Run:
     seed: int
     rate: float
     upper_rate: float | None = None
-    development: bool = False
+    passes: float = 0.0
+    stop: float | None = None
+    split: int | None = None
+    marks: tuple[float, ...] = ()
 
     def __str__(self) -> str:
         upper = "" if self.upper_rate is None else f", upper rate {self.upper_rate:g}"
@@ -92,7 +98,6 @@ class Task:
     adapter: Any
     args: BilevelTrainingArguments
     data: Rows
-    passes: float
     metric: str
     trainer: type[BilevelTrainer] = BilevelTrainer
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -112,21 +117,21 @@ class Task:
 
     @no_bars()
     def run(self, run: Run) -> dict[str, Any]:
-        """Train and score; the entries of ``run`` with score, passes, seconds and steps.
+        """Train and score; the entries of ``run`` with metrics, passes, seconds and steps.
 
-        The score is NaN where a loss is not finite.
+        There are no metrics where a loss is not finite.
 
         Raises:
             ProblemError: the steps send no row through the model; as `BilevelTrainer`.
         """
-        return self._trained(run, Budget(self.passes))
+        return self._trained(run, Budget(run.passes, run.stop, run.marks))
 
     def _trained(self, run: Run, budget: Budget) -> dict[str, Any]:
         freeze_imports()
         begin = time.perf_counter()
         metrics: dict[str, float] = {}
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
-            trainer = self.make(run, self.data.of(run.seed, run.development), folder, budget)
+            trainer = self.make(run, self.data.of(run.seed, run.split), folder, budget)
             budget.begin(trainer, self.unit)
             before, peak = logits_of(trainer), peak_memory()
             with suppress(NonFiniteError):  # such as a rate that is too high; it has no score
@@ -134,9 +139,14 @@ class Task:
                 check_trained(trainer, run.method, before)
                 metrics = (trainer.retrainer or trainer).evaluate()
         steps = [x.state.global_step for x in (trainer, trainer.retrainer) if x is not None]
-        spent = {"passes": trainer.passes.passes, "spent": budget.spent}
-        more = {"memory": peak(), "seconds": time.perf_counter() - begin}
-        return self.line(run, metrics, steps=steps, **spent, **more)
+        spent, more = dict(budget.spent), {}
+        if run.split is not None:
+            curve = [*budget.curve, (run.passes, metrics)]
+            more["curve"] = [(mark, numbers(each)) for mark, each in curve]
+            rows = len(more["curve"]) * len(trainer.eval_dataset)
+            spent["held-out scores"] = rows / self.unit / 3  # a forward is a third of a pass
+        more |= {"memory": peak(), "seconds": time.perf_counter() - begin}
+        return self.line(run, metrics, steps=steps, spent=spent, **more)
 
     @property
     def unit(self) -> int:
@@ -164,11 +174,10 @@ class Task:
         return hashlib.sha256(f"{weights} {config}".encode()).hexdigest()
 
     def line(self, run: Run, metrics: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-        """The entries of ``run``; without ``metrics`` of its evaluation the score is NaN."""
+        """The entries of ``run``."""
         return {
             **asdict(run),
-            "score": metrics.get(f"eval_{self.metric}", math.nan),
-            "metrics": {name: x for name, x in metrics.items() if isinstance(x, float)},
+            "metrics": numbers(metrics),
             "layers": self.layers,
             **more,
         }
@@ -181,7 +190,7 @@ class Task:
             ProblemError: the metric is unknown; the method trains on test rows; as
                 `BilevelTrainer`.
         """
-        data = self.data.of(run.seed, run.development)
+        data = self.data.of(run.seed, run.split)
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
             trainer = self.make(run, data, folder)
             scored = trainer.eval_dataset  # as the trainer has prepared them
@@ -194,16 +203,16 @@ class Task:
                     f"{run.method}: trains on {len(common)} of {len(data[2])} test rows; let rows "
                     "and all_rows return rows of train_dataset alone"
                 )
-        return predicted_steps(trainer, self.passes, self.unit)
+        return predicted_steps(trainer, run.passes, self.unit)
 
     def seconds(self, run: Run, steps: Sequence[int]) -> float:
         """The time of `run` with about ``steps``, by a run of about two cycles."""
         every = self.args.with_defaults(self.methods[run.method].defaults).lower_steps
-        passes = self.passes * min(1.0, 2.5 * every / max(1, steps[0]))
-        short = replace(self, passes=max(passes, min(self.passes, 6.0)))
-        short.run(run)  # fills the store of frozen layers
-        result = short._trained(run, budget := Budget(short.passes))
-        self.layers, more = short.layers, self.passes - result["passes"]
+        passes = run.passes * min(1.0, 2.5 * every / max(1, steps[0]))
+        short = replace(run, passes=max(passes, min(run.passes, 6.0)))
+        self.run(short)  # fills the store of frozen layers
+        result = self._trained(short, budget := Budget(short.passes))
+        more = run.passes - sum(result["spent"].values())
         return float(result["seconds"] + more * budget.seconds / (budget.timed or math.inf))
 
     def require_metric(self, metrics: Mapping[str, Any]) -> None:
@@ -226,7 +235,7 @@ class Task:
         method.defaults = {}
         changes = {**QUIET, **FIXED, "output_dir": folder, "disable_tqdm": True, "seed": run.seed}
         changes |= {"data_seed": None, "learning_rate": run.rate}
-        changes["max_steps"] = steps = max(2, math.ceil(self.passes)) * self.unit  # a row at least
+        changes["max_steps"] = steps = max(2, math.ceil(run.passes)) * self.unit  # a row at least
         changes["retrain_arguments"] = {**without_sizes(args), "max_steps": steps}
         upper_rate = 0.0 if run.kind == "frozen" else run.upper_rate
         if upper_rate is not None:
@@ -252,6 +261,12 @@ class Task:
             trainer.add_callback(Projects(method))
         self.layers = compute_once(trainer, dropout=self.frozen_dropout)
         return trainer
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The scores in ``metrics``; without times."""
+    times = "eval_runtime", "_per_second"
+    return {k: x for k, x in metrics.items() if k.startswith("eval_") and not k.endswith(times)}
 
 
 @functools.cache

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from dataclasses import replace
 from statistics import fmean
 
-from hyperopt_peft.comparison.result import Candidate, Comparison, Row
+from hyperopt_peft.comparison.result import Comparison, Row
 from hyperopt_peft.comparison.store import Result, Store
 from hyperopt_peft.comparison.task import ABLATIONS, Kind
 from hyperopt_peft.errors import ProblemError
@@ -27,15 +27,16 @@ class AcrossTasks(Comparison):
             or a score that is better the other way round, on one of them.
 
     Example:
-        >>> from hyperopt_peft.comparison.choice import Plan
-        >>> from hyperopt_peft.comparison.task import Run
+        >>> from hyperopt_peft.comparison.choice import Choice, Plan
         >>> from hyperopt_peft.problems import DoRA, LoRA
-        >>> plan = Plan({"LoRA": LoRA(), "DoRA": DoRA()}, [1e-3], [1e-3], [100], [0], False)
+        >>> methods, choice = {"LoRA": LoRA(), "DoRA": DoRA()}, Choice([1e-3], [1e-2])
+        >>> plan = Plan(methods, choice, [0], "accuracy", False, passes=300)
         >>> def made_up(lora, dora):
         ...     store = Store(None, {})
         ...     for name, score in {"LoRA": lora, "DoRA": dora}.items():
-        ...         store.add({**vars(Run(name, "method", 0, 1e-3)), "score": score})
-        ...     return Comparison(plan, store, "accuracy", passes=300)
+        ...         run = plan.chosen(store, name, "method", 0)
+        ...         store.add({**vars(run), "metrics": {"eval_accuracy": score}})
+        ...     return Comparison(plan, store)
         >>> joined = AcrossTasks({"questions": made_up(0.8, 0.82), "tweets": made_up(0.7, 0.71)})
         >>> joined.table()[2]
         ['DoRA', '82.0', '71.0', '76.5', '+1.5 ± 6.4']
@@ -58,18 +59,17 @@ class AcrossTasks(Comparison):
                 )
         metrics = dict.fromkeys(each.metric for each in comparisons.values())
         store = Store(None, first.store.settings)
-        super().__init__(first.plan, store, " or ".join(metrics), first.passes)
+        super().__init__(replace(first.plan, metric=" or ".join(metrics)), store)
         self.comparisons = dict(comparisons)
 
-    def scores(self, name: str, kind: Kind = "method") -> list[float]:
+    def scores(self, name: str, kind: Kind = "method", stopped: bool = False) -> list[float]:
         """The mean score over seeds, for each task."""
-        return [fmean(each.scores(name, kind)) for each in self.comparisons.values()]
+        return [fmean(each.scores(name, kind, stopped)) for each in self.comparisons.values()]
 
-    @cached_property
-    def reported(self) -> dict[Candidate, list[Result]]:
-        """The reported runs of each method and ablation on all tasks."""
-        every = [each.reported for each in self.comparisons.values()]
-        return {pair: [r for runs in every for r in runs[pair]] for pair in every[0]}
+    def reported(self, name: str, kind: Kind = "method", stopped: bool = False) -> list[Result]:
+        """The reported runs of all tasks."""
+        every = self.comparisons.values()
+        return [run for each in every for run in each.reported(name, kind, stopped)]
 
     def table(self) -> list[Row]:
         """The mean score on each task, the mean over tasks and the difference to the first."""

@@ -65,16 +65,17 @@ class Work:
         Raises:
             ProblemError: a phase has too few steps to train an adapter; as `Task.check`.
         """
-        rate, steps = max(self.plan.rates), dict[Run, list[int]]()
+        rates, steps = self.plan.choice.rates, dict[Run, list[int]]()
+        rate = max(rates)
         for name, kind in self.plan.candidates():
-            run = Run(name, kind, self.plan.seeds[0], min(self.plan.rates))
+            run = Run(name, kind, self.plan.seeds[0], min(rates), passes=self.plan.passes)
             if kind != "frozen":  # which has the steps of its method, the one before
                 each = self.task.check(run)
             steps[run] = each
             least = LEARNS if "adam" in self.task.args.optim else rate
             if each and min(each) * rate < least:
                 raise ProblemError(
-                    f"passes: {self.task.passes:g} leave {name} a phase of {min(each)} steps, "
+                    f"passes: {self.plan.passes:g} leave {name} a phase of {min(each)} steps, "
                     f"which hardly train an adapter at a rate of {rate:g}; give more passes or "
                     "higher rates"
                 )
@@ -88,7 +89,7 @@ class Work:
             runs = self.plan.count(run.method, run.kind)
             minutes = runs * self.task.seconds(run, steps) / 60
             total += minutes
-            cells = " + ".join(map(str, steps)), f"{self.task.passes:.0f}"
+            cells = " + ".join(map(str, steps)), f"{self.plan.passes:.0f}"
             rows.append([run.method + ABLATIONS[run.kind], str(runs), *cells, f"{minutes:.1f}"])
         whole = f"together about {total / self.jobs:.0f} minutes as measured now"
         return "\n".join([aligned(rows), whole, self.task.layers])

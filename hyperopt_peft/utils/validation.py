@@ -170,28 +170,34 @@ def require_settings(
     The message has the name and both values of the first difference, at any depth of lists and
     mappings, and the number of other differences.
     """
-    if differences := list(_differences("", saved, current)):
-        (name, before, after), *others = differences
+    if found := list(differences(saved, current)):
+        (name, before, after), *others = found
         more = f" ({len(others)} more settings differ)" if others else ""
         raise ProblemError(
-            f"{name}: {old} was made with {_short(before)}, {new} has {_short(after)}{more}; "
+            f"{name}: {old} was made with {shortened(before)}, {new} has {shortened(after)}{more}; "
             "resume with the same settings, or start a new run"
         )
 
 
-def _differences(name: str, saved: Any, current: Any) -> Iterator[tuple[str, Any, Any]]:
-    """The entries in which two nested mappings or lists differ, with both values."""
+def differences(saved: Any, current: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The entries in which two nested mappings or lists differ, each with its name and both values.
+
+    Example:
+        >>> [*differences({"rates": [1, 2], "seed": 0}, {"rates": [1, 3], "seed": 0})]
+        [('rates[1]', 2, 3)]
+    """
     if isinstance(saved, Mapping) and isinstance(current, Mapping):
         for key in {**current, **saved}:
             inner = f"{name}.{key}" if name else str(key)
-            yield from _differences(inner, saved.get(key), current.get(key))
+            yield from differences(saved.get(key), current.get(key), inner)
     elif isinstance(saved, list) and isinstance(current, list) and len(saved) == len(current):
         for position, (before, after) in enumerate(zip(saved, current)):
-            yield from _differences(f"{name}[{position}]", before, after)
+            yield from differences(before, after, f"{name}[{position}]")
     elif saved != current:
         yield name, saved, current
 
 
-def _short(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """The text of ``value``, of at most 100 characters."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."

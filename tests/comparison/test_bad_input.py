@@ -153,14 +153,10 @@ def test_a_loss_that_is_refused_at_its_first_step_is_refused_early(
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_store_is_of_one_budget_one_score_and_one_model(tmp_path: Path) -> None:
-    compared(ONE, folder=tmp_path)
-    for name, other in {"passes": 20, "compute_metrics": undefined}.items():
-        with pytest.raises(ProblemError, match=name):
-            compared(ONE, folder=tmp_path, **{name: other})
+def test_a_comparison_is_of_one_model(tmp_path: Path) -> None:
     model, (_, *others) = base_model(), parts_of("classes")
     rows = {"train_dataset": data(rows=30), "test_dataset": TEST, "passes": 12}
-    for folder in (None, tmp_path / "2"):
+    for folder in (None, tmp_path):
         with pytest.raises(ProblemError, match="base_model: returns one model again"):
             compare_methods(ONE, lambda: model, *others, folder=folder, **rows)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import statistics
@@ -27,20 +26,18 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from hyperopt_peft import ProblemError
 from hyperopt_peft.comparison import Comparison
 from hyperopt_peft.comparison.budget import Budget
-from hyperopt_peft.comparison.store import Store
+from hyperopt_peft.comparison.store import SETTINGS, Store, read_entries
 from tests.support.comparisons import METHODS, TITLES, compared
 
 
 def lines(folder: Path) -> dict[str, Any]:
     """The stored scores and passes by what distinguishes a run."""
     found = {}
+    names = ("method", "kind", "seed", "rate", "upper_rate", "development")
     for path in folder.glob("runs*.jsonl"):
-        for line in path.read_text().splitlines()[1:]:
-            if line.startswith('{"unfinished'):
-                continue
-            entry = json.loads(line)
-            names = ("method", "kind", "seed", "rate", "upper_rate", "development")
-            found[str([entry[name] for name in names])] = entry["score"], entry["passes"]
+        for entry in read_entries(path):
+            if SETTINGS not in entry:
+                found[str([entry[name] for name in names])] = entry["score"], entry["passes"]
     return found
 
 

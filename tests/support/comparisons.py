@@ -8,7 +8,7 @@ from typing import Any
 from peft import LoraConfig
 
 from hyperopt_peft import BiDoRA, BilevelTrainingArguments
-from hyperopt_peft.comparison import Comparison, compare_methods
+from hyperopt_peft.comparison import Choice, Comparison, Runs, compare_methods
 from hyperopt_peft.problems import LoRA
 from tests.support.trainers import TASKS, base_model, data
 
@@ -22,10 +22,8 @@ ARGUMENTS |= {"per_device_train_batch_size": 4}
 SHORT: dict[str, Any] = {
     "passes": 12,
     "seeds": [0, 1],
-    "development": [100],
-    "rates": (6e-2,),
-    "upper_rates": (1e-2,),
-    "progress": False,
+    "choice": Choice([6e-2], [1e-2]),
+    "runs": Runs(progress=False),
 }
 
 

@@ -1,0 +1,140 @@
+"""A run is stored by what it depends on: its own method, and what all methods share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hyperopt_peft.comparison.identity import code_of
+from hyperopt_peft.comparison.store import Store
+from hyperopt_peft.comparison.task import Run, Task
+from hyperopt_peft.utils.plugins import import_file
+from tests.support.comparisons import compared
+
+#: Four methods of a file, two of which have something of a second file.
+METHODS = """
+from dataclasses import dataclass
+from store_helper import SCALE, Base
+from hyperopt_peft import Method
+
+FACTOR = 1.0
+
+class One(Method):
+    pass
+
+@dataclass
+class Two(Method):
+    factor: float = 2.0
+    def lower_loss(self, model, batch, task_loss):
+        return self.factor * task_loss(batch)
+
+class Three(Base):
+    pass
+
+class Four(Method):
+    def lower_loss(self, model, batch, task_loss):
+        return scaled(task_loss(batch))
+
+def scaled(loss):
+    return loss * FACTOR * SCALE
+"""
+HELPER = """
+from hyperopt_peft import Method
+
+SCALE = 1.0
+
+class Base(Method):
+    defaults = {"weight_decay": 0.1}
+"""
+NAMES = ("One", "Two", "Three", "Four")
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A function that writes both files, each with changes, and imports them anew."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def written(**changes: str) -> dict[str, Any]:
+        for name, text in {"store_helper.py": HELPER, "store_methods.py": METHODS}.items():
+            for old, new in changes.items():
+                text = text.replace(old, new)
+            (tmp_path / name).write_text(text)
+            for module in (str(tmp_path / name), "store_helper"):
+                sys.modules.pop(module, None)
+        module = import_file(str(tmp_path / "store_methods.py"), "method")
+        return {name: getattr(module, name)() for name in NAMES}
+
+    yield written
+    sys.modules.pop("store_helper", None)
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The methods of the runs, which are made up."""
+    names: list[str] = []
+
+    def run(self: Task, run: Run) -> dict[str, Any]:
+        names.append(run.method)
+        metrics = {"eval_accuracy": 0.5 + 0.1 * run.seed, "eval_loss": 1.0}
+        return self.line(run, metrics, passes=12.0, spent={}, seconds=1.0, memory=1.0, steps=[12])
+
+    monkeypatch.setattr(Task, "run", run)
+    monkeypatch.setattr(Task, "check", lambda *_: [12])
+    return names
+
+
+def new_of(done: list[str], methods: Any, folder: Path, **options: Any) -> list[str]:
+    """The methods that have new runs."""
+    done.clear()
+    compared(methods, folder=folder, **options)
+    return sorted({*done}, key=[*methods].index)
+
+
+def test_after_editing_a_method_only_its_runs_are_new(
+    tmp_path: Path, files: Any, done: list[str]
+) -> None:
+    assert new_of(done, files(), tmp_path) == [*NAMES]
+    for change, of in {
+        ("2.0", "3.0"): ["Two"],
+        ("factor", "size"): ["Two"],  # an option with another name
+        ("0.1", "0.2"): ["Three"],  # the base class, in another file
+        ("FACTOR = 1", "FACTOR = 2"): ["Four"],  # a constant that its helper reads
+        ("SCALE = 1", "SCALE = 2"): ["Four"],  # one of another file
+        ("class One", "# a remark\nclass One"): [],
+    }.items():
+        assert new_of(done, files(**dict([change])), tmp_path) == of
+        assert not new_of(done, files(), tmp_path)  # the version before
+    dropped = {name: files()[name] for name in ("One", "Three")}
+    assert not new_of(done, dropped, tmp_path)
+    methods = files()
+    assert not new_of(done, {**dropped, "Five": methods["One"]}, tmp_path)  # another name
+    assert new_of(done, {**methods, "Six": type(methods["Two"])(4.0)}, tmp_path) == ["Six"]
+
+
+def test_other_settings_reuse_nothing_and_are_remarked(
+    tmp_path: Path, files: Any, done: list[str]
+) -> None:
+    compared(methods := files(), folder=tmp_path)
+    done.clear()
+    comparison = compared(methods, folder=tmp_path, arguments={"lr_scheduler_type": "constant"})
+    remark = "8 stored runs were made with other settings (args.lr_scheduler_type: 'linear' → "
+    assert len(done) == 8 and remark in str(comparison)
+    store = Store.of(tmp_path)  # of the newest runs
+    assert store.shared["args"]["lr_scheduler_type"] == "constant"
+    assert len(store.results) == 8 == len(store.unused)
+
+
+def test_the_code_of_a_function_within_a_function_is_its_own() -> None:
+    def first(x: Any) -> Any:
+        return x
+
+    before = code_of(first)
+
+    def first(x: Any) -> Any:  # type: ignore[no-redef]
+        return -x
+
+    assert before != code_of(first) and code_of(len) == "builtins.len"
