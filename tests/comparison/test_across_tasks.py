@@ -13,32 +13,37 @@ from scipy.stats import t
 
 from hyperopt_peft import BiDoRA, ProblemError
 from hyperopt_peft.comparison import AcrossTasks, Comparison
-from hyperopt_peft.comparison.choice import Plan
+from hyperopt_peft.comparison.choice import Choice, Plan
+from hyperopt_peft.comparison.result import Candidate
 from hyperopt_peft.comparison.store import Store
-from hyperopt_peft.comparison.task import Kind, Run
 from hyperopt_peft.problems import LoRA
 from hyperopt_peft.utils.verdict import Verdict
 
-PAIRS: tuple[tuple[str, Kind], ...] = (
+PAIRS: tuple[Candidate, ...] = (
     *(("LoRA", "method"), ("BiDoRA", "method")),
     *(("BiDoRA", "frozen"), ("BiDoRA", "one level")),
 )
 
 
 def made_up(
-    means: Mapping[tuple[str, Kind], float], metric: str = "accuracy", **settings: Any
+    means: Mapping[Candidate, float],
+    metric: str = "accuracy",
+    *,
+    methods: Any = None,
+    passes: float = 300.0,
+    layers: str = "",
 ) -> Comparison:
     """Two seeds, .1 above and below the mean of each candidate."""
-    methods = settings.pop("methods", {"LoRA": LoRA(), "BiDoRA": BiDoRA()})
-    store, lower = Store(None, {}), metric == "loss"
-    for (name, kind), mean in means.items():
-        upper = 1e-2 if (name, kind) == ("BiDoRA", "method") else None
+    lower, choice = metric == "loss", Choice([1e-3], [1e-2])
+    methods = methods or {"LoRA": LoRA(), "BiDoRA": BiDoRA()}
+    plan, store = Plan(methods, choice, [0, 1], metric, lower, passes), Store(None, {})
+    for name, kind in plan.candidates():
+        mean = means[name, kind]
         for seed, score in enumerate((mean - 0.1, mean + 0.1)):
-            run = Run(name, kind, seed, 1e-3, upper)
-            more = {"layers": settings.get("layers", ""), "spent": {"steps": 3.0}}
-            store.add({**asdict(run), "score": score, **more})
-    plan = Plan(methods, [1e-3], [1e-2], [100], [0, 1], lower)
-    return Comparison(plan, store, metric, settings.get("passes", 300.0))
+            run = plan.chosen(store, name, kind, seed)
+            more = {"layers": layers, "spent": {"steps": 3.0}}
+            store.add({**asdict(run), "metrics": {f"eval_{metric}": score}, **more})
+    return Comparison(plan, store)
 
 
 def three(*scores: tuple[float, ...]) -> AcrossTasks:
@@ -67,7 +72,7 @@ def test_differences_are_paired_by_task(tmp_path: Path) -> None:
     assert f"with 3 tasks (80 % power): {100 * least:.1f} points" in apart.sentences()[0]
     joined.comparisons["c_1"] = joined.comparisons.pop("c")
     latex = joined.to_latex()
-    assert latex.count(r"\\") == 6 and r"c\_1 &" in latex and "±" not in latex
+    assert latex.count(r"\\") == 8 and r"c\_1 &" in latex and "±" not in latex
     assert rf"+11.0 $\pm$ {100 * half:.1f}$^*$ \\" in latex and r"& $-$ LoRA \\" in latex
     joined.comparisons["c"] = joined.comparisons.pop("c_1")
     joined.plot(tmp_path / "gaps.png")
@@ -98,7 +103,7 @@ def test_lower_losses_are_better_and_a_remark_names_its_tasks() -> None:
     assert "a, c: none is frozen" in text and "b: five are frozen" in text
 
 
-SCORES: dict[tuple[str, Kind], float] = dict.fromkeys(PAIRS, 0.5)
+SCORES: dict[Candidate, float] = dict.fromkeys(PAIRS, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,7 @@ from datasets import Dataset
 from sklearn.model_selection import KFold
 
 from hyperopt_peft import Method
-from hyperopt_peft.comparison.choice import Plan
 from hyperopt_peft.comparison.folds import Rows
-from hyperopt_peft.comparison.result import Comparison
-from hyperopt_peft.comparison.store import Store
-from hyperopt_peft.comparison.task import Run
 from hyperopt_peft.problems import LoRA
 from hyperopt_peft.trainer.splits import folds_of
 from tests.support.comparisons import compared
@@ -91,21 +87,3 @@ def test_no_run_trains_on_the_rows_that_score_it() -> None:
     left_out = {frozenset(all_rows - seen) for seen in SEEN}
     assert len(left_out) == 3 and all(len(rows) == 3 for rows in left_out)
     assert frozenset.union(*left_out) == all_rows
-
-
-def test_a_recommendation_has_its_numbers() -> None:
-    """The best mean, and the paired difference of the next one with its interval."""
-    scores = {"far": [0.5, 0.3, 0.4], "near": [0.30, 0.30, 0.36], "best": [0.29, 0.32, 0.31]}
-    store = Store(None, {})
-    for name, values in scores.items():
-        for seed, score in enumerate(values):
-            store.add({**vars(Run(name, "method", seed, 0.0)), "score": score})
-    methods = {name: LoRA() for name in scores}
-    for lower, first, numbers in (
-        (True, "best", "0.307 near −0.0133 ± 0.0872"),
-        (False, "far", ""),
-    ):
-        plan = Plan(methods, (0.0,), (0.0,), [100], [0, 1, 2], lower)
-        text = Comparison(plan, store, "loss", 0).recommendation()
-        assert text.startswith(f"{first} is recommended")
-        assert all(each in text for each in numbers.split())
