@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -129,7 +129,7 @@ with 2 seeds (80 % power): 8.2 points
         lower = self.plan.lower_is_better
         sign, word = (1, "lowest") if lower else (-1, "highest")
         best, *rest = sorted(self.plan.methods, key=lambda name: sign * fmean(self.scores(name)))
-        mean = self._shown([fmean(self.scores(best))]) + " points" * self.in_points
+        mean = self.shown([fmean(self.scores(best))]) + " points" * self.in_points
         text = (
             f"{best} is recommended: its mean {self.metric}, {mean}, is the {word} of "
             f"{len(self.plan.methods)}"
@@ -139,7 +139,8 @@ with 2 seeds (80 % power): 8.2 points
             text += f"; {gap.sentence(best, other, self.metric, self.unit, lower)}"
         return text
 
-    def _shown(self, scores: list[float]) -> str:
+    def shown(self, scores: Sequence[float]) -> str:
+        """The mean of ``scores`` with its interval, in points or digits."""
         return Verdict(scores, self.in_points).shown()
 
     def differences(self, one: Candidate, other: Candidate) -> list[float]:
@@ -200,7 +201,7 @@ with 2 seeds (80 % power): 8.2 points
             spent = [*(_several(r[x] for r in results) for x in AXES), passes] * bool(self.passes)
             price = f"{fmean(r['seconds'] for r in results):.1f}"
             memory = f"{max(r['memory'] for r in results):.0f}"
-            cells = [self._shown(self.scores(name, kind)), self._gap(name, kind), *spent]
+            cells = [self.shown(self.scores(name, kind)), self._gap(name, kind), *spent]
             rows.append([name + ABLATIONS[kind], *cells, price, memory])
         return rows
 
@@ -215,7 +216,7 @@ with 2 seeds (80 % power): 8.2 points
             forms = self._forms(name)
             effects = ["", *(_marked(self.verdicts[pair]) for pair in pairwise(forms))]
             for (form, kind), effect in zip(forms, effects):
-                score = self._shown(self.scores(form, kind))
+                score = self.shown(self.scores(form, kind))
                 rows.append([form + ABLATIONS[kind], score, effect])
         return rows
 
@@ -231,7 +232,7 @@ with 2 seeds (80 % power): 8.2 points
                 near = [min(grid, key=lambda x, own=own: abs(math.log(x / own))) for own in chosen]
                 for rate, score in grid.items():
                     pair = [f"{rate:g}", ""] if axis == "rate" else ["", f"{rate:g}"]
-                    cells = [*pair, self._shown([score]), str(near.count(rate))]
+                    cells = [*pair, self.shown([score]), str(near.count(rate))]
                     rows.append([name + ABLATIONS[kind], *cells])
         return rows
 

@@ -76,7 +76,7 @@ class AcrossTasks(Comparison):
         rows = [["method", *self.comparisons, "mean", f"− {self.first}"]]
         for name, kind in self.plan.candidates():
             means = self.scores(name, kind)
-            numbers = [self._shown([score]) for score in (*means, fmean(means))]
+            numbers = [self.shown([score]) for score in (*means, fmean(means))]
             rows.append([name + ABLATIONS[kind], *numbers, self._gap(name, kind)])
         return rows
 
