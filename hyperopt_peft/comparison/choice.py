@@ -152,12 +152,23 @@ class Plan:
 
     def curve(self, store: Store, run: Run) -> list[tuple[float, float]]:
         """The passes at each point of ``run``, and the mean score on its seed's held-out parts."""
-        name = f"eval_{self.metric}"
-        curves = [dict(store.results[each]["curve"]) for each in self._parts(run)]
-        return [
-            (point, fmean(curve.get(point, {}).get(name, nan) for curve in curves))
-            for point in self._points(self.passes)
-        ]
+        means = map(fmean, zip(*self.by_split(store, run), strict=True))
+        return [*zip(self._points(self.passes), means, strict=True)]
+
+    def by_split(self, store: Store, run: Run) -> list[list[float]]:
+        """The scores of ``run`` at its points on each held-out part; NaN for a run without one."""
+        name, points = f"eval_{self.metric}", self._points(self.passes)
+        curves = [dict(store.results[part]["curve"]) for part in self._parts(run)]
+        return [[curve.get(point, {}).get(name, nan) for point in points] for curve in curves]
+
+    def spent(self, store: Store, run: Run) -> float:
+        """The mean passes of the development runs that score ``run``."""
+        return fmean(sum(store.results[part]["spent"].values()) for part in self._parts(run))
+
+    def at_rates(self, name: str, seed: int) -> list[Run]:
+        """The runs of a seed at all rates of the grid, at the middle upper rate."""
+        first = self._first(name, "method", seed)
+        return self._grid(first, "rate") or [first]
 
     def at_every_rate(self, store: Store, name: str, kind: Kind) -> list[tuple[Run, float]]:
         """A run at each pair of rates that was tried, and the mean held-out score of its seeds."""

@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from hyperopt_peft import Method, ProblemError, compare_methods
-from hyperopt_peft.comparison.choice import Plan
+from hyperopt_peft.comparison import Runs
+from hyperopt_peft.comparison.choice import Choice, Plan
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.problems import BiDoRA, LoRA
 from tests.support.comparisons import accuracy, compared, parts_of
@@ -106,17 +107,18 @@ def undefined(outputs: Any) -> dict[str, float]:
         (ONE, {"compute_metrics": undefined}, "LoRA, seed 0, rate 0.06: the score is nan"),
         (ONE, {"metric": "f1"}, "metric: f1 is none of .*accuracy"),
         (ONE, {"seeds": [0]}, "one seed has no interval"),
-        (ONE, {"seeds": [0, 100]}, r"development: the seeds \[100\] are reported"),
+        (ONE, {"rates": [0.0]}, "rates: must be positive"),
+        (ONE, {"points": 0}, "points: must be 1 or more"),
         (ONE, {"passes": 1}, "passes: 1 leave LoRA a phase of"),
         (ONE, {"passes": 1, "dry_run": True}, "passes: 1 leave LoRA a phase of"),
         ({"m": BiDoRA()}, {**SGD, "passes": 5}, "passes: 5 leave m a phase of 0 steps"),
         ({}, {}, "methods: there is none"),
-        (ONE, {"ablations": ["LoRA"]}, r"ablations: \['LoRA'\] are no methods with an upper"),
+        (ONE, {"ablations": {"LoRA": ["frozen"]}}, "ablations: 'LoRA' has no frozen"),
         (ONE, {"test_dataset": data(rows=30)}, "all of its rows are training rows"),
         (ONE, {"folds": 2}, "give either test_dataset or folds"),
         (ONE, {"test_dataset": None}, "give either test_dataset or folds"),
         (ONE, {**FOLDS}, "upper_dataset: there is none"),
-        (ONE, {**FOLDS, "folds": 9, "upper_dataset": data(rows=9)}, "give 2 to 8"),
+        (ONE, {**FOLDS, "folds": 10, "upper_dataset": data(rows=9)}, "give 2 to 9"),
         (ONE, {**FOLDS, "upper_dataset": data(rows=9)}, "row 0 .* in train_dataset"),
         (ONE, {"upper_dataset": data(rows=20, seed=5)}, "all of its rows are training rows"),
         (ONE, {"train_dataset": IDS, "test_dataset": MOVED.select([2, 7])}, "all .* training rows"),
@@ -158,24 +160,25 @@ def test_a_comparison_is_of_one_model(tmp_path: Path) -> None:
     rows = {"train_dataset": data(rows=30), "test_dataset": TEST, "passes": 12}
     for folder in (None, tmp_path):
         with pytest.raises(ProblemError, match="base_model: returns one model again"):
-            compare_methods(ONE, lambda: model, *others, folder=folder, **rows)
+            compare_methods(ONE, lambda: model, *others, runs=Runs(folder), **rows)
 
 
 def test_a_rate_at_which_a_loss_is_not_finite_is_the_worst() -> None:
     comparison = compared({"LoRA": LoRA(), "mine": Fragile()}, rates=(3e-2, 6e-2, 90.0))
     text = str(comparison)
     assert "mine: at the rate 90 a score is not finite" in text and "LoRA: at the rate" not in text
-    runs = comparison.plan.runs_of(comparison.store, "mine", "method")
-    assert {run.rate for run in runs} <= {3e-2, 6e-2}
+    assert {run["rate"] for run in comparison.reported("mine")} <= {3e-2, 6e-2}
     assert ["mine", "90", "", "nan"] in comparison.rates()
 
 
 @pytest.mark.parametrize("lower_is_better", [False, True])
 def test_a_score_that_is_not_finite_wins_in_no_order(lower_is_better: bool) -> None:
-    plan = Plan(ONE, (1.0, 2.0, 3.0, 4.0), (1.0,), [100], [0, 1], lower_is_better)
+    choice = Choice((1.0, 2.0, 3.0, 4.0), splits=1)
+    plan = Plan(ONE, choice, [0], "loss", lower_is_better)
     for scores in permutations((math.nan, -math.inf if lower_is_better else math.inf, 0.3, 0.4)):
-        store = Store(None, {})
+        store, found = Store(None, {}), dict[float, float]()
         for run, score in zip(next(plan.stages(store)), scores, strict=True):
-            store.add({**vars(run), "score": score})
-        best = store.scores([plan.chosen(store, "LoRA", "method")])
-        assert best == [0.3 if lower_is_better else 0.4]
+            store.add({**vars(run), "curve": [(0.0, {"eval_loss": score})]})
+            found[run.rate] = score
+        chosen = plan.chosen(store, "LoRA", "method", 0)
+        assert found[chosen.rate] == (0.3 if lower_is_better else 0.4)

@@ -18,14 +18,14 @@ from hyperopt_peft.comparison.budget import Budget
 from hyperopt_peft.comparison.folds import Rows
 from hyperopt_peft.comparison.task import Run, Task
 from hyperopt_peft.problems import LoRA, S3Delta
-from tests.support.comparisons import compared, parts_of
+from tests.support.comparisons import compared, parts_of, passes_of
 from tests.support.trainers import data
 
 
 def task(methods: Any, arguments: Any = None) -> Task:
     """What runs of ``methods`` share."""
     rows = Rows(data(rows=30), None, data(rows=20, seed=5))
-    return Task(methods, *parts_of("classes", arguments), rows, 40, "loss")
+    return Task(methods, *parts_of("classes", arguments), rows, "loss")
 
 
 @pytest.mark.parametrize(("name", "lower"), [("mse", True), ("score", False)])
@@ -57,16 +57,16 @@ class Bounded(Method):
 
 
 def test_a_rate_of_the_grid_is_not_that_of_the_method(tmp_path: Path) -> None:
-    run = Run("m", "method", 0, 5e-5, 1e-3)
+    run = Run("m", "method", 0, 5e-5, 1e-3, 40)
     whole = task({"m": Bounded()})
-    args = whole.make(run, whole.data.of(0, False), str(tmp_path)).args
+    args = whole.make(run, whole.data.of(0), str(tmp_path)).args
     assert (args.learning_rate, args.upper_learning_rate) == (5e-5, 1e-3)
 
 
 def test_one_level_keeps_the_bounds_of_a_method(tmp_path: Path) -> None:
     whole = task({"m": Bounded()})
-    run = Run("m", "one level", 0, 0.5)
-    trainer = whole.make(run, whole.data.of(0, False), str(tmp_path), budget := Budget(4.0))
+    run = Run("m", "one level", 0, 0.5, passes=40)
+    trainer = whole.make(run, whole.data.of(0), str(tmp_path), budget := Budget(4.0))
     budget.begin(trainer, 4)
     trainer.train()
     assert float(trainer.method.method.factor.detach()) == pytest.approx(0.9)
@@ -76,8 +76,8 @@ def test_seeds_are_other_starts_of_a_model_that_seeds_itself(tmp_path: Path) -> 
     whole = task({"m": LoRA()})
     starts = []
     for seed in (0, 1):
-        run = Run("m", "method", seed, 1e-3)
-        model = whole.make(run, whole.data.of(seed, False), str(tmp_path)).model
+        run = Run("m", "method", seed, 1e-3, passes=40)
+        model = whole.make(run, whole.data.of(seed), str(tmp_path)).model
         starts.append(next(p for n, p in model.named_parameters() if "lora_A" in n).detach())
     assert not torch.equal(*starts)
 
@@ -106,9 +106,9 @@ def test_a_method_whose_steps_grow_dearer_has_fewer_of_them(
 ) -> None:
     """Its two phases are done, within the budget to one step."""
     methods = {"LoRA": LoRA(), "m": method}
-    found = compared(methods, arguments=arguments, passes=passes, ablations=[])
+    found = compared(methods, arguments=arguments, passes=passes, ablations={})
     for result in found.results():
-        assert passes - 1 < result["passes"] <= passes and all(result["steps"])
+        assert passes - 1 < passes_of(result) <= passes and all(result["steps"])
 
 
 @pytest.mark.parametrize("pieces", [1, 2])
@@ -120,8 +120,8 @@ def test_rates_follow_the_passes(tmp_path: Path, schedule: str, pieces: int) -> 
     rule = get_scheduler(schedule, SGD([torch.zeros(1)]), 5, 40).lr_lambdas[0]
     whole = task({"p": LoRA(), "m": Bounded()}, settings)
     for name in whole.methods:
-        rates, run = Rates(), Run(name, "method", 0, 0.01, 0.01)
-        trainer = whole.make(run, whole.data.of(0, False), str(tmp_path), rates)
+        rates, run = Rates(), Run(name, "method", 0, 0.01, 0.01, 40)
+        trainer = whole.make(run, whole.data.of(0), str(tmp_path), rates)
         rates.begin(trainer, 4)
         trainer.train()
         assert all(rate == pytest.approx(0.01 * rule(passes)) for passes, rate in rates.seen)

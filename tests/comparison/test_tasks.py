@@ -10,7 +10,7 @@ import pytest
 from hyperopt_peft.comparison import Comparison, compare_methods
 from hyperopt_peft.trainer.trainer import bilevel
 from tests.support import language
-from tests.support.comparisons import ARGUMENTS, METHODS, SHORT, TITLES, compared
+from tests.support.comparisons import ARGUMENTS, METHODS, SHORT, TITLES, compared, passes_of
 
 
 def require_scores(comparison: Comparison, metric: str = "loss", step: float = 1.0) -> None:
@@ -20,7 +20,7 @@ def require_scores(comparison: Comparison, metric: str = "loss", step: float = 1
     for name, kind in comparison.plan.candidates():
         assert all(map(math.isfinite, comparison.scores(name, kind)))
     for result in comparison.store.results.values():
-        assert SHORT["passes"] - step < result["passes"] <= SHORT["passes"]
+        assert SHORT["passes"] - step < passes_of(result) <= SHORT["passes"]
 
 
 SLOW = pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import fields, replace
 from typing import Any
 
 from peft import LoraConfig
@@ -25,10 +26,18 @@ SHORT: dict[str, Any] = {
     "choice": Choice([6e-2], [1e-2]),
     "runs": Runs(progress=False),
 }
+#: Options of `compared` that are fields of a `Choice` or of `Runs`.
+OF_CHOICE = {each.name for each in fields(Choice)}
+OF_RUNS = {each.name for each in fields(Runs)}
 
 
 def accuracy(outputs: Any) -> dict[str, float]:
     return {"accuracy": float((outputs.predictions.argmax(-1) == outputs.label_ids).mean())}
+
+
+def passes_of(result: Any) -> float:
+    """The passes that a run had; scores on held-out rows are beside its budget."""
+    return sum(x for name, x in result["spent"].items() if name != "held-out scores")
 
 
 def parts_of(kind: str, arguments: Any = None) -> tuple[Any, LoraConfig, Any]:
@@ -43,6 +52,9 @@ def compared(
     methods: Any = METHODS, kind: str = "classes", arguments: Any = None, **options: Any
 ) -> Comparison:
     """A comparison on 30 training rows and 20 test rows of the task ``kind``."""
+    for name, names in {"choice": OF_CHOICE, "runs": OF_RUNS}.items():
+        given = {key: options.pop(key) for key in names & options.keys()}
+        options.setdefault(name, replace(SHORT[name], **given))
     settings: dict[str, Any] = {
         "train_dataset": data(kind, 30),
         "test_dataset": data(kind, 20, seed=5),
