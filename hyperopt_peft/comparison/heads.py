@@ -67,11 +67,11 @@ class HeadTask(Task):
     solved: dict[Run, tuple[Any, float]] = field(default_factory=dict)
 
     def check(self, run: Run) -> list[int]:
-        """Make the features; a head has no steps."""
-        self.read()
+        """Solve ``run``; a head has no steps."""
+        self.run(run)
         return []
 
-    def seconds(self, run: Run, steps: Sequence[int]) -> float:
+    def seconds(self, run: Run) -> float:
         """The time of ``run``."""
         return float(self.run(run)["seconds"])
 
