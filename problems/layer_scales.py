@@ -54,6 +54,11 @@ class LayerScales(Gained):
 
     defaults = {"hypergradient": "direct", "lower_steps": 5}
 
+    @property
+    def one_level(self) -> bool:  # type: ignore[override]
+        """False with decay, which larger scales of smaller factors take to 0."""
+        return self.absorbed
+
     def prepare(self, model: Any) -> None:
         """Let B be e^u·B."""
         add_gains(model, torch.exp, columns=False)

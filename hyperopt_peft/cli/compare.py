@@ -11,7 +11,7 @@ from hyperopt_peft.cli.options import OutputArguments, divided, names_of
 from hyperopt_peft.cli.report import Report, as_text
 from hyperopt_peft.cli.text import models
 from hyperopt_peft.cli.text.setup import SHARED, choose, prepare
-from hyperopt_peft.comparison import compare_methods
+from hyperopt_peft.comparison import Head, compare_methods
 from hyperopt_peft.comparison.choice import RATES, UPPER_RATES
 from hyperopt_peft.comparison.compare import OF_ADAPTERS
 from hyperopt_peft.comparison.find import find_method
@@ -87,7 +87,7 @@ def run(argv: Sequence[str]) -> None:
         train_dataset=setup.train,
         upper_dataset=setup.upper,
         test_dataset=setup.evaluation,
-        model=command.score_model,
+        head=Head() if command.score_model == "head" else None,
         metric="loss" if command.folds else setup.task.metric or "loss",
         frozen_dropout=command.frozen_dropout,
         folder=output,

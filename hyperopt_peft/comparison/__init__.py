@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from hyperopt_peft.comparison.compare import compare_methods as compare_methods
     from hyperopt_peft.comparison.find import METHODS as METHODS
     from hyperopt_peft.comparison.find import find_method as find_method
+    from hyperopt_peft.comparison.heads import Head as Head
     from hyperopt_peft.comparison.result import Comparison as Comparison
     from hyperopt_peft.comparison.tasks import AcrossTasks as AcrossTasks
     from hyperopt_peft.utils.verdict import Verdict as Verdict

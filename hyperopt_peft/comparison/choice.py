@@ -33,14 +33,15 @@ class Plan:
     def candidates(self) -> list[tuple[str, Kind]]:
         """The methods, each followed by its ablations.
 
-        A method whose search is followed by a training from scratch has no form with one level.
+        A method whose search is followed by a training from scratch has no form with one level, nor
+        one whose lower loss alone drives its variables to an end.
         """
         pairs: list[tuple[str, Kind]] = []
         for name, method in self.methods.items():
             pairs.append((name, "method"))
             if has_upper_level(method) and (self.ablations is None or name in self.ablations):
                 pairs.append((name, "frozen"))
-                if method.defaults.get("retrain") != "scratch":
+                if method.one_level and method.defaults.get("retrain") != "scratch":
                     pairs.append((name, "one level"))
         return pairs
 

@@ -8,16 +8,16 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tqdm.auto import tqdm
 
 from hyperopt_peft.comparison.choice import RATES, UPPER_RATES, Plan
 from hyperopt_peft.comparison.find import find_method
 from hyperopt_peft.comparison.folds import Rows
-from hyperopt_peft.comparison.heads import RATE, HeadTask
+from hyperopt_peft.comparison.heads import Head, HeadTask
 from hyperopt_peft.comparison.result import Comparison
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Task, without_sizes
@@ -35,7 +35,7 @@ from hyperopt_peft.utils.versions import versions
 LOWER_IS_BETTER = ("loss", "error", "mse", "mae", "perplexity", "wer", "cer", "ece", "brier")
 #: The arguments that only adapters read, with their defaults.
 OF_ADAPTERS = {"passes": [None], "rates": [*RATES], "upper_rates": [*UPPER_RATES]}
-OF_ADAPTERS |= {"development": [100, 101, 102], "held_out": [0.2]}
+OF_ADAPTERS |= {"development": [100, 101, 102]}
 
 
 def compare_methods(
@@ -48,7 +48,7 @@ def compare_methods(
     upper_dataset: Any = None,
     test_dataset: Any = None,
     folds: int | None = None,
-    model: Literal["adapter", "head"] = "adapter",
+    head: Head | None = None,
     passes: float | None = None,
     seeds: Iterable[int] | None = None,
     metric: str = "loss",
@@ -79,9 +79,9 @@ def compare_methods(
 
     With ``folds`` the trusted rows score: seed s is scored on fold s mod K of the division s // K
     into K folds, and trains with the others. The rates are then chosen on a further part of the
-    trusted rows, with which all reported runs train. With ``model="head"`` a linear head on the
+    trusted rows, with which all reported runs train. With ``head`` a linear head on the
     features of the frozen base model is trained to its minimum in place of an adapter, without
-    rates and passes. Each seed then scores a part of the test rows of its own.
+    rates and passes; see `Head`.
 
     Args:
         methods: by name; the first one is what the others are compared with.
@@ -94,7 +94,7 @@ def compare_methods(
         upper_dataset: the trusted rows; a baseline trains on them too, as its ``all_rows`` says.
         test_dataset: the rows that score; training rows among them are left out.
         folds: K, in place of ``test_dataset``.
-        model: what is trained.
+        head: the options of a head that is trained in place of an adapter.
         passes: the budget of an adapter's run; heads have none, and no rates to choose.
         seeds: each is a split, a start and an order of the rows, the same for all methods; by
             default five, or as many as folds.
@@ -149,8 +149,8 @@ def compare_methods(
         ['LoRA', 'BiDoRA', 'BiDoRA, upper level frozen', 'BiDoRA, one level']
     """
     seeds = list(dict.fromkeys(map(int, seeds if seeds is not None else range(folds or 5))))
-    development, on_heads = list(dict.fromkeys(map(int, development))), model == "head"
-    values: Any = [passes], [*rates], [*upper_rates], development, [held_out]
+    development, on_heads = list(dict.fromkeys(map(int, development))), head is not None
+    values: Any = [passes], [*rates], [*upper_rates], development
     for name, value in zip(OF_ADAPTERS, values, strict=True):
         if on_heads and value != OF_ADAPTERS[name]:
             raise ProblemError(f"{name}: has no effect on heads, which are solved; leave it out")
@@ -177,11 +177,11 @@ def compare_methods(
     known = {n: m if isinstance(m, Method) else find_method(m)() for n, m in methods.items()}
     if not known:
         raise ProblemError("methods: there is none; give each by a name")
-    kind, budget = (HeadTask, 0.0) if on_heads else (Task, passes or 0.0)
+    budget = 0.0 if on_heads else passes or 0.0
     shared = (known, base_model, adapter, args, data, budget, metric, trainer, options)
-    task = kind(*shared, frozen_dropout=frozen_dropout)
-    if on_heads:
-        rates, upper_rates = (0.0,), (RATE,)
+    task = Task(*shared, frozen_dropout=frozen_dropout)
+    if head is not None:
+        task, rates, upper_rates = HeadTask(*shared, head=head), (0.0,), (head.upper_rate,)
     if lower_is_better is None:
         lower_is_better = metric.lower().endswith(LOWER_IS_BETTER)
     ablated = None if ablations is None else frozenset(ablations)
@@ -220,13 +220,13 @@ def settings_of(task: Task) -> dict[str, Any]:
     Raises:
         ProblemError: ``base_model`` returns one model again and again.
     """
-    data, head = task.data, isinstance(task, HeadTask)
+    data, head = task.data, task.head if isinstance(task, HeadTask) else None
     changed = {"learning_rate", "upper_learning_rate", "max_steps", "seed", "retrain_arguments"}
     args = task.args.resume_must_match()
     settings = {
         "passes": task.passes,
         "metric": task.metric,
-        "model": "head" if head else None,
+        "head": None if head is None else asdict(head),
         "trainer": task.trainer.__name__,
         "frozen_dropout": task.frozen_dropout,
         "adapter": None if head or task.adapter is None else task.adapter.to_dict(),

@@ -21,8 +21,8 @@ class Rows:
         train, upper, test, folds, held_out: as in `compare_methods`.
         spare: whether folds leave a further part out, which scores the development runs alone.
         reads: the columns in which equal rows are equal, as in `split_dataset`.
-        parts: the seeds, each of which scores a part of ``test`` of its own; given where the
-            training is not random, so that all seeds would have one score.
+        parts: the seeds, each of which draws its training rows and scores a part of ``test`` of its
+            own; given where the training is not random, so that all seeds would have one score.
     """
 
     train: Any
@@ -96,7 +96,9 @@ class Rows:
             return self.train, *self._fold(seed, development, self.folds)
         if self.parts:
             part = self.test.shard(len(self.parts), self.parts.index(seed), contiguous=False)
-            return self.train, self.upper, part
+            options = {"seed": seed, "argument": "held_out", "reads": self.reads}
+            draw = lambda x: x and x.select(hold_out(x, self.held_out, **options)[0])  # noqa: E731
+            return draw(self.train), draw(self.upper), part
         if not development:
             return self.train, self.upper, self.test
         rows = self.train if self.upper is None else self.upper

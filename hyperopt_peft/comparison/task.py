@@ -23,6 +23,7 @@ from transformers import set_seed
 from hyperopt_peft.comparison.ablations import OneLevel, Projects
 from hyperopt_peft.comparison.budget import Budget, peak_memory, predicted_steps
 from hyperopt_peft.comparison.folds import Rows
+from hyperopt_peft.comparison.upper import UpperLevel, arguments_of
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.heads.frozen_layers import compute_once
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
@@ -128,7 +129,7 @@ class Task:
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
             trainer = self.make(run, self.data.of(run.seed, run.development), folder, budget)
             budget.begin(trainer, self.unit)
-            before, peak = logits_of(trainer), peak_memory()
+            before, peak, upper = logits_of(trainer), peak_memory(), UpperLevel(trainer)
             with suppress(NonFiniteError):  # such as a rate that is too high; it has no score
                 trainer.train()
                 check_trained(trainer, run.method, before)
@@ -136,7 +137,7 @@ class Task:
         steps = [x.state.global_step for x in (trainer, trainer.retrainer) if x is not None]
         spent = {"passes": trainer.passes.passes, "spent": budget.spent}
         more = {"memory": peak(), "seconds": time.perf_counter() - begin}
-        return self.line(run, metrics, steps=steps, **spent, **more)
+        return self.line(run, metrics, steps=steps, **spent, **more, **upper.entries)
 
     @property
     def unit(self) -> int:
@@ -198,7 +199,7 @@ class Task:
 
     def seconds(self, run: Run, steps: Sequence[int]) -> float:
         """The time of `run` with about ``steps``, by a run of about two cycles."""
-        every = self.args.with_defaults(self.methods[run.method].defaults).lower_steps
+        every = arguments_of(self.methods[run.method], self.args).lower_steps
         passes = self.passes * min(1.0, 2.5 * every / max(1, steps[0]))
         short = replace(self, passes=max(passes, min(self.passes, 6.0)))
         short.run(run)  # fills the store of frozen layers
@@ -222,7 +223,7 @@ class Task:
     def make(self, run: Run, rows: Sequence[Any], folder: str, *callbacks: Any) -> BilevelTrainer:
         """A trainer of ``run``, which writes and shows nothing; ``callbacks`` end its phases."""
         method = self.method_of(run)
-        args = self.args.with_defaults(method.defaults)  # for what the run leaves open
+        args = arguments_of(method, self.args)  # for what the run leaves open
         method.defaults = {}
         changes = {**QUIET, **FIXED, "output_dir": folder, "disable_tqdm": True, "seed": run.seed}
         changes |= {"data_seed": None, "learning_rate": run.rate}

@@ -14,6 +14,7 @@ from joblib import Parallel, delayed
 from hyperopt_peft.comparison.choice import Plan
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import ABLATIONS, Run, Task
+from hyperopt_peft.comparison.upper import remedy
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.checks import LEARNS
 from hyperopt_peft.utils.tables import aligned
@@ -76,7 +77,7 @@ class Work:
                 raise ProblemError(
                     f"passes: {self.task.passes:g} leave {name} a phase of {min(each)} steps, "
                     f"which hardly train an adapter at a rate of {rate:g}; give more passes or "
-                    "higher rates"
+                    f"higher rates{remedy(self.plan.methods[name], self.task.args)}"
                 )
         self.checked = True
         return steps

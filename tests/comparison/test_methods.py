@@ -34,8 +34,8 @@ def test_a_method_is_compared(name: str) -> None:
         options["upper_dataset"] = trusted
     method = find_method(name)()
     comparison = compared({"LoRA": LoRA(), name: method}, **options)
-    scratch = method.defaults.get("retrain") == "scratch"
-    assert len(comparison.reported) == 4 - scratch
+    together = method.one_level and method.defaults.get("retrain") != "scratch"
+    assert len(comparison.reported) == 3 + together
     for result in comparison.results():  # to one step, which is an upper one in the last search
         last = 1 if len(result["steps"]) > 1 or result["kind"] == "one level" else 6
         assert 50 - last < result["passes"] <= 50
