@@ -53,11 +53,8 @@ class LayerScales(Gained):
     decay: NonNegativeFloat = option(0.0, help="of A and B at the lower level")
 
     defaults = {"hypergradient": "direct", "lower_steps": 5}
-
-    @property
-    def one_level(self) -> bool:  # type: ignore[override]
-        """False with decay, which larger scales of smaller factors take to 0."""
-        return self.absorbed
+    # Larger scales of smaller factors take a decay to 0.
+    one_level = property(lambda self: self.absorbed)  # type: ignore[assignment]
 
     def prepare(self, model: Any) -> None:
         """Let B be e^u·B."""

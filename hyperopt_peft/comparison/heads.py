@@ -23,7 +23,7 @@ from transformers import EvalPrediction, default_data_collator, set_seed
 
 from hyperopt_peft.comparison.budget import peak_memory
 from hyperopt_peft.comparison.task import Run, Task
-from hyperopt_peft.comparison.upper import NUMBERS, summary, vector_of
+from hyperopt_peft.comparison.upper import summary, vector_of
 from hyperopt_peft.core.data import DataStream, to_device
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine.engine import Engine
@@ -37,11 +37,9 @@ from hyperopt_peft.trainer.logs import StepLog
 from hyperopt_peft.trainer.method import Method, has_upper_level
 from hyperopt_peft.trainer.quiet import no_bars
 from hyperopt_peft.trainer.splits import LABELS, firsts, split_dataset
+from hyperopt_peft.trainer.step import UPPER_NUMBERS
 from hyperopt_peft.trainer.tags import INDEX, numbered
 from hyperopt_peft.utils.validation import PositiveFloat, PositiveInt, require_types
-
-#: The solver of an upper level's hypergradient.
-SOLVER = "cg:steps=30"
 
 
 @dataclass(frozen=True)
@@ -49,13 +47,8 @@ class Head:
     """A linear head on frozen features in place of an adapter: λ, and the upper level's Adam.
 
     Each seed trains on a random share 1 − ``held_out`` of the rows, and scores a part of the test
-    rows of its own; with ``folds`` the trusted rows alone are divided. An interval is over the test
-    rows, and over which of *these* rows train. New rows differ by more: methods that were equal in
-    distribution differed in 7 to 33 % of comparisons, and in 37 to 76 % if all scored the same test
-    rows.
-
-    Raises:
-        ProblemError: a number is not positive.
+    rows of its own: an interval is over the test rows, and over which of *these* rows train. With
+    ``folds`` the trusted rows alone are divided.
 
     Example:
         >>> Head(l2=0.3)
@@ -126,9 +119,8 @@ class HeadTask(Task):
         try:
             method.prepare(model)
         except (ProblemError, AttributeError) as error:  # of its config, say
-            advice = "leave head out, or choose --score_model adapter"
-            text = f"{run.method}: a head lacks what it reads of a model ({error}); {advice}"
-            raise ProblemError(text) from error
+            text = f"{run.method}: a head lacks what it reads of a model ({error}); leave head out"
+            raise ProblemError(f"{text}, or choose --score_model adapter") from error
         if bilevel:
             did["upper"] = self._search(run, method, model, batch(rows), batch(upper))
             model = method.finish(model)
@@ -149,11 +141,11 @@ class HeadTask(Task):
         upper.batches = DataStream([above], upper.name)
         upper.optimizer, start = Adam(upper.variables, rate), vector_of(upper)
         upper.optimizer.register_step_post_hook(method.project)
-        engine, log = Engine(upper, lower, SOLVER, lower_steps="minimum", progress=False), StepLog()
-        history = engine.run(self.head.upper_steps if run.kind == "method" else 0)
-        for record in history:
-            log.add({name: record[name] for name in NUMBERS})
-        return summary(upper, start, rate, len(history), log)
+        engine = Engine(upper, lower, "cg:steps=30", lower_steps="minimum", progress=False)
+        log, steps = StepLog(), self.head.upper_steps if run.kind == "method" else 0
+        for record in engine.run(steps):
+            log.add({name: record[name] for name in UPPER_NUMBERS})
+        return summary(upper, start, rate, steps, log)
 
     def evaluate(self, model: nn.Module, rows: Any) -> dict[str, float]:
         """The loss of ``rows``, and the metrics of the options, as a Trainer names them."""
@@ -166,8 +158,8 @@ class HeadTask(Task):
             logits = reduce(logits, labels)
         if measure := self.options.get("compute_metrics"):
             metrics |= measure(EvalPrediction(logits.numpy(), labels.numpy()))
-        numbers = {k.removeprefix("eval_"): x for k, x in metrics.items() if np.ndim(x) == 0}
-        return {f"eval_{name}": float(x) for name, x in numbers.items()}
+        numbers = {k: float(x) for k, x in metrics.items() if np.ndim(x) == 0}
+        return {f"eval_{name.removeprefix('eval_')}": x for name, x in numbers.items()}
 
     @no_bars()
     def read(self) -> None:

@@ -69,9 +69,8 @@ class Method:
     #: Columns of numbers that a level reads and the model does not. ``index``, the row's number in
     #: the user's data, needs no column.
     tags: tuple[str, ...] = ()
-    #: Whether the variables of both levels may be trained together, by the lower loss alone, as an
-    #: ablation; False where it has no minimum over the upper ones but at an end, such as weights of
-    #: 0 for all rows.
+    #: Whether an ablation may train the variables of both levels in one, by the lower loss alone;
+    #: False where this takes the upper ones to an end, such as weights of 0 for all rows.
     one_level: bool = True
 
     def __init_subclass__(cls, **settings: Any) -> None:
