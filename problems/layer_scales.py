@@ -54,7 +54,7 @@ class LayerScales(Gained):
 
     defaults = {"hypergradient": "direct", "lower_steps": 5}
     # Larger scales of smaller factors take a decay to 0.
-    one_level = property(lambda self: self.absorbed)  # type: ignore[assignment]
+    one_level = property(lambda self: self.absorbed)
 
     def prepare(self, model: Any) -> None:
         """Let B be e^u·B."""
