@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import sys
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ def settings_of(task: Task) -> dict[str, dict[str, Any]]:
     Raises:
         ProblemError: ``base_model`` returns one model again and again.
     """
-    data, head = task.data, isinstance(task, HeadTask)
+    data, head = task.data, task.head if isinstance(task, HeadTask) else None
     shared = {
-        "model": "head" if head else None,
+        "head": None if head is None else asdict(head),
         "trainer": task.trainer.__name__,
         "frozen_dropout": task.frozen_dropout,
         "adapter": None if head or task.adapter is None else task.adapter.to_dict(),
