@@ -89,7 +89,8 @@ def by_method(rows: Iterable[Row]) -> list[Row]:
 
 def held_out(comparison: Comparison, name: str) -> float:
     """The held-out score of a method at its chosen rates."""
-    return max(x for _, x in comparison.plan.at_every_rate(comparison.store, name, "method"))
+    tried = comparison.plan.at_every_rate(comparison.store, name, "method")
+    return max(score for grid in tried.values() for score in grid.values())
 
 
 def scores(tasks: Mapping[str, Comparison]) -> list[Row]:
@@ -115,7 +116,7 @@ def scores(tasks: Mapping[str, Comparison]) -> list[Row]:
 
 def points(values: Iterable[float], sign: str = "") -> str:
     """Mean ± half of the interval, in percentage points."""
-    return Verdict(100 * value for value in values).shown(sign, 1)
+    return Verdict(values, points=True).shown(sign)
 
 
 def details(name: str, tasks: Mapping[str, Comparison]) -> str:
@@ -151,13 +152,10 @@ def rates(tasks: Mapping[str, Comparison]) -> list[Row]:
 
 def tried(comparison: Comparison, name: str, kind: Kind) -> Iterator[tuple[str, float]]:
     """The held-out score by the rate, and by the upper rate."""
-    plan, store = comparison.plan, comparison.store
-    middle = plan.upper_rates[len(plan.upper_rates) // 2]
-    for run, score in plan.at_every_rate(store, name, kind):
-        if run.upper_rate in (None, middle):
-            yield f"{run.rate:g}", score
-        if run.upper_rate and run.rate == plan.chosen(store, name, kind).rate:
-            yield f"upper {run.upper_rate:g}", score
+    tried = comparison.plan.at_every_rate(comparison.store, name, kind)
+    for axis, grid in tried.items():
+        for rate, score in grid.items():
+            yield f"{'upper ' * (axis == 'upper_rate')}{rate:g}", score
 
 
 def prices(tasks: Mapping[str, Comparison]) -> list[Row]:

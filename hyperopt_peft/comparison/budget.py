@@ -17,6 +17,7 @@ from transformers import TrainerCallback, get_scheduler
 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.passes import PassCounter
+from hyperopt_peft.utils.random_state import RandomState
 
 
 class Budget(TrainerCallback):
@@ -131,11 +132,15 @@ class Budget(TrainerCallback):
             mark = self.marks.pop(0)
             self.reached += [] if self.again else [mark]
         control.should_evaluate |= bool(self.reached)
+        if self.reached:
+            self.random = RandomState.capture([args.device])
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any
     ) -> None:
-        """Keep the metrics at the marks that are reached."""
+        """Keep the metrics at the marks that are reached; the run goes on as without them."""
+        if self.reached:
+            self.random.restore()  # an evaluation's loader draws a number
         self.curve += [(mark, dict(metrics)) for mark in self.reached]
         self.reached, self.clock = [], time.perf_counter()
 

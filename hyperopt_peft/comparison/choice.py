@@ -170,16 +170,19 @@ class Plan:
         first = self._first(name, "method", seed)
         return self._grid(first, "rate") or [first]
 
-    def at_every_rate(self, store: Store, name: str, kind: Kind) -> list[tuple[Run, float]]:
-        """A run at each pair of rates that was tried, and the mean held-out score of its seeds."""
-        groups = dict[tuple[float, float], list[Run]]()
-        for run in store.results:
-            if (run.method, run.kind) == (name, kind) and run.split == 0 and run.seed in self.seeds:
-                groups.setdefault((run.rate, run.upper_rate or 0.0), []).append(run)
-        return [
-            (runs[0], fmean(self.curve(store, run)[-1][1] for run in runs))
-            for _, runs in sorted(groups.items())
-        ]
+    def at_every_rate(self, store: Store, name: str, kind: Kind) -> dict[Axis, dict[float, float]]:
+        """The mean held-out score of the seeds at each rate, and at each upper rate.
+
+        Upper rates are those at each seed's own rate. A grid without a choice is left out.
+        """
+        found: dict[Axis, dict[float, float]] = {}
+        runs = [self._first(name, kind, seed) for seed in self.seeds]
+        for axis in AXES:
+            for each in zip(*(self._grid(run, axis) for run in runs)):
+                mean = fmean(self.curve(store, run)[-1][1] for run in each)
+                found.setdefault(axis, {})[getattr(each[0], axis)] = mean
+            runs = [self._best(store, run, axis, False) for run in runs]
+        return found
 
     def _first(self, name: str, kind: Kind, seed: int) -> Run:
         """A run at the middle of both grids."""

@@ -217,7 +217,8 @@ def compare_methods(
             for stage in each.stages(store):
                 work.do(stage)
     forget()
-    found = {each: Comparison(plans[each], store, note) for each in budgets}
+    scored = len(data.upper if data.test is None else data.test)
+    found = {each: Comparison(plans[each], store, note, scored) for each in budgets}
     for each in () if runs.dry_run else found.values():
         each.require_finite()
     return AcrossBudgets(found) if isinstance(passes, Sequence) else found[budgets[0]]

@@ -3,36 +3,61 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from operator import methodcaller
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, ClassVar
 
 import pandas  # type: ignore[import-untyped]
 
-from hyperopt_peft.comparison.choice import Plan
+from hyperopt_peft.comparison.choice import AXES, Plan
 from hyperopt_peft.comparison.store import Result, Store
 from hyperopt_peft.comparison.task import ABLATIONS, Kind
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.trainer.method import has_upper_level
 from hyperopt_peft.utils.plots import intervals
 from hyperopt_peft.utils.tables import aligned
-from hyperopt_peft.utils.verdict import Verdict
+from hyperopt_peft.utils.verdict import Verdict, holm
 from hyperopt_peft.utils.versions import versions
 
 Row = list[str]
+#: A method or one of its ablations.
+Candidate = tuple[str, Kind]
 #: Columns of the table of scores that are not in a paper's.
 NOT_PRINTED = ["rate", "upper rate", "seconds", "MB"]
+#: The columns of the table of upper levels, by the entries of a run.
+UPPER = {"steps": "upper steps", "moved": "moved, relative", "moved_in_rates": "moved, in rates"}
+UPPER |= {"implicit_ratio": "implicit ratio", "residual": "residual"}
+#: What differs between a method's form, its next simpler one, and the first method.
+EFFECTS: dict[tuple[Kind, Kind], str] = {
+    ("method", "frozen"): "the upper level",
+    ("method", "one level"): "the upper level, the data split, fewer lower steps and the rate",
+    ("frozen", "one level"): "the data split, fewer lower steps and the rate",
+    ("frozen", "method"): "the data split, fewer lower steps, the adapter and the rate",
+    ("one level", "method"): "the variables, the adapter and the rate",
+}
+#: The characters that are others in LaTeX.
+LATEX = str.maketrans({sign: f"\\{sign}" for sign in "&%$#_{}"})
+LATEX |= str.maketrans({"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\^{}"})
+LATEX |= str.maketrans({"±": r"$\pm$", "−": "$-$", "–": "--", "*": "$^*$"})
 
 
 @dataclass
 class Comparison:
     """The result of `compare_methods`; printed, the scores with a sentence for each method.
 
+    Scores up to 1 that are better where they are higher, such as accuracy, F1 and Matthews'
+    correlation, are shown in points: hundredths, with one decimal.
+
     Attributes:
         plan: the methods, rates and seeds.
         store: the finished runs.
         note: a remark on the rows, or nothing.
+        scored: the number of test rows, or of rows divided into folds; 0 if unknown.
 
     Example:
         >>> from hyperopt_peft.problems import DoRA, LoRA
@@ -44,13 +69,15 @@ class Comparison:
         ...         run = plan.chosen(store, name, "method", seed)
         ...         store.add({**vars(run), "metrics": {"eval_accuracy": score}})
         >>> print(Comparison(plan, store).recommendation())
-        DoRA is recommended: its mean accuracy, 0.8100, is the highest of 2; that of LoRA is -0.0150
-        from it, with an error of 0.0050
+        DoRA is recommended: its mean accuracy, 81.0 points, is the highest of 2; no significant \
+difference between DoRA and LoRA in accuracy (+1.5 ± 6.4 points); minimum detectable difference \
+with 2 seeds (80 % power): 8.2 points
     """
 
     plan: Plan
     store: Store
     note: str = ""
+    scored: int = 0
     #: The repetitions by which differences are paired.
     unit: ClassVar[str] = "seeds"
 
@@ -88,122 +115,194 @@ class Comparison:
                         "another metric"
                     )
 
+    @cached_property
+    def in_points(self) -> bool:
+        """Whether scores are shown in points."""
+        scores = (score for each in self.plan.candidates() for score in self.scores(*each))
+        return not self.plan.lower_is_better and all(abs(score) <= 1 for score in scores)
+
     def recommendation(self) -> str:
-        """The method of the best mean score, and how far the next one is behind it.
+        """The method of the best mean score, and its difference to the next one.
 
         On 40 cases a rule that prefers a simpler method within an error was worse.
         """
-        sign, word = (1, "lowest") if self.plan.lower_is_better else (-1, "highest")
+        lower = self.plan.lower_is_better
+        sign, word = (1, "lowest") if lower else (-1, "highest")
         best, *rest = sorted(self.plan.methods, key=lambda name: sign * fmean(self.scores(name)))
+        mean = self.shown([fmean(self.scores(best))]) + " points" * self.in_points
         text = (
-            f"{best} is recommended: its mean {self.metric}, {fmean(self.scores(best)):.4f}, is "
-            f"the {word} of {len(self.plan.methods)}"
+            f"{best} is recommended: its mean {self.metric}, {mean}, is the {word} of "
+            f"{len(self.plan.methods)}"
         )
         for other in rest[:1]:
-            gap = self.difference((other, "method"), (best, "method"))
-            text += f"; that of {other} is {gap.estimate:+.4f} from it, with an error of "
-            text += f"{gap.error:.4f}"
+            gap = self.difference((best, "method"), (other, "method"))
+            text += f"; {gap.sentence(best, other, self.metric, self.unit, lower)}"
         return text
 
-    def differences(self, one: tuple[str, Kind], other: tuple[str, Kind]) -> list[float]:
+    def shown(self, scores: Sequence[float]) -> str:
+        """The mean of ``scores`` with its interval, in points or digits."""
+        return Verdict(scores, self.in_points).shown()
+
+    def differences(self, one: Candidate, other: Candidate) -> list[float]:
         """For each seed, the score of one method or ablation minus the score of the other."""
         pairs = zip(self.scores(*one), self.scores(*other), strict=True)
         return [first - second for first, second in pairs]
 
-    def difference(self, one: tuple[str, Kind], other: tuple[str, Kind]) -> Verdict:
+    def difference(self, one: Candidate, other: Candidate) -> Verdict:
         """The mean of `differences` with its interval."""
-        return Verdict(self.differences(one, other))
+        return Verdict(self.differences(one, other), self.in_points)
+
+    @cached_property
+    def verdicts(self) -> dict[tuple[Candidate, Candidate], Verdict]:
+        """The differences that `sentences` state, corrected in two families by `holm`.
+
+        One has the difference of each method to the first one, the other has the parts of these.
+        """
+        first, *others = [(name, "method") for name in self.plan.methods]
+        parts = [pair for name in self.plan.methods for pair in pairwise(self._forms(name))]
+        found = dict[tuple[Candidate, Candidate], Verdict]()
+        for pairs in [(other, first) for other in others], parts:
+            family = {pair: self.difference(*pair) for pair in pairs}
+            corrected = holm(each.p_value for each in family.values())
+            for verdict, verdict.corrected in zip(family.values(), corrected, strict=True):
+                verdict.family = len(family)
+            found |= family
+        return found
+
+    def _forms(self, name: str) -> list[Candidate]:
+        """A method, its ablations and the first method; nothing without ablations."""
+        forms = [each for each in self.plan.candidates() if each[0] == name]
+        first = [(self.first, "method")] if name != self.first else []
+        return [*forms, *first] if len(forms) > 1 else []
 
     def _gap(self, name: str, kind: Kind) -> str:
         """The difference to the first method; nothing for itself."""
-        first = self.plan.candidates()[0]
-        return "" if (name, kind) == first else str(self.difference((name, kind), first))
+        pair = (name, kind), self.plan.candidates()[0]
+        if gap := self.verdicts.get(pair):
+            return _marked(gap)
+        return "" if pair[0] == pair[1] else str(self.difference(*pair))
 
     @property
     def first(self) -> str:
         """The method that the others are compared with."""
         return next(iter(self.plan.methods))
 
+    @property
+    def _score(self) -> str:
+        return f"{self.metric} (points)" if self.in_points else self.metric
+
     def table(self) -> list[Row]:
         """The scores: heads, then a row for each method and each ablation."""
         spent = ["rate", "upper rate", "passes"] if self.passes else []
-        rows = [["method", self.metric, f"− {self.first}", *spent, "seconds", "MB"]]
+        rows = [["method", self._score, f"− {self.first}", *spent, "seconds", "MB"]]
         for name, kind in self.plan.candidates():
             results = self.reported(name, kind)
-            means = {"passes": fmean(sum(r["spent"].values()) for r in results)}
-            means["seconds"] = fmean(r["seconds"] for r in results)
-            spent = [*_rates(results[0]), f"{means['passes']:.1f}"] if self.passes else []
-            score = Verdict(self.scores(name, kind)).shown()
+            passes = f"{fmean(sum(r['spent'].values()) for r in results):.1f}"
+            spent = [*(_several(r[x] for r in results) for x in AXES), passes] * bool(self.passes)
+            price = f"{fmean(r['seconds'] for r in results):.1f}"
             memory = f"{max(r['memory'] for r in results):.0f}"
-            cells = [score, self._gap(name, kind), *spent, f"{means['seconds']:.1f}", memory]
-            rows.append([name + ABLATIONS[kind], *cells])
+            cells = [self.shown(self.scores(name, kind)), self._gap(name, kind), *spent]
+            rows.append([name + ABLATIONS[kind], *cells, price, memory])
+        return rows
+
+    def ablations(self) -> list[Row]:
+        """For each method with ablations, the scores of its forms and the effects between them.
+
+        An effect is the row above minus the row; those of a method sum up to its difference to the
+        first one, whose row is the last.
+        """
+        rows = [["method", self._score, "effect"]]
+        for name in self.plan.methods:
+            forms = self._forms(name)
+            effects = ["", *(_marked(self.verdicts[pair]) for pair in pairwise(forms))]
+            for (form, kind), effect in zip(forms, effects):
+                score = self.shown(self.scores(form, kind))
+                rows.append([form + ABLATIONS[kind], score, effect])
         return rows
 
     def rates(self) -> list[Row]:
-        """The mean score on held-out rows at each rate; an asterisk marks the chosen one."""
-        rows = [["method", "rate", "upper rate", self.metric]]
+        """The mean held-out score at each rate, and the number of seeds whose rate is nearest.
+
+        Without a rate, it is that at each seed's own rate.
+        """
+        rows = [["method", "rate", "upper rate", self._score, "seeds"]]
         for name, kind in self.plan.candidates():
-            best = self.plan.chosen(self.store, name, kind, self.plan.seeds[0])
-            for run, score in self.plan.at_every_rate(self.store, name, kind):
-                mark = " *" if (run.rate, run.upper_rate) == (best.rate, best.upper_rate) else ""
-                rows.append([name + ABLATIONS[kind], *_rates(vars(run)), f"{score:.4f}{mark}"])
+            for axis, grid in self.plan.at_every_rate(self.store, name, kind).items():
+                chosen = [run[axis] for run in self.reported(name, kind)]
+                near = [min(grid, key=lambda x, own=own: abs(math.log(x / own))) for own in chosen]
+                for rate, score in grid.items():
+                    pair = [f"{rate:g}", ""] if axis == "rate" else ["", f"{rate:g}"]
+                    cells = [*pair, self.shown([score]), str(near.count(rate))]
+                    rows.append([name + ABLATIONS[kind], *cells])
         return rows
+
+    def upper_level(self) -> list[Row]:
+        """What the upper level of each method did: means over seeds.
+
+        How far the upper variables u moved is ‖u − u0‖/‖u0‖, and in units of their rate.
+        """
+        rows = [["method", *UPPER.values()]]
+        for name, method in self.plan.methods.items():
+            if has_upper_level(method):
+                means = self._upper(name)
+                rows.append([name, *(f"{means[x]:.3g}" if x in means else "–" for x in UPPER)])
+        return rows
+
+    def _upper(self, name: str) -> dict[str, float]:
+        """Means over seeds of what a method's upper level did, of the entries that are finite."""
+        entries = [result.get("upper") or {} for result in self.reported(name)]
+        means = pandas.DataFrame(entries, dtype=float).replace(math.inf, math.nan).mean()
+        return dict(means.dropna())
 
     def sentences(self) -> list[str]:
         """For each method the difference to the first one, its parts, and remarks."""
-        lines = []
-        ablated = {name for name, kind in self.plan.candidates() if kind == "frozen"}
+        lines, first, points = [], (self.first, "method"), " points" * self.in_points
         for name in self.plan.methods:
+            begin, forms = self._steps(name), self._forms(name)
             if name != self.first:
-                gap = self.difference((name, "method"), (self.first, "method"))
-                names = name, self.first, self.metric, self.unit
-                lines.append(gap.sentence(*names, self.plan.lower_is_better))
-            if name in ablated:
-                lines.append(self._by_parts(name))
+                names = name, self.first, self.metric, self.unit, self.plan.lower_is_better
+                lines.append(begin + self.verdicts[(name, "method"), first].sentence(*names))
+                begin, last = "", self.first
+            elif forms:
+                last = f"the same{ABLATIONS[forms[-1][1]]}"
+            terms = [f"{begin}{name} − {last} is the sum of"] if forms else []
+            for one, other in pairwise(forms):
+                gap, effect = self.verdicts[one, other], EFFECTS[one[1], other[1]]
+                shown = f"{gap}{points}{', not significant' * (not gap.is_significant)}"
+                terms.append(f"effect of {effect}: {shown}")
+            lines += ["\n  ".join(terms)] if terms else []
         return lines + self.remarks()
 
-    def _by_parts(self, name: str) -> str:
-        """The difference to the first method as a sum over the ablations between the two."""
-        kinds = [each for each in self.plan.candidates() if each[0] == name]
-        parts = ["the upper level", "the split of the rows, fewer steps and the rate"]
-        if name != self.first:
-            kinds.append((self.first, "method"))
-            parts.append("the variables, the adapter and the rate")
-            if (name, "one level") not in kinds:
-                parts[1:] = ["the split of the rows, fewer steps, the adapter and the rate"]
-        terms = []
-        for part, one, other in zip(parts, kinds[:-1], kinds[1:]):
-            gap = self.difference(one, other)
-            terms.append(f"{gap} by {part}" + ", not significant" * (not gap.is_significant))
-        last = self.first if name != self.first else f"the same{ABLATIONS[kinds[-1][1]]}"
-        return "\n  ".join([f"{name} − {last} is the sum of", *terms])
+    def _steps(self, name: str) -> str:
+        """The budget, the number of upper steps and how far these moved u, to begin a sentence."""
+        if not has_upper_level(self.plan.methods[name]):
+            return ""
+        means, words = self._upper(name), [f"at {self.passes:g} passes"] * bool(self.passes)
+        if "steps" in means:
+            moved = means.get("moved")
+            far = "" if moved is None else f" that moved the upper variables by {100 * moved:.0f} %"
+            words.append(f"with {means['steps']:.3g} upper steps{far}")
+        return f"{', '.join(words)}: " if words else ""
 
     def _edges(self) -> Iterator[str]:
         """Rates without a finite score, and chosen rates at an end of their grid."""
-        plan = self.plan
-        for name, kind in plan.candidates():
-            title = name + ABLATIONS[kind]
-            best = plan.chosen(self.store, name, kind, plan.seeds[0])
-            for run, score in plan.at_every_rate(self.store, name, kind):
-                if not math.isfinite(score):
-                    rates = " and upper rate ".join(filter(None, _rates(vars(run))))
-                    text = f"at the rate {rates} a score is not finite, which counts as the worst"
-                    yield f"{title}: {text}"
-            chosen = (
-                ("rate", best.rate, plan.choice.rates),
-                ("upper rate", best.upper_rate, plan.choice.upper_rates),
-            )
-            for word, rate, grid in chosen:
-                if kind != "frozen" and len(grid) > 1 and rate in (min(grid), max(grid)):
-                    text = f"is at the edge of the {word}s; give further ones"
-                    yield f"{title}: the best {word}, {rate:g}, {text}"
+        for name, kind in self.plan.candidates():
+            for axis, grid in self.plan.at_every_rate(self.store, name, kind).items():
+                title, word = name + ABLATIONS[kind], axis.replace("_", " ")
+                for rate, score in grid.items():
+                    if not math.isfinite(score):
+                        text = "a score is not finite, which counts as the worst"
+                        yield f"{title}: at the {word} {rate:g} {text}"
+                chosen = [run[axis] for run in self.reported(name, kind)]
+                ends = [x for x in chosen if not min(grid) * 1.001 < x < max(grid) * 0.999]
+                if 2 * len(ends) > len(chosen):
+                    text = f"seeds chose a {word} at an end of the grid, {_several(ends)}"
+                    yield f"{title}: {len(ends)} of {len(chosen)} {text}; give further ones"
 
     def remarks(self) -> list[str]:
         """Remarks on rates, rows and runs."""
-        lines, layers = (
-            [*filter(None, [self.note, self.store.remark(), *self._edges()])],
-            dict[str, list[str]](),
-        )
+        lines = [*filter(None, [self.note, self.store.remark(), *self._edges()])]
+        layers: dict[str, list[str]] = {}
         for name, method in self.plan.methods.items():
             if method.absorbed:
                 lines.append(
@@ -227,20 +326,34 @@ class Comparison:
 
     def tables(self) -> dict[str, list[Row]]:
         """All tables by heading; rates and passes only where runs have a budget."""
-        if not self.passes:
-            return {"Scores": self.table()}
-        others = {"Held-out score at every rate": self.rates(), "Passes": self.spent()}
-        return {"Scores": self.table(), **others}
+        tables = {"Scores": self.table(), "Ablations": self.ablations()}
+        tables["Upper level"] = self.upper_level()
+        if self.passes:
+            tables |= {"Held-out score at every rate": self.rates(), "Passes": self.spent()}
+        return {title: rows for title, rows in tables.items() if len(rows) > 1}
 
     def heading(self) -> str:
-        """The score, the rows, the budget and the number of seeds, in a line."""
-        rows = "folds of the trusted rows" if self.store.shared.get("folds") else "the test rows"
+        """The score, the rows, the budget, the intervals and the level of significance."""
+        folds, tested = self.store.shared.get("folds"), f"{self.scored:,} " if self.scored else ""
+        rows = f"folds of the {tested}trusted rows" if folds else f"the {tested}test rows"
         better = " (lower is better)" if self.plan.lower_is_better else ""
         passes = f"{self.passes:g} passes a run" if self.passes else "heads at their minimum"
-        return (
-            f"{self.metric}{better} on {rows}, {passes}, means of {len(self.plan.seeds)} seeds "
-            "with 95 % intervals"
+        text = (
+            f"{self._score}{better} on {rows}, {passes}; means of {len(self.plan.seeds)} seeds "
+            f"with individual 95 % intervals over {self._repetitions()}"
         )
+        count = len(self.plan.methods) - 1
+        parts = len(self.verdicts) - count
+        over = [f"{count} differences"] * (count > 1) + [f"{parts} parts"] * (parts > 1)
+        holms = ", Holm's correction over " * bool(over) + " and over ".join(over)
+        return f"{text}; *: significant at 5 %{holms}"
+
+    def _repetitions(self) -> str:
+        """What the intervals are over."""
+        if self.store.shared.get("folds"):
+            return "folds"
+        own = "each with training rows of its own, " * (not self.passes)
+        return f"seeds, {own}on the same test rows"
 
     def __str__(self) -> str:
         return "\n".join([self.heading(), "", aligned(self.table()), "", *self.sentences()])
@@ -251,12 +364,13 @@ class Comparison:
         Args:
             path: the file to write too; its suffix, such as ``.pdf`` or ``.png``, is the format.
         """
-        first, *others = self.plan.candidates()
+        (first, *others), scale = self.plan.candidates(), 100 if self.in_points else 1
         gaps = {}
         for name, kind in others:
             gap = self.difference((name, kind), first)
-            gaps[name + ABLATIONS[kind]] = (gap.estimate, *gap.interval)
-        title = f"{self.metric} − that of {self.first}, paired, 95 % intervals"
+            low, high = gap.interval
+            gaps[name + ABLATIONS[kind]] = (scale * gap.estimate, scale * low, scale * high)
+        title = f"{self._score} − that of {self.first}, paired, 95 % intervals"
         return intervals(gaps, path, title)
 
     @property
@@ -264,19 +378,32 @@ class Comparison:
         """The versions of the packages with which the runs were done."""
         return dict(self.store.shared.get("versions") or versions())
 
-    def to_latex(self) -> str:
-        """The scores, differences and passes as a LaTeX table of the package booktabs.
+    def to_latex(
+        self, ablations: bool = True, caption: str | None = None, label: str = "tab:comparison"
+    ) -> str:
+        """The methods' scores, differences and passes, and `ablations`, as tables of booktabs.
 
-        The heading and the versions are comments above the table.
+        Args:
+            ablations: whether there is the second table.
+            caption: of the first table, as LaTeX; by default the heading.
+            label: of the first table; that of the second ends with ``-ablations``.
         """
-        notes = self.heading(), ", ".join(map(" ".join, self.versions.items()))
         heads, *rows = self.table()
+        rows = [x for x, (_, kind) in zip(rows, self.plan.candidates()) if kind == "method"]
         table = pandas.DataFrame(rows, columns=heads).drop(columns=NOT_PRINTED, errors="ignore")
-        form = "l" + "r" * (table.shape[1] - 1)
-        text = table.to_latex(index=False, escape=True, column_format=form)
-        for sign, command in {"±": r"$\pm$", "−": "$-$", "–": "--"}.items():
-            text = text.replace(sign, command)
-        return "\n".join([*(f"% {note}" for note in notes), text])
+        made = f"{self.heading()}.".translate(LATEX)
+        parts = [(table, caption or made, label)]
+        heads, *rows = self.ablations()
+        if ablations and rows:
+            text = f"Ablations. An effect is the row above minus the row. {made}"
+            parts.append((pandas.DataFrame(rows, columns=heads), text, f"{label}-ablations"))
+        escape = methodcaller("translate", LATEX)
+        texts = [f"% {', '.join(map(' '.join, self.versions.items()))}"]
+        for table, text, name in parts:
+            form = {"column_format": "l" + "r" * (table.shape[1] - 1), "position": "t"}
+            table = table.map(escape).rename(columns=escape)
+            texts.append(table.to_latex(index=False, caption=text, label=name, **form))
+        return "\n".join(texts)
 
     def results(self) -> list[Result]:
         """The entries of all runs."""
@@ -287,7 +414,13 @@ class Comparison:
         pandas.json_normalize(self.results()).to_csv(path, index=False)
 
 
-def _rates(run: Mapping[str, Any]) -> Row:
-    """The rate and the upper rate of a run."""
-    upper = run["upper_rate"]
-    return [f"{run['rate']:g}", "" if upper is None else f"{upper:g}"]
+def _marked(verdict: Verdict) -> str:
+    return f"{verdict}{'*' * verdict.is_significant}"
+
+
+def _several(rates: Iterable[float | None]) -> str:
+    """The median and, where they differ, the range."""
+    known = sorted(rate for rate in rates if rate is not None)
+    if not known or known[0] == known[-1]:
+        return f"{known[0]:g}" if known else ""
+    return f"{median(known):.2g} ({known[0]:.2g}–{known[-1]:.2g})"

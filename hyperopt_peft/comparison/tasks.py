@@ -39,7 +39,7 @@ class AcrossTasks(Comparison):
         ...     return Comparison(plan, store)
         >>> joined = AcrossTasks({"questions": made_up(0.8, 0.82), "tweets": made_up(0.7, 0.71)})
         >>> joined.table()[2]
-        ['DoRA', '0.8200', '0.7100', '0.7650', '+0.0150 ± 0.0635']
+        ['DoRA', '82.0', '71.0', '76.5', '+1.5 ± 6.4']
     """
 
     unit = "tasks"
@@ -66,19 +66,28 @@ class AcrossTasks(Comparison):
         """The mean score over seeds, for each task."""
         return [fmean(each.scores(name, kind, stopped)) for each in self.comparisons.values()]
 
+    def reported(self, name: str, kind: Kind = "method", stopped: bool = False) -> list[Result]:
+        """The reported runs of all tasks."""
+        every = self.comparisons.values()
+        return [run for each in every for run in each.reported(name, kind, stopped)]
+
     def table(self) -> list[Row]:
         """The mean score on each task, the mean over tasks and the difference to the first."""
         rows = [["method", *self.comparisons, "mean", f"− {self.first}"]]
         for name, kind in self.plan.candidates():
             means = self.scores(name, kind)
-            numbers = [f"{score:.4f}" for score in (*means, fmean(means))]
+            numbers = [self.shown([score]) for score in (*means, fmean(means))]
             rows.append([name + ABLATIONS[kind], *numbers, self._gap(name, kind)])
         return rows
 
     def rates(self) -> list[Row]:
         """As `Comparison.rates`, by task."""
         heads, *rows = self._by_task(Comparison.rates)
-        return [[*heads[:-1], self.metric], *rows]
+        return [[*heads[:-2], self._score, heads[-1]], *rows]
+
+    def upper_level(self) -> list[Row]:
+        """As `Comparison.upper_level`, by task."""
+        return self._by_task(Comparison.upper_level)
 
     def spent(self) -> list[Row]:
         """As `Comparison.spent`, by task."""
@@ -101,9 +110,8 @@ class AcrossTasks(Comparison):
             for remark, names in tasks.items()
         ]
 
-    def heading(self) -> str:
-        """As `Comparison.heading`, with the number of tasks."""
-        return f"{super().heading()} over {len(self.comparisons)} tasks"
+    def _repetitions(self) -> str:
+        return f"{len(self.comparisons)} tasks"
 
     def results(self) -> list[Result]:
         """As `Comparison.results`, of all tasks."""

@@ -13,31 +13,37 @@ from scipy.stats import t
 
 from hyperopt_peft import BiDoRA, ProblemError
 from hyperopt_peft.comparison import AcrossTasks, Comparison
-from hyperopt_peft.comparison.choice import Plan
+from hyperopt_peft.comparison.choice import Choice, Plan
+from hyperopt_peft.comparison.result import Candidate
 from hyperopt_peft.comparison.store import Store
-from hyperopt_peft.comparison.task import Kind, Run
 from hyperopt_peft.problems import LoRA
+from hyperopt_peft.utils.verdict import Verdict
 
-PAIRS: tuple[tuple[str, Kind], ...] = (
+PAIRS: tuple[Candidate, ...] = (
     *(("LoRA", "method"), ("BiDoRA", "method")),
     *(("BiDoRA", "frozen"), ("BiDoRA", "one level")),
 )
 
 
 def made_up(
-    means: Mapping[tuple[str, Kind], float], metric: str = "accuracy", **settings: Any
+    means: Mapping[Candidate, float],
+    metric: str = "accuracy",
+    *,
+    methods: Any = None,
+    passes: float = 300.0,
+    layers: str = "",
 ) -> Comparison:
     """Two seeds, .1 above and below the mean of each candidate."""
-    methods = settings.pop("methods", {"LoRA": LoRA(), "BiDoRA": BiDoRA()})
-    store, lower = Store(None, {}), metric == "loss"
-    for (name, kind), mean in means.items():
-        upper = 1e-2 if (name, kind) == ("BiDoRA", "method") else None
+    lower, choice = metric == "loss", Choice([1e-3], [1e-2])
+    methods = methods or {"LoRA": LoRA(), "BiDoRA": BiDoRA()}
+    plan, store = Plan(methods, choice, [0, 1], metric, lower, passes), Store(None, {})
+    for name, kind in plan.candidates():
+        mean = means[name, kind]
         for seed, score in enumerate((mean - 0.1, mean + 0.1)):
-            run = Run(name, kind, seed, 1e-3, upper)
-            more = {"layers": settings.get("layers", ""), "spent": {"steps": 3.0}}
-            store.add({**asdict(run), "score": score, **more})
-    plan = Plan(methods, [1e-3], [1e-2], [100], [0, 1], lower)
-    return Comparison(plan, store, metric, settings.get("passes", 300.0))
+            run = plan.chosen(store, name, kind, seed)
+            more = {"layers": layers, "spent": {"steps": 3.0}}
+            store.add({**asdict(run), "metrics": {f"eval_{metric}": score}, **more})
+    return Comparison(plan, store)
 
 
 def three(*scores: tuple[float, ...]) -> AcrossTasks:
@@ -54,20 +60,20 @@ def test_differences_are_paired_by_task(tmp_path: Path) -> None:
     half = t.ppf(0.975, 2) * error
     heads, _, bidora, frozen, one = joined.table()
     assert heads == ["method", "a", "b", "c", "mean", "− LoRA"]
-    assert bidora == ["BiDoRA", "0.6000", "0.7100", "0.8200", "0.7100", f"+0.1100 ± {half:.4f}"]
+    assert bidora == ["BiDoRA", "60.0", "71.0", "82.0", "71.0", f"+11.0 ± {100 * half:.1f}*"]
     assert [row[0] for row in (frozen, one)] == ["BiDoRA, upper level frozen", "BiDoRA, one level"]
     ahead, parts = joined.sentences()[:2]
-    assert f"better than LoRA in accuracy by 0.1100 ± {half:.4f}" in ahead
+    assert f"better than LoRA in accuracy by 11.0 ± {100 * half:.1f} points" in ahead
     # Of the method and the frozen upper level the differences are 0, 0 and -.01.
     third = t.ppf(0.975, 2) * error / 3**0.5
-    assert f"−{0.01 / 3:.4f} ± {third:.4f} by the upper level, not significant" in parts
+    assert f"upper level: −0.3 ± {100 * third:.1f} points, not significant" in parts
     apart = three((0.5, 0.51, 0.5, 0.5), (0.6, 0.6, 0.6, 0.6), (0.7, 0.7, 0.7, 0.7))
-    least = (t.ppf(0.975, 2) + t.ppf(0.8, 2)) * error / 3**0.5
-    assert f"3 tasks show differences from {least:.4f} on" in apart.sentences()[0]
+    least = Verdict([0.01, 0.0, 0.0]).detectable
+    assert f"with 3 tasks (80 % power): {100 * least:.1f} points" in apart.sentences()[0]
     joined.comparisons["c_1"] = joined.comparisons.pop("c")
     latex = joined.to_latex()
-    assert latex.count(r"\\") == 5 and r"c\_1 &" in latex and "± " not in latex
-    assert rf"+0.1100 $\pm$ {half:.4f} \\" in latex and r"& $-$ LoRA \\" in latex
+    assert latex.count(r"\\") == 8 and r"c\_1 &" in latex and "±" not in latex
+    assert rf"+11.0 $\pm$ {100 * half:.1f}$^*$ \\" in latex and r"& $-$ LoRA \\" in latex
     joined.comparisons["c"] = joined.comparisons.pop("c_1")
     joined.plot(tmp_path / "gaps.png")
     joined.to_csv(tmp_path / "runs.csv")
@@ -78,7 +84,14 @@ def test_differences_are_paired_by_task(tmp_path: Path) -> None:
     assert "300 passes a run" in joined.heading()
     heads = AcrossTasks({x: made_up(SCORES, passes=0.0) for x in "ab"}).heading()
     assert "heads at their minimum" in heads and "over 2 tasks" in heads
-    assert joined.rates()[0] == ["task", "method", "rate", "upper rate", "accuracy"]
+    assert joined.rates()[0] == [
+        "task",
+        "method",
+        "rate",
+        "upper rate",
+        "accuracy (points)",
+        "seeds",
+    ]
 
 
 def test_lower_losses_are_better_and_a_remark_names_its_tasks() -> None:
@@ -86,11 +99,11 @@ def test_lower_losses_are_better_and_a_remark_names_its_tasks() -> None:
     losses = {task: (0.5, *[0.7 + k / 1000] * 3) for k, task in enumerate("abc", start=-1)}
     tasks = {n: made_up(dict(zip(PAIRS, losses[n])), "loss", layers=x) for n, x in layers.items()}
     text = str(AcrossTasks(tasks))
-    assert "BiDoRA is worse than LoRA in loss by 0.2000" in text
+    assert "BiDoRA is worse than LoRA in loss by 0.200" in text
     assert "a, c: none is frozen" in text and "b: five are frozen" in text
 
 
-SCORES: dict[tuple[str, Kind], float] = dict.fromkeys(PAIRS, 0.5)
+SCORES: dict[Candidate, float] = dict.fromkeys(PAIRS, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,7 @@ from datasets import Dataset
 from sklearn.model_selection import KFold
 
 from hyperopt_peft import Method
-from hyperopt_peft.comparison.choice import Choice, Plan
 from hyperopt_peft.comparison.folds import Rows
-from hyperopt_peft.comparison.result import Comparison
-from hyperopt_peft.comparison.store import Store
-from hyperopt_peft.comparison.task import Run
 from hyperopt_peft.problems import LoRA
 from hyperopt_peft.trainer.splits import folds_of
 from tests.support.comparisons import compared
@@ -91,18 +87,3 @@ def test_no_run_trains_on_the_rows_that_score_it() -> None:
     folds = sorted({*left_out}, key=len)[:2]
     assert sorted(map(len, folds)) == [4, 5] and frozenset.union(*folds) == all_rows
     assert all(any(fold <= rows for fold in folds) for rows in left_out)
-
-
-def test_a_recommendation_has_its_numbers() -> None:
-    """The best mean, and the paired difference of the next one with its error."""
-    scores = {"far": [0.5, 0.3, 0.4], "near": [0.30, 0.30, 0.36], "best": [0.29, 0.32, 0.31]}
-    methods, store = {name: LoRA() for name in scores}, Store(None, {})
-    choice = Choice([1.0], [1.0])
-    for name, values in scores.items():
-        for seed, score in enumerate(values):
-            store.add({**vars(Run(name, "method", seed, 1.0)), "metrics": {"eval_loss": score}})
-    for lower, first, numbers in ((True, "best", "0.3067 near +0.0133 0.0203"), (False, "far", "")):
-        plan = Plan(methods, choice, [0, 1, 2], "loss", lower)
-        text = Comparison(plan, store).recommendation()
-        assert text.startswith(f"{first} is recommended")
-        assert all(each in text for each in numbers.split())

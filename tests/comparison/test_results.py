@@ -1,0 +1,148 @@
+"""`Comparison`: significance, tables and sentences on made-up runs, by closed forms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from hyperopt_peft import BiDoRA
+from hyperopt_peft.comparison import Choice, Comparison
+from hyperopt_peft.comparison.choice import Plan
+from hyperopt_peft.comparison.result import Candidate
+from hyperopt_peft.comparison.store import Result, Store
+from hyperopt_peft.comparison.task import Kind
+from hyperopt_peft.problems import LoRA
+from hyperopt_peft.utils.verdict import Verdict, holm
+
+METHODS = {"LoRA": LoRA(), "BiDoRA": BiDoRA(), "my_method": LoRA()}
+LORA = [0.70, 0.72, 0.69, 0.71, 0.70]
+
+
+class MadeUp(Comparison):
+    """Reported runs and held-out scores that are given."""
+
+    runs: Mapping[Candidate, Sequence[Result]]
+    tried: Mapping[str, Mapping[float, float]]
+
+    def reported(self, name: str, kind: Kind = "method", stopped: bool = False) -> list[Result]:
+        return [*self.runs[name, kind]]
+
+
+def made_up(gains: Mapping[Candidate, Sequence[float]], **more: Any) -> MadeUp:
+    """Five seeds whose scores are those of LoRA and ``gains``; ``more`` entries of BiDoRA's."""
+    metric, scale = more.pop("metric", "accuracy"), more.pop("scale", 1)
+    plan = Plan(METHODS, Choice([1e-3], [1e-2]), range(5), metric, metric == "loss", 300)
+    made = MadeUp(plan, Store(None, {}), scored=1200)
+    made.runs = {
+        pair: [
+            {
+                **{"metrics": {f"eval_{metric}": scale * (start + gain)}, "layers": ""},
+                **{"rate": 1e-3, "upper_rate": None, "seconds": 1.0, "memory": 1.0},
+                **{"spent": {"steps": 300.0}},
+                **{k: x[seed] for k, x in more.items() if pair == ("BiDoRA", "method")},
+            }
+            for seed, (start, gain) in enumerate(zip(LORA, gains.get(pair, [0.0] * 5), strict=True))
+        ]
+        for pair in plan.candidates()
+    }
+    return made
+
+
+SMALL = [0.010, 0.018, 0.012, 0.004, 0.001]  # p = .04 alone
+
+
+def test_each_family_is_corrected_by_itself() -> None:
+    gains: dict[Candidate, list[float]] = {("BiDoRA", "method"): [0.05] * 5}
+    made = made_up({**gains, ("my_method", "method"): SMALL})
+    forms = [*made.plan.candidates()[1:4], ("LoRA", "method")]
+    to_first: list[Candidate] = [("BiDoRA", "method"), ("my_method", "method")]
+    for family in [(each, forms[-1]) for each in to_first], [*pairwise(forms)]:
+        alone = [made.difference(*pair).p_value for pair in family]
+        assert [made.verdicts[pair].corrected for pair in family] == pytest.approx(holm(alone))
+        assert all(made.verdicts[pair].family == len(family) for pair in family)
+    assert len(made.verdicts) == 5
+    text = made.sentences()
+    assert "BiDoRA is better than LoRA in accuracy by 5.0 ± 0.0 points" in text[0]
+    # Two differences: p = .04 is still significant, since the smaller p-value of 0 is tested first.
+    alone = Verdict(SMALL)
+    assert 0.03 < alone.p_value < 0.05 and "my_method is better" in text[2]
+    weaker = made_up({("my_method", "method"): SMALL})
+    assert f"p = {alone.p_value:.2g}, by Holm's correction {2 * alone.p_value:.2g}" in str(weaker)
+
+
+def test_tables_for_a_paper() -> None:
+    made = made_up({("BiDoRA", "method"): [0.05] * 5, ("BiDoRA", "frozen"): [0.01] * 5})
+    heading = made.heading()
+    assert "1,200 test rows" in heading and "2 differences and over 3 parts" in heading
+    first, second = made.to_latex(label="tab:x").split(r"\begin{table}")[1:]
+    assert r"BiDoRA & 75.4 $\pm$ 1.4 & +5.0 $\pm$ 0.0$^*$ & 300.0 \\" in first
+    assert r"my\_method & 70.4" in first and "frozen" not in first
+    assert r"\label{tab:x}" in first and r"95 \% intervals" in first
+    assert r"BiDoRA, upper level frozen & 71.4 $\pm$ 1.4 & +4.0 $\pm$ 0.0$^*$ \\" in second
+    assert r"\label{tab:x-ablations}" in second and "my" not in second
+    alone = made.to_latex(ablations=False, caption=r"Mine, $\lambda$", label="y")
+    assert alone.count(r"\begin{table}") == 1 and r"\caption{Mine, $\lambda$}" in alone
+
+
+def test_losses_have_three_digits() -> None:
+    made = made_up({("BiDoRA", "method"): [0.001, 0.002] * 2 + [0.003]}, metric="loss", scale=3)
+    gap = made.difference(("BiDoRA", "method"), ("LoRA", "method"))
+    assert str(gap) == f"+{gap.estimate:.5f} ± {gap.half:.5f}"
+    assert f"BiDoRA is worse than LoRA in loss by {gap.estimate:.5f}" in str(made)
+    assert made.table()[1][1] == "2.11 ± 0.04" and "points" not in str(made)
+
+
+def test_what_the_upper_level_did() -> None:
+    entries = {"steps": 6, "moved": 0.345, "moved_in_rates": None, "implicit_ratio": float("inf")}
+    upper = [{**entries, "steps": steps, "residual": 0.01} for steps in (5, 6, 7, 6, 6)]
+    made = made_up({}, upper=upper, rate=[1e-3, 2e-3, 4e-3, 2e-3, 1e-3], upper_rate=[1e-2] * 5)
+    assert made.upper_level()[1:] == [["BiDoRA", "6", "0.345", "–", "–", "0.01"]]
+    begin = "at 300 passes, with 6 upper steps that moved the upper variables by 34 %: no "
+    assert made.sentences()[0].startswith(begin)
+    assert made.table()[2][3:5] == ["0.002 (0.001–0.004)", "0.01"]
+    assert made_up({}).upper_level()[1] == ["BiDoRA", *"–––––"]
+    assert "Upper level" in made.tables()
+    assert made_up({}).sentences()[0].startswith("at 300 passes: no significant difference")
+
+
+def test_rates_are_counted_and_ends_are_named() -> None:
+    """Of a plan with grids, whose development runs have made-up curves."""
+    nan = float("nan")
+    choice, seeds, store = Choice([1e-3, 1e-2, 1e-1], [1e-2], splits=2), range(3), Store(None, {})
+    plan = Plan({"LoRA": LoRA()}, choice, seeds, "accuracy", False, 300)
+    best = {0: 1e-3, 1: 1e-2, 2: 1e-3}  # the rate of each seed
+    stages = plan.stages(store)
+    for run in next(stages):
+        score = 0.5 + 0.2 * (run.rate == best[run.seed]) + 0.02 * (run.split or 0)
+        score = nan if run.rate == 1e-1 else score
+        store.add({**vars(run), "curve": [(300, {"eval_accuracy": score})]})
+    *_, last = stages
+    for run in last:
+        more = {"layers": "", "spent": {"steps": 300.0}, "seconds": 1.0, "memory": 1.0}
+        store.add({**vars(run), "metrics": {"eval_accuracy": 0.7}, **more})
+    made = Comparison(plan, store)
+    below, middle, above = made.rates()[1:]
+    assert below == ["LoRA", "0.001", "", f"{100 * (0.51 + 0.2 * 2 / 3):.1f}", "2"]
+    assert middle == ["LoRA", "0.01", "", f"{100 * (0.51 + 0.2 / 3):.1f}", "1"]
+    assert above == ["LoRA", "0.1", "", "nan", "0"]
+    remarks = made.remarks()
+    assert remarks[0] == "LoRA: at the rate 0.1 a score is not finite, which counts as the worst"
+    assert remarks[1].startswith("LoRA: 2 of 3 seeds chose a rate at an end of the grid, 0.001;")
+
+
+@pytest.mark.parametrize(
+    ("metric", "first", "numbers"),
+    [
+        ("loss", "LoRA", "0.704 my_method −0.0120 ± 0.0000"),
+        ("f1", "BiDoRA", "73.4 points my_method"),
+    ],
+)
+def test_a_recommendation_has_its_numbers(metric: str, first: str, numbers: str) -> None:
+    """The best mean, and the paired difference of the next one with its interval."""
+    gains: dict[Candidate, list[float]] = {("BiDoRA", "method"): [0.03] * 5}
+    text = made_up({**gains, ("my_method", "method"): [0.012] * 5}, metric=metric).recommendation()
+    assert text.startswith(f"{first} is recommended")
+    assert all(each in text for each in numbers.split())
