@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -17,9 +16,9 @@ from benchmarks.methods.settings import SETTINGS
 from benchmarks.methods.tasks import score
 from hyperopt_peft import BilevelTrainingArguments
 from hyperopt_peft.comparison import Choice, Comparison, Runs, compare_methods
-from hyperopt_peft.comparison.choice import Plan
+from hyperopt_peft.comparison.choice import Axis, Plan
 from hyperopt_peft.comparison.store import Store
-from hyperopt_peft.comparison.task import Kind, Run
+from hyperopt_peft.comparison.task import Run
 
 RESULTS = Path(__file__).parents[1] / "results/methods"
 #: Arguments of a comparison that takes a minute.
@@ -65,28 +64,25 @@ def compared(setting: str, task: str, where: Path | None, **options: Any) -> Com
     )
 
 
+@dataclass(frozen=True)
 class OneChoice(Plan):
-    """A plan whose seeds share rates, chosen with other seeds, as in the stores of version 0.2."""
+    """A plan whose seeds share the best rates of a grid, as in the stores of version 0.2.
 
-    def chosen(self, store: Store, name: str, kind: Kind, seed: int, stopped: bool = False) -> Any:
-        """The reported run of a seed, None if there is none."""
-        wanted = name, kind, seed, None
-        found = (x for x in store.results if (x.method, x.kind, x.seed, x.split) == wanted)
-        return next(found, None)
+    Attributes:
+        development: the seeds of the runs that chose the rates.
+    """
 
-    def stages(self, store: Store) -> Iterator[list[Run]]:
-        """The reported runs."""
-        pairs = self.candidates()
-        yield [self.chosen(store, *each, seed) for each in pairs for seed in self.seeds]
+    development: Sequence[int] = ()
 
-    def at_every_rate(self, store: Store, name: str, kind: Kind) -> list[tuple[Run, float]]:
-        """A run at each pair of rates that was tried, and the mean held-out score of its seeds."""
-        scores: dict[Run, list[float]] = {}
-        for run, result in store.results.items():
-            if (run.method, run.kind, run.split) == (name, kind, 0):
-                score = result["metrics"].get(f"eval_{self.metric}", math.nan)
-                scores.setdefault(replace(run, seed=0), []).append(score)
-        return [(run, fmean(each)) for run, each in scores.items()]
+    def _parts(self, run: Run) -> list[Run]:
+        """The development runs that score ``run``."""
+        run = replace(run, split=0, marks=(self.passes,))
+        return [replace(run, seed=seed) for seed in self.development]
+
+    def _best(self, store: Store, run: Run, axis: Axis, stopped: bool) -> Run:
+        """``run`` at the rate of the best finite mean score."""
+        scores = {each: self.curve(store, each)[-1][1] for each in self._grid(run, axis)}
+        return max(filter(lambda x: math.isfinite(scores[x]), scores), key=scores.get, default=run)
 
 
 def stored(setting: str, task: str) -> Comparison | None:
@@ -94,8 +90,8 @@ def stored(setting: str, task: str) -> Comparison | None:
     if not (where := folder(setting, task)).exists():
         return None
     store, plan = Store.of(where), SETTINGS[setting].plan(task)
-    if {run.seed for run in store.results} - {*plan.seeds}:
-        plan = OneChoice(**vars(plan))
+    if others := {run.seed for run in store.results} - {*plan.seeds}:
+        plan = OneChoice(**vars(plan), development=sorted(others))
     if any(store.missing(runs) for runs in plan.stages(store)):  # a stage reads the ones before
         return None
     return Comparison(plan, store)
