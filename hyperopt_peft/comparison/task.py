@@ -23,6 +23,7 @@ from transformers import set_seed
 from hyperopt_peft.comparison.ablations import OneLevel, Projects
 from hyperopt_peft.comparison.budget import Budget, peak_memory
 from hyperopt_peft.comparison.folds import Rows
+from hyperopt_peft.comparison.upper import UpperLevel, arguments_of
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.heads.frozen_layers import compute_once
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
@@ -139,7 +140,7 @@ class Task:
                 self._require_apart(trainer, run)
                 a_cycle = passes_of_a_cycle(trainer) + trainer.args.lower_steps * budget.again
                 budget.passes = budget.stop = max(6.0, 2 * budget.a_step * a_cycle)
-            before, peak = logits_of(trainer), peak_memory()
+            before, peak, upper = logits_of(trainer), peak_memory(), UpperLevel(trainer)
             with suppress(NonFiniteError):  # such as a rate that is too high; it has no score
                 trainer.train()
                 check_trained(trainer, run.method, before)
@@ -156,7 +157,7 @@ class Task:
             rows = len(more["curve"]) * len(trainer.eval_dataset)
             spent["held-out scores"] = rows / self.unit / 3  # a forward is a third of a pass
         more |= {"memory": peak(), "seconds": time.perf_counter() - begin}
-        return self.line(run, metrics, steps=steps, spent=spent, **more)
+        return self.line(run, metrics, steps=steps, spent=spent, **more, **upper.entries)
 
     @property
     def unit(self) -> int:
@@ -244,7 +245,7 @@ class Task:
     def make(self, run: Run, rows: Sequence[Any], folder: str, *callbacks: Any) -> BilevelTrainer:
         """A trainer of ``run``, which writes and shows nothing; ``callbacks`` end its phases."""
         method = self.method_of(run)
-        args = self.args.with_defaults(method.defaults)  # for what the run leaves open
+        args = arguments_of(method, self.args)  # for what the run leaves open
         method.defaults = {}
         changes = {**QUIET, **FIXED, "output_dir": folder, "disable_tqdm": True, "seed": run.seed}
         changes |= {"data_seed": None, "learning_rate": run.rate}

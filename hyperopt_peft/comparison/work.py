@@ -15,8 +15,10 @@ from joblib import Parallel, delayed
 from hyperopt_peft.comparison.choice import Plan
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import ABLATIONS, Run, Task
+from hyperopt_peft.comparison.upper import OPEN, arguments_of
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.checks import LEARNS
+from hyperopt_peft.trainer.method import has_upper_level
 from hyperopt_peft.utils.tables import aligned
 
 
@@ -72,10 +74,13 @@ class Work:
             steps[run] = each
             least = LEARNS if "adam" in self.task.args.optim else rate
             if each and min(each) * rate < least:
+                method, args = self.plan.methods[name], self.task.args
+                few = has_upper_level(method) and arguments_of(method, args).lower_steps < 4
+                more = f", or the method defaults = {OPEN}" if few else ""
                 raise ProblemError(
                     f"passes: {self.plan.passes:g} leave {name} a phase of {min(each)} steps, "
                     f"which hardly train an adapter at a rate of {rate:g}; give more passes or "
-                    "higher rates"
+                    f"higher rates{more}"
                 )
         self.checked = True
         return steps
