@@ -39,7 +39,7 @@ def main() -> None:
         calibration(quick=options.quick)
     elif options.quick:
         for task in ("tweets", "tags"):
-            print(compared("magnitudes", task, None, progress=False, **QUICK))
+            print(compared("magnitudes", task, None, **QUICK))
     else:
         for name in options.settings:
             for task in SETTINGS[name].tasks:
