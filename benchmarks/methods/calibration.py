@@ -172,8 +172,10 @@ def calibration(*, quick: bool, draws: int = 240, through: int = 40) -> None:
     """Measure the cells that the results lack, and print all as JSON."""
     torch.set_num_threads(1)
     results = Results(None if quick else FILE)
-    draws, through = (TOGETHER, 1) if quick else (draws, through)
-    for name, rows in product(SETTINGS, (120, 300)):
+    cells = [*product(SETTINGS, (120, 300))]
+    if quick:
+        draws, through, cells = TOGETHER, 1, cells[:1]
+    for name, rows in cells:
         if any((x["setting"], x["rows"]) == (name, rows) for x in results.of("nets")):
             continue
         for cell in measured(name, rows, draws):
