@@ -116,13 +116,8 @@ class Plan:
             for each in every
             for stopped in self.endings
         )
-        yield (
-            self._development(
-                [self._rated(store, *each, True)] for each in every if each[1] == "frozen"
-            )
-            if len(self.endings) > 1
-            else []
-        )
+        frozen = [each for each in every if each[1] == "frozen"] if len(self.endings) > 1 else []
+        yield self._development([self._rated(store, *each, True)] for each in frozen)
         chosen = [self.chosen(store, *each, end) for end in self.endings for each in every]
         yield [*dict.fromkeys(chosen)]
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import pandas  # type: ignore[import-untyped]
 
 from hyperopt_peft.comparison.choice import AXES, Plan
+from hyperopt_peft.comparison.search import best_of
 from hyperopt_peft.comparison.store import Result, Store
 from hyperopt_peft.comparison.task import ABLATIONS, Kind
 from hyperopt_peft.errors import ProblemError
@@ -312,14 +313,46 @@ with 2 seeds (80 % power): 8.2 points
         alike = len(layers) == 1
         return lines + [k if alike else f"{', '.join(names)}: {k}" for k, names in layers.items()]
 
+    def stopping(self) -> list[Row]:
+        """The scores at the end of runs and at each seed's best point, which is shown in passes.
+
+        The best point is that of the mean held-out score; no test row chooses it.
+        """
+        heads = "at the end", "stopped", "effect", f"− {self.first}, stopped", "stopped at"
+        rows, first = [["method", *heads]], self.scores(self.first, stopped=True)
+        for name, kind in self.plan.candidates():
+            scores = self.scores(name, kind), self.scores(name, kind, stopped=True)
+            gaps = [[x - y for x, y in zip(scores[1], z)] for z in (scores[0], first)]
+            ends = [each["stop"] or self.passes for each in self.reported(name, kind, True)]
+            cells = [*map(self.shown, scores), *(str(Verdict(x, self.in_points)) for x in gaps)]
+            rows.append([name + ABLATIONS[kind], *cells, _several(ends)])
+        return rows
+
     def spent(self) -> list[Row]:
-        """The passes of each method, by use; means over seeds."""
+        """The passes of each method by use, and those of the choice; means over seeds."""
         rows: list[Row] = []
+        *stages, _ = self.plan.stages(self.store)
         for name, kind in self.plan.candidates():
             results = self.reported(name, kind)
             means = {key: fmean(r["spent"][key] for r in results) for key in results[0]["spent"]}
+            tried = [x for runs in stages for x in runs if (x.method, x.kind) == (name, kind)]
+            passes = sum(sum(self.store.results[run]["spent"].values()) for run in tried)
+            means["choice of the rates"] = passes / len(self.plan.seeds)
             rows = rows or [["method", *means]]
             rows.append([name + ABLATIONS[kind], *(f"{x:.1f}" for x in means.values())])
+        return rows
+
+    def searched(self, groups: Mapping[str, Sequence[str]] | None = None) -> list[Row]:
+        """The expected score of the best of n rates, and the passes of their runs; see `best_of`.
+
+        Args:
+            groups: by a name, methods that are one search, such as one for each value of τ; by
+                default each method is one.
+        """
+        rows = [["method", "settings", "passes", self._score]]
+        for title, names in (groups or {name: [name] for name in self.plan.methods}).items():
+            for n, (passes, scores) in enumerate(best_of(self.plan, self.store, names), 1):
+                rows.append([title, str(n), f"{passes:.0f}", self.shown(scores)])
         return rows
 
     def tables(self) -> dict[str, list[Row]]:
@@ -328,6 +361,10 @@ with 2 seeds (80 % power): 8.2 points
         tables["Upper level"] = self.upper_level()
         if self.passes:
             tables |= {"Held-out score at every rate": self.rates(), "Passes": self.spent()}
+            if len(self.plan.endings) > 1:
+                tables["Stopped where the held-out score was best"] = self.stopping()
+            if len(self.plan.choice.rates) > 1 < self.plan.choice.splits:
+                tables["The best of n rates"] = self.searched()
         return {title: rows for title, rows in tables.items() if len(rows) > 1}
 
     def heading(self) -> str:
