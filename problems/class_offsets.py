@@ -74,11 +74,13 @@ class ClassOffsets(Method):
 
     def prepare(self, model: Any) -> None:
         """Make l and Δ, 0."""
-        like = next(model.parameters())
+        like, config = next(model.parameters()), getattr(model, "config", None)
+        if (classes := getattr(config, "num_labels", None)) is None:
+            raise ProblemError("num_labels: the model's config lacks it; set config.num_labels")
         kind = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
         #: l and Δ, ``(classes,)``.
         self.offsets, self.factors = (
-            torch.zeros(model.config.num_labels, **kind, requires_grad=True) for _ in range(2)
+            torch.zeros(classes, **kind, requires_grad=True) for _ in range(2)
         )
 
     def upper_variables(self, model: Any) -> dict[str, Tensor]:

@@ -54,6 +54,7 @@ class LayerDecay(Method):
     start: float = option(-6.0, help="u at first")
     shared: bool = option(False, help="whether all layers have the same u")
 
+    one_level = False  # strengths go to 0
     defaults = {"hypergradient": "minres:steps=5,damping=0.1", "upper_learning_rate": 0.1}
 
     def prepare(self, model: Any) -> None:

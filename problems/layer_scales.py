@@ -53,6 +53,8 @@ class LayerScales(Gained):
     decay: NonNegativeFloat = option(0.0, help="of A and B at the lower level")
 
     defaults = {"hypergradient": "direct", "lower_steps": 5}
+    # Larger scales of smaller factors take a decay to 0.
+    one_level = property(lambda self: self.absorbed)
 
     def prepare(self, model: Any) -> None:
         """Let B be e^u·B."""

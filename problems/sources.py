@@ -73,6 +73,7 @@ class Sources(EqualSources):
         None, help="whose form, estimator and steps are the defaults"
     )
 
+    one_level = False  # the source of least loss gets all of the share
     # An upper step after each lower one leaves too few steps at equal price (benchmarks/methods).
     defaults = {"hypergradient": "darts:product=dots", "lower_steps": 4}
 

@@ -39,6 +39,7 @@ class WeightNet(Method):
 
     hidden: int = 100
 
+    one_level = False  # all weights go to 0
     defaults = {"hypergradient": "darts:product=dots"}
 
     def prepare(self, model: Any) -> None:

@@ -34,7 +34,7 @@ def main() -> None:
         report(check=options.check)
     elif options.quick:
         for task in ("tweets", "tags"):
-            print(compared("magnitudes", task, None, progress=False, **QUICK))
+            print(compared("magnitudes", task, None, **QUICK))
     else:
         for name in options.settings:
             for task in SETTINGS[name].tasks:

@@ -53,7 +53,7 @@ def complete(name: str) -> dict[str, Comparison]:
 def summary(name: str, tasks: Mapping[str, Comparison]) -> Iterator[Row]:
     """For each published method, the differences to other methods and to its ablations."""
     setting = SETTINGS[name]
-    others = [each for each in setting.plan.methods if each not in setting.papers]
+    others = [each for each in setting.methods() if each not in setting.papers]
     for method in setting.papers:
         for task, each in tasks.items():
             # By the held-out rows, as a user would choose; the test rows judge the choice.
@@ -145,8 +145,8 @@ def rates(tasks: Mapping[str, Comparison]) -> list[Row]:
                 means.setdefault(head, []).append(score)
         numbers = {head: f"{100 * fmean(values):.1f}" for head, values in means.items()}
         rows += [{"method": name + ABLATIONS[kind], **numbers}] if numbers else []
-    upper = (f"upper {rate:g}" for rate in plan.upper_rates)
-    heads = ["method", *(f"{rate:g}" for rate in plan.rates), *upper]
+    upper = (f"upper {rate:g}" for rate in plan.choice.upper_rates)
+    heads = ["method", *(f"{rate:g}" for rate in plan.choice.rates), *upper]
     return [{head: row.get(head, "–") for head in heads} for row in rows]
 
 

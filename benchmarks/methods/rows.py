@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from benchmarks.methods.tasks import DATA, Task, collate, disjoint, rows_of_texts, task
+from benchmarks.methods.tasks import DATA, METRICS, Task, collate, disjoint, rows_of_texts, task
 from benchmarks.sources import draw, texts_of
 from hyperopt_peft.heads import features_of
 
@@ -75,7 +75,7 @@ def of_mpnet(name: str) -> Task:
         table = read(DATA / name / f"{part}.tsv").sample(frac=1, random_state=0)[:most]
         tokens = tokenizer(table.text.tolist(), truncation=True, max_length=24)
         parts.append(Dataset.from_dict({**tokens, "labels": table.label.tolist()}))
-    metric = {"cola": "matthews", "sst2": "accuracy"}[name]
+    metric = METRICS.get(name, "accuracy")
     return Task(*parts, 2, metric, model=mpnet, collate=DataCollatorWithPadding(tokenizer))
 
 

@@ -14,9 +14,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from benchmarks.methods.rows import first_rows, of_mpnet, of_sources, wrong_labels
-from benchmarks.methods.tasks import Task, task
+from benchmarks.methods.tasks import METRICS, Task, task
 from hyperopt_peft import BiDoRA, Method
-from hyperopt_peft.comparison.choice import RATES, UPPER_RATES, Plan
+from hyperopt_peft.comparison.choice import RATES, UPPER_RATES, Choice, Plan
+from hyperopt_peft.comparison.task import Kind
 from hyperopt_peft.problems import (
     SEAL,
     Agreement,
@@ -40,6 +41,7 @@ from hyperopt_peft.problems import (
 
 #: Rates for few or doubtful rows, where small rates are best.
 LOW_RATES = (6e-4, 2e-3, 6e-3, 2e-2)
+ABLATED: tuple[Kind, ...] = ("frozen", "one level")
 #: Layers with an adapter in MiniLM's last layer: queries and values, or all linear layers.
 ATTENTION, LINEAR = r".*layer\.5\..*\.(query|value)", r".*layer\.5\..*\.(query|key|value|dense)"
 
@@ -56,7 +58,7 @@ class Setting:
         held_out: the share of the trusted rows, or of the training rows, that chooses the rates.
         targets: the layers that have an adapter.
         dropout: whether frozen layers have dropout; without it they are computed once.
-        rates, upper_rates, development, seeds: arguments of `compare_methods`.
+        rates, upper_rates, seeds: arguments of `compare_methods` and its choice.
     """
 
     tasks: tuple[str, ...]
@@ -71,14 +73,14 @@ class Setting:
     held_out: float = 0.2
     rates: Sequence[float] = (2e-3, 6e-3, 2e-2)
     upper_rates: Sequence[float] = (3e-3, 3e-2, 3e-1)
-    development: Sequence[int] = (100, 101)
     seeds: Sequence[int] = range(5)
 
-    @property
-    def plan(self) -> Plan:
-        """The runs of the comparison."""
-        grids = self.rates, self.upper_rates, self.development, self.seeds
-        return Plan(self.methods(), *grids, False, self.ablations)
+    def plan(self, task: str) -> Plan:
+        """The runs of the comparison on a task."""
+        choice = Choice(self.rates, self.upper_rates, held_out=self.held_out)
+        shared = self.methods(), choice, self.seeds, METRICS.get(task, "accuracy"), False
+        kinds = None if self.ablations is None else dict.fromkeys(self.ablations, ABLATED)
+        return Plan(*shared, self.passes, kinds)
 
 
 @dataclass
@@ -167,7 +169,6 @@ SETTINGS = {
         passes=300,
         rates=RATES,
         upper_rates=UPPER_RATES,
-        development=(100, 101, 102),
     ),
     "magnitudes, base size": Setting(
         ("cola", "sst2"),
@@ -181,7 +182,6 @@ SETTINGS = {
         dropout=True,
         rates=(3e-4, 1e-3, 3e-3),
         upper_rates=(3e-3, 3e-2),
-        development=(100,),
         seeds=range(3),
     ),
     "few rows": Setting(

@@ -147,7 +147,7 @@ def tags(length: int, pool: int, test: int) -> Task:
     tagged = [tagged[k] for k in order[: pool + test]]
     words = [[word for word, _ in row] for row in tagged]
     classes = [[names.index(tag) for _, tag in row] for row in tagged]
-    return _task(rows_of_texts(words, classes, length), test, len(names), "f1")
+    return _task(rows_of_texts(words, classes, length), test, len(names), METRICS["tags"])
 
 
 def long_tailed(name: str, length: int) -> Task:
@@ -172,7 +172,7 @@ def long_tailed(name: str, length: int) -> Task:
     train, test = (part[part.Category.isin(names)] for part in (train, test[:1500]))
     table = pandas.concat([train, test])
     rows = rows_of_texts(list(table.Text), [names.index(each) for each in table.Category], length)
-    return _task(rows, len(test), len(names), "macro_f1")
+    return _task(rows, len(test), len(names), METRICS[name])
 
 
 def rows_of_texts(texts: Sequence[Any], labels: Sequence[Any], length: int) -> list[dict[str, Any]]:
@@ -229,6 +229,8 @@ def _tweets() -> tuple[pandas.DataFrame, pandas.DataFrame]:
     return table[1000:], table[:1000]
 
 
+#: The scores of tasks that are not scored by accuracy.
+METRICS = {"tags": "f1", "cola": "matthews", "newsgroups": "macro_f1", "reuters": "macro_f1"}
 #: Files, the largest class's rows if class shares are drawn, and the most training rows.
 LONG_TAILED = {"newsgroups": ("20newsgroups", 100, 600), "reuters": ("reuters-r52", 0, 800)}
 #: Numbers of pool rows and test rows.

@@ -16,7 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, get_scheduler
 
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.trainer.passes import PassCounter, passes_of_a_cycle
+from hyperopt_peft.trainer.passes import PassCounter
+from hyperopt_peft.utils.random_state import RandomState
 
 
 class Budget(TrainerCallback):
@@ -34,6 +35,7 @@ class Budget(TrainerCallback):
 
     Attributes:
         spent: the passes by use.
+        cycles: for each phase, its steps and passes until its last upper step.
         curve: the mark and the metrics of each evaluation.
         seconds, timed: the time of all steps but each phase's first one, which allocates, and the
             passes of these steps.
@@ -61,7 +63,8 @@ class Budget(TrainerCallback):
         args, self.again = trainer.args, bool(trainer.has_second_phase)
         self.counter: PassCounter = trainer.passes
         self.counter.unit = unit
-        self.every: int = 0 if trainer.upper is None else args.lower_steps
+        self.every = self.lower_steps = 0 if trainer.upper is None else args.lower_steps
+        self.cycles = list[tuple[int, float]]()
         self.a_step: float = args.train_batch_size * args.gradient_accumulation_steps / unit
 
     def on_train_begin(
@@ -71,6 +74,7 @@ class Budget(TrainerCallback):
         self.phase += 1
         if self.phase > 1:
             self.every, self.again = 0, False
+        self.cycles.append((0, 0.0))
         self.start = self.last = self.upper = self.counter.passes
         self.costs, self.cycle, self.state = {False: 0.0, True: 0.0}, 0.0, state
         self.clock: float | None = None
@@ -107,6 +111,8 @@ class Budget(TrainerCallback):
             self.timed += now - self.last
         is_upper = bool(self.every) and step % self.every == 0
         self.costs[is_upper] = max(self.costs[is_upper], now - self.last)
+        if is_upper or not self.every:
+            self.cycles[-1] = step, now - self.start
         self.last, self.clock = now, time.perf_counter()
         if self.every > 1:  # a row may be several for the model, as DPO's pairs
             self.a_step = max(self.a_step, self.costs[False])
@@ -126,24 +132,17 @@ class Budget(TrainerCallback):
             mark = self.marks.pop(0)
             self.reached += [] if self.again else [mark]
         control.should_evaluate |= bool(self.reached)
+        if self.reached:
+            self.random = RandomState.capture([args.device])
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any
     ) -> None:
-        """Keep the metrics at the marks that are reached."""
+        """Keep the metrics at the marks that are reached; the run goes on as without them."""
+        if self.reached:
+            self.random.restore()  # an evaluation's loader draws a number
         self.curve += [(mark, dict(metrics)) for mark in self.reached]
         self.reached, self.clock = [], time.perf_counter()
-
-
-def predicted_steps(trainer: Any, passes: float, unit: int) -> list[int]:
-    """About how many steps each phase of ``trainer`` has with ``passes`` of ``unit`` rows."""
-    args, every = trainer.args, 1 if trainer.upper is None else trainer.args.lower_steps
-    count = len(trainer.train_dataset)  # of which an epoch's last batch may be smaller
-    batches = math.ceil(count / (args.train_batch_size * args.gradient_accumulation_steps))
-    rows = count / batches
-    again = every if trainer.has_second_phase else 0
-    steps = int(passes * unit // (rows * (passes_of_a_cycle(trainer) + again))) * every
-    return [steps, steps] if again else [steps]
 
 
 def peak_memory() -> Callable[[], float]:

@@ -88,7 +88,8 @@ class Plan:
     def candidates(self) -> list[tuple[str, Kind]]:
         """The methods, each followed by its ablations.
 
-        A method whose search is followed by a training from scratch has no form with one level.
+        A method whose search is followed by a training from scratch has no form with one level, nor
+        one whose lower loss alone drives its variables to an end.
         """
         pairs: list[tuple[str, Kind]] = []
         for name, method in self.methods.items():
@@ -97,7 +98,8 @@ class Plan:
             if self.ablations is not None:
                 kinds = self.ablations.get(name, ())
             for kind in kinds if has_upper_level(method) else ():
-                if kind == "frozen" or method.defaults.get("retrain") != "scratch":
+                alone = method.one_level and method.defaults.get("retrain") != "scratch"
+                if kind == "frozen" or alone:
                     pairs.append((name, kind))
         return pairs
 

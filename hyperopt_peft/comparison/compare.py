@@ -101,7 +101,7 @@ def compare_methods(
     With ``folds`` the trusted rows score: seed s is scored on fold s mod K of the division s // K
     into K folds, and trains with the others. With ``head`` a linear head on the
     features of the frozen base model is trained to its minimum in place of an adapter, without
-    rates and passes. Each seed then scores a part of the test rows of its own.
+    rates and passes; see `HeadSettings`.
 
     Args:
         methods: by name; the first one is what the others are compared with.
@@ -171,7 +171,10 @@ def compare_methods(
             f"seeds: {len(seeds)} reported; one seed has no interval, so give two or more"
         )
     if head is not None:
-        for name, given in {"passes": passes, "choice": choice != DEFAULT}.items():
+        for name, given in {
+            "passes": passes,
+            "choice": replace(choice, held_out=0.2) != DEFAULT,
+        }.items():
             if given:
                 raise ProblemError(
                     f"{name}: has no effect on heads, which are solved; leave it out"
@@ -186,7 +189,7 @@ def compare_methods(
     if not known:
         raise ProblemError("methods: there is none; give each by a name")
     shared = (known, base_model, adapter, args, data, metric, trainer, options, frozen_dropout)
-    task = Task(*shared) if head is None else HeadTask(*shared)
+    task = Task(*shared) if head is None else HeadTask(*shared, head=head)
     if head is not None:
         choice = Choice([1.0], [head.upper_rate])
     if lower_is_better is None:

@@ -20,8 +20,8 @@ class Rows:
     Attributes:
         train, upper, test, folds, held_out: as in `compare_methods`.
         reads: the columns in which equal rows are equal, as in `split_dataset`.
-        parts: the seeds, each of which scores a part of ``test`` of its own; given where the
-            training is not random, so that all seeds would have one score.
+        parts: the seeds, each of which draws its training rows and scores a part of ``test`` of its
+            own; given where the training is not random, so that all seeds would have one score.
     """
 
     train: Any
@@ -96,6 +96,9 @@ class Rows:
             upper = upper.select(sorted({*range(len(upper))} - chosen))
         elif self.parts:
             test = test.shard(len(self.parts), self.parts.index(seed), contiguous=False)
+            options = {"seed": seed, "argument": "held_out", "reads": self.reads}
+            draw = lambda x: x and x.select(hold_out(x, self.held_out, **options)[0])  # noqa: E731
+            return draw(train), draw(upper), test
         if split is None:
             return train, upper, test
         rows, number = (train if upper is None else upper), seed + 100_003 * split

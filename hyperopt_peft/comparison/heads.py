@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,35 +23,44 @@ from transformers import EvalPrediction, default_data_collator, set_seed
 
 from hyperopt_peft.comparison.budget import peak_memory
 from hyperopt_peft.comparison.task import Run, Task
+from hyperopt_peft.comparison.upper import summary, vector_of
 from hyperopt_peft.core.data import DataStream, to_device
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine.engine import Engine
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.heads.features import Features, features_of
-from hyperopt_peft.heads.head import FEATURES, OnFeatures, head_of, require_head
+from hyperopt_peft.heads.head import FEATURES, L2, OnFeatures, head_of, require_head
 from hyperopt_peft.heads.minimum import penalised, solve
 from hyperopt_peft.trainer.checks import read_rows, require_mean_over_labels
 from hyperopt_peft.trainer.data import batches_of
+from hyperopt_peft.trainer.logs import StepLog
 from hyperopt_peft.trainer.method import Method, has_upper_level
 from hyperopt_peft.trainer.quiet import no_bars
 from hyperopt_peft.trainer.splits import LABELS, firsts, split_dataset
+from hyperopt_peft.trainer.step import UPPER_NUMBERS
 from hyperopt_peft.trainer.tags import INDEX, numbered
-
-#: The solver of the upper level's hypergradient.
-SOLVER = "cg:steps=30"
+from hyperopt_peft.utils.validation import PositiveFloat, PositiveInt, require_types
 
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """How a comparison trains heads.
+    """A linear head on frozen features in place of an adapter: λ, and the upper level's Adam.
 
-    Args:
-        upper_steps: the steps of Adam of an upper level.
-        upper_rate: their rate.
+    Each seed trains on a random share 1 − ``held_out`` of the rows, and scores a part of the test
+    rows of its own: an interval is over the test rows, and over which of *these* rows train. With
+    ``folds`` the trusted rows alone are divided.
+
+    Example:
+        >>> HeadSettings(l2=0.3)
+        HeadSettings(l2=0.3, upper_steps=15, upper_rate=0.6)
     """
 
-    upper_steps: int = 15
-    upper_rate: float = 0.6
+    l2: PositiveFloat = L2
+    upper_steps: PositiveInt = 15
+    upper_rate: PositiveFloat = 0.6
+
+    def __post_init__(self) -> None:
+        require_types(self)
 
 
 @dataclass
@@ -59,12 +68,12 @@ class HeadTask(Task):
     """What all heads of a comparison share.
 
     Attributes:
+        head: their options.
         model: the head of 0 on the features of all rows, once there is one.
-        solved: the heads so far, each with the seconds that it took.
     """
 
+    head: HeadSettings = HeadSettings()
     model: OnFeatures | None = None
-    solved: dict[Run, tuple[Any, float]] = field(default_factory=dict)
 
     def check(self, run: Run) -> list[int]:
         """Make the features; a head has no steps."""
@@ -82,24 +91,18 @@ class HeadTask(Task):
         Raises:
             ProblemError: the method changes an adapter, which a head lacks; as the method.
         """
-        peak, test = peak_memory(), self.data.of(run.seed, run.split)[2]
-        scored, parts = run, self.data.parts
-        if parts:  # of the test rows; the head is the same
-            run = replace(run, seed=parts[0])
-        if run not in self.solved:
-            begin = time.perf_counter()
-            self.solved[run] = self.solve(run), time.perf_counter() - begin
-        model, seconds = self.solved[run]
+        begin, peak = time.perf_counter(), peak_memory()
+        *rows, test = self.data.of(run.seed, run.split)
+        model, upper = self.solve(run, *rows)
         metrics = self.evaluate(model, test)
         self.require_metric(metrics)
-        more = {"seconds": seconds, "memory": peak(), "steps": [], "spent": {}}
-        return self.line(scored, metrics, **more)
+        more = {"seconds": time.perf_counter() - begin, "memory": peak(), "steps": [], "spent": {}}
+        return self.line(run, metrics, **more, **upper)
 
-    def solve(self, run: Run) -> Any:
-        """The head of ``run``; its method is called in the order of a trainer."""
+    def solve(self, run: Run, train: Any, upper: Any) -> tuple[Any, dict[str, Any]]:
+        """The head of ``run``, made in the order of a trainer, and what its upper level did."""
         set_seed(run.seed)
-        train, upper, _ = self.data.of(run.seed, run.split)
-        method = self.method_of(run)
+        method, did = self.method_of(run), dict[str, Any]()
         bilevel = has_upper_level(method)
         if INDEX in method.tags:
             train, upper = numbered(train, upper)
@@ -116,23 +119,33 @@ class HeadTask(Task):
         try:
             method.prepare(model)
         except (ProblemError, AttributeError) as error:  # of its config, say
-            advice = 'choose model="adapter", or --score_model adapter'
-            text = f"{run.method}: a head lacks what it reads of a model ({error}); {advice}"
-            raise ProblemError(text) from error
+            text = f"{run.method}: a head lacks what it reads of a model ({error}); leave head out"
+            raise ProblemError(f"{text}, or choose --score_model adapter") from error
         if bilevel:
-            if run.kind == "method":
-                _search(
-                    method,
-                    model,
-                    batch(rows),
-                    batch(upper),
-                    run.upper_rate or HeadSettings.upper_rate,
-                )
+            did["upper"] = self._search(run, method, model, batch(rows), batch(upper))
             model = method.finish(model)
             rows = method.all_rows(train, upper)
             method.read_rows(model, rows, read)
-        solve(_lower(method, model), batch(rows))
-        return model
+        solve(self._lower(method, model), batch(rows))
+        return model, did
+
+    def _lower(self, method: Method, model: Any) -> Problem:
+        """The lower level with the penalty of a head."""
+        return penalised(method.lower(model, partial(_loss, model)), self.head.l2)
+
+    def _search(self, run: Run, method: Method, model: Any, below: Any, above: Any) -> Any:
+        """Learn the upper variables by hypergradients at the minimum of the lower level."""
+        lower, rate = self._lower(method, model), self.head.upper_rate
+        upper = method.upper(model, partial(_loss, model))
+        lower.batches = DataStream([below], lower.name)
+        upper.batches = DataStream([above], upper.name)
+        upper.optimizer, start = Adam(upper.variables, rate), vector_of(upper)
+        upper.optimizer.register_step_post_hook(method.project)
+        engine = Engine(upper, lower, "cg:steps=30", lower_steps="minimum", progress=False)
+        log, steps = StepLog(), self.head.upper_steps if run.kind == "method" else 0
+        for record in engine.run(steps):
+            log.add({name: record[name] for name in UPPER_NUMBERS})
+        return summary(upper, start, rate, steps, log)
 
     def evaluate(self, model: nn.Module, rows: Any) -> dict[str, float]:
         """The loss of ``rows``, and the metrics of the options, as a Trainer names them."""
@@ -145,8 +158,8 @@ class HeadTask(Task):
             logits = reduce(logits, labels)
         if measure := self.options.get("compute_metrics"):
             metrics |= measure(EvalPrediction(logits.numpy(), labels.numpy()))
-        numbers = {k.removeprefix("eval_"): x for k, x in metrics.items() if np.ndim(x) == 0}
-        return {f"eval_{name}": float(x) for name, x in numbers.items()}
+        numbers = {k: float(x) for k, x in metrics.items() if np.ndim(x) == 0}
+        return {f"eval_{name.removeprefix('eval_')}": x for name, x in numbers.items()}
 
     @no_bars()
     def read(self) -> None:
@@ -186,7 +199,7 @@ class HeadTask(Task):
         if len(features.row) != len(rows) or not torch.equal(features.row, torch.arange(len(rows))):
             raise ProblemError(
                 "labels: a head of compare_methods predicts a class or numbers a row, and these "
-                'rows have a label for each token; choose model="adapter", or --score_model adapter'
+                "rows have a label for each token; leave head out, or choose --score_model adapter"
             )
         return trainer, features, prepared.column_names
 
@@ -205,21 +218,3 @@ def _loss(model: Any, batch: Any) -> Tensor:
     """The model's loss of a batch that has tags too."""
     loss: Tensor = model(batch[FEATURES], batch["labels"]).loss
     return loss
-
-
-def _lower(method: Method, model: Any) -> Problem:
-    """The lower level with the penalty of a head."""
-    return penalised(method.lower(model, partial(_loss, model)))
-
-
-def _search(method: Method, model: Any, below: Any, above: Any, rate: float) -> None:
-    """Learn the upper variables by hypergradients at the minimum of the lower level."""
-    lower = _lower(method, model)
-    upper = method.upper(model, partial(_loss, model))
-    lower.batches = DataStream([below], lower.name)
-    upper.batches = DataStream([above], upper.name)
-    upper.optimizer = Adam(upper.variables, rate)
-    upper.optimizer.register_step_post_hook(method.project)
-    Engine(upper, lower, SOLVER, lower_steps="minimum", progress=False).run(
-        HeadSettings.upper_steps
-    )

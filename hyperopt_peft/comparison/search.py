@@ -50,7 +50,7 @@ def best_of(comparison: Comparison, *methods: str) -> list[tuple[float, list[flo
 
 
 def expected(chosen_by: Sequence[float], scores: Sequence[float]) -> list[float]:
-    """The expected one of ``scores`` at the best of n random settings, by ``chosen_by``, for each n.
+    """The expected score of the best of n random settings by ``chosen_by``, for each n.
 
     The setting of rank r, from 0, is the best of C(r, n − 1) of the C(m, n) subsets. A setting
     without a finite value is never the best.

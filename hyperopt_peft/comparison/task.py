@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, cast
 
 import torch
@@ -21,14 +21,16 @@ from torch import Tensor
 from transformers import set_seed
 
 from hyperopt_peft.comparison.ablations import OneLevel, Projects
-from hyperopt_peft.comparison.budget import Budget, peak_memory, predicted_steps
+from hyperopt_peft.comparison.budget import Budget, peak_memory
 from hyperopt_peft.comparison.folds import Rows
+from hyperopt_peft.comparison.upper import UpperLevel, arguments_of
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.heads.frozen_layers import compute_once
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.checks import check_class
 from hyperopt_peft.trainer.fingerprint import frozen_fingerprint
 from hyperopt_peft.trainer.method import Method
+from hyperopt_peft.trainer.passes import passes_of_a_cycle
 from hyperopt_peft.trainer.quiet import QUIET, no_bars
 from hyperopt_peft.trainer.splits import shared_rows
 from hyperopt_peft.trainer.tags import without
@@ -126,18 +128,27 @@ class Task:
         """
         return self._trained(run, Budget(run.passes, run.stop, run.marks))
 
-    def _trained(self, run: Run, budget: Budget) -> dict[str, Any]:
+    def _trained(self, run: Run, budget: Budget, short: bool = False) -> dict[str, Any]:
+        """Train and score; if ``short``, about two cycles and a few rows, after checks."""
         freeze_imports()
         begin = time.perf_counter()
         metrics: dict[str, float] = {}
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
             trainer = self.make(run, self.data.of(run.seed, run.split), folder, budget)
             budget.begin(trainer, self.unit)
-            before, peak = logits_of(trainer), peak_memory()
+            if short:
+                self._require_apart(trainer, run)
+                a_cycle = passes_of_a_cycle(trainer) + trainer.args.lower_steps * budget.again
+                budget.passes = budget.stop = max(6.0, 2 * budget.a_step * a_cycle)
+            before, peak, upper = logits_of(trainer), peak_memory(), UpperLevel(trainer)
             with suppress(NonFiniteError):  # such as a rate that is too high; it has no score
                 trainer.train()
                 check_trained(trainer, run.method, before)
-                metrics = (trainer.retrainer or trainer).evaluate()
+                scored = (last := trainer.retrainer or trainer).eval_dataset
+                if short:  # of every class, if sorted
+                    scored = scored.select(range(0, len(scored), -(-len(scored) // SOME)))
+                metrics = last.evaluate(scored)
+                self.require_metric(metrics)
         steps = [x.state.global_step for x in (trainer, trainer.retrainer) if x is not None]
         spent, more = dict(budget.spent), {}
         if run.split is not None:
@@ -146,7 +157,7 @@ class Task:
             rows = len(more["curve"]) * len(trainer.eval_dataset)
             spent["held-out scores"] = rows / self.unit / 3  # a forward is a third of a pass
         more |= {"memory": peak(), "seconds": time.perf_counter() - begin}
-        return self.line(run, metrics, steps=steps, spent=spent, **more)
+        return self.line(run, metrics, steps=steps, spent=spent, **more, **upper.entries)
 
     @property
     def unit(self) -> int:
@@ -184,36 +195,39 @@ class Task:
 
     @no_bars()
     def check(self, run: Run) -> list[int]:
-        """Refuse what is wrong with ``run`` before any training; about the steps of each phase.
+        """Train ``run`` for two cycles; about the steps of each phase with all of its passes.
+
+        What is wrong with a method so shows before any run. There are no steps where a loss is not
+        finite.
 
         Raises:
-            ProblemError: the metric is unknown; the method trains on test rows; as
-                `BilevelTrainer`.
+            ProblemError: the metric is unknown; the method trains on test rows; as `run`.
         """
-        data = self.data.of(run.seed, run.split)
-        with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
-            trainer = self.make(run, data, folder)
-            scored = trainer.eval_dataset  # as the trainer has prepared them
-            some = range(0, len(scored), -(-len(scored) // SOME))  # of every class, if sorted
-            self.require_metric(trainer.evaluate(scored.select(some)))
+        self._trained(run, budget := Budget(run.passes), short=True)
+        if not budget.cycles[0][0]:
+            return []
+        every = budget.lower_steps or 1
+        price = sum(every * passes / steps for steps, passes in budget.cycles)
+        return [int(run.passes // price) * every for _ in budget.cycles]
+
+    @no_bars()
+    def seconds(self, run: Run) -> float:
+        """About the time of ``run``, by two cycles."""
+        result = self._trained(run, budget := Budget(run.passes), short=True)
+        more = run.passes + len(self.data.of(run.seed)[2]) / self.unit / 3
+        more -= sum(result["spent"].values())
+        return float(result["seconds"] + more * budget.seconds / (budget.timed or math.inf))
+
+    def _require_apart(self, trainer: BilevelTrainer, run: Run) -> None:
+        """Raise ProblemError for test rows among the training rows."""
+        test = self.data.of(run.seed, run.split)[2]
         for rows in (trainer.train_dataset, trainer.upper_dataset, trainer.all_rows()):
-            alike = {*data[2].column_names} <= {*getattr(rows, "column_names", ())}
-            if alike and (common := shared_rows(data[2], rows, self.data.reads)):
+            alike = {*test.column_names} <= {*getattr(rows, "column_names", ())}
+            if alike and (common := shared_rows(test, rows, self.data.reads)):
                 raise ProblemError(
-                    f"{run.method}: trains on {len(common)} of {len(data[2])} test rows; let rows "
+                    f"{run.method}: trains on {len(common)} of {len(test)} test rows; let rows "
                     "and all_rows return rows of train_dataset alone"
                 )
-        return predicted_steps(trainer, run.passes, self.unit)
-
-    def seconds(self, run: Run, steps: Sequence[int]) -> float:
-        """The time of `run` with about ``steps``, by a run of about two cycles."""
-        every = self.args.with_defaults(self.methods[run.method].defaults).lower_steps
-        passes = run.passes * min(1.0, 2.5 * every / max(1, steps[0]))
-        short = replace(run, passes=max(passes, min(run.passes, 6.0)))
-        self.run(short)  # fills the store of frozen layers
-        result = self._trained(short, budget := Budget(short.passes))
-        more = run.passes - sum(result["spent"].values())
-        return float(result["seconds"] + more * budget.seconds / (budget.timed or math.inf))
 
     def require_metric(self, metrics: Mapping[str, Any]) -> None:
         """Raise ProblemError where ``metrics`` of an evaluation lack the score."""
@@ -231,7 +245,7 @@ class Task:
     def make(self, run: Run, rows: Sequence[Any], folder: str, *callbacks: Any) -> BilevelTrainer:
         """A trainer of ``run``, which writes and shows nothing; ``callbacks`` end its phases."""
         method = self.method_of(run)
-        args = self.args.with_defaults(method.defaults)  # for what the run leaves open
+        args = arguments_of(method, self.args)  # for what the run leaves open
         method.defaults = {}
         changes = {**QUIET, **FIXED, "output_dir": folder, "disable_tqdm": True, "seed": run.seed}
         changes |= {"data_seed": None, "learning_rate": run.rate}

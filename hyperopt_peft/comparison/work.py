@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,10 @@ from joblib import Parallel, delayed
 from hyperopt_peft.comparison.choice import Plan
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import ABLATIONS, Run, Task
+from hyperopt_peft.comparison.upper import OPEN, arguments_of
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.checks import LEARNS
+from hyperopt_peft.trainer.method import has_upper_level
 from hyperopt_peft.utils.tables import aligned
 
 
@@ -39,11 +42,7 @@ class Work:
         """
         number, count = self.part
         missing = set(self.store.missing(runs))
-        first = dict[Any, Run]()
-        for run in runs:
-            first.setdefault((run.method, run.kind), run)
-        every = dict.fromkeys([*first.values(), *runs])  # a method that fails, fails early
-        mine = [run for run in [*every][number - 1 :: count] if run in missing]
+        mine = [run for run in [*dict.fromkeys(runs)][number - 1 :: count] if run in missing]
         if mine and not self.checked:
             self.check()
         results = Parallel(n_jobs=self.jobs, return_as="generator_unordered")(
@@ -65,34 +64,41 @@ class Work:
         Raises:
             ProblemError: a phase has too few steps to train an adapter; as `Task.check`.
         """
-        rates, steps = self.plan.choice.rates, dict[Run, list[int]]()
-        rate = max(rates)
+        rate, steps = max(self.plan.choice.rates), dict[Run, list[int]]()
+        for run in next(self.plan.stages(self.store))[:1]:
+            self.task.data.of(run.seed, run.split)
         for name, kind in self.plan.candidates():
-            run = Run(name, kind, self.plan.seeds[0], min(rates), passes=self.plan.passes)
+            run = Run(name, kind, self.plan.seeds[0], rate, passes=self.plan.passes)
             if kind != "frozen":  # which has the steps of its method, the one before
                 each = self.task.check(run)
             steps[run] = each
             least = LEARNS if "adam" in self.task.args.optim else rate
             if each and min(each) * rate < least:
+                method, args = self.plan.methods[name], self.task.args
+                few = has_upper_level(method) and arguments_of(method, args).lower_steps < 4
+                more = f", or the method defaults = {OPEN}" if few else ""
                 raise ProblemError(
                     f"passes: {self.plan.passes:g} leave {name} a phase of {min(each)} steps, "
                     f"which hardly train an adapter at a rate of {rate:g}; give more passes or "
-                    "higher rates"
+                    f"higher rates{more}"
                 )
         self.checked = True
         return steps
 
     def estimate(self) -> str:
-        """The runs of each method, with their passes and minutes by timed short runs."""
-        rows, total = [["method", "runs", "steps", "passes", "minutes"]], 0.0
-        for run, steps in self.check().items():
-            runs = self.plan.count(run.method, run.kind)
-            minutes = runs * self.task.seconds(run, steps) / 60
-            total += minutes
-            cells = " + ".join(map(str, steps)), f"{self.plan.passes:.0f}"
-            rows.append([run.method + ABLATIONS[run.kind], str(runs), *cells, f"{minutes:.1f}"])
-        whole = f"together about {total / self.jobs:.0f} minutes as measured now"
-        return "\n".join([aligned(rows), whole, self.task.layers])
+        """The missing runs of each method, their passes, and minutes by one timed short run."""
+        rows, steps, total = [["method", "runs", "steps", "passes", "minutes"]], self.check(), 0.0
+        minutes = self.task.seconds(first := next(iter(steps))) / 60
+        done = Counter((x.method, x.kind, x.passes) for x in self.store.results)
+        for run, each in steps.items():
+            runs = self.plan.count(run.method, run.kind) - done[run.method, run.kind, run.passes]
+            total += (runs := max(0, runs)) * minutes
+            cells = " + ".join(map(str, each)), f"{run.passes:.0f}", f"{runs * minutes:.1f}"
+            rows.append([run.method + ABLATIONS[run.kind], str(runs), *cells])
+        whole = f"together about {total / self.jobs:.0f} minutes, by a few steps of {first.method}"
+        return "\n".join(
+            filter(None, [aligned(rows), whole, self.task.layers, self.store.remark()])
+        )
 
 
 def require_pickled(task: Task) -> None:

@@ -93,7 +93,7 @@ class BilevelStep:
         self._ahead: Oracle | None = None  # of `look_ahead`
         self._unread: set[str] | None = None  # upper variables that f does not read, once known
         self._diverged = False
-        self._count, self._start = 0, list[Tensor]()  # upper steps, and variables at the first
+        self.count, self._start = 0, list[Tensor]()  # upper steps, and variables at the first
 
     @property
     def variables(self) -> tuple[Tensor, ...]:
@@ -233,7 +233,7 @@ class BilevelStep:
         self.state = result.state
         self.signal.add(result.hypergradient)
         above, u = oracle.upper_gradient.evaluation, self.upper.variables
-        if self._count == 0:
+        if self.count == 0:
             self._require_read(above.gradient[: len(u)], above.gradient[len(u) :])
             if self.requirements.second_derivatives and oracle.upper_gradient.norm:
                 self._check_products(oracle)
@@ -300,10 +300,10 @@ class BilevelStep:
     def _watch_rounding(self, norm: float) -> None:
         """Warn if upper variables in half precision rest through `RESTING` steps."""
         here = [x.detach() for x in to_local(self.upper.variables) if x.dtype in HALF and x.numel()]
-        self._count += 1
-        if self._count == 1:
+        self.count += 1
+        if self.count == 1:
             self._start = [x.clone() for x in here]
-        elif self._count == RESTING + 1 and here and norm:
+        elif self.count == RESTING + 1 and here and norm:
             if all(map(torch.equal, here, self._start)):
                 warn(
                     f"{self.upper.name}: after {RESTING} steps the variables in {here[0].dtype} "

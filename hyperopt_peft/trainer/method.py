@@ -69,6 +69,9 @@ class Method:
     #: Columns of numbers that a level reads and the model does not. ``index``, the row's number in
     #: the user's data, needs no column.
     tags: tuple[str, ...] = ()
+    #: Whether an ablation may train the variables of both levels in one, by the lower loss alone;
+    #: False where this takes the upper ones to an end, such as weights of 0 for all rows.
+    one_level: bool = True
 
     def __init_subclass__(cls, **settings: Any) -> None:
         """Describe the options in the docstring; ProblemError for a name that is close to a hook's.

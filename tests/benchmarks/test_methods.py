@@ -37,27 +37,27 @@ def test_the_score(truth: list[Any], guess: list[Any], expected: dict[str, float
     assert {name: found[name] for name in expected} == pytest.approx(expected)
 
 
-def result(run: Run) -> dict[str, Any]:
-    """A made-up result: a rate of .002 is best, as is an upper rate of .1; seeds differ."""
-    best = 0.5 + 0.1 * (run.rate == 2e-3) + 0.1 * (run.upper_rate == 1e-1)
-    spent = {"passes": 300.0, "seconds": 5.0, "memory": 1.0}
-    return {**asdict(run), "score": best + 0.01 * run.seed, "layers": "", **spent}
+def result(run: Run, score: float | None = None) -> dict[str, Any]:
+    """A made-up result: by default a rate of .002 is best, as is an upper rate of .1."""
+    best = 0.5 + 0.1 * (run.rate == 2e-3) + 0.1 * (run.upper_rate == 1e-1) + 0.01 * run.seed
+    metrics = {"eval_accuracy": best if score is None else score}
+    more = {"metrics": metrics, "curve": [(run.passes, metrics)], "spent": {"lower steps": 300.0}}
+    return {**asdict(run), "layers": "", "seconds": 5.0, "memory": 1.0, **more}
 
 
 def test_tables_need_all_runs_of_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "RESULTS", tmp_path)
-    plan = SETTINGS["magnitudes"].plan
-    for name in ("trec", "tags"):
-        before = report.complete("magnitudes")
-        store = Store(runs.folder("magnitudes", name), {"metric": "accuracy", "passes": 300})
+    for name in ("trec", "sst2"):
+        before, plan = report.complete("magnitudes"), SETTINGS["magnitudes"].plan(name)
+        store = Store(runs.folder("magnitudes", name), {x: {"method": x} for x in plan.methods})
         for stage in plan.stages(store):
             assert [*report.complete("magnitudes")] == [*before]
             for run in store.missing(stage):
                 store.add(result(run))
     found = report.complete("magnitudes")
-    assert [*found] == ["trec", "tags"]
+    assert [*found] == ["trec", "sst2"]
     rows = {row["method"]: row for row in report.scores(found)}
-    assert rows["LoRA"]["tags"] == "62.0 ± 2.0" and rows["LoRA"]["− LoRA"] == "–"
+    assert rows["LoRA"]["sst2"] == "62.0 ± 2.0" and rows["LoRA"]["− LoRA"] == "–"
     assert rows["BiDoRA"]["− LoRA"] == "+10.0 ± 0.0, +10.0 ± 0.0"
     assert "mean" not in rows["BiDoRA"]
     tried = {row["method"]: row for row in report.rates(found)}
@@ -69,12 +69,13 @@ def test_tables_need_all_runs_of_a_task(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_best_way_by_held_out_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "RESULTS", tmp_path)
     setting = SETTINGS["sources"]
-    store = Store(runs.folder("sources", "movies"), {"metric": "accuracy", "passes": 200})
-    for stage in setting.plan.stages(store):
+    plan = setting.plan("movies")
+    store = Store(runs.folder("sources", "movies"), {x: {"method": x} for x in plan.methods})
+    for stage in plan.stages(store):
         for run in store.missing(stage):
             best = 0.9 if run.method == "each source alike" else 0.5
-            score = best if run.development else 0.1 * len(run.method) / 10
-            store.add(result(run) | {"score": score})
+            score = 0.1 * len(run.method) / 10 if run.split is None else best
+            store.add(result(run, score))
     row, *others = report.summary("sources", report.complete("sources"))
     assert len(others) == 4 and others[0]["− frozen"] == "–"
     assert row["− best other method"] == "−10.0 ± 0.0 (each source alike)"

@@ -145,16 +145,6 @@ def test_a_line_in_place_of_a_table(methods: Any, options: Any, message: str) ->
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("rates", [(6e-2,), (3e-2, 6e-2)])
-def test_a_loss_that_is_refused_at_its_first_step_is_refused_early(
-    tmp_path: Path, rates: Any
-) -> None:
-    """After one run of each method before it."""
-    with pytest.raises(ProblemError, match="label_smoothing_factor"):
-        compared({**ONE, "late": Refuses()}, folder=tmp_path, rates=rates)
-    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 2
-
-
 def test_a_comparison_is_of_one_model(tmp_path: Path) -> None:
     model, (_, *others) = base_model(), parts_of("classes")
     rows = {"train_dataset": data(rows=30), "test_dataset": TEST, "passes": 12}

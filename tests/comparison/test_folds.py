@@ -76,6 +76,15 @@ def test_parts_of_the_test_rows() -> None:
     assert sorted(x for seed in (4, 7) for x in rows.of(seed)[2]["x"]) == [*range(11)]
 
 
+def test_each_seed_of_heads_draws_its_training_rows() -> None:
+    """The same for every method, copies together, of the training and of the trusted rows."""
+    table = Dataset.from_dict({"x": [*range(40), *range(40)]})
+    rows = Rows(table, TRUSTED, TRUSTED, parts=[4, 7], held_out=0.25)
+    (one, trusted, _), (other, *_), (again, *_) = (rows.of(seed, False) for seed in (4, 7, 4))
+    assert one["x"][:] == again["x"][:] and {*one["x"]} != {*other["x"]}
+    assert len({*one["x"]}) == 30 and len(one) == 60 and len(trusted) == 8
+
+
 def test_no_run_trains_on_the_rows_that_score_it() -> None:
     """By the rows of each training: a seed leaves its fold out, and a part of the others too."""
     options = {**FOLDS, "upper_dataset": NINE, "rates": (3e-2, 6e-2)}  # with development runs

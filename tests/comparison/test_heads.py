@@ -18,6 +18,7 @@ from transformers import default_data_collator
 
 from hyperopt_peft import BiDoRA, BilevelTrainingArguments, Method, ProblemError, compare_methods
 from hyperopt_peft.comparison import Comparison
+from hyperopt_peft.comparison import HeadSettings as OnHead
 from hyperopt_peft.heads import L2, Features, Head, features_of
 from hyperopt_peft.heads.head import OnFeatures
 from hyperopt_peft.problems import (
@@ -31,9 +32,12 @@ from hyperopt_peft.problems import (
     Sources,
     TrustedRepeated,
 )
+from hyperopt_peft.trainer.splits import hold_out
 from tests.support.sources import rows, sources
 from tests.support.trainers import base_model, data
 
+#: What the line of a level has that begins at 0 and does not move.
+NOTHING = {"steps": 0, "start": 0.0, "moved": 0.0}
 TRUSTED, TEST = rows(24, 3), rows(60, 4)
 COLUMNS = ["input_ids", "labels"]
 
@@ -47,7 +51,7 @@ def on_heads(methods: Any, **options: Any) -> Comparison:
         "upper_dataset": TRUSTED,
         "test_dataset": TEST,
         "seeds": [0, 1],
-        "model": "head",
+        "head": OnHead(),
         "progress": False,
     }
     model = options.pop("base_model", partial(base_model, kind))
@@ -63,30 +67,44 @@ def features(*tables: Any) -> list[Features]:
     return [each.standardized(known) for each in made]
 
 
-def solved(train: Features, test: Features, weights: Any = None) -> float:
+def solved(train: Features, test: Features, weights: Any, l2: float) -> float:
     """The test loss of scikit-learn's minimum."""
     total = len(train.x) if weights is None else sum(weights)
-    model = LogisticRegression(C=1 / (L2 * total), tol=1e-8, max_iter=2000)
+    model = LogisticRegression(C=1 / (l2 * total), tol=1e-8, max_iter=2000)
     model.fit(train.x.numpy(), train.labels.numpy(), weights)
     return float(log_loss(test.labels.numpy(), model.predict_proba(test.x.numpy())))
 
 
-def test_a_run_is_the_minimum_of_its_level() -> None:
-    """Of all rows, of the trusted ones alone, of repeated ones, and of one source."""
-    web, trusted, test = features(sources(24), TRUSTED, TEST)
-    good = web.select(torch.arange(24))
-    cases = {
-        "all": (LoRA(), Features.joined([web, trusted]), None),
-        "alone": (SomeSources(), trusted, None),
-        "repeated": (TrustedRepeated(3), Features.joined([web, *[trusted] * 3]), None),
-        "good": (SomeSources(["good"]), Features.joined([good, trusted]), None),
-        "alike": (EqualSources(), Features.joined([web, trusted]), [1.0] * 72),
+@pytest.mark.parametrize("l2", [L2, 1.0])
+def test_a_run_is_the_minimum_of_its_level(l2: float) -> None:
+    """Of all rows of its seed, of the trusted ones, of repeated ones, and of one source."""
+    tables = sources(24), TRUSTED
+    *known, test = features(*tables, TEST)
+    methods = {
+        "all": LoRA(),
+        "alone": SomeSources(),
+        "repeated": TrustedRepeated(3),
+        "good": SomeSources(["good"]),
+        "alike": EqualSources(),
     }
-    comparison = on_heads({name: method for name, (method, *_) in cases.items()})
-    for name, (_, train, weights) in cases.items():
-        assert sum(comparison.scores(name)) / 2 == pytest.approx(
-            solved(train, test, weights), abs=1e-4
-        )
+    comparison = on_heads(methods, head=OnHead(l2=l2))
+    for seed in (0, 1):
+        kept = [torch.tensor(hold_out(x, 0.2, seed, "held_out")[0]) for x in tables]
+        web, trusted = (x.select(rows) for x, rows in zip(known, kept))
+        good = web.select(kept[0][kept[0] < 24])
+        mass = [len(good.x), len(web.x) - len(good.x), len(trusted.x)]
+        alike = [1 / mass[int(row >= 24)] for row in web.row] + [1 / mass[2]] * mass[2]
+        cases = {
+            "all": (Features.joined([web, trusted]), None),
+            "alone": (trusted, None),
+            "repeated": (Features.joined([web, *[trusted] * 3]), None),
+            "good": (Features.joined([good, trusted]), None),
+            "alike": (Features.joined([web, trusted]), [sum(mass) / 3 * each for each in alike]),
+        }
+        part = test.select(torch.arange(seed, len(TEST), 2))
+        for name, (train, weights) in cases.items():
+            expected = solved(train, part, weights, l2)
+            assert comparison.scores(name)[seed] == pytest.approx(expected, abs=1e-4)
     assert "heads at their minimum" in str(comparison) and "rate" not in comparison.table()[0]
 
 
@@ -146,6 +164,12 @@ def test_offsets_of_classes_come_near_their_log_shares() -> None:
     assert all(gain > 0.03 for gain in gains)
 
 
+@pytest.mark.parametrize("options", [{"l2": 0.0}, {"upper_steps": 0}, {"upper_rate": -1.0}])
+def test_options_of_a_head_are_positive(options: Any) -> None:
+    with pytest.raises(ProblemError, match=f"^{next(iter(options))} must be"):
+        OnHead(**options)
+
+
 class Wide(Method):
     """Reads a setting that a head has no use for."""
 
@@ -178,9 +202,23 @@ class Watched(Method):
 def test_copies_of_a_row_are_in_one_level() -> None:
     copies = [data(rows=24).add_column("idx", [*range(k, k + 24)]) for k in (0, 24)]
     sets = {"train_dataset": concatenate_datasets(copies), "test_dataset": data(rows=9, seed=5)}
-    on_heads({"method": Watched()}, upper_dataset=None, **sets)
+    on_heads({"one": Watched(), "two": Watched()}, upper_dataset=None, **sets)
     assert all({*seen.values()} == {2} for seen in Watched.seen)
-    assert min(map(len, Watched.seen)) < 24 == max(map(len, Watched.seen))
+    assert min(map(len, Watched.seen)) < 19 == max(map(len, Watched.seen))
+    every = {frozenset(seen) for seen in Watched.seen if len(seen) == 19}
+    assert len(every) == 2  # a set of rows for each seed, of both methods and their ablations
+
+
+def test_a_line_has_what_the_upper_level_did() -> None:
+    """F does not read the shares, so that the direct term is 0 and has no ratio."""
+    head = OnHead(upper_steps=3, upper_rate=0.1)
+    comparison = on_heads({"all": LoRA(), "learned": Sources(prior=0.0)}, head=head)
+    (all_rows, *_), (learned, *_), (frozen, *_) = comparison.reported.values()
+    assert "upper" not in all_rows and frozen["upper"] == {**NOTHING, "moved_in_rates": 0.0}
+    found = learned["upper"]
+    assert found.keys() == {*NOTHING, "moved_in_rates", "residual"} and found["steps"] == 3
+    assert 0 < found["moved_in_rates"] <= 3.1 and found["residual"] < 1e-4
+    assert found["moved"] >= 0.1 * found["moved_in_rates"] * 3**0.5  # of three logits from 0
 
 
 def untrusted(kind: str) -> dict[str, Any]:
@@ -196,7 +234,7 @@ def untrusted(kind: str) -> dict[str, Any]:
         ({"BiDoRA": BiDoRA()}, {}, "BiDoRA: a head lacks"),
         ({"LoRA": LoRA()}, {"metric": "f1"}, "metric: f1 is none of loss"),
         ({"some": SomeSources(["books"])}, {}, "chosen: no training row has 'books'"),
-        ({"LoRA": LoRA()}, untrusted("tokens"), 'for each token; choose model="adapter"'),
+        ({"LoRA": LoRA()}, untrusted("tokens"), "for each token; leave head out"),
         ({"LoRA": LoRA()}, untrusted("causal"), "are text"),
         ({"wide": Wide()}, {}, "wide: a head lacks .*hidden_size"),
         ({"LoRA": LoRA()}, {"compute_loss_func": halved}, "rows have no losses of their own"),

@@ -101,9 +101,9 @@ def test_after_editing_a_method_only_its_runs_are_new(
     for change, of in {
         ("2.0", "3.0"): ["Two"],
         ("factor", "size"): ["Two"],  # an option with another name
-        ("0.1", "0.2"): ["Three"],  # the base class, in another file
-        ("FACTOR = 1", "FACTOR = 2"): ["Four"],  # a constant that its helper reads
-        ("SCALE = 1", "SCALE = 2"): ["Four"],  # one of another file
+        ("0.1", "0.2"): ["Three"],  # the base class, a method of another file
+        ("FACTOR = 1", "FACTOR = 2"): [*NAMES],  # a constant of the file
+        ("SCALE = 1", "SCALE = 2"): [*NAMES],  # one of a file that it imports
         ("class One", "# a remark\nclass One"): [],
     }.items():
         assert new_of(done, files(**dict([change])), tmp_path) == of

@@ -1,0 +1,77 @@
+"""A dry run knows what the run will refuse, and says about how long the missing runs take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hyperopt_peft import Method, ProblemError
+from hyperopt_peft.comparison import Choice, Runs
+from hyperopt_peft.comparison.task import Task
+from hyperopt_peft.problems import BiDoRA, LoRA
+from tests.comparison.test_bad_input import Idle, Parametrised, Peeks, Refuses
+from tests.support.comparisons import compared
+from tests.support.trainers import data
+
+ONE = {"LoRA": LoRA()}
+TWO = Choice([1e-2, 1e-1])
+
+
+class Unfinished(Method):
+    """Has a second phase that cannot begin."""
+
+    def upper_variables(self, model: Any) -> Any:
+        return {n: p for n, p in model.named_parameters() if "lora_B" in n}
+
+    def finish(self, model: Any) -> Any:
+        raise ProblemError("finish: nothing is left")
+
+
+@pytest.mark.parametrize(
+    ("methods", "options", "refused"),
+    [
+        (ONE, {"passes": 1}, "LoRA a phase of 1 steps"),
+        (ONE, {"choice": Choice([1e-4])}, "LoRA a phase of 12 steps"),
+        ({"m": BiDoRA()}, {"passes": 5, "arguments": {"optim": "sgd"}}, "m a phase of 0 steps"),
+        ({**ONE, "late": Refuses()}, {}, "label_smoothing_factor"),
+        ({**ONE, "late": Unfinished()}, {}, "finish: nothing is left"),
+        ({"m": Idle()}, {}, "changed no logit"),
+        ({"m": Parametrised()}, {}, "finish leaves a parametrisation"),
+        ({"m": Peeks()}, {}, "m: trains on 3 of 20 test rows"),
+        (ONE, {"metric": "f1"}, "metric: f1 is none of"),
+        (ONE, {"upper_dataset": data(rows=1, seed=9), "choice": TWO}, "upper_dataset|held_out"),
+        ({**ONE, "m": BiDoRA()}, {}, ""),
+        (ONE, {"choice": Choice([6e-2, 90.0])}, ""),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_dry_run_refuses_what_the_run_refuses_before_any_run(
+    methods: Any, options: Any, refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    def begun(self: Task, run: Any) -> Any:
+        raise ProblemError("begun")
+
+    monkeypatch.setattr(Task, "run", begun)
+    if refused:
+        with pytest.raises(ProblemError, match=refused):
+            compared(methods, **options, runs=Runs(progress=False, dry_run=True))
+    else:
+        compared(methods, **options, runs=Runs(progress=False, dry_run=True))
+    with pytest.raises(ProblemError, match=refused or "^begun$"):
+        compared(methods, **options)
+
+
+def test_a_dry_run_counts_the_runs_that_are_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    methods = {"LoRA": LoRA(), "m": BiDoRA()}
+    compared({"LoRA": LoRA()}, runs=Runs(tmp_path, progress=False))
+    compared(methods, runs=Runs(tmp_path, progress=False, dry_run=True))
+    _, first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.split()[:3] == ["LoRA", "0", "12"]
+    assert second.split()[:5] == ["m", "2", "4", "+", "4"]
+    compared(methods, seeds=[3, 4], passes=30, runs=Runs(tmp_path, progress=False, dry_run=True))
+    assert "other settings" not in capsys.readouterr().out

@@ -1,0 +1,52 @@
+"""The choice of a rate by a quadratic fit over the logarithm of the rate."""
+
+from __future__ import annotations
+
+from math import inf, log, nan
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from hyperopt_peft.comparison.choice import RATES
+from hyperopt_peft.comparison.fit import peak
+
+SCORES = st.lists(st.floats(-10, 10), min_size=5, max_size=5)
+
+
+@given(
+    top=st.floats(log(RATES[0]) - 1, log(RATES[-1]) + 1),
+    curvature=st.floats(0.01, 100),
+    highest=st.floats(-10, 10),
+    cliff=st.sampled_from([0, 1, 2]),
+)
+def test_the_rate_nearest_to_the_top_of_a_quadratic_is_found_beside_a_cliff(
+    top: float, curvature: float, highest: float, cliff: int
+) -> None:
+    distances = sorted((abs(log(rate) - top), rate) for rate in RATES[: 5 - cliff])
+    (near, nearest), (next_one, _), *_ = distances
+    assume(next_one - near > 1e-3)
+    scores = [highest - curvature * (log(rate) - top) ** 2 for rate in RATES]
+    bad = min(scores) - 1
+    assert peak(RATES, [*scores[: 5 - cliff], *[bad] * cliff]) == nearest
+
+
+@given(scores=SCORES, unit=st.floats(1e-6, 1e6), order=st.permutations(range(5)))
+def test_neither_the_unit_of_rates_nor_their_order_matters(
+    scores: list[float], unit: float, order: list[int]
+) -> None:
+    scores = [round(score, 2) for score in scores]
+    rates = [unit * RATES[i] for i in order]
+    assert peak(rates, [scores[i] for i in order]) == pytest.approx(unit * peak(RATES, scores))
+
+
+@given(scores=SCORES, wrong=st.dictionaries(st.integers(0, 4), st.sampled_from([nan, inf, -inf])))
+def test_a_score_that_is_not_finite_never_wins(
+    scores: list[float], wrong: dict[int, float]
+) -> None:
+    assume(len(wrong) < 5)
+    seen = [wrong.get(i, score) for i, score in enumerate(scores)]
+    finite = {rate: score for i, (rate, score) in enumerate(zip(RATES, scores)) if i not in wrong}
+    assert peak(RATES, seen) == peak([*finite], [*finite.values()])
+    if len(finite) < 3:
+        assert finite[peak(RATES, seen)] == max(finite.values())
