@@ -32,6 +32,8 @@ NOT_PRINTED = ["rate", "upper rate", "seconds", "MB"]
 #: The columns of the table of upper levels, by the entries of a run.
 UPPER = {"steps": "upper steps", "moved": "moved, relative", "moved_in_rates": "moved, in rates"}
 UPPER |= {"implicit_ratio": "implicit ratio", "residual": "residual"}
+#: Those that are settings.
+USED = {"hypergradient": "estimator", "lower_steps": "lower steps"}
 #: What differs between a method's form, its next simpler one, and the first method.
 EFFECTS: dict[tuple[Kind, Kind], str] = {
     ("method", "frozen"): "the upper level",
@@ -234,21 +236,27 @@ with 2 seeds (80 % power): 8.2 points
         return rows
 
     def upper_level(self) -> list[Row]:
-        """What the upper level of each method did: means over seeds.
+        """The estimator of each upper level, and what it did: means over seeds.
 
-        How far the upper variables u moved is ‖u − u0‖/‖u0‖, and in units of their rate.
+        How far the upper variables u moved is ‖u − u0‖/‖u0‖, or ‖u‖ from u0 = 0, and the mean
+        |u − u0| in units of their rate.
         """
-        rows = [["method", *UPPER.values()]]
+        rows = [["method", *USED.values(), *UPPER.values()]]
         for name, method in self.plan.methods.items():
             if has_upper_level(method):
-                means = self._upper(name)
-                rows.append([name, *(f"{means[x]:.3g}" if x in means else "–" for x in UPPER)])
+                used, means = self.reported(name)[0].get("upper") or {}, self._upper(name)
+                shown = {key: f"{mean:.3g}" for key, mean in means.items()}
+                if means.get("start") == 0 and "moved" in shown:
+                    shown["moved"] += " from 0"
+                cells = [str(used.get(x, "–")) for x in USED] + [shown.get(x, "–") for x in UPPER]
+                rows.append([name, *cells])
         return rows
 
     def _upper(self, name: str) -> dict[str, float]:
         """Means over seeds of what a method's upper level did, of the entries that are finite."""
         entries = [result.get("upper") or {} for result in self.reported(name)]
-        means = pandas.DataFrame(entries, dtype=float).replace(math.inf, math.nan).mean()
+        table = pandas.DataFrame(entries, columns=["start", *UPPER], dtype=float)
+        means = table.replace(math.inf, math.nan).mean()
         return dict(means.dropna())
 
     def sentences(self) -> list[str]:
@@ -276,9 +284,10 @@ with 2 seeds (80 % power): 8.2 points
             return ""
         means, words = self._upper(name), [f"at {self.passes:g} passes"] * bool(self.passes)
         if "steps" in means:
-            moved = means.get("moved")
-            far = "" if moved is None else f" that moved the upper variables by {100 * moved:.0f} %"
-            words.append(f"with {means['steps']:.3g} upper steps{far}")
+            far = f" that moved the upper variables by {100 * means.get('moved', 0):.3g} %"
+            if means.get("start") == 0:
+                far = f" that moved the upper variables from 0 to a norm of {means['moved']:.2g}"
+            words.append(f"with {means['steps']:.3g} upper steps{far * ('moved' in means)}")
         return f"{', '.join(words)}: " if words else ""
 
     def _edges(self) -> Iterator[str]:
@@ -349,8 +358,9 @@ with 2 seeds (80 % power): 8.2 points
         """What the intervals are over."""
         if self.store.shared.get("folds"):
             return "folds"
-        own = "each with training rows of its own, " * (not self.passes)
-        return f"seeds, {own}on the same test rows"
+        if self.passes:
+            return "seeds, on the same test rows"
+        return "seeds, each with its own draw of training rows and its own part of the test rows"
 
     def __str__(self) -> str:
         return "\n".join([self.heading(), "", aligned(self.table()), "", *self.sentences()])
