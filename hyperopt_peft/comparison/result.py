@@ -400,7 +400,8 @@ with 2 seeds (80 % power): 8.2 points
         tables = [pandas.DataFrame(rows, columns=heads).drop(columns=NOT_PRINTED, errors="ignore")]
         heads, *rows = self.ablations()
         tables += [pandas.DataFrame(rows, columns=heads)] if ablations and rows else []
-        made, escape = f"{self.heading()}.".translate(LATEX), methodcaller("translate", LATEX)
+        escape, line = methodcaller("translate", LATEX), self.heading()
+        made = escape(f"{line[0].upper()}{line[1:]}.")
         captions = caption or made, f"Ablations. An effect is the row above minus the row. {made}"
         texts = [f"% {', '.join(map(' '.join, self.versions.items()))}"]
         for table, text, name in zip(tables, captions, (label, f"{label}-ablations")):
