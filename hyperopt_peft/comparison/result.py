@@ -157,22 +157,22 @@ with 2 seeds (80 % power): 8.2 points
 
         One has the difference of each method to the first one, the other has the parts of these.
         """
-        first, *others = [(name, "method") for name in self.plan.methods]
+        first, *others = [each for each in self.plan.candidates() if each[1] == "method"]
         parts = [pair for name in self.plan.methods for pair in pairwise(self._forms(name))]
         found = dict[tuple[Candidate, Candidate], Verdict]()
         for pairs in [(other, first) for other in others], parts:
             family = {pair: self.difference(*pair) for pair in pairs}
-            corrected = holm(each.p_value for each in family.values())
-            for verdict, verdict.corrected in zip(family.values(), corrected, strict=True):
-                verdict.family = len(family)
+            p_values = holm(each.p_value for each in family.values())
+            for verdict, p_value in zip(family.values(), p_values, strict=True):
+                verdict.corrected, verdict.family = p_value, len(family)
             found |= family
         return found
 
     def _forms(self, name: str) -> list[Candidate]:
         """A method, its ablations and the first method; nothing without ablations."""
-        forms = [each for each in self.plan.candidates() if each[0] == name]
-        first = [(self.first, "method")] if name != self.first else []
-        return [*forms, *first] if len(forms) > 1 else []
+        every = self.plan.candidates()
+        forms = [each for each in every if each[0] == name]
+        return forms + every[: name != self.first] if len(forms) > 1 else []
 
     def _gap(self, name: str, kind: Kind) -> str:
         """The difference to the first method; nothing for itself."""
@@ -228,7 +228,7 @@ with 2 seeds (80 % power): 8.2 points
         for name, kind in self.plan.candidates():
             for axis, grid in self.plan.at_every_rate(self.store, name, kind).items():
                 chosen = [run[axis] for run in self.reported(name, kind)]
-                near = [min(grid, key=lambda x, own=own: abs(math.log(x / own))) for own in chosen]
+                near = [min((abs(math.log(x / own)), x) for x in grid)[1] for own in chosen]
                 for rate, score in grid.items():
                     pair = [f"{rate:g}", ""] if axis == "rate" else ["", f"{rate:g}"]
                     cells = [*pair, self.shown([score]), str(near.count(rate))]
@@ -261,7 +261,7 @@ with 2 seeds (80 % power): 8.2 points
 
     def sentences(self) -> list[str]:
         """For each method the difference to the first one, its parts, and remarks."""
-        lines, first, points = [], (self.first, "method"), " points" * self.in_points
+        lines, first, points = [], self.plan.candidates()[0], " points" * self.in_points
         for name in self.plan.methods:
             begin, forms = self._steps(name), self._forms(name)
             if name != self.first:
