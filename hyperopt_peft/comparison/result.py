@@ -33,6 +33,8 @@ NOT_PRINTED = ["rate", "upper rate", "seconds", "MB"]
 #: The columns of the table of upper levels, by the entries of a run.
 UPPER = {"steps": "upper steps", "moved": "moved, relative", "moved_in_rates": "moved, in rates"}
 UPPER |= {"implicit_ratio": "implicit ratio", "residual": "residual"}
+#: Those that are settings.
+USED = {"hypergradient": "estimator", "lower_steps": "lower steps"}
 #: What differs between a method's form, its next simpler one, and the first method.
 EFFECTS: dict[tuple[Kind, Kind], str] = {
     ("method", "frozen"): "the upper level",
@@ -156,22 +158,22 @@ with 2 seeds (80 % power): 8.2 points
 
         One has the difference of each method to the first one, the other has the parts of these.
         """
-        first, *others = [(name, "method") for name in self.plan.methods]
+        first, *others = [each for each in self.plan.candidates() if each[1] == "method"]
         parts = [pair for name in self.plan.methods for pair in pairwise(self._forms(name))]
         found = dict[tuple[Candidate, Candidate], Verdict]()
         for pairs in [(other, first) for other in others], parts:
             family = {pair: self.difference(*pair) for pair in pairs}
-            corrected = holm(each.p_value for each in family.values())
-            for verdict, verdict.corrected in zip(family.values(), corrected, strict=True):
-                verdict.family = len(family)
+            p_values = holm(each.p_value for each in family.values())
+            for verdict, p_value in zip(family.values(), p_values, strict=True):
+                verdict.corrected, verdict.family = p_value, len(family)
             found |= family
         return found
 
     def _forms(self, name: str) -> list[Candidate]:
         """A method, its ablations and the first method; nothing without ablations."""
-        forms = [each for each in self.plan.candidates() if each[0] == name]
-        first = [(self.first, "method")] if name != self.first else []
-        return [*forms, *first] if len(forms) > 1 else []
+        every = self.plan.candidates()
+        forms = [each for each in every if each[0] == name]
+        return forms + every[: name != self.first] if len(forms) > 1 else []
 
     def _gap(self, name: str, kind: Kind) -> str:
         """The difference to the first method; nothing for itself."""
@@ -227,7 +229,7 @@ with 2 seeds (80 % power): 8.2 points
         for name, kind in self.plan.candidates():
             for axis, grid in self.plan.at_every_rate(self.store, name, kind).items():
                 chosen = [run[axis] for run in self.reported(name, kind)]
-                near = [min(grid, key=lambda x, own=own: abs(math.log(x / own))) for own in chosen]
+                near = [min((abs(math.log(x / own)), x) for x in grid)[1] for own in chosen]
                 for rate, score in grid.items():
                     pair = [f"{rate:g}", ""] if axis == "rate" else ["", f"{rate:g}"]
                     cells = [*pair, self.shown([score]), str(near.count(rate))]
@@ -235,27 +237,32 @@ with 2 seeds (80 % power): 8.2 points
         return rows
 
     def upper_level(self) -> list[Row]:
-        """What the upper level of each method did: means over seeds.
+        """The estimator of each upper level, and what it did: means over seeds.
 
-        How far the upper variables u moved is ‖u − u0‖/‖u0‖, and in units of their rate.
+        How far the upper variables u moved is ‖u − u0‖/‖u0‖, or ‖u‖ from u0 = 0, and the mean
+        |u − u0| in units of their rate.
         """
-        rows = [["method", *UPPER.values()]]
+        rows = [["method", *USED.values(), *UPPER.values()]]
         for name, method in self.plan.methods.items():
             if has_upper_level(method):
-                means = self._upper(name)
-                rows.append([name, *(f"{means[x]:.3g}" if x in means else "–" for x in UPPER)])
+                used, means = self.reported(name)[0].get("upper") or {}, self._upper(name)
+                shown = {key: f"{mean:.3g}" for key, mean in means.items()}
+                if means.get("start") == 0 and "moved" in shown:
+                    shown["moved"] += " from 0"
+                cells = [str(used.get(x, "–")) for x in USED] + [shown.get(x, "–") for x in UPPER]
+                rows.append([name, *cells])
         return rows
 
     def _upper(self, name: str) -> dict[str, float]:
         """Means over seeds of what a method's upper level did, of the entries that are finite."""
         entries = [result.get("upper") or {} for result in self.reported(name)]
-        table = pandas.DataFrame(entries, columns=[*UPPER], dtype=float)
+        table = pandas.DataFrame(entries, columns=["start", *UPPER], dtype=float)
         means = table.replace(math.inf, math.nan).mean()
         return dict(means.dropna())
 
     def sentences(self) -> list[str]:
         """For each method the difference to the first one, its parts, and remarks."""
-        lines, first, points = [], (self.first, "method"), " points" * self.in_points
+        lines, first, points = [], self.plan.candidates()[0], " points" * self.in_points
         for name in self.plan.methods:
             begin, forms = self._steps(name), self._forms(name)
             if name != self.first:
@@ -278,9 +285,10 @@ with 2 seeds (80 % power): 8.2 points
             return ""
         means, words = self._upper(name), [f"at {self.passes:g} passes"] * bool(self.passes)
         if "steps" in means:
-            moved = means.get("moved")
-            far = "" if moved is None else f" that moved the upper variables by {100 * moved:.0f} %"
-            words.append(f"with {means['steps']:.3g} upper steps{far}")
+            far = f" that moved the upper variables by {100 * means.get('moved', 0):.3g} %"
+            if means.get("start") == 0:
+                far = f" that moved the upper variables from 0 to a norm of {means['moved']:.2g}"
+            words.append(f"with {means['steps']:.3g} upper steps{far * ('moved' in means)}")
         return f"{', '.join(words)}: " if words else ""
 
     def _edges(self) -> Iterator[str]:
@@ -387,8 +395,9 @@ with 2 seeds (80 % power): 8.2 points
         """What the intervals are over."""
         if self.store.shared.get("folds"):
             return "folds"
-        own = "each with training rows of its own, " * (not self.passes)
-        return f"seeds, {own}on the same test rows"
+        if self.passes:
+            return "seeds, on the same test rows"
+        return "seeds, each with its own draw of training rows and its own part of the test rows"
 
     def __str__(self) -> str:
         return "\n".join([self.heading(), "", aligned(self.table()), "", *self.sentences()])
@@ -428,7 +437,8 @@ with 2 seeds (80 % power): 8.2 points
         tables = [pandas.DataFrame(rows, columns=heads).drop(columns=NOT_PRINTED, errors="ignore")]
         heads, *rows = self.ablations()
         tables += [pandas.DataFrame(rows, columns=heads)] if ablations and rows else []
-        made, escape = f"{self.heading()}.".translate(LATEX), methodcaller("translate", LATEX)
+        escape, line = methodcaller("translate", LATEX), self.heading()
+        made = escape(f"{line[0].upper()}{line[1:]}.")
         captions = caption or made, f"Ablations. An effect is the row above minus the row. {made}"
         texts = [f"% {', '.join(map(' '.join, self.versions.items()))}"]
         for table, text, name in zip(tables, captions, (label, f"{label}-ablations")):
