@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
@@ -188,13 +188,14 @@ with 2 seeds (80 % power): 8.2 points
         return next(iter(self.plan.methods))
 
     @property
-    def _score(self) -> str:
+    def score_name(self) -> str:
+        """The name of the score, and its unit."""
         return f"{self.metric} (points)" if self.in_points else self.metric
 
     def table(self) -> list[Row]:
         """The scores: heads, then a row for each method and each ablation."""
         spent = ["rate", "upper rate", "passes"] if self.passes else []
-        rows = [["method", self._score, f"− {self.first}", *spent, "seconds", "MB"]]
+        rows = [["method", self.score_name, f"− {self.first}", *spent, "seconds", "MB"]]
         for name, kind in self.plan.candidates():
             results = self.reported(name, kind)
             passes = f"{fmean(sum(r['spent'].values()) for r in results):.1f}"
@@ -211,7 +212,7 @@ with 2 seeds (80 % power): 8.2 points
         An effect is the row above minus the row; those of a method sum up to its difference to the
         first one, whose row is the last.
         """
-        rows = [["method", self._score, "effect"]]
+        rows = [["method", self.score_name, "effect"]]
         for name in self.plan.methods:
             forms = self._forms(name)
             effects = ["", *(_marked(self.verdicts[pair]) for pair in pairwise(forms))]
@@ -225,7 +226,7 @@ with 2 seeds (80 % power): 8.2 points
 
         Without a rate, it is that at each seed's own rate.
         """
-        rows = [["method", "rate", "upper rate", self._score, "seeds"]]
+        rows = [["method", "rate", "upper rate", self.score_name, "seeds"]]
         for name, kind in self.plan.candidates():
             for axis, grid in self.plan.at_every_rate(self.store, name, kind).items():
                 chosen = [run[axis] for run in self.reported(name, kind)]
@@ -357,7 +358,7 @@ with 2 seeds (80 % power): 8.2 points
             groups: by a name, methods that are one search, such as one for each value of τ; by
                 default each method is one.
         """
-        rows = [["method", "settings", "passes", self._score]]
+        rows = [["method", "settings", "passes", self.score_name]]
         for title, names in (groups or {name: [name] for name in self.plan.methods}).items():
             for n, (passes, scores) in enumerate(best_of(self.plan, self.store, names), 1):
                 rows.append([title, str(n), f"{passes:.0f}", self.shown(scores)])
@@ -382,7 +383,7 @@ with 2 seeds (80 % power): 8.2 points
         better = " (lower is better)" if self.plan.lower_is_better else ""
         passes = f"{self.passes:g} passes a run" if self.passes else "heads at their minimum"
         text = (
-            f"{self._score}{better} on {rows}, {passes}; means of {len(self.plan.seeds)} seeds "
+            f"{self.score_name}{better} on {rows}, {passes}; means of {len(self.plan.seeds)} seeds "
             f"with individual 95 % intervals over {self._repetitions()}"
         )
         count = len(self.plan.methods) - 1
@@ -414,7 +415,7 @@ with 2 seeds (80 % power): 8.2 points
             gap = self.difference((name, kind), first)
             low, high = gap.interval
             gaps[name + ABLATIONS[kind]] = (scale * gap.estimate, scale * low, scale * high)
-        title = f"{self._score} − that of {self.first}, paired, 95 % intervals"
+        title = f"{self.score_name} − that of {self.first}, paired, 95 % intervals"
         return intervals(gaps, path, title)
 
     @property
