@@ -115,6 +115,17 @@ def test_after_editing_a_method_only_its_runs_are_new(
     assert new_of(done, {**methods, "Six": type(methods["Two"])(4.0)}, tmp_path) == ["Six"]
 
 
+def test_another_metric_and_other_seeds_reuse_the_runs(
+    tmp_path: Path, files: Any, done: list[str]
+) -> None:
+    compared(methods := files(), folder=tmp_path)
+    done.clear()
+    comparison = compared(methods, folder=tmp_path, metric="loss")
+    assert comparison.scores("One") == [1.0, 1.0] and not done
+    compared(methods, folder=tmp_path, seeds=[0, 1, 2])
+    assert len(done) == len(NAMES)
+
+
 def test_other_settings_reuse_nothing_and_are_remarked(
     tmp_path: Path, files: Any, done: list[str]
 ) -> None:
