@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from operator import methodcaller
 from pathlib import Path
@@ -93,16 +93,13 @@ with 2 seeds (80 % power): 8.2 points
 
     def scores(self, name: str, kind: Kind = "method", stopped: bool = False) -> list[float]:
         """The score of each seed at the end of its run, or where it was best on held-out rows."""
-        name_of = f"eval_{self.metric}"
-        runs = self.reported(name, kind, stopped)
-        return [each["metrics"].get(name_of, math.nan) for each in runs]
+        runs, key = self.reported(name, kind, stopped), f"eval_{self.metric}"
+        return [run["metrics"].get(key, math.nan) for run in runs]
 
     def reported(self, name: str, kind: Kind = "method", stopped: bool = False) -> list[Result]:
         """The reported runs of a method or an ablation, one for each seed."""
-        chosen = (
-            self.plan.chosen(self.store, name, kind, seed, stopped) for seed in self.plan.seeds
-        )
-        return [self.store.results[run] for run in chosen]
+        pick = partial(self.plan.chosen, self.store, name, kind, stopped=stopped)
+        return [self.store.results[pick(seed)] for seed in self.plan.seeds]
 
     def require_finite(self) -> None:
         """Raise ProblemError where a reported run has no finite score."""
@@ -390,16 +387,13 @@ with 2 seeds (80 % power): 8.2 points
         """
         heads, *rows = self.table()
         rows = [x for x, (_, kind) in zip(rows, self.plan.candidates()) if kind == "method"]
-        table = pandas.DataFrame(rows, columns=heads).drop(columns=NOT_PRINTED, errors="ignore")
-        made = f"{self.heading()}.".translate(LATEX)
-        parts = [(table, caption or made, label)]
+        tables = [pandas.DataFrame(rows, columns=heads).drop(columns=NOT_PRINTED, errors="ignore")]
         heads, *rows = self.ablations()
-        if ablations and rows:
-            text = f"Ablations. An effect is the row above minus the row. {made}"
-            parts.append((pandas.DataFrame(rows, columns=heads), text, f"{label}-ablations"))
-        escape = methodcaller("translate", LATEX)
+        tables += [pandas.DataFrame(rows, columns=heads)] if ablations and rows else []
+        made, escape = f"{self.heading()}.".translate(LATEX), methodcaller("translate", LATEX)
+        captions = caption or made, f"Ablations. An effect is the row above minus the row. {made}"
         texts = [f"% {', '.join(map(' '.join, self.versions.items()))}"]
-        for table, text, name in parts:
+        for table, text, name in zip(tables, captions, (label, f"{label}-ablations")):
             form = {"column_format": "l" + "r" * (table.shape[1] - 1), "position": "t"}
             table = table.map(escape).rename(columns=escape)
             texts.append(table.to_latex(index=False, caption=text, label=name, **form))

@@ -18,7 +18,7 @@ from transformers import default_data_collator
 
 from hyperopt_peft import BiDoRA, BilevelTrainingArguments, Method, ProblemError, compare_methods
 from hyperopt_peft.comparison import Comparison
-from hyperopt_peft.comparison import Head as OnHead
+from hyperopt_peft.comparison import HeadSettings as OnHead
 from hyperopt_peft.heads import L2, Features, Head, features_of
 from hyperopt_peft.heads.head import OnFeatures
 from hyperopt_peft.problems import (

@@ -136,7 +136,7 @@ def test_rates_are_counted_and_ends_are_named() -> None:
 @pytest.mark.parametrize(
     ("metric", "first", "numbers"),
     [
-        ("loss", "LoRA", "0.704 my_method −0.0120 ± 0.0000"),
+        ("loss", "LoRA", "0.704 my_method 0.0120 ± 0.0000"),
         ("f1", "BiDoRA", "73.4 points my_method"),
     ],
 )
