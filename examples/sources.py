@@ -17,7 +17,7 @@ from typing import Any
 
 from datasets import Dataset
 from hyperopt_peft import BilevelTrainingArguments, compare_methods, problems
-from hyperopt_peft.comparison import Head
+from hyperopt_peft.comparison import HeadSettings
 from hyperopt_peft.method import option
 from transformers import AutoTokenizer, HfArgumentParser
 
@@ -70,7 +70,7 @@ def main() -> None:
     train = train.remove_columns("labels").add_column("labels", labels).add_column("source", names)
     model, args = partial(load_model, "minilm", ["-", "0", "+"]), BilevelTrainingArguments("unused")
     options: Any = {"train_dataset": train, "upper_dataset": trusted, "processing_class": tokenizer}
-    compare = partial(compare_methods, MIXTURES, model, None, args, **options, head=Head())
+    compare = partial(compare_methods, MIXTURES, model, None, args, **options, head=HeadSettings())
     folds = compare(folds=arguments.folds)
     print(f"{folds}\n\n{folds.recommendation()}\n")
     right = lambda out: {"accuracy": (out.predictions.argmax(1) == out.label_ids).mean()}  # noqa: E731

@@ -248,7 +248,8 @@ with 2 seeds (80 % power): 8.2 points
     def _upper(self, name: str) -> dict[str, float]:
         """Means over seeds of what a method's upper level did, of the entries that are finite."""
         entries = [result.get("upper") or {} for result in self.reported(name)]
-        means = pandas.DataFrame(entries, dtype=float).replace(math.inf, math.nan).mean()
+        table = pandas.DataFrame(entries, columns=[*UPPER], dtype=float)
+        means = table.replace(math.inf, math.nan).mean()
         return dict(means.dropna())
 
     def sentences(self) -> list[str]:

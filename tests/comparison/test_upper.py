@@ -109,7 +109,8 @@ def test_a_projection_is_part_of_a_step(tmp_path: Path) -> None:
 
 def test_a_line_has_it(tmp_path: Path) -> None:
     found = compared({"m": BiDoRA()})
-    (method, *_), (frozen, *_), (together, *_) = found.reported.values()
+    pairs = found.plan.candidates()
+    (method, *_), (frozen, *_), (together, *_) = (found.reported(*each) for each in pairs)
     assert method["upper"]["steps"] == frozen["upper"]["steps"] == sum(method["steps"][:1]) // 2
     assert 0 < method["upper"]["moved"] < 0.1 and frozen["upper"]["moved"] == 0
     assert "upper" not in together

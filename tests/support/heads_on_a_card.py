@@ -12,7 +12,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from hyperopt_peft import BilevelTrainingArguments, attribute, compare_methods, why
-from hyperopt_peft.comparison import Head
+from hyperopt_peft.comparison import HeadSettings, Runs
 from hyperopt_peft.problems import Agreement, RowWeights, Sources
 from tests.support.other_device import CARD, card
 from tests.support.sources import rows, sources
@@ -35,8 +35,8 @@ def results(folder: Path) -> dict[str, Any]:
         upper_dataset=rows(8, 3),
         test_dataset=rows(12, 4),
         seeds=[0, 1],
-        head=Head(),
-        progress=False,
+        head=HeadSettings(),
+        runs=Runs(progress=False),
     )
     return {
         "scores": scored.scores,
