@@ -11,8 +11,8 @@ from hyperopt_peft import Method, ProblemError
 from hyperopt_peft.comparison import Choice, HeadSettings, Runs
 from hyperopt_peft.comparison.task import Task
 from hyperopt_peft.problems import BiDoRA, DoRA, LoRA
-from tests.comparison.test_bad_input import Idle, Parametrised, Peeks, Refuses
 from tests.support.comparisons import compared
+from tests.support.faulty_methods import Idle, Parametrised, Peeks, Refuses
 from tests.support.trainers import data
 
 ONE = {"LoRA": LoRA()}
