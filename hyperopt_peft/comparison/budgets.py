@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Self
 
 from hyperopt_peft.comparison.result import Comparison, Row
 from hyperopt_peft.comparison.store import Result
-from hyperopt_peft.comparison.task import ABLATIONS
+from hyperopt_peft.comparison.task import ABLATIONS, Kind
 from hyperopt_peft.comparison.tasks import AcrossTasks
 from hyperopt_peft.utils.plots import lines
-from hyperopt_peft.utils.tables import aligned
 
 
-@dataclass
-class AcrossBudgets:
+class AcrossBudgets(Comparison):
     """The same methods compared at several budgets; printed, a table of method and budget.
 
-    Attributes:
+    Where one budget is asked for, as by ``scores``, it is the largest.
+
+    Args:
         comparisons: by the passes of a run.
 
     Example:
@@ -41,36 +40,40 @@ class AcrossBudgets:
         ['DoRA', '71.0 ± 0.0', '83.0 ± 0.0']
     """
 
-    comparisons: Mapping[float, Comparison]
+    def __init__(self, comparisons: Mapping[float, Comparison]) -> None:
+        self.last = last = comparisons[max(comparisons)]
+        super().__init__(last.plan, last.store, last.note, last.scored)
+        self.comparisons = dict(sorted(comparisons.items()))
 
     @classmethod
     def of_tasks(cls, tasks: Mapping[str, Self]) -> Self:
         """Those of several tasks as one, by `AcrossTasks` at each budget."""
-        first = next(iter(tasks.values()))
-        return cls(
-            {
-                passes: AcrossTasks({name: x.comparisons[passes] for name, x in tasks.items()})
-                for passes in first.comparisons
-            }
-        )
+        budgets = next(iter(tasks.values())).comparisons
+        every = ((b, {name: x.comparisons[b] for name, x in tasks.items()}) for b in budgets)
+        return cls({passes: AcrossTasks(of_tasks) for passes, of_tasks in every})
 
-    @property
-    def columns(self) -> dict[str, tuple[Comparison, bool]]:
-        """The comparison at each budget, at the ends of runs and where they may stop before."""
-        return {
-            f"{passes:g}{', stopped' * stopped}": (each, stopped)
-            for passes, each in self.comparisons.items()
-            for stopped in each.plan.endings
-        }
+    def scores(self, name: str, kind: Kind = "method", stopped: bool = False) -> list[float]:
+        """As `Comparison.scores`, at the largest budget."""
+        return self.last.scores(name, kind, stopped)
+
+    def reported(self, name: str, kind: Kind = "method", stopped: bool = False) -> list[Result]:
+        """As `Comparison.reported`, at the largest budget."""
+        return self.last.reported(name, kind, stopped)
 
     def table(self) -> list[Row]:
-        """The score of each method and ablation at each budget."""
-        first = next(iter(self.comparisons.values()))
-        rows = [[first.metric, *(f"{head} passes" for head in self.columns)]]
-        for pair in first.plan.candidates():
-            cells = [x.shown(x.scores(*pair, end)) for x, end in self.columns.values()]
-            rows.append([pair[0] + ABLATIONS[pair[1]], *cells])
-        return rows
+        """The score of each method and ablation at each budget, and where runs may stop before."""
+        columns = {
+            f"{passes:g} passes{', stopped' * stopped}": (each, stopped)
+            for passes, each in self.comparisons.items()
+            for stopped in self.plan.endings
+        }
+        return [["method", *columns]] + [
+            [
+                name + ABLATIONS[kind],
+                *(x.shown(x.scores(name, kind, y)) for x, y in columns.values()),
+            ]
+            for name, kind in self.plan.candidates()
+        ]
 
     def plot(self, path: str | Path | None = None) -> Any:
         """A matplotlib figure: the mean score against the passes, at the end and when stopped.
@@ -78,26 +81,26 @@ class AcrossBudgets:
         Args:
             path: the file to write too; its suffix, such as ``.pdf`` or ``.png``, is the format.
         """
-        every = [*self.comparisons.values()]
-        panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-        for stopped in every[0].plan.endings:
-            title = "stopped where the held-out score was best" if stopped else "at the end"
-            panels[title] = {
+        scale = 100 if self.in_points else 1
+        panels = {
+            "stopped where the held-out score was best" if stopped else "at the end": {
                 name + ABLATIONS[kind]: (
                     [*self.comparisons],
-                    [fmean(each.scores(name, kind, stopped)) for each in every],
+                    [
+                        scale * fmean(x.scores(name, kind, stopped))
+                        for x in self.comparisons.values()
+                    ],
                 )
-                for name, kind in every[0].plan.candidates()
+                for name, kind in self.plan.candidates()
             }
-        return lines(panels, path, xscale="log", xlabel="passes", ylabel=every[0].metric)
+            for stopped in self.plan.endings
+        }
+        return lines(panels, path, xscale="log", xlabel="passes", ylabel=self.score_name)
 
     def sentences(self) -> list[str]:
         """Those of each comparison, after its budget."""
-        return [
-            f"{passes:g} passes: {sentence}"
-            for passes, each in self.comparisons.items()
-            for sentence in each.sentences()
-        ]
+        found = [(passes, each.sentences()) for passes, each in self.comparisons.items()]
+        return [f"{passes:g} passes: {text}" for passes, texts in found for text in texts]
 
     def tables(self) -> dict[str, list[Row]]:
         """The table of budgets, and all tables of each comparison."""
@@ -107,9 +110,10 @@ class AcrossBudgets:
             for title, rows in each.tables().items()
         }
 
-    def results(self) -> list[Result]:
-        """The entries of all runs."""
-        return next(iter(self.comparisons.values())).results()
+    def heading(self) -> str:
+        """As `Comparison.heading`, of the largest budget."""
+        return f"{self.last.heading()}; smaller budgets beside it"
 
-    def __str__(self) -> str:
-        return "\n".join([aligned(self.table()), "", *self.sentences()])
+    def results(self) -> list[Result]:
+        """As `Comparison.results`, of all budgets."""
+        return self.last.results()

@@ -116,13 +116,8 @@ class Plan:
             for each in every
             for stopped in self.endings
         )
-        yield (
-            self._development(
-                [self._rated(store, *each, True)] for each in every if each[1] == "frozen"
-            )
-            if len(self.endings) > 1
-            else []
-        )
+        frozen = [each for each in every if each[1] == "frozen"] if len(self.endings) > 1 else []
+        yield self._development([self._rated(store, *each, True)] for each in frozen)
         chosen = [self.chosen(store, *each, end) for end in self.endings for each in every]
         yield [*dict.fromkeys(chosen)]
 
@@ -199,7 +194,7 @@ class Plan:
         grid = self.choice.rates if axis == "rate" else self.choice.upper_rates
         if len(grid) == 1 or getattr(run, axis) is None or run.kind == "frozen":
             return []
-        return [replace(run, **{axis: rate}) for rate in grid]
+        return [_with(run, axis, rate) for rate in grid]
 
     def _best(self, store: Store, run: Run, axis: Axis, stopped: bool) -> Run:
         """``run`` at the best rate of a grid, on its seed's held-out rows."""
@@ -213,7 +208,7 @@ class Plan:
             raise ProblemError(
                 f"{run.method}: no rate has a finite score; give lower rates or another metric"
             )
-        return replace(run, **{axis: peak([getattr(each, axis) for each in runs], scores)})
+        return _with(run, axis, peak([getattr(each, axis) for each in runs], scores))
 
     def _rated(self, store: Store, name: str, kind: Kind, seed: int, stopped: bool) -> Run:
         """The run of a seed at its rates."""
@@ -237,3 +232,7 @@ class Plan:
     def _points(self, passes: float) -> list[float]:
         """Where a run of ``passes`` may end."""
         return [passes * k / self.choice.points for k in range(1, self.choice.points + 1)]
+
+
+def _with(run: Run, axis: Axis, rate: float) -> Run:
+    return replace(run, rate=rate) if axis == "rate" else replace(run, upper_rate=rate)

@@ -87,7 +87,7 @@ def compare_methods(
     runs: Runs | None = None,
     trainer: type[BilevelTrainer] = BilevelTrainer,
     **options: Any,
-) -> Comparison | AcrossBudgets:
+) -> Comparison:
     """Train each method with equally many passes, and score all on the same test rows.
 
     A pass is one forward and backward over as many rows as a lower step has, and a product of
@@ -131,7 +131,7 @@ def compare_methods(
         options: further arguments of the trainer, such as ``compute_metrics``.
 
     Returns:
-        A `Comparison`, or an `AcrossBudgets` of several ``passes``.
+        A `Comparison`; of several ``passes`` an `AcrossBudgets`.
 
     Raises:
         ProblemError: fewer than two seeds; an argument without
@@ -222,6 +222,6 @@ def compare_methods(
     forget()
     scored = len(data.upper if data.test is None else data.test)
     found = {each: Comparison(plans[each], store, note, scored) for each in budgets}
-    for each in () if runs.dry_run else found.values():
-        each.require_finite()
+    for comparison in () if runs.dry_run else found.values():
+        comparison.require_finite()
     return AcrossBudgets(found) if isinstance(passes, Sequence) else found[budgets[0]]

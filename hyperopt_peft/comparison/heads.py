@@ -76,11 +76,12 @@ class HeadTask(Task):
     model: OnFeatures | None = None
 
     def check(self, run: Run) -> list[int]:
-        """Make the features; a head has no steps."""
+        """Make the features and solve ``run``; a head has no steps."""
         self.read()
+        self.run(run)
         return []
 
-    def seconds(self, run: Run, steps: Sequence[int]) -> float:
+    def seconds(self, run: Run) -> float:
         """The time of ``run``."""
         return float(self.run(run)["seconds"])
 

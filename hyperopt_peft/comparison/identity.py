@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import dis
+import functools
 import hashlib
-import importlib.util
 import inspect
 import sys
-from contextlib import suppress
+import textwrap
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from types import CodeType, ModuleType
 from typing import Any
 
 from datasets.fingerprint import Hasher
@@ -17,7 +20,6 @@ from datasets.fingerprint import Hasher
 from hyperopt_peft.comparison.heads import HeadTask
 from hyperopt_peft.comparison.task import Task, without_sizes
 from hyperopt_peft.trainer.fingerprint import data_fingerprint
-from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.utils.versions import versions
 
 #: The arguments that a run sets, or whose order or spelling changes nothing.
@@ -57,37 +59,71 @@ def settings_of(task: Task) -> dict[str, dict[str, Any]]:
 
 
 def code_of(thing: Any) -> str:
-    """The name of a function, a class or a value's class, with a hash of the user's code.
+    """The name of a function, a class or a value's class, with a hash of the code of a user.
 
-    Its own code counts, and that of its module and of the user's modules that these import, but for
-    the other methods of a file.
+    The hash is of the statements that define it, and of those that define all that these name, in
+    each file of the user: base classes and helpers count, and other methods of a file do not. What
+    a function imports itself does not count.
     """
     if not callable(thing) or not hasattr(thing, "__qualname__"):
         thing = type(thing)
-    name, classes = thing.__qualname__, getattr(thing, "__mro__", ())
-    texts, modules = [], [thing.__module__, *(each.__module__ for each in classes)]
-    own = {(each.__module__, each.__qualname__) for each in classes}
-    for module in filter(_is_of_user, modules):  # to which this adds what they import
-        try:
-            here, text = sys.modules[module], inspect.getsource(sys.modules[module])
-            for node in ast.walk(ast.parse(text)):
-                names = [x.name for x in node.names] if isinstance(node, ast.Import) else []
-                if isinstance(node, ast.ImportFrom):
-                    source = "." * node.level + (node.module or "")
-                    names = [importlib.util.resolve_name(source, here.__package__)]
-                modules += {*names} & {*sys.modules} - {*modules}
-            for each in filter(inspect.isclass, vars(here).values()):
-                other = each.__module__ == module and (module, each.__qualname__) not in own
-                if other and issubclass(each, Method):
-                    text = text.replace(inspect.getsource(each), "")
-            texts.append(ast.unparse(ast.parse(text)))  # without remarks
-        except (OSError, TypeError):  # no file, as in a notebook
-            texts.append(Hasher.hash(thing))
-    if not texts:
-        return f"{thing.__module__}.{name}"
-    with suppress(OSError, TypeError):
-        texts.append(inspect.getsource(thing) if "<locals>" in name else "")
-    return f"{name} {hashlib.sha256(repr(sorted({*texts})).encode()).hexdigest()[:12]}"
+    module, name, found = thing.__module__, thing.__qualname__, dict[Any, str]()
+    if not _is_of_user(module):
+        return f"{module}.{name}"
+    try:
+        if "<" in name:  # within a function, whose other statements do not count
+            text = textwrap.dedent(inspect.getsource(thing))
+            for _, read, found[name] in _statements(text):
+                _collect(module, read, found)
+        else:
+            _collect(module, {name.partition(".")[0]}, found)
+    except SyntaxError:  # a lambda within a call
+        found[name] = text
+    except (OSError, TypeError):  # no file, as in a notebook
+        found[name] = Hasher.hash(thing)
+    code = "\n".join(found[key] for key in sorted(found))
+    return f"{name} {hashlib.sha256(code.encode()).hexdigest()[:12]}"
+
+
+def _collect(module: str, names: Iterable[str], found: dict[Any, str]) -> None:
+    """Add to ``found`` the code of ``names`` of ``module``, and of all that it reads."""
+    here = sys.modules[module]
+    statements = _statements(inspect.getsource(here))
+    for name in {*names}:
+        if (key := f"{module} {name}") in found:
+            continue
+        mine, value = [x for x in statements if name in x[0]], vars(here).get(name)
+        found[key] = "\n".join(text for *_, text in mine)
+        for _, read, _ in mine:
+            _collect(module, read, found)
+        if isinstance(value, ModuleType):
+            owner, inside = value.__name__, vars(value)
+        else:
+            owner = getattr(value, "__module__", None)
+            inside = getattr(value, "__qualname__", type(value).__qualname__).split(".")[:1]
+        if owner is None and found[key].startswith("from "):
+            found[key] += repr(value)  # a number of another file
+        elif owner not in (None, module) and _is_of_user(owner):
+            _collect(owner, inside, found)
+
+
+@functools.lru_cache
+def _statements(source: str) -> list[tuple[set[str], set[str], str]]:
+    """For each statement of ``source``, the names that it binds, those that it reads, its text."""
+    statements = []
+    for node in ast.parse(source).body:
+        codes, bound, read = [compile(ast.Module([node], []), "", "exec")], set(), set()
+        for code in codes:
+            codes += [each for each in code.co_consts if isinstance(each, CodeType)]
+            steps = [*dis.get_instructions(code)]
+            read |= {x.argval for x in steps if x.opname in ("LOAD_NAME", "LOAD_GLOBAL")}
+            bound |= {x.argval for x in steps if x.opname == "STORE_NAME" and code is codes[0]}
+        for changed in getattr(node, "targets", [node]):  # as Mine.x = 3 and TABLE.update(x=3)
+            while inner := getattr(changed, "func", getattr(changed, "value", None)):
+                changed = inner
+            bound |= {getattr(changed, "id", "")}
+        statements.append((bound, read, ast.unparse(node)))
+    return statements
 
 
 def _is_of_user(module: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import pandas  # type: ignore[import-untyped]
 
 from hyperopt_peft.comparison.choice import AXES, Plan
+from hyperopt_peft.comparison.search import best_of
 from hyperopt_peft.comparison.store import Result, Store
 from hyperopt_peft.comparison.task import ABLATIONS, Kind
 from hyperopt_peft.errors import ProblemError
@@ -32,6 +33,8 @@ NOT_PRINTED = ["rate", "upper rate", "seconds", "MB"]
 #: The columns of the table of upper levels, by the entries of a run.
 UPPER = {"steps": "upper steps", "moved": "moved, relative", "moved_in_rates": "moved, in rates"}
 UPPER |= {"implicit_ratio": "implicit ratio", "residual": "residual"}
+#: Those that are settings.
+USED = {"hypergradient": "estimator", "lower_steps": "lower steps"}
 #: What differs between a method's form, its next simpler one, and the first method.
 EFFECTS: dict[tuple[Kind, Kind], str] = {
     ("method", "frozen"): "the upper level",
@@ -155,22 +158,22 @@ with 2 seeds (80 % power): 8.2 points
 
         One has the difference of each method to the first one, the other has the parts of these.
         """
-        first, *others = [(name, "method") for name in self.plan.methods]
+        first, *others = [each for each in self.plan.candidates() if each[1] == "method"]
         parts = [pair for name in self.plan.methods for pair in pairwise(self._forms(name))]
         found = dict[tuple[Candidate, Candidate], Verdict]()
         for pairs in [(other, first) for other in others], parts:
             family = {pair: self.difference(*pair) for pair in pairs}
-            corrected = holm(each.p_value for each in family.values())
-            for verdict, verdict.corrected in zip(family.values(), corrected, strict=True):
-                verdict.family = len(family)
+            p_values = holm(each.p_value for each in family.values())
+            for verdict, p_value in zip(family.values(), p_values, strict=True):
+                verdict.corrected, verdict.family = p_value, len(family)
             found |= family
         return found
 
     def _forms(self, name: str) -> list[Candidate]:
         """A method, its ablations and the first method; nothing without ablations."""
-        forms = [each for each in self.plan.candidates() if each[0] == name]
-        first = [(self.first, "method")] if name != self.first else []
-        return [*forms, *first] if len(forms) > 1 else []
+        every = self.plan.candidates()
+        forms = [each for each in every if each[0] == name]
+        return forms + every[: name != self.first] if len(forms) > 1 else []
 
     def _gap(self, name: str, kind: Kind) -> str:
         """The difference to the first method; nothing for itself."""
@@ -185,13 +188,14 @@ with 2 seeds (80 % power): 8.2 points
         return next(iter(self.plan.methods))
 
     @property
-    def _score(self) -> str:
+    def score_name(self) -> str:
+        """The name of the score, and its unit."""
         return f"{self.metric} (points)" if self.in_points else self.metric
 
     def table(self) -> list[Row]:
         """The scores: heads, then a row for each method and each ablation."""
         spent = ["rate", "upper rate", "passes"] if self.passes else []
-        rows = [["method", self._score, f"− {self.first}", *spent, "seconds", "MB"]]
+        rows = [["method", self.score_name, f"− {self.first}", *spent, "seconds", "MB"]]
         for name, kind in self.plan.candidates():
             results = self.reported(name, kind)
             passes = f"{fmean(sum(r['spent'].values()) for r in results):.1f}"
@@ -208,7 +212,7 @@ with 2 seeds (80 % power): 8.2 points
         An effect is the row above minus the row; those of a method sum up to its difference to the
         first one, whose row is the last.
         """
-        rows = [["method", self._score, "effect"]]
+        rows = [["method", self.score_name, "effect"]]
         for name in self.plan.methods:
             forms = self._forms(name)
             effects = ["", *(_marked(self.verdicts[pair]) for pair in pairwise(forms))]
@@ -222,11 +226,11 @@ with 2 seeds (80 % power): 8.2 points
 
         Without a rate, it is that at each seed's own rate.
         """
-        rows = [["method", "rate", "upper rate", self._score, "seeds"]]
+        rows = [["method", "rate", "upper rate", self.score_name, "seeds"]]
         for name, kind in self.plan.candidates():
             for axis, grid in self.plan.at_every_rate(self.store, name, kind).items():
                 chosen = [run[axis] for run in self.reported(name, kind)]
-                near = [min(grid, key=lambda x, own=own: abs(math.log(x / own))) for own in chosen]
+                near = [min((abs(math.log(x / own)), x) for x in grid)[1] for own in chosen]
                 for rate, score in grid.items():
                     pair = [f"{rate:g}", ""] if axis == "rate" else ["", f"{rate:g}"]
                     cells = [*pair, self.shown([score]), str(near.count(rate))]
@@ -234,27 +238,32 @@ with 2 seeds (80 % power): 8.2 points
         return rows
 
     def upper_level(self) -> list[Row]:
-        """What the upper level of each method did: means over seeds.
+        """The estimator of each upper level, and what it did: means over seeds.
 
-        How far the upper variables u moved is ‖u − u0‖/‖u0‖, and in units of their rate.
+        How far the upper variables u moved is ‖u − u0‖/‖u0‖, or ‖u‖ from u0 = 0, and the mean
+        |u − u0| in units of their rate.
         """
-        rows = [["method", *UPPER.values()]]
+        rows = [["method", *USED.values(), *UPPER.values()]]
         for name, method in self.plan.methods.items():
             if has_upper_level(method):
-                means = self._upper(name)
-                rows.append([name, *(f"{means[x]:.3g}" if x in means else "–" for x in UPPER)])
+                used, means = self.reported(name)[0].get("upper") or {}, self._upper(name)
+                shown = {key: f"{mean:.3g}" for key, mean in means.items()}
+                if means.get("start") == 0 and "moved" in shown:
+                    shown["moved"] += " from 0"
+                cells = [str(used.get(x, "–")) for x in USED] + [shown.get(x, "–") for x in UPPER]
+                rows.append([name, *cells])
         return rows
 
     def _upper(self, name: str) -> dict[str, float]:
         """Means over seeds of what a method's upper level did, of the entries that are finite."""
         entries = [result.get("upper") or {} for result in self.reported(name)]
-        table = pandas.DataFrame(entries, columns=[*UPPER], dtype=float)
+        table = pandas.DataFrame(entries, columns=["start", *UPPER], dtype=float)
         means = table.replace(math.inf, math.nan).mean()
         return dict(means.dropna())
 
     def sentences(self) -> list[str]:
         """For each method the difference to the first one, its parts, and remarks."""
-        lines, first, points = [], (self.first, "method"), " points" * self.in_points
+        lines, first, points = [], self.plan.candidates()[0], " points" * self.in_points
         for name in self.plan.methods:
             begin, forms = self._steps(name), self._forms(name)
             if name != self.first:
@@ -277,9 +286,10 @@ with 2 seeds (80 % power): 8.2 points
             return ""
         means, words = self._upper(name), [f"at {self.passes:g} passes"] * bool(self.passes)
         if "steps" in means:
-            moved = means.get("moved")
-            far = "" if moved is None else f" that moved the upper variables by {100 * moved:.0f} %"
-            words.append(f"with {means['steps']:.3g} upper steps{far}")
+            far = f" that moved the upper variables by {100 * means.get('moved', 0):.3g} %"
+            if means.get("start") == 0:
+                far = f" that moved the upper variables from 0 to a norm of {means['moved']:.2g}"
+            words.append(f"with {means['steps']:.3g} upper steps{far * ('moved' in means)}")
         return f"{', '.join(words)}: " if words else ""
 
     def _edges(self) -> Iterator[str]:
@@ -312,14 +322,46 @@ with 2 seeds (80 % power): 8.2 points
         alike = len(layers) == 1
         return lines + [k if alike else f"{', '.join(names)}: {k}" for k, names in layers.items()]
 
+    def stopping(self) -> list[Row]:
+        """The scores at the end of runs and at each seed's best point, which is shown in passes.
+
+        The best point is that of the mean held-out score; no test row chooses it.
+        """
+        heads = "at the end", "stopped", "effect", f"− {self.first}, stopped", "stopped at"
+        rows, first = [["method", *heads]], self.scores(self.first, stopped=True)
+        for name, kind in self.plan.candidates():
+            scores = self.scores(name, kind), self.scores(name, kind, stopped=True)
+            gaps = [[x - y for x, y in zip(scores[1], z)] for z in (scores[0], first)]
+            ends = [each["stop"] or self.passes for each in self.reported(name, kind, True)]
+            cells = [*map(self.shown, scores), *(str(Verdict(x, self.in_points)) for x in gaps)]
+            rows.append([name + ABLATIONS[kind], *cells, _several(ends)])
+        return rows
+
     def spent(self) -> list[Row]:
-        """The passes of each method, by use; means over seeds."""
+        """The passes of each method by use, and those of the choice; means over seeds."""
         rows: list[Row] = []
+        *stages, _ = self.plan.stages(self.store)
         for name, kind in self.plan.candidates():
             results = self.reported(name, kind)
             means = {key: fmean(r["spent"][key] for r in results) for key in results[0]["spent"]}
+            tried = [x for runs in stages for x in runs if (x.method, x.kind) == (name, kind)]
+            passes = sum(sum(self.store.results[run]["spent"].values()) for run in tried)
+            means["choice of the rates"] = passes / len(self.plan.seeds)
             rows = rows or [["method", *means]]
             rows.append([name + ABLATIONS[kind], *(f"{x:.1f}" for x in means.values())])
+        return rows
+
+    def searched(self, groups: Mapping[str, Sequence[str]] | None = None) -> list[Row]:
+        """The expected score of the best of n rates, and the passes of their runs; see `best_of`.
+
+        Args:
+            groups: by a name, methods that are one search, such as one for each value of τ; by
+                default each method is one.
+        """
+        rows = [["method", "settings", "passes", self.score_name]]
+        for title, names in (groups or {name: [name] for name in self.plan.methods}).items():
+            for n, (passes, scores) in enumerate(best_of(self.plan, self.store, names), 1):
+                rows.append([title, str(n), f"{passes:.0f}", self.shown(scores)])
         return rows
 
     def tables(self) -> dict[str, list[Row]]:
@@ -328,6 +370,10 @@ with 2 seeds (80 % power): 8.2 points
         tables["Upper level"] = self.upper_level()
         if self.passes:
             tables |= {"Held-out score at every rate": self.rates(), "Passes": self.spent()}
+            if len(self.plan.endings) > 1:
+                tables["Stopped where the held-out score was best"] = self.stopping()
+            if len(self.plan.choice.rates) > 1 < self.plan.choice.splits:
+                tables["The best of n rates"] = self.searched()
         return {title: rows for title, rows in tables.items() if len(rows) > 1}
 
     def heading(self) -> str:
@@ -337,7 +383,7 @@ with 2 seeds (80 % power): 8.2 points
         better = " (lower is better)" if self.plan.lower_is_better else ""
         passes = f"{self.passes:g} passes a run" if self.passes else "heads at their minimum"
         text = (
-            f"{self._score}{better} on {rows}, {passes}; means of {len(self.plan.seeds)} seeds "
+            f"{self.score_name}{better} on {rows}, {passes}; means of {len(self.plan.seeds)} seeds "
             f"with individual 95 % intervals over {self._repetitions()}"
         )
         count = len(self.plan.methods) - 1
@@ -350,8 +396,9 @@ with 2 seeds (80 % power): 8.2 points
         """What the intervals are over."""
         if self.store.shared.get("folds"):
             return "folds"
-        own = "each with training rows of its own, " * (not self.passes)
-        return f"seeds, {own}on the same test rows"
+        if self.passes:
+            return "seeds, on the same test rows"
+        return "seeds, each with its own draw of training rows and its own part of the test rows"
 
     def __str__(self) -> str:
         return "\n".join([self.heading(), "", aligned(self.table()), "", *self.sentences()])
@@ -368,7 +415,7 @@ with 2 seeds (80 % power): 8.2 points
             gap = self.difference((name, kind), first)
             low, high = gap.interval
             gaps[name + ABLATIONS[kind]] = (scale * gap.estimate, scale * low, scale * high)
-        title = f"{self._score} − that of {self.first}, paired, 95 % intervals"
+        title = f"{self.score_name} − that of {self.first}, paired, 95 % intervals"
         return intervals(gaps, path, title)
 
     @property
@@ -391,7 +438,8 @@ with 2 seeds (80 % power): 8.2 points
         tables = [pandas.DataFrame(rows, columns=heads).drop(columns=NOT_PRINTED, errors="ignore")]
         heads, *rows = self.ablations()
         tables += [pandas.DataFrame(rows, columns=heads)] if ablations and rows else []
-        made, escape = f"{self.heading()}.".translate(LATEX), methodcaller("translate", LATEX)
+        escape, line = methodcaller("translate", LATEX), self.heading()
+        made = escape(f"{line[0].upper()}{line[1:]}.")
         captions = caption or made, f"Ablations. An effect is the row above minus the row. {made}"
         texts = [f"% {', '.join(map(' '.join, self.versions.items()))}"]
         for table, text, name in zip(tables, captions, (label, f"{label}-ablations")):

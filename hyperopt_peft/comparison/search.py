@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import comb, isfinite
 from statistics import fmean
-from typing import TYPE_CHECKING
 
+from hyperopt_peft.comparison.choice import Plan
+from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.errors import ProblemError
 
-if TYPE_CHECKING:
-    from hyperopt_peft.comparison.result import Comparison
 
-
-def best_of(comparison: Comparison, *methods: str) -> list[tuple[float, list[float]]]:
+def best_of(plan: Plan, store: Store, methods: Sequence[str]) -> list[tuple[float, list[float]]]:
     """The expected score of the best of n settings, for each n from 1 to their number.
 
     A setting is a rate of a method; several ``methods``, such as one for each value of τ, are one
@@ -27,7 +25,6 @@ def best_of(comparison: Comparison, *methods: str) -> list[tuple[float, list[flo
     Raises:
         ProblemError: one held-out part alone, or one rate.
     """
-    plan, store = comparison.plan, comparison.store
     if plan.choice.splits < 2 or len(methods) * len(plan.choice.rates) < 2:
         raise ProblemError("choice: needs two settings, and two splits: one chooses, one scores")
     curves, passes = list[list[float]](), list[float]()

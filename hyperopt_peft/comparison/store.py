@@ -68,8 +68,8 @@ class Store:
 
     def reload(self) -> None:
         """Read all that any process has written."""
-        self.known, self.unused = dict[str, Any](), list[Result]()
-        names: dict[str | None, list[str]] = {}  # equal methods have one key
+        self.known, self.unused = dict[Any, Any](), list[Result]()
+        names: dict[Any, list[str]] = {}  # equal methods have one key
         for name in self.settings:
             names.setdefault(self.key(name), []).append(name)
         for entry in (each for path in _files(self.folder) for each in read_entries(path)):
@@ -136,7 +136,7 @@ def _plain(value: Any) -> Any:
     """A value as every process writes it: a set in order, an object without its address."""
     if isinstance(value, set | frozenset):
         return sorted(map(str, value))
-    return str(value if type(value).__repr__ is not object.__repr__ else type(value))
+    return text if " at 0x" not in (text := str(value)) else str(type(value))
 
 
 def _run_of(entry: Mapping[str, Any], method: str) -> Run:

@@ -150,7 +150,7 @@ class Task:
                 metrics = last.evaluate(scored)
                 self.require_metric(metrics)
         steps = [x.state.global_step for x in (trainer, trainer.retrainer) if x is not None]
-        spent, more = dict(budget.spent), {}
+        spent, more = dict(budget.spent), dict[str, Any]()
         if run.split is not None:
             curve = [*budget.curve, (run.passes, metrics)]
             more["curve"] = [(mark, numbers(each)) for mark, each in curve]

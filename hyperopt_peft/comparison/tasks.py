@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 
 from hyperopt_peft.comparison.result import Comparison, Row
@@ -83,7 +84,7 @@ class AcrossTasks(Comparison):
     def rates(self) -> list[Row]:
         """As `Comparison.rates`, by task."""
         heads, *rows = self._by_task(Comparison.rates)
-        return [[*heads[:-2], self._score, heads[-1]], *rows]
+        return [[*heads[:-2], self.score_name, heads[-1]], *rows]
 
     def upper_level(self) -> list[Row]:
         """As `Comparison.upper_level`, by task."""
@@ -92,6 +93,10 @@ class AcrossTasks(Comparison):
     def spent(self) -> list[Row]:
         """As `Comparison.spent`, by task."""
         return self._by_task(Comparison.spent)
+
+    def searched(self, groups: Mapping[str, Sequence[str]] | None = None) -> list[Row]:
+        """As `Comparison.searched`, by task."""
+        return self._by_task(partial(Comparison.searched, groups=groups))
 
     def _by_task(self, table: Callable[[Comparison], list[Row]]) -> list[Row]:
         tables = {task: table(each) for task, each in self.comparisons.items()}

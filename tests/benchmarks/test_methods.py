@@ -61,7 +61,7 @@ def test_tables_need_all_runs_of_a_task(tmp_path: Path, monkeypatch: pytest.Monk
     assert rows["BiDoRA"]["− LoRA"] == "+10.0 ± 0.0, +10.0 ± 0.0"
     assert "mean" not in rows["BiDoRA"]
     tried = {row["method"]: row for row in report.rates(found)}
-    assert tried["BiDoRA"]["upper 0.1"] == "171.0" and tried["LoRA"]["upper 0.1"] == "–"
+    assert tried["BiDoRA"]["upper 0.1"] == "72.0" and tried["LoRA"]["upper 0.1"] == "–"
     assert report.prices(found)[2]["trec"] == "0.002 (0.1)"
     assert "### Magnitudes" in report.details("magnitudes", found)
 

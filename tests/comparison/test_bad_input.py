@@ -11,10 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from datasets import concatenate_datasets
-from torch import nn
-from torch.nn.utils import parametrize
 
 from hyperopt_peft import Method, ProblemError, compare_methods
 from hyperopt_peft.comparison import Runs
@@ -22,6 +18,7 @@ from hyperopt_peft.comparison.choice import Choice, Plan
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.problems import BiDoRA, LoRA
 from tests.support.comparisons import accuracy, compared, parts_of
+from tests.support.faulty_methods import Idle, Parametrised, Peeks
 from tests.support.trainers import base_model, data
 
 ONE = {"LoRA": LoRA()}
@@ -31,40 +28,6 @@ SGD = {"arguments": {"optim": "sgd"}}
 BEST = {"load_best_model_at_end": True}
 #: The same rows with other numbers, which no model reads.
 IDS, MOVED = (data(rows=30).add_column("idx", [*range(k, k + 30)]) for k in (0, 100))
-
-
-class Idle(Method):
-    """Its loss has another tensor than the model's."""
-
-    def lower_loss(self, model: Any, batch: Any, task_loss: Any) -> Any:
-        return 0.0 * task_loss(batch)
-
-
-class Left(nn.Module):
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight
-
-
-class Parametrised(Method):
-    """Leaves a parametrisation of the first A."""
-
-    def prepare(self, model: Any) -> None:
-        layer = next(m for n, m in model.named_modules() if n.endswith("lora_A.default"))
-        parametrize.register_parametrization(layer, "weight", Left())
-
-
-class Refuses(Method):
-    """Its loss is refused when it is first computed."""
-
-    def lower_loss(self, model: Any, batch: Any, task_loss: Any) -> Any:
-        raise ProblemError("label_smoothing_factor: the levels have their own losses")
-
-
-class Peeks(Method):
-    """Trains on rows that it has of its own."""
-
-    def all_rows(self, train: Any, upper: Any) -> Any:
-        return concatenate_datasets([train, TEST.select(range(3))])
 
 
 @dataclass

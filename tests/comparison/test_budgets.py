@@ -118,9 +118,7 @@ def test_the_part_that_chooses_does_not_score() -> None:
     curves = {(seed, 1e-3, k): [0.0, [0.9, 0.5][k]] for seed in (0, 1) for k in (0, 1)}
     curves |= {(seed, 1e-2, k): [0.0, [0.6, 0.6][k]] for seed in (0, 1) for k in (0, 1)}
     plan, store = made_up(curves)
-    from hyperopt_peft.comparison import Comparison
-
-    one, two = best_of(Comparison(plan, store), "m")
+    one, two = best_of(plan, store, ["m"])
     assert one == (100, pytest.approx([0.65, 0.65]))  # all four scores
     # Part 0 chooses 0.001, which has 0.5 on part 1; part 1 chooses 0.01, 0.6 on part 0.
     assert two == (200, pytest.approx([0.55, 0.55]))

@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 
 from hyperopt_peft import Method, ProblemError
-from hyperopt_peft.comparison import Choice, Runs
+from hyperopt_peft.comparison import Choice, HeadSettings, Runs
 from hyperopt_peft.comparison.task import Task
-from hyperopt_peft.problems import BiDoRA, LoRA
-from tests.comparison.test_bad_input import Idle, Parametrised, Peeks, Refuses
+from hyperopt_peft.problems import BiDoRA, DoRA, LoRA
 from tests.support.comparisons import compared
+from tests.support.faulty_methods import Idle, Parametrised, Peeks, Refuses
 from tests.support.trainers import data
 
 ONE = {"LoRA": LoRA()}
 TWO = Choice([1e-2, 1e-1])
+HEAD = {"head": HeadSettings(), "passes": None, "choice": Choice()}
 
 
 class Unfinished(Method):
@@ -42,6 +43,8 @@ class Unfinished(Method):
         ({"m": Peeks()}, {}, "m: trains on 3 of 20 test rows"),
         (ONE, {"metric": "f1"}, "metric: f1 is none of"),
         (ONE, {"upper_dataset": data(rows=1, seed=9), "choice": TWO}, "upper_dataset|held_out"),
+        (ONE, {**HEAD, "metric": "f1"}, "metric: f1 is none of"),
+        ({**ONE, "m": DoRA()}, HEAD, "m: a head lacks"),
         ({**ONE, "m": BiDoRA()}, {}, ""),
         (ONE, {"choice": Choice([6e-2, 90.0])}, ""),
     ],

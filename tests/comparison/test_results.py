@@ -99,11 +99,14 @@ def test_what_the_upper_level_did() -> None:
     entries = {"steps": 6, "moved": 0.345, "moved_in_rates": None, "implicit_ratio": float("inf")}
     upper = [{**entries, "steps": steps, "residual": 0.01} for steps in (5, 6, 7, 6, 6)]
     made = made_up({}, upper=upper, rate=[1e-3, 2e-3, 4e-3, 2e-3, 1e-3], upper_rate=[1e-2] * 5)
-    assert made.upper_level()[1:] == [["BiDoRA", "6", "0.345", "–", "–", "0.01"]]
-    begin = "at 300 passes, with 6 upper steps that moved the upper variables by 34 %: no "
+    assert made.upper_level()[1:] == [["BiDoRA", "–", "–", "6", "0.345", "–", "–", "0.01"]]
+    zero = made_up({}, upper=[{"start": 0.0, "moved": 0.8, "lower_steps": 4, "steps": 6}] * 5)
+    assert zero.upper_level()[1][2:5] == ["4", "6", "0.8 from 0"]
+    assert "upper steps that moved the upper variables from 0 to a norm of 0.8: no" in str(zero)
+    begin = "at 300 passes, with 6 upper steps that moved the upper variables by 34.5 %: no "
     assert made.sentences()[0].startswith(begin)
     assert made.table()[2][3:5] == ["0.002 (0.001–0.004)", "0.01"]
-    assert made_up({}).upper_level()[1] == ["BiDoRA", *"–––––"]
+    assert made_up({}).upper_level()[1] == ["BiDoRA", *"–––––––"]
     assert "Upper level" in made.tables()
     assert made_up({}).sentences()[0].startswith("at 300 passes: no significant difference")
 

@@ -102,8 +102,8 @@ def test_after_editing_a_method_only_its_runs_are_new(
         ("2.0", "3.0"): ["Two"],
         ("factor", "size"): ["Two"],  # an option with another name
         ("0.1", "0.2"): ["Three"],  # the base class, a method of another file
-        ("FACTOR = 1", "FACTOR = 2"): [*NAMES],  # a constant of the file
-        ("SCALE = 1", "SCALE = 2"): [*NAMES],  # one of a file that it imports
+        ("FACTOR = 1", "FACTOR = 2"): ["Four"],  # a constant that its helper reads
+        ("SCALE = 1", "SCALE = 2"): ["Four"],  # one of another file
         ("class One", "# a remark\nclass One"): [],
     }.items():
         assert new_of(done, files(**dict([change])), tmp_path) == of
@@ -113,6 +113,17 @@ def test_after_editing_a_method_only_its_runs_are_new(
     methods = files()
     assert not new_of(done, {**dropped, "Five": methods["One"]}, tmp_path)  # another name
     assert new_of(done, {**methods, "Six": type(methods["Two"])(4.0)}, tmp_path) == ["Six"]
+
+
+def test_another_metric_and_other_seeds_reuse_the_runs(
+    tmp_path: Path, files: Any, done: list[str]
+) -> None:
+    compared(methods := files(), folder=tmp_path)
+    done.clear()
+    comparison = compared(methods, folder=tmp_path, metric="loss")
+    assert comparison.scores("One") == [1.0, 1.0] and not done
+    compared(methods, folder=tmp_path, seeds=[0, 1, 2])
+    assert len(done) == len(NAMES)
 
 
 def test_other_settings_reuse_nothing_and_are_remarked(

@@ -381,6 +381,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no counts": (lambda: LogitAdjustment().class_shares(torch.ones(1, 2)), "call read_rows"),
     "numbers read": (lambda: read(FrequencyWeights()), "labels: must be numbers of classes"),
     "numbers": (lambda: numbers(ClassOffsets()), "labels: must be numbers of classes"),
+    "no classes": (lambda: ClassOffsets().prepare(nn.Linear(1, 1)), "num_labels: the model's"),
     "no adapter": (lambda: BiLoRA().prepare(base_model()), "peft_model: "),
     "no levels": (lambda: Direction(base_model()), "peft_model: "),
     "magnitudes": (lambda: BiLoRA().prepare(peft_model()), "DoraLinearVariant.*use_dora"),
