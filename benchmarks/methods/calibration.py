@@ -116,7 +116,7 @@ def measured(name: str, rows: int, draws: int) -> Iterator[dict[str, Any]]:
                 found |= {"gain": sign * more.estimate, "gain found": float(more.is_significant)}
             cells.setdefault(key, []).append(found)
     for (metric, seeds), every in cells.items():
-        means = {head: fmean(each[head] for each in every) for head in every[0]}
+        means = {head: round(fmean(each[head] for each in every), 4) for head in every[0]}
         yield {"metric": metric, "seeds": seeds, "pairs": len(every), **means}
 
 
@@ -160,12 +160,9 @@ def trained(draws: int, rows: int = 120) -> dict[str, Any]:
         )
         found.append(Verdict(gaps(comparison)))
         print(len(found), found[-1], flush=True)
-    half, different = (
-        fmean(each.half for each in found),
-        fmean(each.is_significant for each in found),
-    )
-    cell = {"metric": "accuracy", "seeds": 5, "pairs": draws}
-    return {**cell, "different": different, "half width": half}
+    different = fmean(each.is_significant for each in found)
+    means = {"different": different, "half width": round(fmean(each.half for each in found), 4)}
+    return {"metric": "accuracy", "seeds": 5, "pairs": draws, **means}
 
 
 def calibration(*, quick: bool, draws: int = 240, through: int = 40) -> None:
@@ -190,21 +187,22 @@ def calibration(*, quick: bool, draws: int = 240, through: int = 40) -> None:
 
 def tables() -> dict[str, list[dict[str, str]]]:
     """The shares of equal pairs that are called different, and of different ones that are found."""
-    every = Results(FILE)
-    equal, power = list[dict[str, str]](), list[dict[str, str]]()
+    every, equal, power = Results(FILE), dict[tuple[str, int], dict[str, str]](), []
     for cell in [*every.of("nets"), *every.of("trainer")]:
-        by = " (`compare_methods`)" * (cell["part"] == "trainer")
-        row = {"chosen": cell["setting"] + by, "metric": cell["metric"], "rows": cell["rows"]}
-        row |= {"seeds": cell["seeds"], "pairs": cell["pairs"]}
-        percent = {key: f"{100 * x:.1f} %" for key, x in cell.items() if isinstance(x, float)}
-        error = 196 * (cell["different"] * (1 - cell["different"]) / cell["pairs"]) ** 0.5
-        row["called different"] = f"{percent['different'][:-2]} ± {error:.1f} %"
-        row["half width"] = f"{cell['half width']:.3f}"
-        equal.append(row)
+        by = ", by `compare_methods`" * (cell["part"] == "trainer")
+        name, rows = cell["setting"] + by, cell["rows"]
+        row = equal.setdefault((name, rows), {"chosen": name, "rows": str(rows)})
+        row["pairs"] = str(cell["pairs"])
+        error = 1.96 * (cell["different"] * (1 - cell["different"]) / cell["pairs"]) ** 0.5
+        text = f"{100 * cell['different']:.1f} ± {100 * error:.1f} % ({cell['half width']:.3f})"
+        row[f"{cell['metric']}, {cell['seeds']} seeds"] = text
         if "gain" in cell:
-            shifts = {f"+{x:g}": percent[f"shifted by {x:g}"] for x in SHIFTS}
-            more = f"{percent['gain found']} (+{cell['gain']:.3f})"
-            kept = {key: row[key] for key in ("metric", "rows", "seeds")}
-            any_of = {"a false one of three": percent["any of three"]}
-            power.append(kept | shifts | {"twice the rows": more} | any_of)
-    return {"calibration": equal, "power": power}
+            found = {f"+{x:g}": f"{100 * cell[f'shifted by {x:g}']:.0f} %" for x in SHIFTS}
+            found["twice the rows"] = f"{100 * cell['gain found']:.0f} % (+{cell['gain']:.3f})"
+            found["a false one of three"] = f"{100 * cell['any of three']:.1f} %"
+            place = {"score": cell["metric"], "rows": str(rows), "seeds": str(cell["seeds"])}
+            power.append(place | found)
+    heads = ["chosen", "rows", "pairs"]
+    heads += [f"{metric}, {seeds} seeds" for metric in ("accuracy", "loss") for seeds in (5, SEEDS)]
+    lines = [{head: row.get(head, "–") for head in heads} for row in equal.values()]
+    return {"calibration": lines, "power": power}
