@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Self
 
+from hyperopt_peft.comparison.joined import Joined
 from hyperopt_peft.comparison.result import Comparison, Row
 from hyperopt_peft.comparison.store import Result
-from hyperopt_peft.comparison.task import ABLATIONS
+from hyperopt_peft.comparison.task import ABLATIONS, Kind
 from hyperopt_peft.comparison.tasks import AcrossTasks
 from hyperopt_peft.utils.plots import lines
-from hyperopt_peft.utils.tables import aligned
 
 
-@dataclass
-class AcrossBudgets:
-    """The same methods compared at several budgets; printed, a table of method and budget.
+class AcrossBudgets(Joined):
+    """The same methods compared at several budgets: a table of method and budget.
 
-    Attributes:
+    What its own tables, sentences and picture do not have is that of the largest budget.
+
+    Args:
         comparisons: by the passes of a run.
 
     Example:
@@ -41,7 +41,12 @@ class AcrossBudgets:
         ['DoRA', '71.0 ± 0.0', '83.0 ± 0.0']
     """
 
-    comparisons: Mapping[float, Comparison]
+    key = "passes"
+
+    def __init__(self, comparisons: Mapping[float, Comparison]) -> None:
+        self.last = last = comparisons[max(comparisons)]
+        super().__init__(last.plan, last.store, last.note, last.scored)
+        self.comparisons = dict(comparisons)
 
     @classmethod
     def of_tasks(cls, tasks: Mapping[str, Self]) -> Self:
@@ -58,19 +63,34 @@ class AcrossBudgets:
     def columns(self) -> dict[str, tuple[Comparison, bool]]:
         """The comparison at each budget, at the ends of runs and where they may stop before."""
         return {
-            f"{passes:g}{', stopped' * stopped}": (each, stopped)
+            f"{passes:g} passes{', stopped' * stopped}": (each, stopped)
             for passes, each in self.comparisons.items()
             for stopped in each.plan.endings
         }
 
+    def scores(self, name: str, kind: Kind = "method", stopped: bool = False) -> list[float]:
+        """As `Comparison.scores`, at the largest budget."""
+        return self.last.scores(name, kind, stopped)
+
+    def reported(self, name: str, kind: Kind = "method", stopped: bool = False) -> list[Result]:
+        """As `Comparison.reported`, at the largest budget."""
+        return self.last.reported(name, kind, stopped)
+
     def table(self) -> list[Row]:
         """The score of each method and ablation at each budget."""
-        first = next(iter(self.comparisons.values()))
-        rows = [[first.metric, *(f"{head} passes" for head in self.columns)]]
-        for pair in first.plan.candidates():
+        rows = [[self._score, *self.columns]]
+        for pair in self.plan.candidates():
             cells = [x.shown(x.scores(*pair, end)) for x, end in self.columns.values()]
             rows.append([pair[0] + ABLATIONS[pair[1]], *cells])
         return rows
+
+    def ablations(self) -> list[Row]:
+        """As `Comparison.ablations`, at each budget."""
+        return self.stacked("ablations")
+
+    def stopping(self) -> list[Row]:
+        """As `Comparison.stopping`, at each budget."""
+        return self.stacked("stopping")
 
     def plot(self, path: str | Path | None = None) -> Any:
         """A matplotlib figure: the mean score against the passes, at the end and when stopped.
@@ -78,38 +98,37 @@ class AcrossBudgets:
         Args:
             path: the file to write too; its suffix, such as ``.pdf`` or ``.png``, is the format.
         """
-        every = [*self.comparisons.values()]
         panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-        for stopped in every[0].plan.endings:
-            title = "stopped where the held-out score was best" if stopped else "at the end"
-            panels[title] = {
+        scale = 100 if self.in_points else 1
+        for end in self.plan.endings:
+            panels["stopped where the held-out score was best" if end else "at the end"] = {
                 name + ABLATIONS[kind]: (
                     [*self.comparisons],
-                    [fmean(each.scores(name, kind, stopped)) for each in every],
+                    [scale * fmean(x.scores(name, kind, end)) for x in self.comparisons.values()],
                 )
-                for name, kind in every[0].plan.candidates()
+                for name, kind in self.plan.candidates()
             }
-        return lines(panels, path, xscale="log", xlabel="passes", ylabel=every[0].metric)
+        return lines(panels, path, xscale="log", xlabel="passes", ylabel=self._score)
+
+    def recommendation(self) -> str:
+        """As `Comparison.recommendation`, at the largest budget."""
+        return f"at {self.passes:g} passes {super().recommendation()}"
 
     def sentences(self) -> list[str]:
-        """Those of each comparison, after its budget."""
-        return [
-            f"{passes:g} passes: {sentence}"
-            for passes, each in self.comparisons.items()
-            for sentence in each.sentences()
-        ]
-
-    def tables(self) -> dict[str, list[Row]]:
-        """The table of budgets, and all tables of each comparison."""
-        return {"Budgets": self.table()} | {
-            f"{title}, {passes:g} passes": rows
-            for passes, each in self.comparisons.items()
-            for title, rows in each.tables().items()
-        }
+        """Those of each comparison, after its budget, and the remarks."""
+        found = list[str]()
+        for passes, each in self.comparisons.items():
+            begin, remarks = f"at {passes:g} passes", each.remarks()
+            texts = [text for text in each.sentences() if text not in remarks]
+            found += [x if x.startswith(begin) else f"{begin}: {x}" for x in texts]
+        return found + self.remarks()
 
     def results(self) -> list[Result]:
         """The entries of all runs."""
-        return next(iter(self.comparisons.values())).results()
+        return self.last.results()
 
-    def __str__(self) -> str:
-        return "\n".join([aligned(self.table()), "", *self.sentences()])
+    def _budget(self) -> str:
+        return f"{', '.join(f'{passes:g}' for passes in self.comparisons)} passes a run"
+
+    def _repetitions(self) -> str:
+        return self.last._repetitions()

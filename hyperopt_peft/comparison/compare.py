@@ -87,7 +87,7 @@ def compare_methods(
     runs: Runs | None = None,
     trainer: type[BilevelTrainer] = BilevelTrainer,
     **options: Any,
-) -> Comparison | AcrossBudgets:
+) -> Comparison:
     """Train each method with equally many passes, and score all on the same test rows.
 
     A pass is one forward and backward over as many rows as a lower step has, and a product of
@@ -131,7 +131,7 @@ def compare_methods(
         options: further arguments of the trainer, such as ``compute_metrics``.
 
     Returns:
-        A `Comparison`, or an `AcrossBudgets` of several ``passes``.
+        A `Comparison`; of several ``passes`` an `AcrossBudgets`.
 
     Raises:
         ProblemError: fewer than two seeds; an argument without

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
@@ -380,16 +380,19 @@ with 2 seeds (80 % power): 8.2 points
         folds, tested = self.store.shared.get("folds"), f"{self.scored:,} " if self.scored else ""
         rows = f"folds of the {tested}trusted rows" if folds else f"the {tested}test rows"
         better = " (lower is better)" if self.plan.lower_is_better else ""
-        passes = f"{self.passes:g} passes a run" if self.passes else "heads at their minimum"
         text = (
-            f"{self._score}{better} on {rows}, {passes}; means of {len(self.plan.seeds)} seeds "
-            f"with individual 95 % intervals over {self._repetitions()}"
+            f"{self._score}{better} on {rows}, {self._budget()}; means of {len(self.plan.seeds)} "
+            f"seeds with individual 95 % intervals over {self._repetitions()}"
         )
         count = len(self.plan.methods) - 1
         parts = len(self.verdicts) - count
         over = [f"{count} differences"] * (count > 1) + [f"{parts} parts"] * (parts > 1)
         holms = ", Holm's correction over " * bool(over) + " and over ".join(over)
         return f"{text}; *: significant at 5 %{holms}"
+
+    def _budget(self) -> str:
+        """What the runs have in common."""
+        return f"{self.passes:g} passes a run" if self.passes else "heads at their minimum"
 
     def _repetitions(self) -> str:
         """What the intervals are over."""
