@@ -18,6 +18,8 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.validation import option
 
 METHODS = ["lora", "dora", "bidora"]
+#: The columns of a table of scores that `--details` adds.
+NOT_SHOWN = {"rate", "upper rate", "passes", "MB"}
 #: The options that only adapters read.
 OF_ADAPTERS = {"passes", "rates", "upper_rates", "splits", "points"}
 
@@ -29,9 +31,7 @@ class CompareArguments(OutputArguments):
     methods: list[str] = option(default_factory=lambda: [*METHODS], help="compared with the first")
     score_model: Literal["adapter", "head"] = option("adapter", help="or a linear head on features")
     folds: int | None = option(None, help="folds of upper_file, which replace eval_file")
-    passes: list[float] = option(
-        default_factory=lambda: [300.0], help="batches sent forward and backward; several budgets"
-    )
+    passes: list[float] = option(default_factory=lambda: [300.0], help="of a run; several budgets")
     seeds: list[int] | None = option(None, help="of start, split and order; five, or one a fold")
     rates: list[float] = option(default_factory=lambda: [*RATES], help="learning rates to try")
     upper_rates: list[float] = option(default_factory=lambda: [*UPPER_RATES], help="upper rates")
@@ -77,12 +77,14 @@ def run(argv: Sequence[str]) -> None:
         for path in output.glob("runs*.jsonl"):
             path.unlink()
     base, _ = setup.base()
-    head = command.score_model == "head"
-    if head and (given_here := sorted(OF_ADAPTERS & flags.keys())):
-        raise ProblemError(f"{given_here[0]}: has no effect on heads, which are solved")
-    number_of_passes: Any = command.passes if len(command.passes) > 1 else command.passes[0]
-    choice = Choice(command.rates, command.upper_rates, command.splits, points=command.points)
-    shares = {} if head else {"passes": number_of_passes, "choice": choice}
+    if command.score_model == "head":
+        for name in sorted(OF_ADAPTERS & flags.keys()):
+            raise ProblemError(f"{name}: has no effect on heads, which are solved; leave it out")
+        budget: dict[str, Any] = {"head": HeadSettings()}
+    else:
+        passes = command.passes if len(command.passes) > 1 else command.passes[0]
+        choice = {name: getattr(command, name) for name in names_of([Choice]) & OF_ADAPTERS}
+        budget = {"passes": passes, "choice": Choice(**choice)}
     comparison = compare_methods(
         {name: each.method for name, each in zip(names, chosen, strict=True)},
         lambda: setup.base()[0],
@@ -93,12 +95,11 @@ def run(argv: Sequence[str]) -> None:
         test_dataset=setup.evaluation,
         folds=command.folds,
         seeds=command.seeds,
-        head=HeadSettings() if head else None,
         metric="loss" if command.folds else setup.task.metric or "loss",
         frozen_dropout=command.frozen_dropout,
         runs=Runs(output, command.jobs, (int(number), int(count)), dry_run=command.dry_run),
         trainer=setup.trainer_class(),
-        **shares,
+        **budget,
         **setup.options(base),
     )
     if command.dry_run:
@@ -110,8 +111,11 @@ def run(argv: Sequence[str]) -> None:
     if command.folds:
         sentences.insert(0, comparison.recommendation())
     page = Report("compare", "\n".join(sentences), plain.options, details=comparison.tables())
-    table = comparison.table()
-    page.sections = {heading: [[*row[:3], row[-2]] for row in table]}  # without rates and memory
-    page.pictures = {"Differences": "comparison.png"}
-    print(f"\n{page.verdict}\n\n{as_text({heading: table} if command.details else page.sections)}")
-    print(f"\n{page.write(output)} has the differences in a picture")
+    heads, *_ = table = comparison.table()
+    shown = [place for place, head in enumerate(heads) if head not in NOT_SHOWN]
+    page.sections = {heading: [[row[place] for place in shown] for row in table]}
+    if len(comparison.plan.endings) > 1:
+        page.sections["Stopped where the held-out score was best"] = comparison.stopping()
+    page.pictures = {"The comparison": "comparison.png"}
+    sections = {**page.sections, heading: table} if command.details else page.sections
+    print(f"\n{page.verdict}\n\n{as_text(sections)}\n\n{page.write(output)} has a picture")

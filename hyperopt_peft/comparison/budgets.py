@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Self
 
+from hyperopt_peft.comparison.joined import Joined
 from hyperopt_peft.comparison.result import Comparison, Row
 from hyperopt_peft.comparison.store import Result
 from hyperopt_peft.comparison.task import ABLATIONS, Kind
@@ -14,10 +15,10 @@ from hyperopt_peft.comparison.tasks import AcrossTasks
 from hyperopt_peft.utils.plots import lines
 
 
-class AcrossBudgets(Comparison):
-    """The same methods compared at several budgets; printed, a table of method and budget.
+class AcrossBudgets(Joined):
+    """The same methods compared at several budgets: a table of method and budget.
 
-    Where one budget is asked for, as by ``scores``, it is the largest.
+    What its own tables, sentences and picture do not have is that of the largest budget.
 
     Args:
         comparisons: by the passes of a run.
@@ -40,17 +41,32 @@ class AcrossBudgets(Comparison):
         ['DoRA', '71.0 ± 0.0', '83.0 ± 0.0']
     """
 
+    key = "passes"
+
     def __init__(self, comparisons: Mapping[float, Comparison]) -> None:
         self.last = last = comparisons[max(comparisons)]
         super().__init__(last.plan, last.store, last.note, last.scored)
-        self.comparisons = dict(sorted(comparisons.items()))
+        self.comparisons = dict(comparisons)
 
     @classmethod
     def of_tasks(cls, tasks: Mapping[str, Self]) -> Self:
         """Those of several tasks as one, by `AcrossTasks` at each budget."""
-        budgets = next(iter(tasks.values())).comparisons
-        every = ((b, {name: x.comparisons[b] for name, x in tasks.items()}) for b in budgets)
-        return cls({passes: AcrossTasks(of_tasks) for passes, of_tasks in every})
+        first = next(iter(tasks.values()))
+        return cls(
+            {
+                passes: AcrossTasks({name: x.comparisons[passes] for name, x in tasks.items()})
+                for passes in first.comparisons
+            }
+        )
+
+    @property
+    def columns(self) -> dict[str, tuple[Comparison, bool]]:
+        """The comparison at each budget, at the ends of runs and where they may stop before."""
+        return {
+            f"{passes:g} passes{', stopped' * stopped}": (each, stopped)
+            for passes, each in self.comparisons.items()
+            for stopped in each.plan.endings
+        }
 
     def scores(self, name: str, kind: Kind = "method", stopped: bool = False) -> list[float]:
         """As `Comparison.scores`, at the largest budget."""
@@ -61,19 +77,20 @@ class AcrossBudgets(Comparison):
         return self.last.reported(name, kind, stopped)
 
     def table(self) -> list[Row]:
-        """The score of each method and ablation at each budget, and where runs may stop before."""
-        columns = {
-            f"{passes:g} passes{', stopped' * stopped}": (each, stopped)
-            for passes, each in self.comparisons.items()
-            for stopped in self.plan.endings
-        }
-        return [["method", *columns]] + [
-            [
-                name + ABLATIONS[kind],
-                *(x.shown(x.scores(name, kind, y)) for x, y in columns.values()),
-            ]
-            for name, kind in self.plan.candidates()
-        ]
+        """The score of each method and ablation at each budget."""
+        rows = [[self._score, *self.columns]]
+        for pair in self.plan.candidates():
+            cells = [x.shown(x.scores(*pair, end)) for x, end in self.columns.values()]
+            rows.append([pair[0] + ABLATIONS[pair[1]], *cells])
+        return rows
+
+    def ablations(self) -> list[Row]:
+        """As `Comparison.ablations`, at each budget."""
+        return self.stacked("ablations")
+
+    def stopping(self) -> list[Row]:
+        """As `Comparison.stopping`, at each budget."""
+        return self.stacked("stopping")
 
     def plot(self, path: str | Path | None = None) -> Any:
         """A matplotlib figure: the mean score against the passes, at the end and when stopped.
@@ -81,39 +98,37 @@ class AcrossBudgets(Comparison):
         Args:
             path: the file to write too; its suffix, such as ``.pdf`` or ``.png``, is the format.
         """
+        panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
         scale = 100 if self.in_points else 1
-        panels = {
-            "stopped where the held-out score was best" if stopped else "at the end": {
+        for end in self.plan.endings:
+            panels["stopped where the held-out score was best" if end else "at the end"] = {
                 name + ABLATIONS[kind]: (
                     [*self.comparisons],
-                    [
-                        scale * fmean(x.scores(name, kind, stopped))
-                        for x in self.comparisons.values()
-                    ],
+                    [scale * fmean(x.scores(name, kind, end)) for x in self.comparisons.values()],
                 )
                 for name, kind in self.plan.candidates()
             }
-            for stopped in self.plan.endings
-        }
-        return lines(panels, path, xscale="log", xlabel="passes", ylabel=self.score_name)
+        return lines(panels, path, xscale="log", xlabel="passes", ylabel=self._score)
+
+    def recommendation(self) -> str:
+        """As `Comparison.recommendation`, at the largest budget."""
+        return f"at {self.passes:g} passes {super().recommendation()}"
 
     def sentences(self) -> list[str]:
-        """Those of each comparison, after its budget."""
-        found = [(passes, each.sentences()) for passes, each in self.comparisons.items()]
-        return [f"{passes:g} passes: {text}" for passes, texts in found for text in texts]
-
-    def tables(self) -> dict[str, list[Row]]:
-        """The table of budgets, and all tables of each comparison."""
-        return {"Budgets": self.table()} | {
-            f"{title}, {passes:g} passes": rows
-            for passes, each in self.comparisons.items()
-            for title, rows in each.tables().items()
-        }
-
-    def heading(self) -> str:
-        """As `Comparison.heading`, of the largest budget."""
-        return f"{self.last.heading()}; smaller budgets beside it"
+        """Those of each comparison, after its budget, and the remarks."""
+        found = list[str]()
+        for passes, each in self.comparisons.items():
+            begin, remarks = f"at {passes:g} passes", each.remarks()
+            texts = [text for text in each.sentences() if text not in remarks]
+            found += [x if x.startswith(begin) else f"{begin}: {x}" for x in texts]
+        return found + self.remarks()
 
     def results(self) -> list[Result]:
-        """As `Comparison.results`, of all budgets."""
+        """The entries of all runs."""
         return self.last.results()
+
+    def _budget(self) -> str:
+        return f"{', '.join(f'{passes:g}' for passes in self.comparisons)} passes a run"
+
+    def _repetitions(self) -> str:
+        return self.last._repetitions()

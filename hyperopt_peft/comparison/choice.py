@@ -35,7 +35,8 @@ class Choice:
         splits: the held-out parts for each seed and rate.
         held_out: the share of the trusted rows in such a part; without trusted rows, of the
             training rows.
-        points: at how many equally spaced points of its budget a run may stop; 1 is its end alone.
+        points: at how many equally spaced points of its budget a run may stop, in the last of its
+            phases; 1 is its end alone.
 
     Raises:
         ProblemError: an empty grid, or a rate that is not positive; no splits or points; a share
@@ -116,8 +117,8 @@ class Plan:
             for each in every
             for stopped in self.endings
         )
-        frozen = [each for each in every if each[1] == "frozen"] if len(self.endings) > 1 else []
-        yield self._development([self._rated(store, *each, True)] for each in frozen)
+        stopped = every if len(self.endings) > 1 else []  # at rates that were given, or frozen
+        yield self._development([self._rated(store, *each, True)] for each in stopped)
         chosen = [self.chosen(store, *each, end) for end in self.endings for each in every]
         yield [*dict.fromkeys(chosen)]
 
@@ -130,7 +131,7 @@ class Plan:
         """The number of runs of a method or an ablation; those that stop early are counted once."""
         first = self._first(name, kind, self.seeds[0])
         grids = [len(self._grid(first, axis)) for axis in ("rate", "upper_rate")]
-        tried = sum(grids) - (min(grids) > 0)  # the middle upper rate is in both
+        tried = sum(grids) - (min(grids) > 0) or len(self.endings) - 1  # the middle one is in both
         return len(self.seeds) * (self.choice.splits * tried + len(self.endings))
 
     def chosen(self, store: Store, name: str, kind: Kind, seed: int, stopped: bool = False) -> Run:

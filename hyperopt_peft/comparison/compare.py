@@ -99,9 +99,8 @@ def compare_methods(
     followed by a training from scratch lacks the second one.
 
     With ``folds`` the trusted rows score: seed s is scored on fold s mod K of the division s // K
-    into K folds, and trains with the others. With ``head`` a linear head on the
-    features of the frozen base model is trained to its minimum in place of an adapter, without
-    rates and passes; see `HeadSettings`.
+    into K folds, and trains with the others. With ``head`` a linear head on the features of the
+    frozen base model is trained to its minimum in place of an adapter, without rates and passes.
 
     Args:
         methods: by name; the first one is what the others are compared with.
@@ -134,10 +133,10 @@ def compare_methods(
         A `Comparison`; of several ``passes`` an `AcrossBudgets`.
 
     Raises:
-        ProblemError: fewer than two seeds; an argument without
-            effect; one model in place of new ones; no test rows but training rows, or a method that
-            trains on them; a metric that the task lacks; a phase too short to learn, or a
-            run without a finite score; as `BilevelTrainer`.
+        ProblemError: fewer than two seeds; an argument without effect; one model in place of new
+            ones; no test rows but training rows, or a method that trains on them; a metric that the
+            task lacks; a phase too short to learn, or a run without a finite score; as
+            `BilevelTrainer`.
 
     Example:
         >>> import torch
@@ -171,14 +170,10 @@ def compare_methods(
             f"seeds: {len(seeds)} reported; one seed has no interval, so give two or more"
         )
     if head is not None:
-        for name, given in {
-            "passes": passes,
-            "choice": replace(choice, held_out=0.2) != DEFAULT,
-        }.items():
-            if given:
-                raise ProblemError(
-                    f"{name}: has no effect on heads, which are solved; leave it out"
-                )
+        of_choice = replace(choice, held_out=DEFAULT.held_out) != DEFAULT
+        if passes is not None or of_choice:
+            name = "choice" if of_choice else "passes"
+            raise ProblemError(f"{name}: has no effect on heads, which are solved; leave it out")
     elif not budgets or not all(0 < each < math.inf for each in budgets):
         raise ProblemError(f"passes: must be the budget of a run, such as 300, got {passes}")
     parts = seeds if head and folds is None else ()
@@ -210,8 +205,7 @@ def compare_methods(
     plan = Plan(known, choice, seeds, metric, lower_is_better, 0.0, ablations, budgets * constant)
     plans = {each: replace(plan, passes=each) for each in sorted(budgets, reverse=True)}
     total = sum(each.count(*pair) for each in plans.values() for pair in each.candidates())
-    hidden, done = runs.dry_run or not runs.progress, len(store.results)
-    with tqdm(total=total, initial=min(done, total), disable=hidden, unit="run") as bar:
+    with tqdm(total=total, disable=runs.dry_run or not runs.progress, unit="run") as bar:
         for each in plans.values():
             work = Work(each, task, store, runs.jobs, runs.part, bar)
             if runs.dry_run:

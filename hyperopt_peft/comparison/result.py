@@ -188,14 +188,13 @@ with 2 seeds (80 % power): 8.2 points
         return next(iter(self.plan.methods))
 
     @property
-    def score_name(self) -> str:
-        """The name of the score, and its unit."""
+    def _score(self) -> str:
         return f"{self.metric} (points)" if self.in_points else self.metric
 
     def table(self) -> list[Row]:
         """The scores: heads, then a row for each method and each ablation."""
         spent = ["rate", "upper rate", "passes"] if self.passes else []
-        rows = [["method", self.score_name, f"− {self.first}", *spent, "seconds", "MB"]]
+        rows = [["method", self._score, f"− {self.first}", *spent, "seconds", "MB"]]
         for name, kind in self.plan.candidates():
             results = self.reported(name, kind)
             passes = f"{fmean(sum(r['spent'].values()) for r in results):.1f}"
@@ -212,7 +211,7 @@ with 2 seeds (80 % power): 8.2 points
         An effect is the row above minus the row; those of a method sum up to its difference to the
         first one, whose row is the last.
         """
-        rows = [["method", self.score_name, "effect"]]
+        rows = [["method", self._score, "effect"]]
         for name in self.plan.methods:
             forms = self._forms(name)
             effects = ["", *(_marked(self.verdicts[pair]) for pair in pairwise(forms))]
@@ -226,7 +225,7 @@ with 2 seeds (80 % power): 8.2 points
 
         Without a rate, it is that at each seed's own rate.
         """
-        rows = [["method", "rate", "upper rate", self.score_name, "seeds"]]
+        rows = [["method", "rate", "upper rate", self._score, "seeds"]]
         for name, kind in self.plan.candidates():
             for axis, grid in self.plan.at_every_rate(self.store, name, kind).items():
                 chosen = [run[axis] for run in self.reported(name, kind)]
@@ -358,7 +357,7 @@ with 2 seeds (80 % power): 8.2 points
             groups: by a name, methods that are one search, such as one for each value of τ; by
                 default each method is one.
         """
-        rows = [["method", "settings", "passes", self.score_name]]
+        rows = [["method", "settings", "passes", self._score]]
         for title, names in (groups or {name: [name] for name in self.plan.methods}).items():
             for n, (passes, scores) in enumerate(best_of(self.plan, self.store, names), 1):
                 rows.append([title, str(n), f"{passes:.0f}", self.shown(scores)])
@@ -381,16 +380,19 @@ with 2 seeds (80 % power): 8.2 points
         folds, tested = self.store.shared.get("folds"), f"{self.scored:,} " if self.scored else ""
         rows = f"folds of the {tested}trusted rows" if folds else f"the {tested}test rows"
         better = " (lower is better)" if self.plan.lower_is_better else ""
-        passes = f"{self.passes:g} passes a run" if self.passes else "heads at their minimum"
         text = (
-            f"{self.score_name}{better} on {rows}, {passes}; means of {len(self.plan.seeds)} seeds "
-            f"with individual 95 % intervals over {self._repetitions()}"
+            f"{self._score}{better} on {rows}, {self._budget()}; means of {len(self.plan.seeds)} "
+            f"seeds with individual 95 % intervals over {self._repetitions()}"
         )
         count = len(self.plan.methods) - 1
         parts = len(self.verdicts) - count
         over = [f"{count} differences"] * (count > 1) + [f"{parts} parts"] * (parts > 1)
         holms = ", Holm's correction over " * bool(over) + " and over ".join(over)
         return f"{text}; *: significant at 5 %{holms}"
+
+    def _budget(self) -> str:
+        """What the runs have in common."""
+        return f"{self.passes:g} passes a run" if self.passes else "heads at their minimum"
 
     def _repetitions(self) -> str:
         """What the intervals are over."""
@@ -415,7 +417,7 @@ with 2 seeds (80 % power): 8.2 points
             gap = self.difference((name, kind), first)
             low, high = gap.interval
             gaps[name + ABLATIONS[kind]] = (scale * gap.estimate, scale * low, scale * high)
-        title = f"{self.score_name} − that of {self.first}, paired, 95 % intervals"
+        title = f"{self._score} − that of {self.first}, paired, 95 % intervals"
         return intervals(gaps, path, title)
 
     @property

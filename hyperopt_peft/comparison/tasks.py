@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from statistics import fmean
 
+from hyperopt_peft.comparison.joined import Joined
 from hyperopt_peft.comparison.result import Comparison, Row
 from hyperopt_peft.comparison.store import Result, Store
 from hyperopt_peft.comparison.task import ABLATIONS, Kind
 from hyperopt_peft.errors import ProblemError
 
 
-class AcrossTasks(Comparison):
+class AcrossTasks(Joined):
     """The same methods compared on several tasks.
 
     A method's score on a task is its mean over the seeds. Seeds of one task share its rows, so that
@@ -43,7 +43,7 @@ class AcrossTasks(Comparison):
         ['DoRA', '82.0', '71.0', '76.5', '+1.5 ± 6.4']
     """
 
-    unit = "tasks"
+    unit, key = "tasks", "task"
 
     def __init__(self, comparisons: Mapping[str, Comparison]) -> None:
         if len(comparisons) < 2:
@@ -80,40 +80,6 @@ class AcrossTasks(Comparison):
             numbers = [self.shown([score]) for score in (*means, fmean(means))]
             rows.append([name + ABLATIONS[kind], *numbers, self._gap(name, kind)])
         return rows
-
-    def rates(self) -> list[Row]:
-        """As `Comparison.rates`, by task."""
-        heads, *rows = self._by_task(Comparison.rates)
-        return [[*heads[:-2], self.score_name, heads[-1]], *rows]
-
-    def upper_level(self) -> list[Row]:
-        """As `Comparison.upper_level`, by task."""
-        return self._by_task(Comparison.upper_level)
-
-    def spent(self) -> list[Row]:
-        """As `Comparison.spent`, by task."""
-        return self._by_task(Comparison.spent)
-
-    def searched(self, groups: Mapping[str, Sequence[str]] | None = None) -> list[Row]:
-        """As `Comparison.searched`, by task."""
-        return self._by_task(partial(Comparison.searched, groups=groups))
-
-    def _by_task(self, table: Callable[[Comparison], list[Row]]) -> list[Row]:
-        tables = {task: table(each) for task, each in self.comparisons.items()}
-        heads = ["task", *next(iter(tables.values()))[0]]
-        return [heads, *([task, *row] for task, (_, *rows) in tables.items() for row in rows)]
-
-    def remarks(self) -> list[str]:
-        """As `Comparison.remarks`, with the tasks where these are not all."""
-        tasks: dict[str, list[str]] = {}
-        for task, each in self.comparisons.items():
-            for remark in each.remarks():
-                tasks.setdefault(remark, []).append(task)
-        every = [*self.comparisons]
-        return [
-            remark if names == every else f"{', '.join(names)}: {remark}"
-            for remark, names in tasks.items()
-        ]
 
     def _repetitions(self) -> str:
         return f"{len(self.comparisons)} tasks"

@@ -45,6 +45,7 @@ class Work:
         mine = [run for run in [*dict.fromkeys(runs)][number - 1 :: count] if run in missing]
         if mine and not self.checked:
             self.check()
+        self.bar.update(len(runs) - len(mine))
         results = Parallel(n_jobs=self.jobs, return_as="generator_unordered")(
             delayed(self.task.run)(run) for run in mine
         )

@@ -10,13 +10,14 @@ from hyperopt_peft.cli.text.models import ModelArguments
 from hyperopt_peft.cli.text.setup import prepare
 from hyperopt_peft.problems import DoRA, LoRA
 from tests.support.cli import Capture, refused, run, small_run
+from tests.support.comparisons import passes_of
 
 SHORT = {
     "passes": 16,
     "seeds": [0, 1],
-    "development": [100],
     "rates": [3e-2, 6e-2],
     "upper_rates": [1e-2],
+    "splits": 1,
     "max_steps": None,
     "target_modules": ["query"],
 }
@@ -35,29 +36,51 @@ def test_methods_of_files_too_are_judged_at_equal_passes(tmp_path: Path, capsys:
         out = capsys.readouterr().out
         assert "no significant difference" in out or "better than" in out or "worse than" in out
         text = (tmp_path / "out/runs.jsonl").read_text()
-        runs = text.splitlines()
         assert not again or text == before
-        assert len(runs) == 1 + 3 * 2 + 4 * 2  # settings, rates, reported ones
-    passes = [json.loads(line)["passes"] for line in runs[1:]]
-    assert all(14 <= each <= 17 for each in passes)
+        runs = [each for each in map(json.loads, text.splitlines()) if "spent" in each]
+        assert len(runs) == 3 * 2 * 2 + 4 * 2  # those at both rates, and the reported ones
+    assert all(14 <= passes_of(each) <= 17 for each in runs)
     written = {path.name for path in (tmp_path / "out").iterdir()}
     files = {"runs.jsonl", "runs.csv", "report.html", "comparison.png", "comparison.tex"}
     assert written - {".lock"} == files
 
 
+def test_several_budgets_and_stopping_points_from_one_command(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    """To tables and a figure; a budget more has the runs of this budget alone."""
+    short = {"passes": [8, 16], "seeds": [0, 1], "rates": 3e-2, "points": 2, "splits": 1}
+    options = small_run(tmp_path, methods=["lora", "dora"], max_steps=None, **short)
+    seen: list[str] = []
+    for passes in ([8, 16], [8, 16, 24]):
+        run("compare", **{**options, "passes": passes})
+        out = capsys.readouterr().out
+        assert all(f"{each} passes, stopped" in out for each in passes)
+        assert "at 8 passes: no significant difference" in out and "stopped at" in out
+        lines = (tmp_path / "out/runs.jsonl").read_text().splitlines()
+        more = [json.loads(line) for line in lines[len(seen) :]]
+        assert seen == lines[: len(seen)]
+        assert not seen or {each["passes"] for each in more} == {24}
+        seen = lines
+    text = (tmp_path / "out/comparison.tex").read_text()
+    assert "24 passes, stopped" in text and "8, 16, 24 passes a run" in text
+    assert (tmp_path / "out/comparison.png").exists()
+
+
 def test_folds_of_trusted_examples_recommend_a_method(tmp_path: Path, capsys: Capture) -> None:
-    """On heads, and on adapters, whose rates are chosen by examples that no fold has."""
+    """On heads, and on adapters, whose rates are chosen by other trusted examples."""
     short = SHORT | {"seeds": None, "folds": 2}
     options = small_run(tmp_path, methods=["lora", "trusted_repeated"], **short)
     options["upper_file"] = options.pop("eval_file")
-    of_adapters = {n: options.pop(n) for n in ("passes", "development", "rates", "upper_rates")}
+    of_adapters = {n: options.pop(n) for n in ("passes", "rates", "upper_rates", "splits")}
     (tmp_path / "both.yaml").write_text(json.dumps(of_adapters))
-    for model, lines in (("head", 1 + 2 * 2), ("adapter", 1 + 2 * (2 + 2))):
+    for model, runs in (("head", 2 * 2), ("adapter", 2 * 2 * (2 + 1))):
         options |= {"output_dir": tmp_path / model, "score_model": model}
         run("compare", str(tmp_path / "both.yaml"), **options)
         out = capsys.readouterr().out
-        assert " is recommended: its mean loss" in out and "folds of the trusted rows" in out
-        assert len((tmp_path / model / "runs.jsonl").read_text().splitlines()) == lines
+        assert " is recommended: its mean loss" in out and "folds of the 10 trusted rows" in out
+        lines = (tmp_path / model / "runs.jsonl").read_text().splitlines()
+        assert sum("metrics" in json.loads(line) for line in lines) == runs
     options |= {"score_model": "head", "rates": 3e-2, "overwrite_output_dir": True}
     refused(capsys, "compare", options, "rates: has no effect")
 

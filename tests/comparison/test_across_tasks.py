@@ -80,7 +80,7 @@ def test_differences_are_paired_by_task(tmp_path: Path) -> None:
     with (tmp_path / "runs.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 * 4 * 2 and {row["task"] for row in rows} == {*"abc"}
-    assert joined.spent()[1] == ["a", "LoRA", "3.0"]
+    assert joined.spent()[1] == ["a", "LoRA", "3.0", "0.0"]  # lower steps, the choice of rates
     assert "300 passes a run" in joined.heading()
     heads = AcrossTasks({x: made_up(SCORES, passes=0.0) for x in "ab"}).heading()
     assert "heads at their minimum" in heads and "over 2 tasks" in heads

@@ -73,7 +73,13 @@ def test_budgets_share_the_development_runs_that_contain_them(tmp_path: Path) ->
         assert len(of_choice) == searches * 2 * 2 * 2  # rates, seeds and splits
     assert [len(row) for row in found.table()] == [5, 5]
     assert len(found.plot(tmp_path / "budgets.png").axes) == 2
-    assert "16 passes: " in str(found) and "Budgets" in found.tables()
+    joined = AcrossBudgets.of_tasks({"a": found, "b": found})
+    assert "8, 16 passes a run" in str(joined) and "over 2 tasks" in str(joined)
+    for each, lead in ((found, []), (joined, ["a"])):
+        tables = each.tables()
+        assert tables["Scores"][0][2] == "8 passes, stopped"
+        (row, *_) = tables["The best of n rates"][1:]
+        assert row[: 2 + len(lead)] == ["8", *lead, "LoRA"]
 
 
 def made_up(curves: dict[tuple[int, float, int], list[float]], **choice: Any) -> tuple[Plan, Store]:
