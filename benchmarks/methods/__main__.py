@@ -5,6 +5,7 @@ python benchmarks/methods run --settings "few rows"    # one setting
 python benchmarks/methods run --quick                  # a minute of short runs, not stored
 python benchmarks/methods report                       # writes the pages' tables from the stores
 python benchmarks/methods report --check               # checks the committed tables
+python benchmarks/methods calibration                  # are equal methods called different?
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from benchmarks.methods.settings import SETTINGS  # noqa: E402
 def main() -> None:
     """Train, or report."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("command", choices=("run", "report"))
+    parser.add_argument("command", choices=("run", "report", "calibration"))
     parser.add_argument("--settings", nargs="+", default=[*SETTINGS], choices=SETTINGS)
     parser.add_argument("--quick", action="store_true", help="a few short runs, not stored")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a page would change")
@@ -32,6 +33,10 @@ def main() -> None:
         from benchmarks.methods.report import report
 
         report(check=options.check)
+    elif options.command == "calibration":
+        from benchmarks.methods.calibration import calibration
+
+        calibration(quick=options.quick)
     elif options.quick:
         for task in ("tweets", "tags"):
             print(compared("magnitudes", task, None, **QUICK))

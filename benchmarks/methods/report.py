@@ -7,6 +7,7 @@ from statistics import fmean
 
 from benchmarks import pages
 from benchmarks.measure import table
+from benchmarks.methods import calibration
 from benchmarks.methods.runs import stored
 from benchmarks.methods.settings import SETTINGS
 from hyperopt_peft.comparison import AcrossTasks, Comparison
@@ -41,6 +42,8 @@ def report(*, check: bool) -> None:
     texts = [details(name, tasks) for name, tasks in settings.items()]
     texts = [f"### The published methods\n\n{table(zoo)}\n" if zoo else none, *texts]
     pages.write(TABLES, {"methods": "\n".join(texts)}, check=check)
+    judged = {name: f"{table(rows)}\n" for name, rows in calibration.tables().items()}
+    pages.write(pages.DOCS / "is-my-method-better.md", judged, check=check)
     if "magnitudes" in settings and not check:
         AcrossTasks(settings["magnitudes"]).plot(FIGURE)
 

@@ -29,6 +29,7 @@ SLOW = [
     "attribution trainers --quick",
     "attribution heads --quick",
     "methods run --quick",
+    "methods calibration --quick",
 ]
 
 

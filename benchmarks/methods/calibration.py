@@ -1,0 +1,208 @@
+"""Are equal methods called different, and different ones found? On many small nets.
+
+Each draw has new rows and four methods that differ in nothing but the starts and the orders of
+their runs. The plan, the choice of rates, the store and the verdicts are those of
+`compare_methods`; the runs are trainings of a net with one hidden layer, many at once. In the last
+cell `compare_methods` trains them itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import product
+from statistics import fmean
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from benchmarks.methods.nets import SEEDS, STEPS, TOGETHER, Draws, Net
+from benchmarks.pages import RESULTS
+from benchmarks.store import Store as Results
+from hyperopt_peft import BilevelTrainingArguments, Method
+from hyperopt_peft.comparison import Choice, Comparison, Runs, compare_methods
+from hyperopt_peft.comparison.choice import Plan
+from hyperopt_peft.comparison.store import Store
+from hyperopt_peft.problems import LoRA, RowWeights
+from hyperopt_peft.utils.verdict import Verdict
+
+FILE = RESULTS / "calibration.jsonl"
+#: The best rate is inside the grid.
+CHOICE = Choice(rates=(2e-3, 6e-3, 2e-2, 6e-2, 2e-1), upper_rates=(2e-3, 6e-3, 2e-2, 6e-2, 2e-1))
+#: Known differences, which are added to the scores of B.
+SHIFTS = (0.01, 0.02, 0.03, 0.05)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the seeds choose.
+
+    Attributes:
+        choice: the grids.
+        method: whether a method has an upper rate, here the rate of the first layer.
+        cliff: above this rate, in the middle, a training ends at chance.
+        methods: the names of equal methods.
+        power: whether differences are sought too, and families of three comparisons.
+    """
+
+    choice: Choice = CHOICE
+    method: Method = field(default_factory=LoRA)
+    cliff: float = float("inf")
+    methods: str = "AB"
+    power: bool = False
+
+
+SETTINGS = {
+    "rate": Setting(methods="ABCD", power=True),
+    "rate and upper rate": Setting(method=RowWeights()),
+    "rate, beside a cliff": Setting(cliff=0.035),
+    "rate and stopping point": Setting(replace(CHOICE, points=4)),
+}
+
+
+def comparisons(
+    setting: Setting, count: Mapping[str, int], draws: int, seed: int
+) -> Iterator[dict[tuple[str, int], Comparison]]:
+    """For each draw the comparisons by metric and number of seeds, whose runs are shared."""
+    generator = torch.Generator().manual_seed(seed)
+    methods = dict.fromkeys(count, setting.method)
+    plans = {
+        (metric, seeds): Plan(
+            methods, setting.choice, range(seeds), metric, metric == "loss", STEPS, ablations={}
+        )
+        for metric in ("accuracy", "loss")
+        for seeds in (SEEDS, 5)
+    }
+    for _ in range(-(-draws // TOGETHER)):
+        here = Draws(count, setting.choice.held_out, generator, setting.cliff)
+        stores = [Store(None, {}) for _ in range(TOGETHER)]
+        for plan in plans.values():
+            for stage in zip(*map(plan.stages, stores), strict=True):
+                here.do(stage, stores)
+        for store in stores:
+            yield {key: Comparison(plan, store) for key, plan in plans.items()}
+
+
+def gaps(comparison: Comparison) -> list[float]:
+    """The score of B minus that of A for each seed, where they stop if that is chosen."""
+    stopped = comparison.plan.choice.points > 1
+    one, other = (comparison.scores(name, stopped=stopped) for name in "BA")
+    return [first - second for first, second in zip(one, other, strict=True)]
+
+
+def measured(name: str, rows: int, draws: int) -> Iterator[dict[str, Any]]:
+    """The cells of a setting: for each metric and number of seeds, how often pairs differ."""
+    setting, cells = SETTINGS[name], dict[tuple[str, int], list[dict[str, float]]]()
+    equal = comparisons(setting, dict.fromkeys(setting.methods, rows), draws, seed=rows)
+    unequal = comparisons(setting, {"A": rows, "B": 2 * rows}, draws, seed=rows + 1)
+    for one in equal:
+        two = next(unequal) if setting.power else {}
+        for key, comparison in one.items():
+            sign, verdict = -1 if key[0] == "loss" else 1, Verdict(gaps(comparison))
+            found = {
+                "different": float(verdict.is_significant),
+                "half width": verdict.half,
+                "score": fmean(comparison.scores("A")),
+            }
+            if setting.power:
+                family = [comparison.verdicts[(x, "method"), ("A", "method")] for x in "BCD"]
+                found["any of three"] = float(any(x.is_significant for x in family))
+                for shift in SHIFTS:
+                    moved = Verdict(x + sign * shift for x in verdict.values)
+                    found[f"shifted by {shift:g}"] = float(moved.is_significant)
+                more = Verdict(gaps(two[key]))
+                found |= {"gain": sign * more.estimate, "gain found": float(more.is_significant)}
+            cells.setdefault(key, []).append(found)
+    for (metric, seeds), every in cells.items():
+        means = {head: round(fmean(each[head] for each in every), 4) for head in every[0]}
+        yield {"metric": metric, "seeds": seeds, "pairs": len(every), **means}
+
+
+class Another(LoRA):
+    """Equal to LoRA but for its start and its order of rows."""
+
+    def prepare(self, model: Any) -> None:
+        """Start anew, by other random numbers than the seed's."""
+        torch.manual_seed(torch.initial_seed() + 1000)
+        for layer in model.layers[::2]:
+            layer.reset_parameters()
+
+
+def right(outputs: Any) -> dict[str, float]:
+    """The accuracy."""
+    return {"accuracy": float((outputs.predictions.argmax(1) == outputs.label_ids).mean())}
+
+
+def trained(draws: int, rows: int = 120) -> dict[str, Any]:
+    """One cell by `compare_methods` and its Trainer: accuracy, five seeds, a choice of the rate."""
+    generator, found = torch.Generator().manual_seed(0), list[Verdict]()
+    for _ in range(draws):
+        here = Draws({"A": rows}, CHOICE.held_out, generator)
+        train, test = (
+            Dataset.from_dict({"x": x[0].tolist(), "labels": y[0].long().tolist()})
+            for x, y in (here.train, here.test)
+        )
+        comparison = compare_methods(
+            {"A": LoRA(), "B": Another()},
+            Net,
+            None,
+            BilevelTrainingArguments("unused", use_cpu=True, report_to="none"),
+            train_dataset=train,
+            test_dataset=test,
+            passes=STEPS,
+            seeds=range(5),
+            metric="accuracy",
+            choice=CHOICE,
+            runs=Runs(progress=False),
+            compute_metrics=right,
+        )
+        found.append(Verdict(gaps(comparison)))
+        print(len(found), found[-1], flush=True)
+    different = fmean(each.is_significant for each in found)
+    means = {"different": different, "half width": round(fmean(each.half for each in found), 4)}
+    return {"metric": "accuracy", "seeds": 5, "pairs": draws, **means}
+
+
+def calibration(*, quick: bool, draws: int = 240, through: int = 40) -> None:
+    """Measure the cells that the results lack, and print all as JSON."""
+    torch.set_num_threads(1)
+    results = Results(None if quick else FILE)
+    cells = [*product(SETTINGS, (120, 300))]
+    if quick:
+        draws, through, cells = TOGETHER, 1, cells[:1]
+    for name, rows in cells:
+        if any((x["setting"], x["rows"]) == (name, rows) for x in results.of("nets")):
+            continue
+        for cell in measured(name, rows, draws):
+            keys = {key: cell.pop(key) for key in ("metric", "seeds")}
+            results.save(results.entry(part="nets", setting=name, rows=rows, **keys) | cell)
+    if not results.of("trainer"):
+        cell = trained(through)
+        results.save(results.entry(part="trainer", setting="rate", rows=120) | cell)
+    results.finish()
+    print(json.dumps(results.rows, indent=1))
+
+
+def tables() -> dict[str, list[dict[str, str]]]:
+    """The shares of equal pairs that are called different, and of different ones that are found."""
+    every, equal, power = Results(FILE), dict[tuple[str, int], dict[str, str]](), []
+    for cell in [*every.of("nets"), *every.of("trainer")]:
+        by = ", by `compare_methods`" * (cell["part"] == "trainer")
+        name, rows = cell["setting"] + by, cell["rows"]
+        row = equal.setdefault((name, rows), {"chosen": name, "rows": str(rows)})
+        row["pairs"] = str(cell["pairs"])
+        error = 1.96 * (cell["different"] * (1 - cell["different"]) / cell["pairs"]) ** 0.5
+        text = f"{100 * cell['different']:.1f} ± {100 * error:.1f} % ({cell['half width']:.3f})"
+        row[f"{cell['metric']}, {cell['seeds']} seeds"] = text
+        if "gain" in cell:
+            found = {f"+{x:g}": f"{100 * cell[f'shifted by {x:g}']:.0f} %" for x in SHIFTS}
+            found["twice the rows"] = f"{100 * cell['gain found']:.0f} % (+{cell['gain']:.3f})"
+            found["a false one of three"] = f"{100 * cell['any of three']:.1f} %"
+            place = {"score": cell["metric"], "rows": str(rows), "seeds": str(cell["seeds"])}
+            power.append(place | found)
+    heads = ["chosen", "rows", "pairs"]
+    heads += [f"{metric}, {seeds} seeds" for metric in ("accuracy", "loss") for seeds in (5, SEEDS)]
+    lines = [{head: row.get(head, "–") for head in heads} for row in equal.values()]
+    return {"calibration": lines, "power": power}
