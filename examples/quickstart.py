@@ -26,6 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, attribute, compare_methods
+from hyperopt_peft.comparison import Choice
 from hyperopt_peft.heads import compute_once
 from hyperopt_peft.method import option
 from hyperopt_peft.problems import BiDoRA, DoRA, LoRA
@@ -134,8 +135,7 @@ def adapters(arguments: Arguments, data: Tweets, output: Path) -> dict[str, floa
         passes=arguments.passes,
         seeds=range(arguments.seeds),
         metric="accuracy",
-        rates=[RATE],  # without given rates, many more runs would choose each method's
-        upper_rates=[UPPER_RATE],
+        choice=Choice([RATE], [UPPER_RATE]),  # without one, ten runs and more would choose a rate
         frozen_dropout=False,
         data_collator=data.collate,
         compute_metrics=lambda prediction: {"accuracy": right(prediction).mean()},
