@@ -35,7 +35,8 @@ class Choice:
         splits: the held-out parts for each seed and rate.
         held_out: the share of the trusted rows in such a part; without trusted rows, of the
             training rows.
-        points: at how many equally spaced points of its budget a run may stop; 1 is its end alone.
+        points: at how many equally spaced points of its budget a run may stop, in the last of its
+            phases; 1 is its end alone.
 
     Raises:
         ProblemError: an empty grid, or a rate that is not positive; no splits or points; a share
