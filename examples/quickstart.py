@@ -143,7 +143,7 @@ def adapters(arguments: Arguments, data: Tweets, output: Path) -> dict[str, floa
     )
     say(f"1. {comparison.heading()}")
     for row in comparison.table():
-        say("  ".join(f"{cell!s:18}" for cell in row[:3] + row[5:7]).rstrip())
+        say(f"{row[0]:28}" + "".join(f"{cell:20}" for cell in row[1:3] + row[5:7]).rstrip())
     for sentence in comparison.sentences():
         if sentence not in comparison.remarks():  # about rates, rows and frozen layers
             say(sentence)
