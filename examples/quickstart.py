@@ -18,6 +18,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
+from textwrap import fill
 from typing import Any
 
 # Read when torch is imported: threads that spin while they wait take the core from others.
@@ -166,8 +167,9 @@ def trainer_of(arguments: Arguments, data: Tweets, rows: Dataset) -> BilevelTrai
 
 
 def say(text: str) -> None:
-    """Print above the bars."""
-    tqdm.write(text)
+    """Print above the bars, in lines that fit."""
+    for line in text.split("\n"):
+        tqdm.write(fill(line, 110, subsequent_indent="  "))
 
 
 def difference(hits: np.ndarray[Any, Any], others: np.ndarray[Any, Any]) -> str:

@@ -105,15 +105,13 @@ def run(argv: Sequence[str]) -> None:
     comparison.plot(output / "comparison.png")
     (output / "comparison.tex").write_text(comparison.to_latex())
     comparison.to_csv(output / "runs.csv")
-    heading, sentences = comparison.heading(), comparison.sentences()
-    if command.folds:
-        sentences.insert(0, comparison.recommendation())
-    page = Report("compare", "\n".join(sentences), plain.options, details=comparison.tables())
+    sentences = [comparison.recommendation()] * bool(command.folds) + comparison.sentences()
     heads, *_ = table = comparison.table()
     shown = [place for place, head in enumerate(heads) if head not in NOT_PRINTED]
-    page.sections = {heading: [[row[place] for place in shown] for row in table]}
+    sections = {(title := comparison.heading()): [[row[place] for place in shown] for row in table]}
     if command.points > 1 and comparison.passes:
-        page.sections["Stopped where the held-out score was best"] = comparison.stopping()
-    page.pictures = {"The comparison": "comparison.png"}
-    print(f"\n{page.verdict}\n\n{as_text({heading: table} if command.details else page.sections)}")
+        sections["Stopped where the held-out score was best"] = comparison.stopping()
+    pictures, more = {"The comparison": "comparison.png"}, comparison.tables()
+    page = Report("compare", "\n".join(sentences), plain.options, sections, pictures, details=more)
+    print(f"\n{page.verdict}\n\n{as_text({title: table} if command.details else sections)}")
     print(f"\n{page.write(output)} has a picture")
