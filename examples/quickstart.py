@@ -18,6 +18,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
+from textwrap import fill
 from typing import Any
 
 # Read when torch is imported: threads that spin while they wait take the core from others.
@@ -26,6 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, attribute, compare_methods
+from hyperopt_peft.comparison import Choice
 from hyperopt_peft.heads import compute_once
 from hyperopt_peft.method import option
 from hyperopt_peft.problems import BiDoRA, DoRA, LoRA
@@ -134,15 +136,14 @@ def adapters(arguments: Arguments, data: Tweets, output: Path) -> dict[str, floa
         passes=arguments.passes,
         seeds=range(arguments.seeds),
         metric="accuracy",
-        rates=[RATE],  # without given rates, many more runs would choose each method's
-        upper_rates=[UPPER_RATE],
+        choice=Choice([RATE], [UPPER_RATE]),  # without one, ten runs and more would choose a rate
         frozen_dropout=False,
         data_collator=data.collate,
         compute_metrics=lambda prediction: {"accuracy": right(prediction).mean()},
     )
     say(f"1. {comparison.heading()}")
     for row in comparison.table():
-        say("  ".join(f"{cell!s:18}" for cell in row[:3] + row[5:7]).rstrip())
+        say(f"{row[0]:28}" + "".join(f"{cell:20}" for cell in row[1:3] + row[5:7]).rstrip())
     for sentence in comparison.sentences():
         if sentence not in comparison.remarks():  # about rates, rows and frozen layers
             say(sentence)
@@ -166,8 +167,9 @@ def trainer_of(arguments: Arguments, data: Tweets, rows: Dataset) -> BilevelTrai
 
 
 def say(text: str) -> None:
-    """Print above the bars."""
-    tqdm.write(text)
+    """Print above the bars, in lines that fit."""
+    for line in text.split("\n"):
+        tqdm.write(fill(line, 110, subsequent_indent="  "))
 
 
 def difference(hits: np.ndarray[Any, Any], others: np.ndarray[Any, Any]) -> str:

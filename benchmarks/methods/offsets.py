@@ -2,7 +2,7 @@
 
 Three classes of 80, 10 and 10 % and texts of a small random BERT: adding log shares in training is
 worth a known gain in balanced accuracy, which `ClassOffsets` has to learn. One call compares both
-at two budgets with stopping points.
+at two budgets.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ SIZE |= {"intermediate_size": 64, "vocab_size": 64, "initializer_range": 0.2, "n
 
 
 def texts(seed: int, *counts: int) -> Dataset:
-    """Rows of eight tokens, 15 % of which are typical of the row's class."""
+    """Rows of eight tokens, 25 % of which are typical of the row's class."""
     draw = torch.Generator().manual_seed(seed)
     labels = torch.cat([torch.full((n,), k) for k, n in enumerate(counts)])
     shape = len(labels), 8
     common, typical = (torch.randint(*x, shape, generator=draw) for x in ((4, 40), (40, 44)))
-    mine = torch.rand(shape, generator=draw) < 0.15
+    mine = torch.rand(shape, generator=draw) < 0.25
     tokens = torch.where(mine, typical + 4 * labels[:, None], common)
     return Dataset.from_dict({"input_ids": tokens.tolist(), "labels": labels.tolist()})
 
@@ -60,7 +60,7 @@ def offsets(folder: Path | None = None) -> Comparison:
         test_dataset=texts(1, 300, 300, 300),
         passes=[150, 400],
         metric="balanced",
-        choice=Choice(rates=(2e-3, 6e-3, 2e-2), upper_rates=(3e-2, 1e-1, 3e-1), points=4),
+        choice=Choice(rates=(3e-3, 1e-2, 3e-2), upper_rates=(3e-2, 1e-1, 3e-1)),
         ablations={"ClassOffsets": ["frozen"]},
         runs=Runs(folder=folder, progress=False),
         data_collator=default_data_collator,

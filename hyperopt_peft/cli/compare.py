@@ -14,12 +14,11 @@ from hyperopt_peft.cli.text.setup import SHARED, choose, prepare
 from hyperopt_peft.comparison import Choice, HeadSettings, Runs, compare_methods
 from hyperopt_peft.comparison.choice import RATES, UPPER_RATES
 from hyperopt_peft.comparison.find import find_method
+from hyperopt_peft.comparison.result import NOT_PRINTED
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.validation import option
 
 METHODS = ["lora", "dora", "bidora"]
-#: The columns of a table of scores that `--details` adds.
-NOT_SHOWN = {"rate", "upper rate", "passes", "MB"}
 #: The options that only adapters read.
 OF_ADAPTERS = {"passes", "rates", "upper_rates", "splits", "points"}
 
@@ -77,14 +76,13 @@ def run(argv: Sequence[str]) -> None:
         for path in output.glob("runs*.jsonl"):
             path.unlink()
     base, _ = setup.base()
-    if command.score_model == "head":
-        for name in sorted(OF_ADAPTERS & flags.keys()):
-            raise ProblemError(f"{name}: has no effect on heads, which are solved; leave it out")
-        budget: dict[str, Any] = {"head": HeadSettings()}
-    else:
-        passes = command.passes if len(command.passes) > 1 else command.passes[0]
+    budget: dict[str, Any] = {"head": HeadSettings()}
+    if command.score_model == "adapter":
         choice = {name: getattr(command, name) for name in names_of([Choice]) & OF_ADAPTERS}
+        passes = command.passes if len(command.passes) > 1 else command.passes[0]
         budget = {"passes": passes, "choice": Choice(**choice)}
+    elif unread := sorted(OF_ADAPTERS & flags.keys()):
+        raise ProblemError(f"{unread[0]}: has no effect on heads, which are solved; leave it out")
     comparison = compare_methods(
         {name: each.method for name, each in zip(names, chosen, strict=True)},
         lambda: setup.base()[0],
@@ -107,15 +105,13 @@ def run(argv: Sequence[str]) -> None:
     comparison.plot(output / "comparison.png")
     (output / "comparison.tex").write_text(comparison.to_latex())
     comparison.to_csv(output / "runs.csv")
-    heading, sentences = comparison.heading(), comparison.sentences()
-    if command.folds:
-        sentences.insert(0, comparison.recommendation())
-    page = Report("compare", "\n".join(sentences), plain.options, details=comparison.tables())
+    sentences = [comparison.recommendation()] * bool(command.folds) + comparison.sentences()
     heads, *_ = table = comparison.table()
-    shown = [place for place, head in enumerate(heads) if head not in NOT_SHOWN]
-    page.sections = {heading: [[row[place] for place in shown] for row in table]}
-    if len(comparison.plan.endings) > 1:
-        page.sections["Stopped where the held-out score was best"] = comparison.stopping()
-    page.pictures = {"The comparison": "comparison.png"}
-    sections = {**page.sections, heading: table} if command.details else page.sections
-    print(f"\n{page.verdict}\n\n{as_text(sections)}\n\n{page.write(output)} has a picture")
+    shown = [place for place, head in enumerate(heads) if head not in NOT_PRINTED]
+    sections = {(title := comparison.heading()): [[row[place] for place in shown] for row in table]}
+    if command.points > 1 and comparison.passes:
+        sections["Stopped where the held-out score was best"] = comparison.stopping()
+    pictures, more = {"The comparison": "comparison.png"}, comparison.tables()
+    page = Report("compare", "\n".join(sentences), plain.options, sections, pictures, details=more)
+    print(f"\n{page.verdict}\n\n{as_text({title: table} if command.details else sections)}")
+    print(f"\n{page.write(output)} has a picture")

@@ -52,21 +52,8 @@ class AcrossBudgets(Joined):
     def of_tasks(cls, tasks: Mapping[str, Self]) -> Self:
         """Those of several tasks as one, by `AcrossTasks` at each budget."""
         first = next(iter(tasks.values()))
-        return cls(
-            {
-                passes: AcrossTasks({name: x.comparisons[passes] for name, x in tasks.items()})
-                for passes in first.comparisons
-            }
-        )
-
-    @property
-    def columns(self) -> dict[str, tuple[Comparison, bool]]:
-        """The comparison at each budget, at the ends of runs and where they may stop before."""
-        return {
-            f"{passes:g} passes{', stopped' * stopped}": (each, stopped)
-            for passes, each in self.comparisons.items()
-            for stopped in each.plan.endings
-        }
+        every = ((p, {n: x.comparisons[p] for n, x in tasks.items()}) for p in first.comparisons)
+        return cls({passes: AcrossTasks(of_tasks) for passes, of_tasks in every})
 
     def scores(self, name: str, kind: Kind = "method", stopped: bool = False) -> list[float]:
         """As `Comparison.scores`, at the largest budget."""
@@ -77,11 +64,12 @@ class AcrossBudgets(Joined):
         return self.last.reported(name, kind, stopped)
 
     def table(self) -> list[Row]:
-        """The score of each method and ablation at each budget."""
-        rows = [[self._score, *self.columns]]
-        for pair in self.plan.candidates():
-            cells = [x.shown(x.scores(*pair, end)) for x, end in self.columns.values()]
-            rows.append([pair[0] + ABLATIONS[pair[1]], *cells])
+        """The score of each method and ablation at each budget, and where runs may stop before."""
+        every = [(x, end) for x in self.comparisons.values() for end in x.plan.endings]
+        rows = [[self._score, *(f"{x.passes:g} passes{', stopped' * end}" for x, end in every)]]
+        for name, kind in self.plan.candidates():
+            cells = [x.shown(x.scores(name, kind, end)) for x, end in every]
+            rows.append([name + ABLATIONS[kind], *cells])
         return rows
 
     def ablations(self) -> list[Row]:

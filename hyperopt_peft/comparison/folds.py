@@ -105,6 +105,6 @@ class Rows:
         try:
             rest, scored = split_dataset(rows, self.held_out, number, reads=self.reads)
         except ProblemError:  # of a class that is too rare to be in both parts
-            parts = hold_out(rows, self.held_out, number, "held_out", reads=self.reads)
-            rest, scored = map(rows.select, parts)
+            numbers = hold_out(rows, self.held_out, number, "held_out", reads=self.reads)
+            rest, scored = map(rows.select, numbers)
         return (rest, None, scored) if upper is None else (train, rest, scored)

@@ -96,6 +96,8 @@ def _collect(module: str, names: Iterable[str], found: dict[Any, str]) -> None:
         found[key] = "\n".join(text for *_, text in mine)
         for _, read, _ in mine:
             _collect(module, read, found)
+        owner: str | None
+        inside: Iterable[str]
         if isinstance(value, ModuleType):
             owner, inside = value.__name__, vars(value)
         else:
@@ -103,7 +105,7 @@ def _collect(module: str, names: Iterable[str], found: dict[Any, str]) -> None:
             inside = getattr(value, "__qualname__", type(value).__qualname__).split(".")[:1]
         if owner is None and found[key].startswith("from "):
             found[key] += repr(value)  # a number of another file
-        elif owner not in (None, module) and _is_of_user(owner):
+        elif owner is not None and owner != module and _is_of_user(owner):
             _collect(owner, inside, found)
 
 

@@ -468,4 +468,4 @@ def _several(rates: Iterable[float | None]) -> str:
     known = sorted(rate for rate in rates if rate is not None)
     if not known or known[0] == known[-1]:
         return f"{known[0]:g}" if known else ""
-    return f"{median(known):.2g} ({known[0]:.2g}–{known[-1]:.2g})"
+    return f"{median(known):.4g} ({known[0]:.4g}–{known[-1]:.4g})"

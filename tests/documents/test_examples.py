@@ -37,18 +37,18 @@ def test_attribution(tmp_path: Path) -> None:
 def test_sources() -> None:
     lines, _ = run("sources.py", rows=16, trusted=12, test_size=30, folds=2)
     tables = [line for line in lines if line.startswith(("equal shares", "learned weights,"))]
-    assert len(tables) == 2 * 3 and any(" is recommended: its mean loss" in line for line in lines)
+    assert len(tables) == 2 * 2 and any(" is recommended: its mean loss" in line for line in lines)
 
 
 def test_quickstart(tmp_path: Path) -> None:
     lines, results = run("quickstart.py", tmp_path, rows=60, test_rows=60, passes=45, seeds=2)
-    assert len(lines) <= 30 and max(map(len, lines)) <= 160
+    assert len(lines) <= 40 and max(map(len, lines)) <= 110
     assert not any("{" in line for line in lines)
-    for part, count, digits in (("adapters", 3, 4), ("rows that hurt", 4, 3)):
+    for part, count, scale, digits in (("adapters", 3, 100, 1), ("rows that hurt", 4, 1, 3)):
         assert len(results[part]) == count
         for name, accuracy in results[part].items():
             of_name = [x for x in lines if x.strip().startswith(f"{name} ")]
-            assert any(f"{accuracy:.{digits}f}" in line for line in of_name)
+            assert any(f"{scale * accuracy:.{digits}f}" in line for line in of_name)
     assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("adapters", "rows"))
     assert PeftConfig.from_pretrained(tmp_path / "adapter").peft_type == "LORA"
     assert all(any(path.iterdir()) for path in tmp_path.rglob("*") if path.is_dir())
