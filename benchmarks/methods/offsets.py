@@ -35,6 +35,12 @@ def texts(seed: int, *counts: int) -> Dataset:
     return Dataset.from_dict({"input_ids": tokens.tolist(), "labels": labels.tolist()})
 
 
+def base_model() -> Any:
+    """One random BERT, the same for all seeds, as a pretrained model is."""
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(**SIZE))
+
+
 def score(outputs: Any) -> dict[str, float]:
     """Balanced accuracy."""
     return {"balanced": balanced_accuracy_score(outputs.label_ids, outputs.predictions.argmax(1))}
@@ -45,7 +51,7 @@ def offsets(folder: Path | None = None) -> Comparison:
     torch.set_num_threads(1)
     return compare_methods(
         {"LoRA": LoRA(), "logit adjustment": LogitAdjustment(), "ClassOffsets": ClassOffsets()},
-        lambda: BertForSequenceClassification(BertConfig(**SIZE)),
+        base_model,
         LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["query", "value", "dense"]),
         BilevelTrainingArguments(
             "unused",
@@ -60,7 +66,7 @@ def offsets(folder: Path | None = None) -> Comparison:
         test_dataset=texts(1, 300, 300, 300),
         passes=[150, 400],
         metric="balanced",
-        choice=Choice(rates=(3e-3, 1e-2, 3e-2), upper_rates=(3e-2, 1e-1, 3e-1)),
+        choice=Choice(rates=(5e-3, 1e-2, 2e-2), upper_rates=(1e-1, 3e-1), splits=3),
         ablations={"ClassOffsets": ["frozen"]},
         runs=Runs(folder=folder, progress=False),
         data_collator=default_data_collator,

@@ -96,7 +96,8 @@ class AcrossBudgets(Joined):
                 )
                 for name, kind in self.plan.candidates()
             }
-        return lines(panels, path, xscale="log", xlabel="passes", ylabel=self._score)
+        ticks = {"xticks": [*self.comparisons], "xticklabels": [f"{x:g}" for x in self.comparisons]}
+        return lines(panels, path, xscale="log", **ticks, xlabel="passes", ylabel=self._score)
 
     def recommendation(self) -> str:
         """As `Comparison.recommendation`, at the largest budget."""

@@ -94,6 +94,8 @@ def lines(panels: Mapping[str, Lines], path: str | Path | None = None, **axes: A
             panel.set(title=title, **axes)
             if panel.get_xscale() == "linear":
                 panel.locator_params(axis="x", integer=True, nbins=8)
+            elif "xticks" in axes:
+                panel.xaxis.set_minor_formatter("")
         legend = figure.legend([*shown.values()], [*shown], loc="outside right upper")
         for text in legend.get_texts():
             text.set_parse_math(False)  # a name may contain $
