@@ -6,6 +6,7 @@ python benchmarks/methods run --quick                  # a minute of short runs,
 python benchmarks/methods report                       # writes the pages' tables from the stores
 python benchmarks/methods report --check               # checks the committed tables
 python benchmarks/methods calibration                  # are equal methods called different?
+python benchmarks/methods offsets                      # is a known difference found, and when?
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from benchmarks.methods.settings import SETTINGS  # noqa: E402
 def main() -> None:
     """Train, or report."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("command", choices=("run", "report", "calibration"))
+    parser.add_argument("command", choices=("run", "report", "calibration", "offsets"))
     parser.add_argument("--settings", nargs="+", default=[*SETTINGS], choices=SETTINGS)
     parser.add_argument("--quick", action="store_true", help="a few short runs, not stored")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a page would change")
@@ -37,6 +38,10 @@ def main() -> None:
         from benchmarks.methods.calibration import calibration
 
         calibration(quick=options.quick)
+    elif options.command == "offsets":
+        from benchmarks.methods.offsets import offsets
+
+        print(offsets())
     elif options.quick:
         for task in ("tweets", "tags"):
             print(compared("magnitudes", task, None, **QUICK))
