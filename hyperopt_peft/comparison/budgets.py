@@ -12,6 +12,7 @@ from hyperopt_peft.comparison.result import Comparison, Row
 from hyperopt_peft.comparison.store import Result
 from hyperopt_peft.comparison.task import ABLATIONS, Kind
 from hyperopt_peft.comparison.tasks import AcrossTasks
+from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.plots import lines
 
 
@@ -41,7 +42,7 @@ class AcrossBudgets(Joined):
         ['DoRA', '71.0 ± 0.0', '83.0 ± 0.0']
     """
 
-    key = "passes"
+    key, form, lead = "passes", "g", "at {} passes"
 
     def __init__(self, comparisons: Mapping[float, Comparison]) -> None:
         self.last = last = comparisons[max(comparisons)]
@@ -50,8 +51,14 @@ class AcrossBudgets(Joined):
 
     @classmethod
     def of_tasks(cls, tasks: Mapping[str, Self]) -> Self:
-        """Those of several tasks as one, by `AcrossTasks` at each budget."""
-        first = next(iter(tasks.values()))
+        """Those of several tasks as one, by `AcrossTasks` at each budget.
+
+        Raises:
+            ProblemError: other budgets on one of the tasks; as `AcrossTasks`.
+        """
+        first, *others = tasks.values()
+        if any({*each.comparisons} != {*first.comparisons} for each in others):
+            raise ProblemError("tasks: differ in their budgets; compare the same on each task")
         every = ((p, {n: x.comparisons[p] for n, x in tasks.items()}) for p in first.comparisons)
         return cls({passes: AcrossTasks(of_tasks) for passes, of_tasks in every})
 
@@ -101,7 +108,7 @@ class AcrossBudgets(Joined):
 
     def recommendation(self) -> str:
         """As `Comparison.recommendation`, at the largest budget."""
-        return f"at {self.passes:g} passes {super().recommendation()}"
+        return f"at {self.passes:g} passes {self.last.recommendation()}"
 
     def sentences(self) -> list[str]:
         """Those of each comparison, after its budget, and the remarks."""

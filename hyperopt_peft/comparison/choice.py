@@ -145,7 +145,7 @@ class Plan:
             return run
         sign = -1 if self.lower_is_better else 1
         points = [each for each in self.curve(store, run) if isfinite(each[1])]
-        stop = max(points, key=lambda each: sign * each[1])[0]
+        stop = max(points, key=lambda each: sign * each[1], default=(self.passes, nan))[0]
         return replace(run, stop=None if stop == self.passes else stop)
 
     def curve(self, store: Store, run: Run) -> list[tuple[float, float]]:
@@ -161,7 +161,11 @@ class Plan:
 
     def spent(self, store: Store, run: Run) -> float:
         """The mean passes of the development runs that score ``run``."""
-        return fmean(sum(store.results[part]["spent"].values()) for part in self._parts(run))
+        return fmean(self.share(store, part) for part in self._parts(run))
+
+    def share(self, store: Store, part: Run) -> float:
+        """The passes of a development run up to this budget, which it may contain."""
+        return sum(store.results[part]["spent"].values()) * self.passes / part.passes
 
     def at_rates(self, name: str, seed: int) -> list[Run]:
         """The runs of a seed at all rates of the grid, at the middle upper rate."""
@@ -232,7 +236,7 @@ class Plan:
 
     def _points(self, passes: float) -> list[float]:
         """Where a run of ``passes`` may end."""
-        return [passes * k / self.choice.points for k in range(1, self.choice.points + 1)]
+        return [passes * (k / self.choice.points) for k in range(1, self.choice.points + 1)]
 
 
 def _with(run: Run, axis: Axis, rate: float) -> Run:

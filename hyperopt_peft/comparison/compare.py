@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from hyperopt_peft.comparison.budgets import AcrossBudgets
@@ -18,17 +19,18 @@ from hyperopt_peft.comparison.heads import HeadSettings, HeadTask
 from hyperopt_peft.comparison.identity import settings_of
 from hyperopt_peft.comparison.result import Comparison
 from hyperopt_peft.comparison.store import Store
-from hyperopt_peft.comparison.task import ABLATIONS, Kind, Task
+from hyperopt_peft.comparison.task import Kind, Task
 from hyperopt_peft.comparison.work import Work, require_pickled
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.heads.frozen_layers import forget
-from hyperopt_peft.trainer.method import Method, has_upper_level
+from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.quiet import no_bars
 from hyperopt_peft.trainer.splits import reads_of
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 
 #: How the names of scores end that are better where they are lower.
-LOWER_IS_BETTER = ("loss", "error", "mse", "mae", "perplexity", "wer", "cer", "ece", "brier")
+LOWER_IS_BETTER = ("loss", "error", "error_rate", "nll", "mse", "mae", "perplexity", "wer", "cer")
+LOWER_IS_BETTER += "ece", "brier"
 #: Five rates for each level.
 DEFAULT = Choice()
 
@@ -164,7 +166,7 @@ def compare_methods(
         ['LoRA', 'BiDoRA', 'BiDoRA, upper level frozen', 'BiDoRA, one level']
     """
     seeds = list(dict.fromkeys(map(int, seeds if seeds is not None else range(folds or 5))))
-    runs, budgets = runs or Runs(), [*passes] if isinstance(passes, Sequence) else [passes or 0.0]
+    runs, budgets = runs or Runs(), np.ravel(0.0 if passes is None else passes).tolist()
     if len(seeds) < 2:
         raise ProblemError(
             f"seeds: {len(seeds)} reported; one seed has no interval, so give two or more"
@@ -189,13 +191,6 @@ def compare_methods(
         choice = Choice([1.0], [head.upper_rate])
     if lower_is_better is None:
         lower_is_better = metric.lower().endswith(LOWER_IS_BETTER)
-    two_levels = sorted(name for name, method in known.items() if has_upper_level(method))
-    for name, kinds in (ablations or {}).items():
-        if name not in two_levels or not {*kinds} <= {*ABLATIONS} - {"method"}:
-            raise ProblemError(
-                f"ablations: {name!r} has no {', '.join(kinds)}; methods with an upper level are "
-                f"{two_levels}, and their ablations 'frozen' and 'one level'"
-            )
     number, count = runs.part
     folder = None if runs.folder is None else Path(runs.folder)
     store = Store(folder, settings_of(task), "" if count == 1 else f"-{number}-of-{count}")
@@ -203,6 +198,14 @@ def compare_methods(
         require_pickled(task)
     constant = args.lr_scheduler_type == "constant" and len(budgets) > 1
     plan = Plan(known, choice, seeds, metric, lower_is_better, 0.0, ablations, budgets * constant)
+    forms: dict[str, list[str]] = {}
+    for name, kind in replace(plan, ablations=None).candidates():
+        if kind != "method":
+            forms.setdefault(name, []).append(kind)
+    for name, kinds in (ablations or {}).items():
+        if not {*kinds} <= {*forms.get(name, ())} or name not in forms:
+            text = f"ablations: {name!r} has no {', '.join(kinds)}; there are {forms}"
+            raise ProblemError(text)
     plans = {each: replace(plan, passes=each) for each in sorted(budgets, reverse=True)}
     total = sum(each.count(*pair) for each in plans.values() for pair in each.candidates())
     with tqdm(total=total, disable=runs.dry_run or not runs.progress, unit="run") as bar:
@@ -218,4 +221,4 @@ def compare_methods(
     found = {each: Comparison(plans[each], store, note, scored) for each in budgets}
     for comparison in () if runs.dry_run else found.values():
         comparison.require_finite()
-    return AcrossBudgets(found) if isinstance(passes, Sequence) else found[budgets[0]]
+    return AcrossBudgets(found) if np.ndim(passes) else found[budgets[0]]

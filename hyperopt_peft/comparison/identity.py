@@ -24,6 +24,8 @@ from hyperopt_peft.utils.versions import versions
 
 #: The arguments that a run sets, or whose order or spelling changes nothing.
 SET = {"learning_rate", "upper_learning_rate", "max_steps", "seed", "retrain_arguments"}
+#: The types of values that are settings as they are.
+PLAIN = str, int, float, list, tuple, dict, set, frozenset, type(None)
 
 
 def settings_of(task: Task) -> dict[str, dict[str, Any]]:
@@ -42,7 +44,7 @@ def settings_of(task: Task) -> dict[str, dict[str, Any]]:
         "retrain": task.args.retrain,
         "retrain_arguments": without_sizes(task.args),
         "base_model": task.fingerprint(),
-        "options": {name: code_of(value) for name, value in task.options.items()},
+        "options": {name: with_values(value) for name, value in task.options.items()},
         "versions": versions(),
         "train_dataset": data_fingerprint(data.train),
         "upper_dataset": data_fingerprint(data.upper),
@@ -53,9 +55,26 @@ def settings_of(task: Task) -> dict[str, dict[str, Any]]:
     }
     own = {}
     for name, method in task.methods.items():
-        options = {k: code_of(x) if callable(x) else x for k, x in vars(method).items()}
+        options = {k: with_values(x) if callable(x) else x for k, x in vars(method).items()}
         own[name] = {"code": code_of(type(method)), **options, "defaults": dict(method.defaults)}
     return {name: {**shared, "method": each} for name, each in own.items()}
+
+
+def with_values(thing: Any) -> Any:
+    """The `code_of` a callable or an object, and the values that it holds.
+
+    These are the arguments of a partial, the variables around a function, or the attributes of an
+    object of the user: plain values as they are, of others the code.
+    """
+    values, owner = dict[str, Any](), getattr(thing, "__self__", thing)
+    if isinstance(thing, functools.partial):
+        values = {"func": thing.func, "args": thing.args, **thing.keywords}
+    elif inspect.isfunction(thing):
+        values = dict(inspect.getclosurevars(thing).nonlocals)
+    elif _is_of_user(type(owner).__module__):
+        values = getattr(owner, "__dict__", values)
+    held = {k: x if isinstance(x, PLAIN) else code_of(x) for k, x in values.items()}
+    return [code_of(thing), held] if held else code_of(thing)
 
 
 def code_of(thing: Any) -> str:
@@ -79,7 +98,9 @@ def code_of(thing: Any) -> str:
             _collect(module, {name.partition(".")[0]}, found)
     except SyntaxError:  # a lambda within a call
         found[name] = text
-    except (OSError, TypeError):  # no file, as in a notebook
+    except (OSError, TypeError, KeyError):  # no file or no module
+        found.clear()
+    if not any(found.values()):  # no file has it, as in a notebook
         found[name] = Hasher.hash(thing)
     code = "\n".join(found[key] for key in sorted(found))
     return f"{name} {hashlib.sha256(code.encode()).hexdigest()[:12]}"

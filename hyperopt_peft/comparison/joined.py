@@ -16,15 +16,21 @@ class Joined(Comparison):
         comparisons: by task or budget.
     """
 
-    #: What the comparisons differ in.
+    #: What the comparisons differ in, how its names are shown, and how they begin a remark.
     key: ClassVar[str]
+    form: ClassVar[str] = ""
+    lead: ClassVar[str] = "{}"
     comparisons: Mapping[Any, Comparison]
 
-    def stacked(self, table: str) -> list[Row]:
+    def stacked(self, table: str, *arguments: Any) -> list[Row]:
         """The rows of the ``table`` of each comparison, after the name of the comparison."""
-        tables = {name: methodcaller(table)(each) for name, each in self.comparisons.items()}
+        tables = {
+            name: methodcaller(table, *arguments)(each) for name, each in self.comparisons.items()
+        }
         heads, one = next(iter(tables.values()))[0], next(iter(self.comparisons.values()))._score
-        rows = [[f"{name}", *row] for name, (_, *rows) in tables.items() for row in rows]
+        rows = [
+            [f"{name:{self.form}}", *row] for name, (_, *rows) in tables.items() for row in rows
+        ]
         return [[self.key, *(self._score if head == one else head for head in heads)], *rows]
 
     def rates(self) -> list[Row]:
@@ -41,13 +47,14 @@ class Joined(Comparison):
 
     def searched(self, groups: Mapping[str, Any] | None = None) -> list[Row]:
         """As `Comparison.searched`, of each."""
-        return self.stacked("searched") if groups is None else super().searched(groups)
+        return self.stacked("searched", groups)
 
     def remarks(self) -> list[str]:
         """As `Comparison.remarks`, after the names of comparisons where these are not all."""
         names: dict[str, list[str]] = {}
         for name, each in self.comparisons.items():
             for remark in each.remarks():
-                names.setdefault(remark, []).append(f"{name}")
+                names.setdefault(remark, []).append(f"{name:{self.form}}")
         every = len(self.comparisons)
-        return [x if len(n) == every else f"{', '.join(n)}: {x}" for x, n in names.items()]
+        leads = {x: self.lead.format(", ".join(n)) for x, n in names.items() if len(n) < every}
+        return [f"{leads[x]}: {x}" if x in leads else x for x in names]

@@ -303,7 +303,8 @@ with 2 seeds (80 % power): 8.2 points
                 chosen = [run[axis] for run in self.reported(name, kind)]
                 ends = [x for x in chosen if not min(grid) * 1.001 < x < max(grid) * 0.999]
                 if 2 * len(ends) > len(chosen):
-                    text = f"seeds chose a {word} at an end of the grid, {_several(ends)}"
+                    far = " and ".join(f"{x:g}" for x in sorted({*ends}))
+                    text = f"seeds chose an end of the grid of {word}s, {far}"
                     yield f"{title}: {len(ends)} of {len(chosen)} {text}; give further ones"
 
     def remarks(self) -> list[str]:
@@ -344,7 +345,7 @@ with 2 seeds (80 % power): 8.2 points
             results = self.reported(name, kind)
             means = {key: fmean(r["spent"][key] for r in results) for key in results[0]["spent"]}
             tried = [x for runs in stages for x in runs if (x.method, x.kind) == (name, kind)]
-            passes = sum(sum(self.store.results[run]["spent"].values()) for run in tried)
+            passes = sum(self.plan.share(self.store, run) for run in tried)
             means["choice of the rates"] = passes / len(self.plan.seeds)
             rows = rows or [["method", *means]]
             rows.append([name + ABLATIONS[kind], *(f"{x:.1f}" for x in means.values())])

@@ -24,8 +24,9 @@ class AcrossTasks(Joined):
         comparisons: by the name of the task.
 
     Raises:
-        ProblemError: fewer than two tasks, which have no interval; other methods, another budget,
-            or a score that is better the other way round, on one of them.
+        ProblemError: fewer than two tasks, which have no interval; other methods or ablations,
+            another budget, other stopping points, or a score that is better the other way round, on
+            one of them.
 
     Example:
         >>> from hyperopt_peft.comparison.choice import Choice, Plan
@@ -52,11 +53,12 @@ class AcrossTasks(Joined):
             )
         name, first = next(iter(comparisons.items()))
         for other, each in comparisons.items():
-            one, two = ([*x.plan.methods, x.passes, x.plan.lower_is_better] for x in (each, first))
+            plans = each.plan, first.plan
+            one, two = ([x.candidates(), x.endings, x.passes, x.lower_is_better] for x in plans)
             if one != two:
                 raise ProblemError(
-                    f"comparisons: {other} and {name} differ in the methods, the passes, or in "
-                    "which scores are better; compare the same on each task"
+                    f"comparisons: {other} and {name} differ in the methods or ablations, the "
+                    "passes or points, or in which scores are better; compare the same on each task"
                 )
         metrics = dict.fromkeys(each.metric for each in comparisons.values())
         store = Store(None, first.store.settings)

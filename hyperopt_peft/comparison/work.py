@@ -107,7 +107,8 @@ def require_pickled(task: Task) -> None:
 
     Classes that other processes cannot import by name are pickled by value.
     """
-    for module in {sys.modules[type(method).__module__] for method in task.methods.values()}:
+    names = {type(method).__module__ for method in task.methods.values()}
+    for module in (sys.modules[name] for name in names if name in sys.modules):
         if module.__name__.endswith(".py") or not module.__package__:
             cloudpickle.register_pickle_by_value(module)
     try:

@@ -16,7 +16,7 @@ from hyperopt_peft import Method, ProblemError, compare_methods
 from hyperopt_peft.comparison import Runs
 from hyperopt_peft.comparison.choice import Choice, Plan
 from hyperopt_peft.comparison.store import Store
-from hyperopt_peft.problems import BiDoRA, LoRA
+from hyperopt_peft.problems import SEAL, BiDoRA, LoRA
 from tests.support.comparisons import accuracy, compared, parts_of
 from tests.support.faulty_methods import Idle, Parametrised, Peeks
 from tests.support.trainers import base_model, data
@@ -77,6 +77,7 @@ def undefined(outputs: Any) -> dict[str, float]:
         ({"m": BiDoRA()}, {**SGD, "passes": 5}, "passes: 5 leave m a phase of 0 steps"),
         ({}, {}, "methods: there is none"),
         (ONE, {"ablations": {"LoRA": ["frozen"]}}, "ablations: 'LoRA' has no frozen"),
+        ({"m": SEAL()}, {"ablations": {"m": ["one level"]}}, "'m' has no one level; there are .*m"),
         (ONE, {"test_dataset": data(rows=30)}, "all of its rows are training rows"),
         (ONE, {"folds": 2}, "give either test_dataset or folds"),
         (ONE, {"test_dataset": None}, "give either test_dataset or folds"),

@@ -7,11 +7,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hyperopt_peft import Method
+from hyperopt_peft import Method, ProblemError
 from hyperopt_peft.comparison import AcrossBudgets, Choice
 from hyperopt_peft.comparison.choice import Plan
 from hyperopt_peft.comparison.folds import Rows
@@ -137,3 +138,30 @@ def test_methods_share_a_store_of_budgets(tmp_path: Path) -> None:
     again = compared(METHODS, passes=[8, 16, 24], **options)
     more = [x for x in again.results() if x not in first.results()]
     assert {x["passes"] for x in more} == {24} and len(more) == 4
+
+
+def test_a_contained_budget_costs_its_own_passes() -> None:
+    """The run of 16 passes that scores 8 too counts with half of its passes at 8."""
+    options: dict[str, Any] = {"passes": np.array([8, 16]), "rates": [3e-2, 6e-2]}
+    found = compared({"LoRA": LoRA()}, arguments=CONSTANT, **options)
+    assert isinstance(found, AcrossBudgets)
+    short, long = (each.searched()[1:] for each in found.comparisons.values())
+    assert [2 * float(x[2]) for x in short] == pytest.approx([float(x[2]) for x in long], abs=1)
+    groups = AcrossBudgets.of_tasks({"a": found, "b": found}).last.searched({"both": ["LoRA"]})
+    assert [row[:3] for row in groups[1:3]] == [["a", "both", "1"], ["a", "both", "2"]]
+    other = compared({"LoRA": LoRA()}, passes=[16])
+    assert isinstance(other, AcrossBudgets)
+    with pytest.raises(ProblemError, match="tasks: differ in their budgets"):
+        AcrossBudgets.of_tasks({"a": other, "b": found})
+
+
+def test_a_run_without_a_finite_score_does_not_stop() -> None:
+    with pytest.raises(ProblemError, match="the score is nan"):
+        compared({"LoRA": LoRA()}, rates=[1e30], points=2)
+
+
+@given(st.floats(1e-3, 1e6), st.integers(1, 50))
+def test_the_last_point_is_the_end(passes: float, points: int) -> None:
+    plan = Plan({"m": LoRA()}, Choice([1e-3], points=points), [0], "loss", True, passes)
+    run = Run("m", "method", 0, 1e-3, passes=passes)
+    assert next(iter(plan._parts(run))).marks[-1] == passes

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hyperopt_peft.comparison.identity import code_of
+from hyperopt_peft.comparison.identity import code_of, with_values
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Run, Task
 from hyperopt_peft.utils.plugins import import_file
-from tests.support.comparisons import compared
+from tests.support.comparisons import accuracy, compared
 
 #: Four methods of a file, two of which have something of a second file.
 METHODS = """
@@ -149,3 +150,33 @@ def test_the_code_of_a_function_within_a_function_is_its_own() -> None:
         return -x
 
     assert before != code_of(first) and code_of(len) == "builtins.len"
+
+
+@pytest.mark.parametrize("module", [__name__, "none"])
+def test_the_code_of_a_class_that_no_file_has_is_its_own(module: str) -> None:
+    """As one of a notebook, or of an interactive session after a script."""
+
+    def made(factor: int) -> Any:
+        text = f"class Typed:\n    def double(self, x):\n        return {factor} * x"
+        exec(text, names := {"__name__": module})
+        return code_of(names["Typed"])
+
+    assert made(2) == made(2) != made(3)
+
+
+def test_what_a_callable_holds_counts() -> None:
+    """The arguments of a partial, the variables around a function, an object's attributes."""
+
+    def within(average: str) -> Any:
+        return lambda outputs: {average: 1.0}
+
+    class Metric:
+        def __init__(self, average: str) -> None:
+            self.average = average
+
+        def compute(self, outputs: Any) -> Any:
+            return {self.average: 1.0}
+
+    for made in within, Metric, partial(partial, accuracy), lambda x: Metric(x).compute:
+        assert with_values(made("macro")) == with_values(made("macro")) != with_values(made("f1"))
+    assert with_values(len) == "builtins.len" and with_values(accuracy) == code_of(accuracy)
