@@ -165,7 +165,8 @@ class Plan:
 
     def share(self, store: Store, part: Run) -> float:
         """The passes of a development run up to this budget, which it may contain."""
-        return sum(store.results[part]["spent"].values()) * self.passes / part.passes
+        passes: float = sum(store.results[part]["spent"].values())
+        return passes * self.passes / part.passes
 
     def at_rates(self, name: str, seed: int) -> list[Run]:
         """The runs of a seed at all rates of the grid, at the middle upper rate."""

@@ -29,8 +29,8 @@ from hyperopt_peft.trainer.splits import reads_of
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 
 #: How the names of scores end that are better where they are lower.
-LOWER_IS_BETTER = ("loss", "error", "error_rate", "nll", "mse", "mae", "perplexity", "wer", "cer")
-LOWER_IS_BETTER += "ece", "brier"
+LOWER_IS_BETTER: tuple[str, ...] = "loss", "nll", "error", "error_rate", "mse", "mae", "wer", "cer"
+LOWER_IS_BETTER += "perplexity", "ece", "brier"
 #: Five rates for each level.
 DEFAULT = Choice()
 
@@ -166,7 +166,8 @@ def compare_methods(
         ['LoRA', 'BiDoRA', 'BiDoRA, upper level frozen', 'BiDoRA, one level']
     """
     seeds = list(dict.fromkeys(map(int, seeds if seeds is not None else range(folds or 5))))
-    runs, budgets = runs or Runs(), np.ravel(0.0 if passes is None else passes).tolist()
+    runs, given = runs or Runs(), np.array(0.0 if passes is None else passes)
+    budgets = given.ravel().tolist()
     if len(seeds) < 2:
         raise ProblemError(
             f"seeds: {len(seeds)} reported; one seed has no interval, so give two or more"
@@ -221,4 +222,4 @@ def compare_methods(
     found = {each: Comparison(plans[each], store, note, scored) for each in budgets}
     for comparison in () if runs.dry_run else found.values():
         comparison.require_finite()
-    return AcrossBudgets(found) if np.ndim(passes) else found[budgets[0]]
+    return AcrossBudgets(found) if given.ndim else found[budgets[0]]

@@ -304,7 +304,8 @@ with 2 seeds (80 % power): 8.2 points
                 ends = [x for x in chosen if not min(grid) * 1.001 < x < max(grid) * 0.999]
                 if 2 * len(ends) > len(chosen):
                     far = " and ".join(f"{x:g}" for x in sorted({*ends}))
-                    text = f"seeds chose an end of the grid of {word}s, {far}"
+                    article = "a" if axis == "rate" else "an"
+                    text = f"seeds chose {article} {word} at an end of the grid, {far}"
                     yield f"{title}: {len(ends)} of {len(chosen)} {text}; give further ones"
 
     def remarks(self) -> list[str]:

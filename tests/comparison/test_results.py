@@ -133,7 +133,7 @@ def test_rates_are_counted_and_ends_are_named() -> None:
     assert above == ["LoRA", "0.1", "", "nan", "0"]
     remarks = made.remarks()
     assert remarks[0] == "LoRA: at the rate 0.1 a score is not finite, which counts as the worst"
-    assert remarks[1].startswith("LoRA: 2 of 3 seeds chose an end of the grid of rates, 0.001;")
+    assert remarks[1].startswith("LoRA: 2 of 3 seeds chose a rate at an end of the grid, 0.001;")
 
 
 @pytest.mark.parametrize(
