@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hyperopt_peft.problems.data_plans import SomeSources as SomeSources
     from hyperopt_peft.problems.layer_decay import LayerDecay as LayerDecay
     from hyperopt_peft.problems.layer_scales import LayerScales as LayerScales
+    from hyperopt_peft.problems.loss_correction import LossCorrection as LossCorrection
     from hyperopt_peft.problems.row_weights import RowWeights as RowWeights
     from hyperopt_peft.problems.s3delta import S3Delta as S3Delta
     from hyperopt_peft.problems.seal import SEAL as SEAL
