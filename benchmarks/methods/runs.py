@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +13,30 @@ from benchmarks.measure import keep_memory
 from benchmarks.methods.settings import SETTINGS
 from benchmarks.methods.tasks import score
 from hyperopt_peft import BilevelTrainingArguments
-from hyperopt_peft.comparison import Choice, Comparison, Runs, compare_methods
-from hyperopt_peft.comparison.choice import Axis, Plan
+from hyperopt_peft.comparison import Choice, Comparison, HeadSettings, Runs, compare_methods
+from hyperopt_peft.comparison.budgets import AcrossBudgets
 from hyperopt_peft.comparison.store import Store
-from hyperopt_peft.comparison.task import Run
 
-RESULTS = Path(__file__).parents[1] / "results/methods"
+RESULTS = Path(__file__).parents[1] / "results/kinds"
 #: Arguments of a comparison that takes a minute.
-QUICK: dict[str, Any] = {"choice": Choice([2e-2], [1e-2]), "seeds": (0, 1), "passes": 60}
-#: What a plan has of the arguments of `compare_methods`.
-PLANNED = ("choice", "seeds", "metric", "passes", "ablations")
+QUICK: dict[str, Any] = {"choice": Choice([2e-2], [1e-2]), "seeds": (0, 1), "passes": [30, 60]}
 
 
-def folder(setting: str, task: str) -> Path:
-    """The folder of the runs of a setting on a task."""
-    return RESULTS / setting.replace(", ", "-").replace(" ", "-") / task
+def folder(setting: str, task: str, heads: bool = False) -> Path:
+    """The folder of the runs of a setting on a task, of adapters or of heads."""
+    return RESULTS / setting.replace(", ", "-").replace(" ", "-") / f"{task}{'-heads' * heads}"
 
 
-def compared(setting: str, task: str, where: Path | None, **options: Any) -> Comparison:
-    """Run the comparison of a setting on a task, stored in the folder ``where``.
+def compared(
+    setting: str,
+    task: str,
+    runs: Runs,
+    *,
+    heads: bool = False,
+    names: Sequence[str] | None = None,
+    **options: Any,
+) -> Comparison:
+    """Run the comparison of a setting on a task, of all methods or of ``names``.
 
     ``options`` are arguments of `compare_methods` that replace the setting's.
     """
@@ -44,9 +47,12 @@ def compared(setting: str, task: str, where: Path | None, **options: Any) -> Com
     keep_memory()
     torch.manual_seed(0)
     chosen = SETTINGS[setting]
-    here, plan = chosen.rows(task), chosen.plan(task)
-    arguments: dict[str, Any] = {"remove_unused_columns": False, "report_to": "none"}
+    here, plans = chosen.task(task, heads), chosen.plans(task, heads, names)
+    plan = next(iter(plans.values()))
+    arguments: dict[str, Any] = {"report_to": "none", "remove_unused_columns": heads}
     arguments |= {"per_device_train_batch_size": chosen.batch, "per_device_eval_batch_size": 100}
+    more: dict[str, Any] = {"seeds": plan.seeds, "metric": plan.metric, "ablations": plan.ablations}
+    more |= {"head": HeadSettings()} if heads else {"choice": plan.choice, "passes": [*plans]}
     return compare_methods(
         plan.methods,
         here.base_model,
@@ -57,41 +63,32 @@ def compared(setting: str, task: str, where: Path | None, **options: Any) -> Com
         train_dataset=here.train,
         upper_dataset=here.trusted,
         test_dataset=here.test,
-        frozen_dropout=chosen.dropout,
+        frozen_dropout=False,
         data_collator=here.collate,
         compute_metrics=score,
-        **{name: getattr(plan, name) for name in PLANNED} | {"runs": Runs(where)} | options,
+        runs=runs,
+        **more | options,
     )
 
 
-@dataclass(frozen=True)
-class OneChoice(Plan):
-    """A plan whose seeds share the best rates of a grid, as in the stores of version 0.2.
+def stored(setting: str, task: str, heads: bool = False) -> Comparison | None:
+    """The comparison of those methods that have all runs; None if the first one lacks some.
 
-    Attributes:
-        development: the seeds of the runs that chose the rates.
+    Of adapters it is an `AcrossBudgets`.
     """
-
-    development: Sequence[int] = ()
-
-    def _parts(self, run: Run) -> list[Run]:
-        """The development runs that score ``run``."""
-        run = replace(run, split=0, marks=(self.passes,))
-        return [replace(run, seed=seed) for seed in self.development]
-
-    def _best(self, store: Store, run: Run, axis: Axis, stopped: bool) -> Run:
-        """``run`` at the rate of the best finite mean score."""
-        scores = {each: self.curve(store, each)[-1][1] for each in self._grid(run, axis)}
-        return max(filter(lambda x: math.isfinite(scores[x]), scores), key=scores.get, default=run)
-
-
-def stored(setting: str, task: str) -> Comparison | None:
-    """The comparison from its store, or None if runs are missing."""
-    if not (where := folder(setting, task)).exists():
+    if not (where := folder(setting, task, heads)).exists():
         return None
-    store, plan = Store.of(where), SETTINGS[setting].plan(task)
-    if others := {run.seed for run in store.results} - {*plan.seeds}:
-        plan = OneChoice(**vars(plan), development=sorted(others))
-    if any(store.missing(runs) for runs in plan.stages(store)):  # a stage reads the ones before
+    store, chosen = Store.of(where), SETTINGS[setting]
+    names = [*next(iter(chosen.plans(task, heads).values())).methods]
+    done = []
+    for name in names:
+        plans = chosen.plans(task, heads, [name]).values()
+        # A stage reads the ones before.
+        if not any(store.missing(runs) for plan in plans for runs in plan.stages(store)):
+            done.append(name)
+    if done[:1] != names[:1]:
         return None
-    return Comparison(plan, store)
+    found = {
+        passes: Comparison(plan, store) for passes, plan in chosen.plans(task, heads, done).items()
+    }
+    return found[0.0] if heads else AcrossBudgets(found)

@@ -1,23 +1,18 @@
-"""The settings: methods for one purpose, beside plain methods, on tasks."""
+"""The settings: for each kind of problem, methods beside simple ways, on tasks, at budgets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import cross_val_predict
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-
-from benchmarks.methods.rows import first_rows, of_mpnet, of_sources, wrong_labels
+from benchmarks.methods.rows import first_rows, of_sources, on_features, wrong_labels
+from benchmarks.methods.simple import DecayedLoRA, KeptRows, RankedLoRA, with_arguments
 from benchmarks.methods.tasks import METRICS, Task, task
 from hyperopt_peft import BiDoRA, Method
-from hyperopt_peft.comparison.choice import RATES, UPPER_RATES, Choice, Plan
-from hyperopt_peft.comparison.task import Kind
+from hyperopt_peft.comparison import Choice
+from hyperopt_peft.comparison.choice import Plan
 from hyperopt_peft.problems import (
     SEAL,
     Agreement,
@@ -31,6 +26,7 @@ from hyperopt_peft.problems import (
     LayerScales,
     LogitAdjustment,
     LoRA,
+    LossCorrection,
     RowWeights,
     S3Delta,
     SomeSources,
@@ -39,150 +35,202 @@ from hyperopt_peft.problems import (
     TunedAdjustment,
 )
 
-#: Rates for few or doubtful rows, where small rates are best.
-LOW_RATES = (6e-4, 2e-3, 6e-3, 2e-2)
-ABLATED: tuple[Kind, ...] = ("frozen", "one level")
 #: Layers with an adapter in MiniLM's last layer: queries and values, or all linear layers.
 ATTENTION, LINEAR = r".*layer\.5\..*\.(query|value)", r".*layer\.5\..*\.(query|key|value|dense)"
+#: All linear layers of MiniLM.
+EVERY = r".*layer\.\d\..*\.(query|key|value|dense)"
+#: Rates for doubtful labels, which high rates learn by heart.
+LOW_RATES = (2e-4, 1e-3, 5e-3)
+#: Draws of heads, which take a second each.
+DRAWS = range(100, 120)
+Methods = dict[str, Method]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Methods for one purpose, with the tasks and budget of their comparison.
+    """Methods for one kind of problem, with the tasks and budgets of their comparison.
 
     Attributes:
         rows: makes a task by its name.
         methods: makes the methods; the others are compared with the first one.
-        papers: the published bilevel methods among them; the others are simple alternatives.
-        ablations: the methods whose ablations are trained; None for all.
-        held_out: the share of the trusted rows, or of the training rows, that chooses the rates.
+        papers: the bilevel methods among them; the others are simple ways.
+        ablations: the methods whose upper level is frozen too.
+        heads: makes the methods that are compared on heads, the limit of many passes.
+        held_out: the share of the trusted rows, or of the training rows, that chooses.
         targets: the layers that have an adapter.
-        dropout: whether frozen layers have dropout; without it they are computed once.
-        rates, upper_rates, seeds: arguments of `compare_methods` and its choice.
+        grids: by a name, methods that are one search of a number, or that learn it.
+        batch: rows of a lower step, and of a pass.
+        passes, rates, upper_rates, seeds, splits, points: as in `compare_methods` and its choice.
     """
 
     tasks: tuple[str, ...]
     rows: Callable[[str], Task]
-    methods: Callable[[], dict[str, Method]]
+    methods: Callable[[], Methods]
     papers: tuple[str, ...]
-    ablations: tuple[str, ...] | None
+    ablations: tuple[str, ...]
+    heads: Callable[[], Methods] | None = None
     targets: str = ATTENTION
-    passes: float = 200
+    passes: Sequence[float] = (300, 1200)
     batch: int = 8
-    dropout: bool = False
     held_out: float = 0.2
-    rates: Sequence[float] = (2e-3, 6e-3, 2e-2)
-    upper_rates: Sequence[float] = (3e-3, 3e-2, 3e-1)
-    seeds: Sequence[int] = range(5)
+    grids: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    rates: Sequence[float] = (6e-4, 2e-3, 6e-3)
+    upper_rates: Sequence[float] = (3e-2, 3e-1)
+    seeds: Sequence[int] = range(100, 105)
+    splits: int = 2
+    points: int = 8
 
-    def plan(self, task: str) -> Plan:
-        """The runs of the comparison on a task."""
-        choice = Choice(self.rates, self.upper_rates, held_out=self.held_out)
-        shared = self.methods(), choice, self.seeds, METRICS.get(task, "accuracy"), False
-        kinds = None if self.ablations is None else dict.fromkeys(self.ablations, ABLATED)
-        return Plan(*shared, self.passes, kinds)
+    def task(self, name: str, heads: bool = False) -> Task:
+        """A task by its name; for heads its features."""
+        here = self.rows(name)
+        return on_features(here) if heads else here
 
+    def plans(
+        self, task: str, heads: bool = False, names: Sequence[str] | None = None
+    ) -> dict[float, Plan]:
+        """The runs of the comparison at each budget, 0 for heads, of all methods or of ``names``.
 
-@dataclass
-class KeptRows(LoRA):
-    """LoRA on the trusted rows, and on the 80 % of the other rows with the most likely labels.
-
-    A head on frozen features gives the likelihood. With ``trusted`` the head is trained on the
-    trusted rows, else on the other folds of the rows themselves.
-    """
-
-    trusted: bool = True
-
-    def all_rows(self, train: Any, upper: Any) -> Any:
-        """The rows with likely labels, and the trusted rows."""
-        head = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
-        x, labels = np.array(train["features"][:]), np.array(train["target"][:])
-        if self.trusted:
-            classes = head.fit(upper["features"][:], upper["target"][:]).classes_
-            found = head.predict_proba(x)
-        else:
-            classes = np.unique(labels)
-            found = cross_val_predict(head, x, labels, cv=5, method="predict_proba")
-        likely = (found * (labels[:, None] == classes)).sum(1)
-        kept = np.sort(np.argsort(-likely, kind="stable")[: round(0.8 * len(likely))])
-        return super().all_rows(train.select(kept), upper)
+        Without ``heads`` a method with an upper level has its frozen form if ``ablations`` says so.
+        """
+        made = self.methods() if not heads else self.heads() if self.heads else {}
+        made = {name: x for name, x in made.items() if names is None or name in names}
+        choice, frozen = Choice([1.0], [0.6]), {x: ("frozen",) for x in self.ablations if x in made}
+        budgets: Sequence[float] = (0.0,)
+        if not heads:
+            budgets, shared = self.passes, (self.splits, self.held_out, self.points)
+            choice = Choice(self.rates, self.upper_rates, *shared)
+        metric, seeds = METRICS.get(task, "accuracy"), DRAWS if heads else self.seeds
+        plan = partial(Plan, made, choice, seeds, metric, False)
+        return {each: plan(each, frozen) for each in budgets}
 
 
-@dataclass
-class DecayedLoRA(LoRA):
-    """LoRA with weight decay in the optimizer."""
-
-    decay: float = 0.1
-
-    def __post_init__(self) -> None:
-        """Set the weight decay."""
-        super().__post_init__()
-        with_arguments(self, weight_decay=self.decay)
-
-
-def with_arguments(method: Method, **arguments: Any) -> Method:
-    """``method`` with other default training arguments."""
-    method.defaults = {**method.defaults, **arguments}
-    return method
-
-
-@dataclass
-class ScaledLoRA(LoRA):
-    """LoRA with α times ``factor``."""
-
-    factor: float = 4.0
-
-    def adapter(self, config: Any) -> Any:
-        """Set α."""
-        config.lora_alpha *= self.factor
-        return super().adapter(config)
+def wrong_label_methods(heads: bool = False) -> Methods:
+    """Simple ways first; on heads with and without the trusted rows ten times."""
+    methods: Methods = {
+        "LoRA": LoRA(),
+        "trusted rows 10 times": TrustedRepeated(),
+        "least trusted loss": KeptRows(),
+        "least suspicion, trusted rows 10 times": KeptRows(trusted=False, times=10),
+        "loss correction": LossCorrection(),
+        "RowWeights": RowWeights(),
+        "SEAL": SEAL(),
+    }
+    if heads:
+        del methods["SEAL"]  # its two levels descend one loss, so that no minimum is that of one
+        methods["least trusted loss, trusted rows 10 times"] = KeptRows(times=10)
+        methods["least suspicion"] = KeptRows(trusted=False)
+        methods["trusted rows alone"] = SomeSources()
+    return methods
 
 
-@dataclass
-class RankedLoRA(LoRA):
-    """LoRA of half the rank, and so with half the parameters."""
-
-    def adapter(self, config: Any) -> Any:
-        """Halve r and α; their ratio does not change."""
-        config.r, config.lora_alpha = config.r // 2, config.lora_alpha / 2
-        return super().adapter(config)
+#: An upper step after each lower one leaves a sixteenth of the passes to these.
+RARE: dict[str, Any] = {"lower_steps": 4}
+#: Upper batches of 64 rows contain most classes.
+CLASSES: dict[str, Any] = {"per_device_upper_batch_size": 64}
 
 
-def magnitudes(batch: int) -> dict[str, Method]:
+def rare_class_methods(heads: bool = False) -> Methods:
+    """Simple ways first."""
+    methods: Methods = {
+        "LoRA": LoRA(),
+        "logit adjustment": LogitAdjustment(),
+        "logit adjustment, τ = 0.5": LogitAdjustment(tau=0.5),
+        "logit adjustment, τ = 1.5": LogitAdjustment(tau=1.5),
+        "inverse-frequency weights": FrequencyWeights(),
+        "logit adjustment, τ learned": with_arguments(TunedAdjustment(), **CLASSES),
+        "ClassOffsets": with_arguments(ClassOffsets(), **CLASSES),
+        "LayerScales": LayerScales(),
+    }
+    if heads:
+        del methods["LayerScales"]
+    return methods
+
+
+def source_methods(heads: bool = False) -> Methods:
+    """Simple ways first."""
+    methods: Methods = {
+        "LoRA": LoRA(),
+        "trusted rows 10 times": TrustedRepeated(),
+        "weights by agreement": Agreement(log_odds=True),
+        "loss correction": LossCorrection(),
+        "loss correction by source": LossCorrection(by_source=True),
+        "Sources": Sources(),
+    }
+    if heads:
+        more = {"each source alike": EqualSources(), "trusted rows alone": SomeSources()}
+        return methods | more
+    papers = {"ScaleBiO": "scalebio", "FastMix": "fastmix", "DreamPRM": "dreamprm"}
+    return methods | {name: Sources.published(paper) for name, paper in papers.items()}
+
+
+def magnitudes() -> Methods:
     """LoRA, DoRA and two forms of BiDoRA; the published one has lower_steps=1."""
-    batches = {"lower_steps": 1, "per_device_upper_batch_size": batch}
+    batches = {"lower_steps": 1, "per_device_upper_batch_size": 16}
     published = with_arguments(BiDoRA.published(), **batches)
     return {"LoRA": LoRA(), "DoRA": DoRA(), "BiDoRA": BiDoRA(), "BiDoRA, published": published}
 
 
-#: Upper batches of 64 rows contain most classes; a training then has few upper steps.
-CLASSES: dict[str, Any] = {"per_device_upper_batch_size": 64, "lower_steps": 8}
-#: The second phase of the stored runs of `RowWeights`.
-WARM = {"retrain": "warm"}
+MAGNITUDES: dict[str, Any] = {
+    "methods": magnitudes,
+    "papers": ("BiDoRA", "BiDoRA, published"),
+    "ablations": ("BiDoRA",),
+    "targets": EVERY,
+    "batch": 16,
+    "rates": (3e-4, 1e-3, 3e-3),
+    "upper_rates": (1e-2, 1e-1),
+    "seeds": range(100, 103),
+}
 SETTINGS = {
-    "magnitudes": Setting(
-        ("trec", "sst2", "tweets", "tags"),
-        partial(first_rows, count=300),
-        partial(magnitudes, batch=8),
-        ("BiDoRA", "BiDoRA, published"),
-        None,
-        passes=300,
-        rates=RATES,
-        upper_rates=UPPER_RATES,
+    "wrong labels": Setting(
+        ("tweets", "trec"),
+        wrong_labels,
+        wrong_label_methods,
+        ("RowWeights", "SEAL"),
+        ("RowWeights", "SEAL"),
+        partial(wrong_label_methods, heads=True),
+        held_out=0.4,
+        rates=LOW_RATES,
     ),
-    "magnitudes, base size": Setting(
-        ("cola", "sst2"),
-        of_mpnet,
-        partial(magnitudes, batch=16),
-        ("BiDoRA", "BiDoRA, published"),
-        ("BiDoRA",),
-        r".*attn\.(q|k|v)",
-        passes=187.5,
-        batch=16,
-        dropout=True,
-        rates=(3e-4, 1e-3, 3e-3),
-        upper_rates=(3e-3, 3e-2),
-        seeds=range(3),
+    "rare classes": Setting(
+        ("newsgroups", "reuters"),
+        partial(task, length=24),
+        rare_class_methods,
+        ("ClassOffsets", "logit adjustment, τ learned", "LayerScales"),
+        ("ClassOffsets", "LayerScales"),
+        partial(rare_class_methods, heads=True),
+        LINEAR,
+        grids={
+            "grid of τ": (
+                "LoRA",
+                "logit adjustment, τ = 0.5",
+                "logit adjustment",
+                "logit adjustment, τ = 1.5",
+            ),
+            "τ = 1, no grid": ("logit adjustment",),
+            "τ learned": ("logit adjustment, τ learned",),
+            "an offset of each class learned": ("ClassOffsets",),
+        },
+    ),
+    "wrong labels, long": Setting(  # at one rate, which the shorter runs need not choose again
+        ("trec",),
+        wrong_labels,
+        wrong_label_methods,
+        ("RowWeights",),
+        ("RowWeights",),
+        passes=(4800,),
+        held_out=0.4,
+        rates=(1e-3,),
+        upper_rates=(3e-1,),
+    ),
+    "sources": Setting(
+        ("questions", "movies"),
+        of_sources,
+        source_methods,
+        ("Sources", "ScaleBiO", "FastMix", "DreamPRM"),
+        ("Sources",),
+        partial(source_methods, heads=True),
+        held_out=0.4,
+        rates=LOW_RATES,
     ),
     "few rows": Setting(
         ("tweets", "sst2"),
@@ -192,15 +240,18 @@ SETTINGS = {
             "DoRA": DoRA(),
             "LoRA, weight decay 0.1": DecayedLoRA(),
             "LoRA, weight decay 1": DecayedLoRA(decay=1.0),
-            "BiDoRA": BiDoRA(),
+            "LayerDecay, one for all layers": with_arguments(LayerDecay(shared=True), **RARE),
+            "LayerDecay": with_arguments(LayerDecay(), **RARE),
             "BiLoRA": BiLoRA(gamma=0.1),
-            "LayerDecay": LayerDecay(),
-            "LayerDecay, one for all layers": LayerDecay(shared=True),
         },
-        ("BiDoRA", "BiLoRA", "LayerDecay"),
-        ("BiDoRA", "BiLoRA", "LayerDecay"),
-        LINEAR,
-        rates=LOW_RATES,
+        ("LayerDecay, one for all layers", "LayerDecay", "BiLoRA"),
+        ("LayerDecay, one for all layers", "BiLoRA"),
+        targets=LINEAR,
+        grids={
+            "grid of weight decays": ("LoRA", "LoRA, weight decay 0.1", "LoRA, weight decay 1"),
+            "no weight decay": ("LoRA",),
+            "one decay learned": ("LayerDecay, one for all layers",),
+        },
     ),
     "ranks and layers": Setting(
         ("tweets", "sst2"),
@@ -208,74 +259,27 @@ SETTINGS = {
         lambda: {
             "LoRA": LoRA(),
             "LoRA, r = 4": RankedLoRA(),
-            "AutoLoRA": AutoLoRA(),
-            "AutoLoRA, decay, half of the terms": AutoLoRA(decay=0.05, share=0.5),
-            "random terms": AutoLoRA(share=0.5, choose="random"),
             "largest terms": AutoLoRA(share=0.5, choose="sizes"),
-            "S3Delta": S3Delta(),
-            "random layers": S3Delta(choose="random"),
+            "AutoLoRA": AutoLoRA(decay=0.05, share=0.5),
             "largest layers": S3Delta(choose="sizes"),
+            "S3Delta": S3Delta(),
         },
-        ("AutoLoRA", "AutoLoRA, decay, half of the terms", "S3Delta"),
-        ("AutoLoRA", "AutoLoRA, decay, half of the terms", "largest terms", "S3Delta"),
-        LINEAR,
+        ("AutoLoRA", "S3Delta"),
+        ("AutoLoRA", "S3Delta"),
+        targets=LINEAR,
     ),
-    "rare classes": Setting(
-        ("newsgroups", "reuters"),
-        partial(task, length=24),
-        lambda: {
-            "LoRA": LoRA(),
-            "LoRA, α = 64": ScaledLoRA(),
-            "LoRA, α = 4": ScaledLoRA(factor=0.25),
-            "logit adjustment": LogitAdjustment(),
-            "logit adjustment, τ = 0.5": LogitAdjustment(tau=0.5),
-            "inverse-frequency weights": FrequencyWeights(),
-            "inverse-frequency weights, root": FrequencyWeights(power=0.5),
-            "logit adjustment, τ learned": with_arguments(TunedAdjustment(), **CLASSES),
-            "ClassOffsets": with_arguments(ClassOffsets(), **CLASSES),
-            "LayerScales": LayerScales(),
-        },
-        ("ClassOffsets", "LayerScales"),
-        ("ClassOffsets", "LayerScales"),
-        LINEAR,
-        passes=300,
+    "magnitudes, all rows": Setting(
+        ("cola", "sst2", "bc5cdr", "tweets"),
+        partial(task, length=24, pool=10_000, test=1000),
+        passes=(1200,),
+        held_out=0.05,
+        splits=1,
+        **MAGNITUDES,
     ),
-    "wrong labels": Setting(
-        ("tweets", "trec"),
-        wrong_labels,
-        lambda: {
-            "LoRA": LoRA(),
-            "trusted rows alone": SomeSources(),
-            "trusted rows 10 times": TrustedRepeated(),
-            "loss under a trusted model": KeptRows(),
-            "suspicion": KeptRows(trusted=False),
-            "RowWeights": with_arguments(RowWeights(keep=0.8), **WARM),
-            "RowWeights, 1 lower step": with_arguments(RowWeights(keep=0.8), lower_steps=1, **WARM),
-            "SEAL": SEAL(),
-        },
-        ("RowWeights", "RowWeights, 1 lower step", "SEAL"),
-        ("RowWeights", "SEAL"),
-        rates=LOW_RATES,
-        held_out=0.4,
-    ),
-    "sources": Setting(
-        ("questions", "movies"),
-        of_sources,
-        lambda: {
-            "LoRA": LoRA(),
-            "each source alike": EqualSources(),
-            "trusted rows alone": SomeSources(),
-            "trusted rows 10 times": TrustedRepeated(),
-            "weights by agreement": Agreement(log_odds=True),
-            "Sources": Sources(),
-            "Sources, 1 lower step": with_arguments(Sources(), lower_steps=1),
-            "ScaleBiO": Sources.published("scalebio"),
-            "FastMix": Sources.published("fastmix"),
-            "DreamPRM": Sources.published("dreamprm"),
-        },
-        ("Sources", "Sources, 1 lower step", "ScaleBiO", "FastMix", "DreamPRM"),
-        ("Sources",),
-        rates=LOW_RATES,
-        held_out=0.4,
+    "magnitudes, 300 rows": Setting(
+        ("cola", "sst2", "bc5cdr", "tweets"),
+        partial(first_rows, count=300, length=24),
+        passes=(300,),
+        **MAGNITUDES,
     ),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -128,8 +129,8 @@ def score(outputs: Any) -> dict[str, float]:
 
 def task(name: str, *, length: int = 16, pool: int = 1200, test: int = 600) -> Task:
     """A task by name, with texts cut to ``length`` tokens, and at most so many rows of a kind."""
-    if name == "tags":
-        return tags(length, pool, test)
+    if name in TAGGED:
+        return tags(name, length, pool, test)
     if name in LONG_TAILED:
         return long_tailed(name, length)
     train, apart = (part[:most] for part, most in zip(TABLES[name](), (pool, test), strict=True))
@@ -138,16 +139,15 @@ def task(name: str, *, length: int = 16, pool: int = 1200, test: int = 600) -> T
     return _task(rows, len(apart), int(table.label.max()) + 1)
 
 
-def tags(length: int, pool: int, test: int) -> Task:
-    """Named entities in tweets: the first token of each word has the word's tag."""
-    tagged = tagged_tweets()
-    test = min(test, 2 * len(tagged) // 5)  # there are 918
-    order = torch.randperm(len(tagged), generator=torch.Generator().manual_seed(0)).tolist()
+def tags(name: str, length: int, pool: int, test: int) -> Task:
+    """Tags of words, such as named entities: the first token of each word has the word's tag."""
+    train, apart = TAGGED[name]()
+    tagged = [*train[:pool], *apart[:test]]
     names = [*sorted({tag for row in tagged for _, tag in row} - {"O"}), "O"]
-    tagged = [tagged[k] for k in order[: pool + test]]
     words = [[word for word, _ in row] for row in tagged]
     classes = [[names.index(tag) for _, tag in row] for row in tagged]
-    return _task(rows_of_texts(words, classes, length), test, len(names), METRICS["tags"])
+    rows = rows_of_texts(words, classes, length)
+    return _task(rows, len(apart[:test]), len(names), METRICS[name])
 
 
 def long_tailed(name: str, length: int) -> Task:
@@ -229,13 +229,48 @@ def _tweets() -> tuple[pandas.DataFrame, pandas.DataFrame]:
     return table[1000:], table[:1000]
 
 
+def _cola() -> tuple[pandas.DataFrame, pandas.DataFrame]:
+    """Sentences, acceptable or not, from the published parts."""
+    read = {"sep": "\t", "names": ["text", "label"], "quoting": 3}
+    parts = (pandas.read_csv(DATA / f"cola/{name}.tsv", **read) for name in ("train", "dev"))
+    train, test = (part.sample(frac=1, random_state=0) for part in parts)
+    return train, test
+
+
+def _tagged_tweets() -> tuple[list[Any], list[Any]]:
+    """Tweets with an entity; there are 918."""
+    tagged = tagged_tweets()
+    order = torch.randperm(len(tagged), generator=torch.Generator().manual_seed(0)).tolist()
+    tagged = [tagged[k] for k in order]
+    cut = 2 * len(tagged) // 5
+    return tagged[cut:], tagged[:cut]
+
+
+def _bc5cdr() -> tuple[list[Any], list[Any]]:
+    """Sentences of abstracts with chemicals and diseases: 4,000 to train, and published tests."""
+    parts = []
+    for name, most in (("train", 4000), ("test", 1000)):
+        text = (DATA / f"bc5cdr/{name}.tsv").read_text()
+        rows = [each.splitlines() for each in text.split("\n\n") if each.strip()]
+        random.Random(0).shuffle(rows)
+        parts.append([[line.split("\t") for line in row] for row in rows[:most]])
+    return parts[0], parts[1]
+
+
 #: The scores of tasks that are not scored by accuracy.
-METRICS = {"tags": "f1", "cola": "matthews", "newsgroups": "macro_f1", "reuters": "macro_f1"}
+METRICS = {"cola": "matthews", "newsgroups": "macro_f1", "reuters": "macro_f1"}
+METRICS |= {"tags": "f1", "bc5cdr": "f1"}
 #: Files, the largest class's rows if class shares are drawn, and the most training rows.
 LONG_TAILED = {"newsgroups": ("20newsgroups", 100, 600), "reuters": ("reuters-r52", 0, 800)}
 #: Numbers of pool rows and test rows.
 TABLES: dict[str, Callable[[], tuple[pandas.DataFrame, pandas.DataFrame]]] = {
     "trec": _trec,
     "sst2": _sst2,
+    "cola": _cola,
     "tweets": _tweets,
+}
+#: Words with tags, of the pool and of the test.
+TAGGED: dict[str, Callable[[], tuple[list[Any], list[Any]]]] = {
+    "tags": _tagged_tweets,
+    "bc5cdr": _bc5cdr,
 }

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
 
 from benchmarks.methods import report, runs
 from benchmarks.methods.settings import SETTINGS
+from benchmarks.methods.simple import wrong_share
 from benchmarks.methods.tasks import disjoint, score
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Run
@@ -37,46 +39,78 @@ def test_the_score(truth: list[Any], guess: list[Any], expected: dict[str, float
     assert {name: found[name] for name in expected} == pytest.approx(expected)
 
 
-def result(run: Run, score: float | None = None) -> dict[str, Any]:
-    """A made-up result: by default a rate of .002 is best, as is an upper rate of .1."""
-    best = 0.5 + 0.1 * (run.rate == 2e-3) + 0.1 * (run.upper_rate == 1e-1) + 0.01 * run.seed
-    metrics = {"eval_accuracy": best if score is None else score}
-    more = {"metrics": metrics, "curve": [(run.passes, metrics)], "spent": {"lower steps": 300.0}}
-    return {**asdict(run), "layers": "", "seconds": 5.0, "memory": 1.0, **more}
+def result(run: Run) -> dict[str, Any]:
+    """A made-up result: a loss correction is best, and each upper level adds 10 points."""
+    best = 0.5 + 0.1 * (run.method == "loss correction") + 0.1 * (run.upper_rate is not None)
+    metrics = {"eval_accuracy": best + 0.01 * (run.seed % 2)}
+    more = {"curve": [(mark, metrics) for mark in run.marks], "seconds": 5.0, "memory": 1.0}
+    spent = {"lower steps": run.passes}
+    return {**asdict(run), "metrics": metrics, "layers": "", "spent": spent, **more}
 
 
-def test_tables_need_all_runs_of_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "RESULTS", tmp_path)
-    for name in ("trec", "sst2"):
-        before, plan = report.complete("magnitudes"), SETTINGS["magnitudes"].plan(name)
-        store = Store(runs.folder("magnitudes", name), {x: {"method": x} for x in plan.methods})
+def filled(setting: str, task: str, names: list[str], heads: bool = False) -> None:
+    """All runs of some methods, in a store."""
+    for plan in SETTINGS[setting].plans(task, heads, names).values():
+        store = Store(runs.folder(setting, task, heads), {x: {"method": x} for x in plan.methods})
         for stage in plan.stages(store):
-            assert [*report.complete("magnitudes")] == [*before]
             for run in store.missing(stage):
                 store.add(result(run))
-    found = report.complete("magnitudes")
-    assert [*found] == ["trec", "sst2"]
-    rows = {row["method"]: row for row in report.scores(found)}
-    assert rows["LoRA"]["sst2"] == "62.0 ± 2.0" and rows["LoRA"]["− LoRA"] == "–"
-    assert rows["BiDoRA"]["− LoRA"] == "+10.0 ± 0.0, +10.0 ± 0.0"
-    assert "mean" not in rows["BiDoRA"]
-    tried = {row["method"]: row for row in report.rates(found)}
-    assert tried["BiDoRA"]["upper 0.1"] == "72.0" and tried["LoRA"]["upper 0.1"] == "–"
-    assert report.prices(found)[2]["trec"] == "0.002 (0.1)"
-    assert "### Magnitudes" in report.details("magnitudes", found)
 
 
-def test_the_best_way_by_held_out_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_has_the_methods_with_all_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(runs, "RESULTS", tmp_path)
-    setting = SETTINGS["sources"]
-    plan = setting.plan("movies")
-    store = Store(runs.folder("sources", "movies"), {x: {"method": x} for x in plan.methods})
-    for stage in plan.stages(store):
-        for run in store.missing(stage):
-            best = 0.9 if run.method == "each source alike" else 0.5
-            score = 0.1 * len(run.method) / 10 if run.split is None else best
-            store.add(result(run, score))
-    row, *others = report.summary("sources", report.complete("sources"))
-    assert len(others) == 4 and others[0]["− frozen"] == "–"
-    assert row["− best other method"] == "−10.0 ± 0.0 (each source alike)"
-    assert row["− LoRA"] == "+3.0 ± 0.0" and row["− frozen"] == "+0.0 ± 0.0"
+    some = ["LoRA", "trusted rows 10 times", "loss correction", "RowWeights"]
+    assert report.complete("wrong labels") is None
+    filled("wrong labels", "trec", some[1:])
+    assert report.complete("wrong labels") is None  # without the first one
+    filled("wrong labels", "trec", some)
+    filled("wrong labels", "trec", some, heads=True)
+    found = report.complete("wrong labels")
+    assert found is not None and [*found.adapters] == [*found.heads] == ["trec"]
+    rows = report.scores(found)
+    assert [row["method"] for row in rows] == [
+        "loss correction",
+        "trusted rows 10 times",
+        "LoRA",
+        "RowWeights",
+        "RowWeights, upper level frozen",
+    ]
+    assert {*rows[0]} >= {"300 passes", "1200 passes, stopped", "heads, solved"}
+    assert rows[0]["1200 passes"] == "60.4 ± 0.7" and rows[2]["heads, solved"].startswith("50.")
+    text = report.section(found)
+    assert "upper level adds +10.0 ± 0.0 points at 300 passes, +10.0 ± 0.0 points at 1200" in text
+    assert "*loss correction*: +10.0 ± 0.0 points" in text
+    assert "Not run: least trusted loss" in text and "SEAL, tweets." in text
+    assert "#### Wrong labels: trec, heads" in report.details(found)
+
+
+def test_a_search_is_compared_with_a_learned_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
+    names = [*SETTINGS["few rows"].methods()][:5]
+    filled("few rows", "sst2", names)
+    found = report.complete("few rows")
+    assert found is not None
+    grid, none, learned = report.search_rows(found)
+    assert (grid["settings"], none["settings"], learned["settings"]) == ("9", "3", "3")
+    assert learned["the best by held-out rows"].startswith("60.")
+    one, every = (int(grid[x].replace(",", "")) for x in ("passes", "passes of all"))
+    assert every == 9 * one
+    for name in ("FIGURE", "SEARCH", "PAGE"):
+        monkeypatch.setattr(report, name, tmp_path / f"{name}.png")
+    report.figures([found], [found])
+    assert len([*tmp_path.glob("*.png")]) == 3
+
+
+def test_the_share_of_wrong_labels_is_estimated() -> None:
+    """Three groups of classes, of which a head on trusted rows predicts all; 30 % are wrong."""
+    draw = np.random.default_rng(0)
+    right, known = draw.integers(3, size=2000), np.tile(np.arange(3), 20)
+    wrong = draw.random(2000) < 0.3
+    labels = (right + wrong * draw.integers(1, 3, size=2000)) % 3
+    head = LogisticRegression()
+    found = wrong_share(head, 5 * np.eye(3)[right], labels, 5 * np.eye(3)[known], known)
+    assert found == pytest.approx(wrong.mean(), abs=1e-9)
