@@ -56,7 +56,7 @@ class Choice:
     def __post_init__(self) -> None:
         """Refuse what no run can have."""
         for name in ("rates", "upper_rates"):
-            grid = tuple(getattr(self, name))
+            grid = tuple(dict.fromkeys(map(float, getattr(self, name))))
             if not grid or not all(0 < rate < float("inf") for rate in grid):
                 raise ProblemError(f"{name}: must be positive numbers, got {[*grid]}")
             object.__setattr__(self, name, grid)

@@ -38,5 +38,6 @@ def peak(rates: Sequence[float], scores: Sequence[float]) -> float:
     if len(kept) < 3:
         return pairs[best][0]
     grid, values = np.array(kept).T
+    values /= abs(values).max() or 1.0
     fit = np.polynomial.Polynomial.fit(np.log(grid), values, 2)
     return float(grid[np.argmax(fit(np.log(grid)).round(9))])  # of equal ones the lowest rate

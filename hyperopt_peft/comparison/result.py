@@ -240,7 +240,7 @@ with 2 seeds (80 % power): 8.2 points
         """The estimator of each upper level, and what it did: means over seeds.
 
         How far the upper variables u moved is ‖u − u0‖/‖u0‖, or ‖u‖ from u0 = 0, and the mean
-        |u − u0| in units of their rate.
+        ``|u − u0|`` in units of their rate.
         """
         rows = [["method", *USED.values(), *UPPER.values()]]
         for name, method in self.plan.methods.items():

@@ -32,7 +32,7 @@ def summary(level: Problem, start: Tensor, rate: float, steps: int, log: StepLog
     """What the upper ``level`` did in ``steps`` from u0 = ``start`` at a peak ``rate``.
 
     ``start`` is ‖u0‖; ``moved`` is ‖u − u0‖ over it, and ‖u − u0‖ where it is 0; ``moved_in_rates``
-    is the mean |u − u0| over ``rate``, absent at 0. The others are means over the steps that have
+    is the mean ``|u − u0|`` over ``rate``, absent at 0. The others are means over the steps with
     the number, absent where none has, such as the ratio where F does not read u.
     """
     change, norm, (means, _) = vector_of(level) - start, float(start.norm()), log.read()

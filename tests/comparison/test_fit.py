@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from math import inf, log, nan
 
+import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from hyperopt_peft.comparison.choice import RATES
+from hyperopt_peft.comparison.choice import RATES, Choice
 from hyperopt_peft.comparison.fit import peak
 
 SCORES = st.lists(st.floats(-10, 10), min_size=5, max_size=5)
@@ -50,3 +51,9 @@ def test_a_score_that_is_not_finite_never_wins(
     assert peak(RATES, seen) == peak([*finite], [*finite.values()])
     if len(finite) < 3:
         assert finite[peak(RATES, seen)] == max(finite.values())
+
+
+def test_the_unit_of_scores_and_equal_rates_change_nothing() -> None:
+    rates, scores = [1e-3, 1e-2, 1e-1], [1.0, 5.0, 2.0]
+    assert {peak(rates, [unit * x for x in scores]) for unit in (1e-12, 1, 1e12)} == {1e-2}
+    assert Choice(np.array([1e-3, 1e-3, 1e-2])).rates == (1e-3, 1e-2)
