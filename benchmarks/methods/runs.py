@@ -19,7 +19,7 @@ from hyperopt_peft.comparison.store import Store
 
 RESULTS = Path(__file__).parents[1] / "results/kinds"
 #: Arguments of a comparison that takes a minute.
-QUICK: dict[str, Any] = {"choice": Choice([2e-2], [1e-2]), "seeds": (0, 1), "passes": [30, 60]}
+QUICK: dict[str, Any] = {"choice": Choice([2e-2], [1e-2]), "seeds": (0, 1), "passes": [50, 70]}
 
 
 def folder(setting: str, task: str, heads: bool = False) -> Path:
