@@ -1,15 +1,29 @@
 """Files of a release: one version in all, and one list of the sets of packages."""
 
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from tests.matrix import NEWER_PYTHON, SETS
 
 ROOT = Path(__file__).parents[1]
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+#: Every public name of an installed package, from its own folder.
+NAMES = """
+import os, hyperopt_peft, hyperopt_peft.problems
+assert hyperopt_peft.__file__.startswith(os.environ["PYTHONPATH"])
+for module in (hyperopt_peft, hyperopt_peft.problems):
+    assert all(hasattr(module, name) for name in module.__all__)
+"""
 
 
 def read(path: Path) -> Any:
@@ -30,3 +44,33 @@ def test_the_weekly_job_runs_every_set_of_versions() -> None:
     sets = job["strategy"]["matrix"]["include"]
     pythons = {name: "3.13" if name in NEWER_PYTHON else "3.11" for name in SETS}
     assert {each["set"]: each["python"] for each in sets} == pythons
+
+
+@pytest.mark.slow
+def test_the_distributions_have_every_module_and_run(tmp_path: Path) -> None:
+    """The wheel is built from the source distribution, as an installer does."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    for name in ("hyperopt_peft", "problems"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = "import sys, setuptools.build_meta as x; getattr(x, sys.argv[1])(sys.argv[2])"
+
+    def built(kind: str, folder: Path) -> Path:
+        command = [sys.executable, "-c", build, f"build_{kind}", tmp_path]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        (made,) = tmp_path.glob("*.tar.gz" if kind == "sdist" else "*.whl")
+        return made
+
+    with tarfile.open(built("sdist", source)) as archive:
+        archive.extractall(tmp_path, filter="data")
+    with zipfile.ZipFile(built("wheel", tmp_path / f"hyperopt_peft-{VERSION}")) as wheel:
+        wheel.extractall(site)
+    modules = {str(path.relative_to(source)) for path in source.glob("*/**/*.py")}
+    installed = {str(path.relative_to(site)) for path in site.glob("**/*.py")}
+    assert installed == {x.replace("problems/", "hyperopt_peft/problems/", 1) for x in modules}
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    for program in (NAMES, "from hyperopt_peft.cli.main import main; main(['train', '--help'])"):
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()
