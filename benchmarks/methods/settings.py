@@ -70,14 +70,14 @@ class Setting:
     ablations: tuple[str, ...]
     heads: Callable[[], Methods] | None = None
     targets: str = ATTENTION
-    passes: Sequence[float] = (300, 1200)
+    passes: Sequence[float] = (1200,)
     batch: int = 8
     held_out: float = 0.2
     grids: Mapping[str, Sequence[str]] = field(default_factory=dict)
     rates: Sequence[float] = (6e-4, 2e-3, 6e-3)
     upper_rates: Sequence[float] = (3e-2, 3e-1)
     seeds: Sequence[int] = range(100, 105)
-    splits: int = 2
+    splits: int = 1
     points: int = 8
 
     def task(self, name: str, heads: bool = False) -> Task:
@@ -188,6 +188,7 @@ SETTINGS = {
         ("RowWeights", "SEAL"),
         ("RowWeights", "SEAL"),
         partial(wrong_label_methods, heads=True),
+        passes=(300, 1200),
         held_out=0.4,
         rates=LOW_RATES,
     ),
@@ -273,7 +274,6 @@ SETTINGS = {
         partial(task, length=24, pool=10_000, test=1000),
         passes=(1200,),
         held_out=0.05,
-        splits=1,
         **MAGNITUDES,
     ),
     "magnitudes, 300 rows": Setting(
