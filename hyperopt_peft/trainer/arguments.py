@@ -15,10 +15,10 @@ import torch
 from transformers import TrainingArguments
 
 from hyperopt_peft.engine.step import require_history
-from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.errors import ProblemError, did_you_mean
 from hyperopt_peft.hypergradients import Estimator, get_estimator
 from hyperopt_peft.hypergradients.registry import DEFAULT
-from hyperopt_peft.trainer.over import Combined
+from hyperopt_peft.trainer.over import Combined, combined_arguments
 from hyperopt_peft.utils.validation import (
     Bound,
     NonNegativeFloat,
@@ -116,8 +116,44 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
     #: Whether printed lines have norms and rates too; no field, since it is an option of a command.
     details = False
 
+    @classmethod
+    def of(cls, args: Any, **settings: Any) -> Any:
+        """A copy of ``args``, which may be a parent's, with ``settings`` of the upper level.
+
+        The class of the copy combines this class and that of ``args``, whose values stay as they
+        are.
+
+        Raises:
+            ProblemError: ``args`` has another class, or a setting is unknown or out of range.
+
+        Example:
+            >>> args = TrainingArguments("outputs", learning_rate=1e-3, report_to="none")
+            >>> args = BilevelTrainingArguments.of(args, lower_steps=4)
+            >>> args.learning_rate, args.lower_steps
+            (0.001, 4)
+        """
+        ours, parents = vars(cls).get("made_by", (None, (cls, cls.parents)))[1]
+        complete = isinstance(args, ours)
+        if not isinstance(args, parents) or (
+            isinstance(args, BilevelTrainingArguments) and not complete
+        ):
+            raise ProblemError(
+                f"args must be {cls.__name__}, got {type(args).__name__}; make them with the "
+                "trainer class's Arguments"
+            )
+        kind = type(args) if complete else combined_arguments(ours, type(args))
+        made = kind.__new__(kind)
+        made.__dict__.update({x.name: x.default for x in fields(kind)} | vars(args) | settings)
+        for name in settings.keys() - (known := made.bilevel_settings()).keys():
+            raise ProblemError(f"{name}: no argument of the upper level{did_you_mean(name, known)}")
+        made._complete()
+        return made
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._complete()
+
+    def _complete(self) -> None:
         # PyTorch warns of each loader that pins memory without an accelerator.
         self.dataloader_pin_memory &= torch.accelerator.is_available()
         given: Any = self.retrain_arguments

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
-from hyperopt_peft.core.labels import ITEMS, MICRO_BATCHES, WEIGHT, model_reads
+from hyperopt_peft.core.labels import ENTRIES, ITEMS, MICRO_BATCHES, WEIGHT, model_reads
 from hyperopt_peft.core.prior import GaussianPrior
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine import checkpoint
@@ -28,12 +28,12 @@ from hyperopt_peft.trainer.callback import BilevelCallback, Point
 from hyperopt_peft.trainer.internals import metrics_restored, packed_with
 from hyperopt_peft.trainer.logs import add_numbers, add_to_card, shorten
 from hyperopt_peft.trainer.method import Method
-from hyperopt_peft.trainer.over import CombinedTrainer
+from hyperopt_peft.trainer.over import CombinedTrainer, LowerStep
 from hyperopt_peft.trainer.phases import Phase
 from hyperopt_peft.trainer.saved import check_saved
 from hyperopt_peft.trainer.splits import reads_of
 from hyperopt_peft.trainer.step import Accumulated, OptimizerStep
-from hyperopt_peft.trainer.tags import keep_tags, without
+from hyperopt_peft.trainer.tags import keep_tags, marks, without
 from hyperopt_peft.trainer.task_loss import LossRule
 from hyperopt_peft.trainer.upper_batches import upper_batches
 from hyperopt_peft.utils import distributed
@@ -114,7 +114,7 @@ class BilevelTrainer(CombinedTrainer):
         **trainer: Any,
     ) -> None:
         self._own = {**vars(self)}  # which the constructor of a subclass has set
-        checks.check_class(args, self.Arguments)
+        args = self.Arguments.of(args)
         #: The columns in which rows must differ to be different rows; None for all.
         self.row_columns = reads_of(model, args)
         #: The further arguments of the second phase's trainer.
@@ -366,18 +366,24 @@ class BilevelTrainer(CombinedTrainer):
         return self.with_entries(batches), None
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss of one micro-batch; the call for the last one computes the step's gradients."""
+        """The loss of one micro-batch; the call for the last one computes the step's gradients.
+
+        A parent's override runs around the lower level's passes over the micro-batch. The step's
+        gradients, clipped afterwards, are those that it leaves.
+        """
         if not self.is_in_train:
             raise ProblemError(
                 "training_step: a step of two levels is a part of train(); call train(), or "
                 "hyperopt_peft.hypergradient for one hypergradient"
             )
-        self._set_training_mode(model)
-        step, calls = self.current_step, self.calls
-        loss = step.evaluate(inputs)
-        if calls == self.calls and not self._loss_checked:
-            checks.check_unread(self)
-        self._loss_checked = True
+        step, done, self._micro_batch = self.current_step, len(self.current_step.micro), inputs
+        passes = super().training_step if isinstance(self, LowerStep) else self.lower_step
+        loss: Tensor = passes(model, self._of_parent(inputs), *args, **kwargs)
+        if len(step.micro) != done + 1:
+            raise ProblemError(
+                f"training_step: {self.parent().__name__} called super().training_step "
+                f"{len(step.micro) - done} times for a micro-batch; call it once"
+            )
         if step.complete:
             try:
                 with metrics_restored(self):
@@ -386,6 +392,25 @@ class BilevelTrainer(CombinedTrainer):
             except NonFiniteError as error:
                 step.clear_gradients()
                 self.handle_non_finite(error)
+        return loss
+
+    def _of_parent(self, batch: Any) -> Any:
+        """``batch`` as the parent prepared it."""
+        return without(batch, (*self.tags, *ENTRIES)) if isinstance(batch, Mapping) else batch
+
+    def lower_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The passes of `training_step`: the loss of a micro-batch, differentiated."""
+        if marks(inputs) != marks(self._of_parent(self._micro_batch)):
+            raise ProblemError(
+                f"training_step: {self.parent().__name__} changes the batch, which the upper "
+                "level's batches do not go through; change it in the collator or compute_loss"
+            )
+        self._set_training_mode(model)
+        calls = self.calls
+        loss = self.current_step.evaluate(self._micro_batch)
+        if calls == self.calls and not self._loss_checked:
+            checks.check_unread(self)
+        self._loss_checked = True
         return loss
 
     def handle_non_finite(self, error: NonFiniteError) -> None:
@@ -451,6 +476,13 @@ class BilevelTrainer(CombinedTrainer):
         if self.trained and self.method is not None and self.args.should_save:
             self.trained = False
             check_saved(self, folder)
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Not possible, since a search makes a new model for each trial."""
+        raise ProblemError(
+            "hyperparameter_search: the levels own the tensors of one model; compare rates with "
+            "compare_methods and a Choice, or learn the setting as an upper variable"
+        )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As `transformers.Trainer.create_model_card`, with the bilevel settings."""
