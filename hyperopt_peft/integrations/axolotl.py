@@ -1,9 +1,7 @@
 """The plug-in for axolotl: two levels from the YAML file of a fine-tuning run.
 
-adapter: lora
-peft_use_dora: true
 plugins: [hyperopt_peft.integrations.axolotl.BilevelPlugin]
-bilevel: {method: bidora, gamma: 1.0e-5, lower_steps: 4, retrain: warm}
+bilevel: {method: bidora, gamma: 1.0e-5, lower_steps: 4}
 """
 
 from __future__ import annotations
@@ -11,16 +9,19 @@ from __future__ import annotations
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from axolotl.common.datasets import load_datasets
 from axolotl.core.trainers import AxolotlTrainer
 from axolotl.integrations.base import BasePlugin
+from axolotl.utils.dict import DictDefault
 from pydantic import BaseModel
 
 from hyperopt_peft.comparison.find import find_method
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.trainer import bilevel
 
-#: The keys of axolotl's YAML that choose or replace the trainer, or rows that a step would mix.
+#: Keys of axolotl that replace the trainer, pack rows, or compute adapters without their modules.
 REFUSED = ("rl", "reward_model", "process_reward_model", "trainer_cls", "sample_packing", "relora")
+REFUSED += ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 
 
 class BilevelInput(BaseModel):
@@ -30,38 +31,53 @@ class BilevelInput(BaseModel):
 
 
 class BilevelPlugin(BasePlugin):  # type: ignore[misc]
-    """Trains the adapter of axolotl's supervised fine-tuning by a method.
+    """Trains the adapter of a supervised fine-tuning with a method.
 
-    The mapping ``bilevel`` has ``method``, a name or ``my_method.py:MyMethod``, options of the
-    method, and arguments of `BilevelTrainingArguments`.
+    The mapping ``bilevel`` has ``method``, a name or ``my_method.py:MyMethod``, the options of the
+    method, arguments of `BilevelTrainingArguments` for the upper level, and ``upper_datasets``,
+    which is as axolotl's ``datasets``.
     """
 
+    trainer: Any = None
+
     def get_input_args(self) -> str:
-        """The class of the plug-in's keys."""
+        """The class of the plug-in's key."""
         return f"{__name__}.{BilevelInput.__name__}"
 
     def get_trainer_cls(self, cfg: Any) -> Any:
         """The class of the trainer; None without the key ``bilevel``.
 
         Raises:
-            ProblemError: an unknown method or option, or another key of the YAML is not possible.
+            ProblemError: the method or an option is unknown, or another key is not possible.
         """
         if not cfg.bilevel:
             return None
         for key in REFUSED:
             if cfg[key]:
-                raise ProblemError(f"{key}: not possible with bilevel; leave one of them out")
-        settings = dict(cfg.bilevel)
-        kind = find_method(settings.pop("method", "bidora"))
+                raise ProblemError(f"{key}: not possible with bilevel; set it to false")
+        settings, parent = dict(cfg.bilevel), bilevel(AxolotlTrainer)
+        kind, rows = (
+            find_method(settings.pop("method", "bidora")),
+            settings.pop("upper_datasets", None),
+        )
         own = {field.name for field in fields(kind)} if is_dataclass(kind) else set()
         method = kind(**{name: settings.pop(name) for name in own & settings.keys()})
-        parent = bilevel(AxolotlTrainer)
+        if rows is not None:
+            changes = {"datasets": rows, "test_datasets": None, "val_set_size": 0}
+            rows = load_datasets(cfg=DictDefault({**cfg, **changes})).train_dataset
 
-        class BilevelAxolotlTrainer(parent):
-            """With the method and the settings of the YAML."""
-
+        class BilevelAxolotlTrainer(parent):  # type: ignore[misc,valid-type]
             def __init__(self, model: Any, args: Any, **options: Any) -> None:
                 args = parent.Arguments.of(args, **settings)
-                super().__init__(model, args, method=method, **options)
+                super().__init__(model, args, method=method, upper_dataset=rows, **options)
 
         return BilevelAxolotlTrainer
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        """Remember ``trainer``, whose model a method may replace."""
+        self.trainer = trainer if cfg.bilevel else None
+
+    def post_train(self, cfg: Any, model: Any) -> None:
+        """Save the model with the settings, and compare it with what stock PEFT loads."""
+        if self.trainer is not None:
+            self.trainer.save_model()

@@ -134,9 +134,8 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         """
         ours, parents = vars(cls).get("made_by", (None, (cls, cls.parents)))[1]
         complete = isinstance(args, ours)
-        if not isinstance(args, parents) or (
-            isinstance(args, BilevelTrainingArguments) and not complete
-        ):
+        foreign = isinstance(args, BilevelTrainingArguments) and not complete
+        if foreign or not isinstance(args, parents):
             raise ProblemError(
                 f"args must be {cls.__name__}, got {type(args).__name__}; make them with the "
                 "trainer class's Arguments"
