@@ -20,8 +20,10 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.trainer import bilevel
 
 #: Keys of axolotl that replace the trainer, pack rows, or compute adapters without their modules.
-REFUSED = ("rl", "reward_model", "process_reward_model", "trainer_cls", "sample_packing", "relora")
-REFUSED += ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+REFUSED = """
+rl reward_model process_reward_model trainer_cls sample_packing relora
+lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel
+""".split()  # noqa: SIM905
 
 
 class BilevelInput(BaseModel):
@@ -30,7 +32,7 @@ class BilevelInput(BaseModel):
     bilevel: dict[str, Any] | None = None
 
 
-class BilevelPlugin(BasePlugin):  # type: ignore[misc]
+class BilevelPlugin(BasePlugin):
     """Trains the adapter of a supervised fine-tuning with a method.
 
     The mapping ``bilevel`` has ``method``, a name or ``my_method.py:MyMethod``, the options of the
@@ -60,7 +62,7 @@ class BilevelPlugin(BasePlugin):  # type: ignore[misc]
             find_method(settings.pop("method", "bidora")),
             settings.pop("upper_datasets", None),
         )
-        own = {field.name for field in fields(kind)} if is_dataclass(kind) else set()
+        own = {x.name for x in fields(kind)} if is_dataclass(kind) else set[str]()
         method = kind(**{name: settings.pop(name) for name in own & settings.keys()})
         if rows is not None:
             changes = {"datasets": rows, "test_datasets": None, "val_set_size": 0}

@@ -140,7 +140,8 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
                 f"args must be {cls.__name__}, got {type(args).__name__}; make them with the "
                 "trainer class's Arguments"
             )
-        kind = type(args) if complete else combined_arguments(ours, type(args))
+        of_args: Any = type(args)
+        kind = of_args if complete else combined_arguments(ours, of_args)
         made = kind.__new__(kind)
         made.__dict__.update({x.name: x.default for x in fields(kind)} | vars(args) | settings)
         for name in settings.keys() - (known := made.bilevel_settings()).keys():

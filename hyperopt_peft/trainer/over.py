@@ -37,7 +37,7 @@ class LowerStep(Trainer):
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The lower level's passes over a micro-batch, of the `BilevelTrainer`."""
-        return self.lower_step(model, inputs)  # type: ignore[attr-defined]
+        return self.lower_step(model, inputs)
 
 
 @cache

@@ -376,9 +376,13 @@ class BilevelTrainer(CombinedTrainer):
                 "training_step: a step of two levels is a part of train(); call train(), or "
                 "hyperopt_peft.hypergradient for one hypergradient"
             )
-        step, done, self._micro_batch = self.current_step, len(self.current_step.micro), inputs
+        step, done = self.current_step, len(self.current_step.micro)
+        # The parent's step sees the batch as the parent prepared it.
+        added = (*self.tags, *ENTRIES)
+        batch = without(inputs, added) if isinstance(inputs, Mapping) else inputs
+        self._micro_batch = inputs, marks(batch)
         passes = super().training_step if isinstance(self, LowerStep) else self.lower_step
-        loss: Tensor = passes(model, self._of_parent(inputs), *args, **kwargs)
+        loss: Tensor = passes(model, batch, *args, **kwargs)
         if len(step.micro) != done + 1:
             raise ProblemError(
                 f"training_step: {self.parent().__name__} called super().training_step "
@@ -394,20 +398,17 @@ class BilevelTrainer(CombinedTrainer):
                 self.handle_non_finite(error)
         return loss
 
-    def _of_parent(self, batch: Any) -> Any:
-        """``batch`` as the parent prepared it."""
-        return without(batch, (*self.tags, *ENTRIES)) if isinstance(batch, Mapping) else batch
-
     def lower_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The passes of `training_step`: the loss of a micro-batch, differentiated."""
-        if marks(inputs) != marks(self._of_parent(self._micro_batch)):
+        batch, before = self._micro_batch
+        if marks(inputs) != before:
             raise ProblemError(
                 f"training_step: {self.parent().__name__} changes the batch, which the upper "
                 "level's batches do not go through; change it in the collator or compute_loss"
             )
         self._set_training_mode(model)
         calls = self.calls
-        loss = self.current_step.evaluate(self._micro_batch)
+        loss = self.current_step.evaluate(batch)
         if calls == self.calls and not self._loss_checked:
             checks.check_unread(self)
         self._loss_checked = True
