@@ -1,4 +1,4 @@
-"""The plug-in for axolotl: two levels from the YAML file of a fine-tuning run.
+"""The plug-in for axolotl: two levels from the YAML file of a fine-tuning run::
 
 plugins: [hyperopt_peft.integrations.axolotl.BilevelPlugin]
 bilevel: {method: bidora, gamma: 1.0e-5, lower_steps: 4}
@@ -19,11 +19,9 @@ from hyperopt_peft.comparison.find import find_method
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.trainer import bilevel
 
-#: Keys of axolotl that replace the trainer, pack rows, or compute adapters without their modules.
-REFUSED = """
-rl reward_model process_reward_model trainer_cls sample_packing relora
-lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel
-""".split()  # noqa: SIM905
+#: Keys that replace the trainer, join rows, or compute adapters without their modules.
+REFUSED = ["rl", "reward_model", "process_reward_model", "trainer_cls", "sample_packing", "relora"]
+REFUSED += [f"lora_{name}_kernel" for name in ("mlp", "qkv", "o", "embedding")]
 
 
 class BilevelInput(BaseModel):
@@ -35,9 +33,8 @@ class BilevelInput(BaseModel):
 class BilevelPlugin(BasePlugin):
     """Trains the adapter of a supervised fine-tuning with a method.
 
-    The mapping ``bilevel`` has ``method``, a name or ``my_method.py:MyMethod``, the options of the
-    method, arguments of `BilevelTrainingArguments` for the upper level, and ``upper_datasets``,
-    which is as axolotl's ``datasets``.
+    The key ``bilevel`` has ``method``, a name or ``my_method.py:MyMethod``, the method's options,
+    the upper level's arguments, and its rows: ``upper_datasets``, as axolotl's ``datasets``.
     """
 
     trainer: Any = None
@@ -58,10 +55,8 @@ class BilevelPlugin(BasePlugin):
             if cfg[key]:
                 raise ProblemError(f"{key}: not possible with bilevel; set it to false")
         settings, parent = dict(cfg.bilevel), bilevel(AxolotlTrainer)
-        kind, rows = (
-            find_method(settings.pop("method", "bidora")),
-            settings.pop("upper_datasets", None),
-        )
+        rows = settings.pop("upper_datasets", None)
+        kind = find_method(settings.pop("method", "bidora"))
         own = {x.name for x in fields(kind)} if is_dataclass(kind) else set[str]()
         method = kind(**{name: settings.pop(name) for name in own & settings.keys()})
         if rows is not None:
