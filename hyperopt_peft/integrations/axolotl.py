@@ -1,7 +1,6 @@
-"""The plug-in for axolotl: two levels from the YAML file of a fine-tuning run::
+"""The plug-in for axolotl: two levels from the YAML file of a fine-tuning run.
 
-plugins: [hyperopt_peft.integrations.axolotl.BilevelPlugin]
-bilevel: {method: bidora, gamma: 1.0e-5, lower_steps: 4}
+Its YAML has ``plugins: [hyperopt_peft.integrations.axolotl.BilevelPlugin]`` and ``bilevel``.
 """
 
 from __future__ import annotations
