@@ -50,9 +50,8 @@ class BilevelPlugin(BasePlugin):
         """
         if not cfg.bilevel:
             return None
-        for key in REFUSED:
-            if cfg[key]:
-                raise ProblemError(f"{key}: not possible with bilevel; set it to false")
+        for key in filter(cfg.get, REFUSED):
+            raise ProblemError(f"{key}: not possible with bilevel; set it to false")
         settings, parent = dict(cfg.bilevel), bilevel(AxolotlTrainer)
         rows = settings.pop("upper_datasets", None)
         kind = find_method(settings.pop("method", "bidora"))

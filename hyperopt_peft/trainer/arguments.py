@@ -120,28 +120,21 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
     def of(cls, args: Any, **settings: Any) -> Any:
         """A copy of ``args``, which may be a parent's, with ``settings`` of the upper level.
 
-        The class of the copy combines this class and that of ``args``, whose values stay as they
-        are.
-
         Raises:
             ProblemError: ``args`` has another class, or a setting is unknown or out of range.
 
         Example:
-            >>> args = TrainingArguments("outputs", learning_rate=1e-3, report_to="none")
-            >>> args = BilevelTrainingArguments.of(args, lower_steps=4)
-            >>> args.learning_rate, args.lower_steps
-            (0.001, 4)
+            >>> BilevelTrainingArguments.of(TrainingArguments("outputs"), lower_steps=4).lower_steps
+            4
         """
         ours, parents = vars(cls).get("made_by", (None, (cls, cls.parents)))[1]
-        complete = isinstance(args, ours)
-        foreign = isinstance(args, BilevelTrainingArguments) and not complete
-        if foreign or not isinstance(args, parents):
+        kind: Any = type(args)
+        if issubclass(kind, parents) and not issubclass(kind, BilevelTrainingArguments):
+            kind = combined_arguments(ours, kind)
+        if not (issubclass(kind, parents) and issubclass(kind, ours)):
             raise ProblemError(
-                f"args must be {cls.__name__}, got {type(args).__name__}; make them with the "
-                "trainer class's Arguments"
+                f"args must be {cls.__name__}, got {kind.__name__}; use the trainer's Arguments"
             )
-        of_args: Any = type(args)
-        kind = of_args if complete else combined_arguments(ours, of_args)
         made = kind.__new__(kind)
         made.__dict__.update({x.name: x.default for x in fields(kind)} | vars(args) | settings)
         for name in settings.keys() - (known := made.bilevel_settings()).keys():

@@ -68,12 +68,11 @@ def counters_of(trainer: Trainer) -> dict[str, int]:
 @contextmanager
 def metrics_restored(trainer: Trainer) -> Iterator[None]:
     """Restore the metrics after the body, which evaluates the loss."""
-    owners = (vars(trainer), METRICS), (vars(trainer.state), ("tokens",))  # the second of axolotl
-    before = [{n: deepcopy(owner[n]) for n in names if n in owner} for owner, names in owners]
+    before = {name: deepcopy(vars(trainer)[name]) for name in METRICS if name in vars(trainer)}
+    state, tokens = vars(trainer.state), deepcopy(vars(trainer.state).get("tokens"))  # of axolotl
     try:
         yield
     finally:
-        for (owner, names), values in zip(owners, before, strict=True):
-            for name in names:
-                owner.pop(name, None)
-            owner.update(values)
+        vars(trainer).update(before)
+        state.pop("tokens", None)
+        state.update({} if tokens is None else {"tokens": tokens})

@@ -35,9 +35,9 @@ copyreg.pickle(Combined, lambda cls: vars(cls).get("made_by", cls.__qualname__))
 class LowerStep(Trainer):
     """The last class before `Trainer`, so that ``super().training_step`` of a parent ends here."""
 
-    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The lower level's passes over a micro-batch, of the `BilevelTrainer`."""
-        return self.lower_step(model, inputs)
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As `BilevelTrainer.lower_step`."""
+        return self.lower_step(*args, **kwargs)
 
 
 @cache
@@ -59,10 +59,9 @@ def combined(ours: Any, parent: Any) -> Any:
 
 def check_parent(cls: Any, parent: type[Trainer]) -> None:
     """Raise ProblemError if ``parent`` overrides a method that a step of ``cls`` does not call."""
-    prepare = "_prepare_inputs"
-    if getattr(parent, prepare, None) is not getattr(Trainer, prepare, None):
+    if getattr(parent, name := "_prepare_inputs", None) is not getattr(Trainer, name, None):
         raise ProblemError(
-            f"{parent.__name__}: overrides {prepare}, which a bilevel step does not call; "
+            f"{parent.__name__}: overrides {name}, which a bilevel step does not call; "
             "trainers that generate batches in each step (GRPO, RLOO) are not possible"
         )
     if parent.training_step is not Trainer.training_step and not issubclass(cls, LowerStep):
@@ -73,15 +72,11 @@ def check_parent(cls: Any, parent: type[Trainer]) -> None:
 
 
 def arguments_of(parent: type[Trainer]) -> Any:
-    """The class of ``args``, from the first readable type hint among the bases of ``parent``.
-
-    A hint stands in ``__init__`` or in the body of the class.
-    """
+    """The class of ``args``, from the first readable type hint, which a body may have too."""
     for base in parent.__mro__:
         if kind := UNHINTED.get(f"{base.__module__}.{base.__qualname__}"):
             return kind
-        of_class = inspect.get_annotations(base).get("args")
-        if annotation := _annotation(base, "args") or of_class:
+        if annotation := _annotation(base, "args") or inspect.get_annotations(base).get("args"):
             hint = SimpleNamespace(__annotations__={"args": annotation})
             with suppress(NameError):  # the hint's class is imported for type checkers only
                 hinted = get_type_hints(hint, vars(sys.modules[base.__module__]))["args"]

@@ -368,25 +368,23 @@ class BilevelTrainer(CombinedTrainer):
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The loss of one micro-batch; the call for the last one computes the step's gradients.
 
-        A parent's override runs around the lower level's passes over the micro-batch. The step's
-        gradients, clipped afterwards, are those that it leaves.
+        A parent's override runs around `lower_step`; what it leaves of the gradients is clipped.
         """
         if not self.is_in_train:
             raise ProblemError(
                 "training_step: a step of two levels is a part of train(); call train(), or "
                 "hyperopt_peft.hypergradient for one hypergradient"
             )
-        step, done = self.current_step, len(self.current_step.micro)
         # The parent's step sees the batch as the parent prepared it.
-        added = (*self.tags, *ENTRIES)
-        batch = without(inputs, added) if isinstance(inputs, Mapping) else inputs
-        self._micro_batch = inputs, marks(batch)
+        batch = without(inputs, (*self.tags, *ENTRIES)) if isinstance(inputs, Mapping) else inputs
+        self._micro_batch, self._seen = inputs, list[Any]()
+        step, before = self.current_step, marks(batch)
         passes = super().training_step if isinstance(self, LowerStep) else self.lower_step
         loss: Tensor = passes(model, batch, *args, **kwargs)
-        if len(step.micro) != done + 1:
+        if self._seen != [before]:
             raise ProblemError(
-                f"training_step: {self.parent().__name__} called super().training_step "
-                f"{len(step.micro) - done} times for a micro-batch; call it once"
+                f"training_step: {self.parent().__name__} must call super().training_step once, "
+                "with the batch unchanged, as upper batches skip it; change rows in the collator"
             )
         if step.complete:
             try:
@@ -400,15 +398,10 @@ class BilevelTrainer(CombinedTrainer):
 
     def lower_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The passes of `training_step`: the loss of a micro-batch, differentiated."""
-        batch, before = self._micro_batch
-        if marks(inputs) != before:
-            raise ProblemError(
-                f"training_step: {self.parent().__name__} changes the batch, which the upper "
-                "level's batches do not go through; change it in the collator or compute_loss"
-            )
+        self._seen.append(marks(inputs))
         self._set_training_mode(model)
         calls = self.calls
-        loss = self.current_step.evaluate(batch)
+        loss = self.current_step.evaluate(self._micro_batch)
         if calls == self.calls and not self._loss_checked:
             checks.check_unread(self)
         self._loss_checked = True
