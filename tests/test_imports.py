@@ -26,6 +26,7 @@ ALLOWED = {
     "problems": LEVELS | {"engine", "adapters", "trainer", "method", "heads"},
     "attribution": LEVELS | {"engine", "adapters", "trainer", "heads"},
     "comparison": LEVELS | {"engine", "adapters", "trainer", "heads", "problems"},
+    "integrations": LEVELS | {"trainer", "comparison"},
     "cli": LEVELS
     | {"engine", "diagnostics", "adapters", "trainer", "heads", "problems", "attribution"}
     | {"comparison", ""},

@@ -27,7 +27,6 @@ from hyperopt_peft.comparison.upper import UpperLevel, arguments_of
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.heads.frozen_layers import compute_once
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
-from hyperopt_peft.trainer.checks import check_class
 from hyperopt_peft.trainer.fingerprint import frozen_fingerprint
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.passes import passes_of_a_cycle
@@ -107,7 +106,7 @@ class Task:
     layers: str = ""
 
     def __post_init__(self) -> None:
-        check_class(self.args, self.trainer.Arguments)
+        self.args = self.trainer.Arguments.of(self.args)
         again = cast(Mapping[str, Any], self.args.retrain_arguments or {})
         for place, values in {"": vars(self.args), "retrain_arguments: ": again}.items():
             for name, value in FIXED.items():

@@ -15,10 +15,10 @@ import torch
 from transformers import TrainingArguments
 
 from hyperopt_peft.engine.step import require_history
-from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.errors import ProblemError, did_you_mean
 from hyperopt_peft.hypergradients import Estimator, get_estimator
 from hyperopt_peft.hypergradients.registry import DEFAULT
-from hyperopt_peft.trainer.over import Combined
+from hyperopt_peft.trainer.over import Combined, combined_arguments
 from hyperopt_peft.utils.validation import (
     Bound,
     NonNegativeFloat,
@@ -116,8 +116,37 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
     #: Whether printed lines have norms and rates too; no field, since it is an option of a command.
     details = False
 
+    @classmethod
+    def of(cls, args: Any, **settings: Any) -> Any:
+        """A copy of ``args``, which may be a parent's, with ``settings`` of the upper level.
+
+        Raises:
+            ProblemError: ``args`` has another class, or a setting is unknown or out of range.
+
+        Example:
+            >>> BilevelTrainingArguments.of(TrainingArguments("outputs"), lower_steps=4).lower_steps
+            4
+        """
+        ours, parents = vars(cls).get("made_by", (None, (cls, cls.parents)))[1]
+        kind: Any = type(args)
+        if issubclass(kind, parents) and not issubclass(kind, BilevelTrainingArguments):
+            kind = combined_arguments(ours, kind)
+        if not (issubclass(kind, parents) and issubclass(kind, ours)):
+            raise ProblemError(
+                f"args must be {cls.__name__}, got {kind.__name__}; use the trainer's Arguments"
+            )
+        made = kind.__new__(kind)
+        made.__dict__.update({x.name: x.default for x in fields(kind)} | vars(args) | settings)
+        for name in settings.keys() - (known := made.bilevel_settings()).keys():
+            raise ProblemError(f"{name}: no argument of the upper level{did_you_mean(name, known)}")
+        made._complete()
+        return made
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._complete()
+
+    def _complete(self) -> None:
         # PyTorch warns of each loader that pins memory without an accelerator.
         self.dataloader_pin_memory &= torch.accelerator.is_available()
         given: Any = self.retrain_arguments

@@ -52,6 +52,7 @@ REFUSED = {
     "torch_compile": "the levels call the model and not its wrapper; use model.compile()",
     "torch_empty_cache_steps": "a step has many passes; empty the cache in a callback",
     "activation_offloading": "estimators' passes do not offload; use gradient_checkpointing",
+    "layer_offloading": "second derivatives read weights after they have left; use 4-bit weights",
     "deepspeed": "DeepSpeed does not expose gradients; use DDP or FSDP2",
     "model_init": "levels own the tensors of one model; make the model first",
 }
@@ -69,16 +70,6 @@ def warn_of_short_phase(phase: str, args: Any, rows: int) -> None:
         logger.warning_once(
             f"{phase}: {steps} steps at a learning rate of {args.learning_rate:g} hardly train an "
             f"adapter; give it {math.ceil(LEARNS / args.learning_rate)} steps or a higher rate"
-        )
-
-
-def check_class(args: Any, kind: Any) -> None:
-    """Raise ProblemError unless ``args`` has the class ``kind``, or both bases of ``kind``."""
-    bases = vars(kind).get("made_by", (None, (kind,)))[1]
-    if not all(isinstance(args, base) for base in bases):
-        raise ProblemError(
-            f"args must be {kind.__name__}, got {type(args).__name__}; make them with the "
-            "trainer class's Arguments"
         )
 
 

@@ -69,7 +69,10 @@ def counters_of(trainer: Trainer) -> dict[str, int]:
 def metrics_restored(trainer: Trainer) -> Iterator[None]:
     """Restore the metrics after the body, which evaluates the loss."""
     before = {name: deepcopy(vars(trainer)[name]) for name in METRICS if name in vars(trainer)}
+    state, tokens = vars(trainer.state), deepcopy(vars(trainer.state).get("tokens"))  # of axolotl
     try:
         yield
     finally:
         vars(trainer).update(before)
+        state.pop("tokens", None)
+        state.update({} if tokens is None else {"tokens": tokens})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copyreg
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from copy import copy
@@ -16,12 +17,6 @@ from typing import Any, ClassVar, Self, get_args, get_type_hints
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from hyperopt_peft.errors import ProblemError
-
-#: Methods of the Trainer that a bilevel step does not call, and what that means.
-REPLACED = {
-    "_prepare_inputs": "trainers that generate batches in each step (GRPO, RLOO) are not possible",
-    "training_step": "override compute_loss instead",
-}
 
 #: The arguments classes of trainers that declare another one in their type hints.
 UNHINTED = {"transformers.trainer_seq2seq.Seq2SeqTrainer": Seq2SeqTrainingArguments}
@@ -35,6 +30,14 @@ class Combined(type):
 
 
 copyreg.pickle(Combined, lambda cls: vars(cls).get("made_by", cls.__qualname__))
+
+
+class LowerStep(Trainer):
+    """The last class before `Trainer`, so that ``super().training_step`` of a parent ends here."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As `BilevelTrainer.lower_step`."""
+        return self.lower_step(*args, **kwargs)
 
 
 @cache
@@ -51,30 +54,32 @@ def combined(ours: Any, parent: Any) -> Any:
         "__doc__": f"`{ours.__name__}` over `{parent.__name__}`.",
         "made_by": (combined, (ours, parent)),
     }
-    return type(ours)(name, (ours, parent), body)
+    return type(ours)(name, (ours, parent, LowerStep), body)
 
 
-def check_parent(parent: type[Trainer]) -> None:
-    """Raise ProblemError if ``parent`` overrides a method that a bilevel step does not call."""
-    for name, advice in REPLACED.items():
-        method = getattr(parent, name)
-        # TRL's own training_step only opens a context, for activation_offloading.
-        harmless = name == "training_step" and method.__module__.startswith("trl.")
-        if method is not getattr(Trainer, name) and not harmless:
-            raise ProblemError(
-                f"{parent.__name__}: overrides {name}, which a bilevel step does not call; {advice}"
-            )
+def check_parent(cls: Any, parent: type[Trainer]) -> None:
+    """Raise ProblemError if ``parent`` overrides a method that a step of ``cls`` does not call."""
+    if getattr(parent, name := "_prepare_inputs", None) is not getattr(Trainer, name, None):
+        raise ProblemError(
+            f"{parent.__name__}: overrides {name}, which a bilevel step does not call; "
+            "trainers that generate batches in each step (GRPO, RLOO) are not possible"
+        )
+    if parent.training_step is not Trainer.training_step and not issubclass(cls, LowerStep):
+        raise ProblemError(
+            f"{cls.__name__}: {parent.__name__} overrides training_step; derive the class from "
+            f"bilevel({parent.__name__})"
+        )
 
 
 def arguments_of(parent: type[Trainer]) -> Any:
-    """The class of ``args``, from the first readable type hint among the bases of ``parent``."""
+    """The class of ``args``, from the first readable type hint, which a body may have too."""
     for base in parent.__mro__:
         if kind := UNHINTED.get(f"{base.__module__}.{base.__qualname__}"):
             return kind
-        if annotation := _annotation(base, "args"):
+        if annotation := _annotation(base, "args") or inspect.get_annotations(base).get("args"):
             hint = SimpleNamespace(__annotations__={"args": annotation})
             with suppress(NameError):  # the hint's class is imported for type checkers only
-                hinted = get_type_hints(hint, vars(base)["__init__"].__globals__)["args"]
+                hinted = get_type_hints(hint, vars(sys.modules[base.__module__]))["args"]
                 for each in get_args(hinted) or (hinted,):
                     if isinstance(each, type) and issubclass(each, TrainingArguments):
                         return each
@@ -136,7 +141,7 @@ class CombinedTrainer(Trainer, metaclass=Combined):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        check_parent(cls.parent())
+        check_parent(cls, cls.parent())
         if "Arguments" not in vars(cls):
             cls.Arguments = combined_arguments(cls.Arguments, arguments_of(cls.parent()))
 
@@ -146,10 +151,11 @@ class CombinedTrainer(Trainer, metaclass=Combined):
 
         Equal calls return the same class. Both levels train the loss of ``trainer``, on data that
         ``trainer`` prepares. The attribute ``Arguments`` combines the arguments of both classes,
-        with the defaults of ``trainer``.
+        with the defaults of ``trainer``; an arguments object of ``trainer`` is accepted too. Its
+        ``training_step`` runs around the lower level's passes.
 
         Raises:
-            ProblemError: ``trainer`` is not a Trainer, or its step does more than evaluate a loss.
+            ProblemError: ``trainer`` is not a Trainer, or generates its batches in each step.
 
         Example:
             >>> from hyperopt_peft import BilevelTrainer

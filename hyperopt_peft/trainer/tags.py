@@ -176,6 +176,13 @@ def label_counts(
     return torch.cat(chosen).bincount(minlength=values)
 
 
+def marks(batch: Any) -> dict[str, Any]:
+    """The identities and versions of the tensors in ``batch``, which a change of it changes."""
+    if not isinstance(batch, Mapping):
+        return {"": id(batch)}
+    return {k: (id(x), x._version) if isinstance(x, Tensor) else None for k, x in batch.items()}
+
+
 def keep_tags(trainer: Any) -> None:
     """Add the columns ``trainer.tags`` to the batches of ``trainer``."""
     tags, method = trainer.tags, type(trainer.method).__name__

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
-from hyperopt_peft.core.labels import ITEMS, MICRO_BATCHES, WEIGHT, model_reads
+from hyperopt_peft.core.labels import ENTRIES, ITEMS, MICRO_BATCHES, WEIGHT, model_reads
 from hyperopt_peft.core.prior import GaussianPrior
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine import checkpoint
@@ -28,12 +28,12 @@ from hyperopt_peft.trainer.callback import BilevelCallback, Point
 from hyperopt_peft.trainer.internals import metrics_restored, packed_with
 from hyperopt_peft.trainer.logs import add_numbers, add_to_card, shorten
 from hyperopt_peft.trainer.method import Method
-from hyperopt_peft.trainer.over import CombinedTrainer
+from hyperopt_peft.trainer.over import CombinedTrainer, LowerStep
 from hyperopt_peft.trainer.phases import Phase
 from hyperopt_peft.trainer.saved import check_saved
 from hyperopt_peft.trainer.splits import reads_of
 from hyperopt_peft.trainer.step import Accumulated, OptimizerStep
-from hyperopt_peft.trainer.tags import keep_tags, without
+from hyperopt_peft.trainer.tags import keep_tags, marks, without
 from hyperopt_peft.trainer.task_loss import LossRule
 from hyperopt_peft.trainer.upper_batches import upper_batches
 from hyperopt_peft.utils import distributed
@@ -114,7 +114,7 @@ class BilevelTrainer(CombinedTrainer):
         **trainer: Any,
     ) -> None:
         self._own = {**vars(self)}  # which the constructor of a subclass has set
-        checks.check_class(args, self.Arguments)
+        args = self.Arguments.of(args)
         #: The columns in which rows must differ to be different rows; None for all.
         self.row_columns = reads_of(model, args)
         #: The further arguments of the second phase's trainer.
@@ -366,18 +366,26 @@ class BilevelTrainer(CombinedTrainer):
         return self.with_entries(batches), None
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss of one micro-batch; the call for the last one computes the step's gradients."""
+        """The loss of one micro-batch; the call for the last one computes the step's gradients.
+
+        A parent's override runs around `lower_step`; what it leaves of the gradients is clipped.
+        """
         if not self.is_in_train:
             raise ProblemError(
                 "training_step: a step of two levels is a part of train(); call train(), or "
                 "hyperopt_peft.hypergradient for one hypergradient"
             )
-        self._set_training_mode(model)
-        step, calls = self.current_step, self.calls
-        loss = step.evaluate(inputs)
-        if calls == self.calls and not self._loss_checked:
-            checks.check_unread(self)
-        self._loss_checked = True
+        # The parent's step sees the batch as the parent prepared it.
+        batch = without(inputs, (*self.tags, *ENTRIES)) if isinstance(inputs, Mapping) else inputs
+        self._micro_batch, self._seen = inputs, list[Any]()
+        step, before = self.current_step, marks(batch)
+        passes = super().training_step if isinstance(self, LowerStep) else self.lower_step
+        loss: Tensor = passes(model, batch, *args, **kwargs)
+        if self._seen != [before]:
+            raise ProblemError(
+                f"training_step: {self.parent().__name__} must call super().training_step once, "
+                "with the batch unchanged, as upper batches skip it; change rows in the collator"
+            )
         if step.complete:
             try:
                 with metrics_restored(self):
@@ -386,6 +394,17 @@ class BilevelTrainer(CombinedTrainer):
             except NonFiniteError as error:
                 step.clear_gradients()
                 self.handle_non_finite(error)
+        return loss
+
+    def lower_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The passes of `training_step`: the loss of a micro-batch, differentiated."""
+        self._seen.append(marks(inputs))
+        self._set_training_mode(model)
+        calls = self.calls
+        loss = self.current_step.evaluate(self._micro_batch)
+        if calls == self.calls and not self._loss_checked:
+            checks.check_unread(self)
+        self._loss_checked = True
         return loss
 
     def handle_non_finite(self, error: NonFiniteError) -> None:
@@ -451,6 +470,13 @@ class BilevelTrainer(CombinedTrainer):
         if self.trained and self.method is not None and self.args.should_save:
             self.trained = False
             check_saved(self, folder)
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Not possible, since a search makes a new model for each trial."""
+        raise ProblemError(
+            "hyperparameter_search: the levels own the tensors of one model; compare rates with "
+            "compare_methods and a Choice, or learn the setting as an upper variable"
+        )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As `transformers.Trainer.create_model_card`, with the bilevel settings."""

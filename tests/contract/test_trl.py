@@ -10,7 +10,6 @@ from peft import get_peft_model
 from transformers import Trainer
 
 from hyperopt_peft.trainer.internals import METRICS
-from hyperopt_peft.trainer.over import REPLACED
 from hyperopt_peft.trainer.phases import REFERENCE
 from hyperopt_peft.trainer.upper_batches import PACKED
 from tests.support.language import language_model, lora
@@ -22,7 +21,7 @@ from tests.support.over_trl import CONFIGS, made  # noqa: E402
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_step_of_a_trainer_only_offloads_besides(kind: type) -> None:
-    """That is refused, so that a bilevel step may replace TRL's."""
+    """That is refused, so that the step may run around the lower level's passes."""
     if kind.training_step is Trainer.training_step:  # type: ignore[attr-defined]
         return
     lines = inspect.getsource(kind.training_step).splitlines()[1:]  # type: ignore[attr-defined]
@@ -30,7 +29,6 @@ def test_a_step_of_a_trainer_only_offloads_besides(kind: type) -> None:
         "with self.maybe_activation_offload_context:",
         "return super().training_step(*args, **kwargs)",
     ]
-    assert not set(REPLACED) - {"training_step"} & set(vars(kind))
 
 
 def test_metrics_packs_and_the_reference_have_their_names(tmp_path: Path) -> None:

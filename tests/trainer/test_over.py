@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,23 +47,125 @@ def trained(kind: Any, folder: Path, model: Any, settings: Any = None, **options
     return trainer
 
 
+@dataclass
+class OwnArguments(TrainingArguments):
+    """As axolotl's: fields of its own, with defaults."""
+
+    sparsity: float = 0.0
+
+
+class Stepping(Trainer):
+    """As axolotl's: the class of its arguments stands in its body, and its step calls super's."""
+
+    args: OwnArguments
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.seen: list[set[str]] = []
+        super().__init__(*args, **options)
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        self.seen.append({*inputs})
+        return super().training_step(model, inputs, *args, **options)
+
+
+class Sparse(Confident):
+    """Its step drops the small entries of a gradient, before the Trainer clips it."""
+
+    def training_step(self, model: Any, *args: Any, **options: Any) -> Any:
+        loss = super().training_step(model, *args, **options)
+        for parameter in filter(lambda p: p.grad is not None, model.parameters()):
+            parameter.grad *= parameter.grad.abs() > parameter.grad.abs().mean()
+        return loss
+
+
 @pytest.mark.skipif(
     not hasattr(Trainer, "loss_is_scaled_for_ga"),
     reason="before Transformers 5.19 the Trainer sums the micro-batches' losses",
 )
+@pytest.mark.parametrize("parent", [Confident, Sparse])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_one_level_over_a_loss_of_one_s_own_is_that_trainer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scaled: bool
+def test_one_level_over_a_loss_or_a_step_of_one_s_own_is_that_trainer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scaled: bool, parent: Any
 ) -> None:
     """Bit for bit, with arguments of its own; the last micro-batches are smaller."""
     monkeypatch.setattr(Confident, "loss_is_scaled_for_ga", scaled)
     table, ends = data(rows=22), []
-    for kind in (Confident, bilevel(Confident)):
+    for kind in (parent, bilevel(parent)):
         model, options = peft_model(dora=False), {"train_dataset": table, "strength": 0.3}
         trainer = trained(kind, tmp_path / kind.__name__, model, **options)
         losses = [x["loss"] for x in trainer.state.log_history if "loss" in x]
         ends.append((values(model), losses))
     assert not differences(*ends)
+
+
+def test_a_trainer_of_axolotl_s_shape_trains_bidora(tmp_path: Path) -> None:
+    """Bit for bit as without it: its step only calls super's; its arguments object is given."""
+    kind, ends = bilevel(Stepping), []
+    assert issubclass(kind.Arguments, OwnArguments)
+    for made in (kind, BilevelTrainer):
+        arguments = OwnArguments if made is kind else BilevelTrainer.Arguments
+        more = {"sparsity": 0.5} if made is kind else {}
+        args = arguments(str(tmp_path / made.__name__), **SETTINGS, **more)
+        model = peft_model()
+        trainer = made(model, args, method=BiDoRA(), train_dataset=data())
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        logs = [
+            {name: x for name, x in record.items() if "second" not in name and "time" not in name}
+            for each in (trainer, trainer.retrainer)
+            for record in each.state.log_history
+        ]
+        ends.append({"values": values(model), "logs": logs})
+        if made is kind:
+            assert trainer.args.sparsity == 0.5 == trainer.args.resume_must_match()["sparsity"]
+            assert (trainer.args.lower_steps, trainer.args.hypergradient) == (4, "direct")
+            assert "sparsity" not in trainer.args.bilevel_settings()
+            phases = trainer, trainer.retrainer  # 19 rows, then 24, in epochs of 2 steps
+            assert [len(phase.seen) for phase in phases] == [2 * 5, 2 * 6]
+            columns = {"input_ids", "attention_mask", "labels"}
+            assert all(seen == columns for phase in phases for seen in phase.seen)
+    assert not differences(*ends)
+    assert any("upper_loss" in record for record in ends[0]["logs"])
+
+
+def test_arguments_of_a_parent_get_those_of_the_upper_level(tmp_path: Path) -> None:
+    """Whatever the class hint is; the values of the given object stay as they are."""
+    theirs = OwnArguments(str(tmp_path), sparsity=0.25, logging_steps=7, report_to="none")
+    before = dict(vars(theirs))
+    for kind in (BilevelTrainer.Arguments, bilevel(Stepping).Arguments):
+        args = kind.of(theirs, lower_steps=3, retrain_arguments={"max_steps": 2})
+        before |= {"dataloader_pin_memory": args.dataloader_pin_memory}
+        assert vars(args) == vars(args) | before
+        assert args.lower_steps == 3 and args.for_retraining().max_steps == 2
+        assert isinstance(args, OwnArguments) and isinstance(args, BilevelTrainer.Arguments)
+        assert pickle.loads(pickle.dumps(args)).sparsity == 0.25
+    for settings, message in (
+        ({"lower_step": 3}, "lower_step: .*'lower_steps'"),
+        ({"learning_rate": 1.0}, "learning_rate: "),
+        ({"lower_steps": 0}, "lower_steps must be"),
+    ):
+        with pytest.raises(ProblemError, match=message):
+            BilevelTrainer.Arguments.of(theirs, **settings)
+
+
+def test_a_step_around_the_passes_is_part_of_the_search(tmp_path: Path) -> None:
+    """What it leaves of the gradients is what the lower level moves by, and no upper one."""
+
+    class Frozen(Stepping):
+        def training_step(self, model: Any, *args: Any, **options: Any) -> Any:
+            loss = super().training_step(model, *args, **options)
+            for name, parameter in model.named_parameters():
+                if "query" in name and parameter.grad is not None:
+                    parameter.grad.zero_()
+            return loss
+
+    model = peft_model()
+    start, args = values(model), OwnArguments(str(tmp_path), **SETTINGS | {"max_steps": 8})
+    trainer = bilevel(Frozen)(model, args, method=BiDoRA(), train_dataset=data())
+    trainer.train()
+    for name, value in values(model).items():
+        moved = "query" not in name or "magnitude" in name
+        assert torch.equal(value, start[name]) != moved, name
 
 
 class Optimizing(Confident):

@@ -10,7 +10,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers import Trainer, default_data_collator
 
 from hyperopt_peft import BiDoRA, BilevelTrainer, Method, Problem, ProblemError, bilevel
 from hyperopt_peft.problems import (
@@ -195,10 +195,38 @@ class Doubled(Trainer):
 
 
 class Stepping(Trainer):
-    """A step of its own."""
+    """A step of its own, which makes ``calls`` calls of the Trainer's."""
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        return super().training_step(*args, **kwargs)
+    steps = 1
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs = self.changed(dict(inputs))
+        losses = [super(Stepping, self).training_step(model, inputs) for _ in range(self.steps)]
+        return sum(losses, torch.zeros(()))
+
+    def changed(self, inputs: Any) -> Any:
+        return inputs
+
+
+class Shuffled(Stepping):
+    """Its step changes the batch in place."""
+
+    def changed(self, inputs: Any) -> Any:
+        inputs["input_ids"].copy_(inputs["input_ids"].flip(-1))
+        return inputs
+
+
+class Dropped(Stepping):
+    """Its step gives the model a part of the batch."""
+
+    def changed(self, inputs: Any) -> Any:
+        return {**inputs, "labels": inputs["labels"].clone()}
+
+
+def stepping(kind: type[Trainer] = Stepping, **attributes: Any) -> Any:
+    """Training over a trainer with a step of its own."""
+    over = bilevel(type(kind.__name__, (kind,), attributes))
+    return lambda _, f: method_trainer(f, method=LoRA(), kind=over).train()
 
 
 class Reads(Method):
@@ -313,13 +341,18 @@ REFUSED: list[tuple[str, Any]] = [
     ("hypergradient='cg' .* choose direct", over(Linear8bitLt, "cg")),
     ("Linear8bitLt: .* choose product=exact, direct", over(Linear8bitLt, "darts")),
     # Settings.
-    (
-        "args must be BilevelTrainingArguments, got TrainingArguments",
-        of_levels(lambda _: {"args": TrainingArguments("nowhere", report_to="none")}),
-    ),
+    ("args must be BilevelTrainingArguments, got dict", of_levels(lambda _: {"args": {}})),
     ("model must be a .*Module, got str", of_levels(lambda _: {"model": "name"})),
     ("model must be a .*Module, got str", of_method(LoRA, kind=bilevel(Doubled), model="name")),
-    ("Stepping: overrides training_step", lambda *_: bilevel(Stepping)),
+    ("Own: Stepping overrides .*bilevel", lambda *_: type("Own", (BilevelTrainer, Stepping), {})),
+    ("Stepping must call super.* once", stepping(steps=0)),
+    ("Stepping must call super.* once", stepping(steps=2)),
+    ("Shuffled must .*batch unchanged", stepping(Shuffled)),
+    ("Dropped must .*batch unchanged", stepping(Dropped)),
+    (
+        "hyperparameter_search: .*compare_methods.* Choice",
+        lambda m, f: trainer(f, model=m).hyperparameter_search(n_trials=1),
+    ),
     ("subclass of transformers.Trainer, got Module", lambda *_: bilevel(nn.Module)),
     ("got 'SFTTrainer'", lambda *_: bilevel("SFTTrainer")),
     ("n_gpu", on_two_gpus),

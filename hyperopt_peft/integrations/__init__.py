@@ -1,0 +1,1 @@
+"""Plug-ins of programs that train with a `transformers.Trainer`."""
