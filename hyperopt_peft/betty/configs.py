@@ -2,55 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.hypergradients.estimator import Estimator, Requirements
-from hyperopt_peft.hypergradients.registry import get_estimator
-from hyperopt_peft.hypergradients.unrolled.darts import DARTS
 from hyperopt_peft.utils.validation import NonNegativeInt, PositiveFloat, PositiveInt, require_types
 
-BF16, PROCESSES = "use precision='bf16'", "use BilevelTrainer under torchrun"
-DISPLACED = "it leaves w displaced; add the upper loss to training_step"
-#: What to use in place of other values of these options.
-REFUSED = {"first_order": 'use hyperopt_peft.Engine with "unrolled:steps=k"'}
-REFUSED |= {"precision": BF16, "initial_dynamic_scale": BF16, "scale_factor": BF16}
-REFUSED |= {"strategy": PROCESSES, "backend": PROCESSES, "distributed": PROCESSES}
-REFUSED |= {"darts_multitask": DISPLACED, "sama_multitask": DISPLACED}
-#: Methods of Betty that are not called here.
-NOT_CALLED = re.compile(
-    r"get_batch\w*|patch_\w+|param_groups|custom_optimizer_step|optimizer_step|epoch_callback|step|"
-    r"meta_trainable_parameters|training_step_exec|one_step_descent|step_\w+|get_loss|backward|"
-    r"set_\w+|zero_grad|clip_grad|cache_states|recover_states|synchronize_params|initialize|"
-    r"parse_\w+|configure_systems|configure_device|check_leaf|find_paths|dfs|cleanup|do_validation"
-)
-
-
-class Scripted:
-    """What an engine and a problem have in common."""
-
-    def __init_subclass__(cls) -> None:
-        for method in filter(NOT_CALLED.fullmatch, vars(cls)):
-            raise ProblemError(
-                f"{cls.__name__}: {method} is not called; give batches as train_data_loader, groups"
-                " of parameters to the optimizer, and use training_step and the callbacks"
-            )
-
-    def is_rank_zero(self) -> bool:
-        """True, since there is one process."""
-        return True
-
-
-class AfterStep(DARTS):
-    """`DARTS` at the end of the last lower step, as in Betty, and not at its start."""
-
-    @property
-    def requirements(self) -> Requirements:
-        """No past step."""
-        return replace(super().requirements, history=0)
+#: What to use in place of other values than the default, "bf16", "cpu" and "gpu".
+REFUSED = {"first_order": 'hyperopt_peft.Engine with "unrolled:steps=k"'}
+REFUSED |= dict.fromkeys(("precision", "initial_dynamic_scale", "scale_factor"), "bf16")
+REFUSED |= dict.fromkeys(("strategy", "backend", "distributed"), "BilevelTrainer under torchrun")
+REFUSED |= dict.fromkeys(("darts_multitask", "sama_multitask"), "both losses in training_step")
 
 
 class _Options:
@@ -58,16 +21,20 @@ class _Options:
         for option in fields(self):  # type: ignore[arg-type]
             name, value = option.name, getattr(self, option.name)
             if name in REFUSED and value not in (option.default, "bf16", "cpu", "gpu"):
-                raise ProblemError(f"{name}={value!r}: is not supported; {REFUSED[name]}")
+                raise ProblemError(f"{name}={value!r} is not supported; use {REFUSED[name]}")
         require_types(self)
 
 
 @dataclass
 class Config(_Options):
-    """Options of an `ImplicitProblem`; see the page "From Betty".
+    """Options of an `ImplicitProblem`, as in Betty; others than the supported are a ProblemError.
 
     ``cg_alpha`` cancels in the solution; ``log_local_step`` and ``retain_graph`` have no effect.
-    A value that is not supported raises ProblemError, with what to use instead.
+
+    Example:
+        >>> Config(precision="fp16")
+        Traceback (most recent call last):
+        hyperopt_peft.errors.ProblemError: precision='fp16' is not supported; use bf16
     """
 
     type: Literal["darts", "cg", "neumann", "sama"] = "darts"
@@ -92,25 +59,31 @@ class Config(_Options):
     cg_iterations: PositiveInt = 1
     cg_alpha: PositiveFloat = 1.0
 
-    def estimator(self, level: Problem) -> Estimator:
+    def estimator(self, level: Problem) -> str:
         """The estimator of hypergradients through ``level``."""
-        product = f"product={'difference' if level.nested else 'exact'}"
+        product = "difference" if level.nested else "exact"
         if self.type == "cg":
-            return get_estimator(f"cg:steps={self.cg_iterations},tolerance=1e-12,{product}")
+            return f"cg:steps={self.cg_iterations},tolerance=1e-12,product={product}"
         if self.type == "neumann":
-            options = f"terms={self.neumann_iterations},step_size={self.neumann_alpha}"
-            return get_estimator(f"neumann:{options},{product}")
-        if self.type == "darts" or "adam" not in type(level.optimizer).__name__.lower():
-            darts = self.type == "darts"
-            return AfterStep(epsilon=self.darts_alpha if darts else self.sama_adam_alpha)
-        if self.gradient_accumulation > 1:
-            raise ProblemError(f"{level.name}: sama cannot accumulate gradients; use darts")
-        return get_estimator(f"sama:epsilon={self.sama_adam_alpha}")
+            terms, step = self.neumann_iterations, self.neumann_alpha
+            return f"neumann:terms={terms},step_size={step},product={product}"
+        epsilon = self.darts_alpha if self.type == "darts" else self.sama_adam_alpha
+        if self.type == "sama" and "adam" in type(level.optimizer).__name__.lower():
+            if self.gradient_accumulation > 1:
+                raise ProblemError(f"{level.name}: sama cannot accumulate gradients; use darts")
+            return f"sama:epsilon={epsilon}"
+        # Betty's darts: H⁻¹ = I at the end of the step, where "darts" is at its start.
+        return f"neumann:terms=0,step_size=1,product=difference,epsilon={epsilon}"
 
 
 @dataclass
 class EngineConfig(_Options):
-    """Options of an `Engine`; as `Config`. ``logger_type`` has no effect: reports are printed."""
+    """Options of an `Engine`; as `Config`. Reports are printed: ``logger_type`` has no effect.
+
+    Example:
+        >>> EngineConfig(train_iters=100).valid_step
+        500
+    """
 
     train_iters: NonNegativeInt = 50000
     valid_step: PositiveInt = 500
