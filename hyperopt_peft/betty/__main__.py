@@ -23,7 +23,8 @@ def main() -> str | None:
     except ImportError as error:
         if "betty" not in str(error.name):
             raise
-        return f"{script}: {error}, which is not supported; use hyperopt_peft.Engine"
+        what = str(error).partition(" (")[0]
+        return f"{script}: {what}, which is not supported; use hyperopt_peft.Engine"
     return None
 
 

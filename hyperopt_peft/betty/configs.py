@@ -78,12 +78,7 @@ class Config(_Options):
 
 @dataclass
 class EngineConfig(_Options):
-    """Options of an `Engine`; as `Config`. Reports are printed: ``logger_type`` has no effect.
-
-    Example:
-        >>> EngineConfig(train_iters=100).valid_step
-        500
-    """
+    """Options of an `Engine`; as `Config`. Reports are printed: ``logger_type`` has no effect."""
 
     train_iters: NonNegativeInt = 50000
     valid_step: PositiveInt = 500

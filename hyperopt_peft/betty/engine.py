@@ -73,6 +73,7 @@ class ImplicitProblem(_Scripted):
     device: Any = None
     count = 0
     cfg = property(lambda self: self.extra_config)
+    leaf = property(lambda self: not self.children)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output."""
@@ -119,6 +120,7 @@ class _Level(Problem):
             max_grad_norm=self.config.gradient_clipping or None,
             name=owner.name,
         )
+        self.moving = (*self.variables, *owner.module.buffers())
         self.rolls = engine.config.roll_back and bool(owner.parents)
         self.parts = self.config.gradient_accumulation
         self.cycle = self.config.unroll_steps * self.parts  # batches for a step of the level above
@@ -132,9 +134,6 @@ class _Level(Problem):
     def call(self, hook: str) -> None:
         getattr(self.owner, hook, lambda: None)()
 
-    def moving(self) -> tuple[Tensor, ...]:
-        return (*self.variables, *self.owner.module.buffers())
-
     def loss(self, batch: Any) -> Any:
         half, device = self.config.precision == "bf16", self.variables[0].device.type
         with torch.autocast(device, torch.bfloat16, enabled=half):
@@ -144,7 +143,7 @@ class _Level(Problem):
         if self.owner.count == 0 or self.due:
             self.call("on_inner_loop_start")
         if self.rolls and self.owner.count % self.cycle == 0:
-            values = [x.detach().clone() for x in self.moving()]
+            values = [x.detach().clone() for x in self.moving]
             self.start = values, deepcopy(self.owner.optimizer.state_dict())
         self.owner.count += 1
         self.owner.cur_batch = super().next_batch()
@@ -178,12 +177,12 @@ class _Level(Problem):
         count, every = self.owner.count, self.config.log_step
         if every > 0 and count % every == 0 and count > self.logged:  # not again by `repeat`
             self.logged = count
-            self.engine.report(self.stats, f"Problem {self.name}", f"Local Step {count}")
+            self.engine._report(self.stats, f"Problem {self.name}", f"Local Step {count}")
         return norm or 0.0
 
     def repeat(self, joint: Problem) -> None:
         # As DARTS: the last step again, from the start of the loop and with the new u.
-        assign_(self.moving(), self.start[0])
+        assign_(self.moving, self.start[0])
         self.owner.optimizer.load_state_dict(self.start[1])
         for batch in self.recent:
             self.step(joint.gradient(batch, joint.variables).gradient)
@@ -223,16 +222,15 @@ class Engine(_Scripted):
         for x in self.problems:
             x.config, x.parents = x.config or Config(), list(edges["l2u"].get(x, ()))
             x.children = [y for y in self.problems if x in edges["l2u"].get(y, ())]
-        chain = list[Any]()
+        through, chain = {x for below in edges["u2l"].values() for x in below}, list[Any]()
         while rest := [x for x in self.problems if x not in chain]:
             below = [x for x in rest if {*chain[-1:]} <= {*x.parents} <= {*chain}]
-            if len(below) != 1:
+            if len(below) != 1 or (not chain and below[0] in through):
                 names = ", ".join(x.name for x in rest)
                 raise ProblemError(f"dependencies: {names} form no chain; join their modules")
             chain += below
         self._levels = [_Level(x, self) for x in chain]
         self._joint = list[Problem](self._levels[-1:])  # levels with those below, lowest first
-        through = {x for below in edges["u2l"].values() for x in below}
         for i in range(len(chain) - 1, 0, -1):
             above, level, joint = self._levels[i - 1], self._levels[i], self._joint[-1]
             flows = through & {*chain[i:]}
@@ -274,8 +272,7 @@ class Engine(_Scripted):
                     level.repeat(joint)
             self._bilevel.forget()
 
-    def report(self, numbers: Mapping[str, Any], *heads: str) -> None:
-        """Print ``numbers`` and the present step."""
+    def _report(self, numbers: Mapping[str, Any], *heads: str) -> None:
         values = ((k, x.item() if isinstance(x, Tensor) else x) for k, x in numbers.items())
         shown = " || ".join(f"{name}: {x}" for name, x in values)
         print(*(f"[{x}]" for x in (*heads, f"Global Step {self.global_step}")), shown, flush=True)
@@ -284,11 +281,10 @@ class Engine(_Scripted):
         for problem in self.problems:
             problem.train() if mode else problem.eval()
 
-    def _validate(self) -> bool:
-        """Report a validation; whether to stop."""
+    def _validate(self) -> bool:  # whether to stop
         self._train(False)
         numbers, config = self.validation() or {}, self.config  # type: ignore[attr-defined]
-        self.report(numbers, "Validation")
+        self._report(numbers, "Validation")
         self._train(True)
         if not config.early_stopping:
             return False

@@ -60,6 +60,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
 @pytest.mark.parametrize("case", CASES)
 def test_two_problems(case: str) -> None:
     options = CASES[case]
