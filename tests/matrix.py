@@ -52,6 +52,7 @@ SETS = ("oldest", *PINS)
 NEWER_PYTHON = ("python3.13", "axolotl-0.21")
 #: Sets without TRL: the oldest packages, and those of programs that need an older TRL.
 WITHOUT_TRL = ("oldest", "ms-swift", "llamafactory")
+BETTY = "betty-ml==0.2.1"
 PEFT_TESTS = ("custom_models", "helpers", "initialization", "lora_variants")
 PEFT_NEEDS = ("attrs", "diffusers", "parameterized")
 PACKAGES = (
@@ -103,6 +104,8 @@ def environment(name: str, folder: Path) -> Path:
         subprocess.run([*install, "--upgrade", "pip"], check=True)
         extras = "test" if name in WITHOUT_TRL else "test,trl"
         subprocess.run([*install, "-e", f"{ROOT}[{extras}]", *pins(name), *more], check=True)
+        # Its wheel refuses Python 3.11, on which it runs.
+        subprocess.run([*install, "--no-deps", "--ignore-requires-python", BETTY], check=True)
         (home / "complete").touch()
     subprocess.run([*install, "--no-deps", "-e", ROOT], check=True)  # a kept one may be of another
     return python

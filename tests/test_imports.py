@@ -18,6 +18,7 @@ ALLOWED = {
     "core": {"errors", "utils"},
     "hypergradients": {"errors", "utils", "core"},
     "engine": LEVELS,
+    "betty": LEVELS | {"engine"},
     "diagnostics": LEVELS,
     "adapters": {"errors", "utils"},
     "trainer": LEVELS | {"engine", "adapters"},

@@ -146,7 +146,11 @@ class Nested(Problem):
         self._rounds += 1
         log = {"loss": loss, "grad_norm": norm, **metrics}
         self._log = {f"below_{key}": value for key, value in log.items()}
-        return super().next_batch()
+        return self.middle.next_batch()
+
+    def step(self, gradient: Sequence[Tensor | None], norm: float | None = None) -> float:
+        """A step of ``middle``."""
+        return self.middle.step(gradient, norm)
 
     def differentiate(
         self, batch: Any, variables: Sequence[Tensor]
