@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 from hyperopt_peft.diagnostics.compare import ComparisonRow, EstimatorComparison, option
-from hyperopt_peft.diagnostics.retraining import Retraining
 from hyperopt_peft.hypergradients import get_estimator
 
 # The limits of an acceptable estimate, and of its reference; see `ComparisonRow`.
@@ -87,16 +86,12 @@ def _errors(row: ComparisonRow) -> str:
 def _of_reference(comparison: EstimatorComparison) -> list[str]:
     """Warnings about the reference."""
     warnings, residual = [], comparison.reference_residual
-    retrained = comparison.reference.startswith(Retraining.name)
     if residual is not None and not residual <= MAX_RESIDUAL:
-        error, advice = "residual", "raise its steps or its damping"
-        if retrained:
-            error, advice = "relative error", "raise its steps or lr, or set its epsilon"
         warnings.append(
-            f"Warning: the reference is uncertain ({error} {residual:.3g} > {MAX_RESIDUAL}), as is "
-            f"this recommendation; {advice}."
+            f"Warning: the reference is uncertain (residual {residual:.3g} > {MAX_RESIDUAL}), as "
+            "is this recommendation; raise its steps or its damping."
         )
-    if comparison.reference_note and not retrained:
+    if comparison.reference_note:
         warnings.append(f"Warning: the reference reports: {comparison.reference_note}.")
     return warnings
 
