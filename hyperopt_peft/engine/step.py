@@ -30,7 +30,7 @@ from hyperopt_peft.hypergradients.estimate import (
     of_residual,
     warn,
 )
-from hyperopt_peft.hypergradients.estimator import ALL, Estimator
+from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle, State
 from hyperopt_peft.hypergradients.products import DIFFERENCE, Passes
 from hyperopt_peft.hypergradients.state import packed, unpacked
@@ -331,12 +331,10 @@ def require_history(estimator: Estimator, *, lower_steps: int, recorded: int) ->
 
     The Engine records all ``lower_steps`` before each upper step, the Trainer only the last.
     """
-    history = estimator.requirements.history
-    needed = lower_steps if history == ALL else history
+    needed = estimator.requirements.history
     if needed > recorded:
-        steps = "every lower step" if history == ALL else f"the last {history} lower steps"
         raise ProblemError(
-            f"hypergradient: {estimator.name} needs records of {steps} before each upper step, and "
-            f"{min(needed, recorded)} of lower_steps={lower_steps} are recorded; use the Engine "
-            f"with lower_steps={needed}, or change the options of the estimator"
+            f"hypergradient: {estimator.name} needs records of the last {needed} lower steps "
+            f"before each upper step, and {recorded} of lower_steps={lower_steps} are recorded; "
+            f"use the Engine with lower_steps={needed}, or change the options of the estimator"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,17 +13,13 @@ from hyperopt_peft.hypergradients.dots import Dots
 from hyperopt_peft.hypergradients.oracle import Estimate, Oracle
 from hyperopt_peft.utils.validation import require_types
 
-#: `Requirements.history` of an estimator that needs a record of every lower step.
-ALL = sys.maxsize
-
 
 @dataclass(frozen=True)
 class Requirements:
     """The data that an estimator requires from training; `BilevelStep` provides them.
 
     Args:
-        history: the number of past lower steps with a `StepRecord`; `ALL` records every lower step
-            since the last upper step.
+        history: the number of past lower steps with a `StepRecord`.
         optimizer_state: whether a record has the gradient, and the optimizer's state before the
             step.
         lower_gradient: whether a record has ∂f/∂u from the lower step's own backward pass.

@@ -69,11 +69,6 @@ class DifferentiableStep:
         #: The options that are functions of upper variables, with their graphs.
         self.options = [value for options in self._learnt for value in options.values()]
 
-    def moments(self, parts: Sequence[Tensor]) -> dict[str, Vector]:
-        """The moments in the list ``parts`` (`vjp`, `jvp`) as vectors shaped like w, by name."""
-        width = len(self.moment_names)
-        return {name: Vector(parts[k::width]) for k, name in enumerate(self.moment_names)}
-
     def vjp(
         self, step: StepRecord, adjoint: Vector, moment_adjoint: Sequence[Tensor] | None = None
     ) -> tuple[Vector, Vector, list[Tensor], list[Tensor]]:
