@@ -13,7 +13,6 @@ import torch
 from tqdm.auto import tqdm
 
 from hyperopt_peft.core.problem import Problem, devices_of
-from hyperopt_peft.diagnostics.curvature import Spectrum, spectrum
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import NEXT, check_estimator, open_oracle
 from hyperopt_peft.hypergradients.estimator import Estimator
@@ -39,7 +38,7 @@ class ComparisonRow:
         spread: the standard deviation of h over the repeats, divided by the norm of the mean.
         gradients, products: the numbers of forward+backward and of second backward passes.
         seconds: the time of one estimate.
-        note: the first note, for example on negative curvature or a dominant damping.
+        note: the first note, for example on negative curvature.
         problem: the error of an estimator without a result.
     """
 
@@ -169,38 +168,18 @@ def compare_hypergradients(
             runs.append(error)
     solved = [_run(oracle(k), truth) for k in seeds]
     truths = [run.estimate.hypergradient for run in solved]
-    ends = None
-    if any(option(e, "damping") for e in (truth, *(e for _, e in chosen))):
-        ends = spectrum(upper, lower, **batches, seed=seed)
-    rows = []
-    for (name, estimator), repeated in zip(chosen, runs, strict=True):
-        if not isinstance(repeated, list):
-            rows.append(ComparisonRow(name, problem=str(repeated)))
-            continue
-        rows.append(_row(name, repeated, truths, _dominance(estimator, ends)))
-    note = "; ".join(filter(None, (_dominance(truth, ends), _first_note(solved))))
-    residual = _largest_residual(solved)
-    return EstimatorComparison(_label(reference), residual, note, repeats, tuple(rows))
+    rows = tuple(
+        _row(name, repeated, truths)
+        if isinstance(repeated, list)
+        else ComparisonRow(name, problem=str(repeated))
+        for (name, _), repeated in zip(chosen, runs, strict=True)
+    )
+    residual, note = _largest_residual(solved), _first_note(solved)
+    return EstimatorComparison(_label(reference), residual, note, repeats, rows)
 
 
 def _label(estimator: EstimatorLike) -> str:
     return estimator if isinstance(estimator, str) else repr(get_estimator(estimator))
-
-
-def option(estimator: Estimator, name: str) -> float | None:
-    """The option ``name`` of ``estimator``; None if it is not a number or does not exist."""
-    value = vars(estimator).get(name)
-    return value if isinstance(value, int | float) else None
-
-
-def _dominance(estimator: Estimator, ends: Spectrum | None) -> str:
-    damping = option(estimator, "damping")
-    if ends is None or not damping or damping < ends.radius:
-        return ""
-    return (
-        f"damping {damping:g} dominates the Hessian, whose eigenvalues are within "
-        f"±{ends.radius:.2g}: the solve is close to darts with ξ = {1 / damping:.2g}"
-    )
 
 
 @dataclass(frozen=True)
@@ -220,7 +199,7 @@ def _run(oracle: Oracle, estimator: Estimator) -> _Run:
     return _Run(result, oracle.passes, time.perf_counter() - begin)
 
 
-def _row(name: str, runs: Sequence[_Run], truths: Sequence[Vector], note: str) -> ComparisonRow:
+def _row(name: str, runs: Sequence[_Run], truths: Sequence[Vector]) -> ComparisonRow:
     estimates = [run.estimate.hypergradient for run in runs]
     mean = sum(estimates[1:], start=estimates[0]) / len(estimates)
     variance = statistics.fmean((h - mean).norm() ** 2 for h in estimates)
@@ -243,7 +222,7 @@ def _row(name: str, runs: Sequence[_Run], truths: Sequence[Vector], note: str) -
         gradients=runs[0].passes.gradients,
         products=runs[0].passes.products,
         seconds=statistics.median(run.seconds for run in runs),
-        note="; ".join(filter(None, (note, _first_note(runs)))),
+        note=_first_note(runs),
     )
 
 

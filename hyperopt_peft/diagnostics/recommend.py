@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hyperopt_peft.diagnostics.compare import ComparisonRow, EstimatorComparison, option
+from hyperopt_peft.diagnostics.compare import ComparisonRow, EstimatorComparison
 from hyperopt_peft.hypergradients import get_estimator
 
 # The limits of an acceptable estimate, and of its reference; see `ComparisonRow`.
@@ -98,5 +98,7 @@ def _of_reference(comparison: EstimatorComparison) -> list[str]:
 
 def _xi(row: ComparisonRow) -> float | None:
     """The ξ of the row's estimator, if it is darts with a numeric ξ."""
-    is_darts = row.estimator.partition(":")[0] == "darts"
-    return option(get_estimator(row.estimator), "xi") if is_darts else None
+    if row.estimator.partition(":")[0] != "darts":
+        return None
+    xi = vars(get_estimator(row.estimator))["xi"]
+    return None if xi == "lr" else float(xi)

@@ -63,12 +63,8 @@ class BilevelStep:
     """The lower step and the hypergradient of `Engine`, `Nested` and `BilevelTrainer`.
 
     A driver has the loop and moves the upper variables. This class records the lower steps as the
-    estimator requires, builds its `Oracle`, and holds its state.
-
-    Args:
-        upper, lower, estimator, seed: as for `Engine`.
-        recorded: the largest number of lower steps with a record, see `require_history`.
-        uncounted: a context for passes that only check.
+    estimator requires (at most ``recorded``), builds its `Oracle`, and holds its state.
+    ``uncounted`` is a context for passes that only check.
     """
 
     def __init__(

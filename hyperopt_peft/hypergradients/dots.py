@@ -56,11 +56,8 @@ class Dots:
     Products are summed by row, or by token if ``groups`` gives each token a group. Then all tokens
     of a document must be in one group, since the losses of later tokens reach earlier inputs.
 
-    Args:
-        level: the level with loss f, whose `Problem.examples` weights examples.
-        directions: the direction b, by layer.
-        along: b as a vector shaped like the level's variables; None if b has another shape.
-        layers: the `linear_layers` of the level, if ``along`` is given.
+    ``directions`` has b by layer; ``along`` is b as a vector shaped like the level's variables, or
+    None if b has another shape, and ``layers`` has the level's `linear_layers` then.
     """
 
     def __init__(

@@ -82,14 +82,6 @@ def test_what_a_method_notes_is_below_the_table() -> None:
     assert lines[1].split()[:3] == ["direct", "–", "1"]  # of length zero: no direction
 
 
-def test_a_damping_that_dominates_the_hessian_is_noted_beside_a_method_without_one() -> None:
-    """``nystrom`` chooses its damping itself: the option is None."""
-    table = compare_hypergradients(*program(0).levels(), ["cg:damping=1e4", "nystrom", "direct"])
-    damped, nystrom, direct = table.records()
-    assert "damping 10000 dominates" in damped["note"]
-    assert "dominates" not in nystrom["note"] + direct["note"]
-
-
 def test_a_vanishing_reference_gives_no_numbers_and_no_error() -> None:
     w, u = (torch.ones(2, requires_grad=True) for _ in range(2))
     upper = FunctionLevel(lambda _: (u * 0).sum(), [u])
