@@ -28,15 +28,12 @@ class DifferentiableStep:
     Args:
         level: the level; its current `Problem.optimizer_options` are differentiable.
         snapshot: a `Problem.optimizer_snapshot` with all other options.
-        clipping: whether the step clips g.
 
     Raises:
         ProblemError: the level has no optimizer, or one of another class or with step hooks.
     """
 
-    def __init__(
-        self, level: Problem, snapshot: Mapping[str, Any], *, clipping: bool = True
-    ) -> None:
+    def __init__(self, level: Problem, snapshot: Mapping[str, Any]) -> None:
         # Imported here so that other estimators do not load TorchOpt.
         from hyperopt_peft.hypergradients.unrolled.optimizer_rules import RULES
 
@@ -57,7 +54,6 @@ class DifferentiableStep:
                 f"{level.name}: the optimizer has step hooks, which have no derivative; remove them"
             )
         self.level, self._rule = level, RULES[kind]
-        self._clips = clipping and level.max_grad_norm is not None
         self._decoupled = kind is torch.optim.AdamW
         used = [self._rule.names(group) for group in snapshot["groups"]]
         #: torch's names for the moments of all groups.
@@ -189,7 +185,7 @@ class DifferentiableStep:
     def _clipping(self, step: StepRecord) -> Clipping:
         """c, ‖g‖ and g."""
         gradient = Vector.of(step.gradient, step.variables)
-        norm = gradient.norm() if self._clips else 0.0
+        norm = gradient.norm() if self.level.max_grad_norm is not None else 0.0
         return self.level.clipping(norm), norm, gradient
 
 
