@@ -193,7 +193,7 @@ class Problem:
 
     @property
     def examples(self) -> Problem | None:
-        """The `WeightedExamples` that this level is or evaluates; None if there is none."""
+        """The `WeightedRows` that this level is or evaluates; None if there is none."""
         return None
 
     def next_batch(self) -> Any:
