@@ -211,7 +211,7 @@ USE = {
     ),
     "unrolled:steps=10": (
         "reverse mode through the last K optimizer steps [7, 8]",
-        "w is far from its minimum, or u sets the lower learning rate or decay",
+        "w is far from its minimum",
     ),
     "forward:steps=10,limit=64": (
         "forward mode through the last K steps [7]",

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt_peft.core.optimizer import read_by_options
 from hyperopt_peft.core.problem import Problem, StepRecord, devices_of
 from hyperopt_peft.core.validation import require_read
 from hyperopt_peft.errors import NonFiniteError, ProblemError
@@ -137,9 +136,8 @@ class BilevelStep:
         of_w, of_u = tuple(gradient[: len(w)]), tuple(gradient[len(w) :])
         if self._unread is None:
             require_read(self.lower, of_w)
-            options = read_by_options(self.lower)
-            pairs = zip(self.upper.names, self.upper.variables, of_u, strict=True)
-            self._unread = {n for n, u, g in pairs if g is None and id(u) not in options}
+            pairs = zip(self.upper.names, of_u, strict=True)
+            self._unread = {name for name, gradient in pairs if gradient is None}
         if self._ahead is not None and self._ahead.dots is not None:
             self._ahead.dots.check(of_w)
         if len(self._records) == self._records.maxlen:

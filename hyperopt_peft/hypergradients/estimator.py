@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hyperopt_peft.core.optimizer import read_by_options
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.dots import Dots
@@ -86,19 +85,8 @@ class Estimator(ABC):
         """
         return None
 
-    def check_levels(self, upper: Problem, lower: Problem) -> None:
-        """Raise ProblemError if the estimator cannot be used with these levels.
-
-        By default the `Problem.optimizer_options` of ``lower`` must not depend on upper variables,
-        since most estimators do not differentiate the optimizer.
-        """
-        read = read_by_options(lower)
-        names = [n for n, u in zip(upper.names, upper.variables, strict=True) if id(u) in read]
-        self.require(
-            not names,
-            f"the optimizer_options of {lower.name} read {', '.join(names)}, and this estimator "
-            'does not differentiate the optimizer; choose "unrolled" or "forward"',
-        )
+    def check_levels(self, upper: Problem, lower: Problem) -> None:  # noqa: B027
+        """Raise ProblemError if the estimator cannot be used with these levels."""
 
     def observe(self, oracle: Oracle) -> Dots | None:
         """The dot products to collect in the lower step's pass, which comes next; None for none.

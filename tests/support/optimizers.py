@@ -65,6 +65,12 @@ def make_levels(optimizer: Optimizer | None, w: Leaves, u: Leaves, **options: An
     return upper, lower
 
 
+def new_levels(kind: type[Optimizer], options: Options, **level: Any) -> Any:
+    """Levels at their start, with an optimizer of the lower one."""
+    w, u = start()
+    return make_levels(kind(w, **options), w, u, **level)
+
+
 def slopes(
     make: Callable[[], Any], steps: int, before: int = 0, value: Callable[..., Any] | None = None
 ) -> Tensor:

@@ -19,10 +19,10 @@ from hyperopt_peft.utils.vector import dot, zeros_like
 class Forward(Unrolled):
     """dF/du_j = ∂F/∂u_j + ⟨Z_j, ∂F/∂w⟩ with Z_j = dw/du_j, for a few upper unknowns.
 
-    The estimate is `Unrolled` in forward mode. With Φ(w, g, options) the optimizer's step, e_j the
-    j-th unit vector and Φ_w, Φ_g, Φ_u the partial derivatives,
+    The estimate is `Unrolled` in forward mode. With Φ(w, g) the optimizer's step, e_j the j-th unit
+    vector and Φ_w, Φ_g the partial derivatives,
 
-        Z_j' = Φ_w Z_j + Φ_g (∂²f/∂w² Z_j + ∂²f/∂w∂u e_j) + Φ_u e_j
+        Z_j' = Φ_w Z_j + Φ_g (∂²f/∂w² Z_j + ∂²f/∂w∂u e_j)
 
     The optimizer's moments have tangents too. A step costs one forward+backward pass, one product
     for each unknown, and one backward pass more for exact products. The memory is one vector shaped
@@ -58,11 +58,6 @@ class Forward(Unrolled):
         direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
         n = direct.numel()
         optimizer, steps = last_steps(oracle, self.steps)
-        # Row k is the derivative of the optimizer's k-th option with respect to each unknown.
-        slopes = [
-            optimizer.pulled_back(list(row), oracle.upper.variables).flat()
-            for row in torch.eye(len(optimizer.options))
-        ]
         units = [direct.with_entries(row) for row in torch.eye(n)]
         zeros = [part for part in zeros_like(b) for _ in optimizer.moment_names]
         tangents = [(zeros_like(b), zeros) for _ in range(n)]
@@ -70,7 +65,6 @@ class Forward(Unrolled):
             with oracle.product(self.product, at=step, epsilon=self.epsilon) as product:
                 for j, (z, moments) in enumerate(tangents):
                     g = product.both(z, units[j])[0]
-                    options = [slope[j] for slope in slopes]
-                    tangents[j] = optimizer.jvp(step, z, g, moments, options)
+                    tangents[j] = optimizer.jvp(step, z, g, moments)
         implicit = torch.tensor([dot(z, b) for z, _ in tangents], dtype=torch.float64)
         return Estimate(direct, direct.with_entries(implicit), steps=len(steps))

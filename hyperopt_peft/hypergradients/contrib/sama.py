@@ -43,7 +43,7 @@ class SAMA(OneStep):
         return replace(super().requirements, optimizer_state=True)
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
-        """Raise ProblemError as `Estimator.check_levels` and `DifferentiableStep`."""
+        """Raise ProblemError as `OneStep` and `DifferentiableStep`."""
         super().check_levels(upper, lower)
         if lower.optimizer is not None:
             DifferentiableStep(lower, lower.optimizer_snapshot(with_state=False))

@@ -5,8 +5,7 @@ import torch
 from torch.optim import SGD, AdamW
 
 from hyperopt_peft import Engine, ProblemError, hypergradient
-from tests.support.learned_options import make
-from tests.support.optimizers import OPTIMIZERS, make_levels, start, trained
+from tests.support.optimizers import OPTIMIZERS, make_levels, new_levels, start, trained
 from tests.support.quadratic import FunctionLevel, flat, taken
 
 
@@ -15,7 +14,7 @@ def test_forward_mode_is_reverse_mode(optimizer: str) -> None:
     """The steps before the last upper step are left out."""
 
     def upper_steps(method: str) -> list[torch.Tensor]:
-        levels = make(*OPTIMIZERS[optimizer], max_grad_norm=0.3)
+        levels = new_levels(*OPTIMIZERS[optimizer], max_grad_norm=0.3)
         return taken(Engine(*levels, method, lower_steps=2, progress=False), 3)
 
     forward, reverse = upper_steps("forward:steps=2"), upper_steps("unrolled:steps=2")
@@ -23,12 +22,12 @@ def test_forward_mode_is_reverse_mode(optimizer: str) -> None:
 
 
 def test_too_many_unknowns_are_sent_to_reverse_mode() -> None:
-    levels = make(SGD, {"lr": 0.1})
-    with pytest.raises(ProblemError, match="limit=5"):
-        hypergradient(*levels, "forward:limit=5")
-    with pytest.raises(ProblemError, match="limit=5"):
-        Engine(*levels, "forward:limit=5", warmup_steps=1000)
-    hypergradient(*levels, "forward:limit=6")
+    levels = new_levels(SGD, {"lr": 0.1})
+    with pytest.raises(ProblemError, match="limit=3"):
+        hypergradient(*levels, "forward:limit=3")
+    with pytest.raises(ProblemError, match="limit=3"):
+        Engine(*levels, "forward:limit=3", warmup_steps=1000)
+    hypergradient(*levels, "forward:limit=4")
     with pytest.raises(ProblemError, match="limit"):
         hypergradient(*levels, "forward:limit=0")
 
@@ -41,8 +40,7 @@ def test_sama_is_unrolling_by_one_step(optimizer: str, limit: float | None, trai
     kind, options = OPTIMIZERS[optimizer]
     estimates = []
     for method in ("sama:product=exact", "unrolled:steps=1"):
-        w, u = start()
-        levels = make_levels(kind(w, **options), w, u, max_grad_norm=limit)
+        levels = new_levels(kind, options, max_grad_norm=limit)
         if training:
             estimates.append(trained(levels, 1, 2, method))
         else:
