@@ -141,7 +141,12 @@ def hooked(w: Any) -> SGD:
 
 @pytest.mark.parametrize(
     ("make", "message"),
-    [(lambda w: None, "optimizer"), (torch.optim.NAdam, "NAdam"), (hooked, "step hooks")],
+    [
+        (lambda w: None, "optimizer"),
+        (torch.optim.NAdam, "NAdam"),
+        (partial(Adam, amsgrad=True), "Adam .*without amsgrad"),
+        (hooked, "step hooks"),
+    ],
 )
 @pytest.mark.parametrize("method", ["unrolled", "forward", "sama"])
 def test_optimizers_that_cannot_be_unrolled_are_named(make: Any, message: str, method: str) -> None:

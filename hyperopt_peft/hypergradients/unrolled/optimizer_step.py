@@ -21,15 +21,15 @@ Clipping = tuple[float, float, Vector]
 class DifferentiableStep:
     """Φ(w, g, moments) → (w', moments'), the step of a level's optimizer with clipping.
 
-    The optimizer is torch's SGD, Adam, AdamW (both with ``amsgrad``), RMSprop, Adagrad, Adadelta,
-    Adamax or RAdam, with any options.
+    The optimizer is torch's SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax or RAdam, with any
+    options but ``amsgrad``.
 
     Args:
         level: the level.
         snapshot: a `Problem.optimizer_snapshot` with the options.
 
     Raises:
-        ProblemError: the level has no optimizer, or one of another class or with step hooks.
+        ProblemError: the level has no optimizer, or another one, or one with step hooks.
     """
 
     def __init__(self, level: Problem, snapshot: Mapping[str, Any]) -> None:
@@ -42,10 +42,10 @@ class DifferentiableStep:
                 f"{level.name}: the level has no optimizer, and the estimator differentiates its "
                 "step; give the level one"
             )
-        if kind not in RULES:
+        if kind not in RULES or any(group.get("amsgrad") for group in snapshot["groups"]):
             raise ProblemError(
                 f"{level.name}: a step of {kind.__name__} cannot be differentiated; use one of "
-                f"{', '.join(each.__name__ for each in RULES)}"
+                f"{', '.join(each.__name__ for each in RULES)}, without amsgrad"
             )
         optimizer = getattr(level.optimizer, "optimizer", level.optimizer)  # accelerate wraps it
         if any(getattr(optimizer, f"_optimizer_step_{when}_hooks", 0) for when in ("pre", "post")):
