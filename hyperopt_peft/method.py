@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from hyperopt_peft.adapters.gains import PREFIX as PREFIX
     from hyperopt_peft.adapters.gains import GainedLayer as GainedLayer
     from hyperopt_peft.adapters.gains import add_gains as add_gains
-    from hyperopt_peft.adapters.gains import drawn as drawn
     from hyperopt_peft.adapters.gains import gain_variables as gain_variables
     from hyperopt_peft.adapters.gains import gained_layers as gained_layers
     from hyperopt_peft.adapters.gains import keep_terms as keep_terms

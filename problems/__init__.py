@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from hyperopt_peft.problems.layer_scales import LayerScales as LayerScales
     from hyperopt_peft.problems.loss_correction import LossCorrection as LossCorrection
     from hyperopt_peft.problems.row_weights import RowWeights as RowWeights
-    from hyperopt_peft.problems.s3delta import S3Delta as S3Delta
     from hyperopt_peft.problems.seal import SEAL as SEAL
     from hyperopt_peft.problems.sources import Sources as Sources
     from hyperopt_peft.problems.weight_net import WeightNet as WeightNet

@@ -24,7 +24,6 @@ from hyperopt_peft.method import (
     NonNegativeFloat,
     Share,
     add_gains,
-    drawn,
     gained_layers,
     keep_terms,
     option,
@@ -67,8 +66,8 @@ class AutoLoRA(Gained):
         None, help="in place of ``threshold`` the share of terms that remains, by p"
     )
     decay: NonNegativeFloat = option(0.0, help="the weight decay of A and B at the lower level")
-    choose: Literal["weights", "sizes", "random"] = option(
-        "weights", help="what remains: by p, or as a control by the norm of terms, or drawn"
+    choose: Literal["weights", "sizes"] = option(
+        "weights", help="what remains: by p, or as a control by the norm of terms"
     )
 
     defaults = {"hypergradient": "darts:scheme=forward", "retrain": "scratch"}
@@ -78,7 +77,7 @@ class AutoLoRA(Gained):
         add_gains(model, _weights, columns=True)
 
     def after_search(self, model: Any) -> None:
-        """For a control, give weights to the same number of terms by its own criterion."""
+        """For the control, give weights to the same number of terms by their norms."""
         if self.choose == "weights":
             return
         layers = gained_layers(model)
@@ -87,9 +86,6 @@ class AutoLoRA(Gained):
             (each.gain.values() * each.b.norm(dim=0) * each.a.norm(dim=1)).float().cpu()
             for each in layers
         ]
-        if self.choose == "random":
-            numbers = drawn(sum(map(len, scores)))
-            scores = list(numbers.split([len(score) for score in scores]))
         for each, keep in zip(layers, largest(scores, count), strict=True):
             each.gain.u.copy_(torch.where(keep, 0.0, -50.0).view_as(each.gain.u))
 
@@ -115,11 +111,15 @@ def _weights(alpha: Tensor) -> Tensor:
 
 
 def largest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Masks of the ``count`` largest scores, at least one in each layer; ties are random."""
+    """Masks of the ``count`` largest scores, at least one in each layer; ties are random.
+
+    They are a function of the run's seed, so that a resumed run has the same ones.
+    """
     values = [score.detach().double().cpu().clone() for score in scores]
     for value in values:
         value[value.argmax()] = torch.inf
-    flat, order = torch.cat(values), drawn(sum(map(len, values))).argsort()
+    generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+    flat, order = torch.cat(values), torch.randperm(sum(map(len, values)), generator=generator)
     best = order[flat[order].argsort(descending=True, stable=True)][: max(count, len(values))]
     mask = torch.zeros(len(flat), dtype=torch.bool).index_fill_(0, best, True)
     sizes = [len(value) for value in values]

@@ -211,10 +211,10 @@ USE = {
     ),
     "unrolled:steps=10": (
         "reverse mode through the last K optimizer steps [7, 8]",
-        "w is far from its minimum, or u sets the lower learning rate or decay",
+        "w is far from its minimum",
     ),
     "forward:steps=10,limit=64": (
-        "forward mode through the last K steps, or the whole run with `carry=true` [7]",
+        "forward mode through the last K steps [7]",
         "as `unrolled`, for up to about 30 entries of u",
     ),
     "neumann:terms=20": ("v = η Σ (I − ηH)ᵏ b, k = 0 … K [5]", "you repeat a paper that uses it"),

@@ -26,19 +26,11 @@ PREFIX = "base_model.model."  # of a base module's name in a PeftModel
 
 
 class Gain(nn.Module):
-    """B ↦ B·diag(g(u)); u has shape (1, r, 1, …), or (1, 1, 1, …) for one gain for all columns.
+    """B ↦ B·diag(g(u)); u has shape (1, r, 1, …), or (1, 1, 1, …) for one gain for all columns."""
 
-    In training mode g may be another function, such as a random draw.
-    """
-
-    def __init__(
-        self,
-        u: Tensor,
-        function: Callable[[Tensor], Tensor],
-        in_training: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
+    def __init__(self, u: Tensor, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.u, self.function, self.in_training = nn.Parameter(u), function, in_training or function
+        self.u, self.function = nn.Parameter(u), function
 
     def values(self) -> Tensor:
         """g(u) without a gradient, flat."""
@@ -46,7 +38,7 @@ class Gain(nn.Module):
 
     def forward(self, b: Tensor) -> Tensor:
         """B·diag(g(u))."""
-        return b * (self.in_training if self.training else self.function)(self.u)
+        return b * self.function(self.u)
 
 
 @dataclass(frozen=True)
@@ -68,18 +60,13 @@ class GainedLayer:
 
 
 def add_gains(
-    peft_model: PeftModel,
-    function: Callable[[Tensor], Tensor],
-    *,
-    columns: bool,
-    in_training: Callable[[Tensor], Tensor] | None = None,
+    peft_model: PeftModel, function: Callable[[Tensor], Tensor], *, columns: bool
 ) -> list[GainedLayer]:
     """Give every layer of the active LoRA adapter a gain g(u), with u = 0.
 
     Args:
         function: g.
         columns: whether each column of B has its own u; else each layer has one.
-        in_training: g in training mode, if it differs.
 
     Raises:
         ProblemError: as `lora_layers`; or a layer is not plain LoRA on a linear layer or a
@@ -105,7 +92,7 @@ def add_gains(
         b: Any = layer.lora_B[adapter]
         # u has as many dimensions as B: PEFT treats a flat parameter in lora_B as a broken B.
         u = b.weight.new_zeros(1, b.weight.shape[1] if columns else 1, *[1] * (b.weight.ndim - 2))
-        parametrize.register_parametrization(b, "weight", Gain(u, function, in_training))
+        parametrize.register_parametrization(b, "weight", Gain(u, function))
     return gained_layers(peft_model)
 
 
@@ -154,7 +141,6 @@ def remove_gains(peft_model: PeftModel, *, fold: bool = True) -> None:
     adapter = active_adapter(peft_model)
     for each in gained_layers(peft_model):
         b: Any = each.layer.lora_B[adapter]
-        each.gain.eval()
         value = b.weight
         parametrize.remove_parametrizations(b, "weight", leave_parametrized=False)
         if fold:
@@ -166,8 +152,8 @@ def keep_terms(peft_model: PeftModel, masks: Mapping[str, Tensor]) -> PeftModel:
     """The base model with a new adapter of some rank-1 terms, the gains folded in.
 
     Args:
-        masks: the terms of each layer, ``(r,)``, by its name in the base model. A layer without
-            terms gets no adapter. The scale s of a layer does not change.
+        masks: the terms of each layer, at least one, ``(r,)``, by its name in the base model. The
+            scale s of a layer does not change.
 
     Example:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(target_modules="0"))
@@ -180,14 +166,9 @@ def keep_terms(peft_model: PeftModel, masks: Mapping[str, Tensor]) -> PeftModel:
     remove_gains(peft_model)
     terms, scales = {}, {}
     for path, layer in lora_layers(peft_model):
-        name = path.removeprefix(PREFIX)
-        if rank := int(masks[name].sum()):
-            a, b = factors(layer, adapter)
-            terms[path] = a[masks[name]], b[:, masks[name]]
-            scales[name] = rank, layer.scaling[adapter]
-    if len(scales) < len(masks):
-        config.target_modules = "|".join(map(re.escape, scales))
-        config.layers_to_transform = config.layers_pattern = None  # these need a list of modules
+        mask, (a, b) = masks[name := path.removeprefix(PREFIX)], factors(layer, adapter)
+        terms[path] = a[mask], b[:, mask]
+        scales[name] = int(mask.sum()), layer.scaling[adapter]
     set_layers(config, scales)
     config.init_lora_weights = True
     plain = get_peft_model(peft_model.unload(), config, adapter_name=adapter)
@@ -195,17 +176,6 @@ def keep_terms(peft_model: PeftModel, masks: Mapping[str, Tensor]) -> PeftModel:
         for new, old in zip(factors(layer, adapter), terms[path], strict=True):
             new.copy_(old)
     return plain
-
-
-def drawn(count: int) -> Tensor:
-    """``count`` random numbers in [0, 1), a function of the run's seed: equal at each call.
-
-    Example:
-        >>> torch.equal(drawn(3), drawn(3))
-        True
-    """
-    generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
-    return torch.rand(count, generator=generator)
 
 
 def squares(peft_model: PeftModel) -> Tensor:

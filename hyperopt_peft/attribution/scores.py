@@ -236,9 +236,7 @@ class Sweep:
                 record = self.run.step_record(update, values, state, product.lower_gradient())
                 for k, adjoint in enumerate(self.adjoints):
                     moments, of_level = self.moments[k], Vector(adjoint[index] for index in owned)
-                    w_bar, g_bar, moments[level], _ = optimizer.vjp(
-                        record, of_level, moments[level]
-                    )
+                    w_bar, g_bar, moments[level] = optimizer.vjp(record, of_level, moments[level])
                     hessian, mixed = product.both(g_bar)
                     of_weights, *of_others = mixed
                     self.products[k] = self.products[k] + of_weights

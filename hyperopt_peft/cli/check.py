@@ -13,8 +13,6 @@ from hyperopt_peft.cli.plan import Work, plan, whole
 from hyperopt_peft.cli.report import Report, as_text
 from hyperopt_peft.cli.text.data import cache_folder
 from hyperopt_peft.cli.text.setup import SHARED, choose, prepare
-from hyperopt_peft.diagnostics import Retraining
-from hyperopt_peft.diagnostics.compare import get_reference
 from hyperopt_peft.diagnostics.curvature import Spectrum, spectrum
 from hyperopt_peft.diagnostics.recommend import recommend
 from hyperopt_peft.errors import ProblemError
@@ -40,11 +38,10 @@ class CheckArguments(RunArguments):
         help="estimators with options, or none; by default direct, darts, neumann, and cg and "
         "minres with a damping by the measured spectrum",
     )
-    reference: str = option("retraining:steps=20,directions=4", help="an estimator, or retraining")
+    reference: str = option("minres:steps=100", help="the estimator to compare with")
 
     def __post_init__(self) -> None:
-        get_reference(self.reference)
-        for estimator in self.chosen(Spectrum(1.0, 1.0), 1.0):
+        for estimator in (self.reference, *self.chosen(Spectrum(1.0, 1.0), 1.0)):
             get_estimator(estimator)
 
     def chosen(self, measured: Spectrum, learning_rate: float) -> list[str]:
@@ -63,13 +60,6 @@ class CheckArguments(RunArguments):
             f"minres:steps=40,{damping}",
         ]
         return [estimator.replace("xi=lr", f"xi={learning_rate:g}") for estimator in estimators]
-
-    def truth(self, measured: Spectrum) -> str:
-        """The reference, for retraining with the learning rate 1/|λ|max if it has none."""
-        name, _, options = self.reference.partition(":")
-        if name != Retraining.name or "lr=" in options or not measured.radius:
-            return self.reference
-        return f"{name}:{options}{',' if options else ''}lr={1 / measured.radius:.3g}"
 
 
 TYPES = (CheckArguments, *SHARED)
@@ -109,11 +99,8 @@ def planned(command: CheckArguments, learning_rate: float) -> list[Work]:
     estimators = command.chosen(Spectrum(1.0, 1.0), learning_rate)
     if count := len(estimators):
         costs = [get_estimator(estimator).cost() or 2 for estimator in estimators]
-        reference: Any = get_reference(command.reference)
-        known = isinstance(reference, Retraining)
-        each = reference.passes(count + 1 + reference.directions) if known else reference.cost()
         works.append(Work("estimators", count, 0, sum(costs) / count))
-        works.append(Work("reference", 1, 0, each or 2))
+        works.append(Work("reference", 1, 0, get_estimator(command.reference).cost() or 2))
     return works
 
 
@@ -139,7 +126,7 @@ def _examine(trainer: Any, command: CheckArguments) -> Report:
     if command.estimators == NONE:
         return page
     measured = check.curvature or spectrum(upper, lower, **point, seed=args.seed)
-    estimators, reference = command.chosen(measured, args.learning_rate), command.truth(measured)
+    estimators, reference = command.chosen(measured, args.learning_rate), command.reference
     print(f"computing {len(estimators)} estimates and {reference} …", file=sys.stderr)
     comparison = compare_hypergradients(
         upper, lower, estimators, reference, repeats=1, **point, **shown

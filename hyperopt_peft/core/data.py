@@ -36,15 +36,9 @@ class DataStream:
 
     The stream has its own random states of PyTorch, NumPy and Python, seeded by PyTorch's state at
     construction and by ``name``. The batches therefore depend neither on `peek` nor on other
-    levels. A generator that was given to the DataLoader or to its sampler is used unchanged.
-
-    The generator states at the start of an epoch determine the order of the epoch. ``state_dict``
-    contains these states and the position in the epoch.
-
-    Example:
-        >>> stream = DataStream(["a", "b"], name="lower")
-        >>> [stream.next() for _ in range(3)], stream.peek()
-        (['a', 'b', 'a'], 'b')
+    levels. A generator that was given to the DataLoader or to its sampler is used unchanged. The
+    generator states at the start of an epoch determine its order; ``state_dict`` has these states
+    and the position in the epoch.
     """
 
     def __init__(self, data: Iterable[Any], name: str) -> None:

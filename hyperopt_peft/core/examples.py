@@ -1,4 +1,4 @@
-"""Levels that weight the losses of examples; `WeightedRows` weights rows or labels."""
+"""A level that weights the losses of rows or labels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hyperopt_peft.core.labels import WEIGHT, label_losses, require_labels
 from hyperopt_peft.core.problem import Problem
@@ -15,63 +15,13 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.models import trainable
 
 
-class WeightedExamples(Problem):
-    """A level with the loss f = weighted(ℓ_1(w), …, ℓ_G(w); u), ℓ_g the loss of group g.
-
-    A group is an example, or all examples of a source. Only ``weighted`` may read the upper
-    variables u, and only ``losses`` may read w, through ``model``. A subclass defines ``groups``,
-    ``losses`` and ``weighted``. ``product="dots"`` uses them for ∂²f/∂u∂w (`hypergradients.dots`).
-
-    Example:
-        >>> import torch
-        >>> class Regression(WeightedExamples):
-        ...     def __init__(self, model, logits):
-        ...         self.model, self.logits = model, logits
-        ...         super().__init__(model.named_parameters())
-        ...     def groups(self, batch):
-        ...         return torch.arange(len(batch["x"]))
-        ...     def losses(self, batch):
-        ...         return (self.model(batch["x"]) - batch["y"]).square().sum(1)
-        ...     def weighted(self, losses, batch):
-        ...         return (self.logits[batch["index"]].sigmoid() * losses).mean()
-        >>> level = Regression(nn.Linear(3, 1), torch.zeros(9, requires_grad=True))
-        >>> batch = {"x": torch.ones(2, 3), "y": torch.ones(2, 1), "index": torch.tensor([4, 7])}
-        >>> level.losses(batch).shape, level.loss(batch).shape
-        (torch.Size([2]), torch.Size([]))
-    """
-
-    #: The module that ``losses`` calls once, on all rows of a batch.
-    model: nn.Module
-
-    @property
-    def examples(self) -> WeightedExamples:
-        """This level."""
-        return self
-
-    def groups(self, batch: Any) -> Tensor:
-        """The group of each row, ``(n,)``, or of each token, ``(n, T)``, as a number from 0."""
-        raise ProblemError(f"{self.name}: define groups(self, batch)")
-
-    def losses(self, batch: Any) -> Tensor:
-        """The loss ℓ_g of each group, ``(G,)``: the sum over its rows or tokens."""
-        raise ProblemError(f"{self.name}: define losses(self, batch)")
-
-    def weighted(self, losses: Tensor, batch: Any) -> Tensor | Mapping[str, Any]:
-        """f as a function of ``losses``, in the form of `Problem.loss`, without the model."""
-        raise ProblemError(f"{self.name}: define weighted(self, losses, batch)")
-
-    def loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
-        """``weighted(losses(batch), batch)``."""
-        return self.weighted(self.losses(batch), batch)
-
-
-class WeightedRows(WeightedExamples):
+class WeightedRows(Problem):
     """A level with the loss f = 1/C Σ_i v_i ℓ_i over rows or labels i.
 
     v_i is a weight, ℓ_i the summed loss of row i or the loss of label i, and C the number of scored
     labels. If all v_i are 1, f is the model's own loss. A Trainer's entries in the batch
     (`core.labels`) make the mean of f over the micro-batches of a step the mean over the step's
-    labels, even if the micro-batches differ in size.
+    labels, even if the micro-batches differ in size. Only the weights may read the upper variables.
 
     Args:
         model: the model, as for `label_losses`.
@@ -109,10 +59,14 @@ class WeightedRows(WeightedExamples):
         self.model, self.weights, self.tags, self.twice = model, weights, tags, twice
         super().__init__(trainable(model) if variables is None else variables, **level)
 
-    def groups(self, batch: Any) -> Tensor:
-        """Each row, or each label, is a group of its own, as the weights are."""
-        shape = self._shape(batch)
-        return torch.arange(shape.numel(), device=require_labels(batch).device).view(shape)
+    @property
+    def examples(self) -> WeightedRows:
+        """This level."""
+        return self
+
+    def loss(self, batch: Any) -> dict[str, Tensor]:
+        """``weighted(losses(batch), batch)``."""
+        return self.weighted(self.losses(batch), batch)
 
     def losses(self, batch: Any) -> Tensor:
         """ℓ_i/C, flat, times the Trainer's weight for the micro-batch."""
@@ -124,7 +78,7 @@ class WeightedRows(WeightedExamples):
         return each * batch[WEIGHT].to(each) if WEIGHT in batch else each
 
     def weighted(self, losses: Tensor, batch: Any) -> dict[str, Tensor]:
-        """Σ v_i ℓ_i/C; the metric ``task_loss`` is the sum with all weights 1."""
+        """Σ v_i ℓ_i/C without the model; the metric ``task_loss`` is the sum with all weights 1."""
         loss = (self.weights(batch).flatten().to(losses) * losses).sum()
         return {"loss": loss, "task_loss": losses.detach().sum(), **self.metrics()}
 

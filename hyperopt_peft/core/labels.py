@@ -96,14 +96,6 @@ def label_losses(
     Raises:
         ProblemError: there are no labels, or they do not fit the logits; or the model's own loss
             is not a mean over labels, or includes the auxiliary loss of a router.
-
-    Example:
-        >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=10))
-        >>> ids = torch.tensor([[3, 1, 4], [1, 5, -100]])
-        >>> losses, scored = label_losses(model, {"input_ids": ids.clamp(min=0), "labels": ids})
-        >>> losses.shape, scored.tolist()
-        (torch.Size([2, 3]), [[False, True, True], [False, True, False]])
     """
     labels = require_labels(batch)
     batch = {key: value for key, value in batch.items() if key not in ENTRIES}
@@ -157,10 +149,6 @@ def scored_labels(batch: Any, *, shifted: bool) -> Tensor | None:
     """Which labels of ``batch`` are scored, a mask in their shape; None without labels.
 
     All are but `IGNORED`, and with ``shifted`` the first of each row.
-
-    Example:
-        >>> scored_labels({"labels": torch.tensor([[3, 1, -100]])}, shifted=True)
-        tensor([[False,  True, False]])
     """
     entries = batch if isinstance(batch, Mapping) else {}
     of_next = entries.get("shift_labels")

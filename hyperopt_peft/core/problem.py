@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from hyperopt_peft.core.data import DataStream, entrywise, to_device
-from hyperopt_peft.core.optimizer import optimizer_state_copy, write_options
 from hyperopt_peft.core.prior import GaussianPrior, Prior, as_prior, prior_value
 from hyperopt_peft.core.validation import (
     Variables,
@@ -166,34 +165,9 @@ class Problem:
         """
         raise ProblemError(f"{self.name}: define loss(self, batch)")
 
-    def optimizer_options(self) -> Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]:
-        """Optimizer options that are functions of upper variables: ``{"lr": self.log_lr.exp()}``.
-
-        The options are ``lr`` (without a scheduler) and ``weight_decay``, each a single number. One
-        mapping applies to all parameter groups; a list has one for each group. Each step first
-        writes the values into the groups. ``"unrolled"`` and ``"forward"`` differentiate through
-        the options; other estimators raise ProblemError.
-
-        Example:
-            >>> from hyperopt_peft import Engine
-            >>> class Fit(Problem):
-            ...     def loss(self, batch):
-            ...         return (w - 1).square()
-            >>> class Learned(Fit):
-            ...     def optimizer_options(self):
-            ...         return {"lr": log_rate.exp()}
-            >>> w, log_rate = (torch.tensor(x, requires_grad=True) for x in (0.0, -4.0))
-            >>> upper = Fit([log_rate], optimizer=torch.optim.Adam([log_rate], lr=0.1))
-            >>> lower = Learned([w], optimizer=torch.optim.SGD([w], lr=0.0))
-            >>> history = Engine(upper, lower, "unrolled:steps=1", progress=False).run(20)
-            >>> log_rate.item() > -3
-            True
-        """
-        return {}
-
     @property
     def examples(self) -> Problem | None:
-        """The `WeightedExamples` that this level is or evaluates; None if there is none."""
+        """The `WeightedRows` that this level is or evaluates; None if there is none."""
         return None
 
     def next_batch(self) -> Any:
@@ -338,7 +312,6 @@ class Problem:
             norm = norm_of(slope for slope in gradient if slope is not None)
         if not math.isfinite(norm):
             raise NonFiniteError(f"{self.name}: the gradient's norm is {norm}")
-        write_options(self)
         factor = self.clipping(norm)
         for variable, slope in zip(self.variables, gradient, strict=True):
             if slope is not None and factor != 1:
@@ -386,8 +359,27 @@ class Problem:
             raise ProblemError(f"{self.name}: the level is Nested and has lower levels: {reason}")
 
     def optimizer_snapshot(self, *, with_state: bool) -> dict[str, Any]:
-        """The optimizer's kind, options and, optionally, state; see `optimizer_state_copy`."""
-        return optimizer_state_copy(self, with_state=with_state)
+        """Copies of the optimizer's options and, optionally, its state.
+
+        ``"kind"`` is the optimizer's class or None; ``"groups"`` has the options of each parameter
+        group that is not empty, with the positions of its ``"variables"``; ``"state"`` has the
+        state of each variable (such as its momentum), by the variable's position.
+        """
+        optimizer = self.optimizer
+        if optimizer is None:
+            return {"kind": None, "groups": [], "state": {}}
+        position = {id(variable): index for index, variable in enumerate(self.variables)}
+        groups = [
+            {key: deepcopy(value) for key, value in group.items() if key != "params"}
+            | {"variables": [position[id(x)] for x in group["params"] if id(x) in position]}
+            for group in optimizer.param_groups
+        ]
+        states = optimizer.state.items() if with_state else ()
+        return {
+            "kind": type(getattr(optimizer, "optimizer", optimizer)),  # accelerate wraps it
+            "groups": [group for group in groups if group["variables"]],
+            "state": {position[id(x)]: deepcopy(state) for x, state in states if id(x) in position},
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of the variables, and the states of optimizer, scheduler, data and prior."""

@@ -2,6 +2,5 @@
 
 from hyperopt_peft.diagnostics.curvature import spectrum
 from hyperopt_peft.diagnostics.recommend import recommend
-from hyperopt_peft.diagnostics.retraining import Retraining
 
-__all__ = ["Retraining", "recommend", "spectrum"]
+__all__ = ["recommend", "spectrum"]

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hyperopt_peft.core.optimizer import read_by_options
 from hyperopt_peft.core.problem import LossGradient, Problem, devices_of
 from hyperopt_peft.core.validation import NO_WRITES, rewritten, unwritten
 from hyperopt_peft.diagnostics.batches import batch_findings
@@ -81,7 +80,7 @@ def check_problem(
         solver_steps: the number of steps of each solver.
 
     Raises:
-        ProblemError: ``solver_steps`` is not positive, or `Problem.optimizer_options` are invalid.
+        ProblemError: ``solver_steps`` is not positive.
         Exception: any other exception that a loss raises.
 
     Example:
@@ -252,11 +251,10 @@ class _Examination:
         unread = [
             (lower, n) for n, g in zip(lower.names, below[count:]) if g is None or n in by_prior
         ]
-        both, options = zip(upper.names, upper.variables, above, below), read_by_options(lower)
         unread += [
             (upper, n)
-            for n, x, f, g in both
-            if (f is None or n in upper.evaluated.unread) and g is None and id(x) not in options
+            for n, f, g in zip(upper.names, above, below)
+            if (f is None or n in upper.evaluated.unread) and g is None
         ]
         for level, name in unread:
             losses = "the lower loss does not read" if level is lower else "no loss reads"
@@ -270,8 +268,6 @@ class _Examination:
         self.envelope = of_f / of_upper if of_upper else math.inf
 
     def _no_mixed(self) -> None:
-        if read_by_options(self.oracle.lower):  # u acts through the optimizer, not through f
-            return
         words = "∂²f/∂u∂w is zero here: the upper variables do not move the lower minimum"
         self._add("no mixed derivative", self.oracle.lower, words)
 

@@ -13,20 +13,15 @@ import torch
 from tqdm.auto import tqdm
 
 from hyperopt_peft.core.problem import Problem, devices_of
-from hyperopt_peft.diagnostics.curvature import Spectrum, spectrum
-from hyperopt_peft.diagnostics.retraining import Coordinates, Retraining
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import NEXT, check_estimator, open_oracle
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.implicit.exact import LARGEST
 from hyperopt_peft.hypergradients.oracle import Estimate, Oracle
 from hyperopt_peft.hypergradients.products import Passes
-from hyperopt_peft.hypergradients.registry import EstimatorLike, get_estimator, with_options
+from hyperopt_peft.hypergradients.registry import EstimatorLike, get_estimator
 from hyperopt_peft.utils.tables import aligned
 from hyperopt_peft.utils.vector import Vector, dot
-
-#: The reference in one repeat: a vector, and the projection of an estimate to its space.
-_Truth = tuple[Vector, Callable[[Vector], Vector]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,7 @@ class ComparisonRow:
         spread: the standard deviation of h over the repeats, divided by the norm of the mean.
         gradients, products: the numbers of forward+backward and of second backward passes.
         seconds: the time of one estimate.
-        note: the first note, for example on negative curvature or a dominant damping.
+        note: the first note, for example on negative curvature.
         problem: the error of an estimator without a result.
     """
 
@@ -65,8 +60,8 @@ class ComparisonRow:
 class EstimatorComparison:
     """A table of `ComparisonRow`s, to print or to read with ``records()``.
 
-    ``reference_residual`` is the largest residual of the reference's solves, or the relative error
-    of a retraining; None if unknown. ``reference_note`` is the reference's note.
+    ``reference_residual`` is the largest residual of the reference's solves, None if unknown;
+    ``reference_note`` is its note.
     """
 
     reference: str
@@ -103,8 +98,7 @@ class EstimatorComparison:
         notes = ((row.estimator, row.problem or row.note) for row in self.rows)
         lines = [f"{estimator}: {text}" for estimator, text in notes if text]
         residual = self.reference_residual
-        kind = "relative error" if self.reference.startswith(Retraining.name) else "residual"
-        accuracy = "" if residual is None else f" ({kind} {residual:.2g})"
+        accuracy = "" if residual is None else f" (residual {residual:.2g})"
         note = f" ({self.reference_note})" if self.reference_note else ""
         return [*lines, f"against {self.reference}{accuracy}{note}; {self.repeats} repeats"]
 
@@ -129,15 +123,11 @@ def compare_hypergradients(
     Each repeat has new random numbers (dropout masks), equal for all estimators. All state is
     restored afterwards.
 
-    ``reference="retraining"`` measures dF/du by `Retraining`, along the direct and implicit terms
-    of all estimators and along random directions orthogonal to them. The note reports the share of
-    dF/du outside the span of the terms.
-
     Args:
         estimators: an estimator, its name with options, a function ``(matvec, b) -> v``, or
             several of these.
-        reference: an estimator, or ``"retraining:steps=20,directions=4"``. By default ``"exact"``
-            for up to 5,000 lower unknowns, otherwise ``"minres:steps=100"``.
+        reference: an estimator; by default ``"exact"`` for up to 5,000 lower unknowns, otherwise
+            ``"minres:steps=100"``.
         upper_batch, lower_batch: the batches; by default the next batch of each level's data.
             Levels for a Trainer have no data, and need batches.
 
@@ -163,7 +153,7 @@ def compare_hypergradients(
     if reference is None:
         few = sum(variable.numel() for variable in lower.variables) <= LARGEST
         reference = "exact" if few else "minres:steps=100"
-    truth = get_reference(reference)
+    truth = get_estimator(reference)
     batches = {"upper_batch": upper_batch, "lower_batch": lower_batch}
 
     def oracle(repeat: int) -> Oracle:
@@ -171,61 +161,25 @@ def compare_hypergradients(
 
     seeds = range(repeats)
     runs: list[list[_Run] | ProblemError | NonFiniteError] = []
-    residual: float | None
     for _, estimator in tqdm(chosen, desc="estimates", disable=not progress):
         try:
             runs.append([_run(oracle(k), estimator) for k in seeds])
         except (ProblemError, NonFiniteError) as error:
             runs.append(error)
-    if isinstance(truth, Retraining):
-        done = [each for each in runs if isinstance(each, list)]
-        measured = [
-            _retrained(oracle(k), truth, [run[k].estimate for run in done], progress) for k in seeds
-        ]
-        truths: list[_Truth] = [(c.slopes, c.project) for c in measured]
-        residual, note = max(max(c.of_epsilon, c.of_length) for c in measured), measured[0].note
-    else:
-        solved = [_run(oracle(k), truth) for k in seeds]
-        truths = [(run.estimate.hypergradient, lambda h: h) for run in solved]
-        residual, note = _largest_residual(solved), _first_note(solved)
-    ends = None
-    if any(option(e, "damping") for e in (truth, *(e for _, e in chosen))):
-        ends = spectrum(upper, lower, **batches, seed=seed)
-    rows = []
-    for (name, estimator), repeated in zip(chosen, runs, strict=True):
-        if not isinstance(repeated, list):
-            rows.append(ComparisonRow(name, problem=str(repeated)))
-            continue
-        rows.append(_row(name, repeated, truths, _dominance(estimator, ends)))
-    note = "; ".join(filter(None, (_dominance(truth, ends), note)))
-    return EstimatorComparison(_label(reference), residual, note, repeats, tuple(rows))
+    solved = [_run(oracle(k), truth) for k in seeds]
+    truths = [run.estimate.hypergradient for run in solved]
+    rows = tuple(
+        _row(name, repeated, truths)
+        if isinstance(repeated, list)
+        else ComparisonRow(name, problem=str(repeated))
+        for (name, _), repeated in zip(chosen, runs, strict=True)
+    )
+    residual, note = _largest_residual(solved), _first_note(solved)
+    return EstimatorComparison(_label(reference), residual, note, repeats, rows)
 
 
 def _label(estimator: EstimatorLike) -> str:
     return estimator if isinstance(estimator, str) else repr(get_estimator(estimator))
-
-
-def get_reference(reference: EstimatorLike) -> Estimator:
-    """The estimator or the `Retraining` that ``reference`` names."""
-    if isinstance(reference, str) and reference.partition(":")[0] == Retraining.name:
-        return with_options(Retraining, reference.partition(":")[2])
-    return get_estimator(reference)
-
-
-def option(estimator: Estimator, name: str) -> float | None:
-    """The option ``name`` of ``estimator``; None if it is not a number or does not exist."""
-    value = vars(estimator).get(name)
-    return value if isinstance(value, int | float) else None
-
-
-def _dominance(estimator: Estimator, ends: Spectrum | None) -> str:
-    damping = option(estimator, "damping")
-    if ends is None or not damping or damping < ends.radius:
-        return ""
-    return (
-        f"damping {damping:g} dominates the Hessian, whose eigenvalues are within "
-        f"±{ends.radius:.2g}: the solve is close to darts with ξ = {1 / damping:.2g}"
-    )
 
 
 @dataclass(frozen=True)
@@ -245,30 +199,17 @@ def _run(oracle: Oracle, estimator: Estimator) -> _Run:
     return _Run(result, oracle.passes, time.perf_counter() - begin)
 
 
-def _retrained(
-    oracle: Oracle, truth: Retraining, estimates: Sequence[Estimate], progress: bool
-) -> Coordinates:
-    parts = [part for e in estimates for part in (e.direct, e.implicit)]
-    most = truth.passes(min(len(parts), len(estimates) + 1) + truth.directions)
-    with tqdm(total=most, desc="retrainings", leave=False, disable=not progress) as bar:
-        oracle.passes = Passes(update=bar.update)
-        with oracle.open():
-            return truth.coordinates(oracle, parts)
-
-
-def _row(name: str, runs: Sequence[_Run], truths: Sequence[_Truth], note: str) -> ComparisonRow:
+def _row(name: str, runs: Sequence[_Run], truths: Sequence[Vector]) -> ComparisonRow:
     estimates = [run.estimate.hypergradient for run in runs]
     mean = sum(estimates[1:], start=estimates[0]) / len(estimates)
     variance = statistics.fmean((h - mean).norm() ** 2 for h in estimates)
 
     def median(measure: Callable[[Vector, Vector], float]) -> float:
-        pairs = zip(estimates, truths, strict=True)
-        return statistics.median(measure(project(h), value) for h, (value, project) in pairs)
+        return statistics.median(map(measure, estimates, truths))
 
-    def factor(run: _Run, truth: _Truth) -> float:
-        value, project = truth
-        direct, implicit = project(run.estimate.direct), project(run.estimate.implicit)
-        return _ratio(dot(implicit, value - direct), dot(implicit, implicit))
+    def factor(run: _Run, truth: Vector) -> float:
+        direct, implicit = run.estimate.direct, run.estimate.implicit
+        return _ratio(dot(implicit, truth - direct), dot(implicit, implicit))
 
     return ComparisonRow(
         name,
@@ -281,7 +222,7 @@ def _row(name: str, runs: Sequence[_Run], truths: Sequence[_Truth], note: str) -
         gradients=runs[0].passes.gradients,
         products=runs[0].passes.products,
         seconds=statistics.median(run.seconds for run in runs),
-        note="; ".join(filter(None, (note, _first_note(runs)))),
+        note=_first_note(runs),
     )
 
 

@@ -36,11 +36,6 @@ class Spectrum:
     smallest: float
     largest: float
 
-    @property
-    def radius(self) -> float:
-        """``|λ|max``, the spectral radius."""
-        return max(abs(self.smallest), abs(self.largest))
-
     def damping(self) -> float:
         """The least δ ≥ 0 for which H + δI is positive definite with condition number κ = 10.
 
@@ -55,24 +50,14 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class Curvature(Spectrum):
-    """The lower curvature at one point, and the effect of a Newton step of the lower level.
+    """The lower curvature at one point, and the effect of a Newton step of the lower level."""
 
-    Attributes:
-        implicit: whether the implicit term is nonzero, before or after the Newton step.
-        losses: f before and after the Newton step.
-        change: the change of the hypergradient by the Newton step, relative to
-            ‖direct‖ + ‖implicit‖.
-        residual: ‖b − Hv‖/‖b‖ of an undamped MINRES solve.
-        implicit_ratio: ‖implicit‖/‖direct‖.
-        remainder: ‖direct + implicit‖/‖direct‖, NaN without a direct term.
-    """
-
-    implicit: bool
-    losses: tuple[float, float]
-    change: float
-    residual: float
-    implicit_ratio: float
-    remainder: float
+    implicit: bool  # whether the implicit term is nonzero, before or after the Newton step
+    losses: tuple[float, float]  # f before and after the Newton step
+    change: float  # of the hypergradient by the Newton step, over ‖direct‖ + ‖implicit‖
+    residual: float  # ‖b − Hv‖/‖b‖ of an undamped MINRES solve
+    implicit_ratio: float  # ‖implicit‖/‖direct‖
+    remainder: float  # ‖direct + implicit‖/‖direct‖, NaN without a direct term
 
     def __str__(self) -> str:
         return (

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hyperopt_peft.diagnostics.compare import ComparisonRow, EstimatorComparison, option
-from hyperopt_peft.diagnostics.retraining import Retraining
+from hyperopt_peft.diagnostics.compare import ComparisonRow, EstimatorComparison
 from hyperopt_peft.hypergradients import get_estimator
 
 # The limits of an acceptable estimate, and of its reference; see `ComparisonRow`.
@@ -87,21 +86,19 @@ def _errors(row: ComparisonRow) -> str:
 def _of_reference(comparison: EstimatorComparison) -> list[str]:
     """Warnings about the reference."""
     warnings, residual = [], comparison.reference_residual
-    retrained = comparison.reference.startswith(Retraining.name)
     if residual is not None and not residual <= MAX_RESIDUAL:
-        error, advice = "residual", "raise its steps or its damping"
-        if retrained:
-            error, advice = "relative error", "raise its steps or lr, or set its epsilon"
         warnings.append(
-            f"Warning: the reference is uncertain ({error} {residual:.3g} > {MAX_RESIDUAL}), as is "
-            f"this recommendation; {advice}."
+            f"Warning: the reference is uncertain (residual {residual:.3g} > {MAX_RESIDUAL}), as "
+            "is this recommendation; raise its steps or its damping."
         )
-    if comparison.reference_note and not retrained:
+    if comparison.reference_note:
         warnings.append(f"Warning: the reference reports: {comparison.reference_note}.")
     return warnings
 
 
 def _xi(row: ComparisonRow) -> float | None:
     """The ξ of the row's estimator, if it is darts with a numeric ξ."""
-    is_darts = row.estimator.partition(":")[0] == "darts"
-    return option(get_estimator(row.estimator), "xi") if is_darts else None
+    if row.estimator.partition(":")[0] != "darts":
+        return None
+    xi = vars(get_estimator(row.estimator))["xi"]
+    return None if xi == "lr" else float(xi)

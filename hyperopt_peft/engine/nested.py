@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt_peft.core.optimizer import read_by_options
 from hyperopt_peft.core.problem import LossGradient, Problem, StepRecord, devices_of
 from hyperopt_peft.engine.step import BilevelStep
 from hyperopt_peft.errors import NonFiniteError, ProblemError
@@ -114,10 +113,6 @@ class Nested(Problem):
         self._log: dict[str, float] = {}  # of the last lower step
         self._anchor: Vector | None = None  # g within `anchored`
         self._read: dict[Tensor, bool] = {}  # whether the lower level reads a variable
-
-    def optimizer_options(self) -> Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]:
-        """The options of the middle level."""
-        return self.middle.optimizer_options()
 
     @property
     def levels(self) -> tuple[Problem, ...]:
@@ -268,12 +263,11 @@ class Nested(Problem):
             yield
 
     def _reads_below(self, variable: Tensor, oracle: Oracle) -> bool:
-        """Whether the loss or the optimizer options of the lower level read ``variable``."""
+        """Whether the loss of the lower level reads ``variable``."""
         if variable not in self._read:
             with oracle.open(), replay(oracle.lower_random):
                 (slope,) = self.lower.gradient(oracle.lower_batch, (variable,)).gradient
-            by_options = id(variable) in read_by_options(self.lower)
-            self._read[variable] = slope is not None or by_options
+            self._read[variable] = slope is not None
         return self._read[variable]
 
 

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt_peft.core.optimizer import read_by_options
 from hyperopt_peft.core.problem import Problem, StepRecord, devices_of
 from hyperopt_peft.core.validation import require_read
 from hyperopt_peft.errors import NonFiniteError, ProblemError
@@ -30,7 +29,7 @@ from hyperopt_peft.hypergradients.estimate import (
     of_residual,
     warn,
 )
-from hyperopt_peft.hypergradients.estimator import ALL, Estimator
+from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle, State
 from hyperopt_peft.hypergradients.products import DIFFERENCE, Passes
 from hyperopt_peft.hypergradients.state import packed, unpacked
@@ -63,12 +62,8 @@ class BilevelStep:
     """The lower step and the hypergradient of `Engine`, `Nested` and `BilevelTrainer`.
 
     A driver has the loop and moves the upper variables. This class records the lower steps as the
-    estimator requires, builds its `Oracle`, and holds its state.
-
-    Args:
-        upper, lower, estimator, seed: as for `Engine`.
-        recorded: the largest number of lower steps with a record, see `require_history`.
-        uncounted: a context for passes that only check.
+    estimator requires (at most ``recorded``), builds its `Oracle`, and holds its state.
+    ``uncounted`` is a context for passes that only check.
     """
 
     def __init__(
@@ -141,9 +136,8 @@ class BilevelStep:
         of_w, of_u = tuple(gradient[: len(w)]), tuple(gradient[len(w) :])
         if self._unread is None:
             require_read(self.lower, of_w)
-            options = read_by_options(self.lower)
-            pairs = zip(self.upper.names, self.upper.variables, of_u, strict=True)
-            self._unread = {n for n, u, g in pairs if g is None and id(u) not in options}
+            pairs = zip(self.upper.names, of_u, strict=True)
+            self._unread = {name for name, gradient in pairs if gradient is None}
         if self._ahead is not None and self._ahead.dots is not None:
             self._ahead.dots.check(of_w)
         if len(self._records) == self._records.maxlen:
@@ -331,12 +325,10 @@ def require_history(estimator: Estimator, *, lower_steps: int, recorded: int) ->
 
     The Engine records all ``lower_steps`` before each upper step, the Trainer only the last.
     """
-    history = estimator.requirements.history
-    needed = lower_steps if history == ALL else history
+    needed = estimator.requirements.history
     if needed > recorded:
-        steps = "every lower step" if history == ALL else f"the last {history} lower steps"
         raise ProblemError(
-            f"hypergradient: {estimator.name} needs records of {steps} before each upper step, and "
-            f"{min(needed, recorded)} of lower_steps={lower_steps} are recorded; use the Engine "
-            f"with lower_steps={needed}, or change the options of the estimator"
+            f"hypergradient: {estimator.name} needs records of the last {needed} lower steps "
+            f"before each upper step, and {recorded} of lower_steps={lower_steps} are recorded; "
+            f"use the Engine with lower_steps={needed}, or change the options of the estimator"
         )

@@ -2,7 +2,7 @@
 
 from hyperopt_peft.hypergradients import contrib
 from hyperopt_peft.hypergradients.estimate import hypergradient, open_oracle
-from hyperopt_peft.hypergradients.estimator import ALL, Estimator, Requirements
+from hyperopt_peft.hypergradients.estimator import Estimator, Requirements
 from hyperopt_peft.hypergradients.implicit.cg import ConjugateGradient
 from hyperopt_peft.hypergradients.implicit.exact import Exact
 from hyperopt_peft.hypergradients.implicit.function import FunctionSolver
@@ -22,7 +22,6 @@ from hyperopt_peft.utils.validation import Bound, option
 from hyperopt_peft.utils.vector import Vector, dot, inner, zeros_like
 
 __all__ = [
-    "ALL",
     "DARTS",
     "MINRES",
     "Bound",

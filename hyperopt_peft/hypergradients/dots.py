@@ -1,13 +1,13 @@
-"""∂²f/∂u∂w·b for a loss that weights examples, from dot products in one backward pass.
+"""∂²f/∂u∂w·b for a loss that weights rows or labels, from dot products in one backward pass.
 
-    f = weighted(ℓ_1, …, ℓ_G; u)     ∂²f/∂u∂w·b = Σ_g ∂f'_g/∂u ⟨∇ℓ_g, b⟩,   f'_g = ∂f/∂ℓ_g
+    f = weighted(ℓ_1, …, ℓ_n; u)     ∂²f/∂u∂w·b = Σ_i ∂f'_i/∂u ⟨∇ℓ_i, b⟩,   f'_i = ∂f/∂ℓ_i
 
 For a linear layer y = xWᵀ + c, output gradients δ_t = ∂f/∂y_t and a direction (B, d) of (W, c),
 
     ⟨∂f/∂W, B⟩ + ⟨∂f/∂c, d⟩ = Σ_t δ_t·(B x_t + d)
 
-The terms of group g, summed over all layers, are f'_g ⟨∇ℓ_g, b⟩. So any backward pass of f yields
-the dot products of all groups: the "ghost dot product" of Wang et al. 2024, arXiv:2406.11011. The
+The terms of row i, summed over all layers, are f'_i ⟨∇ℓ_i, b⟩. So any backward pass of f yields
+the dot products of all rows: the "ghost dot product" of Wang et al. 2024, arXiv:2406.11011. The
 method needs no second derivative, no difference and no pass in float32, so that the loss may use
 any attention kernel, frozen quantised layers and gradient checkpointing.
 """
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from hyperopt_peft.core.examples import WeightedExamples
+from hyperopt_peft.core.examples import WeightedRows
 from hyperopt_peft.core.labels import has_fused_head
 from hyperopt_peft.core.prior import prior_value
 from hyperopt_peft.core.problem import Problem
@@ -43,7 +43,7 @@ UNCALLED = "does not call the model's output layer (a fused head does not)"
 
 @dataclass
 class _Evaluation:
-    """One evaluation of the losses, with sums of f'_g ⟨∇ℓ_g, b⟩ by the shape of a layer's input."""
+    """One evaluation of the losses, with sums of f'_i ⟨∇ℓ_i, b⟩ by the shape of a layer's input."""
 
     batch: Any
     losses: Tensor
@@ -51,16 +51,13 @@ class _Evaluation:
 
 
 class Dots:
-    """The dot products ⟨∇ℓ_g, b⟩ of all groups, from passes of a level's loss in `observe`.
+    """The dot products ⟨∇ℓ_i, b⟩ of all rows or labels, from passes of a level's loss in `observe`.
 
-    Products are summed by row, or by token if ``groups`` gives each token a group. Then all tokens
-    of a document must be in one group, since the losses of later tokens reach earlier inputs.
+    Labels of one document must have one weight, since the losses of later tokens reach earlier
+    inputs.
 
-    Args:
-        level: the level with loss f, whose `Problem.examples` weights examples.
-        directions: the direction b, by layer.
-        along: b as a vector shaped like the level's variables; None if b has another shape.
-        layers: the `linear_layers` of the level, if ``along`` is given.
+    ``directions`` has b by layer; ``along`` is b as a vector shaped like the level's variables, or
+    None if b has another shape, and ``layers`` has the level's `linear_layers` then.
     """
 
     def __init__(
@@ -72,7 +69,7 @@ class Dots:
     ) -> None:
         self.level, self.directions = level, directions
         self.along, self.layers = along, layers or {}
-        self.examples = weighted_examples(level)
+        self.examples = weighted_rows(level)
         self._evaluations: list[_Evaluation] = []
         self._called: set[nn.Module] = set()
         self._epsilon = 0.0
@@ -167,10 +164,9 @@ class Dots:
         for evaluation in self._evaluations:
             losses = evaluation.losses.clone().requires_grad_()
             with torch.enable_grad():
-                f = self.examples.weighted(losses, evaluation.batch)
-                f = f["loss"] if isinstance(f, Mapping) else f
+                f = self.examples.weighted(losses, evaluation.batch)["loss"]
                 (slope,) = torch.autograd.grad(f, losses, create_graph=True)
-            sums = self._by_group(evaluation)
+            sums = self._by_loss(evaluation)
             dots = torch.where(slope == 0, 0, sums / slope.detach())
             if slope.requires_grad:
                 parts = torch.autograd.grad(slope, variables, dots.to(slope), allow_unused=True)
@@ -179,20 +175,16 @@ class Dots:
                 ]
         return Vector.of(distributed.mean(total, variables), variables)
 
-    def _by_group(self, evaluation: _Evaluation) -> Tensor:
-        """f'_g ⟨∇ℓ_g, b⟩, ``(G,)``."""
-        groups = self.examples.groups(evaluation.batch)
-        losses = evaluation.losses
-        result = losses.new_zeros(len(losses), dtype=widened(losses).dtype)
+    def _by_loss(self, evaluation: _Evaluation) -> Tensor:
+        """f'_i ⟨∇ℓ_i, b⟩ for each of the losses."""
+        count, result = len(evaluation.losses), torch.zeros_like(widened(evaluation.losses))
         for (shape, _), dots in evaluation.sums.items():
-            of_rows = groups.dim() == 1 and shape[:1] == groups.shape
-            if not of_rows and dots.numel() != groups.numel():
+            if shape[:1] != (count,) and dots.numel() != count:
                 raise ProblemError(
-                    f"{self.level.name}: dot products: groups has shape {tuple(groups.shape)}, "
-                    f"which does not fit a layer's input of shape {(*shape, '…')}; {ADVICE}"
+                    f"{self.level.name}: dot products: {count} weights do not fit a layer's input "
+                    f"of shape {(*shape, '…')}; {ADVICE}"
                 )
-            each = dots.reshape(len(groups), -1).sum(1) if of_rows else dots.flatten()
-            result.index_add_(0, groups.flatten(), each.to(result))
+            result += dots.reshape(count, -1).sum(1).to(result)
         return result
 
 
@@ -231,14 +223,11 @@ class _Tap(torch.autograd.Function):
         return delta, None, None, None, None
 
 
-def weighted_examples(level: Problem) -> WeightedExamples:
-    """The `WeightedExamples` that ``level`` is or evaluates; raises ProblemError without one."""
+def weighted_rows(level: Problem) -> WeightedRows:
+    """The `WeightedRows` that ``level`` is or evaluates; raises ProblemError without one."""
     examples = level.examples
-    if not isinstance(examples, WeightedExamples):
-        raise ProblemError(
-            f"{level.name}: dot products need a level that weights examples (WeightedExamples); "
-            f"{ADVICE}"
-        )
+    if not isinstance(examples, WeightedRows):
+        raise ProblemError(f"{level.name}: dot products need a level of WeightedRows; {ADVICE}")
     return examples
 
 
@@ -248,7 +237,7 @@ def linear_layers(level: Problem) -> dict[nn.Linear, tuple[int | None, int | Non
     Raises ProblemError for a variable of no ``nn.Linear`` of the model, or of a fused head.
     """
     number = {id(variable): k for k, variable in enumerate(level.variables)}
-    model: Any = weighted_examples(level).model
+    model: Any = weighted_rows(level).model
     layers = {
         layer: numbers
         for layer in model.modules()

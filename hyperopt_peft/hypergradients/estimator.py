@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hyperopt_peft.core.optimizer import read_by_options
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.dots import Dots
 from hyperopt_peft.hypergradients.oracle import Estimate, Oracle
 from hyperopt_peft.utils.validation import require_types
-
-#: `Requirements.history` of an estimator that needs a record of every lower step.
-ALL = sys.maxsize
 
 
 @dataclass(frozen=True)
@@ -23,8 +18,7 @@ class Requirements:
     """The data that an estimator requires from training; `BilevelStep` provides them.
 
     Args:
-        history: the number of past lower steps with a `StepRecord`; `ALL` records every lower step
-            since the last upper step.
+        history: the number of past lower steps with a `StepRecord`.
         optimizer_state: whether a record has the gradient, and the optimizer's state before the
             step.
         lower_gradient: whether a record has ∂f/∂u from the lower step's own backward pass.
@@ -91,19 +85,8 @@ class Estimator(ABC):
         """
         return None
 
-    def check_levels(self, upper: Problem, lower: Problem) -> None:
-        """Raise ProblemError if the estimator cannot be used with these levels.
-
-        By default the `Problem.optimizer_options` of ``lower`` must not depend on upper variables,
-        since most estimators do not differentiate the optimizer.
-        """
-        read = read_by_options(lower)
-        names = [n for n, u in zip(upper.names, upper.variables, strict=True) if id(u) in read]
-        self.require(
-            not names,
-            f"the optimizer_options of {lower.name} read {', '.join(names)}, and this estimator "
-            'does not differentiate the optimizer; choose "unrolled" or "forward"',
-        )
+    def check_levels(self, upper: Problem, lower: Problem) -> None:  # noqa: B027
+        """Raise ProblemError if the estimator cannot be used with these levels."""
 
     def observe(self, oracle: Oracle) -> Dots | None:
         """The dot products to collect in the lower step's pass, which comes next; None for none.

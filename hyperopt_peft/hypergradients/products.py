@@ -44,13 +44,11 @@ NO_EXACT_PRODUCT = f"there is no exact product; {DIFFERENCE}"
 
 @dataclass
 class Passes:
-    """Counts of forward+backward passes (``gradients``) and second backward passes (``products``).
-
-    ``update`` is called with the number of new passes, as a progress bar's method of this name.
-    """
+    """Counts of forward+backward passes (``gradients``) and second backward ones (``products``)."""
 
     gradients: int = 0
     products: int = 0
+    #: Called with the number of new passes, as a progress bar's method of this name.
     update: Callable[[int], object] = field(default=lambda _: None, repr=False, compare=False)
 
     def count(self, *, gradients: int = 0, products: int = 0) -> None:
@@ -210,21 +208,14 @@ class DifferenceProduct(Product):
         central   (g(w+hv) − g(w−hv))/2h    error O(h²)
         forward   (g(w+hv) − g(w))/h        error O(h); g(w) is evaluated once
 
-    DARTS, arXiv:1806.09055 Eq. 8.
-
-    Args:
-        objective: f.
-        point: a copy of w. A product moves the lower variables; the caller restores them.
-        epsilon: the 2-norm of the change of w; `default_epsilon` if None.
-        scheme: ``"central"`` or ``"forward"``.
-        upper_gradient: ∂f/∂u at w, if known, for a forward difference.
+    DARTS, arXiv:1806.09055 Eq. 8. A product moves the lower variables; the caller restores them.
     """
 
     objective: Objective
-    point: Sequence[Tensor]
-    epsilon: float | None = None
+    point: Sequence[Tensor]  # a copy of w
+    epsilon: float | None = None  # the 2-norm of the change of w; `default_epsilon` if None
     scheme: Scheme = "central"
-    upper_gradient: Vector | None = None
+    upper_gradient: Vector | None = None  # ∂f/∂u at w, if known, for a forward difference
     _unmoved: dict[tuple[int, ...], Vector] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -119,7 +119,6 @@ def _check_settings(levels: Sequence[Problem]) -> None:
             "optimizer": level.optimizer,
             "scheduler": level.scheduler,
             "max_grad_norm": level.max_grad_norm,
-            "optimizer_options": level.optimizer_options() or None,
         }
         if names := [name for name, value in attributes.items() if value is not None]:
             raise ProblemError(

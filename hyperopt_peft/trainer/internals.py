@@ -21,11 +21,7 @@ NEEDED = ("scheduler.pt", "trainer_state.json")
 
 
 def save_checkpoint(trainer: Trainer) -> None:
-    """Write a checkpoint now; the public interface does so only after a complete step.
-
-    Raises:
-        ProblemError: this release of Transformers has no such method.
-    """
+    """Write a checkpoint now; the public interface does so only after a complete step."""
     save = getattr(trainer, "_save_checkpoint", None)
     if save is None:
         raise ProblemError(f"transformers {transformers.__version__} has no _save_checkpoint")

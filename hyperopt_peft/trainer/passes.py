@@ -23,21 +23,8 @@ class PassCounter(TrainerCallback):
     whose gradient stays above the model's outputs counts a third. A further backward over the same
     graph is a product of second derivatives, which also runs through the first one's graph: two
     passes. Forwards without gradients do not count. A batch whose rows are joined into one, without
-    padding, counts as a full micro-batch.
-
-    Attributes:
-        unit: the rows of a pass, by default those of a lower step.
-
-    Example:
-        >>> from torch import nn, ones
-        >>> from transformers import TrainingArguments
-        >>> counter, model = PassCounter(), nn.Linear(2, 1)
-        >>> args = TrainingArguments("unused", per_device_train_batch_size=4, use_cpu=True)
-        >>> counter.on_train_begin(args, None, None, model=model)
-        >>> model(ones(6, 2)).sum().backward()
-        >>> counter.end()
-        >>> counter.passes
-        1.5
+    padding, counts as a full micro-batch. ``unit`` is the number of rows of a pass, by default that
+    of a lower step.
     """
 
     def __init__(self) -> None:

@@ -39,24 +39,15 @@ REFERENCE = "ref"
 
 @dataclass(frozen=True)
 class Phase:
-    """What a trainer trains; it takes one as ``method``, with the rows of the levels.
+    """What a trainer trains; it takes one as ``method``, with the rows of the levels."""
 
-    Attributes:
-        method: the method whose phase it is; None if the user gave levels.
-        lower, upper: the levels, or functions of the trainer that make them; ``upper`` may be None.
-        rows: the rows of both levels as `Method.rows` returned them.
-        tags: the columns of a batch that a level reads and the model does not.
-        passes: counts the passes of both phases.
-        search: the settings of the search before this phase.
-    """
-
-    method: Method | None
-    lower: Any
-    upper: Any
-    rows: tuple[Any, Any]
-    tags: tuple[str, ...] = ()
-    passes: PassCounter = field(default_factory=PassCounter)
-    search: Mapping[str, Any] | None = None
+    method: Method | None  # None if the user gave levels
+    lower: Any  # the level, or a function of the trainer that makes it
+    upper: Any  # likewise, or None
+    rows: tuple[Any, Any]  # of both levels, as `Method.rows` returned them
+    tags: tuple[str, ...] = ()  # columns of a batch that a level reads and the model does not
+    passes: PassCounter = field(default_factory=PassCounter)  # of both phases
+    search: Mapping[str, Any] | None = None  # the settings of the search before this phase
 
     @property
     def rows_of_levels(self) -> tuple[Any, Any]:

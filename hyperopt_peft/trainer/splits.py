@@ -86,12 +86,6 @@ def hold_out(
 
     Raises:
         ProblemError: the split is impossible; the message begins with ``argument``.
-
-    Example:
-        >>> rows = Dataset.from_dict({"x": [0, 1, 2, 3, 0]})
-        >>> rest, held_out = hold_out(rows, 0.5, 0, "fraction")
-        >>> (0 in rest) == (4 in rest), sorted([*rest, *held_out])
-        (True, [0, 1, 2, 3, 4])
     """
     copies, names = defaultdict[int, list[int]](list), sorted({*classes})
     for row, first in enumerate(firsts(rows, reads)):
@@ -123,10 +117,6 @@ def folds_of(groups: Sequence[int], count: int, seed: int = 0) -> list[list[int]
 
     Equal groups, such as `firsts` has for copies of a row, are in one fold. Groups that all differ
     have the folds of ``sklearn.model_selection.KFold(count, shuffle=True, random_state=seed)``.
-
-    Example:
-        >>> folds_of([0, 1, 2, 3, 0], 2)
-        [[2, 3], [0, 1, 4]]
     """
     order = np.random.RandomState(seed).permutation(np.unique(groups))
     return [np.flatnonzero(np.isin(groups, x)).tolist() for x in np.array_split(order, count)]

@@ -93,14 +93,6 @@ class TagCollator:
     a list with a number for each token, it has one for each label, in the shape of ``labels``. Rows
     may lack a tag, such as those of an upper level that does not read it. Whole numbers are exact;
     others have torch's default precision, as the labels of a model.
-
-    Example:
-        >>> def flat(rows):  # one row of all, as padding_free=True makes it
-        ...     ids = torch.tensor([sum((row["input_ids"] for row in rows), [])])
-        ...     return {"input_ids": ids, "labels": ids}
-        >>> rows = [{"input_ids": [5, 6, 7], "k": 1}, {"input_ids": [8], "k": 0}]
-        >>> TagCollator(flat, ["k"])(rows)["k"]
-        tensor([[1, 1, 1, 0]])
     """
 
     collate: Callable[[Sequence[Any]], Any]

@@ -35,20 +35,13 @@ class LossRule:
     Micro-batches are weighted by their numbers of labels, unless the Trainer's class declares the
     plain mean (``loss_is_scaled_for_ga = False``). Whether the loss reads the step's number of
     labels is measured once.
-
-    Attributes:
-        args: the training arguments.
-        scaled: the class's ``loss_is_scaled_for_ga``; None if it declares nothing.
-        own: whether the loss is another than the model's.
-        counts: whether the Trainer gives the loss the step's number of labels.
-        measuring: returns a context for evaluations of the loss that train nothing.
     """
 
     args: Any
-    scaled: bool | None
-    own: bool
-    counts: bool
-    measuring: Callable[[], AbstractContextManager[Any]]
+    scaled: bool | None  # the class's ``loss_is_scaled_for_ga``; None if it declares nothing
+    own: bool  # whether the loss is another than the model's
+    counts: bool  # whether the Trainer gives the loss the step's number of labels
+    measuring: Callable[[], AbstractContextManager[Any]]  # for evaluations that train nothing
 
     @classmethod
     def of(cls, trainer: Any, stock: type[Trainer]) -> LossRule:

@@ -27,8 +27,6 @@ class UpperBatches(Dataset[Any]):
 
     A batch is one piece of ``size`` examples. With ``full`` a batch is all of ``data``, in pieces
     of at most ``size`` examples, equally many on each process. Each epoch has another order.
-    ``processes`` share each batch; this one is number ``rank``. ``loading`` has options of
-    `torch.utils.data.DataLoader`.
     """
 
     def __init__(

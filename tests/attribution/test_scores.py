@@ -18,7 +18,7 @@ from tests.support.attributed import ROWS, STEPS, error, error_of_slopes, levels
 
 OPTIMIZERS: list[tuple[Any, dict[str, Any]]] = [
     (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
-    (torch.optim.Adam, {"lr": 1e-2, "amsgrad": True}),
+    (torch.optim.Adam, {"lr": 1e-2}),
     (torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.1}),
     (torch.optim.RMSprop, {"lr": 1e-2, "momentum": 0.5, "centered": True}),
     (torch.optim.Adagrad, {"lr": 1e-1}),

@@ -126,7 +126,6 @@ def test_bad_options_are_refused(tmp_path: Path, text: str, argv: str, words: st
         ("compare", {"methods": ["lora", "bidorra"]}, "'bidora'"),
         ("check", {"estimators": ["drts"]}, "'drts'.*'darts'"),
         ("check", {"reference": "exakt"}, "'exakt'.*'exact'"),
-        ("check", {"reference": "retraining:steps=0"}, "retraining.*steps.*0"),
         ("check", {"resume_from_checkpoint": "true"}, "resume_from_checkpoint: .*not resume"),
         ("compare", {"resume_from_checkpoint": "true"}, "resume_from_checkpoint: .*not resume"),
         ("attribute", {"estimator": "unroled"}, "'unroled'.*unrolled"),

@@ -17,7 +17,7 @@ from hyperopt_peft import Method
 from hyperopt_peft.comparison.budget import Budget
 from hyperopt_peft.comparison.folds import Rows
 from hyperopt_peft.comparison.task import Run, Task
-from hyperopt_peft.problems import LoRA, S3Delta
+from hyperopt_peft.problems import LayerScales, LoRA
 from tests.support.comparisons import compared, parts_of, passes_of
 from tests.support.trainers import data
 
@@ -96,9 +96,15 @@ class Dearer(Method):
         return torch.stack([task_loss(batch) for _ in range(min(12, self.calls))]).mean()
 
 
+class AtItsRate(LayerScales):
+    """Its estimator has two passes less at a rate of 0."""
+
+    defaults = MappingProxyType({"hypergradient": "darts:xi=lr", "retrain": "scratch"})
+
+
 @pytest.mark.parametrize(
     ("method", "arguments", "passes"),
-    [(Dearer(), {}, 60), (S3Delta(), {"warmup_steps": 0.5}, 50)],
+    [(Dearer(), {}, 60), (AtItsRate(), {"warmup_steps": 0.5}, 50)],
     ids=["dearer steps", "an estimator that does nothing at a rate of 0, as in a warm-up"],
 )
 def test_a_method_whose_steps_grow_dearer_has_fewer_of_them(

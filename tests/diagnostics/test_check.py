@@ -343,17 +343,6 @@ def test_a_chain_is_examined_through_its_levels():
     assert check.curvature.change == pytest.approx(change, rel=1e-6)
 
 
-@pytest.mark.parametrize("alone", [True, False])
-def test_a_variable_may_act_through_the_lower_optimizer_alone(alone):
-    rate = torch.tensor(-3.0, dtype=torch.float64, requires_grad=True)
-    pair = Pair()
-    pair.lower.optimizer_options = lambda: {"lr": rate.exp()}
-    owned = [("rate", rate)] if alone else [("rate", rate), ("u", pair.u)]
-    check = examine(pair.level(pair.upper_loss, owned, "above"), pair.lower)
-    assert kinds(check, "error", "warning") == []
-    assert check.curvature.implicit is not alone
-
-
 def noisy(above, below):
     """F = Σ (u + batch)·w and f = ½|w − u − batch|², at w = u; Σ|…| of the noise is known."""
     u = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)

@@ -82,14 +82,6 @@ def test_what_a_method_notes_is_below_the_table() -> None:
     assert lines[1].split()[:3] == ["direct", "–", "1"]  # of length zero: no direction
 
 
-def test_a_damping_that_dominates_the_hessian_is_noted_beside_a_method_without_one() -> None:
-    """``nystrom`` chooses its damping itself: the option is None."""
-    table = compare_hypergradients(*program(0).levels(), ["cg:damping=1e4", "nystrom", "direct"])
-    damped, nystrom, direct = table.records()
-    assert "damping 10000 dominates" in damped["note"]
-    assert "dominates" not in nystrom["note"] + direct["note"]
-
-
 def test_a_vanishing_reference_gives_no_numbers_and_no_error() -> None:
     w, u = (torch.ones(2, requires_grad=True) for _ in range(2))
     upper = FunctionLevel(lambda _: (u * 0).sum(), [u])
@@ -106,7 +98,6 @@ def test_a_vanishing_reference_gives_no_numbers_and_no_error() -> None:
         ({"estimators": ["cgg"]}, "'cgg'"),
         ({"estimators": ["cg"], "reference": "exakt"}, "'exakt'.*'exact'"),
         ({"estimators": ["cg"], "reference": "exact:size=3"}, "'size'"),
-        ({"estimators": ["cg"], "reference": "retraining:step=3"}, "step.*steps"),
     ],
 )
 def test_mistakes_are_named(arguments: dict[str, Any], message: str) -> None:
@@ -128,8 +119,8 @@ def row(method, cosine=0.99, error=0.1, seconds=1.0, problem="", factor=math.nan
     return ComparisonRow(method, cosine, error, 1.0, factor, seconds=seconds, problem=problem)
 
 
-def comparison(*rows, residual=0.01, note="", reference="minres:steps=40"):
-    return EstimatorComparison(reference, residual, note, 3, rows)
+def comparison(*rows, residual=0.01, note=""):
+    return EstimatorComparison("minres:steps=40", residual, note, 3, rows)
 
 
 NAN = math.nan
@@ -162,10 +153,6 @@ def test_the_quickest_within_both_thresholds(rows, estimator, reason):
     [
         ({"residual": 0.2}, "reference is uncertain (residual"),
         ({"residual": NAN}, "reference is uncertain (residual"),
-        (
-            {"residual": 0.2, "note": "10% beyond", "reference": "retraining:lr=0.1"},
-            "relative error 0.2 > 0.1), as is this recommendation; raise its steps or lr",
-        ),
         ({"note": "negative curvature -3"}, "negative curvature -3"),
         ({"residual": 0.1}, None),
         ({"residual": None}, None),

@@ -115,31 +115,6 @@ def test_a_hook_that_masks_a_gradient_is_right_for_what_it_lets_through() -> Non
     assert wrong(upper, lower) == []
 
 
-class OneSided(torch.autograd.Function):
-    """a·b, whose derivative by a has no graph: ∂²/∂b∂a is 0, and ∂²/∂a∂b is 1."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b)
-        return a * b
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = ctx.saved_tensors
-        return b.detach() * slope, a * slope
-
-
-def test_products_that_are_not_symmetric_are_found_where_kinks_hide_the_differences() -> None:
-    torch.manual_seed(0)
-    a, b, u = (torch.randn(30, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    saw = lambda x: torch.remainder(x, 3e-8).square().sum()  # noqa: E731
-    f = lambda _: (OneSided.apply(a, b) * u.exp()).sum() + saw(a) + saw(b)  # noqa: E731
-    upper = FunctionLevel(lambda _: (a + b).square().sum() + u.square().sum(), [u])
-    assert wrong(upper, FunctionLevel(f, [a, b]))
-    fine = lambda _: (a * b * u.exp()).sum() + saw(a) + saw(b)  # noqa: E731
-    assert not wrong(upper, FunctionLevel(fine, [a, b]))
-
-
 def kinked(x: Tensor) -> Tensor:
     return x.relu() + x.clamp(-0.5, 0.5) + (x - 1).abs() + x.round().detach() * 0
 

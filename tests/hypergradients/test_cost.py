@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.memory import peak_memory
 from hyperopt_peft import Engine, hypergradient
-from hyperopt_peft.core.examples import WeightedExamples
+from hyperopt_peft.core.examples import WeightedRows
 from hyperopt_peft.hypergradients import get_estimator, registered
 from hyperopt_peft.utils import reductions
 from tests.support.cases import Counted, counted
@@ -48,22 +48,18 @@ def levels(size: int) -> Any:
     model.get_output_embeddings = lambda: model
     target = torch.randn(8)
 
-    class Lower(WeightedExamples):
-        def groups(self, _: Any) -> Tensor:
-            return torch.arange(8)
-
+    class Lower(WeightedRows):
         def losses(self, _: Any) -> Tensor:
             return (model(x)[:, 0] - target).square() / 2
 
-        def weighted(self, losses: Tensor, _: Any) -> Tensor:
-            return losses.sum() * (1 + u.sigmoid().sum())
+        def weighted(self, losses: Tensor, _: Any) -> dict[str, Tensor]:
+            return {"loss": losses.sum() * (1 + u.sigmoid().sum())}
 
     def upper_f(_: Any) -> Tensor:
         return model(x).square().sum() + u.square().sum()
 
     rates = [torch.optim.SGD([v], lr=1e-3) for v in (u, model.weight)]
-    lower = Lower([model.weight], optimizer=rates[1], name="lower")
-    lower.model = model
+    lower = Lower(model, lambda _: torch.ones(8), optimizer=rates[1], name="lower")
     return FunctionLevel(upper_f, [u], optimizer=rates[0], name="upper"), lower
 
 

@@ -7,20 +7,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import cross_entropy, linear, pad
 from torch.optim import SGD, AdamW
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hyperopt_peft import Engine, NonFiniteError, ProblemError, hypergradient
 from hyperopt_peft.core.data import DataStream
-from hyperopt_peft.core.examples import WeightedExamples
+from hyperopt_peft.core.examples import WeightedRows
 from hyperopt_peft.core.task_level import TaskLevel
 from hyperopt_peft.hypergradients import open_oracle
 from hyperopt_peft.hypergradients.registry import get_estimator
 from hyperopt_peft.utils.models import trainable
 from tests.support import dots_in_processes, two_processes
 from tests.support.networks import Interruption
-from tests.support.quadratic import relative_error
+from tests.support.quadratic import normal, relative_error
 from tests.support.weighted_levels import Layers, sequences, weighted
 
 ROWS = 12
@@ -72,34 +72,22 @@ def test_in_training_they_are_taken_where_the_last_lower_step_began() -> None:
     torch.testing.assert_close(*moved, rtol=1e-10, atol=1e-12)
 
 
-class Packed(WeightedExamples):
-    """Next-token losses of a causal network whose rows are packs of documents of a source each."""
-
-    def __init__(self, logits: Tensor) -> None:
-        torch.manual_seed(0)
-        self.model = nn.ModuleDict({"value": nn.Linear(6, 6), "head": nn.Linear(6, 9)}).double()
-        self.embedding, self.logits = torch.randn(9, 6, dtype=torch.float64), logits
-        super().__init__(self.model.named_parameters())
-
-    def groups(self, batch: Any) -> Tensor:
-        return batch["source"]
+class Packed(WeightedRows):
+    """Next-token losses of a causal network whose rows are packs of documents."""
 
     def losses(self, batch: Any) -> Tensor:
-        ids, document, source = batch["ids"], batch["document"], batch["source"]
+        ids, document = batch["ids"], batch["document"]
         alike = (document[:, :, None] == document[:, None]).tril().double()
-        mixed = alike / alike.sum(-1, keepdim=True) @ self.model["value"](self.embedding[ids])
+        mixed = alike / alike.sum(-1, keepdim=True) @ self.model["value"](normal(9, 6)[ids])
         scores = self.model["head"](mixed.tanh()).mT[..., :-1]
         each = cross_entropy(scores, ids[:, 1:], reduction="none")
         each = each * (document[:, 1:] == document[:, :-1])  # the next document is not predicted
-        return each.new_zeros(3).index_add(0, source[:, :-1].flatten(), each.flatten())
-
-    def weighted(self, losses: Tensor, batch: Any) -> Tensor:
-        return (self.logits.softmax(0) * losses).sum() / batch["ids"].numel()
+        return pad(each, (0, 1)).flatten()
 
 
 @pytest.mark.parametrize("flat", [False, True])
-def test_tokens_may_have_groups(flat: bool) -> None:
-    """Packs of documents, and all documents in one row."""
+def test_labels_have_the_weight_of_their_document(flat: bool) -> None:
+    """In packs, and with all documents in one row."""
     generator = torch.Generator().manual_seed(1)
     batch = {
         "ids": torch.randint(9, (4, 8), generator=generator),
@@ -109,17 +97,10 @@ def test_tokens_may_have_groups(flat: bool) -> None:
     if flat:
         batch = {name: column.view(1, -1) for name, column in batch.items()}
     logits = torch.tensor([0.3, -0.5, 0.1], dtype=torch.float64, requires_grad=True)
-    lower = Packed(logits)
-
-    class Above(Packed):
-        def __init__(self) -> None:
-            self.model, self.embedding, self.logits = lower.model, lower.embedding, logits
-            WeightedExamples.__init__(self, [logits])
-
-        def weighted(self, losses: Tensor, batch: Any) -> Tensor:
-            return losses[1]
-
-    both = Above(), lower
+    model = nn.ModuleDict({"value": nn.Linear(6, 6), "head": nn.Linear(6, 9)}).double()
+    lower = Packed(model, lambda batch: logits.softmax(0)[batch["source"]])
+    of_one = lambda b: Packed.losses(lower, b)[b["source"].flatten() == 1].sum()  # noqa: E731
+    both = TaskLevel(model, {"logits": logits}, task_loss=of_one), lower
     results = [
         hypergradient(*both, f"darts:product={product}", upper_batch=batch, lower_batch=batch)[0]
         for product in ("exact", "dots")
@@ -161,7 +142,7 @@ def test_fastmix_aligns_gradients_of_the_frozen_output_layer(tied: bool) -> None
 
 def test_without_upper_variables_in_the_weights_they_are_zero() -> None:
     upper, lower = levels()
-    lower.weighted = lambda losses, batch: losses.sum()
+    lower.weighted = lambda losses, batch: {"loss": losses.sum()}
     assert not gradient((upper, lower), "darts:product=dots").any()
 
 
@@ -241,7 +222,9 @@ def uncalled(lower: Any) -> None:
 
 
 def misshapen(lower: Any) -> None:
-    lower.groups = lambda batch: torch.zeros(ROWS - 1, dtype=torch.int64)
+    """Layers that read the tokens of all rows on one axis."""
+    hidden = lower.model.hidden
+    lower.model.hidden = lambda x: hidden(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
 def headless(lower: Any) -> None:
@@ -252,7 +235,7 @@ REFUSALS: list[tuple[str, Callable[[Any], None], str]] = [
     ("darts:product=dots", embedded, "'table'.*product=difference"),
     ("darts:product=dots", outside, "outside its layer.*product=difference"),
     ("darts:product=dots", uncalled, "'head.weight' without calling its layer"),
-    ("darts:product=dots", misshapen, r"groups.*\(11,\).*\(12, "),
+    ("darts:product=dots", misshapen, r"12 weights do not fit.*\(36, "),
     ("fastmix", headless, "get_output_embeddings"),
     ("fastmix", uncalled, "fused head"),
     ("minres:product=dots", uncalled, "minres: product"),
@@ -261,7 +244,7 @@ REFUSALS: list[tuple[str, Callable[[Any], None], str]] = [
 
 @pytest.mark.parametrize(("method", "spoil", "message"), REFUSALS)
 def test_wrong_dots_are_refused(method: str, spoil: Callable[[Any], None], message: str) -> None:
-    upper, lower = levels("index" if spoil is misshapen else "source")
+    upper, lower = levels()
     spoil(lower)
     with pytest.raises(ProblemError, match=message):
         hypergradient(upper, lower, method)
@@ -270,7 +253,7 @@ def test_wrong_dots_are_refused(method: str, spoil: Callable[[Any], None], messa
 @pytest.mark.parametrize("method", ["darts:product=dots", "fastmix"])
 def test_a_level_must_weight_examples(method: str) -> None:
     upper, lower = levels()
-    with pytest.raises(ProblemError, match="WeightedExamples"):
+    with pytest.raises(ProblemError, match="WeightedRows"):
         hypergradient(upper, TaskLevel(lower.model, lower.model.parameters()), method)
 
 

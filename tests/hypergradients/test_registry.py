@@ -61,7 +61,7 @@ def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
             ConjugateGradient(product="difference", epsilon=0.01),
         ),
         ("neumann:terms=20,step_size=None", Neumann(terms=20)),
-        ("forward:carry=true", Forward(carry=True)),
+        ("forward:limit=3", Forward(limit=3)),
         ("darts:xi=lr,scheme=forward", DARTS(xi="lr", scheme="forward")),
         ("darts:xi='lr'", DARTS(xi="lr")),
         ("kfac:steps=0,damping=none", KFAC(steps=0)),
@@ -98,7 +98,6 @@ MISTAKES = {
     "darts:scheme=3": "darts: scheme .*'central'.*'forward'",
     "sama:epsilon=0": "sama: epsilon ",
     "f2sa:tolerance=1": "f2sa: tolerance .* 1",
-    "forward:carry=1": "forward: carry .* 1",
 }
 
 

@@ -11,10 +11,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from hyperopt_peft import hypergradient
-from hyperopt_peft.adapters import lora_layers
 from hyperopt_peft.adapters.gains import gained_layers
 from hyperopt_peft.engine import lbfgs
-from hyperopt_peft.problems import SEAL, AutoLoRA, BiLoRA, LayerDecay, LayerScales, S3Delta, Sources
+from hyperopt_peft.problems import SEAL, AutoLoRA, BiLoRA, LayerDecay, LayerScales, Sources
 from tests.support.adapted_models import adapted_layer, layer_input, randomise, single, two_layers
 from tests.support.solved_levels import SGD
 from tests.support.weighted_levels import Linear, rows
@@ -108,23 +107,6 @@ def test_decays_are_those_of_layers(shared: bool) -> None:
     assert (method.decays["first"] == method.decays["second"]) == shared
     by_hand = sum(e * float(q) for e, q in zip(method.decays.values(), squares, strict=True)) / 2
     assert float(found) == pytest.approx(by_hand)
-
-
-def test_s3delta_s_gates_meet_the_budget() -> None:
-    """Σ n_l·p_l = share·Σ n_l; draws are of training alone."""
-    method = S3Delta(share=0.6)
-    model = prepared(method)
-    method.project()
-    gates, x = method.gates(model), torch.randn(3, 6, dtype=torch.float64)
-    assert gates["first"] * 24 + gates["second"] * 22 == pytest.approx(0.6 * 46, rel=1e-5)
-    assert torch.equal(model.eval()(x), model(x))
-    assert not torch.equal(model.train()(x), model(x))
-    best = max(gained_layers(model), key=lambda each: gates[each.name])
-    update = (gates[best.name] * 1.5 * best.b @ best.a).detach()  # alpha 3, rank 2
-    plain = method.finish(model)
-    ((path, layer),) = lora_layers(plain)
-    assert method.layers == [best.name] and path.endswith(best.name)
-    torch.testing.assert_close(layer.get_delta_weight("default"), update)
 
 
 def numbered(count: int, start: int = 0, **columns: Any) -> Dataset:

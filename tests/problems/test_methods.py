@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +32,6 @@ from hyperopt_peft.problems.class_offsets import ClassOffsets
 from hyperopt_peft.problems.class_priors import FrequencyWeights, LogitAdjustment, TunedAdjustment
 from hyperopt_peft.problems.layer_decay import LayerDecay
 from hyperopt_peft.problems.layer_scales import LayerScales
-from hyperopt_peft.problems.s3delta import S3Delta
 from tests.support.adapted_models import (
     adapted_layer,
     layer_input,
@@ -51,7 +49,6 @@ METHODS: dict[str, Method] = {
     "bidora": BiDoRA(gamma=0.1),
     "bilora": BiLoRA(gamma=0.3),
     "autolora": AutoLoRA(decay=0.1),
-    "s3delta": S3Delta(sampled=False),
     "layer_scales": LayerScales(decay=0.1),
     "layer_decay": LayerDecay(start=-2.0),
     "class_offsets": ClassOffsets(factor=True),
@@ -154,18 +151,6 @@ def test_bilora_s_penalty_is_in_float32() -> None:
     torch.testing.assert_close(narrow, orthogonality(model.double()).float(), rtol=1e-5, atol=0)
 
 
-def test_chosen_layers_load_where_the_config_had_numbers_of_layers(tmp_path: Path) -> None:
-    model = peft_model(dora=False, layers_to_transform=[0, 1], dropout=0.0)
-    method = S3Delta()
-    method.prepare(model)
-    plain = method.finish(model).eval()
-    plain.save_pretrained(str(tmp_path))
-    loaded = PeftModel.from_pretrained(base_model(), tmp_path).eval()
-    assert len(lora_layers(loaded)) == len(method.layers) < len(lora_layers(peft_model()))
-    rows = {"input_ids": torch.tensor(data()["input_ids"][:4])}
-    torch.testing.assert_close(loaded(**rows).logits, plain(**rows).logits)
-
-
 def test_autolora_selects_ranks_and_keeps_what_remains() -> None:
     """p = (1.5, .5, 1.5, .5) and (.5, .5, 2.5, .5); equal weights all remain."""
     targets = ["layer.0", "layer.1"]
@@ -189,12 +174,11 @@ def test_autolora_selects_ranks_and_keeps_what_remains() -> None:
     assert method.ranks == {"layer.0": 2, "layer.1": 1}
 
 
-#: Of either method three of six terms remain; the second layer's update is the larger one.
-BUDGETS: Any = {AutoLoRA: {}, S3Delta: {"share": 0.6}}
-
-
 def remaining(method: Any, learned: Any = (), seed: int = 3) -> dict[str, int]:
-    """The ranks of `two_layers` after a search that has learned these upper variables."""
+    """The ranks of `two_layers` after a search that has learned these upper variables.
+
+    The second layer's update is the larger one.
+    """
     model = two_layers(r=3)
     torch.manual_seed(seed)
     method.prepare(model)
@@ -207,49 +191,30 @@ def remaining(method: Any, learned: Any = (), seed: int = 3) -> dict[str, int]:
     return {path.rpartition(".")[2]: rank for path, rank in ranks.items()}
 
 
-@pytest.mark.parametrize(
-    ("kind", "learned", "weights", "sizes"),
-    [  # two and one of three terms are above the mean; the first layer's gate is open
-        (
-            AutoLoRA,
-            ([[0.2, 0.2, -0.9]], [[0.9, -0.2, -0.2]]),
-            {"first": 2, "second": 1},
-            {"first": 1, "second": 2},
-        ),
-        (S3Delta, ([[2.0]], [[-2.0]]), {"first": 3}, {"second": 3}),
-        (S3Delta, ([[0.0]], [[0.0]]), None, {"second": 3}),
-    ],
-)
-def test_controls_have_the_budget_of_what_is_learned(
-    kind: Any, learned: Any, weights: Any, sizes: Any
-) -> None:
-    options = BUDGETS[kind]
-    assert weights is None or remaining(kind(**options), learned) == weights
-    assert remaining(kind(choose="sizes", **options), learned) == sizes
-    drawn = [remaining(kind(choose="random", **options), learned, seed) for seed in range(12)]
-    assert len({str(each) for each in drawn}) == 2  # a layer's largest term always remains
-    assert all(sum(each.values()) == 3 for each in drawn)
-    assert drawn[5] == remaining(kind(choose="random", **options), learned, 5)
+def test_a_control_has_the_budget_of_what_is_learned() -> None:
+    """Two and one of three terms are above the mean; a layer's largest term always remains."""
+    learned = [[0.2, 0.2, -0.9]], [[0.9, -0.2, -0.2]]
+    assert remaining(AutoLoRA(), learned) == {"first": 2, "second": 1}
+    assert remaining(AutoLoRA(choose="sizes"), learned) == {"first": 1, "second": 2}
 
 
 def test_equal_weights_are_drawn() -> None:
-    """As in an ablation without an upper level: of a share of the terms, or of gates."""
-    for method in (AutoLoRA(share=0.5), S3Delta(share=0.6)):
-        found = [remaining(method, seed=seed) for seed in range(12)]
-        assert len({str(each) for each in found}) == 2 and found[5] == remaining(method, seed=5)
+    """As in an ablation without an upper level."""
+    found = [remaining(AutoLoRA(share=0.5), seed=seed) for seed in range(12)]
+    assert len({str(each) for each in found}) == 2
+    assert found[5] == remaining(AutoLoRA(share=0.5), seed=5)
     assert remaining(AutoLoRA(share=0.5, choose="sizes")) == {"first": 1, "second": 2}
     assert remaining(AutoLoRA()) == {"first": 3, "second": 3}
 
 
-@pytest.mark.parametrize("kind", [AutoLoRA, S3Delta])
-def test_a_control_sees_what_the_search_has_learned(tmp_path: Path, kind: Any) -> None:
+def test_a_control_sees_what_the_search_has_learned(tmp_path: Path) -> None:
     """Though the second phase starts from initial values, where all of B is 0."""
     model = peft_model(dora=False)
     with torch.no_grad():
         for name, x in model.named_parameters():
             if "lora_B" in name:
                 x.zero_()
-    method, seen = kind(choose="sizes"), []
+    method, seen = AutoLoRA(choose="sizes"), []
     original = method.after_search
     method.after_search = lambda m: (seen.append(float(squares(m).detach())), original(m))
     run = method_trainer(tmp_path, method=method, model=model, retrain="scratch")
@@ -259,13 +224,14 @@ def test_a_control_sees_what_the_search_has_learned(tmp_path: Path, kind: Any) -
 
 
 @pytest.mark.parametrize("stop", [(4, "search"), (2, "retrain")])
-@pytest.mark.parametrize("method", [S3Delta(choose="sizes"), AutoLoRA(choose="random")], ids=repr)
-def test_a_control_resumes(tmp_path: Path, method: Any, stop: Any) -> None:
+def test_a_control_resumes(tmp_path: Path, stop: Any) -> None:
     """Its choice is in the values that both phases share."""
 
     def make(folder: Path, callbacks: Any = (), **settings: Any) -> Any:
         saving = {"save_strategy": "steps", "save_steps": 3, "retrain": "scratch"}
-        return method_trainer(folder, callbacks, method=copy.deepcopy(method), **saving, **settings)
+        return method_trainer(
+            folder, callbacks, method=AutoLoRA(choose="sizes"), **saving, **settings
+        )
 
     require_same_end(tmp_path, stop, make=make)
 
@@ -343,11 +309,10 @@ def test_bidora_s_lower_loss_has_the_penalty() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "agree"),
-    [(BiDoRA(), True), (BiDoRA(norm_grad="detach"), False), (S3Delta(), True)],
+    ("method", "agree"), [(BiDoRA(), True), (BiDoRA(norm_grad="detach"), False)]
 )
 def test_a_difference_of_two_passes_is_the_derivative_of_one(method: Any, agree: bool) -> None:
-    """Of draws of gates too, but not where the norm is outside the graph."""
+    """But not where the norm is outside the graph."""
     levels = both_levels(method)
     (row,) = compare_hypergradients(*levels, ["darts"], "darts:product=exact", repeats=1).rows
     assert row.relative_error < 1e-6 if agree else row.relative_error > 1e-2
@@ -388,7 +353,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "embedding": (lambda: LayerScales().prepare(single("embedding", use_dora=False)), "Embedding"),
     "rank": (lambda: BiLoRA().prepare(single(use_dora=False, r=5)), "rank 5"),
     "twice": (twice, "has a gain already"),
-    "no layer": (lambda: S3Delta().prepare(single(use_dora=False)), "share.*less than any"),
 }
 
 

@@ -53,7 +53,7 @@ class Case:
 def cases(*kinds: str) -> Any:
     """Parametrises over the registered estimators of ``kinds``, and their kinds of product.
 
-    Dot products, and fastmix with them, are for levels that weight examples: see test_dots.
+    Dot products, and fastmix with them, are for levels that weight rows: see test_dots.
     """
     found = []
     for name, entry in registered().items():

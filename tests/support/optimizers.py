@@ -24,8 +24,7 @@ OPTIMIZERS: dict[str, tuple[type[Optimizer], Options]] = {
     "adam-decay": (Adam, {"lr": 0.05, "weight_decay": 0.1}),
     "adamw": (AdamW, {"lr": 0.05, "weight_decay": 0.3}),
     "maximize": (SGD, {"lr": 0.2, "momentum": 0.8, "weight_decay": 0.1, "maximize": True}),
-    "amsgrad": (Adam, {"lr": 0.05, "amsgrad": True, "betas": (0.8, 0.6), "weight_decay": 0.1}),
-    "amsgrad-w": (AdamW, {"lr": 0.05, "amsgrad": True, "maximize": True, "weight_decay": 0.3}),
+    "adamw-maximize": (AdamW, {"lr": 0.05, "maximize": True, "weight_decay": 0.3}),
     "rmsprop": (RMSprop, {"lr": 0.02}),
     "rmsprop-momentum": (RMSprop, {"lr": 0.02, "momentum": 0.7, "weight_decay": 0.1, "alpha": 0.8}),
     "rmsprop-centered": (RMSprop, {"lr": 0.02, "centered": True, "eps": 1e-4, "alpha": 0.7}),
@@ -63,6 +62,12 @@ def make_levels(optimizer: Optimizer | None, w: Leaves, u: Leaves, **options: An
     upper = FunctionLevel(lambda _: upper_f(w, u), u, lr=1.0)
     lower = FunctionLevel(lambda b: f(w, u, b, p), w, data=BATCHES, optimizer=optimizer, **options)
     return upper, lower
+
+
+def new_levels(kind: type[Optimizer], options: Options, **level: Any) -> Any:
+    """Levels at their start, with an optimizer of the lower one."""
+    w, u = start()
+    return make_levels(kind(w, **options), w, u, **level)
 
 
 def slopes(

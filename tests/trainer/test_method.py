@@ -20,7 +20,7 @@ from hyperopt_peft import (
     Method,
 )
 from hyperopt_peft.adapters import split_parameters
-from hyperopt_peft.problems import ClassOffsets, LayerScales, LoRA, S3Delta, Sources
+from hyperopt_peft.problems import ClassOffsets, LayerScales, LoRA, Sources
 from tests.support.methods import ARGUMENTS, method_trainer
 from tests.support.trainers import TASKS, base_model, data, peft_model, trainer, values
 
@@ -50,8 +50,8 @@ def test_arguments_that_are_copied_or_parsed_keep_what_is_not_given(tmp_path: Pa
     (parsed,) = HfArgumentParser(BilevelTrainingArguments).parse_args_into_dataclasses(words)
     args = BilevelTrainingArguments(str(tmp_path), retrain="warm", report_to="none")
     for each in (parsed, replace(args, max_steps=5)):
-        found = each.with_defaults(S3Delta.defaults)
-        assert (found.hypergradient, found.upper_learning_rate) == ("darts:xi=lr", 0.1)
+        found = each.with_defaults({"hypergradient": "direct", "upper_learning_rate": 0.1})
+        assert (found.hypergradient, found.upper_learning_rate) == ("direct", 0.1)
         assert (found.retrain, found.lower_steps) == ("warm", 1)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hyperopt_peft.core.labels import has_fused_head
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.hypergradients.dots import ADVICE, UNCALLED, Dots, refusal, weighted_examples
+from hyperopt_peft.hypergradients.dots import ADVICE, UNCALLED, Dots, refusal, weighted_rows
 from hyperopt_peft.hypergradients.estimator import Estimator, Requirements
 from hyperopt_peft.hypergradients.oracle import Estimate, Oracle
 from hyperopt_peft.hypergradients.registry import register
@@ -25,15 +25,15 @@ from hyperopt_peft.utils.validation import NonNegativeFloat
 @register("fastmix", kind="identity")
 @dataclass(frozen=True)
 class FastMix(Estimator):
-    """dF/du ≈ ∂F/∂u − ξ Σ_g ∂f'_g/∂u ⟨∇_V F, ∇_V ℓ_g⟩, with V the output layer's weight.
+    """dF/du ≈ ∂F/∂u − ξ Σ_i ∂f'_i/∂u ⟨∇_V F, ∇_V ℓ_i⟩, with V the output layer's weight.
 
     The estimate is `DARTS` with ``product="dots"``, where V takes the place of w; V may be frozen
-    or tied. f'_g = ∂f/∂ℓ_g is v_k if group g is source k with weight v_k. The model of the lower
+    or tied. f'_i = ∂f/∂ℓ_i is the weight of row i. The model of the lower
     level must have ``get_output_embeddings()`` and call this layer, as models of Transformers do; a
     fused head does not. FastMix, 2026, arXiv:2606.14971.
 
     Raises:
-        ProblemError: the lower level does not weight examples, or does not call an output layer.
+        ProblemError: the lower level does not weight rows, or does not call an output layer.
 
     Example:
         >>> from hyperopt_peft.hypergradients import get_estimator
@@ -49,8 +49,7 @@ class FastMix(Estimator):
         return Requirements(history=1, observe=True)
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
-        """Raise ProblemError as `Estimator.check_levels` and `output_layer`."""
-        super().check_levels(upper, lower)
+        """Raise ProblemError as `output_layer`."""
         output_layer(lower)
 
     def observe(self, oracle: Oracle) -> Dots:
@@ -84,7 +83,7 @@ class FastMix(Estimator):
 
 def output_layer(level: Problem) -> nn.Module:
     """The output layer that the model in ``level`` calls; raises ProblemError without one."""
-    model = weighted_examples(level).model
+    model = weighted_rows(level).model
     if has_fused_head(model):
         raise refusal(level, UNCALLED)
     modules: Iterator[Any] = model.modules()  # a wrapper for processes has no such method

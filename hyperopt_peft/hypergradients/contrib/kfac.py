@@ -60,8 +60,7 @@ class KFAC(Solver):
     tolerance: Fraction = 1e-6
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
-        """As `Estimator.check_levels`; the lower level must be neither sharded nor `Nested`."""
-        super().check_levels(upper, lower)
+        """Raise ProblemError if the lower level is sharded or `Nested`."""
         advice = 'choose another solver, such as "cg", with product="difference"'
         self.require(
             not is_sharded(*lower.variables),

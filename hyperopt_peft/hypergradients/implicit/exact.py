@@ -39,8 +39,7 @@ class Exact(Solver):
     damping: NonNegativeFloat = 0.0
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
-        """As `Estimator.check_levels`; the lower level must have at most 5,000 unknowns."""
-        super().check_levels(upper, lower)
+        """Raise ProblemError if the lower level has more than 5,000 unknowns."""
         n = sum(variable.numel() for variable in lower.variables)
         self.require(
             n <= LARGEST,

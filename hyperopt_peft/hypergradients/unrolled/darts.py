@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from hyperopt_peft.core.problem import Problem
@@ -37,23 +36,12 @@ class OneStep(Estimator):
             lower_gradient=self.scheme == "forward" and self.product == "difference",
             second_derivatives=self.product == "exact",
             differences=self.product == "difference",
-            observe=self.product == "dots",
         )
 
     def check_levels(self, upper: Problem, lower: Problem) -> None:
-        """Raise ProblemError as `Estimator.check_levels`, and for dots as `linear_layers`."""
-        super().check_levels(upper, lower)
+        """Raise ProblemError for dots as `linear_layers`."""
         if self.product == "dots":
             linear_layers(lower)
-
-    def observe(self, oracle: Oracle) -> Dots | None:
-        """For dots, the dot products with the direction, if it is known before the step."""
-        along = self.known_direction(oracle) if self.product == "dots" else None
-        return None if along is None else Dots.of(oracle.lower, along)
-
-    @abstractmethod
-    def known_direction(self, oracle: Oracle) -> Vector | None:
-        """The v for `mixed` if it is known before the lower step's pass; else None."""
 
     def mixed(self, oracle: Oracle, v: Vector) -> Vector:
         """∂²f/∂u∂w · v at the start of the last lower step (outside training, at the current w)."""
@@ -66,7 +54,7 @@ class OneStep(Estimator):
             return product.mixed(v)
 
     def cost(self) -> int:
-        """The passes of F, f and the mixed product; in a Trainer, dots take one less."""
+        """The passes of F, f and the mixed product; in a Trainer, dots of `DARTS` take one less."""
         forward = self.product == "difference" and self.scheme == "forward"
         return 3 if forward or self.product == "dots" else 4
 
@@ -105,9 +93,16 @@ class DARTS(OneStep):
             return Estimate(direct, zeros_like(direct))
         return Estimate(direct, -xi * self.mixed(oracle, b))
 
-    def known_direction(self, oracle: Oracle) -> Vector | None:
-        """∂F/∂w; None for ξ = 0."""
-        return oracle.upper_gradient.b if self.xi != 0 else None
+    @property
+    def requirements(self) -> Requirements:
+        """As `OneStep`; dot products with ∂F/∂w come from the lower step's own pass."""
+        return replace(super().requirements, observe=self.product == "dots")
+
+    def observe(self, oracle: Oracle) -> Dots | None:
+        """The dot products with ∂F/∂w, if ``product`` asks for them and ξ is not 0."""
+        if self.product != "dots" or self.xi == 0:
+            return None
+        return Dots.of(oracle.lower, oracle.upper_gradient.b)
 
     def _learning_rate(self, oracle: Oracle) -> float:
         last = oracle.last and oracle.last.optimizer

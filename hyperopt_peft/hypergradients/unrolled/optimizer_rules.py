@@ -16,7 +16,6 @@ Moments = Mapping[str, Tensor]
 # A second moment is 0 if every gradient was 0 (of lora_A while B = 0), and the square root has no
 # derivative at 0. Adding this number, far below eps², gives it one.
 TINY = 1e-36
-PEAK = "max_exp_avg_sq"  # AMSGrad's moment in torch
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,7 @@ class Rule:
         """torch's names for the moments of a step with ``options``."""
         state: Any = self.make(options).init(())
         fields = {field for part in state for field in part._fields}
-        names = [name for field, name in self.moments.items() if field in fields]
-        return [*names, PEAK] if options.get("amsgrad") else names
+        return [name for field, name in self.moments.items() if field in fields]
 
     def update(
         self, options: Options, g: Tensor, moments: Moments, count: int, fresh: bool
@@ -45,8 +43,6 @@ class Rule:
 
         ``fresh`` says that the variable has no optimizer state yet.
         """
-        if options.get("amsgrad"):
-            return _amsgrad(options, g, moments, count)
         damped, momentum = options.get("dampening", 0.0), options.get("momentum", 0.0)
         if momentum and damped and not fresh:  # a new buffer is the gradient itself
             g = (1 - damped) * g
@@ -69,18 +65,6 @@ class Rule:
         updates, state = transformation.update((g,), state, params=(g,), inplace=False)
         after = {field: getattr(part, field) for part in state for field in part._fields}
         return updates[0], {self.moments[f]: after[f][0] for f in self.moments if f in after}
-
-
-def _amsgrad(
-    o: Options, g: Tensor, moments: Moments, count: int
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """AMSGrad, which TorchOpt does not have: Adam with the largest v so far in place of v."""
-    (beta1, beta2), t = o["betas"], count + 1
-    m = beta1 * moments["exp_avg"] + (1 - beta1) * g
-    v = beta2 * (moments["exp_avg_sq"] + TINY) + (1 - beta2) * g * g
-    peak = torch.maximum(moments[PEAK] + TINY, v)
-    step = -(m / (1 - beta1**t)) / ((peak / (1 - beta2**t)).sqrt() + o["eps"])
-    return step, {"exp_avg": m, "exp_avg_sq": v, PEAK: peak}
 
 
 def _passing(make: Callable[..., GradientTransformation], *names: str) -> Any:

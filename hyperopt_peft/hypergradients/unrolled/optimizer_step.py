@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from hyperopt_peft.core.optimizer import DIFFERENTIABLE, options_by_group
 from hyperopt_peft.core.problem import Problem, StepRecord
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.distributed import is_sharded, to_local
@@ -20,23 +19,20 @@ Clipping = tuple[float, float, Vector]
 
 
 class DifferentiableStep:
-    """Φ(w, g, moments, options) → (w', moments'), the step of a level's optimizer with clipping.
+    """Φ(w, g, moments) → (w', moments'), the step of a level's optimizer with clipping.
 
-    The optimizer is torch's SGD, Adam, AdamW (both with ``amsgrad``), RMSprop, Adagrad, Adadelta,
-    Adamax or RAdam, with any options.
+    The optimizer is torch's SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax or RAdam, with any
+    options but ``amsgrad``.
 
     Args:
-        level: the level; its current `Problem.optimizer_options` are differentiable.
-        snapshot: a `Problem.optimizer_snapshot` with all other options.
-        clipping: whether the step clips g.
+        level: the level.
+        snapshot: a `Problem.optimizer_snapshot` with the options.
 
     Raises:
-        ProblemError: the level has no optimizer, or one of another class or with step hooks.
+        ProblemError: the level has no optimizer, or another one, or one with step hooks.
     """
 
-    def __init__(
-        self, level: Problem, snapshot: Mapping[str, Any], *, clipping: bool = True
-    ) -> None:
+    def __init__(self, level: Problem, snapshot: Mapping[str, Any]) -> None:
         # Imported here so that other estimators do not load TorchOpt.
         from hyperopt_peft.hypergradients.unrolled.optimizer_rules import RULES
 
@@ -46,10 +42,10 @@ class DifferentiableStep:
                 f"{level.name}: the level has no optimizer, and the estimator differentiates its "
                 "step; give the level one"
             )
-        if kind not in RULES:
+        if kind not in RULES or any(group.get("amsgrad") for group in snapshot["groups"]):
             raise ProblemError(
                 f"{level.name}: a step of {kind.__name__} cannot be differentiated; use one of "
-                f"{', '.join(each.__name__ for each in RULES)}"
+                f"{', '.join(each.__name__ for each in RULES)}, without amsgrad"
             )
         optimizer = getattr(level.optimizer, "optimizer", level.optimizer)  # accelerate wraps it
         if any(getattr(optimizer, f"_optimizer_step_{when}_hooks", 0) for when in ("pre", "post")):
@@ -57,27 +53,15 @@ class DifferentiableStep:
                 f"{level.name}: the optimizer has step hooks, which have no derivative; remove them"
             )
         self.level, self._rule = level, RULES[kind]
-        self._clips = clipping and level.max_grad_norm is not None
         self._decoupled = kind is torch.optim.AdamW
         used = [self._rule.names(group) for group in snapshot["groups"]]
         #: torch's names for the moments of all groups.
         self.moment_names = tuple(dict.fromkeys(name for names in used for name in names))
-        self._learnt = options_by_group(level)
-        if level.optimizer is not None:  # the snapshot omits empty groups
-            pairs = zip(level.optimizer.param_groups, self._learnt, strict=False)
-            self._learnt = [options for group, options in pairs if group["params"]]
-        #: The options that are functions of upper variables, with their graphs.
-        self.options = [value for options in self._learnt for value in options.values()]
-
-    def moments(self, parts: Sequence[Tensor]) -> dict[str, Vector]:
-        """The moments in the list ``parts`` (`vjp`, `jvp`) as vectors shaped like w, by name."""
-        width = len(self.moment_names)
-        return {name: Vector(parts[k::width]) for k, name in enumerate(self.moment_names)}
 
     def vjp(
         self, step: StepRecord, adjoint: Vector, moment_adjoint: Sequence[Tensor] | None = None
-    ) -> tuple[Vector, Vector, list[Tensor], list[Tensor]]:
-        """Cotangents of (w, g, moments, options), given cotangents of (w', moments') or None."""
+    ) -> tuple[Vector, Vector, list[Tensor]]:
+        """Cotangents of (w, g, moments), given cotangents of (w', moments') or None."""
         clipping = self._clipping(step)
         leaves = [[x.requires_grad_() for x in group] for group in self._inputs(step, clipping)]
         point, moments = self._apply(step, *leaves)
@@ -89,26 +73,20 @@ class DifferentiableStep:
             cotangents += [c for _, c in pairs]
         flat = [x for group in leaves for x in group]
         bars = torch.autograd.grad(outputs, flat, cotangents, materialize_grads=True)
-        n, m = len(leaves[0]), len(leaves[2])
+        n = len(leaves[0])
         return (
             _shaped(bars[:n], step.variables),
             _clipping_derivative(clipping, _shaped(bars[n : 2 * n], step.variables)),
-            list(bars[2 * n : 2 * n + m]),
-            list(bars[2 * n + m :]),
+            list(bars[2 * n :]),
         )
 
     def jvp(
-        self,
-        step: StepRecord,
-        point: Vector,
-        gradient: Vector,
-        moments: Sequence[Tensor],
-        options: Sequence[Tensor],
+        self, step: StepRecord, point: Vector, gradient: Vector, moments: Sequence[Tensor]
     ) -> tuple[Vector, list[Tensor]]:
-        """Tangents of (w', moments') from tangents of (w, g, moments, options)."""
+        """Tangents of (w', moments') from tangents of (w, g, moments)."""
         clipping = self._clipping(step)
         gradient = _clipping_derivative(clipping, gradient)
-        tangents = (to_local(point), to_local(gradient), moments, options)
+        tangents = (to_local(point), to_local(gradient), moments)
         with forward_ad.dual_level():
             duals = [
                 [forward_ad.make_dual(x, t.to(x)) for x, t in zip(group, along, strict=True)]
@@ -118,17 +96,6 @@ class DifferentiableStep:
                 [_tangent(x) for x in outputs] for outputs in self._apply(step, *duals)
             )
         return _shaped(after, step.variables), moments_after
-
-    def pulled_back(self, options: Sequence[Tensor], variables: Sequence[Tensor]) -> Vector:
-        """The cotangent of the upper ``variables`` from cotangents of the options."""
-        pairs = [(x, c.to(x)) for x, c in zip(self.options, options) if x.requires_grad]
-        bars: Sequence[Tensor | None] = [None] * len(variables)
-        if pairs:
-            outputs, cotangents = zip(*pairs, strict=True)
-            bars = torch.autograd.grad(
-                outputs, variables, cotangents, retain_graph=True, allow_unused=True
-            )
-        return Vector.of(bars, variables)
 
     def advance(self, step: StepRecord) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """The variables and the optimizer's snapshot after ``step``."""
@@ -143,7 +110,7 @@ class DifferentiableStep:
 
     def _inputs(
         self, step: StepRecord, clipping: Clipping
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Copies of Φ's arguments, with clipped g; only the local shard of each tensor."""
         point = _copies(step.variables)
         moments: list[Tensor] = []
@@ -151,12 +118,8 @@ class DifferentiableStep:
             stored = [_state(step, i).get(name) for name in self.moment_names]
             moments += [torch.zeros_like(variable) if m is None else m for m in stored]
         factor, _, gradient = clipping
-        return (
-            point,
-            _copies(gradient if factor == 1 else gradient * factor),
-            _copies(moments),
-            _copies(self.options),
-        )
+        clipped = gradient if factor == 1 else gradient * factor
+        return point, _copies(clipped), _copies(moments)
 
     def _apply(
         self,
@@ -164,19 +127,16 @@ class DifferentiableStep:
         point: list[Tensor],
         gradient: list[Tensor],
         moments: list[Tensor],
-        options: list[Tensor],
     ) -> tuple[list[Tensor], list[Tensor]]:
-        groups, values = step.optimizer["groups"], iter(options)
         after, moments_after = list(point), list(moments)
         width = len(self.moment_names)
-        for group, names in zip(groups, self._learnt or [{}] * len(groups), strict=True):
-            group = {**group, **{name: next(values) for name in names}}
+        for group in step.optimizer["groups"]:
             for i in group["variables"]:
                 if step.gradient[i] is None:  # torch does not move this variable
                     continue
                 w, g = point[i], -gradient[i] if group["maximize"] else gradient[i]
                 # An option that is a tensor moves to each variable's device.
-                both = (group[name] for name in DIFFERENTIABLE)
+                both = group["lr"], group["weight_decay"]
                 lr, decay = (o.to(w) if isinstance(o, Tensor) else o for o in both)
                 if self._decoupled or group.get("decoupled_weight_decay"):
                     w = w - lr * (decay * w)
@@ -194,7 +154,7 @@ class DifferentiableStep:
     def _clipping(self, step: StepRecord) -> Clipping:
         """c, ‖g‖ and g."""
         gradient = Vector.of(step.gradient, step.variables)
-        norm = gradient.norm() if self._clips else 0.0
+        norm = gradient.norm() if self.level.max_grad_norm is not None else 0.0
         return self.level.clipping(norm), norm, gradient
 
 

@@ -30,9 +30,8 @@ class Unrolled(Estimator):
         ḡ_k, λ_k, … ← vjp of Φ at (w_k, g_k, optimizer state);   g_k = ∂f/∂w(w_k, u)
         dF/du += ∂²f/∂u∂w · ḡ_k;   λ_k += ∂²f/∂w² · ḡ_k
 
-    If the lower level has `Problem.optimizer_options`, dF/du includes ∂Φ/∂options. Each step costs
-    one forward+backward pass and one product with both second derivatives. Memory holds the graph
-    of one step, and w, ∂f/∂w and the optimizer's state of all K steps.
+    Each step costs one forward+backward pass and one product with both second derivatives. Memory
+    holds the graph of one step, and w, ∂f/∂w and the optimizer's state of all K steps.
 
     Training differentiates the last K steps, with their batches and dropout masks. Outside training
     K steps from the current w are simulated, and ∂F/∂w is taken at the current w. Franceschi et al.
@@ -83,8 +82,7 @@ class Unrolled(Estimator):
         implicit = zeros_like(direct)
         moment_adjoint: list[Tensor] | None = None
         for step in reversed(steps):
-            w_bar, g_bar, moment_adjoint, o_bar = optimizer.vjp(step, adjoint, moment_adjoint)
-            implicit = implicit + optimizer.pulled_back(o_bar, oracle.upper.variables)
+            w_bar, g_bar, moment_adjoint = optimizer.vjp(step, adjoint, moment_adjoint)
             with oracle.product(self.product, at=step, epsilon=self.epsilon) as product:
                 if step is steps[0]:
                     implicit = implicit + product.mixed(g_bar)

@@ -1,58 +1,35 @@
-"""`forward`: tangents over a whole run, and few unknowns; `sama`: one step of the optimizer."""
-
-from pathlib import Path
+"""`forward`: tangents of few unknowns; `sama`: one step of the optimizer."""
 
 import pytest
 import torch
 from torch.optim import SGD, AdamW
 
-from hyperopt_peft import BilevelTrainingArguments, Engine, ProblemError, hypergradient
-from tests.support.learned_options import make
-from tests.support.optimizers import OPTIMIZERS, make_levels, start, trained
+from hyperopt_peft import Engine, ProblemError, hypergradient
+from tests.support.optimizers import OPTIMIZERS, make_levels, new_levels, start, trained
 from tests.support.quadratic import FunctionLevel, flat, taken
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_carried_tangents_look_back_on_the_whole_run(optimizer: str) -> None:
-    """At a u that rests, six upper steps of one lower step are reverse mode through six."""
+def test_forward_mode_is_reverse_mode(optimizer: str) -> None:
+    """The steps before the last upper step are left out."""
 
-    def engine(method: str, **options: int) -> Engine:
-        levels = make(*OPTIMIZERS[optimizer], max_grad_norm=0.3)
-        return Engine(*levels, method, warmup_steps=1, progress=False, **options)
+    def upper_steps(method: str) -> list[torch.Tensor]:
+        levels = new_levels(*OPTIMIZERS[optimizer], max_grad_norm=0.3)
+        return taken(Engine(*levels, method, lower_steps=2, progress=False), 3)
 
-    forward, again = (engine("forward:carry=true") for _ in range(2))
-    carried = taken(forward, 2)
-    again.load_state_dict(forward.state_dict())
-    for k, actual in enumerate([*carried, *taken(again, 4)], 1):
-        (expected,) = taken(engine(f"unrolled:steps={k}", lower_steps=k))
-        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-    assert len(again._step._records) == 1  # one step is kept, whatever it looks back on
-
-
-def test_without_carry_the_steps_before_the_last_upper_step_are_left_out() -> None:
-    forward, reverse = (
-        taken(Engine(*make(*OPTIMIZERS["adamw"]), method, lower_steps=2, progress=False), 3)
-        for method in ("forward:steps=2", "unrolled:steps=2")
-    )
-    torch.testing.assert_close(forward, reverse, rtol=1e-12, atol=1e-13)
+    forward, reverse = upper_steps("forward:steps=2"), upper_steps("unrolled:steps=2")
+    torch.testing.assert_close(forward, reverse, rtol=1e-12, atol=1e-12)
 
 
 def test_too_many_unknowns_are_sent_to_reverse_mode() -> None:
-    levels = make(SGD, {"lr": 0.1})
-    with pytest.raises(ProblemError, match="limit=5"):
-        hypergradient(*levels, "forward:limit=5")
-    with pytest.raises(ProblemError, match="limit=5"):
-        Engine(*levels, "forward:limit=5", warmup_steps=1000)
-    hypergradient(*levels, "forward:limit=6")
+    levels = new_levels(SGD, {"lr": 0.1})
+    with pytest.raises(ProblemError, match="limit=3"):
+        hypergradient(*levels, "forward:limit=3")
+    with pytest.raises(ProblemError, match="limit=3"):
+        Engine(*levels, "forward:limit=3", warmup_steps=1000)
+    hypergradient(*levels, "forward:limit=4")
     with pytest.raises(ProblemError, match="limit"):
         hypergradient(*levels, "forward:limit=0")
-
-
-def test_carried_tangents_need_every_lower_step(tmp_path: Path) -> None:
-    with pytest.raises(ProblemError, match="every lower step"):
-        BilevelTrainingArguments(
-            str(tmp_path), hypergradient="forward:carry=true", lower_steps=2, use_cpu=True
-        ).estimator()
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -63,8 +40,7 @@ def test_sama_is_unrolling_by_one_step(optimizer: str, limit: float | None, trai
     kind, options = OPTIMIZERS[optimizer]
     estimates = []
     for method in ("sama:product=exact", "unrolled:steps=1"):
-        w, u = start()
-        levels = make_levels(kind(w, **options), w, u, max_grad_norm=limit)
+        levels = new_levels(kind, options, max_grad_norm=limit)
         if training:
             estimates.append(trained(levels, 1, 2, method))
         else:

@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid, softplus
 from torch.utils.checkpoint import checkpoint
 
 from hyperopt_peft import Problem
-from hyperopt_peft.core.examples import WeightedExamples
+from hyperopt_peft.core.examples import WeightedRows
 from tests.support.fuzz.grammar import ROWS, WIDTH, Form
 from tests.support.fuzz.network import Network
 
@@ -246,13 +246,10 @@ class _Lower(_Upper):
         return self.of.loss("lower")
 
 
-class _WeightedRows(WeightedExamples):
+class _WeightedRows(WeightedRows):
     def __init__(self, levels: Levels, variables: Any, **options: Any) -> None:
-        self.of, self.model = levels, levels.network
-        super().__init__(variables, **options)
-
-    def groups(self, batch: Any) -> Tensor:
-        return torch.arange(ROWS)
+        self.of = levels
+        super().__init__(levels.network, lambda _: torch.ones(ROWS), variables, **options)
 
     def losses(self, batch: Any) -> Tensor:
         self.of.record("lower")
@@ -260,5 +257,5 @@ class _WeightedRows(WeightedExamples):
             self.of._write()
         return self.of.row_losses("lower")
 
-    def weighted(self, losses: Tensor, batch: Any) -> Tensor:
-        return self.of.terms(rows=losses)
+    def weighted(self, losses: Tensor, batch: Any) -> dict[str, Tensor]:
+        return {"loss": self.of.terms(rows=losses)}
