@@ -135,7 +135,7 @@ def kinds(runs: Store, cell: str, seed: int, quick: bool) -> None:
     both = [*on_head.without(share), *above]
     row["ways"] = ways = {
         "plain": removal.plain,
-        "evaluation rows too": removal.with_evaluation,
+        "evaluation rows too": trained(job, seed, [*range(TRAIN), *above]),
         "evaluation rows too, five times each": trained(job, seed, [*range(TRAIN), *5 * above]),
         "evaluation rows alone": trained(job, seed, above),
         "without rows by score": removal.without,

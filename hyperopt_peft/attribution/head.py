@@ -13,7 +13,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -69,15 +68,6 @@ class HeadTraining(Training):
             self._solve(self.features)
             yield
 
-    @contextmanager
-    def enlarged(self, features: Features) -> Iterator[None]:
-        """The minimum on the training rows and ``features``, all with the weight 1."""
-        # All weights are 1 here, so each of these rows may use the first row's.
-        like = replace(features, row=torch.zeros_like(features.row))
-        with perturbed(self.variables):
-            self._solve(Features.joined([self.features, like]))
-            yield
-
 
 def train_head(
     trainer: Any, data: TrainerData, *, progress: bool, largest: bool = True
@@ -118,7 +108,6 @@ def trained_head(trainer: Any, evaluation: Any, slices: str | None, *, progress:
         training.level,
         train.batch,
         test=lambda test: partial(on_rows.measured, [read(data.test_rows(test)).batch()]),
-        enlarged=lambda seed: training.enlarged(above),
         probabilities=lambda rows: on_rows.probabilities([train.batch()])[rows],
         labels=classes_of_rows(data.batches(data.train_rows)),
         columns=data.shown[0],

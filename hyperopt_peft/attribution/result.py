@@ -142,9 +142,8 @@ class Attribution:
     def removal(self, share: float, test: Any = None, *, draws: int = 5, seed: int = 0) -> Removal:
         """Train without the rows that hurt most, and evaluate on unseen test rows.
 
-        For comparison, as many rows are removed by training loss and at random, and another
-        training adds the evaluation rows, with as many passes. Removed rows get the weight 0, so
-        all trainings but this last one have the run's batches and random numbers.
+        For comparison, as many rows are removed by training loss and at random. Removed rows get
+        the weight 0, so that all trainings have the run's batches and random numbers.
 
         Args:
             share: the share of the rows to leave out.

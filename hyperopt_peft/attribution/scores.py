@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +19,6 @@ from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import Passes, ProductKind
 from hyperopt_peft.hypergradients.registry import get_estimator, with_options
 from hyperopt_peft.hypergradients.unrolled.darts import DARTS
-from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.hypergradients.unrolled.reverse import Unrolled
 from hyperopt_peft.utils.random_state import RandomState
 from hyperopt_peft.utils.restore import assign_, perturbed
@@ -65,19 +63,6 @@ def parse_estimator(estimator: str | Estimator) -> ScoreEstimator:
             "run), an implicit solver such as minres, nystrom or cg, or gradient"
         )
     return ScoreEstimator(parsed, name)
-
-
-def require_known_derivative(training: Any, differentiates_run: bool = True) -> None:
-    """Raise ProblemError if the derivative of a bilevel run is not known."""
-    if not differentiates_run:
-        raise ProblemError(
-            "estimator: a bilevel run does not end at the minimum of a single loss; choose unrolled"
-        )
-    if not isinstance(training.estimator, Direct):
-        raise ProblemError(
-            f"hypergradient: the derivative of {training.estimator.name} is not known; give a "
-            'bilevel run hypergradient="direct", or attribute the training of one level'
-        )
 
 
 class Evaluation(Problem):
@@ -134,12 +119,8 @@ class Trained:
         final: a level with the mean loss over all training rows and the run's variables.
         rows: returns the batch of all training rows for ``final``.
         test: takes test rows, and returns a function that measures the model on them.
-        enlarged: takes a seed, and trains on training and evaluation rows, in a random order, with
-            as many visits as the run; None if this is not possible.
         probabilities: returns the class probabilities of given training rows, ``(k, classes)``.
         labels: the class of each training row, ``(n,)``; None if rows do not have one class each.
-        logits: returns the logits of each evaluation row, or of each labelled token,
-            ``(m, classes)``.
         columns: the columns of the training rows to show.
     """
 
@@ -148,27 +129,25 @@ class Trained:
     final: Problem
     rows: Callable[[], Any]
     test: Callable[[Any], Callable[[], Any]] = lambda function: function
-    enlarged: Callable[[int], AbstractContextManager[None]] | None = None
     probabilities: Callable[[Sequence[int]], Tensor] | None = None
     labels: Tensor | None = None
-    logits: Callable[[], Tensor] | None = None
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     progress: bool = False
 
 
 class Sweep:
-    """(dz_T/dv)ᵀλ for each λ in ``adjoints``; z are the run's variables, v the row weights.
+    """(dw_T/dv)ᵀλ for each λ in ``adjoints``; w are the run's variables, v the row weights.
 
-    A step of level k moves its variables, z_k ← Φ_k(z_k, g_k) with g_k = ∂f_k(z, v)/∂z_k. So
+    A step moves w ← Φ(w, g) with g = ∂f(w, v)/∂w. So
 
-        λ_k ← (∂Φ_k/∂z_k)ᵀλ_k,   λ ← λ + (∂g_k/∂z)ᵀ(∂Φ_k/∂g_k)ᵀλ_k,   s ← s + (∂g_k/∂v)ᵀ(…)ᵀλ_k
+        μ = (∂Φ/∂g)ᵀλ,   λ ← (∂Φ/∂w)ᵀλ + (∂g/∂w)ᵀμ,   s ← s + (∂g/∂v)ᵀμ
 
-    with the step's batch, random state, moments and clipping. A level and a λ need one second
-    backward pass. Steps between two checkpoints are repeated. Reverse-mode differentiation:
-    arXiv:1502.03492; for row weights: arXiv:2503.13751.
+    with the step's batch, random state, moments and clipping. A λ needs one second backward pass.
+    Steps between two checkpoints are repeated. Reverse-mode differentiation: arXiv:1502.03492; for
+    row weights: arXiv:2503.13751.
 
     Args:
-        adjoints: gradients of functions of z_T, each with one tensor per variable.
+        adjoints: gradients of functions of w_T, each with one tensor per variable.
         product: how second derivatives are computed.
     """
 
@@ -181,41 +160,29 @@ class Sweep:
     ) -> None:
         self.run, self.product, self.passes = run, product, passes
         self.adjoints = [list(adjoint) for adjoint in adjoints]
-        self.moments: list[list[list[Tensor] | None]] = [[None] * len(run.levels) for _ in adjoints]
+        self.moments: list[list[Tensor] | None] = [None] * len(adjoints)
         self.products = [torch.zeros_like(run.weights) for _ in adjoints]
-        # For each level, the indices of the variables that it does not own, but its loss may read.
-        self.others = [
-            [index for index in range(len(run.variables)) if index not in owned]
-            for owned in map(set, run.indices)
-        ]
-        fixed = RandomState.seeded(devices_of(*run.levels), "attribution")
-        self.oracles = []
-        for level, indices in zip(run.levels, self.others, strict=True):
-            others = [run.variables[index] for index in indices]
-            upper = Problem([run.weights, *others], name="row weights")
-            self.oracles.append(Oracle(upper, level, None, None, fixed, fixed, passes=passes))
+        fixed = RandomState.seeded(devices_of(run.level), "attribution")
+        upper = Problem([run.weights], name="row weights")
+        self.oracle = Oracle(upper, run.level, None, None, fixed, fixed, passes=passes)
 
     def back(
         self, checkpoints: Checkpoints, *, last_steps: int | None = None, progress: bool = False
     ) -> list[Tensor]:
-        """(dz_T/dv)ᵀλ for each λ, ``(n,)``, through the ``last_steps`` last steps; None for all.
+        """(dw_T/dv)ᵀλ for each λ, ``(n,)``, through the ``last_steps`` last steps; None for all.
 
         ``checkpoints`` must belong to the run at whose end the adjoints were computed.
         """
         run, total, every = self.run, len(self.run.steps), checkpoints.every
         first = 0 if last_steps is None else max(0, total - last_steps)
-        with ExitStack() as stack:
-            for oracle in self.oracles:
-                stack.enter_context(oracle.open())
-            stack.enter_context(perturbed(run.variables))
-            bar = tqdm(total=total - first, disable=not progress, desc="backward")
-            stack.enter_context(bar)
+        bar = tqdm(total=total - first, disable=not progress, desc="backward")
+        with self.oracle.open(), perturbed(run.variables), bar:
             for begin in reversed(range(first // every * every, total, every)):
                 end = min(begin + every, total)
                 points = [checkpoints.get(begin)]
                 for number in range(begin, end - 1):
                     points.append(run.advance(number, points[-1]))
-                    self.passes.gradients += len(run.steps[number])
+                    self.passes.gradients += 1
                 for number in reversed(range(max(begin, first), end)):
                     self._pull(number, points.pop())
                     bar.update()
@@ -223,34 +190,18 @@ class Sweep:
 
     def _pull(self, number: int, point: Point) -> None:
         """Replace the adjoints after the step ``number`` by those before it."""
-        values = self.run.begin(number, point)
-        assign_(self.run.variables, values)
-        before = [list(adjoint) for adjoint in self.adjoints]
-        terms: list[list[tuple[int, Tensor]]] = [[] for _ in self.adjoints]
-        for update in self.run.steps[number]:
-            level = update.level
-            owned, others = self.run.indices[level], self.others[level]
-            optimizer, state = self.run.optimizer(level), point[1].get(level, {})
-            at = self.run.step_record(update, values, state)
-            with self.oracles[level].product(self.product, at=at) as product:
-                record = self.run.step_record(update, values, state, product.lower_gradient())
-                for k, adjoint in enumerate(self.adjoints):
-                    moments, of_level = self.moments[k], Vector(adjoint[index] for index in owned)
-                    w_bar, g_bar, moments[level], _ = optimizer.vjp(
-                        record, of_level, moments[level]
-                    )
-                    hessian, mixed = product.both(g_bar)
-                    of_weights, *of_others = mixed
-                    self.products[k] = self.products[k] + of_weights
-                    for index, bar in zip(owned, w_bar, strict=True):
-                        before[k][index] = bar
-                    terms[k] += zip((*owned, *others), (*hessian, *of_others), strict=True)
-        for adjoint, level_terms in zip(before, terms, strict=True):
-            for index, term in level_terms:
-                adjoint[index] = adjoint[index] + term
-            for index in self.run.assigned[number]:
-                adjoint[index] = torch.zeros_like(adjoint[index])
-        self.adjoints = before
+        run = self.run
+        assign_(run.variables, point[0])
+        at = run.step_record(number, point)
+        with self.oracle.product(self.product, at=at) as product:
+            record = run.step_record(number, point, product.lower_gradient())
+            for k, adjoint in enumerate(self.adjoints):
+                w_bar, g_bar, self.moments[k], _ = run.optimizer.vjp(
+                    record, Vector(adjoint), self.moments[k]
+                )
+                hessian, (of_weights,) = product.both(g_bar)
+                self.products[k] = self.products[k] + of_weights
+                self.adjoints[k] = [x + y for x, y in zip(w_bar, hessian, strict=True)]
 
 
 def scores(

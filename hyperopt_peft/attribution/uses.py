@@ -37,8 +37,6 @@ class Removal:
         without: the metrics without the ``count`` rows with the largest scores.
         highest_loss: the metrics without the ``count`` rows with the highest training loss.
         random: the metrics without ``count`` random rows, once for each draw.
-        with_evaluation: the metrics after training on the evaluation rows too, with as many passes;
-            None if this is not possible, as for two levels or levels of your own.
 
     Example:
         >>> plain, less, more = {"loss": 1.0}, {"loss": 0.9}, {"loss": 1.05}
@@ -51,7 +49,6 @@ class Removal:
     without: Numbers
     highest_loss: Numbers
     random: Sequence[Numbers]
-    with_evaluation: Numbers | None = None
 
     @property
     def verdict(self) -> str:
@@ -68,12 +65,10 @@ class Removal:
             judgement = "a gain that no other removal has"
         else:
             judgement = "a gain, but removal by highest loss gains at least as much"
-        text = f"leaving {self.count} rows out by score moves the {name} by "
-        text += f"{move(self.without):+.4f}: {judgement}"
-        if self.with_evaluation is not None:
-            other = move(self.with_evaluation)
-            text += f"; training on the evaluation rows too moves it by {other:+.4f}"
-        return text
+        return (
+            f"leaving {self.count} rows out by score moves the {name} by "
+            f"{move(self.without):+.4f}: {judgement}"
+        )
 
     def table(self) -> list[list[str]]:
         """The cells of a table: the heads, then a row for each training."""
@@ -83,8 +78,6 @@ class Removal:
             (f"without {self.count} of highest loss", self.highest_loss),
             *((f"without {self.count} random rows", values) for values in self.random),
         ]
-        if self.with_evaluation is not None:
-            rows.append(("as many passes, evaluation rows too", self.with_evaluation))
         cells = [[title, *(f"{x:.4f}" for x in numbers.values())] for title, numbers in rows]
         return [["training", *self.plain], *cells]
 
@@ -118,12 +111,8 @@ def remove(
     for rows in tqdm([[], worst, highest, *random], "removal", disable=not trained.progress):
         with trained.run.without(rows):
             results.append(numbers())
-    with_evaluation = None
-    if trained.enlarged is not None:
-        with trained.enlarged(seed):
-            with_evaluation = numbers()
     plain, without, highest_loss, *others = results
-    return Removal(count, plain, without, highest_loss, others, with_evaluation)
+    return Removal(count, plain, without, highest_loss, others)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class Answers:
     record: dict[str, Any] = field(default_factory=dict)
 
     def paragraphs(
-        self, seed: int, test: Dataset | None, explained: int, reasons: Callable[[], Reasons]
+        self, seed: int, test: Dataset | None, reasons: Callable[[], Reasons] | None
     ) -> Iterator[str]:
         """The paragraphs to print, the first of which says what to do."""
         result, command = self.result, self.command
@@ -72,12 +72,10 @@ class Answers:
             lines = [[*self._cells(row), f"{result.scores[row]:+.1e}"] for row in rows]
             parts[f"Rows that {name} most"] = [["row", *result.columns, "score"], *lines]
         yield self.add(parts)
-        if explained:
-            if command.score_model == "adapter":
-                yield from self._cost("why", explained + 1)
+        if reasons is not None:
             yield self._reasons(reasons())
         if test is not None and command.retrain_without is not None:
-            yield from self._cost("retrain_without", 4 + DRAWS)
+            yield from self._cost("retrain_without", 3 + DRAWS)
             removal = result.removal(command.retrain_without, test, draws=DRAWS, seed=seed)
             title = f"Without these rows, on {len(test)} rows that neither training nor scores saw"
             parts = {title: removal.table(), "Is there a gain?": removal.verdict}

@@ -53,7 +53,7 @@ class AttributeArguments(OutputArguments):
     why: list[str] | None = option(None, help="files with rows to explain by training rows")
     retrain_without: float | None = option(None, help="share of the worst rows to leave out")
     test_file: list[str] | None = option(None, help="rows that judge retrain_without")
-    method: str = option("lora", help="as the option of train; rows of both levels count")
+    method: str = option("lora", help="as the option of train, without upper level")
     escape_formulas: bool = option(False, help="keep a spreadsheet from running texts")
     memory_limit: float = option(1.0, help="GiB that the run's checkpoints may take")
 
@@ -135,11 +135,10 @@ def run(argv: Sequence[str]) -> None:
     answers.columns[attributed.SAME_TEXT] = [same.get(row, "") for row in result.numbers]
 
     def reasons() -> Reasons:
-        on_adapter = command.score_model == "adapter"
-        found = why(new_trainer(), explained, adapter=on_adapter, progress=sys.stderr.isatty())
+        found = why(new_trainer(), explained, progress=sys.stderr.isatty())
         return replace(found, columns=result.columns, numbers=result.numbers, explained=shown)
 
-    for text in answers.paragraphs(args.seed, test, len(explained or ()), reasons):
+    for text in answers.paragraphs(args.seed, test, reasons if explained else None):
         if first:
             print(f"{text}\n", flush=True)
     if first:
@@ -204,26 +203,27 @@ def rows_to_explain(files: Sequence[str], setup: Setup) -> tuple[Dataset, dict[s
 
 
 def planned(command: AttributeArguments, setup: Setup, trainer: Any, explained: int) -> str:
-    """The trainings in lines, and their time; ``explained`` rows each retrain an adapter."""
+    """The trainings in lines, and their time; ``explained`` predictions take some seconds each."""
     rows, evaluation = len(setup.train), len(setup.evaluation or ())
     line = f"examples: {rows} training, {evaluation} evaluation"
     batches = rows / trainer.args.per_device_train_batch_size
-    if command.score_model == "head":
+    works, on_head = list[Work](), command.score_model == "head"
+    if not on_head:
+        training = whole(trainer, "training")
+        # Scores by a whole run cost two trainings (docs/attribution.md), else passes over rows.
+        unrolled = (command.estimator or UNROLLED).startswith(UNROLLED)
+        scores = Work("scores", 1, 0, 2 * (training.batches if unrolled else batches))
+        works = [training, scores, *[replace(scores, name="scores again")] * bool(command.check)]
+        counts = {
+            "check": command.check and command.check + 1,
+            "suspects": command.suspects,
+            "retrain_without": 3 + DRAWS if command.retrain_without else 0,
+        }
+        works += [replace(training, name=name, trainings=n) for name, n in counts.items() if n]
+    if heads := on_head + bool(explained):  # the rows to explain have a head of their own
         # A pass forward alone is a third of one with the way back.
-        twice = 2 if explained else 1  # the rows to explain have a head of their own
-        works = [Work("features", twice, 0, (1 + evaluation / rows) * batches / 3)]
-        searches = f", and {explained} predictions explained in some seconds each" * bool(explained)
-        return f"{line}; heads are trained in seconds{searches}\n{plan(works, trainer)}"
-    training = whole(trainer, "training")
-    # Scores by a whole run cost two trainings (docs/attribution.md), else passes over rows.
-    unrolled = (command.estimator or UNROLLED).startswith(UNROLLED)
-    scores = Work("scores", 1, 0, 2 * (training.batches if unrolled else batches))
-    works = [training, scores, *[replace(scores, name="scores again")] * bool(command.check)]
-    counts = {
-        "check": command.check and command.check + 1,
-        "suspects": command.suspects,
-        "why": explained and explained + 1,
-        "retrain_without": 4 + DRAWS if command.retrain_without else 0,
-    }
-    works += [replace(training, name=name, trainings=n) for name, n in counts.items() if n]
+        works.append(Work("features", heads, 0, (1 + evaluation / rows) * batches / 3))
+        line += "; heads are trained in seconds"
+    if explained:
+        line += f", and {explained} predictions explained in some seconds each"
     return f"{line}\n{plan(works, trainer)}"

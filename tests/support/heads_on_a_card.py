@@ -43,7 +43,7 @@ def results(folder: Path) -> dict[str, Any]:
         "losses": scored.losses,
         "check": scored.check(5, share=0.2).actual,
         "suspects": scored.suspects(folds=2).probabilities,
-        "removal": torch.tensor([*removal.without.values(), *removal.with_evaluation.values()]),
+        "removal": torch.tensor([*removal.without.values()]),
         "reasons": [reason.rows for reason in why(trainer, progress=False)],
         "compared": torch.tensor([compared.scores(name) for name in methods]),
     }
