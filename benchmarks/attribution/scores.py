@@ -36,7 +36,7 @@ from benchmarks.pages import RESULTS
 from benchmarks.store import Row, Store, opened, run_parser
 from hyperopt_peft.attribution.check import metasmoothness
 from hyperopt_peft.attribution.scores import Trained, parse_estimator, scores
-from hyperopt_peft.attribution.uses import suspects
+from hyperopt_peft.attribution.suspects import suspects
 
 SEEDS, RETRAININGS, DEVELOPMENT_RETRAININGS = (0, 1, 2), 50, 20
 SHARES = (0.1, 0.2, 0.4)

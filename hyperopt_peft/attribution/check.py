@@ -86,10 +86,7 @@ class ScoreCheck:
         """Whether to rely on the scores, and if not, a remedy."""
         low, high = self.interval
         if self.trustworthy:
-            return (
-                "the scores predict retraining without rows; test rows tell whether removal gains "
-                "anything (`removal`, or --retrain_without)"
-            )
+            return "the scores predict retraining without rows; test rows tell whether it is better"
         if self.ordered:
             return (
                 "the scores order the rows as retraining does, but actual changes are "

@@ -107,7 +107,6 @@ def trained_head(trainer: Any, evaluation: Any, slices: str | None, *, progress:
         Evaluation(training.weights, of_slices, data.shares),
         training.level,
         train.batch,
-        test=lambda test: partial(on_rows.measured, [read(data.test_rows(test)).batch()]),
         probabilities=lambda rows: on_rows.probabilities([train.batch()])[rows],
         labels=classes_of_rows(data.batches(data.train_rows)),
         columns=data.shown[0],

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hyperopt_peft.attribution.check import ScoreCheck, check_scores
 from hyperopt_peft.attribution.scores import ScoreEstimator, Trained, scores
-from hyperopt_peft.attribution.uses import Removal, Suspects, remove, suspects
+from hyperopt_peft.attribution.suspects import Suspects, suspects
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.plots import row_scores
 from hyperopt_peft.utils.tables import cells, write_csv
@@ -136,30 +136,10 @@ class Attribution:
         Raises:
             ProblemError: a share that is not between 0 and 1.
         """
-        worst = set(self.ends(self._count(share))[0])
+        if not 0 < share < 1:
+            raise ProblemError(f"share: must be between 0 and 1, got {share}")
+        worst = {*self.ends(max(1, round(share * len(self.scores))))[0]}
         return [row for row in range(len(self.scores)) if row not in worst]
-
-    def removal(self, share: float, test: Any = None, *, draws: int = 5, seed: int = 0) -> Removal:
-        """Train without the rows that hurt most, and evaluate on unseen test rows.
-
-        For comparison, as many rows are removed by training loss and at random. Removed rows get
-        the weight 0, so that all trainings have the run's batches and random numbers.
-
-        Args:
-            share: the share of the rows to leave out.
-            test: for a level, a function that returns a loss or a mapping of numbers; for a
-                Trainer, a data set without training and evaluation rows.
-            draws: the number of trainings without random rows.
-            seed: the seed of the random rows.
-
-        Raises:
-            ProblemError: there are no test rows, a Trainer's test rows are training or evaluation
-                rows too, or the share is not between 0 and 1.
-            NonFiniteError: a training diverges.
-        """
-        worst = self.ends(self._count(share))[0]
-        assert self.trained is not None
-        return remove(self.trained, self.scores, self.losses, worst, test, draws, seed)
 
     def suspects(self, folds: int = 5, *, seed: int = 0) -> Suspects:
         """Rows whose labels may be wrong, by ``folds`` trainings; see `Suspects`.
@@ -229,8 +209,3 @@ class Attribution:
     def line(self, row: int, width: int = 80) -> str:
         """The number and the columns of ``row``, each column at most ``width`` characters."""
         return f"{self.numbers[row]:6d}  {cells(self.columns, row, width)}".rstrip()
-
-    def _count(self, share: float) -> int:
-        if not 0 < share < 1:
-            raise ProblemError(f"share: must be between 0 and 1, got {share}")
-        return max(1, round(share * len(self.scores)))

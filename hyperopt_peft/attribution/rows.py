@@ -20,14 +20,13 @@ from hyperopt_peft.core.labels import (
     require_labels,
     row_losses,
 )
-from hyperopt_peft.core.logits import IGNORED, as_numbers
+from hyperopt_peft.core.logits import as_numbers
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.checks import check_rows, read_rows
 from hyperopt_peft.trainer.data import (
     batches_of,
     joined,
     require_examples,
-    require_unseen,
 )
 from hyperopt_peft.trainer.splits import label_column, reads_of, shared_rows
 from hyperopt_peft.trainer.step import MicroBatch
@@ -95,17 +94,6 @@ class ModelOnRows:
         return [partial(lambda batch: self.losses(batch)[0].sum() / total, x) for x in batches]
 
     @torch.no_grad()
-    def measured(self, batches: Sequence[Any]) -> dict[str, float]:
-        """The mean ``loss`` over the labels of ``batches``, and for a classifier ``accuracy``."""
-        numbers = {"loss": float(sum(part() for part in self.mean(batches)))}
-        first = without(batches[0], self.tags)
-        if first["labels"].is_floating_point() or labels_are_shifted(self.model, first):
-            return numbers
-        pairs = ((self.logits(batch).argmax(-1), batch["labels"]) for batch in batches)
-        right = torch.cat([(guess == label)[label != IGNORED] for guess, label in pairs])
-        return {**numbers, "accuracy": float(right.float().mean())}
-
-    @torch.no_grad()
     def probabilities(self, batches: Sequence[Any]) -> Tensor:
         """The class probabilities of the rows, ``(n, classes)``."""
         return torch.cat([self.logits(x).softmax(-1) for x in batches]).to("cpu", torch.float64)
@@ -129,8 +117,8 @@ class TrainerData:
     """The training rows of a run, the evaluation rows of Φ, and the collator of both.
 
     Attributes:
-        train, evaluation: the rows as they were given; ``train`` of both levels if there are two.
-        train_rows, evaluation_rows: the rows, numbered, with the columns that the model takes.
+        train_rows, evaluation_rows: the rows, numbered, with the columns that the model takes; the
+            training rows are those of both levels if there are two.
         groups: the numbers of the evaluation rows in each slice.
         shown: the columns of the training and of the evaluation rows to show.
         collate: makes a batch from a list of rows, with their numbers as `INDEX`.
@@ -140,16 +128,16 @@ class TrainerData:
     """
 
     def __init__(self, trainer: Any, evaluation: Any, slices: str | None) -> None:
-        self.trainer, self.train = trainer, trainer.train_dataset
+        self.trainer, train = trainer, trainer.train_dataset
         if getattr(trainer, "upper", None) is not None:
             lower, upper = trainer.phase.rows
             parts = {"train_dataset": lower, "upper_dataset": upper}
-            self.train = lower if upper is None else joined(**parts)
-        self.train_rows = _numbered_rows(trainer, self.train, "train_dataset")
-        evaluation = self.evaluation = trainer.eval_dataset if evaluation is None else evaluation
+            train = lower if upper is None else joined(**parts)
+        self.train_rows = _numbered_rows(trainer, train, "train_dataset")
+        evaluation = trainer.eval_dataset if evaluation is None else evaluation
         self.evaluation_rows = _numbered_rows(trainer, evaluation, "eval_dataset")
         count = len(self.evaluation_rows)
-        common = len(shared_rows(evaluation, self.train, _reads(trainer)))
+        common = len(shared_rows(evaluation, train, _reads(trainer)))
         if common == count:
             raise ProblemError(
                 "evaluation: every row of it is a training row too, and would explain itself; give "
@@ -166,7 +154,7 @@ class TrainerData:
         of_rows = evaluation.with_format(None)[slices][:] if slices else ["all"] * count
         for row, value in enumerate(of_rows):
             self.groups.setdefault(str(value), []).append(row)
-        self.shown = _shown(self.train), _shown(evaluation)
+        self.shown = _shown(train), _shown(evaluation)
         loader = loader_of(trainer, trainer.train_dataset, "train_dataset")
         tags = {*getattr(trainer, "tags", ()), INDEX}
         self.collate = TagCollator(InOrder(loader.collate_fn), sorted(tags))
@@ -184,13 +172,6 @@ class TrainerData:
         if any("labels" not in batch for batch in made):  # refused later
             return made
         return [{**batch, "labels": as_numbers(model, require_labels(batch))} for batch in made]
-
-    def test_rows(self, test: Any) -> NumberedRows:
-        """``test``, numbered; ProblemError if a row is a training or an evaluation row."""
-        rows = _numbered_rows(self.trainer, test, "test")
-        reads = _reads(self.trainer)
-        require_unseen("test", test, reads, training=self.train, evaluation=self.evaluation)
-        return rows
 
 
 def _numbered_rows(trainer: Any, data: Any, name: str) -> NumberedRows:

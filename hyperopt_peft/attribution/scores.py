@@ -118,7 +118,6 @@ class Trained:
         evaluation: Φ of each slice.
         final: a level with the mean loss over all training rows and the run's variables.
         rows: returns the batch of all training rows for ``final``.
-        test: takes test rows, and returns a function that measures the model on them.
         probabilities: returns the class probabilities of given training rows, ``(k, classes)``.
         labels: the class of each training row, ``(n,)``; None if rows do not have one class each.
         columns: the columns of the training rows to show.
@@ -128,7 +127,6 @@ class Trained:
     evaluation: Evaluation
     final: Problem
     rows: Callable[[], Any]
-    test: Callable[[Any], Callable[[], Any]] = lambda function: function
     probabilities: Callable[[Sequence[int]], Tensor] | None = None
     labels: Tensor | None = None
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)

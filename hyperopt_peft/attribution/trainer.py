@@ -70,7 +70,6 @@ def trained_by_trainer(
         Evaluation(run.weights, of_slices, data.shares),
         Accumulated(final),
         lambda: model.micro_batches(batches(data.train_rows)),
-        test=lambda test: partial(model.measured, batches(data.test_rows(test))),
         probabilities=lambda rows: model.probabilities(batches(data.train_rows, rows)),
         labels=classes_of_rows(batches(data.train_rows)),
         columns=data.shown[0],

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
 from hyperopt_peft.attribution import Attribution, Reasons
-from hyperopt_peft.attribution.uses import Suspects
+from hyperopt_peft.attribution.suspects import Suspects
 from hyperopt_peft.cli.report import Report, as_text
 from hyperopt_peft.cli.text import attributed
 from hyperopt_peft.utils.tables import cells, write_csv
 
-#: The trainings without random rows of `retrain_without`.
-DRAWS = 5
 #: The rows in a table, and at each end of the picture.
 SHOWN = 10
 EVIDENCE = ["likely_label", "label_confidence", "training_loss", "score"]
@@ -48,9 +44,7 @@ class Answers:
     columns: dict[str, list[Any]] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
 
-    def paragraphs(
-        self, seed: int, test: Dataset | None, reasons: Callable[[], Reasons] | None
-    ) -> Iterator[str]:
+    def paragraphs(self, seed: int, reasons: Callable[[], Reasons] | None) -> Iterator[str]:
         """The paragraphs to print, the first of which says what to do."""
         result, command = self.result, self.command
         self.page.verdict = self._hurting()
@@ -74,12 +68,6 @@ class Answers:
         yield self.add(parts)
         if reasons is not None:
             yield self._reasons(reasons())
-        if test is not None and command.retrain_without is not None:
-            yield from self._cost("retrain_without", 3 + DRAWS)
-            removal = result.removal(command.retrain_without, test, draws=DRAWS, seed=seed)
-            title = f"Without these rows, on {len(test)} rows that neither training nor scores saw"
-            parts = {title: removal.table(), "Is there a gain?": removal.verdict}
-            yield self.add(parts, removal=asdict(removal) | {"verdict": removal.verdict})
         if command.details:
             yield as_text(self.page.details)
 

@@ -16,15 +16,13 @@ from hyperopt_peft.adapters import use_fast_dora
 from hyperopt_peft.attribution import Reasons
 from hyperopt_peft.attribution.scores import parse_estimator
 from hyperopt_peft.cli import train
-from hyperopt_peft.cli.answers import DRAWS, Answers
+from hyperopt_peft.cli.answers import Answers
 from hyperopt_peft.cli.options import OutputArguments, divided, flags_of, names_of
 from hyperopt_peft.cli.plan import Work, plan, whole
 from hyperopt_peft.cli.report import Report
 from hyperopt_peft.cli.text import attributed
 from hyperopt_peft.cli.text.data import (
     EVALUATION,
-    ExampleData,
-    held_out,
     read_files,
     require_columns,
 )
@@ -51,8 +49,6 @@ class AttributeArguments(OutputArguments):
     slices: str | None = option(None, help="an evaluation column, whose values get scores")
     suspects: int | None = option(None, help="folds of the search for wrong labels; 5 for a head")
     why: list[str] | None = option(None, help="files with rows to explain by training rows")
-    retrain_without: float | None = option(None, help="share of the worst rows to leave out")
-    test_file: list[str] | None = option(None, help="rows that judge retrain_without")
     method: str = option("lora", help="as the option of train, without upper level")
     escape_formulas: bool = option(False, help="keep a spreadsheet from running texts")
     memory_limit: float = option(1.0, help="GiB that the run's checkpoints may take")
@@ -64,8 +60,6 @@ class AttributeArguments(OutputArguments):
             value = getattr(self, name)
             if value and value < least:
                 raise ProblemError(f"{name}: must be 0 or at least {least}, got {value}")
-        if self.retrain_without is not None and not 0 < self.retrain_without < 1:
-            raise ProblemError(f"retrain_without: must be in (0, 1), got {self.retrain_without}")
 
 
 TYPES = (AttributeArguments, *SHARED)
@@ -77,8 +71,6 @@ def run(argv: Sequence[str]) -> None:
     command, args, data = chosen.command, chosen.args, chosen.data
     if command.suspects and chosen.model.task != "text-classification":
         raise ProblemError(f"suspects: needs a class label per row; {chosen.model.task} has none")
-    if chosen.model.task == SFT and command.retrain_without is not None:
-        raise ProblemError("retrain_without: is not of task sft; train without rows by TRL")
     if command.why and not chosen.model.task.endswith("classification"):
         raise ProblemError(f"why: needs classes of rows or tokens; {chosen.model.task} has none")
     output = Path(args.output_dir)
@@ -89,8 +81,7 @@ def run(argv: Sequence[str]) -> None:
         asked = command.score_model == "head" and chosen.model.task == "text-classification"
         command.suspects = 5 if asked else 0  # each fold takes seconds
     command.require_output(args)
-    prepared = prepare(chosen.model, data, args, chosen.method, numbered=True)
-    setup, test = split(command, prepared, data)
+    setup = with_slices(command, prepare(chosen.model, data, args, chosen.method, numbered=True))
     explained, shown = rows_to_explain(command.why, setup) if command.why else (None, {})
 
     def new_trainer() -> Any:
@@ -138,7 +129,7 @@ def run(argv: Sequence[str]) -> None:
         found = why(new_trainer(), explained, progress=sys.stderr.isatty())
         return replace(found, columns=result.columns, numbers=result.numbers, explained=shown)
 
-    for text in answers.paragraphs(args.seed, test, reasons if explained else None):
+    for text in answers.paragraphs(args.seed, reasons if explained else None):
         if first:
             print(f"{text}\n", flush=True)
     if first:
@@ -160,28 +151,18 @@ def train_again(argv: Sequence[str], chosen: Chosen, output: Path) -> str:
     return shlex.join(["hyperopt-peft", "train", *file, *flags_of(words)])
 
 
-def split(
-    command: AttributeArguments, setup: Setup, data: ExampleData
-) -> tuple[Setup, Dataset | None]:
-    """The set-up of the scores, in the order of the files, and the test rows."""
-    train, evaluation, test = setup.train, setup.evaluation, None
-    rows = setup.evaluation_rows
-    judged = command.retrain_without is not None and not command.test_file
-    if evaluation is None or rows is None or (judged and data.eval_fraction == 0):
+def with_slices(command: AttributeArguments, setup: Setup) -> Setup:
+    """``setup`` with the rows in the order of the files, and the column of the slices."""
+    evaluation, rows = setup.evaluation, setup.evaluation_rows
+    if evaluation is None or rows is None:
         raise ProblemError(
-            "eval_fraction: attribute needs evaluation rows, for retrain_without test examples; "
-            "give eval_file and test_file, or an eval_fraction above 0"
+            "eval_fraction: attribute needs evaluation rows; give eval_file, or an eval_fraction "
+            "above 0"
         )
     if command.slices:
         require_columns(rows, [command.slices], EVALUATION)
         evaluation = evaluation.add_column(SLICE, [str(value) for value in rows[command.slices]])
-    if judged:
-        train, test = held_out(train, data.eval_fraction, [attributed.ROW])
-    elif command.retrain_without is not None:
-        read = read_files(command.test_file or [], "test_file")
-        test = setup.encoder.encode(read, "the test examples")
-        require_unseen("test_file", test, training=setup.train, evaluation=evaluation)
-    return replace(setup, train=train.sort(attributed.ROW), evaluation=evaluation), test
+    return replace(setup, train=setup.train.sort(attributed.ROW), evaluation=evaluation)
 
 
 def rows_to_explain(files: Sequence[str], setup: Setup) -> tuple[Dataset, dict[str, list[Any]]]:
@@ -217,7 +198,6 @@ def planned(command: AttributeArguments, setup: Setup, trainer: Any, explained: 
         counts = {
             "check": command.check and command.check + 1,
             "suspects": command.suspects,
-            "retrain_without": 3 + DRAWS if command.retrain_without else 0,
         }
         works += [replace(training, name=name, trainings=n) for name, n in counts.items() if n]
     if heads := on_head + bool(explained):  # the rows to explain have a head of their own

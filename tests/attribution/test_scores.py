@@ -12,7 +12,6 @@ from torch import Tensor
 from hyperopt_peft import NonFiniteError, Problem, ProblemError, attribute
 from hyperopt_peft.attribution import Attribution, ScoreCheck
 from hyperopt_peft.attribution.check import rank_interval
-from hyperopt_peft.attribution.uses import Removal
 from hyperopt_peft.hypergradients.unrolled.reverse import Unrolled
 from tests.support.attributed import ROWS, STEPS, error, error_of_slopes, levels, scored, setup_of
 
@@ -92,18 +91,6 @@ def test_unseen_rows_have_no_score() -> None:
     result = scored(levels(rows=10))
     assert result.scores[10:].isnan().all() and result.scores[:10].isfinite().all()
     assert result.settings["unseen"] == 2 and (result.ranks()[10:] == 0).all()
-
-
-def test_a_removal_is_the_training_without_the_rows() -> None:
-    lower, ones, phi = levels()
-    result = scored((lower, ones, phi))
-    removal = result.removal(0.2, phi, draws=2)
-    setup, weights = setup_of(result), torch.ones(ROWS, dtype=torch.float64)
-    weights[result.scores.argsort(descending=True)[: removal.count]] = 0
-    with setup.run.repeated(weights):
-        assert removal.without["loss"] == pytest.approx(float(phi()), rel=1e-12)
-    assert removal.plain["loss"] == pytest.approx(result.values["all"], rel=1e-12)
-    assert len(removal.random) == 2
 
 
 LEAF = torch.ones(ROWS, requires_grad=True)
@@ -228,16 +215,6 @@ def test_the_verdict_is_one_that_can_be_followed() -> None:
     assert all("do not act" in text for text in (smooth, rough, head))
     assert "estimator unrolled" in smooth and "estimator" not in rough and "smoother" in rough
     assert "share" in head and "smooth" not in head and "estimator" not in head
-
-
-@pytest.mark.parametrize(
-    ("moves", "gain"), [([0.02, 0.15], False), ([-0.15, 0.02], False), ([0.02, -0.05], True)]
-)
-def test_a_gain_is_more_than_any_random_removal_moves(moves: list[float], gain: bool) -> None:
-    """Up or down; leaving rows out by score lowers the loss by a tenth."""
-    random = [{"loss": 1 + move} for move in moves]
-    removal = Removal(3, {"loss": 1.0}, {"loss": 0.9}, {"loss": 1.0}, random)
-    assert ("no gain" in removal.verdict) != gain
 
 
 @pytest.mark.parametrize(

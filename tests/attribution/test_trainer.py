@@ -27,7 +27,7 @@ from hyperopt_peft import (
     NonFiniteError,
     ProblemError,
 )
-from hyperopt_peft.attribution.uses import suspects
+from hyperopt_peft.attribution.suspects import suspects
 from hyperopt_peft.problems import DoRA
 from tests.support.attributed import attributed, error_of_slopes, require_equal
 from tests.support.methods import ARGUMENTS, method_trainer
@@ -215,7 +215,7 @@ def test_slices_have_a_loss_each(tmp_path: Path) -> None:
 
 
 def test_what_a_user_does_with_it(tmp_path: Path) -> None:
-    """Table, picture, suspects and a removal judged on other rows."""
+    """Table, picture, suspects and a check."""
     rows = data(rows=14).add_column("text", [f"row, {k}" for k in range(14)])
     rows = rows.cast_column("text", Value("large_string"))  # as pandas has it
     result = attributed(stock(tmp_path, train_dataset=rows))
@@ -225,8 +225,6 @@ def test_what_a_user_does_with_it(tmp_path: Path) -> None:
     doubts = result.suspects(folds=3)
     assert doubts.probabilities.sum(1).allclose(torch.ones(14, dtype=torch.float64))
     assert doubts.confidence.shape == (14,)
-    removal = result.removal(0.2, data(rows=9, seed=2), draws=1)
-    assert {*removal.plain} == {"loss", "accuracy"} and "random" in str(removal)
     assert "unchecked" in result.table(2)
     result.check(5, share=0.2, perturbation=None)
     assert "unchecked" not in result.table(2)
@@ -253,11 +251,6 @@ def test_shown_columns_are_those_stored(tmp_path: Path, form: str, model: Any) -
     result = attributed(stock(tmp_path, args=args, **sets), slices="source", model=model)
     assert result.columns["text"][3] == "row 3" and result.columns["labels"][:3] == ["a", "b", "c"]
     assert {*result.by_slice} == {"x"}
-
-
-def test_text_has_a_loss_and_no_accuracy(tmp_path: Path) -> None:
-    result = attributed(stock(tmp_path, "causal"), estimator="gradient")
-    assert {*result.removal(0.2, data("causal", 5, seed=2), draws=1).plain} == {"loss"}
 
 
 def test_out_of_fold_probabilities_are_of_runs_without_the_fold(tmp_path: Path) -> None:
@@ -468,16 +461,9 @@ def test_a_row_without_a_label_was_seen_and_has_no_influence(tmp_path: Path) -> 
     assert doubts.confidence[1:].isfinite().all()
 
 
-def test_what_a_result_refuses(tmp_path: Path) -> None:
-    trainer = stock(tmp_path, train_dataset=with_ids(data(rows=14), 0))
-    result = attributed(trainer)
-    with pytest.raises(ProblemError, match="7 of 7 rows are evaluation rows"):
-        result.removal(0.2, trainer.eval_dataset, draws=1)
-    with pytest.raises(ProblemError, match="1 of 1 rows are training rows"):
-        result.removal(0.2, trainer.train_dataset.select([3]), draws=1)
-    with pytest.raises(ProblemError, match="1 of 1 rows are training rows"):
-        result.removal(0.2, with_ids(data(rows=14), 9).select([3]), draws=1)
-    with pytest.raises(ProblemError, match="model_init"):
-        attributed(trainer, estimator="gradient")
-    with pytest.raises(ProblemError, match="training"):
-        attributed(object())
+def test_a_trainer_that_has_trained_and_other_objects_are_refused(tmp_path: Path) -> None:
+    trainer = stock(tmp_path)
+    attributed(trainer, estimator="gradient")
+    for training, named in ((trainer, "model_init"), (object(), "training")):
+        with pytest.raises(ProblemError, match=named):
+            attributed(training, estimator="gradient")

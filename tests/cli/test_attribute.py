@@ -10,11 +10,7 @@ import torch
 from peft import PeftConfig
 from safetensors.torch import load_file
 
-from hyperopt_peft.cli.attribute import AttributeArguments, split
 from hyperopt_peft.cli.main import main
-from hyperopt_peft.cli.text.data import DataArguments
-from hyperopt_peft.cli.text.models import ModelArguments
-from hyperopt_peft.cli.text.setup import prepare
 from tests.support.cli import Capture, read_csv, refused, run, small_run
 from tests.support.files import rows, write
 
@@ -31,12 +27,11 @@ def written(folder: Path) -> list[dict[str, str]]:
 def test_everything_at_once(tmp_path: Path, capsys: Capture) -> None:
     """With options from a file."""
     evaluation = [{**row, "origin": "xy"[k % 2]} for k, row in enumerate(rows(number=10, seed=1))]
-    changes = {"slices": "origin", "check": 5, "suspects": 2, "retrain_without": 0.1}
+    changes = {"slices": "origin", "check": 5, "suspects": 2}
     changes["details"] = True
-    test = write(tmp_path / "test.jsonl", rows(number=9, seed=2))
     path = write(tmp_path / "sliced.jsonl", evaluation)
     config = tmp_path / "config.yaml"
-    chosen = options(tmp_path, test_file=test, eval_file=path, **changes)
+    chosen = options(tmp_path, eval_file=path, **changes)
     config.write_text(json.dumps(chosen, default=str))  # which is YAML
     run("attribute", str(config))
     table = written(tmp_path)
@@ -52,13 +47,11 @@ def test_everything_at_once(tmp_path: Path, capsys: Capture) -> None:
         assert float(line["score"]) == pytest.approx(halves / 2)
     assert (tmp_path / "out/attribution.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
-    assert "24 training rows, 6 steps" in printed and "on 9 rows that neither" in printed
+    assert "24 training rows, 6 steps" in printed
     assert re.search(r"LDS .* over 5 retrainings", printed)
-    assert re.search(r"leaving 2 rows out by score moves the (accuracy|loss)", printed)
     record = json.loads((tmp_path / "out/attribution.json").read_text())
     assert len(record["check"]["actual"]) == 5 and {*record["check"]["by_slice"]} == {"x", "y"}
     assert {"accuracy", "kappa", "flagged"} <= {*record["suspects"]}
-    assert len(record["removal"]["random"]) == 5
 
 
 def test_scores_on_a_head_train_no_adapter(tmp_path: Path, capsys: Capture) -> None:
@@ -154,19 +147,6 @@ def test_held_out_rows_are_not_in_the_file(tmp_path: Path, capsys: Capture) -> N
     assert any(line["rank"] == "0" and line["score"] == "nan" for line in table)  # unseen
 
 
-def test_a_third_part_is_held_out_for_the_judgement(tmp_path: Path) -> None:
-    chosen = options(tmp_path)
-    model = ModelArguments(model=chosen["model"], task="text-classification")
-    data = DataArguments([chosen["train_file"]], eval_fraction=0.25, max_length=16)
-    setup = prepare(model, data, None, numbered=True)
-    setup, test = split(AttributeArguments(retrain_without=0.1), setup, data)
-    assert setup.evaluation is not None and test is not None
-    numbers = setup.train["row"][:] + test["row"][:]
-    assert len(setup.evaluation) == 6 and len({*numbers}) == len(numbers) == 18
-    ids = [*setup.train["input_ids"], *test["input_ids"], *setup.evaluation["input_ids"]]
-    assert len({*map(tuple, ids)}) == 24  # so that the parts do not overlap
-
-
 @pytest.mark.parametrize("task", ["regression", "token-classification", "causal-lm", "seq2seq"])
 def test_every_task_is_scored(tmp_path: Path, task: str) -> None:
     """By the end of the run."""
@@ -181,8 +161,6 @@ def test_every_task_is_scored(tmp_path: Path, task: str) -> None:
     [
         ({"slices": "orign"}, "evaluation examples have no column 'orign'"),
         ({"eval_file": None, "eval_fraction": 0}, "attribute needs evaluation rows"),
-        ({"retrain_without": 0.1, "eval_fraction": 0}, "for retrain_without test examples"),
-        ({"retrain_without": 0.1, "test_file": "train"}, "24 of 24 rows are training rows too"),
         ({"eval_file": "copy"}, "every row of it is a training row too"),
         ({"memory_limit": 1e-9}, r"memory_limit: .* more than the limit"),
         ({"optim": "adafactor"}, "Adafactor"),
