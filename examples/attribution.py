@@ -149,7 +149,7 @@ def main() -> None:
     explained = test.select(range(min(arguments.explained, len(test))))
     explain(why(trainer, explained), explained["label"][:], wrong, output)
     result = attribute(trainer, estimator=arguments.estimator)
-    print(f"{len(train)} tweets, {int(wrong.sum())} wrong labels; Φ = {result.values['all']:.4f}")
+    print(f"{len(train)} tweets, {int(wrong.sum())} wrong labels; Φ = {result.value:.4f}")
     print(result.table(5))
 
     suspects = quick.suspects(arguments.folds, seed=training.seed)

@@ -230,10 +230,10 @@ def evaluation_loss(lower: RowWeighted) -> Tensor:
 
 def actual(setting: Trained, masks: Sequence[Tensor]) -> Tensor:
     """The change of Φ when retrained without the rows of each mask, ``(R,)``."""
-    before, changes = setting.evaluation.values()["all"], []
+    before, changes = setting.evaluation.value(), []
     for out in masks:
         with setting.run.without(out):
-            changes.append(setting.evaluation.values()["all"] - before)
+            changes.append(setting.evaluation.value() - before)
     return torch.tensor(changes, dtype=torch.float64)
 
 

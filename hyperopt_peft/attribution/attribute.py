@@ -26,7 +26,6 @@ def attribute(
     model: Literal["adapter", "head"] = "adapter",
     estimator: str | Estimator | None = None,
     training_steps: int | None = None,
-    slices: str | None = None,
     memory_limit: float = 1.0,
     progress: bool = True,
 ) -> Attribution:
@@ -59,13 +58,10 @@ def attribute(
             saves nothing.
         row_weights: for a level only: v, ones ``(n,)``, a leaf that requires a gradient. The loss
             must be 1/B Σ v_i ℓ_i over the rows of a batch.
-        evaluation: for a level, a function that returns Φ, a list of functions whose sum is Φ, or a
-            mapping from names of slices to these, whose mean is Φ. For a Trainer, a data set; by
-            default its ``eval_dataset``.
+        evaluation: for a level, a function that returns Φ, or a list of functions whose sum is Φ.
+            For a Trainer, a data set; by default its ``eval_dataset``.
         estimator: see above; by default ``"unrolled"``, and ``"cg"`` for a head.
         training_steps: for a level only: the number T of steps.
-        slices: a column of a Trainer's evaluation rows; each value gets a Φ and scores, all from
-            one run.
         memory_limit: the memory in GiB that checkpoints of the run may take; see `Run`.
 
     Raises:
@@ -96,8 +92,8 @@ def attribute(
     if on_head and parsed.differentiates_run:
         raise ProblemError("estimator: a head has no steps; choose cg, or leave it out")
     of_level = isinstance(training, Problem)
-    if of_level and (slices is not None or on_head):
-        raise ProblemError("slices, model: need a Trainer; give a level a mapping of functions")
+    if of_level and on_head:
+        raise ProblemError("model: a head needs a Trainer; leave it out")
     if not of_level and (row_weights is not None or training_steps is not None):
         raise ProblemError(
             "row_weights, training_steps: a Trainer sets these itself; leave them out"
@@ -110,8 +106,8 @@ def attribute(
     if of_level:
         trained = trained_level(training, row_weights, evaluation, training_steps, **options)
     elif on_head:
-        trained = trained_head(training, evaluation, slices, progress=progress)
+        trained = trained_head(training, evaluation, progress=progress)
     else:
         exact = parsed.estimator.requirements.second_derivatives
-        trained = trained_by_trainer(training, evaluation, slices, twice=exact, **options)
+        trained = trained_by_trainer(training, evaluation, twice=exact, **options)
     return Attribution.of(trained, parsed)

@@ -92,19 +92,15 @@ def train_head(
     return training, lambda rows: features(rows).standardized(raw).to(device)
 
 
-def trained_head(trainer: Any, evaluation: Any, slices: str | None, *, progress: bool) -> Trained:
+def trained_head(trainer: Any, evaluation: Any, *, progress: bool) -> Trained:
     """Train a head on features of ``trainer``'s rows, and return its run and Φ; see `attribute`."""
     require_trainer(trainer)
-    data = TrainerData(trainer, evaluation, slices)
+    data = TrainerData(trainer, evaluation)
     training, read = train_head(trainer, data, progress=progress)
     on_rows, train, above = training.on_rows, training.features, read(data.evaluation_rows)
-    of_slices = {
-        name: on_rows.mean([above.select(torch.tensor(rows)).batch()])
-        for name, rows in data.groups.items()
-    }
     return Trained(
         training,
-        Evaluation(training.weights, of_slices, data.shares),
+        Evaluation(training.weights, on_rows.mean([above.batch()])),
         training.level,
         train.batch,
         probabilities=lambda rows: on_rows.probabilities([train.batch()])[rows],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -23,7 +23,7 @@ from hyperopt_peft.utils.random_state import RandomState, replay
 def trained_level(
     level: Problem,
     weights: Tensor | None,
-    evaluation: Loss | Mapping[str, Loss],
+    evaluation: Loss,
     training_steps: int | None,
     **options: Any,
 ) -> Trained:

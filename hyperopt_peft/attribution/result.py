@@ -27,11 +27,9 @@ class Attribution:
 
     Attributes:
         scores: dΦ/dv, ``(n,)`` in float64. Positive: the row hurts. NaN: the run never saw it.
-        by_slice: the scores for each slice of the evaluation rows; ``scores`` is their mean,
-            weighted by the slices' shares of the rows.
         losses: the mean training loss of each row over its visits, ``(n,)``; for rows with several
             labels, relative to the mean number of labels of a row in the batch.
-        values: Φ of each slice after the run.
+        value: Φ after the run.
         settings: metadata of the run and the estimator; ``seconds`` is the training time.
         columns: the columns of the training rows to show, by name.
         numbers: the number to show for each row; by default its index.
@@ -40,15 +38,14 @@ class Attribution:
 
     Example:
         >>> scores = torch.tensor([0.5, -1.0, 0.1])
-        >>> result = Attribution(scores, {"all": scores}, scores, {"all": 0.3}, {})
+        >>> result = Attribution(scores, losses=scores, value=0.3, settings={})
         >>> result.ranks().tolist(), result.without(1 / 3), result.ends(1)
         ([1, 3, 2], [1, 2], ([0], [1]))
     """
 
     scores: Tensor
-    by_slice: dict[str, Tensor]
     losses: Tensor
-    values: dict[str, float]
+    value: float
     settings: dict[str, Any]
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     numbers: Sequence[int] = ()
@@ -66,9 +63,8 @@ class Attribution:
         Raises:
             NonFiniteError: a loss, a gradient or a score is NaN or infinite.
         """
-        by_slice, cost = scores(trained, estimator)
+        found, cost = scores(trained, estimator)
         run, unseen = trained.run, trained.run.visits == 0
-        by_slice = {name: s.masked_fill(unseen, torch.nan) for name, s in by_slice.items()}
         settings = {
             "estimator": estimator.name,
             "steps": len(run.steps),
@@ -79,10 +75,15 @@ class Attribution:
             **run.settings,
             **cost,
         }
-        values, losses = trained.evaluation.values(), run.losses / run.visits
-        rest: Any = {"columns": trained.columns, "trained": trained, "estimator": estimator}
-        total = trained.evaluation.total(by_slice)
-        return cls(total, by_slice, losses, values, settings, **rest)
+        return cls(
+            found.masked_fill(unseen, torch.nan),
+            run.losses / run.visits,
+            trained.evaluation.value(),
+            settings,
+            trained.columns,
+            trained=trained,
+            estimator=estimator,
+        )
 
     def check(
         self,
@@ -107,7 +108,7 @@ class Attribution:
         """
         how = retrainings, share, perturbation, seed
         assert self.trained is not None and self.estimator is not None
-        self.checked = check_scores(self.trained, self.estimator, self.by_slice, self.values, *how)
+        self.checked = check_scores(self.trained, self.estimator, self.scores, self.value, *how)
         return self.checked
 
     def ranks(self) -> Tensor:
@@ -174,18 +175,16 @@ class Attribution:
         *,
         escape_formulas: bool = False,
     ) -> None:
-        """Write row, the data's columns, score, rank, weight, training loss and scores of slices.
+        """Write row, the data's columns, score, rank, weight and training loss.
 
         A data column with one of these names becomes ``data_…``. ``extra`` adds columns by name.
         For ``escape_formulas`` see `write_csv`.
         """
-        slices = {f"score_{name}": values.tolist() for name, values in self.by_slice.items()}
         results: dict[str, Sequence[Any]] = {
             "score": self.scores.tolist(),
             "rank": self.ranks().tolist(),
             "weight": self.weights().tolist(),
             "training_loss": self.losses.tolist(),
-            **(slices if len(slices) > 1 else {}),
             **(extra or {}),
         }
         data = {

@@ -119,15 +119,14 @@ class TrainerData:
     Attributes:
         train_rows, evaluation_rows: the rows, numbered, with the columns that the model takes; the
             training rows are those of both levels if there are two.
-        groups: the numbers of the evaluation rows in each slice.
         shown: the columns of the training and of the evaluation rows to show.
         collate: makes a batch from a list of rows, with their numbers as `INDEX`.
 
     Raises:
-        ProblemError: all evaluation rows are training rows; there is no column ``slices``.
+        ProblemError: all evaluation rows are training rows.
     """
 
-    def __init__(self, trainer: Any, evaluation: Any, slices: str | None) -> None:
+    def __init__(self, trainer: Any, evaluation: Any) -> None:
         self.trainer, train = trainer, trainer.train_dataset
         if getattr(trainer, "upper", None) is not None:
             lower, upper = trainer.phase.rows
@@ -145,24 +144,10 @@ class TrainerData:
             )
         if common:
             logger.warning("%d of %d evaluation rows are training rows too", common, count)
-        columns = getattr(evaluation, "column_names", [])
-        if slices is not None and slices not in columns:
-            raise ProblemError(
-                f"slices: the evaluation rows have no column {slices!r}, only {columns}"
-            )
-        self.groups: dict[str, list[int]] = {}
-        of_rows = evaluation.with_format(None)[slices][:] if slices else ["all"] * count
-        for row, value in enumerate(of_rows):
-            self.groups.setdefault(str(value), []).append(row)
         self.shown = _shown(train), _shown(evaluation)
         loader = loader_of(trainer, trainer.train_dataset, "train_dataset")
         tags = {*getattr(trainer, "tags", ()), INDEX}
         self.collate = TagCollator(InOrder(loader.collate_fn), sorted(tags))
-
-    @property
-    def shares(self) -> dict[str, float]:
-        """The share of each slice in the evaluation rows."""
-        return {name: len(rows) / len(self.evaluation_rows) for name, rows in self.groups.items()}
 
     def batches(self, rows: NumberedRows, chosen: Sequence[int] | None = None) -> list[Any]:
         """``rows``, or only the ``chosen`` ones, in batches on the model's device, in order."""

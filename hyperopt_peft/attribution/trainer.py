@@ -34,7 +34,6 @@ UNSUPPORTED_OVERRIDES = (
 def trained_by_trainer(
     trainer: Any,
     evaluation: Any,
-    slices: str | None,
     *,
     twice: bool,
     progress: bool,
@@ -42,7 +41,7 @@ def trained_by_trainer(
 ) -> Trained:
     """Train what ``trainer`` trains, and return its run and Φ; see `attribute` and `recorded`."""
     require_attributable(trainer)
-    data = TrainerData(trainer, evaluation, slices)
+    data = TrainerData(trainer, evaluation)
     random_state = _new_model(trainer)
     require_float32(trainer.model)
     first = range(len(data.train_rows))[: trainer.args.per_device_train_batch_size]
@@ -62,12 +61,10 @@ def trained_by_trainer(
     trainer.state.global_step, trainer.state.epoch = runner.state.global_step, runner.state.epoch
     batches = data.batches
     model = ModelOnRows(runner.model, runner.compute_loss_context_manager, runner.tags)
-    above = {name: batches(data.evaluation_rows, rows) for name, rows in data.groups.items()}
-    of_slices = {name: model.mean(parts) for name, parts in above.items()}
     final = method_of(runner).lower(runner.model, partial(runner.task_loss, training=False))
     return Trained(
         run,
-        Evaluation(run.weights, of_slices, data.shares),
+        Evaluation(run.weights, model.mean(batches(data.evaluation_rows))),
         Accumulated(final),
         lambda: model.micro_batches(batches(data.train_rows)),
         probabilities=lambda rows: model.probabilities(batches(data.train_rows, rows)),

@@ -74,7 +74,7 @@ def why(trainer: Any, rows: Any = None, *, progress: bool = True) -> Reasons:
         [0, 1]
     """
     require_trainer(trainer)
-    data = TrainerData(trainer, rows, None)
+    data = TrainerData(trainer, rows)
     (first,) = data.batches(data.train_rows, [0])
     if first["labels"].is_floating_point():
         raise ProblemError(
@@ -125,10 +125,10 @@ def reason_for(training: HeadTraining, places: Features, place: int) -> Reason:
     level, batch = training.level, training.features.batch()
     margin = Evaluation(training.weights, lambda: margins(head(x).logits, classes)[0])
     trained = Trained(training, margin, level, lambda: batch)
-    slopes = scores(trained, parse_estimator(HEAD_ESTIMATOR))[0]["all"]
+    slopes = scores(trained, parse_estimator(HEAD_ESTIMATOR))[0]
     most = min(int((slopes > 0).sum()), int(MOST * len(slopes)))
     order = slopes.argsort(descending=True)[:most]
-    size = margin.values()["all"]
+    size = margin.value()
     guess = 1 + int((slopes[order].cumsum(0) < size).sum())
     result = fewest(training, x, order, guess)
     reason = Reason(row, token, predicted, None, [], [], size, most)

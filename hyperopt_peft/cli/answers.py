@@ -49,7 +49,7 @@ class Answers:
         result, command = self.result, self.command
         self.page.verdict = self._hurting()
         self.page.details = {"Run": self._run()}
-        text = self.add({}, settings=result.settings, evaluation_loss=result.values)
+        text = self.add({}, settings=result.settings, evaluation_loss=result.value)
         if command.suspects:
             yield from self._cost("suspects", command.suspects)
             text = self._suspects(result.suspects(command.suspects, seed=seed))
@@ -59,8 +59,7 @@ class Answers:
             yield from self._cost("check", command.check)
             check = result.check(command.check, seed=seed)
             trust, self.record["check"] = check.verdict, check.record()
-            by_slice = (f"{name}: {one}" for name, one in check.by_slice.items())
-            self.page.details |= {"Check": "\n".join([str(check), *by_slice])}
+            self.page.details |= {"Check": str(check)}
         parts: dict[str, Any] = {"Can the scores be trusted?": trust}
         for name, rows in zip(("hurt", "help"), result.ends(SHOWN), strict=True):
             lines = [[*self._cells(row), f"{result.scores[row]:+.1e}"] for row in rows]
@@ -153,15 +152,15 @@ class Answers:
     def _run(self) -> str:
         """The numbers of the run and of the solver."""
         settings = self.result.settings
-        phi = ", ".join(f"{name} {value:.4f}" for name, value in self.result.values.items())
         trained = f"{settings['steps']} steps"
         if self.command.score_model == "head":
             trained = f"a linear head at its minimum, with the penalty λ = {settings['l2']:g}"
             trained += f" (the {settings['l2_end']} one tried)" * bool(settings["l2_end"])
         text = (
             f"{settings['rows']} training rows, {trained}, {settings['variables']:,} parameters; "
-            f"scores by {settings['estimator']}\nloss on the evaluation rows: {phi}"
+            f"scores by {settings['estimator']}\n"
+            f"loss on the evaluation rows: {self.result.value:.4f}"
         )
-        if residuals := settings["residuals"].values():
-            text += f"\nlargest relative residual of the solver: {max(residuals):.2g}"
-        return text + "".join(f"\nnote: {note}" for note in settings["notes"])
+        if (residual := settings.get("residual")) is not None:
+            text += f"\nrelative residual of the solver: {residual:.2g}"
+        return text + (f"\nnote: {note}" if (note := settings.get("note")) else "")

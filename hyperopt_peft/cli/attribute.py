@@ -22,9 +22,7 @@ from hyperopt_peft.cli.plan import Work, plan, whole
 from hyperopt_peft.cli.report import Report
 from hyperopt_peft.cli.text import attributed
 from hyperopt_peft.cli.text.data import (
-    EVALUATION,
     read_files,
-    require_columns,
 )
 from hyperopt_peft.cli.text.setup import SHARED, Chosen, Setup, choose, prepare
 from hyperopt_peft.cli.text.tasks import SFT
@@ -32,7 +30,7 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import require_unseen
 from hyperopt_peft.utils.validation import option
 
-SLICE, UNROLLED = "slice", "unrolled"
+UNROLLED = "unrolled"
 
 
 @dataclass
@@ -46,7 +44,6 @@ class AttributeArguments(OutputArguments):
         "for a head cg is the default), or gradient",
     )
     check: int = option(0, help="retrainings without random rows that check the scores")
-    slices: str | None = option(None, help="an evaluation column, whose values get scores")
     suspects: int | None = option(None, help="folds of the search for wrong labels; 5 for a head")
     why: list[str] | None = option(None, help="files with rows to explain by training rows")
     method: str = option("lora", help="as the option of train, without upper level")
@@ -81,7 +78,13 @@ def run(argv: Sequence[str]) -> None:
         asked = command.score_model == "head" and chosen.model.task == "text-classification"
         command.suspects = 5 if asked else 0  # each fold takes seconds
     command.require_output(args)
-    setup = with_slices(command, prepare(chosen.model, data, args, chosen.method, numbered=True))
+    setup = prepare(chosen.model, data, args, chosen.method, numbered=True)
+    if setup.evaluation is None:
+        raise ProblemError(
+            "eval_fraction: attribute needs evaluation rows; give eval_file, or an eval_fraction "
+            "above 0"
+        )
+    setup = replace(setup, train=setup.train.sort(attributed.ROW))
     explained, shown = rows_to_explain(command.why, setup) if command.why else (None, {})
 
     def new_trainer() -> Any:
@@ -98,11 +101,10 @@ def run(argv: Sequence[str]) -> None:
         trainer,
         model=command.score_model,
         estimator=command.estimator,
-        slices=command.slices and SLICE,
         memory_limit=command.memory_limit,
         progress=sys.stderr.isatty(),
     )
-    setup.require_sane(max(result.values.values()))
+    setup.require_sane(result.value)
     # TRL leaves rows out whose labels are cut off.
     numbered = trainer.train_dataset if chosen.model.task == SFT else setup.train
     result.numbers = numbered[attributed.ROW][:]
@@ -149,20 +151,6 @@ def train_again(argv: Sequence[str], chosen: Chosen, output: Path) -> str:
     if "eval_file" in chosen.options:  # other rows than those by which the rows were scored
         words["eval_file"] = ["TEST_ROWS.csv"]
     return shlex.join(["hyperopt-peft", "train", *file, *flags_of(words)])
-
-
-def with_slices(command: AttributeArguments, setup: Setup) -> Setup:
-    """``setup`` with the rows in the order of the files, and the column of the slices."""
-    evaluation, rows = setup.evaluation, setup.evaluation_rows
-    if evaluation is None or rows is None:
-        raise ProblemError(
-            "eval_fraction: attribute needs evaluation rows; give eval_file, or an eval_fraction "
-            "above 0"
-        )
-    if command.slices:
-        require_columns(rows, [command.slices], EVALUATION)
-        evaluation = evaluation.add_column(SLICE, [str(value) for value in rows[command.slices]])
-    return replace(setup, train=setup.train.sort(attributed.ROW), evaluation=evaluation)
 
 
 def rows_to_explain(files: Sequence[str], setup: Setup) -> tuple[Dataset, dict[str, list[Any]]]:

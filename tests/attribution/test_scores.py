@@ -46,13 +46,9 @@ def test_checkpoints_change_the_memory_and_no_score() -> None:
         assert settings["gradients"] + settings["products"] + STEPS <= 4 * STEPS + 1
 
 
-def test_slices_are_those_of_one_run() -> None:
-    """Each as on its own, and the whole is their mean."""
+def test_a_loss_in_parts_is_their_sum() -> None:
     lower, weights, first = levels()
-    several: Any = {"a": first, "b": [lambda: lower.variables[0].square().sum(), first]}
-    result = scored((lower, weights, several))
-    assert error(result.by_slice["a"], scored(levels()).scores) < 1e-12
-    assert torch.allclose(result.scores, (result.by_slice["a"] + result.by_slice["b"]) / 2)
+    result = scored((lower, weights, [lambda: lower.variables[0].square().sum(), first]))
     assert error_of_slopes(result) < 1e-6
 
 
@@ -100,12 +96,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"training_steps": None}, "training_steps"),
     ({"training_steps": 0}, "training_steps"),
     ({"memory_limit": 1e-9}, "memory_limit"),
-    ({"slices": "kind"}, "slices"),
     ({"model": "head"}, "model"),
     ({"row_weights": torch.ones(ROWS)}, "row_weights"),
     ({"row_weights": LEAF}, "the loss does not read the row weights"),
     ({"evaluation": None}, "evaluation"),
-    ({"evaluation": {}}, "evaluation"),
+    ({"evaluation": []}, "evaluation"),
     ({"training": levels(torch.optim.Rprop)[0]}, "Rprop"),
 ]
 
@@ -126,18 +121,18 @@ def test_a_run_that_diverges_is_named() -> None:
 def test_weights_and_rows_to_keep_follow_the_scores() -> None:
     """Weights of mean 1, also of scores that all hurt."""
     scores = torch.tensor([1.0, 1.01, 1.02, torch.nan], dtype=torch.float64)
-    result = Attribution(scores, {"all": scores}, scores, {}, {})
+    result = Attribution(scores, scores, 0.0, {})
     assert torch.allclose(result.weights(), torch.tensor([2.0, 1.0, 0.0, 1.0]).double())
     assert result.without(0.25) == [0, 1, 3]
     same = torch.ones(3, dtype=torch.float64)
-    assert torch.equal(Attribution(same, {"all": same}, same, {}, {}).weights(), same)
+    assert torch.equal(Attribution(same, same, 0.0, {}).weights(), same)
 
 
 def test_a_column_of_the_data_is_not_overwritten(tmp_path: Path) -> None:
     scores = torch.tensor([0.5, -1.0, float("nan")], dtype=torch.float64)
     columns = {"text": ["a", "b", "c"], "score": [3, 4, 5]}
     losses = torch.ones(3, dtype=torch.float64)
-    result = Attribution(scores, {"all": scores}, losses, {"all": 0.0}, {}, columns)
+    result = Attribution(scores, losses, 0.0, {}, columns)
     result.numbers = [2, 7, 9]
     result.to_csv(tmp_path / "attribution.csv", {"suspect": [0, 1, 0]})
     with (tmp_path / "attribution.csv").open() as file:
@@ -172,7 +167,7 @@ def test_smoothness_is_that_of_the_run() -> None:
 
 def test_wrong_scores_are_called_worthless() -> None:
     result = scored()
-    result.by_slice["all"] = -result.by_slice["all"]
+    result.scores = -result.scores
     check = result.check(12, share=0.1, perturbation=None)
     assert check.lds < -0.9 and not check.trustworthy
     assert "do not act" in check.verdict

@@ -78,7 +78,7 @@ def test_the_run_is_the_trainers_own(tmp_path: Path) -> None:
     assert result.columns.keys() == {"prompt", "completion"}
     require_equal(watched.model, plain.model, 1e-4)
     shown, again = plain.evaluate(), watched.evaluate()
-    assert result.values["all"] == pytest.approx(shown["eval_loss"], rel=1e-4)
+    assert result.value == pytest.approx(shown["eval_loss"], rel=1e-4)
     counted = {"eval_loss", "eval_entropy", "eval_mean_token_accuracy"}
     for name in counted & shown.keys():  # some are others in older releases
         assert again[name] == pytest.approx(shown[name], rel=1e-4), name

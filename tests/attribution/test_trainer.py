@@ -110,7 +110,7 @@ def test_the_run_is_the_trainers_own(tmp_path: Path, kind: str, accumulation: in
     # Llama computes in float32.
     require_equal(watched.model, plain.model, 1e-4 if kind == "causal" else 1e-12)
     if kind not in ("tokens", "causal"):  # of tokens the Trainer averages over batches
-        assert result.values["all"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-6)
+        assert result.value == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-6)
 
 
 def over_batches(folder: Path) -> Trainer:
@@ -204,16 +204,6 @@ def test_a_head_scores_the_rows_of_both_levels(tmp_path: Path) -> None:
     torch.testing.assert_close(one, other)
 
 
-def test_slices_have_a_loss_each(tmp_path: Path) -> None:
-    rows = data(rows=7, seed=1).add_column("source", ["x", "y", "x", "x", "y", "x", "x"])
-    result = attributed(stock(tmp_path, eval_dataset=rows), slices="source")
-    alone = attributed(stock(tmp_path, eval_dataset=rows.select([1, 4])))
-    assert set(result.by_slice) == {"x", "y"}
-    assert torch.allclose(result.by_slice["y"], alone.scores, rtol=1e-9)
-    mean = (5 * result.by_slice["x"] + 2 * result.by_slice["y"]) / 7
-    assert torch.allclose(result.scores, mean)
-
-
 def test_what_a_user_does_with_it(tmp_path: Path) -> None:
     """Table, picture, suspects and a check."""
     rows = data(rows=14).add_column("text", [f"row, {k}" for k in range(14)])
@@ -233,11 +223,11 @@ def test_what_a_user_does_with_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", ["adapter", "head"])
 @pytest.mark.parametrize("form", ["columns", "transform"])
 def test_shown_columns_are_those_stored(tmp_path: Path, form: str, model: Any) -> None:
-    """Whatever the format gives to the collator, and the slices too."""
+    """Whatever the format gives to the collator."""
 
     def formatted(rows: Dataset) -> Dataset:
         texts = [f"row {k}" for k in range(len(rows))]
-        rows = rows.add_column("text", texts).add_column("source", ["x"] * len(rows))
+        rows = rows.add_column("text", texts)
         names = ["input_ids", "attention_mask", "labels"]
         if form == "columns":
             return rows.with_format("torch", columns=names)
@@ -248,9 +238,8 @@ def test_shown_columns_are_those_stored(tmp_path: Path, form: str, model: Any) -
         "train_dataset": formatted(data(rows=14)),
         "eval_dataset": formatted(data(rows=7, seed=1)),
     }
-    result = attributed(stock(tmp_path, args=args, **sets), slices="source", model=model)
+    result = attributed(stock(tmp_path, args=args, **sets), model=model)
     assert result.columns["text"][3] == "row 3" and result.columns["labels"][:3] == ["a", "b", "c"]
-    assert {*result.by_slice} == {"x"}
 
 
 def test_out_of_fold_probabilities_are_of_runs_without_the_fold(tmp_path: Path) -> None:
@@ -357,7 +346,6 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"trainer": OwnOptimizer}, {}, "OwnOptimizer has a create_optimizer"),
     ({"dora": True}, {}, "norm"),
     ({"dora": True}, {"estimator": "minres"}, "norm"),
-    ({}, {"slices": "source"}, "slices"),
     ({}, {"model": "tail"}, "model"),
     ({}, {"model": "head", "estimator": "unrolled"}, "a head has no steps"),
     ({"kind": "causal"}, {"model": "head"}, "the labels of LlamaForCausalLM are text"),

@@ -26,31 +26,25 @@ def written(folder: Path) -> list[dict[str, str]]:
 
 def test_everything_at_once(tmp_path: Path, capsys: Capture) -> None:
     """With options from a file."""
-    evaluation = [{**row, "origin": "xy"[k % 2]} for k, row in enumerate(rows(number=10, seed=1))]
-    changes = {"slices": "origin", "check": 5, "suspects": 2}
-    changes["details"] = True
-    path = write(tmp_path / "sliced.jsonl", evaluation)
+    changes = {"check": 5, "suspects": 2, "details": True}
     config = tmp_path / "config.yaml"
-    chosen = options(tmp_path, eval_file=path, **changes)
+    chosen = options(tmp_path, **changes)
     config.write_text(json.dumps(chosen, default=str))  # which is YAML
     run("attribute", str(config))
     table = written(tmp_path)
     assert list(table[0])[:6] == ["row", "text", "label", "score", "rank", "weight"]
-    assert {"score_x", "score_y", "suspect", "label_confidence", "scored_on"} <= {*table[0]}
+    assert {"suspect", "label_confidence", "scored_on"} <= {*table[0]}
     assert [{k: line[k] for k in ("text", "label")} for line in table] == rows()
     assert [int(line["row"]) for line in table] == list(range(24))
     assert sorted(int(line["rank"]) for line in table) == list(range(1, 25))
     best = max(table, key=lambda line: float(line["score"]))
     assert best["rank"] == "1" and {line["suspect"] for line in table} <= {"0", "1"}
-    for line in table:  # five rows of each slice
-        halves = float(line["score_x"]) + float(line["score_y"])
-        assert float(line["score"]) == pytest.approx(halves / 2)
     assert (tmp_path / "out/attribution.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert "24 training rows, 6 steps" in printed
     assert re.search(r"LDS .* over 5 retrainings", printed)
     record = json.loads((tmp_path / "out/attribution.json").read_text())
-    assert len(record["check"]["actual"]) == 5 and {*record["check"]["by_slice"]} == {"x", "y"}
+    assert len(record["check"]["actual"]) == 5
     assert {"accuracy", "kappa", "flagged"} <= {*record["suspects"]}
 
 
@@ -159,7 +153,6 @@ def test_every_task_is_scored(tmp_path: Path, task: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"slices": "orign"}, "evaluation examples have no column 'orign'"),
         ({"eval_file": None, "eval_fraction": 0}, "attribute needs evaluation rows"),
         ({"eval_file": "copy"}, "every row of it is a training row too"),
         ({"memory_limit": 1e-9}, r"memory_limit: .* more than the limit"),
