@@ -166,7 +166,8 @@ def check_scores(
     smoothness = None
     if perturbation is not None and estimator.differentiates_run:
         smoothness = metasmoothness(trained, estimator, seen, perturbation, generator)
-    return ScoreCheck(*changes, smoothness, share, of_head=not isinstance(run, Run))
+    predicted, actual = changes
+    return ScoreCheck(predicted, actual, smoothness, share, of_head=not isinstance(run, Run))
 
 
 def metasmoothness(

@@ -73,7 +73,8 @@ class Evaluation(Problem):
 
     def __init__(self, weights: Tensor, loss: Loss) -> None:
         super().__init__([("weights", weights)], name="evaluation")
-        self.parts: list[LossPart] = [*loss] if isinstance(loss, list | tuple) else [loss]
+        parts: Any = loss if isinstance(loss, list | tuple) else [loss]
+        self.parts: list[LossPart] = [*parts]
         if not self.parts or not all(map(callable, self.parts)):
             raise ProblemError(f"evaluation: give functions that return a loss, got {loss!r}")
 

@@ -169,7 +169,8 @@ def compare_methods(
             f"seeds: {len(seeds)} reported; one seed has no interval, so give two or more"
         )
     if head is not None:
-        of_choice = replace(choice, held_out=DEFAULT.held_out) != DEFAULT
+        read = {} if folds else {"held_out": DEFAULT.held_out}  # folds leave no part to choose by
+        of_choice = replace(choice, **read) != DEFAULT
         if passes is not None or of_choice:
             name = "choice" if of_choice else "passes"
             raise ProblemError(f"{name}: has no effect on heads, which are solved; leave it out")
