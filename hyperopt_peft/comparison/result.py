@@ -293,7 +293,7 @@ with 2 seeds (80 % power): 8.2 points
             far = f" that moved the upper variables by {100 * means.get('moved', 0):.3g} %"
             if means.get("start") == 0:
                 far = f" that moved the upper variables from 0 to a norm of {means['moved']:.2g}"
-            steps = f"{means['steps']:.3g} upper step{'s' * (means['steps'] != 1)}"
+            steps = f"{means['steps']:.3g} upper step{'' if means['steps'] == 1 else 's'}"
             words.append(f"with {steps}{far * ('moved' in means)}")
         return f"{', '.join(words)}: " if words else ""
 

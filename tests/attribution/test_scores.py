@@ -195,23 +195,6 @@ def test_five_retrainings_cannot_tell(actual: list[int], lds: float) -> None:
     assert "5 retrainings cannot tell" in str(check)
 
 
-def test_the_verdict_is_one_that_can_be_followed() -> None:
-    """Sizes follow from the slope; a smooth run needs no smoothing, and a head has no steps."""
-    x = torch.linspace(-1, 1, 20)
-
-    def verdict(slope: float, smoothness: float | None, **options: bool) -> str:
-        check = ScoreCheck(x, slope * x, smoothness, 0.05, **options)
-        assert not check.trustworthy
-        return check.verdict
-
-    for slope in (0.6, 1.45):
-        assert "order" in verdict(slope, 0.99) and f"{slope}" in verdict(slope, 0.99)
-    smooth, rough, head = verdict(-1, 0.99), verdict(-1, 0.2), verdict(-1, None, of_head=True)
-    assert all("do not act" in text for text in (smooth, rough, head))
-    assert "estimator unrolled" in smooth and "estimator" not in rough and "smoother" in rough
-    assert "share" in head and "smooth" not in head and "estimator" not in head
-
-
 @pytest.mark.parametrize(
     ("retrainings", "share", "named"),
     [(4, 0.1, "retrainings"), (6, 0.0, "share"), (6, 1.0, "share")],

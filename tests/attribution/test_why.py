@@ -1,7 +1,6 @@
 """`why`: each set changes the prediction of the head that is trained without it."""
 
 import csv
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from hyperopt_peft import ProblemError, why
-from hyperopt_peft.attribution.reasons import Reason, Reasons
+from hyperopt_peft.attribution.reasons import Reasons
 from hyperopt_peft.attribution.why import explained, fewest, reason_for
 from hyperopt_peft.heads import Features
 from tests.support.attributed import require_equal
@@ -129,17 +128,3 @@ def test_numbers_and_rows_that_are_trained_on_are_refused(tmp_path: Path) -> Non
         why(numbers, progress=False)
     with pytest.raises(ProblemError, match="would explain itself"):
         why(classes, classes.train_dataset, progress=False)
-
-
-def test_text_names_rows_and_words() -> None:
-    """With the token's word and the number of the rows."""
-    reason = Reason(0, 1, 1, 0, list(range(12)), [1.0] * 12, 0.5, 20)
-    shown = {"tokens": [["in", "London\x1b[31m"]]}
-    columns = {"text": [f"text {k}\x1b[31m" for k in range(12)]}
-    reasons = Reasons([reason], {0: "O", 1: "place"}, columns, shown, [k + 7 for k in range(12)])
-    text, few = str(reasons), reasons.text(replace(reason, rows=list(range(6))))
-    assert text.startswith(
-        "row 0, token 1 (London\\x1b[31m): in London\\x1b[31m\n  predicted place; O without these"
-    )
-    assert "     7  text 0\\x1b[31m" in text and "and 2 more" in text
-    assert "no few rows decide" in text and "no few rows decide" not in few

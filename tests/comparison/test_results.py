@@ -138,18 +138,3 @@ def test_rates_are_counted_and_ends_are_named() -> None:
     remarks = made.remarks()
     assert remarks[0] == "LoRA: at the rate 0.1 a score is not finite, which counts as the worst"
     assert remarks[1].startswith("LoRA: 2 of 3 seeds chose a rate at an end of the grid, 0.001;")
-
-
-@pytest.mark.parametrize(
-    ("metric", "first", "numbers"),
-    [
-        ("loss", "LoRA", "0.704 my_method 0.0120 ± 0.0000"),
-        ("f1", "BiDoRA", "73.4 points my_method"),
-    ],
-)
-def test_a_recommendation_has_its_numbers(metric: str, first: str, numbers: str) -> None:
-    """The best mean, and the paired difference of the next one with its interval."""
-    gains: dict[Candidate, list[float]] = {("BiDoRA", "method"): [0.03] * 5}
-    text = made_up({**gains, ("my_method", "method"): [0.012] * 5}, metric=metric).recommendation()
-    assert text.startswith(f"{first} is recommended")
-    assert all(each in text for each in numbers.split())
