@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import chain
 from typing import Any
 
@@ -18,9 +17,6 @@ from hyperopt_peft.trainer.splits import folds_of
 
 #: The kappa up to which agreement is slight (Landis & Koch 1977, doi:10.2307/2529310).
 SLIGHT = 0.2
-CLEANLAB = "cleanlab's confident learning"
-MOST_PROBABLE = "the most probable class"
-INSTALL = 'pip install "hyperopt-peft[cleanlab]" flags fewer rows'
 
 
 @dataclass(frozen=True)
@@ -28,16 +24,14 @@ class Suspects:
     """How doubtful the label of each row is.
 
     Attributes:
-        confidence: the probability of the given label, or cleanlab's label quality (Northcutt et
-            al. 2021, arXiv:1911.00068), ``(n,)``; low if doubtful, NaN for a row without a label.
-        flagged: the rows that cleanlab flags, most doubtful first; without cleanlab the rows whose
-            label is not the most probable class. Empty if ``kappa`` is at most `SLIGHT`.
+        confidence: the probability of the given label, ``(n,)``; NaN for a row without a label.
+        flagged: the rows whose label is not the most probable class, most doubtful first. Empty if
+            ``kappa`` is at most `SLIGHT`.
         probabilities: the class probabilities, from a model that did not train on the row,
             ``(n, classes)``.
         accuracy: the share of the labels that are the most probable class.
         kappa: how far ``accuracy`` is above chance: 0 at chance, 1 if all labels are predicted
             (Cohen 1960, doi:10.1177/001316446002000104).
-        method: the rule that flagged the rows.
     """
 
     confidence: Tensor
@@ -45,11 +39,10 @@ class Suspects:
     probabilities: Tensor
     accuracy: float
     kappa: float
-    method: str
 
     def record(self) -> dict[str, Any]:
         """The numbers of the search, for a file."""
-        names = ("accuracy", "kappa", "method", "verdict")
+        names = ("accuracy", "kappa", "verdict")
         return {**{name: getattr(self, name) for name in names}, "flagged": len(self.flagged)}
 
     @property
@@ -60,19 +53,14 @@ class Suspects:
                 "no label is flagged: models predict the labels of held-out rows hardly better "
                 "than chance; train for longer, or on more rows"
             )
-        return "; ".join([f"{len(self.flagged)} labels may be wrong", *filter(None, [self.advice])])
-
-    @property
-    def advice(self) -> str:
-        """How to flag fewer rows; empty if cleanlab is installed."""
-        return "" if self.method == CLEANLAB else INSTALL
+        return f"{len(self.flagged)} labels may be wrong"
 
     @property
     def numbers(self) -> str:
         """How well models predict the labels of rows on which they did not train."""
         return (
             f"labels of held-out rows predicted: {self.accuracy:.0%}, kappa {self.kappa:.2f} (0 is "
-            f"chance, 1 is all); rows flagged by {self.method}"
+            "chance, 1 is all)"
         )
 
     def __str__(self) -> str:
@@ -92,26 +80,11 @@ def suspects(trained: Trained, folds: int, seed: int) -> Suspects:
             of_parts.append(trained.probabilities(rows))
     probabilities = torch.cat(of_parts)[torch.tensor([*chain(*parts)]).argsort()]
     labelled = (labels >= 0).nonzero().flatten()
+    true, of_class = labels[labelled], probabilities[labelled]
+    guesses = of_class.argmax(1)
     confidence = torch.full((len(labels),), torch.nan, dtype=torch.float64)
-    scored = labels[labelled], probabilities[labelled]
-    confidence[labelled], doubtful = _doubts(*scored)
-    pair = scored[0], scored[1].argmax(1)
-    accuracy, kappa = accuracy_score(*pair), cohen_kappa_score(*pair)
-    flagged = labelled[doubtful].tolist() if kappa > SLIGHT else []
-    method = CLEANLAB if find_spec("cleanlab") else MOST_PROBABLE
-    return Suspects(confidence, flagged, probabilities, accuracy, kappa, method)
-
-
-def _doubts(labels: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
-    """The confidence in each label, and the indices of the doubtful ones, worst first."""
-    if find_spec("cleanlab") is None:
-        confidence = probabilities.gather(1, labels[:, None])[:, 0]
-        wrong = (probabilities.argmax(1) != labels).nonzero().flatten()
-        return confidence, wrong[confidence[wrong].argsort()]
-    from cleanlab.filter import find_label_issues
-    from cleanlab.rank import get_label_quality_scores
-
-    arrays = labels.numpy(), probabilities.numpy()
-    confidence = torch.from_numpy(get_label_quality_scores(*arrays)).to(torch.float64)
-    doubtful = find_label_issues(*arrays, return_indices_ranked_by="self_confidence", n_jobs=1)
-    return confidence, torch.from_numpy(doubtful)
+    confidence[labelled] = of_class.gather(1, true[:, None])[:, 0]
+    accuracy, kappa = accuracy_score(true, guesses), cohen_kappa_score(true, guesses)
+    doubtful = labelled[guesses != true] if kappa > SLIGHT else labelled[:0]
+    flagged = doubtful[confidence[doubtful].argsort()].tolist()
+    return Suspects(confidence, flagged, probabilities, accuracy, kappa)

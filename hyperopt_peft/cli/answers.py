@@ -116,7 +116,7 @@ class Answers:
             f"{[*result.columns][-1]!r}, and train again."
         )
         parts = {"Train again": self.again, "The most doubtful labels": [heads, *shown[:SHOWN]]}
-        parts["Terms"] = TERMS + f"\n{suspects.advice}" * bool(suspects.advice)
+        parts["Terms"] = TERMS
         return self.add(parts, suspects=suspects.record())
 
     def _reasons(self, reasons: Reasons) -> str:

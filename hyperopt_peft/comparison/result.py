@@ -226,7 +226,7 @@ with 2 seeds (80 % power): 8.2 points
         return rows
 
     def rates(self) -> list[Row]:
-        """The mean held-out score at each rate, and the number of seeds whose rate is nearest.
+        """The mean held-out score at each rate, and the number of seeds that chose it.
 
         Without a rate, it is that at each seed's own rate.
         """
@@ -234,10 +234,9 @@ with 2 seeds (80 % power): 8.2 points
         for name, kind in self.plan.candidates():
             for axis, grid in self.plan.at_every_rate(self.store, name, kind).items():
                 chosen = [run[axis] for run in self.reported(name, kind)]
-                near = [min((abs(math.log(x / own)), x) for x in grid)[1] for own in chosen]
                 for rate, score in grid.items():
                     pair = [f"{rate:g}", ""] if axis == "rate" else ["", f"{rate:g}"]
-                    cells = [*pair, self.shown([score]), str(near.count(rate))]
+                    cells = [*pair, self.shown([score]), str(chosen.count(rate))]
                     rows.append([name + ABLATIONS[kind], *cells])
         return rows
 
@@ -307,7 +306,7 @@ with 2 seeds (80 % power): 8.2 points
                         text = "a score is not finite, which counts as the worst"
                         yield f"{title}: at the {word} {rate:g} {text}"
                 chosen = [run[axis] for run in self.reported(name, kind)]
-                ends = [x for x in chosen if not min(grid) * 1.001 < x < max(grid) * 0.999]
+                ends = [x for x in chosen if x in (min(grid), max(grid))]
                 if 2 * len(ends) > len(chosen):
                     far = " and ".join(f"{x:g}" for x in sorted({*ends}))
                     article = "a" if axis == "rate" else "an"
