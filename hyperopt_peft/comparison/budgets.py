@@ -40,7 +40,7 @@ class AcrossBudgets(Joined):
         ...     return Comparison(plan, store)
         >>> budgets = AcrossBudgets({300: made_up(300, 0.7, 0.71), 1200: made_up(1200, 0.8, 0.83)})
         >>> budgets.table()[2]
-        ['DoRA', '71.0 ± 0.0', '83.0 ± 0.0']
+        ['DoRA', '71.0 ± 0.0*', '83.0 ± 0.0*']
     """
 
     key, form, lead = "passes", "g", "at {} passes"
