@@ -15,10 +15,10 @@ from benchmarks import pages
 from benchmarks.measure import table
 from benchmarks.methods import calibration, sparsity
 from benchmarks.methods.runs import stored
-from benchmarks.methods.search import best_of
 from benchmarks.methods.settings import SETTINGS, Setting
 from hyperopt_peft.comparison import Comparison
 from hyperopt_peft.comparison.budgets import AcrossBudgets
+from hyperopt_peft.comparison.search import best_of
 from hyperopt_peft.comparison.task import ABLATIONS, Kind
 from hyperopt_peft.utils.plots import lines
 from hyperopt_peft.utils.verdict import Verdict

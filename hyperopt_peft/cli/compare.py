@@ -15,7 +15,6 @@ from hyperopt_peft.comparison import Choice, HeadSettings, Runs, compare_methods
 from hyperopt_peft.comparison.choice import RATES, UPPER_RATES
 from hyperopt_peft.comparison.find import find_method
 from hyperopt_peft.comparison.result import NOT_PRINTED
-from hyperopt_peft.comparison.store import FILE
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.validation import option
 
@@ -39,6 +38,7 @@ class CompareArguments(OutputArguments):
     points: int = option(Choice.points, help="where a run may stop: at k/points of its passes")
     frozen_dropout: bool = option(True, help="keep dropout in frozen layers; else computed once")
     jobs: int = option(1, help="processes")
+    run: str = option("1/1", help="K/N: the K-th of N parts, of a job array, say")
 
 
 TYPES = (CompareArguments, *SHARED)
@@ -52,7 +52,11 @@ def run(argv: Sequence[str]) -> None:
     plain = choose("compare", CompareArguments, argv, "lora", besides)
     chosen = [choose("compare", CompareArguments, argv, name, plain.options) for name in names]
     command, args = plain.command, plain.args
-    command.require_output(args, goes_on=FILE)
+    number, slash, count = command.run.partition("/")
+    if not (slash and number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise ProblemError(f"run: must be K/N with 1 ≤ K ≤ N, got {command.run}")
+    replaces = command.overwrite_output_dir and int(count) == 1
+    command.require_output(args, shared=not replaces)
     names = [each.name.rpartition(":")[2] for each in chosen]
     if len({*names}) < len(names):
         raise ProblemError(f"methods: two of {', '.join(names)} have one name; rename a class")
@@ -68,8 +72,9 @@ def run(argv: Sequence[str]) -> None:
             "cannot judge the use of these scores; give other rows, or a train_file without scores"
         )
     output = Path(args.output_dir)
-    if command.overwrite_output_dir and not command.dry_run:
-        (output / FILE).unlink(missing_ok=True)
+    if replaces and not command.dry_run:
+        for path in output.glob("runs*.jsonl"):
+            path.unlink()
     base, _ = setup.base()
     budget: dict[str, Any] = {"head": HeadSettings()}
     if command.score_model == "adapter":
@@ -90,7 +95,7 @@ def run(argv: Sequence[str]) -> None:
         seeds=command.seeds,
         metric="loss" if command.folds else setup.task.metric or "loss",
         frozen_dropout=command.frozen_dropout,
-        runs=Runs(output, command.jobs, dry_run=command.dry_run),
+        runs=Runs(output, command.jobs, (int(number), int(count)), dry_run=command.dry_run),
         trainer=setup.trainer_class(),
         **budget,
         **setup.options(base),

@@ -69,10 +69,10 @@ class OutputArguments(RunArguments):
 
     overwrite_output_dir: bool = option(False, help="replace the results of an earlier run")
 
-    def require_output(self, args: Any, *, goes_on: str = "") -> str | bool | None:
+    def require_output(self, args: Any, *, shared: bool = False) -> str | bool | None:
         """Lock ``output_dir``; the checkpoint to resume, True for the last complete one, or None.
 
-        A folder with the file ``goes_on`` has a comparison that goes on.
+        The processes of a comparison hold a ``shared`` lock, and go on with its runs.
         """
         if self.dry_run:  # a Trainer makes the folder
             args.output_dir = cache_folder()
@@ -82,7 +82,7 @@ class OutputArguments(RunArguments):
         folder, asked = Path(args.output_dir), checkpoint_of(args)
         require_writable(folder)
         if args.process_index == 0:
-            held = lock(folder)
+            held = lock(folder, shared=shared)
             weakref.finalize(self, os.close, held)  # not later than the process ends
         last = asked.lower() == "true"
         if last and next(valid_checkpoints(folder, folder / "retrain"), None) is not None:
@@ -91,7 +91,8 @@ class OutputArguments(RunArguments):
             return asked
         results = (path for name in RESULTS for path in folder.glob(name))
         result = next((path for path in results if not (last and "checkpoint" in path.name)), None)
-        if result and not (self.overwrite_output_dir or (goes_on and (folder / goes_on).exists())):
+        goes_on = shared and any(folder.glob("runs*.jsonl"))
+        if result and not (self.overwrite_output_dir or goes_on):
             raise ProblemError(
                 f"output_dir: {folder} has {result.name} of an earlier run; name another folder, "
                 "resume that run, or replace its results with --overwrite_output_dir"
@@ -101,21 +102,21 @@ class OutputArguments(RunArguments):
         return None if last else asked or None
 
 
-def lock(folder: Path) -> int:
+def lock(folder: Path, *, shared: bool = False) -> int:
     """Lock ``folder`` against other processes until the file of this descriptor is closed.
 
     Forked processes, such as those of a data loader, do not hold the lock; the end of this process,
     SIGKILL included, drops it.
 
     Raises:
-        ProblemError: another process has the lock.
+        ProblemError: another process has the lock, and one of the two is not ``shared``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
     try:
         import fcntl
 
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         os.close(file)
         text = f"output_dir: another run is writing to {folder}; wait for its end, or name another"

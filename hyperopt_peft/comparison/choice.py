@@ -73,6 +73,8 @@ class Plan:
 
     Attributes:
         passes: the budget of each run; 0 of heads, which are solved.
+        contained: the budgets whose held-out scores one development run has, since a long training
+            at a constant rate begins as a short one; empty at rates that decay.
     """
 
     methods: Mapping[str, Method]
@@ -82,6 +84,7 @@ class Plan:
     lower_is_better: bool
     passes: float = 0.0
     ablations: Mapping[str, Sequence[Kind]] | None = None
+    contained: Sequence[float] = ()
 
     def candidates(self) -> list[tuple[str, Kind]]:
         """The methods, each followed by its ablations.
@@ -148,13 +151,22 @@ class Plan:
     def curve(self, store: Store, run: Run) -> list[tuple[float, float]]:
         """The passes at each point of ``run``, and the mean score on its seed's held-out parts."""
         means = map(fmean, zip(*self.by_split(store, run), strict=True))
-        return [*zip(self.points, means, strict=True)]
+        return [*zip(self._points(self.passes), means, strict=True)]
 
     def by_split(self, store: Store, run: Run) -> list[list[float]]:
         """The scores of ``run`` at its points on each held-out part; NaN for a run without one."""
-        name, points = f"eval_{self.metric}", self.points
-        curves = [dict(store.results[part]["curve"]) for part in self.parts(run)]
+        name, points = f"eval_{self.metric}", self._points(self.passes)
+        curves = [dict(store.results[part]["curve"]) for part in self._parts(run)]
         return [[curve.get(point, {}).get(name, nan) for point in points] for curve in curves]
+
+    def spent(self, store: Store, run: Run) -> float:
+        """The mean passes of the development runs that score ``run``."""
+        return fmean(self.share(store, part) for part in self._parts(run))
+
+    def share(self, store: Store, part: Run) -> float:
+        """The passes of a development run up to this budget, which it may contain."""
+        passes: float = sum(store.results[part]["spent"].values())
+        return passes * self.passes / part.passes
 
     def at_rates(self, name: str, seed: int) -> list[Run]:
         """The runs of a seed at all rates of the grid, at the middle upper rate."""
@@ -213,18 +225,19 @@ class Plan:
 
     def _development(self, grids: Iterable[Sequence[Run]]) -> list[Run]:
         """The development runs of all runs in ``grids``, each once."""
-        return [*dict.fromkeys(part for grid in grids for run in grid for part in self.parts(run))]
+        return [*dict.fromkeys(part for grid in grids for run in grid for part in self._parts(run))]
 
-    def parts(self, run: Run) -> list[Run]:
+    def _parts(self, run: Run) -> list[Run]:
         """The development runs that score ``run``, one for each held-out part of its seed."""
-        run = replace(run, marks=tuple(self.points))
+        one_phase = run.kind == "one level" or not has_upper_level(self.methods[run.method])
+        budgets = [*(self.contained if one_phase else ())] or [self.passes]
+        marks = tuple(sorted({point for passes in budgets for point in self._points(passes)}))
+        run = replace(run, passes=max(budgets), marks=marks)
         return [replace(run, split=split) for split in range(self.choice.splits)]
 
-    @property
-    def points(self) -> list[float]:
-        """The passes at which a run may end."""
-        count = self.choice.points
-        return [self.passes * (k / count) for k in range(1, count + 1)]
+    def _points(self, passes: float) -> list[float]:
+        """Where a run of ``passes`` may end."""
+        return [passes * (k / self.choice.points) for k in range(1, self.choice.points + 1)]
 
 
 def _with(run: Run, axis: Axis, rate: float) -> Run:

@@ -42,19 +42,21 @@ class Runs:
     Args:
         folder: has the finished runs, from which a killed or changed comparison continues.
         jobs: processes, by joblib, whose ``parallel_config`` chooses other backends.
+        part: (k, n) for the k-th of n processes that share the runs and ``folder``.
         progress: whether a bar is shown.
         dry_run: print the runs with their passes and minutes, and do none.
 
     Raises:
-        ProblemError: no processes.
+        ProblemError: no processes; a part without a folder.
 
     Example:
-        >>> Runs(folder="outputs/compare", jobs=4).progress
-        True
+        >>> Runs(folder="outputs/compare", jobs=4).part
+        (1, 1)
     """
 
     folder: str | Path | None = None
     jobs: int = 1
+    part: tuple[int, int] = (1, 1)
     progress: bool = True
     dry_run: bool = False
 
@@ -62,6 +64,8 @@ class Runs:
         """Refuse what cannot be done."""
         if self.jobs == 0:
             raise ProblemError("jobs: must be a number of processes, got 0")
+        if self.part != (1, 1) and self.folder is None:
+            raise ProblemError("part: the parts share their runs through a folder; give folder")
 
 
 def compare_methods(
@@ -189,10 +193,13 @@ def compare_methods(
         choice = Choice([1.0], [head.upper_rate])
     if lower_is_better is None:
         lower_is_better = metric.lower().endswith(LOWER_IS_BETTER)
-    store = Store(None if runs.folder is None else Path(runs.folder), settings_of(task))
+    number, count = runs.part
+    folder = None if runs.folder is None else Path(runs.folder)
+    store = Store(folder, settings_of(task), "" if count == 1 else f"-{number}-of-{count}")
     if runs.jobs != 1:
         require_pickled(task)
-    plan = Plan(known, choice, seeds, metric, lower_is_better, 0.0, ablations)
+    constant = args.lr_scheduler_type == "constant" and len(budgets) > 1
+    plan = Plan(known, choice, seeds, metric, lower_is_better, 0.0, ablations, budgets * constant)
     forms: dict[str, list[str]] = {}
     for name, kind in replace(plan, ablations=None).candidates():
         if kind != "method":
@@ -205,7 +212,7 @@ def compare_methods(
     total = sum(each.count(*pair) for each in plans.values() for pair in each.candidates())
     with tqdm(total=total, disable=runs.dry_run or not runs.progress, unit="run") as bar:
         for each in plans.values():
-            work = Work(each, task, store, runs.jobs, bar)
+            work = Work(each, task, store, runs.jobs, runs.part, bar)
             if runs.dry_run:
                 print(work.estimate())
                 continue

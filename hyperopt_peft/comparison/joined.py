@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import methodcaller
 from typing import Any, ClassVar
 
 from hyperopt_peft.comparison.result import Comparison, Row
@@ -21,9 +22,11 @@ class Joined(Comparison):
     lead: ClassVar[str] = "{}"
     comparisons: Mapping[Any, Comparison]
 
-    def stacked(self, table: str) -> list[Row]:
+    def stacked(self, table: str, *arguments: Any) -> list[Row]:
         """The rows of the ``table`` of each comparison, after the name of the comparison."""
-        tables = {name: getattr(each, table)() for name, each in self.comparisons.items()}
+        tables = {
+            name: methodcaller(table, *arguments)(each) for name, each in self.comparisons.items()
+        }
         heads, one = next(iter(tables.values()))[0], next(iter(self.comparisons.values()))._score
         rows = [
             [f"{name:{self.form}}", *row] for name, (_, *rows) in tables.items() for row in rows
@@ -41,6 +44,10 @@ class Joined(Comparison):
     def spent(self) -> list[Row]:
         """As `Comparison.spent`, of each."""
         return self.stacked("spent")
+
+    def searched(self, groups: Mapping[str, Any] | None = None) -> list[Row]:
+        """As `Comparison.searched`, of each."""
+        return self.stacked("searched", groups)
 
     def remarks(self) -> list[str]:
         """As `Comparison.remarks`, after the names of comparisons where these are not all."""

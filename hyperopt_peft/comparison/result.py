@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import pairwise
@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import pandas  # type: ignore[import-untyped]
 
 from hyperopt_peft.comparison.choice import AXES, Plan
+from hyperopt_peft.comparison.search import best_of
 from hyperopt_peft.comparison.store import Result, Store
 from hyperopt_peft.comparison.task import ABLATIONS, Kind
 from hyperopt_peft.errors import ProblemError
@@ -352,10 +353,23 @@ with 2 seeds (80 % power): 8.2 points
             results = self.reported(name, kind)
             means = {key: fmean(r["spent"][key] for r in results) for key in results[0]["spent"]}
             tried = [x for runs in stages for x in runs if (x.method, x.kind) == (name, kind)]
-            passes = sum(sum(self.store.results[run]["spent"].values()) for run in tried)
+            passes = sum(self.plan.share(self.store, run) for run in tried)
             means["choice of the rates"] = passes / len(self.plan.seeds)
             rows = rows or [["method", *means]]
             rows.append([name + ABLATIONS[kind], *(f"{x:.1f}" for x in means.values())])
+        return rows
+
+    def searched(self, groups: Mapping[str, Sequence[str]] | None = None) -> list[Row]:
+        """The expected score of the best of n rates, and the passes of their runs; see `best_of`.
+
+        Args:
+            groups: by a name, methods that are one search, such as one for each value of τ; by
+                default each method is one.
+        """
+        rows = [["method", "settings", "passes", self._score]]
+        for title, names in (groups or {name: [name] for name in self.plan.methods}).items():
+            for n, (passes, scores) in enumerate(best_of(self.plan, self.store, names), 1):
+                rows.append([title, str(n), f"{passes:.0f}", self.shown(scores)])
         return rows
 
     def tables(self) -> dict[str, list[Row]]:
@@ -366,6 +380,8 @@ with 2 seeds (80 % power): 8.2 points
             tables |= {"Held-out score at every rate": self.rates(), "Passes": self.spent()}
             if len(self.plan.endings) > 1:
                 tables["Stopped where the held-out score was best"] = self.stopping()
+            if len(self.plan.choice.rates) > 1 < self.plan.choice.splits:
+                tables["The best of n rates"] = self.searched()
         return {title: rows for title, rows in tables.items() if len(rows) > 1}
 
     def heading(self) -> str:

@@ -14,20 +14,22 @@ from hyperopt_peft.comparison.task import Run
 from hyperopt_peft.utils.validation import differences, shortened
 
 Result = dict[str, Any]
-#: The file in a folder, and the key of a line with the settings of later ones.
-FILE, SETTINGS = "runs.jsonl", "settings"
+#: The key of a file's first line, the settings of all of its runs.
+SETTINGS = "settings"
 
 
 class Store:
-    """The results of runs, in the file ``runs.jsonl`` of a folder.
+    """The results of runs, in the ``runs*.jsonl`` files of a folder.
 
     A run is found by what it depends on: its line has a ``key``, a hash of the settings of its
-    method, which a line before it shows. Lines with other keys remain, and are not used. An
-    unfinished line of a killed process is skipped.
+    method, which a line before it shows. Lines with other keys remain, and are not used. Several
+    processes may write, each to a file of its own, and read all files. An unfinished line of a
+    killed process is skipped.
 
     Args:
-        folder: where the file is; None keeps all in memory.
+        folder: where the files are; None keeps all in memory.
         settings: by the name of a method, all settings on which its runs depend.
+        part: the name of this process's file.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -39,27 +41,18 @@ class Store:
         '1 stored runs were made with other settings (rows: 300 → 400) and are not used'
     """
 
-    def __init__(self, folder: Path | None, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(
+        self, folder: Path | None, settings: Mapping[str, Mapping[str, Any]], part: str = ""
+    ) -> None:
         self.settings = json.loads(json.dumps(settings, default=_plain))
-        self.results, self.unused = dict[Run, Result](), list[Result]()
-        self.path, self.known = folder and folder / FILE, dict[Any, Any]()
-        names: dict[Any, list[str]] = {}  # equal methods have one key
-        for name in self.settings:
-            names.setdefault(self.key(name), []).append(name)
-        for entry in read_entries(self.path) if self.path else ():
-            key = entry.get("key")
-            if SETTINGS in entry:
-                self.known[key] = entry[SETTINGS]
-                continue
-            for name in names.get(key, ()):
-                self.results[_run_of(entry, name)] = {**entry, "method": name}
-            if key not in names and entry["method"] in self.settings:
-                self.unused.append(entry)
+        self.folder, self.results = folder, dict[Run, Result]()
+        self.path = None if folder is None else folder / f"runs{part}.jsonl"
+        self.reload()
 
     @classmethod
     def of(cls, folder: Path) -> Self:
         """The store in ``folder`` with the settings of each method's last line."""
-        every = [*read_entries(folder / FILE)]
+        every = [entry for path in _files(folder) for entry in read_entries(path)]
         known = {entry["key"]: entry[SETTINGS] for entry in every if SETTINGS in entry}
         return cls(folder, {x["method"]: known[x["key"]] for x in every if SETTINGS not in x})
 
@@ -73,11 +66,26 @@ class Store:
         """The settings of the first method, which are those of the others but for the method."""
         return next(iter(self.settings.values()), {})
 
+    def reload(self) -> None:
+        """Read all that any process has written."""
+        self.known, self.unused = dict[Any, Any](), list[Result]()
+        names: dict[Any, list[str]] = {}  # equal methods have one key
+        for name in self.settings:
+            names.setdefault(self.key(name), []).append(name)
+        for entry in (each for path in _files(self.folder) for each in read_entries(path)):
+            key = entry.get("key")
+            if SETTINGS in entry:
+                self.known[key] = entry[SETTINGS]
+                continue
+            for name in names.get(key, ()):
+                self.results[_run_of(entry, name)] = {**entry, "method": name}
+            if key not in names and entry["method"] in self.settings:
+                self.unused.append(entry)
+
     def add(self, result: Result) -> None:
-        """Append the line of ``result`` in one write; `results` has it as the file has it."""
+        """Append the line of ``result`` in one write."""
         key = self.key(name := result["method"])
-        result = {"key": key, **json.loads(json.dumps(result))}
-        self.results[_run_of(result, name)] = result
+        self.results[_run_of(result, name)] = result = {"key": key, **result}
         if self.path is not None:
             settings = self.settings.get(name, {})
             head = [] if key in self.known else [{"key": key, SETTINGS: settings}]
@@ -118,6 +126,10 @@ def append_entries(path: Path, *entries: Mapping[str, Any]) -> None:
         cut = file.read(1) not in (b"", b"\n")
         text = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in entries)
         file.write(("\n" * cut + text).encode())
+
+
+def _files(folder: Path | None) -> list[Path]:
+    return sorted(folder.glob("runs*.jsonl")) if folder else []
 
 
 def _plain(value: Any) -> Any:

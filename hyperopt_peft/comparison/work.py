@@ -1,4 +1,4 @@
-"""Does the missing runs of a comparison, in processes, and estimates their time."""
+"""Does the missing runs of a comparison, in processes and parts, and estimates their time."""
 
 from __future__ import annotations
 
@@ -30,21 +30,34 @@ class Work:
     task: Task
     store: Store
     jobs: int
+    part: tuple[int, int]
     bar: Any
     checked: bool = False
 
     def do(self, runs: Sequence[Run]) -> None:
-        """Do the missing ones of ``runs``."""
-        missing = self.store.missing(runs)
-        if missing and not self.checked:
+        """Do the missing ones of ``runs`` that belong to this part.
+
+        Raises:
+            ProblemError: the other parts have not done all of ``runs``, which later runs need.
+        """
+        number, count = self.part
+        missing = set(self.store.missing(runs))
+        mine = [run for run in [*dict.fromkeys(runs)][number - 1 :: count] if run in missing]
+        if mine and not self.checked:
             self.check()
-        self.bar.update(len(runs) - len(missing))
+        self.bar.update(len(runs) - len(mine))
         results = Parallel(n_jobs=self.jobs, return_as="generator_unordered")(
-            delayed(self.task.run)(run) for run in missing
+            delayed(self.task.run)(run) for run in mine
         )
         for result in results:
             self.store.add(result)
             self.bar.update()
+        self.store.reload()
+        if left := self.store.missing(runs):
+            raise ProblemError(
+                f"part: {len(left)} runs of the other parts are not done; run this part again "
+                "after them"
+            )
 
     def check(self) -> dict[Run, list[int]]:
         """Refuse what is wrong with a method before any run; about the steps of a run of each.

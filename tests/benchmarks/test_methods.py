@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from itertools import combinations
 from pathlib import Path
-from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
 from benchmarks.methods import report, runs
-from benchmarks.methods.search import best_of, expected
 from benchmarks.methods.settings import SETTINGS
 from benchmarks.methods.simple import wrong_share
 from benchmarks.methods.tasks import disjoint, score
-from hyperopt_peft.comparison.choice import Choice, Plan
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Run
-from hyperopt_peft.problems import LoRA
 
 
 def test_no_row_is_alike_in_two_parts() -> None:
@@ -110,29 +103,6 @@ def test_a_search_is_compared_with_a_learned_number(
         monkeypatch.setattr(report, name, tmp_path / f"{name}.png")
     report.figures([found], [found])
     assert len([*tmp_path.glob("*.png")]) == 3
-
-
-@given(st.lists(st.tuples(st.floats(0, 1), st.floats(-9, 9)), min_size=1, max_size=6, unique=True))
-def test_the_best_of_n_is_a_mean_over_all_subsets(pairs: list[tuple[float, float]]) -> None:
-    pairs = [*dict(pairs).items()]  # equal held-out scores have no order
-    by, scored = ([*each] for each in zip(*pairs, strict=True))
-    for n, value in enumerate(expected(by, scored), 1):
-        best = [max(each)[1] for each in combinations(pairs, n)]
-        assert value == pytest.approx(fmean(best))
-
-
-def test_the_part_that_chooses_does_not_score() -> None:
-    """Part 0 chooses 0.001, which has 0.5 on part 1; part 1 chooses 0.01, 0.6 on part 0."""
-    plan, store = (
-        Plan({"m": LoRA()}, Choice((1e-3, 1e-2)), [0, 1], "f1", False, 100),
-        Store(None, {}),
-    )
-    for run in next(plan.stages(store)):
-        score = 0.6 if run.rate == 1e-2 else (0.9, 0.5)[run.split or 0]
-        store.add({**vars(run), "curve": [(100, {"eval_f1": score})], "spent": {"lower": 100.0}})
-    one, two = best_of(plan, store, ["m"])
-    assert one == (100, pytest.approx([0.65, 0.65]))  # all four scores
-    assert two == (200, pytest.approx([0.55, 0.55]))
 
 
 def test_the_share_of_wrong_labels_is_estimated() -> None:

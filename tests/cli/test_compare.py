@@ -104,6 +104,7 @@ def test_one_seed_is_one_start_and_models_leave_the_options_as_they_are(tmp_path
 
 def test_no_evaluation_is_refused(tmp_path: Path, capsys: Capture) -> None:
     refused(capsys, "compare", small_run(tmp_path, eval_fraction=0, eval_file=None), "eval_file")
+    refused(capsys, "compare", small_run(tmp_path, run="3/2"), "run: must be K/N")
     refused(capsys, "compare", small_run(tmp_path, folds=2, eval_file=None), "give upper_file")
     (tmp_path / "one").mkdir()
     mine = "from hyperopt_peft.problems import LoRA\nclass Mine(LoRA):\n    pass\n"

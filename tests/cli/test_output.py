@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from hyperopt_peft import ProblemError
+from hyperopt_peft.cli.options import lock
 from tests.support.cli import ROOT, Capture, refused, run, small_run
 
 COMMANDS = ("train", "attribute", "compare")
@@ -34,15 +37,24 @@ def test_the_results_of_an_earlier_run_stay(
 def test_two_runs_do_not_write_into_one_folder_and_a_killed_one_blocks_none(
     tmp_path: Path, capsys: Capture
 ) -> None:
+    """The processes of one comparison share a folder."""
     out, chosen = tmp_path / "out", small_run(tmp_path, method="lora", **SHORT)
     program = (
         "import sys, pathlib; from hyperopt_peft.cli.options import lock\n"
-        "held = lock(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+        "held = lock(pathlib.Path(sys.argv[1]), shared=sys.argv[2] == 'shared')\n"
+        "print('held', flush=True); sys.stdin.read()"
     )
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", program, str(out)], cwd=ROOT, **pipes) as other:
-        assert other.stdout is not None and other.stdout.readline() == b"held\n"
-        for command in ("train", "attribute"):
-            refused(capsys, command, chosen, "output_dir: another run is writing to .*out")
-        other.kill()
+    for kind in ("shared", "alone"):
+        argv = [sys.executable, "-c", program, str(out), kind]
+        with subprocess.Popen(argv, cwd=ROOT, **pipes) as other:
+            assert other.stdout is not None and other.stdout.readline() == b"held\n"
+            for command in ("train", "attribute"):
+                refused(capsys, command, chosen, "output_dir: another run is writing to .*out")
+            if kind == "shared":
+                os.close(lock(out, shared=True))
+            else:
+                with pytest.raises(ProblemError, match="another run"):
+                    lock(out, shared=True)
+            other.kill()
     run("train", **chosen)

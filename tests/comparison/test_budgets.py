@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,14 @@ from hyperopt_peft import Method, ProblemError
 from hyperopt_peft.comparison import AcrossBudgets, Choice
 from hyperopt_peft.comparison.choice import Plan
 from hyperopt_peft.comparison.folds import Rows
+from hyperopt_peft.comparison.search import best_of, expected
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Run, Task
 from hyperopt_peft.problems import BiDoRA, LoRA
 from tests.support.comparisons import METHODS, accuracy, compared, parts_of, passes_of
 from tests.support.trainers import data
+
+CONSTANT = {"lr_scheduler_type": "constant"}
 
 
 def task(methods: Any, arguments: Any = None) -> Task:
@@ -48,10 +53,25 @@ def test_scores_on_the_way_do_not_change_a_run(method: Method) -> None:
     assert all(mark > 12 for mark in scores(marked["curve"])) == search
 
 
-def test_budgets_have_tables_and_a_figure(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"passes": np.array([8, 16]), "rates": [3e-2, 6e-2], "points": 2}
-    found = compared({"LoRA": LoRA()}, **options)
-    assert isinstance(found, AcrossBudgets) and [*found.comparisons] == [8, 16]
+def test_a_long_run_at_a_constant_rate_begins_as_a_short_one() -> None:
+    whole = task({"m": LoRA()}, CONSTANT)
+    run = Run("m", "method", 0, 3e-2, passes=24, split=0, marks=(8.0, 12.0, 24.0))
+    curve = scores(whole.run(run)["curve"])
+    for passes in (8.0, 12.0):
+        short = whole.run(Run(**{**vars(run), "passes": passes, "marks": (passes,)}))
+        assert scores(short["curve"]) == {passes: curve[passes]}
+        stopped = whole.run(Run(**{**vars(run), "stop": passes}))
+        assert stopped["metrics"] == short["metrics"] and passes_of(stopped) == passes_of(short)
+
+
+def test_budgets_share_the_development_runs_that_contain_them(tmp_path: Path) -> None:
+    """At a constant rate; learning rates that decay have runs of their own for each budget."""
+    options: dict[str, Any] = {"passes": [8, 16], "rates": [3e-2, 6e-2], "points": 2}
+    for arguments, searches in ((CONSTANT, 1), (None, 2)):
+        found = compared({"LoRA": LoRA()}, arguments=arguments, **options)
+        assert isinstance(found, AcrossBudgets) and [*found.comparisons] == [8, 16]
+        of_choice = [x for x in found.results() if x["split"] is not None]
+        assert len(of_choice) == searches * 2 * 2 * 2  # rates, seeds and splits
     assert [len(row) for row in found.table()] == [5, 5]
     assert len(found.plot(tmp_path / "budgets.png").axes) == 2
     joined = AcrossBudgets.of_tasks({"a": found, "b": found})
@@ -59,12 +79,8 @@ def test_budgets_have_tables_and_a_figure(tmp_path: Path) -> None:
     for each, lead in ((found, []), (joined, ["a"])):
         tables = each.tables()
         assert tables["Scores"][0][2] == "8 passes, stopped"
-        (row, *_) = tables["Held-out score at every rate"][1:]
+        (row, *_) = tables["The best of n rates"][1:]
         assert row[: 2 + len(lead)] == ["8", *lead, "LoRA"]
-    other = compared({"LoRA": LoRA()}, passes=[16])
-    assert isinstance(other, AcrossBudgets)
-    with pytest.raises(ProblemError, match="tasks: differ in their budgets"):
-        AcrossBudgets.of_tasks({"a": other, "b": found})
 
 
 def made_up(curves: dict[tuple[int, float, int], list[float]], **choice: Any) -> tuple[Plan, Store]:
@@ -96,6 +112,25 @@ def test_each_seed_stops_where_its_held_out_score_was_best() -> None:
     assert chosen[1, False] == chosen[1, True] and chosen[1, True].rate == 1e-3
 
 
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(-9, 9)), min_size=1, max_size=6, unique=True))
+def test_the_best_of_n_is_a_mean_over_all_subsets(pairs: list[tuple[float, float]]) -> None:
+    pairs = [*dict(pairs).items()]  # equal held-out scores have no order
+    by, scored = ([*each] for each in zip(*pairs, strict=True))
+    for n, value in enumerate(expected(by, scored), 1):
+        best = [max(each)[1] for each in combinations(pairs, n)]
+        assert value == pytest.approx(fmean(best))
+
+
+def test_the_part_that_chooses_does_not_score() -> None:
+    curves = {(seed, 1e-3, k): [0.0, [0.9, 0.5][k]] for seed in (0, 1) for k in (0, 1)}
+    curves |= {(seed, 1e-2, k): [0.0, [0.6, 0.6][k]] for seed in (0, 1) for k in (0, 1)}
+    plan, store = made_up(curves)
+    one, two = best_of(plan, store, ["m"])
+    assert one == (100, pytest.approx([0.65, 0.65]))  # all four scores
+    # Part 0 chooses 0.001, which has 0.5 on part 1; part 1 chooses 0.01, 0.6 on part 0.
+    assert two == (200, pytest.approx([0.55, 0.55]))
+
+
 def test_methods_share_a_store_of_budgets(tmp_path: Path) -> None:
     """A second call with a budget more does the runs of this budget alone."""
     options: dict[str, Any] = {"folder": tmp_path, "ablations": {}}
@@ -103,6 +138,21 @@ def test_methods_share_a_store_of_budgets(tmp_path: Path) -> None:
     again = compared(METHODS, passes=[8, 16, 24], **options)
     more = [x for x in again.results() if x not in first.results()]
     assert {x["passes"] for x in more} == {24} and len(more) == 4
+
+
+def test_a_contained_budget_costs_its_own_passes() -> None:
+    """The run of 16 passes that scores 8 too counts with half of its passes at 8."""
+    options: dict[str, Any] = {"passes": np.array([8, 16]), "rates": [3e-2, 6e-2]}
+    found = compared({"LoRA": LoRA()}, arguments=CONSTANT, **options)
+    assert isinstance(found, AcrossBudgets)
+    short, long = (each.searched()[1:] for each in found.comparisons.values())
+    assert [2 * float(x[2]) for x in short] == pytest.approx([float(x[2]) for x in long], abs=1)
+    groups = AcrossBudgets.of_tasks({"a": found, "b": found}).last.searched({"both": ["LoRA"]})
+    assert [row[:3] for row in groups[1:3]] == [["a", "both", "1"], ["a", "both", "2"]]
+    other = compared({"LoRA": LoRA()}, passes=[16])
+    assert isinstance(other, AcrossBudgets)
+    with pytest.raises(ProblemError, match="tasks: differ in their budgets"):
+        AcrossBudgets.of_tasks({"a": other, "b": found})
 
 
 def test_a_run_without_a_finite_score_does_not_stop() -> None:
@@ -114,4 +164,4 @@ def test_a_run_without_a_finite_score_does_not_stop() -> None:
 def test_the_last_point_is_the_end(passes: float, points: int) -> None:
     plan = Plan({"m": LoRA()}, Choice([1e-3], points=points), [0], "loss", True, passes)
     run = Run("m", "method", 0, 1e-3, passes=passes)
-    assert next(iter(plan.parts(run))).marks[-1] == passes
+    assert next(iter(plan._parts(run))).marks[-1] == passes

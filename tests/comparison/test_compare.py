@@ -6,6 +6,7 @@ import random
 import re
 import statistics
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import count, cycle, pairwise
@@ -22,23 +23,25 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from hyperopt_peft import ProblemError
 from hyperopt_peft.comparison import Comparison
 from hyperopt_peft.comparison.budget import Budget
-from hyperopt_peft.comparison.store import FILE, SETTINGS, Store, read_entries
+from hyperopt_peft.comparison.store import SETTINGS, Store, read_entries
 from hyperopt_peft.comparison.task import Task
-from tests.support.comparisons import TITLES, compared, passes_of
+from tests.support.comparisons import METHODS, TITLES, compared, passes_of
 
 
 def lines(folder: Path) -> dict[str, Any]:
     """The stored scores and passes by what distinguishes a run."""
     found = {}
     names = ("method", "kind", "seed", "rate", "upper_rate", "split")
-    for entry in read_entries(folder / FILE):
-        if SETTINGS not in entry:
-            found[str([entry[name] for name in names])] = (
-                entry["metrics"]["eval_accuracy"],
-                passes_of(entry),
-            )
+    for path in folder.glob("runs*.jsonl"):
+        for entry in read_entries(path):
+            if SETTINGS not in entry:
+                found[str([entry[name] for name in names])] = (
+                    entry["metrics"]["eval_accuracy"],
+                    passes_of(entry),
+                )
     return found
 
 
@@ -154,6 +157,19 @@ def test_killed_twice_it_goes_on_with_the_same_lines(
     again = compared(folder=tmp_path, **RATES)
     assert str(again).splitlines()[0] == str(whole.comparison).splitlines()[0]
     assert lines(tmp_path) == lines(whole.folder)
+
+
+def test_parts_of_a_job_array_join(tmp_path: Path, whole: Whole) -> None:
+    """Of the first method, whose runs do not depend on the others."""
+    one = {"LoRA": METHODS["LoRA"]}
+    for _ in range(2):  # the rates, and the reported runs
+        for number in (1, 2):
+            with suppress(ProblemError):  # the other part is not done
+                compared(one, part=(number, 2), folder=tmp_path, **RATES)
+    parts = compared(one, part=(1, 2), folder=tmp_path, **RATES)
+    of_one = {run: x for run, x in lines(whole.folder).items() if run.startswith("['LoRA'")}
+    assert lines(tmp_path) == of_one and len(of_one) == 10
+    assert parts.scores("LoRA") == whole.comparison.scores("LoRA")
 
 
 @pytest.mark.slow

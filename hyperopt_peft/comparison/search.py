@@ -31,10 +31,7 @@ def best_of(plan: Plan, store: Store, methods: Sequence[str]) -> list[tuple[floa
     for seed in plan.seeds:
         runs = [run for name in methods for run in plan.at_rates(name, seed)]
         scores = [[x[-1] for x in plan.by_split(store, run)] for run in runs]
-        passes += [
-            fmean(sum(store.results[part]["spent"].values()) for part in plan.parts(run))
-            for run in runs
-        ]
+        passes += [plan.spent(store, run) for run in runs]
         sign = -1 if plan.lower_is_better else 1
         of_splits = [
             expected(
