@@ -51,7 +51,7 @@ class Arguments:
     model: str = option("minilm", help="minilm (its package), a folder, or a hub name")
     train_size: int = option(128, help="training tweets")
     evaluation_size: int = option(96, help="tweets whose loss is explained")
-    test_size: int = option(400, help="tweets that judge the removal")
+    test_size: int = option(400, help="tweets whose first ones are explained")
     explained: int = option(40, help="test tweets whose wrong predictions are explained")
     wrong: float = option(0.2, help="share of the training labels that are made wrong")
     max_length: int = option(20, help="tokens a tweet")
@@ -59,7 +59,6 @@ class Arguments:
     estimator: str = option("unrolled", help="how rows are scored; see docs/attribution.md")
     retrainings: int = option(6, help="number of retrainings that check the scores")
     folds: int = option(5, help="number of folds in the search for wrong labels")
-    remove: float = option(0.1, help="share of the rows to train without")
     quick: bool = option(False, help="48 training tweets, 6 steps, 5 retrainings, 2 folds")
 
 
@@ -118,7 +117,7 @@ def explain(reasons: Reasons, labels: list[int], wrong: torch.Tensor, output: Pa
 
 
 def main() -> None:
-    """Train, score, check, search and remove; print the results."""
+    """Train, score, check and search; print the results."""
     arguments, training = HfArgumentParser((Arguments, Training)).parse_args_into_dataclasses()
     if arguments.quick:
         small = {"train_size": 48, "evaluation_size": 32, "test_size": 48}
@@ -150,7 +149,7 @@ def main() -> None:
     explained = test.select(range(min(arguments.explained, len(test))))
     explain(why(trainer, explained), explained["label"][:], wrong, output)
     result = attribute(trainer, estimator=arguments.estimator)
-    print(f"{len(train)} tweets, {int(wrong.sum())} wrong labels; Φ = {result.values['all']:.4f}")
+    print(f"{len(train)} tweets, {int(wrong.sum())} wrong labels; Φ = {result.value:.4f}")
     print(result.table(5))
 
     suspects = quick.suspects(arguments.folds, seed=training.seed)
@@ -175,8 +174,6 @@ def main() -> None:
         print(f"| {name} | {area:.3f} |")
 
     print(f"\n{checked}")
-    removal = result.removal(arguments.remove, test, draws=2, seed=training.seed)
-    print(f"\non {len(test)} test tweets:\n{removal}")
     record = {
         "arguments": asdict(arguments),
         "lds": checked.lds,
@@ -184,7 +181,6 @@ def main() -> None:
         "metasmoothness": checked.metasmoothness,
         "wrong_labels": areas,
         "head_lds": quick.checked.lds if quick.checked else None,
-        "removal": asdict(removal),
     }
     (output / "results.json").write_text(json.dumps(record, indent=1))
 

@@ -167,7 +167,7 @@ def other_orders(
     x, head, train = places.x[place : place + 1], training.on_rows.model, training.features
     here = torch.tensor([predicted])
     setup = setup_of(training, lambda: margins(head(x).logits, here)[0])
-    products = scores(setup, parse_estimator("gradient"))[0]["all"]
+    products = scores(setup, parse_estimator("gradient"))[0]
     of_class = (train.labels == predicted).nonzero()[:, 0]
     near = (normalize(train.x[of_class]) @ normalize(x)[0]).argsort(descending=True)
     source = torch.Generator().manual_seed(place)

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.last_layers import LastLayers, States, encode, movies
 from hyperopt_peft import Problem
-from hyperopt_peft.attribution.levels import train_levels
+from hyperopt_peft.attribution.level import train_level
 from hyperopt_peft.attribution.scores import Evaluation, Trained
 from hyperopt_peft.core.problem import devices_of
 from hyperopt_peft.trainer.step import Accumulated, MicroBatch
@@ -197,7 +197,7 @@ def level(rows: Rows, recipe: Recipe, seed: int) -> RowWeighted:
 
 def trained(lower: RowWeighted, recipe: Recipe, memory_limit: float = 1.0) -> Trained:
     """Train ``lower``, with Φ the mean loss of the evaluation rows, and the loss over all rows."""
-    run = train_levels(lower, lower.weights, recipe.steps, memory_limit=memory_limit)
+    run = train_level(lower, lower.weights, recipe.steps, memory_limit=memory_limit)
     rows = lower.rows
 
     def everything() -> Sequence[MicroBatch]:
@@ -230,10 +230,10 @@ def evaluation_loss(lower: RowWeighted) -> Tensor:
 
 def actual(setting: Trained, masks: Sequence[Tensor]) -> Tensor:
     """The change of Φ when retrained without the rows of each mask, ``(R,)``."""
-    before, changes = setting.evaluation.values()["all"], []
+    before, changes = setting.evaluation.value(), []
     for out in masks:
         with setting.run.without(out):
-            changes.append(setting.evaluation.values()["all"] - before)
+            changes.append(setting.evaluation.value() - before)
     return torch.tensor(changes, dtype=torch.float64)
 
 

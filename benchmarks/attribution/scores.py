@@ -36,7 +36,7 @@ from benchmarks.pages import RESULTS
 from benchmarks.store import Row, Store, opened, run_parser
 from hyperopt_peft.attribution.check import metasmoothness
 from hyperopt_peft.attribution.scores import Trained, parse_estimator, scores
-from hyperopt_peft.attribution.uses import suspects
+from hyperopt_peft.attribution.suspects import suspects
 
 SEEDS, RETRAININGS, DEVELOPMENT_RETRAININGS = (0, 1, 2), 50, 20
 SHARES = (0.1, 0.2, 0.4)
@@ -76,11 +76,11 @@ LONG, BATCH_OF_LONG = 1000, 4
 def by_name(setting: Trained, name: str) -> tuple[Tensor, float]:
     """The scores of a method, and its passes in units of a training."""
     estimator = parse_estimator(name)
-    by_slice, cost = scores(setting, estimator, setting.run.checkpoints)
+    by_row, cost = scores(setting, estimator, setting.run.checkpoints)
     passes = cost["gradients"] + cost["products"]
     run = setting.run
     visits = float(run.visits.sum()) / len(run.visits)
-    return by_slice["all"], passes / (len(run.steps) if estimator.differentiates_run else visits)
+    return by_row, passes / (len(run.steps) if estimator.differentiates_run else visits)
 
 
 class LazyRun:
@@ -136,7 +136,7 @@ def score(runs: Store, row: Row, run: LazyRun, names: Sequence[str], masks: list
             "trainings": cost,
         }
         if name == WHOLE:
-            row["loss"] = setting.evaluation.values()["all"]
+            row["loss"] = setting.evaluation.value()
             source = torch.Generator().manual_seed(run.seed)
             row["metasmoothness"] = metasmoothness(
                 setting, parse_estimator(name), values, PERTURBATION, source

@@ -174,7 +174,7 @@ def measure(runs: Store, seed: int, quick: bool) -> None:
         if name == WHOLE:
             retrained = result.check(retrainings, share=SHARE, perturbation=PERTURBATION, seed=seed)
             row["actual"] = rounded(retrained.actual.tolist())
-            row["metasmoothness"], row["loss"] = retrained.metasmoothness, result.values["all"]
+            row["metasmoothness"], row["loss"] = retrained.metasmoothness, result.value
         runs.save(row)
         print(seed, name, check(row, name), flush=True)
 

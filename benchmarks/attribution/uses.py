@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pandas
 import torch
@@ -37,6 +37,7 @@ from benchmarks.methods.tasks import TABLES
 from benchmarks.pages import RESULTS
 from benchmarks.store import Row, Store, opened, run_parser
 from hyperopt_peft import attribute
+from hyperopt_peft.attribution.scores import Trained
 from hyperopt_peft.utils.verdict import Verdict
 
 #: Seeds below 100 chose the settings.
@@ -127,29 +128,34 @@ def kinds(runs: Store, cell: str, seed: int, quick: bool) -> None:
     on_head = attribute(trainer, model="head", **options)
     check = on_head.check(5 if quick else RETRAININGS, share=SHARE, seed=seed)
     row["check of the head"] = {"lds": check.lds, "slope": check.slope}
-    setup: Any = (result := attribute(trainer, **options)).trained
-    removal = result.removal(share, JUDGES, draws=2, seed=seed)
-    of_head = on_head.ends(removal.count)[0]
-    suspect = on_head.suspects(FOLDS, seed=seed).confidence.argsort()[: removal.count].tolist()
-    above = EVALUATION["row"][:]
-    both = [*on_head.without(share), *above]
-    row["ways"] = ways = {
-        "plain": removal.plain,
-        "evaluation rows too": removal.with_evaluation,
+    result = attribute(trainer, **options)
+    run, count = cast(Trained, result.trained).run, round(share * TRAIN)
+    doubts = on_head.suspects(FOLDS, seed=seed).confidence
+    source, above = torch.Generator().manual_seed(seed), EVALUATION["row"][:]
+    random = [torch.randperm(TRAIN, generator=source)[:count].tolist() for _ in range(2)]
+    removed = {
+        "plain": [[]],
+        "without rows by score": [result.ends(count)[0]],
+        "without rows of highest loss": [result.losses.topk(count).indices.tolist()],
+        "without random rows": random,
+        "without rows by the head's score": [on_head.ends(count)[0]],
+        "without rows by suspicion, on the head": [doubts.argsort()[:count].tolist()],
+    }
+    row["ways"] = ways = {}
+    for name, sets in removed.items():
+        found = list[dict[str, float]]()
+        for out in sets:
+            with run.without(out):
+                found.append(judged(trainer))
+        ways[name] = {key: statistics.fmean(one[key] for one in found) for key in found[0]}
+    ways |= {
+        "evaluation rows too": trained(job, seed, [*range(TRAIN), *above]),
         "evaluation rows too, five times each": trained(job, seed, [*range(TRAIN), *5 * above]),
         "evaluation rows alone": trained(job, seed, above),
-        "without rows by score": removal.without,
-        "without rows of highest loss": removal.highest_loss,
-        "without random rows": mean_of(removal.random),
-        "without rows by the head's score, evaluation rows too": trained(job, seed, both),
+        "without rows by the head's score, evaluation rows too": trained(
+            job, seed, [*on_head.without(share), *above]
+        ),
     }
-    measure = setup.test(JUDGES)
-    for name, out in (
-        ("without rows by the head's score", of_head),
-        ("without rows by suspicion, on the head", suspect),
-    ):
-        with setup.run.without(out):
-            ways[name] = measure()
     runs.save(row)
 
 
@@ -159,15 +165,15 @@ def trained(job: Task, seed: int, rows: list[int]) -> dict[str, float]:
     trainer.args.max_steps = round(job.recipe.epochs * math.ceil(TRAIN / job.recipe.batch))
     trainer.train_dataset = Dataset.from_dict({"row": rows})
     trainer.train()
+    return judged(trainer)
+
+
+def judged(trainer: Any) -> dict[str, float]:
+    """The test results of the model as it is."""
     found = trainer.predict(JUDGES)
     logits, labels = torch.tensor(found.predictions), torch.tensor(found.label_ids)
     loss, right = cross_entropy(logits, labels), logits.argmax(1) == labels
     return {"accuracy": float(right.double().mean()), "loss": float(loss)}
-
-
-def mean_of(numbers: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each number."""
-    return {name: statistics.fmean(one[name] for one in numbers) for name in numbers[0]}
 
 
 def gains_table(rows: Sequence[Row]) -> list[Row]:

@@ -2,10 +2,10 @@
 
     s_i = dΦ(w_T(v))/dv_i   at v = 1,   w_{t+1} = step(w_t, ∂/∂w 1/B Σ_{i in batch t} v_i ℓ_i(w_t))
 
-``levels``, ``trainer`` and ``head`` train levels of your own, a Trainer, or a head on its features;
+``level``, ``trainer`` and ``head`` train a level of your own, a Trainer, or a head on its features;
 each returns `Trained`. From there one path leads to the scores (``scores``, through the steps of a
-``run``), to what holds them (``result``), and to their check and uses (``check``, ``uses``).
-``why`` explains predictions of a head.
+``run``), to what holds them (``result``), to their ``check``, and to labels that may be wrong
+(``suspects``). ``why`` explains predictions of a head.
 """
 
 from hyperopt_peft.attribution.attribute import attribute

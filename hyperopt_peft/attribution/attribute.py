@@ -7,16 +7,11 @@ from typing import Any, Literal
 from torch import Tensor
 
 from hyperopt_peft.attribution.head import trained_head
-from hyperopt_peft.attribution.levels import trained_levels
+from hyperopt_peft.attribution.level import trained_level
 from hyperopt_peft.attribution.result import Attribution
-from hyperopt_peft.attribution.scores import (
-    HEAD_ESTIMATOR,
-    parse_estimator,
-    require_known_derivative,
-)
+from hyperopt_peft.attribution.scores import HEAD_ESTIMATOR, parse_estimator
 from hyperopt_peft.attribution.trainer import trained_by_trainer
 from hyperopt_peft.core.problem import Problem
-from hyperopt_peft.engine.engine import Engine
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.utils.autograd import uncompiled
@@ -31,7 +26,6 @@ def attribute(
     model: Literal["adapter", "head"] = "adapter",
     estimator: str | Estimator | None = None,
     training_steps: int | None = None,
-    slices: str | None = None,
     memory_limit: float = 1.0,
     progress: bool = True,
 ) -> Attribution:
@@ -57,23 +51,17 @@ def attribute(
     its present state, and scores the rows for this head, in seconds. The head is at the minimum of
     a convex loss, so an implicit solver's scores are exact to its tolerance.
 
-    After a bilevel run the rows of both levels have scores. The estimator must be ``"unrolled"``,
-    and the run needs ``hypergradient="direct"``, since the derivatives of others are not known.
-
     Args:
-        training: is trained: a level of your own with data and optimizer, an `Engine` with two of
-            them, a `transformers.Trainer`, or a `BilevelTrainer` with a `Method`. A Trainer must
-            not have trained yet, unless it has ``model_init``. It calls no callback, and evaluates,
-            logs and saves nothing.
-        row_weights: for levels only: v, ones ``(n,)``, a leaf that requires a gradient. The loss of
-            each level must be 1/B Σ v_i ℓ_i over the rows of a batch.
-        evaluation: for levels, a function that returns Φ, a list of functions whose sum is Φ, or a
-            mapping from names of slices to these, whose mean is Φ. For a Trainer, a data set; by
-            default its ``eval_dataset``.
+        training: is trained: a level of your own with data and optimizer, a `transformers.Trainer`,
+            or a `BilevelTrainer` with a `Method` without upper level. A Trainer must not have
+            trained yet, unless it has ``model_init``. It calls no callback, and evaluates, logs and
+            saves nothing.
+        row_weights: for a level only: v, ones ``(n,)``, a leaf that requires a gradient. The loss
+            must be 1/B Σ v_i ℓ_i over the rows of a batch.
+        evaluation: for a level, a function that returns Φ, or a list of functions whose sum is Φ.
+            For a Trainer, a data set; by default its ``eval_dataset``.
         estimator: see above; by default ``"unrolled"``, and ``"cg"`` for a head.
-        training_steps: the number T of a level's steps, or of an Engine's upper steps.
-        slices: a column of a Trainer's evaluation rows; each value gets a Φ and scores, all from
-            one run.
+        training_steps: for a level only: the number T of steps.
         memory_limit: the memory in GiB that checkpoints of the run may take; see `Run`.
 
     Raises:
@@ -103,25 +91,23 @@ def attribute(
     parsed = parse_estimator(estimator or (HEAD_ESTIMATOR if on_head else "unrolled"))
     if on_head and parsed.differentiates_run:
         raise ProblemError("estimator: a head has no steps; choose cg, or leave it out")
-    of_levels = isinstance(training, Problem | Engine)
-    if of_levels and (slices is not None or on_head):
-        raise ProblemError("slices, model: need a Trainer; give a level a mapping of functions")
-    if not of_levels and (row_weights is not None or training_steps is not None):
+    of_level = isinstance(training, Problem)
+    if of_level and on_head:
+        raise ProblemError("model: a head needs a Trainer; leave it out")
+    if not of_level and (row_weights is not None or training_steps is not None):
         raise ProblemError(
             "row_weights, training_steps: a Trainer sets these itself; leave them out"
         )
-    if not on_head and getattr(training, "upper", None) is not None:
-        require_known_derivative(training, parsed.differentiates_run)
     options: dict[str, Any] = {
         "differentiated": parsed.differentiates_run,
         "memory_limit": memory_limit,
         "progress": progress,
     }
-    if of_levels:
-        trained = trained_levels(training, row_weights, evaluation, training_steps, **options)
+    if of_level:
+        trained = trained_level(training, row_weights, evaluation, training_steps, **options)
     elif on_head:
-        trained = trained_head(training, evaluation, slices, progress=progress)
+        trained = trained_head(training, evaluation, progress=progress)
     else:
         exact = parsed.estimator.requirements.second_derivatives
-        trained = trained_by_trainer(training, evaluation, slices, twice=exact, **options)
+        trained = trained_by_trainer(training, evaluation, twice=exact, **options)
     return Attribution.of(trained, parsed)

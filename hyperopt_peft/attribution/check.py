@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,7 +33,6 @@ class ScoreCheck:
             with random signs; near 1 for a smooth run, None if not measured. After Engstrom et al.
             2025 (arXiv:2503.13751, §3).
         share: the share of the rows that each retraining leaves out.
-        by_slice: a check for each slice; empty with one slice.
         of_head: whether the scores are a head's, which has no learning rate or batches to change.
 
     Example:
@@ -47,7 +46,6 @@ class ScoreCheck:
     actual: Tensor
     metasmoothness: float | None
     share: float
-    by_slice: dict[str, ScoreCheck] = field(default_factory=dict, repr=False)
     of_head: bool = False
 
     @property
@@ -86,10 +84,7 @@ class ScoreCheck:
         """Whether to rely on the scores, and if not, a remedy."""
         low, high = self.interval
         if self.trustworthy:
-            return (
-                "the scores predict retraining without rows; test rows tell whether removal gains "
-                "anything (`removal`, or --retrain_without)"
-            )
+            return "the scores predict retraining without rows; test rows tell whether it is better"
         if self.ordered:
             return (
                 "the scores order the rows as retraining does, but actual changes are "
@@ -119,7 +114,6 @@ class ScoreCheck:
             **{name: getattr(self, name) for name in names},
             "predicted": self.predicted.tolist(),
             "actual": self.actual.tolist(),
-            "by_slice": {name: check.record() for name, check in self.by_slice.items()},
         }
 
     def __str__(self) -> str:
@@ -148,8 +142,8 @@ def rank_interval(rho: float, count: int) -> tuple[float, float]:
 def check_scores(
     trained: Trained,
     estimator: ScoreEstimator,
-    by_slice: dict[str, Tensor],
-    before: dict[str, float],
+    by_row: Tensor,
+    before: float,
     retrainings: int,
     share: float,
     perturbation: float | None,
@@ -163,23 +157,17 @@ def check_scores(
     if not 1 <= count < len(rows):
         raise ProblemError(f"share: {share:g} of {len(rows)} rows leaves out {count}; change it")
     generator = torch.Generator().manual_seed(seed)
-    seen = {name: torch.nan_to_num(values) for name, values in by_slice.items()}
-    changes = {name: torch.zeros(2, retrainings, dtype=torch.float64) for name in seen}
+    seen, changes = torch.nan_to_num(by_row), torch.zeros(2, retrainings, dtype=torch.float64)
     for number in trange(retrainings, desc="check", disable=not trained.progress):
         rows_out = rows[torch.randperm(len(rows), generator=generator)[:count]]
         with run.without(rows_out):
-            after = trained.evaluation.values()
-        for name, values in seen.items():
-            changes[name][0, number] = -(values * run.row_weights.cpu())[rows_out].sum()
-            changes[name][1, number] = after[name] - before[name]
+            changes[1, number] = trained.evaluation.value() - before
+        changes[0, number] = -(seen * run.row_weights.cpu())[rows_out].sum()
     smoothness = None
     if perturbation is not None and estimator.differentiates_run:
-        total = trained.evaluation.total(seen)
-        smoothness = metasmoothness(trained, estimator, total, perturbation, generator)
-    rest: Any = {"metasmoothness": smoothness, "share": share, "of_head": not isinstance(run, Run)}
-    checks = {name: ScoreCheck(*both, **rest) for name, both in changes.items()}
-    rest["by_slice"] = checks if len(checks) > 1 else {}
-    return ScoreCheck(*trained.evaluation.total(changes), **rest)
+        smoothness = metasmoothness(trained, estimator, seen, perturbation, generator)
+    predicted, actual = changes
+    return ScoreCheck(predicted, actual, smoothness, share, of_head=not isinstance(run, Run))
 
 
 def metasmoothness(
@@ -195,5 +183,5 @@ def metasmoothness(
     signs = torch.randint(0, 2, (len(run.row_weights),), generator=generator) * 2 - 1
     weights = run.row_weights * (1 + perturbation * signs.to(run.row_weights))
     with run.repeated(weights, keep=True) as checkpoints:
-        moved_scores = trained.evaluation.total(scores(trained, estimator, checkpoints)[0])
+        moved_scores, _ = scores(trained, estimator, checkpoints)
     return float(torch.cosine_similarity(run_scores, torch.nan_to_num(moved_scores), dim=0))

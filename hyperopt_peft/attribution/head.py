@@ -13,7 +13,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -69,15 +68,6 @@ class HeadTraining(Training):
             self._solve(self.features)
             yield
 
-    @contextmanager
-    def enlarged(self, features: Features) -> Iterator[None]:
-        """The minimum on the training rows and ``features``, all with the weight 1."""
-        # All weights are 1 here, so each of these rows may use the first row's.
-        like = replace(features, row=torch.zeros_like(features.row))
-        with perturbed(self.variables):
-            self._solve(Features.joined([self.features, like]))
-            yield
-
 
 def train_head(
     trainer: Any, data: TrainerData, *, progress: bool, largest: bool = True
@@ -102,23 +92,17 @@ def train_head(
     return training, lambda rows: features(rows).standardized(raw).to(device)
 
 
-def trained_head(trainer: Any, evaluation: Any, slices: str | None, *, progress: bool) -> Trained:
+def trained_head(trainer: Any, evaluation: Any, *, progress: bool) -> Trained:
     """Train a head on features of ``trainer``'s rows, and return its run and Φ; see `attribute`."""
     require_trainer(trainer)
-    data = TrainerData(trainer, evaluation, slices)
+    data = TrainerData(trainer, evaluation)
     training, read = train_head(trainer, data, progress=progress)
     on_rows, train, above = training.on_rows, training.features, read(data.evaluation_rows)
-    of_slices = {
-        name: on_rows.mean([above.select(torch.tensor(rows)).batch()])
-        for name, rows in data.groups.items()
-    }
     return Trained(
         training,
-        Evaluation(training.weights, of_slices, data.shares),
+        Evaluation(training.weights, on_rows.mean([above.batch()])),
         training.level,
         train.batch,
-        test=lambda test: partial(on_rows.measured, [read(data.test_rows(test)).batch()]),
-        enlarged=lambda seed: training.enlarged(above),
         probabilities=lambda rows: on_rows.probabilities([train.batch()])[rows],
         labels=classes_of_rows(data.batches(data.train_rows)),
         columns=data.shown[0],

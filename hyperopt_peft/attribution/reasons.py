@@ -28,8 +28,6 @@ class Reason:
         scores: dΦ/dv of each of ``rows``, where v is the row's weight.
         margin: Φ, the logit of ``predicted`` minus log Σ exp of the other logits.
         searched: the largest number of rows that a search removes.
-        adapter: the classes that the adapter predicts, trained on all rows and without ``rows``;
-            None if the adapter was not trained.
 
     Example:
         >>> reason = Reason(0, None, 1, 0, rows=[7], scores=[0.9], margin=0.5, searched=2)
@@ -45,7 +43,6 @@ class Reason:
     scores: list[float]
     margin: float
     searched: int
-    adapter: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,9 +95,6 @@ class Reasons(Sequence[Reason]):
         lines.append(f"{begin}; {self.name(reason.becomes)} without {self._rows(reason)}:")
         lines += [f"  {self.line(row)}" for row in reason.rows[:SHOWN]]
         lines += [f"       … and {count - SHOWN} more"] * (count > SHOWN)
-        if reason.adapter is not None:
-            first, then = map(self.name, reason.adapter)
-            lines.append(f"  the adapter: {first}; {then} without them")
         return "\n".join(lines)
 
     def title(self, reason: Reason, width: int = 80) -> str:
@@ -126,16 +120,15 @@ class Reasons(Sequence[Reason]):
         """Write a line for each explained row and each of its training rows; see `write_csv`."""
         lines = []
         for reason in self.reasons:
-            of_adapter = map(self.name, reason.adapter or (None, None))
             classes = self.name(reason.predicted), self.name(reason.becomes)
-            begin = (reason.row, reason.token, *classes, *of_adapter)
+            begin = (reason.row, reason.token, *classes)
             for row, score in zip(reason.rows, reason.scores, strict=True):
                 number = self.numbers[row] if self.numbers else row
                 shown = [values[row] for values in self.columns.values()]
                 lines.append((*begin, number, score, *shown))
             if not reason.rows:
                 lines.append((*begin, *[None] * (2 + len(self.columns))))
-        heads = ("explained", "token", "predicted", "becomes", "adapter", "adapter_becomes")
+        heads = ("explained", "token", "predicted", "becomes")
         names = [*heads, "row", "score", *(f"data_{x}" if x in heads else x for x in self.columns)]
         write_csv(path, names, lines, escape_formulas=escape_formulas)
 

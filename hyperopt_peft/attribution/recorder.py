@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from hyperopt_peft.attribution.rows import TrainerData
-from hyperopt_peft.attribution.run import ParameterUpdate, Run
+from hyperopt_peft.attribution.run import Run
 from hyperopt_peft.core.examples import WeightedRows
 from hyperopt_peft.core.labels import WEIGHT
 from hyperopt_peft.errors import NonFiniteError
 from hyperopt_peft.trainer.internals import metrics_restored
 from hyperopt_peft.trainer.method import Method
-from hyperopt_peft.trainer.phases import Phase, lower_of, upper_of
+from hyperopt_peft.trainer.phases import Phase, lower_of
 from hyperopt_peft.trainer.step import Accumulated, MicroBatch
 from hyperopt_peft.trainer.tags import INDEX, without
 from hyperopt_peft.trainer.task_loss import depends_on_count
@@ -27,14 +27,14 @@ from hyperopt_peft.utils.models import trainable
 
 @dataclass
 class Recording:
-    """What both phases of a recorded training share."""
+    """What a recorded training adds to that of its trainer."""
 
     weights: Tensor  # v, of the rows, (n,)
     loss: Any  # a `WeightedRows`: the mean loss with a weight for each row
     options: Mapping[str, Any]  # arguments of `Run`
     scaled: bool | None  # as of `LossRule`
     sums: bool = False  # whether a step is the sum of its micro-batches' losses
-    run: Run | None = None  # from the first step on
+    run: Run | None = None  # once the optimizer is there
 
 
 class RecordedTrainer(BilevelTrainer):
@@ -63,30 +63,13 @@ class RecordedTrainer(BilevelTrainer):
             return loss
 
     def adopt_prepared_parameters(self) -> None:
-        """As in `BilevelTrainer`; also begins the run, or its second phase."""
+        """As in `BilevelTrainer`; also begins the run."""
         super().adopt_prepared_parameters()
         # `task_loss` reads no count of labels.
         self.loss_rule = replace(self.loss_rule, counts=False, scaled=self.recording.scaled)
-        limits = (self.args.max_grad_norm, self.args.upper_max_grad_norm)
-        levels = [
-            Accumulated(level, self.optimizer, limit or None, calls)
-            for level, limit, calls in zip(self.levels, limits, (None, lambda: self.calls))
-        ]
-        self._assigned: dict[int, Tensor] = {}
-        run, recording = self.recording.run, self.recording
-        if run is None:
-            length = self.state.max_steps
-            if self.has_second_phase:
-                length += self.args.for_retraining().steps_of(len(self.all_rows()))
-            recording.run = Run(levels, recording.weights, length, **recording.options)
-            self._first = 0
-            return
-        self._first = len(run.levels)
-        for level in levels:
-            run.add(level)
-        if self.args.retrain == "scratch":
-            indices = run.indices[self._first]
-            self._assigned = {k: run.variables[k].detach().clone() for k in indices}
+        recording, limit = self.recording, self.args.max_grad_norm or None
+        level, length = Accumulated(self.lower, self.optimizer, limit), self.state.max_steps
+        recording.run = Run(level, recording.weights, length, **recording.options)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """As in `BilevelTrainer`; also records a step once its gradients are complete."""
@@ -94,27 +77,18 @@ class RecordedTrainer(BilevelTrainer):
         step = self.current_step
         if step.complete:
             step.return_gradients()
-            self._record()
+            self._record(step.micro)
             step.withhold_gradients()
         return loss
 
-    def _record(self) -> None:
-        run, step, weights = self.recording.run, self.current_step, self.recording.weights
+    def _record(self, batch: Sequence[MicroBatch]) -> None:
+        run, weights = self.recording.run, self.recording.weights
         assert run is not None
         (of_weights,) = distributed.mean((weights.grad,), (weights,))
         weights.grad = None
-        gradient: Any = [*(v.grad for v in run.levels[self._first].variables), of_weights]
-        updates = [self._update(run, self._first, step.micro, gradient)]
-        if step.upper:  # training does not differentiate its loss in the row weights
-            number, level = self._first + 1, run.levels[self._first + 1]
-            _, _, gradient = level.differentiate(step.upper, (*level.variables, weights))
-            updates.append(self._update(run, number, step.upper, gradient))
-        run.record(*updates, assigned=self._assigned)
-        self._assigned = {}
-
-    def _update(self, run: Run, level: int, batch: list[MicroBatch], slope: Any) -> ParameterUpdate:
+        gradient = [*(v.grad for v in run.variables), of_weights]
         parts = distributed.average(self._parts(batch))
-        return run.update(level, [*batch], batch[0].random_state, slope, parts)
+        run.record([*batch], batch[0].random_state, gradient, parts)
 
     def _parts(self, batch: Sequence[MicroBatch]) -> Tensor:
         """The factor of each row's mean loss in the loss of ``batch``, 0 for others, ``(n,)``."""
@@ -140,15 +114,15 @@ class RecordedTrainer(BilevelTrainer):
 def recorded(
     trainer: Any, args: Any, data: TrainerData, options: Mapping[str, Any], *, twice: bool
 ) -> RecordedTrainer:
-    """A trainer that trains the model of ``trainer`` as it would, in one phase or two.
+    """A trainer that trains the model of ``trainer`` as it would.
 
-    The method of ``trainer`` has prepared the model. The method's levels get a `task_loss` in which
+    The method of ``trainer`` has prepared the model. The method's level gets a `task_loss` in which
     each row has a weight. ``options`` are arguments of `Run`; ``twice`` says whether losses are
     differentiated twice. Nothing is logged.
     """
-    method, model = method_of(trainer), trainer.model
+    method, model, rows = method_of(trainer), trainer.model, data.train_rows
     dtype = torch.promote_types(trainable(model)[0][1].dtype, torch.float32)
-    weights = torch.ones(len(data.train_rows), dtype=dtype, device=args.device, requires_grad=True)
+    weights = torch.ones(len(rows), dtype=dtype, device=args.device, requires_grad=True)
     tags = (*method.tags, INDEX)
     how: dict[str, Any] = {"variables": [weights], "tags": tags, "twice": twice}
     loss = WeightedRows(model, lambda x: weights[x[INDEX]], **how)
@@ -156,16 +130,12 @@ def recorded(
     scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
     if scaled is None and stock:
         scaled = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
-    lower, upper = data.of_levels
     made = RecordedTrainer(
         model,
         args,
         recording=Recording(weights, loss, options, scaled=None if scaled else scaled),
-        method=Phase(
-            method, lower_of, None if upper is None else upper_of, data.of_retraining, tags
-        ),
-        train_dataset=lower,
-        upper_dataset=upper,
+        method=Phase(method, lower_of, None, (rows, None), tags),
+        train_dataset=rows,
         data_collator=data.collate,
         optimizer_cls_and_kwargs=trainer.optimizer_cls_and_kwargs,
         # With model_init the Trainer makes optimizer and schedule itself.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hyperopt_peft.attribution.check import ScoreCheck, check_scores
 from hyperopt_peft.attribution.scores import ScoreEstimator, Trained, scores
-from hyperopt_peft.attribution.uses import Removal, Suspects, remove, suspects
+from hyperopt_peft.attribution.suspects import Suspects, suspects
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.plots import row_scores
 from hyperopt_peft.utils.tables import cells, write_csv
@@ -27,11 +27,9 @@ class Attribution:
 
     Attributes:
         scores: dΦ/dv, ``(n,)`` in float64. Positive: the row hurts. NaN: the run never saw it.
-        by_slice: the scores for each slice of the evaluation rows; ``scores`` is their mean,
-            weighted by the slices' shares of the rows.
         losses: the mean training loss of each row over its visits, ``(n,)``; for rows with several
             labels, relative to the mean number of labels of a row in the batch.
-        values: Φ of each slice after the run.
+        value: Φ after the run.
         settings: metadata of the run and the estimator; ``seconds`` is the training time.
         columns: the columns of the training rows to show, by name.
         numbers: the number to show for each row; by default its index.
@@ -40,15 +38,14 @@ class Attribution:
 
     Example:
         >>> scores = torch.tensor([0.5, -1.0, 0.1])
-        >>> result = Attribution(scores, {"all": scores}, scores, {"all": 0.3}, {})
+        >>> result = Attribution(scores, losses=scores, value=0.3, settings={})
         >>> result.ranks().tolist(), result.without(1 / 3), result.ends(1)
         ([1, 3, 2], [1, 2], ([0], [1]))
     """
 
     scores: Tensor
-    by_slice: dict[str, Tensor]
     losses: Tensor
-    values: dict[str, float]
+    value: float
     settings: dict[str, Any]
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     numbers: Sequence[int] = ()
@@ -66,9 +63,8 @@ class Attribution:
         Raises:
             NonFiniteError: a loss, a gradient or a score is NaN or infinite.
         """
-        by_slice, cost = scores(trained, estimator)
+        found, cost = scores(trained, estimator)
         run, unseen = trained.run, trained.run.visits == 0
-        by_slice = {name: s.masked_fill(unseen, torch.nan) for name, s in by_slice.items()}
         settings = {
             "estimator": estimator.name,
             "steps": len(run.steps),
@@ -79,10 +75,15 @@ class Attribution:
             **run.settings,
             **cost,
         }
-        values, losses = trained.evaluation.values(), run.losses / run.visits
-        rest: Any = {"columns": trained.columns, "trained": trained, "estimator": estimator}
-        total = trained.evaluation.total(by_slice)
-        return cls(total, by_slice, losses, values, settings, **rest)
+        return cls(
+            found.masked_fill(unseen, torch.nan),
+            run.losses / run.visits,
+            trained.evaluation.value(),
+            settings,
+            trained.columns,
+            trained=trained,
+            estimator=estimator,
+        )
 
     def check(
         self,
@@ -107,7 +108,7 @@ class Attribution:
         """
         how = retrainings, share, perturbation, seed
         assert self.trained is not None and self.estimator is not None
-        self.checked = check_scores(self.trained, self.estimator, self.by_slice, self.values, *how)
+        self.checked = check_scores(self.trained, self.estimator, self.scores, self.value, *how)
         return self.checked
 
     def ranks(self) -> Tensor:
@@ -136,31 +137,10 @@ class Attribution:
         Raises:
             ProblemError: a share that is not between 0 and 1.
         """
-        worst = set(self.ends(self._count(share))[0])
+        if not 0 < share < 1:
+            raise ProblemError(f"share: must be between 0 and 1, got {share}")
+        worst = {*self.ends(max(1, round(share * len(self.scores))))[0]}
         return [row for row in range(len(self.scores)) if row not in worst]
-
-    def removal(self, share: float, test: Any = None, *, draws: int = 5, seed: int = 0) -> Removal:
-        """Train without the rows that hurt most, and evaluate on unseen test rows.
-
-        For comparison, as many rows are removed by training loss and at random, and another
-        training adds the evaluation rows, with as many passes. Removed rows get the weight 0, so
-        all trainings but this last one have the run's batches and random numbers.
-
-        Args:
-            share: the share of the rows to leave out.
-            test: for a level, a function that returns a loss or a mapping of numbers; for a
-                Trainer, a data set without training and evaluation rows.
-            draws: the number of trainings without random rows.
-            seed: the seed of the random rows.
-
-        Raises:
-            ProblemError: there are no test rows, a Trainer's test rows are training or evaluation
-                rows too, or the share is not between 0 and 1.
-            NonFiniteError: a training diverges.
-        """
-        worst = self.ends(self._count(share))[0]
-        assert self.trained is not None
-        return remove(self.trained, self.scores, self.losses, worst, test, draws, seed)
 
     def suspects(self, folds: int = 5, *, seed: int = 0) -> Suspects:
         """Rows whose labels may be wrong, by ``folds`` trainings; see `Suspects`.
@@ -195,18 +175,16 @@ class Attribution:
         *,
         escape_formulas: bool = False,
     ) -> None:
-        """Write row, the data's columns, score, rank, weight, training loss and scores of slices.
+        """Write row, the data's columns, score, rank, weight and training loss.
 
         A data column with one of these names becomes ``data_…``. ``extra`` adds columns by name.
         For ``escape_formulas`` see `write_csv`.
         """
-        slices = {f"score_{name}": values.tolist() for name, values in self.by_slice.items()}
         results: dict[str, Sequence[Any]] = {
             "score": self.scores.tolist(),
             "rank": self.ranks().tolist(),
             "weight": self.weights().tolist(),
             "training_loss": self.losses.tolist(),
-            **(slices if len(slices) > 1 else {}),
             **(extra or {}),
         }
         data = {
@@ -230,8 +208,3 @@ class Attribution:
     def line(self, row: int, width: int = 80) -> str:
         """The number and the columns of ``row``, each column at most ``width`` characters."""
         return f"{self.numbers[row]:6d}  {cells(self.columns, row, width)}".rstrip()
-
-    def _count(self, share: float) -> int:
-        if not 0 < share < 1:
-            raise ProblemError(f"share: must be between 0 and 1, got {share}")
-        return max(1, round(share * len(self.scores)))

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -21,17 +20,15 @@ from hyperopt_peft.core.labels import (
     require_labels,
     row_losses,
 )
-from hyperopt_peft.core.logits import IGNORED, as_numbers
+from hyperopt_peft.core.logits import as_numbers
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.checks import check_rows, read_rows
 from hyperopt_peft.trainer.data import (
     batches_of,
-    data_of_levels,
     joined,
     require_examples,
-    require_unseen,
 )
-from hyperopt_peft.trainer.splits import columns_read, label_column, reads_of, shared_rows
+from hyperopt_peft.trainer.splits import label_column, reads_of, shared_rows
 from hyperopt_peft.trainer.step import MicroBatch
 from hyperopt_peft.trainer.tags import INDEX, InOrder, TagCollator, without
 from hyperopt_peft.trainer.upper_batches import loader_of
@@ -97,23 +94,6 @@ class ModelOnRows:
         return [partial(lambda batch: self.losses(batch)[0].sum() / total, x) for x in batches]
 
     @torch.no_grad()
-    def measured(self, batches: Sequence[Any]) -> dict[str, float]:
-        """The mean ``loss`` over the labels of ``batches``, and for a classifier ``accuracy``."""
-        numbers = {"loss": float(sum(part() for part in self.mean(batches)))}
-        first = without(batches[0], self.tags)
-        if first["labels"].is_floating_point() or labels_are_shifted(self.model, first):
-            return numbers
-        pairs = ((self.logits(batch).argmax(-1), batch["labels"]) for batch in batches)
-        right = torch.cat([(guess == label)[label != IGNORED] for guess, label in pairs])
-        return {**numbers, "accuracy": float(right.float().mean())}
-
-    @torch.no_grad()
-    def of_labels(self, batches: Sequence[Any]) -> Tensor:
-        """The logits of each row, or of each labelled token, ``(m, classes)``."""
-        pairs = ((self.logits(batch), batch["labels"]) for batch in batches)
-        return torch.cat([x if label.dim() == 1 else x[label != IGNORED] for x, label in pairs])
-
-    @torch.no_grad()
     def probabilities(self, batches: Sequence[Any]) -> Tensor:
         """The class probabilities of the rows, ``(n, classes)``."""
         return torch.cat([self.logits(x).softmax(-1) for x in batches]).to("cpu", torch.float64)
@@ -137,30 +117,26 @@ class TrainerData:
     """The training rows of a run, the evaluation rows of Φ, and the collator of both.
 
     Attributes:
-        train, evaluation: the rows as they were given; ``train`` of both levels if there are two.
-        train_rows, evaluation_rows: the rows, numbered, with the columns that the model takes.
-        of_levels: the numbered training rows of the lower and of the upper level.
-        of_retraining: likewise, for a method to choose from in its second phase.
-        groups: the numbers of the evaluation rows in each slice.
+        train_rows, evaluation_rows: the rows, numbered, with the columns that the model takes; the
+            training rows are those of both levels if there are two.
         shown: the columns of the training and of the evaluation rows to show.
         collate: makes a batch from a list of rows, with their numbers as `INDEX`.
 
     Raises:
-        ProblemError: all evaluation rows are training rows; there is no column ``slices``.
+        ProblemError: all evaluation rows are training rows.
     """
 
-    def __init__(self, trainer: Any, evaluation: Any, slices: str | None) -> None:
-        self.trainer, self.train = trainer, trainer.train_dataset
+    def __init__(self, trainer: Any, evaluation: Any) -> None:
+        self.trainer, train = trainer, trainer.train_dataset
         if getattr(trainer, "upper", None) is not None:
-            self.train, prepared, self.of_levels, self.of_retraining = _rows_of_levels(trainer)
-            self.train_rows = NumberedRows(prepared)
-        else:
-            self.train_rows = _numbered_rows(trainer, self.train, "train_dataset")
-            self.of_levels = self.of_retraining = self.train_rows, None
-        evaluation = self.evaluation = trainer.eval_dataset if evaluation is None else evaluation
+            lower, upper = trainer.phase.rows
+            parts = {"train_dataset": lower, "upper_dataset": upper}
+            train = lower if upper is None else joined(**parts)
+        self.train_rows = _numbered_rows(trainer, train, "train_dataset")
+        evaluation = trainer.eval_dataset if evaluation is None else evaluation
         self.evaluation_rows = _numbered_rows(trainer, evaluation, "eval_dataset")
         count = len(self.evaluation_rows)
-        common = len(shared_rows(evaluation, self.train, _reads(trainer)))
+        common = len(shared_rows(evaluation, train, _reads(trainer)))
         if common == count:
             raise ProblemError(
                 "evaluation: every row of it is a training row too, and would explain itself; give "
@@ -168,24 +144,10 @@ class TrainerData:
             )
         if common:
             logger.warning("%d of %d evaluation rows are training rows too", common, count)
-        columns = getattr(evaluation, "column_names", [])
-        if slices is not None and slices not in columns:
-            raise ProblemError(
-                f"slices: the evaluation rows have no column {slices!r}, only {columns}"
-            )
-        self.groups: dict[str, list[int]] = {}
-        of_rows = evaluation.with_format(None)[slices][:] if slices else ["all"] * count
-        for row, value in enumerate(of_rows):
-            self.groups.setdefault(str(value), []).append(row)
-        self.shown = _shown(self.train), _shown(evaluation)
+        self.shown = _shown(train), _shown(evaluation)
         loader = loader_of(trainer, trainer.train_dataset, "train_dataset")
         tags = {*getattr(trainer, "tags", ()), INDEX}
         self.collate = TagCollator(InOrder(loader.collate_fn), sorted(tags))
-
-    @property
-    def shares(self) -> dict[str, float]:
-        """The share of each slice in the evaluation rows."""
-        return {name: len(rows) / len(self.evaluation_rows) for name, rows in self.groups.items()}
 
     def batches(self, rows: NumberedRows, chosen: Sequence[int] | None = None) -> list[Any]:
         """``rows``, or only the ``chosen`` ones, in batches on the model's device, in order."""
@@ -195,50 +157,6 @@ class TrainerData:
         if any("labels" not in batch for batch in made):  # refused later
             return made
         return [{**batch, "labels": as_numbers(model, require_labels(batch))} for batch in made]
-
-    def test_rows(self, test: Any) -> NumberedRows:
-        """``test``, numbered; ProblemError if a row is a training or an evaluation row."""
-        rows = _numbered_rows(self.trainer, test, "test")
-        reads = _reads(self.trainer)
-        require_unseen("test", test, reads, training=self.train, evaluation=self.evaluation)
-        return rows
-
-
-def _rows_of_levels(trainer: Any) -> tuple[Any, Any, tuple[Any, Any], tuple[Any, Any]]:
-    """``train``, ``train_rows``, ``of_levels`` and ``of_retraining`` of `TrainerData`."""
-    lower, upper = trainer.phase.rows
-    if upper is None:
-        train, reads = lower, {*columns_read(lower, lower, trainer.row_columns)}
-        numbered = _with_index(train, range(len(train)))
-        halves = data_of_levels(numbered, None, trainer.args, True, reads)
-        numbers = [half[INDEX][:] for half in halves]
-    else:
-        train = joined(train_dataset=lower, upper_dataset=upper)
-        numbers = [list(range(len(lower))), list(range(len(lower), len(train)))]
-    if INDEX in trainer.method.tags and train[INDEX][:] != [*range(len(train))]:
-        raise ProblemError(
-            f"rows: {type(trainer.method).__name__} reads the numbers of rows, and its rows() "
-            "leaves some out or moves them; give it the rows that it keeps"
-        )
-    levels = []
-    for name, of_level in zip(("train_dataset", "upper_dataset"), numbers, strict=True):
-        rows = read_rows(trainer, getattr(trainer, name), name)
-        if len(rows) != len(of_level):
-            raise ProblemError(
-                f"{name}: the trainer left {len(of_level) - len(rows)} rows out, so the others "
-                "cannot be numbered; remove these rows first"
-            )
-        levels.append(_with_index(rows, of_level))
-    everything = joined(train_dataset=levels[0], upper_dataset=levels[1])
-    everything = everything.select(np.argsort([*numbers[0], *numbers[1]]))
-    both = levels[0], levels[1]
-    return train, everything, both, both if upper is not None else (everything, None)
-
-
-def _with_index(rows: Any, numbers: Sequence[int]) -> Any:
-    """``rows`` with ``numbers`` as `INDEX`, in place of a column that no level reads."""
-    rows = rows.remove_columns(INDEX) if INDEX in rows.column_names else rows
-    return rows.add_column(INDEX, list(numbers))
 
 
 def _numbered_rows(trainer: Any, data: Any, name: str) -> NumberedRows:

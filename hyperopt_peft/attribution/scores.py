@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hyperopt_peft.attribution.run import Checkpoints, Point, Run, Training
+from hyperopt_peft.attribution.run import Checkpoints, Run, Training
 from hyperopt_peft.core.problem import Problem, devices_of
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.estimator import Estimator
@@ -20,7 +19,6 @@ from hyperopt_peft.hypergradients.oracle import Oracle
 from hyperopt_peft.hypergradients.products import Passes, ProductKind
 from hyperopt_peft.hypergradients.registry import get_estimator, with_options
 from hyperopt_peft.hypergradients.unrolled.darts import DARTS
-from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.hypergradients.unrolled.reverse import Unrolled
 from hyperopt_peft.utils.random_state import RandomState
 from hyperopt_peft.utils.restore import assign_, perturbed
@@ -67,43 +65,18 @@ def parse_estimator(estimator: str | Estimator) -> ScoreEstimator:
     return ScoreEstimator(parsed, name)
 
 
-def require_known_derivative(training: Any, differentiates_run: bool = True) -> None:
-    """Raise ProblemError if the derivative of a bilevel run is not known."""
-    if not differentiates_run:
-        raise ProblemError(
-            "estimator: a bilevel run does not end at the minimum of a single loss; choose unrolled"
-        )
-    if not isinstance(training.estimator, Direct):
-        raise ProblemError(
-            f"hypergradient: the derivative of {training.estimator.name} is not known; give a "
-            'bilevel run hypergradient="direct", or attribute the training of one level'
-        )
-
-
 class Evaluation(Problem):
     """min over the row weights v of Φ, the loss on the evaluation rows.
 
-    ``slices`` maps a name to each Φ; a single Φ gets the name ``"all"``. A batch has the terms of
-    one slice's Φ. Only one term's graph is in memory at a time. ``shares`` are the slices' weights
-    in the mean Φ, by default equal.
+    A batch has the terms of Φ; only one term's graph is in memory at a time.
     """
 
-    def __init__(
-        self,
-        weights: Tensor,
-        slices: Loss | Mapping[str, Loss],
-        shares: Mapping[str, float] | None = None,
-    ) -> None:
+    def __init__(self, weights: Tensor, loss: Loss) -> None:
         super().__init__([("weights", weights)], name="evaluation")
-        named: Mapping[str, Any] = slices if isinstance(slices, Mapping) else {"all": slices}
-        self.slices: dict[str, Sequence[LossPart]] = {
-            str(name): list(loss) if isinstance(loss, list | tuple) else [loss]
-            for name, loss in named.items()
-        }
-        functions = [function for loss in self.slices.values() for function in loss]
-        if not functions or not all(map(callable, functions)):
-            raise ProblemError(f"evaluation: give functions that return a loss, got {slices!r}")
-        self.shares = shares or dict.fromkeys(self.slices, 1 / len(self.slices))
+        parts: Any = loss if isinstance(loss, list | tuple) else [loss]
+        self.parts: list[LossPart] = [*parts]
+        if not self.parts or not all(map(callable, self.parts)):
+            raise ProblemError(f"evaluation: give functions that return a loss, got {loss!r}")
 
     def loss(self, batch: LossPart) -> Tensor:
         """One term of Φ."""
@@ -115,13 +88,9 @@ class Evaluation(Problem):
             yield from super().terms(function)
 
     @torch.no_grad()
-    def values(self) -> dict[str, float]:
-        """Φ of each slice at the current point."""
-        return {name: sum(float(part()) for part in parts) for name, parts in self.slices.items()}
-
-    def total(self, by_slice: Mapping[str, Any]) -> Any:
-        """The mean over the slices, weighted by ``shares``."""
-        return sum(self.shares[name] * value for name, value in by_slice.items())
+    def value(self) -> float:
+        """Φ at the current point."""
+        return sum(float(part()) for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -130,16 +99,11 @@ class Trained:
 
     Attributes:
         run: the training; a `Run` if its steps can be differentiated.
-        evaluation: Φ of each slice.
+        evaluation: Φ.
         final: a level with the mean loss over all training rows and the run's variables.
         rows: returns the batch of all training rows for ``final``.
-        test: takes test rows, and returns a function that measures the model on them.
-        enlarged: takes a seed, and trains on training and evaluation rows, in a random order, with
-            as many visits as the run; None if this is not possible.
         probabilities: returns the class probabilities of given training rows, ``(k, classes)``.
         labels: the class of each training row, ``(n,)``; None if rows do not have one class each.
-        logits: returns the logits of each evaluation row, or of each labelled token,
-            ``(m, classes)``.
         columns: the columns of the training rows to show.
     """
 
@@ -147,148 +111,92 @@ class Trained:
     evaluation: Evaluation
     final: Problem
     rows: Callable[[], Any]
-    test: Callable[[Any], Callable[[], Any]] = lambda function: function
-    enlarged: Callable[[int], AbstractContextManager[None]] | None = None
     probabilities: Callable[[Sequence[int]], Tensor] | None = None
     labels: Tensor | None = None
-    logits: Callable[[], Tensor] | None = None
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     progress: bool = False
 
 
-class Sweep:
-    """(dz_T/dv)ᵀλ for each λ in ``adjoints``; z are the run's variables, v the row weights.
+def back(
+    run: Run,
+    adjoint: Sequence[Tensor],
+    passes: Passes,
+    checkpoints: Checkpoints,
+    *,
+    product: ProductKind = "exact",
+    last_steps: int | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """(dw_T/dv)ᵀλ, ``(n,)``; w are the run's variables, v the row weights.
 
-    A step of level k moves its variables, z_k ← Φ_k(z_k, g_k) with g_k = ∂f_k(z, v)/∂z_k. So
+    A step moves w ← U(w, g) with g = ∂f(w, v)/∂w. So
 
-        λ_k ← (∂Φ_k/∂z_k)ᵀλ_k,   λ ← λ + (∂g_k/∂z)ᵀ(∂Φ_k/∂g_k)ᵀλ_k,   s ← s + (∂g_k/∂v)ᵀ(…)ᵀλ_k
+        μ = (∂U/∂g)ᵀλ,   λ ← (∂U/∂w)ᵀλ + (∂g/∂w)ᵀμ,   s ← s + (∂g/∂v)ᵀμ
 
-    with the step's batch, random state, moments and clipping. A level and a λ need one second
-    backward pass. Steps between two checkpoints are repeated. Reverse-mode differentiation:
-    arXiv:1502.03492; for row weights: arXiv:2503.13751.
+    with the step's batch, random state, moments and clipping: one second backward pass. Steps
+    between two checkpoints are repeated. Reverse-mode differentiation: arXiv:1502.03492; for row
+    weights: arXiv:2503.13751.
 
     Args:
-        adjoints: gradients of functions of z_T, each with one tensor per variable.
+        adjoint: λ, the gradient of a function of w_T.
+        checkpoints: of the run at whose end λ was computed.
         product: how second derivatives are computed.
+        last_steps: the number of steps, from the end; None for all.
     """
-
-    def __init__(
-        self,
-        run: Run,
-        adjoints: Sequence[Sequence[Tensor]],
-        passes: Passes,
-        product: ProductKind = "exact",
-    ) -> None:
-        self.run, self.product, self.passes = run, product, passes
-        self.adjoints = [list(adjoint) for adjoint in adjoints]
-        self.moments: list[list[list[Tensor] | None]] = [[None] * len(run.levels) for _ in adjoints]
-        self.products = [torch.zeros_like(run.weights) for _ in adjoints]
-        # For each level, the indices of the variables that it does not own, but its loss may read.
-        self.others = [
-            [index for index in range(len(run.variables)) if index not in owned]
-            for owned in map(set, run.indices)
-        ]
-        fixed = RandomState.seeded(devices_of(*run.levels), "attribution")
-        self.oracles = []
-        for level, indices in zip(run.levels, self.others, strict=True):
-            others = [run.variables[index] for index in indices]
-            upper = Problem([run.weights, *others], name="row weights")
-            self.oracles.append(Oracle(upper, level, None, None, fixed, fixed, passes=passes))
-
-    def back(
-        self, checkpoints: Checkpoints, *, last_steps: int | None = None, progress: bool = False
-    ) -> list[Tensor]:
-        """(dz_T/dv)ᵀλ for each λ, ``(n,)``, through the ``last_steps`` last steps; None for all.
-
-        ``checkpoints`` must belong to the run at whose end the adjoints were computed.
-        """
-        run, total, every = self.run, len(self.run.steps), checkpoints.every
-        first = 0 if last_steps is None else max(0, total - last_steps)
-        with ExitStack() as stack:
-            for oracle in self.oracles:
-                stack.enter_context(oracle.open())
-            stack.enter_context(perturbed(run.variables))
-            bar = tqdm(total=total - first, disable=not progress, desc="backward")
-            stack.enter_context(bar)
-            for begin in reversed(range(first // every * every, total, every)):
-                end = min(begin + every, total)
-                points = [checkpoints.get(begin)]
-                for number in range(begin, end - 1):
-                    points.append(run.advance(number, points[-1]))
-                    self.passes.gradients += len(run.steps[number])
-                for number in reversed(range(max(begin, first), end)):
-                    self._pull(number, points.pop())
-                    bar.update()
-        return self.products
-
-    def _pull(self, number: int, point: Point) -> None:
-        """Replace the adjoints after the step ``number`` by those before it."""
-        values = self.run.begin(number, point)
-        assign_(self.run.variables, values)
-        before = [list(adjoint) for adjoint in self.adjoints]
-        terms: list[list[tuple[int, Tensor]]] = [[] for _ in self.adjoints]
-        for update in self.run.steps[number]:
-            level = update.level
-            owned, others = self.run.indices[level], self.others[level]
-            optimizer, state = self.run.optimizer(level), point[1].get(level, {})
-            at = self.run.step_record(update, values, state)
-            with self.oracles[level].product(self.product, at=at) as product:
-                record = self.run.step_record(update, values, state, product.lower_gradient())
-                for k, adjoint in enumerate(self.adjoints):
-                    moments, of_level = self.moments[k], Vector(adjoint[index] for index in owned)
-                    w_bar, g_bar, moments[level] = optimizer.vjp(record, of_level, moments[level])
-                    hessian, mixed = product.both(g_bar)
-                    of_weights, *of_others = mixed
-                    self.products[k] = self.products[k] + of_weights
-                    for index, bar in zip(owned, w_bar, strict=True):
-                        before[k][index] = bar
-                    terms[k] += zip((*owned, *others), (*hessian, *of_others), strict=True)
-        for adjoint, level_terms in zip(before, terms, strict=True):
-            for index, term in level_terms:
-                adjoint[index] = adjoint[index] + term
-            for index in self.run.assigned[number]:
-                adjoint[index] = torch.zeros_like(adjoint[index])
-        self.adjoints = before
+    total, every = len(run.steps), checkpoints.every
+    first = 0 if last_steps is None else max(0, total - last_steps)
+    at_end, moments, s = Vector(adjoint), None, torch.zeros_like(run.weights)
+    fixed = RandomState.seeded(devices_of(run.level), "attribution")
+    upper = Problem([run.weights], name="row weights")
+    oracle = Oracle(upper, run.level, None, None, fixed, fixed, passes=passes)
+    bar = tqdm(total=total - first, disable=not progress, desc="backward")
+    with oracle.open(), perturbed(run.variables), bar:
+        for begin in reversed(range(first // every * every, total, every)):
+            end = min(begin + every, total)
+            points = [checkpoints.get(begin)]
+            for number in range(begin, end - 1):
+                points.append(run.advance(number, points[-1]))
+                passes.gradients += 1
+            for number in reversed(range(max(begin, first), end)):
+                point = points.pop()
+                assign_(run.variables, point[0])
+                with oracle.product(product, at=run.step_record(number, point)) as products:
+                    step = run.step_record(number, point, products.lower_gradient())
+                    w_bar, g_bar, moments = run.optimizer.vjp(step, at_end, moments)
+                    hessian, (of_weights,) = products.both(g_bar)
+                    at_end, s = w_bar + hessian, s + of_weights
+                bar.update()
+    return s
 
 
 def scores(
     trained: Trained, estimator: ScoreEstimator, checkpoints: Checkpoints | None = None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """dΦ/dv of each slice, ``(n,)`` in float64, at the variables' current values; and the cost.
+) -> tuple[Tensor, dict[str, Any]]:
+    """dΦ/dv, ``(n,)`` in float64, at the variables' current values; and the cost.
 
     The cost counts forward-backward passes as ``gradients`` and second backward passes as
-    ``products``; a solver adds the relative ``residuals`` by slice and its ``notes``.
-    ``checkpoints`` belong to the run that led to the current values, by default the recorded run.
+    ``products``; a solver adds its relative ``residual`` and a ``note``. ``checkpoints`` belong to
+    the run that led to the current values, by default the recorded run.
 
     Raises:
         NonFiniteError: a loss, a gradient, a curvature or a score is NaN or infinite.
     """
-    passes, run, kind, results = Passes(), trained.run, estimator.estimator, list[Any]()
-    through = estimator.differentiates_run
+    passes, run, kind, evaluation = Passes(), trained.run, estimator.estimator, trained.evaluation
+    through, cost = estimator.differentiates_run, dict[str, Any]()
     level = Problem(run.variables, name="the run") if through else trained.final
     rows = None if through else trained.rows()
     fixed = RandomState.seeded(devices_of(level), "attribution")
-    oracles = [
-        Oracle(trained.evaluation, level, losses, rows, fixed, fixed, passes=passes)
-        for losses in trained.evaluation.slices.values()
-    ]
+    oracle = Oracle(evaluation, level, evaluation.parts, rows, fixed, fixed, passes=passes)
     if isinstance(kind, Unrolled):
         assert isinstance(run, Run)
-        adjoints = []
-        for oracle in oracles:
-            with oracle.open():
-                adjoints.append(oracle.upper_gradient.b.parts)
-        sweep = Sweep(run, adjoints, passes, kind.product)
-        points = checkpoints or run.checkpoints
-        products = sweep.back(points, last_steps=estimator.last_steps, progress=trained.progress)
+        with oracle.open():
+            adjoint = oracle.upper_gradient.b.parts
+        points, last = checkpoints or run.checkpoints, estimator.last_steps
+        how: Any = {"product": kind.product, "last_steps": last, "progress": trained.progress}
+        result = back(run, adjoint, passes, points, **how)
     else:
-        results = [oracle.estimate(kind) for oracle in oracles]
-        products = [result.implicit.flat() for result in results]
-    names = trained.evaluation.slices
-    by_slice = {k: s.to("cpu", torch.float64) for k, s in zip(names, products, strict=True)}
-    return by_slice, {
-        "gradients": passes.gradients,
-        "products": passes.products,
-        "residuals": {k: x.residual for k, x in zip(names, results) if x.residual is not None},
-        "notes": list(dict.fromkeys(result.note for result in results if result.note)),
-    }
+        estimate = oracle.estimate(kind)
+        result = estimate.implicit.flat()
+        cost = {"residual": estimate.residual, "note": estimate.note}
+    cost |= {"gradients": passes.gradients, "products": passes.products}
+    return result.to("cpu", torch.float64), cost

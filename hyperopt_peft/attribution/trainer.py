@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
-from itertools import count
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-from accelerate.utils import send_to_device
-from torch.utils.data import ConcatDataset
 from transformers import Trainer, enable_full_determinism, set_seed
 
 from hyperopt_peft.adapters import peft_internals
 from hyperopt_peft.attribution.recorder import method_of, recorded
 from hyperopt_peft.attribution.rows import ModelOnRows, TrainerData, classes_of_rows
-from hyperopt_peft.attribution.run import ParameterUpdate, Run
 from hyperopt_peft.attribution.scores import Evaluation, Trained
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
@@ -26,8 +18,6 @@ from hyperopt_peft.trainer.checks import require_mean_over_labels
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.quiet import quiet
 from hyperopt_peft.trainer.step import Accumulated
-from hyperopt_peft.trainer.tags import INDEX
-from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.precision import require_float32
 from hyperopt_peft.utils.random_state import RandomState
 
@@ -44,7 +34,6 @@ UNSUPPORTED_OVERRIDES = (
 def trained_by_trainer(
     trainer: Any,
     evaluation: Any,
-    slices: str | None,
     *,
     twice: bool,
     progress: bool,
@@ -52,7 +41,7 @@ def trained_by_trainer(
 ) -> Trained:
     """Train what ``trainer`` trains, and return its run and Φ; see `attribute` and `recorded`."""
     require_attributable(trainer)
-    data = TrainerData(trainer, evaluation, slices)
+    data = TrainerData(trainer, evaluation)
     random_state = _new_model(trainer)
     require_float32(trainer.model)
     first = range(len(data.train_rows))[: trainer.args.per_device_train_batch_size]
@@ -70,79 +59,52 @@ def trained_by_trainer(
     assert run is not None
     run.settings["seconds"] = runner.passes.read()["seconds"]
     trainer.state.global_step, trainer.state.epoch = runner.state.global_step, runner.state.epoch
-    method, batches = method_of(runner), data.batches
+    batches = data.batches
     model = ModelOnRows(runner.model, runner.compute_loss_context_manager, runner.tags)
-    above = {name: batches(data.evaluation_rows, rows) for name, rows in data.groups.items()}
-    of_slices = {name: model.mean(parts) for name, parts in above.items()}
-    final = method.lower(runner.model, partial(runner.task_loss, training=False))
-    enlarged = len(run.levels) == 1 and not method.tags
+    final = method_of(runner).lower(runner.model, partial(runner.task_loss, training=False))
     return Trained(
         run,
-        Evaluation(run.weights, of_slices, data.shares),
+        Evaluation(run.weights, model.mean(batches(data.evaluation_rows))),
         Accumulated(final),
         lambda: model.micro_batches(batches(data.train_rows)),
-        test=lambda test: partial(model.measured, batches(data.test_rows(test))),
-        enlarged=partial(_enlarged, run, runner, data) if enlarged else None,
         probabilities=lambda rows: model.probabilities(batches(data.train_rows, rows)),
         labels=classes_of_rows(batches(data.train_rows)),
-        logits=lambda: model.of_labels(batches(data.evaluation_rows)),
         columns=data.shown[0],
         progress=progress,
     )
 
 
-@contextmanager
-def _enlarged(run: Run, runner: Any, data: TrainerData, seed: int) -> Iterator[None]:
-    """The run on training and evaluation rows in random order, all with the first row's weight."""
-    rows: Any = ConcatDataset([data.train_rows, data.evaluation_rows])
-    generator = torch.Generator().manual_seed(seed)
-    share = slice(distributed.rank(), None, distributed.world_size())
-    orders = (torch.randperm(len(rows), generator=generator)[share] for _ in count())
-    order = (int(row) for rows_of_epoch in orders for row in rows_of_epoch)
-
-    def on_other_rows(step: tuple[ParameterUpdate]) -> tuple[ParameterUpdate]:
-        (update,) = step
-        batches = []
-        for micro in update.batch:
-            chosen = [{**rows[next(order)], INDEX: 0} for _ in micro.batch[INDEX].unique()]
-            batches.append(send_to_device(data.collate(chosen), data.trainer.args.device))
-        pairs = zip(runner.current_step.with_entries(batches), update.batch, strict=True)
-        return (replace(update, batch=[replace(m, batch=batch) for batch, m in pairs]),)
-
-    steps, run.steps = run.steps, [on_other_rows(step) for step in run.steps]
-    try:
-        with run.repeated(run.row_weights):
-            yield
-    finally:
-        run.steps = steps
-
-
 def require_trainer(trainer: Any) -> None:
-    """Raise ProblemError unless ``trainer`` is a Trainer, with a method if it is bilevel."""
+    """Raise ProblemError unless ``trainer`` is a Trainer, with a method if it is a bilevel one."""
     name = type(trainer).__name__
     if not isinstance(trainer, Trainer):
         raise ProblemError(f"training: must be a Problem or a transformers.Trainer, got {name}")
     if getattr(trainer, "method", trainer) is None:
         raise ProblemError(
-            f"training: {name} has levels without a loss for each row; give it a method, or use an "
-            "Engine with levels of your own"
+            f"training: {name} has levels without a loss for each row; give it a method, or use a "
+            "level of your own"
         )
 
 
 def require_attributable(trainer: Any) -> None:
     """Raise ProblemError if the trainer has trained, or if the recorded run would differ."""
     require_trainer(trainer)
+    if getattr(trainer, "upper", None) is not None:
+        raise ProblemError(
+            "training: has two levels, and rows have scores for the training of one; give a method "
+            'without upper level, such as lora or dora, or model="head"'
+        )
     if trainer.state.global_step and trainer.model_init is None:
         raise ProblemError(
             "training: attribute() must see training from its first step; give a new trainer, or "
             "one with model_init"
         )
     method = method_of(trainer)
-    for name in ("finish", "export", "after_upper_step", "after_search"):
+    for name in ("finish", "export"):
         if getattr(type(method), name) is not getattr(Method, name):
             raise ProblemError(
                 f"training: {type(method).__name__}.{name} changes the model during the run, and "
-                "its derivative is not known; give a method without it, or an Engine"
+                "its derivative is not known; give a method without it"
             )
     for name in UNSUPPORTED_OVERRIDES:
         module = getattr(getattr(trainer, name), "__module__", "").partition(".")[0]

@@ -22,14 +22,9 @@ from hyperopt_peft.attribution.scores import (
     Evaluation,
     Trained,
     parse_estimator,
-    require_known_derivative,
     scores,
 )
-from hyperopt_peft.attribution.trainer import (
-    require_attributable,
-    require_trainer,
-    trained_by_trainer,
-)
+from hyperopt_peft.attribution.trainer import require_trainer
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.heads.features import Features
 from hyperopt_peft.utils.models import base_model
@@ -41,7 +36,7 @@ MOST = 0.5
 TOLERANCES = 1e-5, 1e-6
 
 
-def why(trainer: Any, rows: Any = None, *, adapter: bool = False, progress: bool = True) -> Reasons:
+def why(trainer: Any, rows: Any = None, *, progress: bool = True) -> Reasons:
     """For each of ``rows``, find a few training rows whose removal changes its prediction.
 
     The predictions are those of a linear head on features from the Trainer's model in its present
@@ -58,12 +53,10 @@ def why(trainer: Any, rows: Any = None, *, adapter: bool = False, progress: bool
         trainer: a `transformers.Trainer` of a classifier, as for `attribute`.
         rows: a data set with labels, without training rows; by default the Trainer's
             ``eval_dataset``.
-        adapter: whether to train the Trainer's model too, once on all rows and once without each
-            set, and report its predictions.
 
     Raises:
         ProblemError: there are no rows, or all are training rows; labels are not one class per row
-            or token; with ``adapter``, the Trainer has trained already, or `attribute` refuses it.
+            or token.
         NonFiniteError: a training diverges.
 
     Example:
@@ -81,11 +74,7 @@ def why(trainer: Any, rows: Any = None, *, adapter: bool = False, progress: bool
         [0, 1]
     """
     require_trainer(trainer)
-    if adapter:
-        require_attributable(trainer)
-        if getattr(trainer, "upper", None) is not None:
-            require_known_derivative(trainer)
-    data = TrainerData(trainer, rows, None)
+    data = TrainerData(trainer, rows)
     (first,) = data.batches(data.train_rows, [0])
     if first["labels"].is_floating_point():
         raise ProblemError(
@@ -93,32 +82,11 @@ def why(trainer: Any, rows: Any = None, *, adapter: bool = False, progress: bool
         )
     training, read = train_head(trainer, data, progress=progress, largest=False)
     places = read(data.evaluation_rows)
-    chosen = explained(training, places)
-    bar = tqdm(chosen, "why", disable=not progress)
+    bar = tqdm(explained(training, places), "why", disable=not progress)
     reasons = [reason_for(training, places, place) for place in bar]
-    if adapter:
-        reasons = _with_adapter(trainer, rows, chosen, reasons, progress)
     config = getattr(base_model(trainer.model), "config", None)
     names = getattr(config, "id2label", None) or {}
     return Reasons(reasons, names, *data.shown)
-
-
-def _with_adapter(
-    trainer: Any, rows: Any, places: list[int], reasons: list[Reason], progress: bool
-) -> list[Reason]:
-    """Add the predictions of the adapter, trained on all rows and without each reason's rows."""
-    options = {"twice": False, "differentiated": False, "progress": progress}
-    trained = trained_by_trainer(trainer, rows, None, **options)
-    assert trained.logits is not None
-    before, results = trained.logits().argmax(-1), list[Reason]()
-    bar = tqdm(reasons, "adapter", disable=not progress)
-    for place, reason in zip(places, bar, strict=True):
-        if reason.rows:
-            with trained.run.without(reason.rows):
-                after = trained.logits()[place].argmax()
-            reason = replace(reason, adapter=(int(before[place]), int(after)))
-        results.append(reason)
-    return results
 
 
 def explained(training: HeadTraining, places: Features) -> list[int]:
@@ -157,10 +125,10 @@ def reason_for(training: HeadTraining, places: Features, place: int) -> Reason:
     level, batch = training.level, training.features.batch()
     margin = Evaluation(training.weights, lambda: margins(head(x).logits, classes)[0])
     trained = Trained(training, margin, level, lambda: batch)
-    slopes = scores(trained, parse_estimator(HEAD_ESTIMATOR))[0]["all"]
+    slopes = scores(trained, parse_estimator(HEAD_ESTIMATOR))[0]
     most = min(int((slopes > 0).sum()), int(MOST * len(slopes)))
     order = slopes.argsort(descending=True)[:most]
-    size = margin.values()["all"]
+    size = margin.value()
     guess = 1 + int((slopes[order].cumsum(0) < size).sum())
     result = fewest(training, x, order, guess)
     reason = Reason(row, token, predicted, None, [], [], size, most)

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
 from hyperopt_peft.attribution import Attribution, Reasons
-from hyperopt_peft.attribution.uses import Suspects
+from hyperopt_peft.attribution.suspects import Suspects
 from hyperopt_peft.cli.report import Report, as_text
 from hyperopt_peft.cli.text import attributed
 from hyperopt_peft.utils.tables import cells, write_csv
 
-#: The trainings without random rows of `retrain_without`.
-DRAWS = 5
 #: The rows in a table, and at each end of the picture.
 SHOWN = 10
 EVIDENCE = ["likely_label", "label_confidence", "training_loss", "score"]
@@ -48,14 +44,12 @@ class Answers:
     columns: dict[str, list[Any]] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
 
-    def paragraphs(
-        self, seed: int, test: Dataset | None, explained: int, reasons: Callable[[], Reasons]
-    ) -> Iterator[str]:
+    def paragraphs(self, seed: int, reasons: Callable[[], Reasons] | None) -> Iterator[str]:
         """The paragraphs to print, the first of which says what to do."""
         result, command = self.result, self.command
         self.page.verdict = self._hurting()
         self.page.details = {"Run": self._run()}
-        text = self.add({}, settings=result.settings, evaluation_loss=result.values)
+        text = self.add({}, settings=result.settings, evaluation_loss=result.value)
         if command.suspects:
             yield from self._cost("suspects", command.suspects)
             text = self._suspects(result.suspects(command.suspects, seed=seed))
@@ -65,23 +59,14 @@ class Answers:
             yield from self._cost("check", command.check)
             check = result.check(command.check, seed=seed)
             trust, self.record["check"] = check.verdict, check.record()
-            by_slice = (f"{name}: {one}" for name, one in check.by_slice.items())
-            self.page.details |= {"Check": "\n".join([str(check), *by_slice])}
+            self.page.details |= {"Check": str(check)}
         parts: dict[str, Any] = {"Can the scores be trusted?": trust}
         for name, rows in zip(("hurt", "help"), result.ends(SHOWN), strict=True):
             lines = [[*self._cells(row), f"{result.scores[row]:+.1e}"] for row in rows]
             parts[f"Rows that {name} most"] = [["row", *result.columns, "score"], *lines]
         yield self.add(parts)
-        if explained:
-            if command.score_model == "adapter":
-                yield from self._cost("why", explained + 1)
+        if reasons is not None:
             yield self._reasons(reasons())
-        if test is not None and command.retrain_without is not None:
-            yield from self._cost("retrain_without", 4 + DRAWS)
-            removal = result.removal(command.retrain_without, test, draws=DRAWS, seed=seed)
-            title = f"Without these rows, on {len(test)} rows that neither training nor scores saw"
-            parts = {title: removal.table(), "Is there a gain?": removal.verdict}
-            yield self.add(parts, removal=asdict(removal) | {"verdict": removal.verdict})
         if command.details:
             yield as_text(self.page.details)
 
@@ -131,7 +116,7 @@ class Answers:
             f"{[*result.columns][-1]!r}, and train again."
         )
         parts = {"Train again": self.again, "The most doubtful labels": [heads, *shown[:SHOWN]]}
-        parts["Terms"] = TERMS + f"\n{suspects.advice}" * bool(suspects.advice)
+        parts["Terms"] = TERMS
         return self.add(parts, suspects=suspects.record())
 
     def _reasons(self, reasons: Reasons) -> str:
@@ -167,15 +152,15 @@ class Answers:
     def _run(self) -> str:
         """The numbers of the run and of the solver."""
         settings = self.result.settings
-        phi = ", ".join(f"{name} {value:.4f}" for name, value in self.result.values.items())
         trained = f"{settings['steps']} steps"
         if self.command.score_model == "head":
             trained = f"a linear head at its minimum, with the penalty λ = {settings['l2']:g}"
             trained += f" (the {settings['l2_end']} one tried)" * bool(settings["l2_end"])
         text = (
             f"{settings['rows']} training rows, {trained}, {settings['variables']:,} parameters; "
-            f"scores by {settings['estimator']}\nloss on the evaluation rows: {phi}"
+            f"scores by {settings['estimator']}\n"
+            f"loss on the evaluation rows: {self.result.value:.4f}"
         )
-        if residuals := settings["residuals"].values():
-            text += f"\nlargest relative residual of the solver: {max(residuals):.2g}"
-        return text + "".join(f"\nnote: {note}" for note in settings["notes"])
+        if (residual := settings.get("residual")) is not None:
+            text += f"\nrelative residual of the solver: {residual:.2g}"
+        return text + (f"\nnote: {note}" if (note := settings.get("note")) else "")

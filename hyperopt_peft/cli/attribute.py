@@ -16,17 +16,13 @@ from hyperopt_peft.adapters import use_fast_dora
 from hyperopt_peft.attribution import Reasons
 from hyperopt_peft.attribution.scores import parse_estimator
 from hyperopt_peft.cli import train
-from hyperopt_peft.cli.answers import DRAWS, Answers
+from hyperopt_peft.cli.answers import Answers
 from hyperopt_peft.cli.options import OutputArguments, divided, flags_of, names_of
 from hyperopt_peft.cli.plan import Work, plan, whole
 from hyperopt_peft.cli.report import Report
 from hyperopt_peft.cli.text import attributed
 from hyperopt_peft.cli.text.data import (
-    EVALUATION,
-    ExampleData,
-    held_out,
     read_files,
-    require_columns,
 )
 from hyperopt_peft.cli.text.setup import SHARED, Chosen, Setup, choose, prepare
 from hyperopt_peft.cli.text.tasks import SFT
@@ -34,7 +30,7 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import require_unseen
 from hyperopt_peft.utils.validation import option
 
-SLICE, UNROLLED = "slice", "unrolled"
+UNROLLED = "unrolled"
 
 
 @dataclass
@@ -48,12 +44,9 @@ class AttributeArguments(OutputArguments):
         "for a head cg is the default), or gradient",
     )
     check: int = option(0, help="retrainings without random rows that check the scores")
-    slices: str | None = option(None, help="an evaluation column, whose values get scores")
     suspects: int | None = option(None, help="folds of the search for wrong labels; 5 for a head")
     why: list[str] | None = option(None, help="files with rows to explain by training rows")
-    retrain_without: float | None = option(None, help="share of the worst rows to leave out")
-    test_file: list[str] | None = option(None, help="rows that judge retrain_without")
-    method: str = option("lora", help="as the option of train; rows of both levels count")
+    method: str = option("lora", help="as the option of train, without upper level")
     escape_formulas: bool = option(False, help="keep a spreadsheet from running texts")
     memory_limit: float = option(1.0, help="GiB that the run's checkpoints may take")
 
@@ -64,8 +57,6 @@ class AttributeArguments(OutputArguments):
             value = getattr(self, name)
             if value and value < least:
                 raise ProblemError(f"{name}: must be 0 or at least {least}, got {value}")
-        if self.retrain_without is not None and not 0 < self.retrain_without < 1:
-            raise ProblemError(f"retrain_without: must be in (0, 1), got {self.retrain_without}")
 
 
 TYPES = (AttributeArguments, *SHARED)
@@ -77,8 +68,6 @@ def run(argv: Sequence[str]) -> None:
     command, args, data = chosen.command, chosen.args, chosen.data
     if command.suspects and chosen.model.task != "text-classification":
         raise ProblemError(f"suspects: needs a class label per row; {chosen.model.task} has none")
-    if chosen.model.task == SFT and command.retrain_without is not None:
-        raise ProblemError("retrain_without: is not of task sft; train without rows by TRL")
     if command.why and not chosen.model.task.endswith("classification"):
         raise ProblemError(f"why: needs classes of rows or tokens; {chosen.model.task} has none")
     output = Path(args.output_dir)
@@ -89,8 +78,13 @@ def run(argv: Sequence[str]) -> None:
         asked = command.score_model == "head" and chosen.model.task == "text-classification"
         command.suspects = 5 if asked else 0  # each fold takes seconds
     command.require_output(args)
-    prepared = prepare(chosen.model, data, args, chosen.method, numbered=True)
-    setup, test = split(command, prepared, data)
+    setup = prepare(chosen.model, data, args, chosen.method, numbered=True)
+    if setup.evaluation is None:
+        raise ProblemError(
+            "eval_fraction: attribute needs evaluation rows; give eval_file, or an eval_fraction "
+            "above 0"
+        )
+    setup = replace(setup, train=setup.train.sort(attributed.ROW))
     explained, shown = rows_to_explain(command.why, setup) if command.why else (None, {})
 
     def new_trainer() -> Any:
@@ -107,11 +101,10 @@ def run(argv: Sequence[str]) -> None:
         trainer,
         model=command.score_model,
         estimator=command.estimator,
-        slices=command.slices and SLICE,
         memory_limit=command.memory_limit,
         progress=sys.stderr.isatty(),
     )
-    setup.require_sane(max(result.values.values()))
+    setup.require_sane(result.value)
     # TRL leaves rows out whose labels are cut off.
     numbered = trainer.train_dataset if chosen.model.task == SFT else setup.train
     result.numbers = numbered[attributed.ROW][:]
@@ -135,11 +128,10 @@ def run(argv: Sequence[str]) -> None:
     answers.columns[attributed.SAME_TEXT] = [same.get(row, "") for row in result.numbers]
 
     def reasons() -> Reasons:
-        on_adapter = command.score_model == "adapter"
-        found = why(new_trainer(), explained, adapter=on_adapter, progress=sys.stderr.isatty())
+        found = why(new_trainer(), explained, progress=sys.stderr.isatty())
         return replace(found, columns=result.columns, numbers=result.numbers, explained=shown)
 
-    for text in answers.paragraphs(args.seed, test, len(explained or ()), reasons):
+    for text in answers.paragraphs(args.seed, reasons if explained else None):
         if first:
             print(f"{text}\n", flush=True)
     if first:
@@ -161,30 +153,6 @@ def train_again(argv: Sequence[str], chosen: Chosen, output: Path) -> str:
     return shlex.join(["hyperopt-peft", "train", *file, *flags_of(words)])
 
 
-def split(
-    command: AttributeArguments, setup: Setup, data: ExampleData
-) -> tuple[Setup, Dataset | None]:
-    """The set-up of the scores, in the order of the files, and the test rows."""
-    train, evaluation, test = setup.train, setup.evaluation, None
-    rows = setup.evaluation_rows
-    judged = command.retrain_without is not None and not command.test_file
-    if evaluation is None or rows is None or (judged and data.eval_fraction == 0):
-        raise ProblemError(
-            "eval_fraction: attribute needs evaluation rows, for retrain_without test examples; "
-            "give eval_file and test_file, or an eval_fraction above 0"
-        )
-    if command.slices:
-        require_columns(rows, [command.slices], EVALUATION)
-        evaluation = evaluation.add_column(SLICE, [str(value) for value in rows[command.slices]])
-    if judged:
-        train, test = held_out(train, data.eval_fraction, [attributed.ROW])
-    elif command.retrain_without is not None:
-        read = read_files(command.test_file or [], "test_file")
-        test = setup.encoder.encode(read, "the test examples")
-        require_unseen("test_file", test, training=setup.train, evaluation=evaluation)
-    return replace(setup, train=train.sort(attributed.ROW), evaluation=evaluation), test
-
-
 def rows_to_explain(files: Sequence[str], setup: Setup) -> tuple[Dataset, dict[str, list[Any]]]:
     """The encoded rows of ``files``, and the columns to show of them."""
     rows, label = read_files(files, "why"), setup.encoder.columns[-1]
@@ -204,26 +172,26 @@ def rows_to_explain(files: Sequence[str], setup: Setup) -> tuple[Dataset, dict[s
 
 
 def planned(command: AttributeArguments, setup: Setup, trainer: Any, explained: int) -> str:
-    """The trainings in lines, and their time; ``explained`` rows each retrain an adapter."""
+    """The trainings in lines, and their time; ``explained`` predictions take some seconds each."""
     rows, evaluation = len(setup.train), len(setup.evaluation or ())
     line = f"examples: {rows} training, {evaluation} evaluation"
     batches = rows / trainer.args.per_device_train_batch_size
-    if command.score_model == "head":
+    works, on_head = list[Work](), command.score_model == "head"
+    if not on_head:
+        training = whole(trainer, "training")
+        # Scores by a whole run cost two trainings (docs/attribution.md), else passes over rows.
+        unrolled = (command.estimator or UNROLLED).startswith(UNROLLED)
+        scores = Work("scores", 1, 0, 2 * (training.batches if unrolled else batches))
+        works = [training, scores, *[replace(scores, name="scores again")] * bool(command.check)]
+        counts = {
+            "check": command.check and command.check + 1,
+            "suspects": command.suspects,
+        }
+        works += [replace(training, name=name, trainings=n) for name, n in counts.items() if n]
+    if heads := on_head + bool(explained):  # the rows to explain have a head of their own
         # A pass forward alone is a third of one with the way back.
-        twice = 2 if explained else 1  # the rows to explain have a head of their own
-        works = [Work("features", twice, 0, (1 + evaluation / rows) * batches / 3)]
-        searches = f", and {explained} predictions explained in some seconds each" * bool(explained)
-        return f"{line}; heads are trained in seconds{searches}\n{plan(works, trainer)}"
-    training = whole(trainer, "training")
-    # Scores by a whole run cost two trainings (docs/attribution.md), else passes over rows.
-    unrolled = (command.estimator or UNROLLED).startswith(UNROLLED)
-    scores = Work("scores", 1, 0, 2 * (training.batches if unrolled else batches))
-    works = [training, scores, *[replace(scores, name="scores again")] * bool(command.check)]
-    counts = {
-        "check": command.check and command.check + 1,
-        "suspects": command.suspects,
-        "why": explained and explained + 1,
-        "retrain_without": 4 + DRAWS if command.retrain_without else 0,
-    }
-    works += [replace(training, name=name, trainings=n) for name, n in counts.items() if n]
+        works.append(Work("features", heads, 0, (1 + evaluation / rows) * batches / 3))
+        line += "; heads are trained in seconds"
+    if explained:
+        line += f", and {explained} predictions explained in some seconds each"
     return f"{line}\n{plan(works, trainer)}"

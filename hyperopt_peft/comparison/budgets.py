@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import add
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Self
@@ -39,7 +40,7 @@ class AcrossBudgets(Joined):
         ...     return Comparison(plan, store)
         >>> budgets = AcrossBudgets({300: made_up(300, 0.7, 0.71), 1200: made_up(1200, 0.8, 0.83)})
         >>> budgets.table()[2]
-        ['DoRA', '71.0 ± 0.0', '83.0 ± 0.0']
+        ['DoRA', '71.0 ± 0.0*', '83.0 ± 0.0*']
     """
 
     key, form, lead = "passes", "g", "at {} passes"
@@ -71,12 +72,16 @@ class AcrossBudgets(Joined):
         return self.last.reported(name, kind, stopped)
 
     def table(self) -> list[Row]:
-        """The score of each method and ablation at each budget, and where runs may stop before."""
+        """The score of each method and ablation at each budget, and where runs may stop before.
+
+        An asterisk marks a significant difference to the first method at the end of the runs.
+        """
         every = [(x, end) for x in self.comparisons.values() for end in x.plan.endings]
         rows = [[self._score, *(f"{x.passes:g} passes{', stopped' * end}" for x, end in every)]]
         for name, kind in self.plan.candidates():
             cells = [x.shown(x.scores(name, kind, end)) for x, end in every]
-            rows.append([name + ABLATIONS[kind], *cells])
+            marks = ["" if end else x.mark(name, kind) for x, end in every]
+            rows.append([name + ABLATIONS[kind], *map(add, cells, marks)])
         return rows
 
     def ablations(self) -> list[Row]:

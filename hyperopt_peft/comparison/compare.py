@@ -173,9 +173,10 @@ def compare_methods(
             f"seeds: {len(seeds)} reported; one seed has no interval, so give two or more"
         )
     if head is not None:
-        of_choice = replace(choice, held_out=DEFAULT.held_out) != DEFAULT
-        if passes is not None or of_choice:
-            name = "choice" if of_choice else "passes"
+        # Without folds each seed draws its training rows by held_out.
+        unread = choice if folds else replace(choice, held_out=DEFAULT.held_out)
+        if passes is not None or unread != DEFAULT:
+            name = "choice" if unread != DEFAULT else "passes"
             raise ProblemError(f"{name}: has no effect on heads, which are solved; leave it out")
     elif not budgets or not all(0 < each < math.inf for each in budgets):
         raise ProblemError(f"passes: must be the budget of a run, such as 300, got {passes}")

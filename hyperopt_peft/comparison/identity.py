@@ -10,7 +10,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
@@ -64,14 +64,15 @@ def with_values(thing: Any) -> Any:
     """The `code_of` a callable or an object, and the values that it holds.
 
     These are the arguments of a partial, the variables around a function, or the attributes of an
-    object of the user: plain values as they are, of others the code.
+    object of the user or of a dataclass, such as a collator: plain values as they are, of others
+    the code.
     """
     values, owner = dict[str, Any](), getattr(thing, "__self__", thing)
     if isinstance(thing, functools.partial):
         values = {"func": thing.func, "args": thing.args, **thing.keywords}
     elif inspect.isfunction(thing):
         values = dict(inspect.getclosurevars(thing).nonlocals)
-    elif _is_of_user(type(owner).__module__):
+    elif _is_of_user(type(owner).__module__) or is_dataclass(type(owner)):
         values = getattr(owner, "__dict__", values)
     held = {k: x if isinstance(x, PLAIN) else code_of(x) for k, x in values.items()}
     return [code_of(thing), held] if held else code_of(thing)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import pairwise
 from operator import methodcaller
@@ -81,6 +81,7 @@ with 2 seeds (80 % power): 8.2 points
     store: Store
     note: str = ""
     scored: int = 0
+    _reported: dict[Any, list[Result]] = field(default_factory=dict, init=False, repr=False)
     #: The repetitions by which differences are paired.
     unit: ClassVar[str] = "seeds"
 
@@ -101,8 +102,10 @@ with 2 seeds (80 % power): 8.2 points
 
     def reported(self, name: str, kind: Kind = "method", stopped: bool = False) -> list[Result]:
         """The reported runs of a method or an ablation, one for each seed."""
-        pick = partial(self.plan.chosen, self.store, name, kind, stopped=stopped)
-        return [self.store.results[pick(seed)] for seed in self.plan.seeds]
+        if (candidate := (name, kind, stopped)) not in self._reported:
+            pick = partial(self.plan.chosen, self.store, name, kind, stopped=stopped)
+            self._reported[candidate] = [self.store.results[pick(x)] for x in self.plan.seeds]
+        return self._reported[candidate]
 
     def require_finite(self) -> None:
         """Raise ProblemError where a reported run has no finite score."""
@@ -175,12 +178,15 @@ with 2 seeds (80 % power): 8.2 points
         forms = [each for each in every if each[0] == name]
         return forms + every[: name != self.first] if len(forms) > 1 else []
 
+    def mark(self, name: str, kind: Kind) -> str:
+        """An asterisk where the difference to the first method is significant."""
+        gap = self.verdicts.get(((name, kind), self.plan.candidates()[0]))
+        return "*" * (gap is not None and gap.is_significant)
+
     def _gap(self, name: str, kind: Kind) -> str:
         """The difference to the first method; nothing for itself."""
-        pair = (name, kind), self.plan.candidates()[0]
-        if gap := self.verdicts.get(pair):
-            return _marked(gap)
-        return "" if pair[0] == pair[1] else str(self.difference(*pair))
+        one, first = (name, kind), self.plan.candidates()[0]
+        return "" if one == first else f"{self.difference(one, first)}{self.mark(name, kind)}"
 
     @property
     def first(self) -> str:
@@ -221,7 +227,7 @@ with 2 seeds (80 % power): 8.2 points
         return rows
 
     def rates(self) -> list[Row]:
-        """The mean held-out score at each rate, and the number of seeds whose rate is nearest.
+        """The mean held-out score at each rate, and the number of seeds that chose it.
 
         Without a rate, it is that at each seed's own rate.
         """
@@ -229,10 +235,9 @@ with 2 seeds (80 % power): 8.2 points
         for name, kind in self.plan.candidates():
             for axis, grid in self.plan.at_every_rate(self.store, name, kind).items():
                 chosen = [run[axis] for run in self.reported(name, kind)]
-                near = [min((abs(math.log(x / own)), x) for x in grid)[1] for own in chosen]
                 for rate, score in grid.items():
                     pair = [f"{rate:g}", ""] if axis == "rate" else ["", f"{rate:g}"]
-                    cells = [*pair, self.shown([score]), str(near.count(rate))]
+                    cells = [*pair, self.shown([score]), str(chosen.count(rate))]
                     rows.append([name + ABLATIONS[kind], *cells])
         return rows
 
@@ -288,7 +293,8 @@ with 2 seeds (80 % power): 8.2 points
             far = f" that moved the upper variables by {100 * means.get('moved', 0):.3g} %"
             if means.get("start") == 0:
                 far = f" that moved the upper variables from 0 to a norm of {means['moved']:.2g}"
-            words.append(f"with {means['steps']:.3g} upper steps{far * ('moved' in means)}")
+            steps = f"{means['steps']:.3g} upper step{'' if means['steps'] == 1 else 's'}"
+            words.append(f"with {steps}{far * ('moved' in means)}")
         return f"{', '.join(words)}: " if words else ""
 
     def _edges(self) -> Iterator[str]:
@@ -301,7 +307,7 @@ with 2 seeds (80 % power): 8.2 points
                         text = "a score is not finite, which counts as the worst"
                         yield f"{title}: at the {word} {rate:g} {text}"
                 chosen = [run[axis] for run in self.reported(name, kind)]
-                ends = [x for x in chosen if not min(grid) * 1.001 < x < max(grid) * 0.999]
+                ends = [x for x in chosen if x in (min(grid), max(grid))]
                 if 2 * len(ends) > len(chosen):
                     far = " and ".join(f"{x:g}" for x in sorted({*ends}))
                     article = "a" if axis == "rate" else "an"
@@ -326,7 +332,8 @@ with 2 seeds (80 % power): 8.2 points
     def stopping(self) -> list[Row]:
         """The scores at the end of runs and at each seed's best point, which is shown in passes.
 
-        The best point is that of the mean held-out score; no test row chooses it.
+        The best point is that of the mean held-out score; no test row chooses it. Each effect has
+        an interval of its own, and none is corrected for their number.
         """
         heads = "at the end", "stopped", "effect", f"− {self.first}, stopped", "stopped at"
         rows, first = [["method", *heads]], self.scores(self.first, stopped=True)

@@ -28,7 +28,7 @@ def test_scores_and_checks_are_those_of_one_process(two: Any) -> None:
 
 @pytest.mark.slow
 def test_heads_mix_no_tensors_of_two_devices(tmp_path: Path) -> None:
-    """Scores, removals, reasons and a comparison: they are those of the CPU, on the CPU."""
+    """Scores, reasons and a comparison: they are those of the CPU, on the CPU."""
     command = [sys.executable, "-m", "tests.support.heads_on_a_card", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=two_processes.ROOT)
     assert done.returncode == 0, done.stderr[-5000:]

@@ -12,7 +12,6 @@ from torch import Tensor
 from hyperopt_peft import NonFiniteError, Problem, ProblemError, attribute
 from hyperopt_peft.attribution import Attribution, ScoreCheck
 from hyperopt_peft.attribution.check import rank_interval
-from hyperopt_peft.attribution.uses import Removal
 from hyperopt_peft.hypergradients.unrolled.reverse import Unrolled
 from tests.support.attributed import ROWS, STEPS, error, error_of_slopes, levels, scored, setup_of
 
@@ -47,13 +46,9 @@ def test_checkpoints_change_the_memory_and_no_score() -> None:
         assert settings["gradients"] + settings["products"] + STEPS <= 4 * STEPS + 1
 
 
-def test_slices_are_those_of_one_run() -> None:
-    """Each as on its own, and the whole is their mean."""
+def test_a_loss_in_parts_is_their_sum() -> None:
     lower, weights, first = levels()
-    several: Any = {"a": first, "b": [lambda: lower.variables[0].square().sum(), first]}
-    result = scored((lower, weights, several))
-    assert error(result.by_slice["a"], scored(levels()).scores) < 1e-12
-    assert torch.allclose(result.scores, (result.by_slice["a"] + result.by_slice["b"]) / 2)
+    result = scored((lower, weights, [lambda: lower.variables[0].square().sum(), first]))
     assert error_of_slopes(result) < 1e-6
 
 
@@ -94,18 +89,6 @@ def test_unseen_rows_have_no_score() -> None:
     assert result.settings["unseen"] == 2 and (result.ranks()[10:] == 0).all()
 
 
-def test_a_removal_is_the_training_without_the_rows() -> None:
-    lower, ones, phi = levels()
-    result = scored((lower, ones, phi))
-    removal = result.removal(0.2, phi, draws=2)
-    setup, weights = setup_of(result), torch.ones(ROWS, dtype=torch.float64)
-    weights[result.scores.argsort(descending=True)[: removal.count]] = 0
-    with setup.run.repeated(weights):
-        assert removal.without["loss"] == pytest.approx(float(phi()), rel=1e-12)
-    assert removal.plain["loss"] == pytest.approx(result.values["all"], rel=1e-12)
-    assert len(removal.random) == 2
-
-
 LEAF = torch.ones(ROWS, requires_grad=True)
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"estimator": "darts"}, "estimator"),
@@ -113,12 +96,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"training_steps": None}, "training_steps"),
     ({"training_steps": 0}, "training_steps"),
     ({"memory_limit": 1e-9}, "memory_limit"),
-    ({"slices": "kind"}, "slices"),
     ({"model": "head"}, "model"),
     ({"row_weights": torch.ones(ROWS)}, "row_weights"),
     ({"row_weights": LEAF}, "the loss does not read the row weights"),
     ({"evaluation": None}, "evaluation"),
-    ({"evaluation": {}}, "evaluation"),
+    ({"evaluation": []}, "evaluation"),
     ({"training": levels(torch.optim.Rprop)[0]}, "Rprop"),
 ]
 
@@ -139,18 +121,18 @@ def test_a_run_that_diverges_is_named() -> None:
 def test_weights_and_rows_to_keep_follow_the_scores() -> None:
     """Weights of mean 1, also of scores that all hurt."""
     scores = torch.tensor([1.0, 1.01, 1.02, torch.nan], dtype=torch.float64)
-    result = Attribution(scores, {"all": scores}, scores, {}, {})
+    result = Attribution(scores, scores, 0.0, {})
     assert torch.allclose(result.weights(), torch.tensor([2.0, 1.0, 0.0, 1.0]).double())
     assert result.without(0.25) == [0, 1, 3]
     same = torch.ones(3, dtype=torch.float64)
-    assert torch.equal(Attribution(same, {"all": same}, same, {}, {}).weights(), same)
+    assert torch.equal(Attribution(same, same, 0.0, {}).weights(), same)
 
 
 def test_a_column_of_the_data_is_not_overwritten(tmp_path: Path) -> None:
     scores = torch.tensor([0.5, -1.0, float("nan")], dtype=torch.float64)
     columns = {"text": ["a", "b", "c"], "score": [3, 4, 5]}
     losses = torch.ones(3, dtype=torch.float64)
-    result = Attribution(scores, {"all": scores}, losses, {"all": 0.0}, {}, columns)
+    result = Attribution(scores, losses, 0.0, {}, columns)
     result.numbers = [2, 7, 9]
     result.to_csv(tmp_path / "attribution.csv", {"suspect": [0, 1, 0]})
     with (tmp_path / "attribution.csv").open() as file:
@@ -185,7 +167,7 @@ def test_smoothness_is_that_of_the_run() -> None:
 
 def test_wrong_scores_are_called_worthless() -> None:
     result = scored()
-    result.by_slice["all"] = -result.by_slice["all"]
+    result.scores = -result.scores
     check = result.check(12, share=0.1, perturbation=None)
     assert check.lds < -0.9 and not check.trustworthy
     assert "do not act" in check.verdict
@@ -211,33 +193,6 @@ def test_five_retrainings_cannot_tell(actual: list[int], lds: float) -> None:
     assert check.lds == pytest.approx(lds)
     assert check.interval[0] < 0.4 and not check.trustworthy
     assert "5 retrainings cannot tell" in str(check)
-
-
-def test_the_verdict_is_one_that_can_be_followed() -> None:
-    """Sizes follow from the slope; a smooth run needs no smoothing, and a head has no steps."""
-    x = torch.linspace(-1, 1, 20)
-
-    def verdict(slope: float, smoothness: float | None, **options: bool) -> str:
-        check = ScoreCheck(x, slope * x, smoothness, 0.05, **options)
-        assert not check.trustworthy
-        return check.verdict
-
-    for slope in (0.6, 1.45):
-        assert "order" in verdict(slope, 0.99) and f"{slope}" in verdict(slope, 0.99)
-    smooth, rough, head = verdict(-1, 0.99), verdict(-1, 0.2), verdict(-1, None, of_head=True)
-    assert all("do not act" in text for text in (smooth, rough, head))
-    assert "estimator unrolled" in smooth and "estimator" not in rough and "smoother" in rough
-    assert "share" in head and "smooth" not in head and "estimator" not in head
-
-
-@pytest.mark.parametrize(
-    ("moves", "gain"), [([0.02, 0.15], False), ([-0.15, 0.02], False), ([0.02, -0.05], True)]
-)
-def test_a_gain_is_more_than_any_random_removal_moves(moves: list[float], gain: bool) -> None:
-    """Up or down; leaving rows out by score lowers the loss by a tenth."""
-    random = [{"loss": 1 + move} for move in moves]
-    removal = Removal(3, {"loss": 1.0}, {"loss": 0.9}, {"loss": 1.0}, random)
-    assert ("no gain" in removal.verdict) != gain
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """`attribute` of a Trainer: the run is the Trainer's, and scores are slopes of retraining."""
 
 import copy
-import operator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +19,18 @@ from transformers import (
     default_data_collator,
 )
 
-from hyperopt_peft import NonFiniteError, ProblemError
-from hyperopt_peft.attribution.uses import suspects
+from hyperopt_peft import (
+    BiDoRA,
+    BilevelTrainer,
+    BilevelTrainingArguments,
+    Method,
+    NonFiniteError,
+    ProblemError,
+)
+from hyperopt_peft.attribution.suspects import suspects
+from hyperopt_peft.problems import DoRA
 from tests.support.attributed import attributed, error_of_slopes, require_equal
+from tests.support.methods import ARGUMENTS, method_trainer
 from tests.support.trainers import (
     CONFIG,
     COUNTS_RIGHT,
@@ -102,7 +110,7 @@ def test_the_run_is_the_trainers_own(tmp_path: Path, kind: str, accumulation: in
     # Llama computes in float32.
     require_equal(watched.model, plain.model, 1e-4 if kind == "causal" else 1e-12)
     if kind not in ("tokens", "causal"):  # of tokens the Trainer averages over batches
-        assert result.values["all"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-6)
+        assert result.value == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-6)
 
 
 def over_batches(folder: Path) -> Trainer:
@@ -130,18 +138,74 @@ def test_a_mean_over_micro_batches_is_the_trainers_own(
     require_equal(watched.model, plain.model, rounding)
 
 
-def test_slices_have_a_loss_each(tmp_path: Path) -> None:
-    rows = data(rows=7, seed=1).add_column("source", ["x", "y", "x", "x", "y", "x", "x"])
-    result = attributed(stock(tmp_path, eval_dataset=rows), slices="source")
-    alone = attributed(stock(tmp_path, eval_dataset=rows.select([1, 4])))
-    assert set(result.by_slice) == {"x", "y"}
-    assert torch.allclose(result.by_slice["y"], alone.scores, rtol=1e-9)
-    mean = (5 * result.by_slice["x"] + 2 * result.by_slice["y"]) / 7
-    assert torch.allclose(result.scores, mean)
+class Numbered(Method):
+    """Its loss reads the numbers of rows."""
+
+    tags = ("index",)
+
+    def lower_loss(self, model: Any, batch: Any, task_loss: Any) -> Any:
+        return task_loss(batch) * (1 + batch["index"].double().mean() / 12)
+
+
+def test_a_method_of_one_level_has_the_scores_of_its_loss(tmp_path: Path) -> None:
+    def trainer() -> BilevelTrainer:
+        model = peft_model(dora=False).double()
+        settings = {**ARGUMENTS, "max_grad_norm": 0.5, "gradient_accumulation_steps": 2}
+        args = BilevelTrainingArguments(str(tmp_path), **settings)
+        sets = {"train_dataset": data(rows=12), "eval_dataset": data(rows=6, seed=1)}
+        return BilevelTrainer(model, args, method=Numbered(), **sets)
+
+    plain, watched = trainer(), trainer()
+    plain.train()
+    result = attributed(watched)
+    require_equal(watched.model, plain.model, 1e-9)
+    assert error_of_slopes(result) < 1e-6
+
+
+class OwnLoss(Method):
+    def lower_loss(self, model: Any, batch: Any, task_loss: Any) -> Any:
+        return cross_entropy(self.logits_of(model, batch), batch["labels"])
+
+
+class Changed(Method):
+    def finish(self, model: Any) -> Any:
+        return model
+
+
+@pytest.mark.parametrize(
+    ("method", "named"),
+    [
+        (BiDoRA(), "has two levels"),
+        (Changed(), "Changed.finish"),
+        (OwnLoss(), "does not read the row weights"),
+        (None, "a level of your own"),
+    ],
+)
+def test_other_bilevel_trainers_are_refused(
+    tmp_path: Path, method: Method | None, named: str
+) -> None:
+    options = {"eval_dataset": data(rows=6, seed=1)}
+    model = peft_model(dora=isinstance(method, BiDoRA))
+    trainer = method_trainer(tmp_path, method=method or Method(), model=model, options=options)
+    trainer.method = method
+    with pytest.raises(ProblemError, match=named):
+        attributed(trainer)
+
+
+def test_a_head_scores_the_rows_of_both_levels(tmp_path: Path) -> None:
+    """In the user's order, whatever rows the trainer holds out for the upper level."""
+    sets = {"train_dataset": data(rows=14), "eval_dataset": data(rows=7, seed=1)}
+    trainers = [
+        method_trainer(tmp_path, method=method, model=peft_model(), options=sets)
+        for method in (BiDoRA(), DoRA(fast_dora=False))
+    ]
+    one, other = (attributed(trainer, model="head").scores for trainer in trainers)
+    assert len(trainers[0].train_dataset) < 14
+    torch.testing.assert_close(one, other)
 
 
 def test_what_a_user_does_with_it(tmp_path: Path) -> None:
-    """Table, picture, suspects and a removal judged on other rows."""
+    """Table, picture, suspects and a check."""
     rows = data(rows=14).add_column("text", [f"row, {k}" for k in range(14)])
     rows = rows.cast_column("text", Value("large_string"))  # as pandas has it
     result = attributed(stock(tmp_path, train_dataset=rows))
@@ -151,41 +215,19 @@ def test_what_a_user_does_with_it(tmp_path: Path) -> None:
     doubts = result.suspects(folds=3)
     assert doubts.probabilities.sum(1).allclose(torch.ones(14, dtype=torch.float64))
     assert doubts.confidence.shape == (14,)
-    removal = result.removal(0.2, data(rows=9, seed=2), draws=1)
-    assert {*removal.plain} == {"loss", "accuracy"} and "random" in str(removal)
-    assert removal.with_evaluation is not None and removal.with_evaluation != removal.plain
     assert "unchecked" in result.table(2)
     result.check(5, share=0.2, perturbation=None)
     assert "unchecked" not in result.table(2)
 
 
-def test_evaluation_rows_are_trained_on_in_as_many_visits(tmp_path: Path) -> None:
-    """Each of the 21 rows about as often, in micro-batches of the recorded sizes."""
-    result = attributed(stock(tmp_path))
-    run = result.trained.run
-
-    def micro_batches() -> list[Any]:
-        return [m.batch for step in run.steps for m in step[0].batch]
-
-    recorded = micro_batches()
-    with result.trained.enlarged(0):
-        other = micro_batches()
-    assert [len(b["labels"]) for b in other] == [len(b["labels"]) for b in recorded]
-    assert all(map(operator.is_, micro_batches(), recorded))
-    drawn = [tuple(row) for batch in other for row in batch["input_ids"].tolist()]
-    both = [*data(rows=14)["input_ids"], *data(rows=7, seed=1)["input_ids"]]
-    counts = [drawn.count(tuple(row)) for row in both]
-    assert sum(counts) == len(drawn) and max(counts) - min(counts) <= 1
-
-
 @pytest.mark.parametrize("model", ["adapter", "head"])
 @pytest.mark.parametrize("form", ["columns", "transform"])
 def test_shown_columns_are_those_stored(tmp_path: Path, form: str, model: Any) -> None:
-    """Whatever the format gives to the collator, and the slices too."""
+    """Whatever the format gives to the collator."""
 
     def formatted(rows: Dataset) -> Dataset:
         texts = [f"row {k}" for k in range(len(rows))]
-        rows = rows.add_column("text", texts).add_column("source", ["x"] * len(rows))
+        rows = rows.add_column("text", texts)
         names = ["input_ids", "attention_mask", "labels"]
         if form == "columns":
             return rows.with_format("torch", columns=names)
@@ -196,14 +238,8 @@ def test_shown_columns_are_those_stored(tmp_path: Path, form: str, model: Any) -
         "train_dataset": formatted(data(rows=14)),
         "eval_dataset": formatted(data(rows=7, seed=1)),
     }
-    result = attributed(stock(tmp_path, args=args, **sets), slices="source", model=model)
+    result = attributed(stock(tmp_path, args=args, **sets), model=model)
     assert result.columns["text"][3] == "row 3" and result.columns["labels"][:3] == ["a", "b", "c"]
-    assert {*result.by_slice} == {"x"}
-
-
-def test_text_has_a_loss_and_no_accuracy(tmp_path: Path) -> None:
-    result = attributed(stock(tmp_path, "causal"), estimator="gradient")
-    assert {*result.removal(0.2, data("causal", 5, seed=2), draws=1).plain} == {"loss"}
 
 
 def test_out_of_fold_probabilities_are_of_runs_without_the_fold(tmp_path: Path) -> None:
@@ -310,7 +346,6 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"trainer": OwnOptimizer}, {}, "OwnOptimizer has a create_optimizer"),
     ({"dora": True}, {}, "norm"),
     ({"dora": True}, {"estimator": "minres"}, "norm"),
-    ({}, {"slices": "source"}, "slices"),
     ({}, {"model": "tail"}, "model"),
     ({}, {"model": "head", "estimator": "unrolled"}, "a head has no steps"),
     ({"kind": "causal"}, {"model": "head"}, "the labels of LlamaForCausalLM are text"),
@@ -414,16 +449,9 @@ def test_a_row_without_a_label_was_seen_and_has_no_influence(tmp_path: Path) -> 
     assert doubts.confidence[1:].isfinite().all()
 
 
-def test_what_a_result_refuses(tmp_path: Path) -> None:
-    trainer = stock(tmp_path, train_dataset=with_ids(data(rows=14), 0))
-    result = attributed(trainer)
-    with pytest.raises(ProblemError, match="7 of 7 rows are evaluation rows"):
-        result.removal(0.2, trainer.eval_dataset, draws=1)
-    with pytest.raises(ProblemError, match="1 of 1 rows are training rows"):
-        result.removal(0.2, trainer.train_dataset.select([3]), draws=1)
-    with pytest.raises(ProblemError, match="1 of 1 rows are training rows"):
-        result.removal(0.2, with_ids(data(rows=14), 9).select([3]), draws=1)
-    with pytest.raises(ProblemError, match="model_init"):
-        attributed(trainer, estimator="gradient")
-    with pytest.raises(ProblemError, match="training"):
-        attributed(object())
+def test_a_trainer_that_has_trained_and_other_objects_are_refused(tmp_path: Path) -> None:
+    trainer = stock(tmp_path)
+    attributed(trainer, estimator="gradient")
+    for training, named in ((trainer, "model_init"), (object(), "training")):
+        with pytest.raises(ProblemError, match=named):
+            attributed(training, estimator="gradient")

@@ -1,21 +1,19 @@
 """`why`: each set changes the prediction of the head that is trained without it."""
 
 import csv
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from hyperopt_peft import BiDoRA, BilevelTrainer, BilevelTrainingArguments, ProblemError, why
-from hyperopt_peft.attribution.reasons import Reason, Reasons
-from hyperopt_peft.attribution.trainer import trained_by_trainer
+from hyperopt_peft import ProblemError, why
+from hyperopt_peft.attribution.reasons import Reasons
 from hyperopt_peft.attribution.why import explained, fewest, reason_for
 from hyperopt_peft.heads import Features
 from tests.support.attributed import require_equal
 from tests.support.heads import L2, features, fitted, trainer
-from tests.support.trainers import data, peft_model, ragged
+from tests.support.trainers import data, ragged
 
 
 def prediction(rows: Features, out: list[int], x: torch.Tensor) -> int:
@@ -93,11 +91,8 @@ def test_of_tags_wrong_tokens_are_explained_and_else_the_least_sure() -> None:
     assert (reason.row, reason.token) == (1, 1)
 
 
-def test_with_a_trainer_and_its_adapter(tmp_path: Path) -> None:
-    """The head leaves the model as it is. The adapter is trained on all rows, and without each set.
-
-    One row has no label: its prediction is explained too.
-    """
+def test_each_row_of_a_trainer_is_explained(tmp_path: Path) -> None:
+    """The head leaves the model as it is. A row without a label is explained too."""
     train, rows = data("classes", 30), data("classes", 6, seed=1)
     rows = rows.map(
         lambda row, number: {"labels": -100 if number == 2 else row["labels"]}, with_indices=True
@@ -108,39 +103,6 @@ def test_with_a_trainer_and_its_adapter(tmp_path: Path) -> None:
     reasons = why(watched, progress=False)
     require_equal(watched.model, unchanged.model, 0.0)
     assert [reason.row for reason in reasons] == list(range(6))
-    assert all(reason.adapter is None for reason in reasons)
-    both = why(watched, rows, adapter=True, progress=False)
-    assert [each.rows for each in both] == [each.rows for each in reasons]
-    again = trainer(tmp_path, train_dataset=train, eval_dataset=rows)
-    options = {"twice": False, "differentiated": False, "progress": False}
-    setup = trained_by_trainer(again, rows, None, **options)
-    logits, changed = setup.logits, 0
-    assert logits is not None
-    before = logits().argmax(1)
-    for reason in both:
-        if not reason.rows:
-            continue
-        with setup.run.without(reason.rows):
-            after = int(logits()[reason.row].argmax())
-        assert reason.adapter == (int(before[reason.row]), after)
-        changed += after != before[reason.row]
-    assert changed  # so that a training on all rows would be seen
-
-
-def test_what_an_adapter_s_run_cannot_repeat_is_refused_first(tmp_path: Path) -> None:
-    """A trainer that has trained, and two levels whose upper step has no known derivative."""
-    train, rows = data("classes", 30), data("classes", 6, seed=1)
-    trained = trainer(tmp_path, train_dataset=train, eval_dataset=rows)
-    trained.train()
-    with pytest.raises(ProblemError, match="from its first step"):
-        why(trained, adapter=True, progress=False)
-    args = BilevelTrainingArguments(
-        str(tmp_path), report_to="none", use_cpu=True, max_steps=4, hypergradient="minres"
-    )
-    sets = {"train_dataset": train, "eval_dataset": rows}
-    bilevel = BilevelTrainer(peft_model("classes"), args, method=BiDoRA(), **sets)
-    with pytest.raises(ProblemError, match="derivative of minres is not known"):
-        why(bilevel, adapter=True, progress=False)
 
 
 def test_tags_of_a_trainer_and_a_file(tmp_path: Path) -> None:
@@ -166,18 +128,3 @@ def test_numbers_and_rows_that_are_trained_on_are_refused(tmp_path: Path) -> Non
         why(numbers, progress=False)
     with pytest.raises(ProblemError, match="would explain itself"):
         why(classes, classes.train_dataset, progress=False)
-
-
-def test_text_names_rows_and_words() -> None:
-    """With the token's word, the number of the rows, and what the adapter predicts."""
-    reason = Reason(0, 1, 1, 0, list(range(12)), [1.0] * 12, 0.5, 20, (1, 0))
-    shown = {"tokens": [["in", "London\x1b[31m"]]}
-    columns = {"text": [f"text {k}\x1b[31m" for k in range(12)]}
-    reasons = Reasons([reason], {0: "O", 1: "place"}, columns, shown, [k + 7 for k in range(12)])
-    text, few = str(reasons), reasons.text(replace(reason, rows=list(range(6))))
-    assert text.startswith(
-        "row 0, token 1 (London\\x1b[31m): in London\\x1b[31m\n  predicted place; O without these"
-    )
-    assert "     7  text 0\\x1b[31m" in text and "and 2 more" in text
-    assert "no few rows decide" in text and "no few rows decide" not in few
-    assert text.endswith("the adapter: place; O without them")

@@ -133,7 +133,6 @@ def test_bad_options_are_refused(tmp_path: Path, text: str, argv: str, words: st
         ("attribute", {"check": 2}, "check.*at least 5"),
         ("attribute", {"suspects": 1}, "suspects.*at least 2"),
         ("attribute", {"suspects": 3}, "suspects: needs a class label per row; causal-lm has none"),
-        ("attribute", {"retrain_without": 1.5}, "retrain_without.*1.5"),
     ],
 )
 def test_bad_options_are_one_line_before_any_work(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from datasets import ClassLabel, Dataset, Features, ReadInstruction, Value
+from datasets import ClassLabel, Dataset, Features, Value
 from safetensors.torch import load_file
 
 from hyperopt_peft.cli.text.setup import choose
@@ -34,36 +34,19 @@ HELD_OUT = {"mnli": ["validation_matched", "validation_mismatched"]}
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in FOLDER.glob("*.yaml")))
-def test_what_all_recipes_share_and_data_of_the_hub(recipe: str) -> None:
+def test_a_recipe_has_the_published_settings(recipe: str) -> None:
     chosen = choose("train", TrainArguments, [f"{FOLDER}/{recipe}.yaml"])
     model, data, args = chosen.model, chosen.data, chosen.args
-    assert args.learning_rate == args.upper_learning_rate and args.max_steps > 0
-    assert args.retrain in ("none", "scratch") and args.for_retraining().max_steps > 0
-    steps, estimator = args.max_steps, args.estimator()
-    assert isinstance(estimator, DARTS) and estimator.xi == 1
-    assert (chosen.method, args.lower_steps) == (BiDoRA(gamma=1e-5), 1)
-    assert (args.with_defaults({}).upper_fraction, args.upper_prior) == (0.2, None)
-    assert args.per_device_train_batch_size == (64 if recipe == "roberta-large-qnli" else 32)
+    task, estimator = recipe.rpartition("-")[2], args.estimator()
+    assert args.learning_rate == args.upper_learning_rate and args.lower_steps == 1
+    assert isinstance(estimator, DARTS) and estimator.xi == 1 and chosen.method == BiDoRA(1e-5)
     assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon) == (0.9, 0.98, 1e-6)
-    assert args.optim.startswith("adamw_torch")
-    assert (args.lr_scheduler_type, args.get_warmup_steps(steps)) == ("linear", steps // 10)
-    assert (args.max_grad_norm, args.upper_max_grad_norm) == (0, 0)
-    assert not args.bf16 and not args.fp16 and args.gradient_accumulation_steps == 1
-    assert (model.rank, model.target_modules) == (4, ["query", "value"])
-    assert model.alpha == model.rank and model.dropout == 0 and model.dtype == "float32"
-    assert data.max_length == (512 if "base" in recipe else 128)
-    task = recipe.rpartition("-")[2]
+    assert (args.max_grad_norm, args.upper_max_grad_norm, model.rank) == (0, 0, 4)
+    assert args.get_warmup_steps(args.max_steps) == args.max_steps // 10
     assert model.model == f"FacebookAI/{recipe.removesuffix(f'-{task}')}"
     assert (data.dataset, data.dataset_config) == ("nyu-mll/glue", task)
-    assert data.text_columns == TEXTS[task] and data.label_column == "label"
+    assert data.text_columns == TEXTS[task]
     assert data.eval_split == "+".join(HELD_OUT.get(task, ["validation"]))
-    assert args.output_dir == f"outputs/glue/{recipe}"
-    if task != "qqp":
-        assert data.train_split == "train"
-        return
-    slices = ReadInstruction.from_spec(data.train_split).to_absolute({"train": 363_846})
-    rows = [(each.from_ or 0, each.to or 363_846) for each in slices]
-    assert rows == [(0, 310_121), (310_122, 362_225), (362_226, 363_846)]
 
 
 def test_a_few_steps_of_two_held_out_splits_are_trained(tmp_path: Path) -> None:

@@ -107,7 +107,6 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"max_length": 100}, "max_length: the model reads 2 to 64 tokens, got 100"),
     ({"packing_strategy": "bdf", "packing": True}, "packing_strategy|strategy"),
     ({"text_columns": ["text"]}, "--text_columns: is for other tasks"),
-    ({"retrain_without": 0.1}, "retrain_without: is not of task sft"),
     ({"tokenizer": "plain"}, "messages, and the tokenizer no chat template"),
 ]
 

@@ -16,15 +16,13 @@ from hyperopt_peft import Method, ProblemError, compare_methods
 from hyperopt_peft.comparison import Runs
 from hyperopt_peft.comparison.choice import Choice, Plan
 from hyperopt_peft.comparison.store import Store
-from hyperopt_peft.problems import SEAL, BiDoRA, LoRA
+from hyperopt_peft.problems import SEAL, LoRA
 from tests.support.comparisons import accuracy, compared, parts_of
-from tests.support.faulty_methods import Idle, Parametrised, Peeks
 from tests.support.trainers import base_model, data
 
 ONE = {"LoRA": LoRA()}
 TEST = data(rows=20, seed=5)
 FOLDS: dict[str, Any] = {"test_dataset": None, "folds": 2}
-SGD = {"arguments": {"optim": "sgd"}}
 BEST = {"load_best_model_at_end": True}
 #: The same rows with other numbers, which no model reads.
 IDS, MOVED = (data(rows=30).add_column("idx", [*range(k, k + 30)]) for k in (0, 100))
@@ -62,19 +60,12 @@ def undefined(outputs: Any) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("methods", "options", "message"),
     [
-        ({"m": Idle()}, {}, "m: the training has changed no logit"),
-        ({"m": Parametrised()}, {}, "m: finish leaves a parametrisation at .*lora_A"),
-        ({"m": Peeks()}, {}, "m: trains on 3 of 20 test rows"),
         ({"m": Fragile(0.0)}, {"rates": (3e-2, 6e-2)}, "m: no rate has a finite score; give lower"),
         ({"m": Breaking()}, {}, "m, seed 0, rate 0.06: the score is nan"),
         (ONE, {"compute_metrics": undefined}, "LoRA, seed 0, rate 0.06: the score is nan"),
-        (ONE, {"metric": "f1"}, "metric: f1 is none of .*accuracy"),
         (ONE, {"seeds": [0]}, "one seed has no interval"),
         (ONE, {"rates": [0.0]}, "rates: must be positive"),
         (ONE, {"points": 0}, "points: must be 1 or more"),
-        (ONE, {"passes": 1}, "passes: 1 leave LoRA a phase of"),
-        (ONE, {"passes": 1, "dry_run": True}, "passes: 1 leave LoRA a phase of"),
-        ({"m": BiDoRA()}, {**SGD, "passes": 5}, "passes: 5 leave m a phase of 0 steps"),
         ({}, {}, "methods: there is none"),
         (ONE, {"ablations": {"LoRA": ["frozen"]}}, "ablations: 'LoRA' has no frozen"),
         ({"m": SEAL()}, {"ablations": {"m": ["one level"]}}, "'m' has no one level; there are .*m"),

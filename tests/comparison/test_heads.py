@@ -242,6 +242,7 @@ def untrusted(kind: str) -> dict[str, Any]:
         ({"LoRA": LoRA()}, {"arguments": {"label_smoothing_factor": 0.1}}, "losses of their own"),
         ({"LoRA": LoRA()}, {"passes": 300}, "passes: has no effect on heads.*leave it out"),
         ({"LoRA": LoRA()}, {"choice": Choice([1e-3])}, "choice: has no effect"),
+        ({"LoRA": LoRA()}, {"choice": Choice(held_out=0.3), "folds": 2}, "choice: has no effect"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")

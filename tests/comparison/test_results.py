@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hyperopt_peft import BiDoRA
-from hyperopt_peft.comparison import Choice, Comparison
+from hyperopt_peft.comparison import AcrossBudgets, Choice, Comparison
 from hyperopt_peft.comparison.choice import Plan
 from hyperopt_peft.comparison.result import Candidate
 from hyperopt_peft.comparison.store import Result, Store
@@ -66,6 +66,8 @@ def test_each_family_is_corrected_by_itself() -> None:
     assert len(made.verdicts) == 5
     text = made.sentences()
     assert "BiDoRA is better than LoRA in accuracy by 5.0 ± 0.0 points" in text[0]
+    marks = [row[1].endswith("*") for row in AcrossBudgets({300: made}).table()[1:]]
+    assert marks == [False, True, False, False, True]
     # Two differences: p = .04 is still significant, since the smaller p-value of 0 is tested first.
     alone = Verdict(SMALL)
     assert 0.03 < alone.p_value < 0.05 and "my_method is better" in text[2]
@@ -108,6 +110,8 @@ def test_what_the_upper_level_did() -> None:
     assert made.table()[2][3:5] == ["0.002 (0.001–0.004)", "0.01"]
     assert made_up({}).upper_level()[1] == ["BiDoRA", *"–––––––"]
     assert "Upper level" in made.tables()
+    one = made_up({}, upper=[{**entries, "steps": 1}] * 5)
+    assert one.sentences()[0].startswith("at 300 passes, with 1 upper step that moved")
     assert made_up({}).sentences()[0].startswith("at 300 passes: no significant difference")
 
 
@@ -134,18 +138,3 @@ def test_rates_are_counted_and_ends_are_named() -> None:
     remarks = made.remarks()
     assert remarks[0] == "LoRA: at the rate 0.1 a score is not finite, which counts as the worst"
     assert remarks[1].startswith("LoRA: 2 of 3 seeds chose a rate at an end of the grid, 0.001;")
-
-
-@pytest.mark.parametrize(
-    ("metric", "first", "numbers"),
-    [
-        ("loss", "LoRA", "0.704 my_method 0.0120 ± 0.0000"),
-        ("f1", "BiDoRA", "73.4 points my_method"),
-    ],
-)
-def test_a_recommendation_has_its_numbers(metric: str, first: str, numbers: str) -> None:
-    """The best mean, and the paired difference of the next one with its interval."""
-    gains: dict[Candidate, list[float]] = {("BiDoRA", "method"): [0.03] * 5}
-    text = made_up({**gains, ("my_method", "method"): [0.012] * 5}, metric=metric).recommendation()
-    assert text.startswith(f"{first} is recommended")
-    assert all(each in text for each in numbers.split())

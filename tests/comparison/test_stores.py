@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import DataCollatorWithPadding
 
 from hyperopt_peft.comparison.identity import code_of, with_values
 from hyperopt_peft.comparison.store import Store
@@ -177,6 +178,7 @@ def test_what_a_callable_holds_counts() -> None:
         def compute(self, outputs: Any) -> Any:
             return {self.average: 1.0}
 
-    for made in within, Metric, partial(partial, accuracy), lambda x: Metric(x).compute:
+    made_of = within, Metric, partial(partial, accuracy), lambda x: Metric(x).compute
+    for made in *made_of, partial(DataCollatorWithPadding, None):
         assert with_values(made("macro")) == with_values(made("macro")) != with_values(made("f1"))
     assert with_values(len) == "builtins.len" and with_values(accuracy) == code_of(accuracy)

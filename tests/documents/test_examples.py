@@ -26,7 +26,7 @@ def test_attribution(tmp_path: Path) -> None:
     sizes = {"train_size": 24, "evaluation_size": 12, "test_size": 12, "max_length": 12}
     steps = {"max_steps": 4, "per_device_train_batch_size": 8, "retrainings": 5, "folds": 2}
     printed, results = run("attribution.py", tmp_path, **sizes, **steps)
-    assert -1 <= results["lds"] <= 1 and len(results["removal"]["random"]) == 2
+    assert -1 <= results["lds"] <= 1
     assert all(0 <= area <= 1 for area in results["wrong_labels"].values())
     assert (tmp_path / "attribution.png").stat().st_size > 10_000
     lines = (tmp_path / "attribution.csv").read_text().splitlines()

@@ -89,7 +89,7 @@ def differences(result: Attribution, epsilon: float = 1e-5) -> Tensor:
             weights = setup.run.row_weights.clone()
             weights[row] += side
             with setup.run.repeated(weights):
-                values.append(setup.evaluation.total(setup.evaluation.values()))
+                values.append(setup.evaluation.value())
         slopes.append((values[0] - values[1]) / (2 * epsilon))
     return torch.tensor(slopes, dtype=torch.float64)
 

@@ -6,9 +6,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from hyperopt_peft import attribute
-from tests.support.attributed import levels, ones, scored
-from tests.support.attributed_bilevel import STEPS, engine, evaluation_of
+from tests.support.attributed import levels, scored
 
 ESTIMATORS = ("unrolled", "unrolled:product=difference", "minres:damping=0.1", "gradient")
 
@@ -21,11 +19,6 @@ def results(processes: int = 1, rank: int = 0) -> dict[str, Any]:
     result = scored(levels_of(processes, rank), memory_limit=1e-5)
     check = result.check(5, share=0.2)
     tensors |= {"files": result.scores, "actual": check.actual, "smooth": check.metasmoothness}
-    weights, size = ones(), 4 // processes
-    share = slice(rank * size, (rank + 1) * size)
-    both = engine(weights, dropout=0.0, share=share)
-    options: dict[str, Any] = {"training_steps": STEPS, "progress": False}
-    tensors["bilevel"] = attribute(both, weights, evaluation_of(both), **options).scores
     return tensors
 
 

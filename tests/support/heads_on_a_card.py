@@ -24,7 +24,6 @@ def results(folder: Path) -> dict[str, Any]:
     sets = {"train_dataset": data("classes", 14), "eval_dataset": data("classes", 7, seed=1)}
     trainer = Trainer(base_model(), args, **sets)
     scored = attribute(trainer, model="head", progress=False)
-    removal = scored.removal(0.2, data(rows=9, seed=2), draws=1)
     methods = {"rows": RowWeights(), "sources": Sources(), "vote": Agreement()}
     compared = compare_methods(
         methods,
@@ -43,7 +42,6 @@ def results(folder: Path) -> dict[str, Any]:
         "losses": scored.losses,
         "check": scored.check(5, share=0.2).actual,
         "suspects": scored.suspects(folds=2).probabilities,
-        "removal": torch.tensor([*removal.without.values(), *removal.with_evaluation.values()]),
         "reasons": [reason.rows for reason in why(trainer, progress=False)],
         "compared": torch.tensor([compared.scores(name) for name in methods]),
     }

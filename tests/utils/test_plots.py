@@ -56,11 +56,3 @@ def test_heavy_tails_are_cut_and_said() -> None:
     assert [bar.get_width() for bar in right.patches] == pytest.approx(scores[[40, 39, 38, 0]])
     assert right.get_xscale() == "symlog" and left.figure.get_supxlabel() == "unchecked"
     plots.row_scores(scores, {}, "no row is shown")
-
-
-def test_differences_have_a_line_at_zero() -> None:
-    gaps = {"a": (0.0, 0.0, 0.0), "b": (0.2, 0.1, 0.3)}
-    (panel,) = plots.intervals(gaps, label="gap").axes
-    zero, *drawn = panel.lines
-    assert list(zero.get_xdata()) == [0, 0] and panel.get_xlabel() == "gap"
-    assert [list(line.get_xdata()) for line in drawn] == [[0, 0], [0], [0.1, 0.3], [0.2]]

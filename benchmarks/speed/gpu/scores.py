@@ -116,4 +116,4 @@ def scored(training: HeadTraining) -> Tensor:
     batch = training.features.batch()
     phi = Evaluation(training.weights, training.on_rows.mean([batch]))
     setup = Trained(training, phi, training.level, lambda: batch)
-    return scores(setup, parse_estimator(HEAD_ESTIMATOR))[0]["all"]
+    return scores(setup, parse_estimator(HEAD_ESTIMATOR))[0]
