@@ -52,7 +52,7 @@ class AttributeArguments(OutputArguments):
     suspects: int | None = option(None, help="folds of the search for wrong labels; 5 for a head")
     why: list[str] | None = option(None, help="files with rows to explain by training rows")
     retrain_without: float | None = option(None, help="share of the worst rows to leave out")
-    test_file: list[str] | None = option(None, help="rows that judge retrain_without")
+    test_file: list[str] | None = option(None, help="rows that test retrain_without")
     method: str = option("lora", help="as the option of train; rows of both levels count")
     escape_formulas: bool = option(False, help="keep a spreadsheet from running texts")
     memory_limit: float = option(1.0, help="GiB that the run's checkpoints may take")
