@@ -8,7 +8,7 @@
 steps are a penalty method without the value function's term, and so **both descend one loss**, that
 of w: at fixed w its minimum over ω is the row of least ℓ_i. With c near 1 the weights rank the rows
 by their loss under a model of the trusted rows, an ablation of one line. Shen et al. 2025,
-arXiv:2410.07471; github:hanshen95/SEAL, where c falls over the epochs from 1 to .94 (`Method` has
+arXiv:2410.07471; github:hanshen95/SEAL, where c falls over the epochs from 1 to 0.94 (`Method` has
 no hook for it). `RowWeights` is the bilevel problem itself.
 """
 

@@ -105,7 +105,7 @@ def report(*, check: bool) -> None:
             "sparsity": sparsity.section(),
             "grid": joined(GRIDS, [f"{table(grids)}\n"], "search.png") if grids else "",
         },
-        pages.DOCS / "is-my-method-better.md": {
+        pages.RESULTS / "calibration.md": {
             name: f"{table(rows)}\n" for name, rows in calibration.tables().items()
         },
     }

@@ -33,7 +33,7 @@ def attribute(
 
         s_i = dΦ(w_T(v))/dv_i   at v = 1
 
-    v_i is the weight of row i in the training loss. If s_i > 0, the row hurts: a larger weight
+    v_i is the weight of row i in the training loss. If s_i > 0, row i is harmful: more weight
     raises Φ. Leaving the row out changes Φ by about −s_i. To find wrong labels, see
     `Attribution.suspects`. Call `Attribution.check` before relying on the scores: after a rough run
     (high learning rate, small batches) they predict little.

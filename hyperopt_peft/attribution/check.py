@@ -15,7 +15,7 @@ from hyperopt_peft.attribution.run import Run
 from hyperopt_peft.attribution.scores import ScoreEstimator, Trained, scores
 from hyperopt_peft.errors import ProblemError
 
-#: Scores are trustworthy from the first LDS and metasmoothness on, worthless below the second.
+#: Scores are trustworthy if LDS and metasmoothness reach the first, worthless below the second.
 GOOD, POOR = 0.8, 0.4
 #: Trustworthy scores have a slope in this range: their sizes are right within a third. Smooth runs
 #: have slopes of 1.05 to 1.3, since leaving out a row lets the others pull further.
@@ -131,7 +131,7 @@ def rank_interval(rho: float, count: int) -> tuple[float, float]:
 
     Fisher's transformation with the variance (1 + ρ²/2)/(n − 3) of Bonett & Wright 2000
     (doi:10.1007/BF02294183). For a perfect order, ρ is replaced by 1 − 6/(n³ − n), half an exchange
-    of neighbours below 1; five pairs in perfect order then show only that ρ is above .16.
+    of neighbours below 1; five pairs in perfect order then show only that ρ is above 0.16.
     """
     limit = 1 - 6 / (count**3 - count)
     middle = math.atanh(min(max(rho, -limit), limit)) if math.isfinite(rho) else math.nan

@@ -26,7 +26,7 @@ class Attribution:
     """A score per training row: the derivative of the evaluation loss Φ in the row's weight v.
 
     Attributes:
-        scores: dΦ/dv, ``(n,)`` in float64. Positive: the row hurts. NaN: the run never saw it.
+        scores: dΦ/dv, ``(n,)`` in float64. Positive: harmful. NaN: the run never saw the row.
         losses: the mean training loss of each row over its visits, ``(n,)``; for rows with several
             labels, relative to the mean number of labels of a row in the batch.
         value: Φ after the run.
@@ -112,12 +112,12 @@ class Attribution:
         return self.checked
 
     def ranks(self) -> Tensor:
-        """The rank of each row, ``(n,)``: 1 for the row that hurts most, 0 for an unseen row."""
+        """The rank of each row, ``(n,)``: 1 for the most harmful row, 0 for an unseen row."""
         order = torch.argsort(torch.nan_to_num(self.scores, nan=-torch.inf), descending=True)
         return (order.argsort() + 1).masked_fill(self.scores.isnan(), 0)
 
     def weights(self) -> Tensor:
-        """Row weights ``(n,)`` of mean 1 for another training: lower for a row that hurts more.
+        """Row weights ``(n,)`` of mean 1 for another training: lower for a more harmful row.
 
         v_i ∝ clip(1 − (s_i − s̄)/σ, 0, 2), with the mean s̄ and the standard deviation σ of the
         scores: one step against the gradient. An unseen row has 1 before scaling.
@@ -154,16 +154,16 @@ class Attribution:
         return suspects(self.trained, folds, seed)
 
     def ends(self, count: int) -> tuple[list[int], list[int]]:
-        """The up to ``count`` rows that hurt most, and as many that help most."""
+        """The up to ``count`` most harmful rows, and as many of the most helpful."""
         order = torch.argsort(torch.nan_to_num(self.scores), descending=True).tolist()
         hurting = [row for row in order if self.scores[row] > 0]
         helping = [row for row in reversed(order) if self.scores[row] < 0]
         return hurting[:count], helping[:count]
 
     def table(self, count: int = 10) -> str:
-        """The ``count`` rows that hurt most and the ``count`` that help most, as lines of text."""
+        """The ``count`` most harmful and the ``count`` most helpful rows, as lines of text."""
         lines = []
-        for title, rows in zip(("hurt most", "help most"), self.ends(count), strict=True):
+        for title, rows in zip(("most harmful", "most helpful"), self.ends(count), strict=True):
             lines.append(f"{title}:")
             lines += [f"{self.scores[row]:+11.2e} {self.line(row)}" for row in rows]
         return "\n".join(lines if self.checked else [*lines, f"these scores are {UNCHECKED}"])

@@ -6,6 +6,6 @@ COMMANDS = {
     "train": "train an adapter by LoRA, DoRA, BiDoRA or another method; evaluate and save it",
     "compare": "compare methods at equal passes, on the same data and seeds",
     "check": "examine a method's two levels and hypergradient estimators on your data",
-    "attribute": "score training rows: which help, which hurt on rows that you trust",
+    "attribute": "score training rows: which are helpful, which harmful, on rows that you trust",
     "merge": "merge an adapter into its base model, and check the result",
 }

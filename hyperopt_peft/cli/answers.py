@@ -17,10 +17,10 @@ from hyperopt_peft.utils.tables import cells, write_csv
 #: The rows in a table, and at each end of the picture.
 SHOWN = 10
 EVIDENCE = ["likely_label", "label_confidence", "training_loss", "score"]
-TERMS = """likely_label: the guess of models that did not train on the row; judge by the text
+TERMS = """likely_label: the guess of models that did not train on the row; compare it with the text
 label_confidence: the probability that these models give to the row's own label
 training_loss: high where the training could not fit the row
-score: how much the loss on the evaluation rows rises where the row counts more; above 0 it hurts"""
+score: how fast the loss on the evaluation rows rises with the row's weight; above 0: harmful"""
 
 
 @dataclass
@@ -61,9 +61,9 @@ class Answers:
             trust, self.record["check"] = check.verdict, check.record()
             self.page.details |= {"Check": str(check)}
         parts: dict[str, Any] = {"Can the scores be trusted?": trust}
-        for name, rows in zip(("hurt", "help"), result.ends(SHOWN), strict=True):
+        for name, rows in zip(("harmful", "helpful"), result.ends(SHOWN), strict=True):
             lines = [[*self._cells(row), f"{result.scores[row]:+.1e}"] for row in rows]
-            parts[f"Rows that {name} most"] = [["row", *result.columns, "score"], *lines]
+            parts[f"Most {name} rows"] = [["row", *result.columns, "score"], *lines]
         yield self.add(parts)
         if reasons is not None:
             yield self._reasons(reasons())
@@ -141,10 +141,10 @@ class Answers:
             yield f"{name}: {trainings} trainings, {self._minutes(trainings)}"
 
     def _hurting(self) -> str:
-        """How many rows hurt, and what to do about them."""
+        """How many rows are harmful, and what to do about them."""
         scores, unseen = self.result.scores, self.result.settings["unseen"]
         text = (
-            f"Read the rows that hurt most: {int((scores > 0).sum())} of {len(scores) - unseen} "
+            f"Read the most harmful rows: {int((scores > 0).sum())} of {len(scores) - unseen} "
             "training rows raise the loss on the evaluation rows (score > 0)"
         )
         return text + f"; {unseen} were never trained on: train for longer" * bool(unseen)

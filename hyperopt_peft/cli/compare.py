@@ -69,7 +69,7 @@ def run(argv: Sequence[str]) -> None:
     if known := setup.scored_by(judge):
         raise ProblemError(
             f"{option}: {known} of {len(judge)} rows have scored the training rows, and "
-            "cannot judge the use of these scores; give other rows, or a train_file without scores"
+            "cannot test the use of these scores; give other rows, or a train_file without scores"
         )
     output = Path(args.output_dir)
     if replaces and not command.dry_run:

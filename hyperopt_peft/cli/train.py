@@ -125,7 +125,7 @@ def too_good(setup: Setup) -> str:
         return ""
     return (
         f"too good: {known} of the {len(setup.evaluation or ())} rows have scored the training "
-        "rows, so judge by other rows (--eval_file)"
+        "rows, so evaluate on other rows (--eval_file)"
     )
 
 

@@ -41,8 +41,8 @@ from hyperopt_peft.utils.validation import require_writable
 
 logger = logging.get_logger(__name__)
 #: The least rate × steps with which an adapter learns: twice the distance that Adam moves a weight
-#: under linear decay. DoRA's held-out score on five tasks was .46 at .03, .60 at .1 and .68 to .70
-#: from .3 on, whether by more steps or by a higher rate.
+#: under linear decay. DoRA's held-out score on five tasks was 0.46 at 0.03, 0.60 at 0.1 and 0.68 to
+#: 0.70 at 0.3 or more, whether by more steps or by a higher rate.
 LEARNS = 0.1
 #: Settings that do not work in bilevel training, and the reasons.
 REFUSED = {

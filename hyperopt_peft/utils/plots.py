@@ -158,7 +158,7 @@ def row_scores(
     note: str,
     path: str | Path | None = None,
 ) -> Any:
-    """The distribution of the scores of training rows, and the rows that hurt and help most.
+    """The distribution of the scores of training rows, and the most harmful and helpful rows.
 
     The histogram ends at three times the 90 % quantile of the absolute scores; its outermost bars
     include the rows beyond. The bar chart is logarithmic beyond the median absolute score.
@@ -175,9 +175,9 @@ def row_scores(
         left.hist(seen.clip(-end, end), bins=min(40, 6 + len(seen) // 5), color=GREY)
         beyond = int((np.abs(seen) > end).sum())
         cut = f"\noutermost bars: {beyond} rows beyond" if beyond else ""
-        left.set_xlabel(f"score dΦ/dv: helps < 0 < hurts{cut}")
+        left.set_xlabel(f"score dΦ/dv: helpful < 0 < harmful{cut}")
         left.set_ylabel("training rows")
-        left.set_title(f"{len(seen)} rows, {100 * (seen > 0).mean():.0f} % of them hurt")
+        left.set_title(f"{len(seen)} rows, {100 * (seen > 0).mean():.0f} % of them harmful")
         left.locator_params(axis="x", nbins=4)
         places, hurting = range(len(texts)), int((values > 0).sum())
         right.barh(places, values, color=[RED if value > 0 else BLUE for value in values])
@@ -187,7 +187,7 @@ def row_scores(
         right.grid(axis="y", visible=False)
         right.invert_yaxis()
         right.set_title(
-            f"the {hurting} rows that hurt most, the {len(texts) - hurting} that help most"
+            f"the {hurting} most harmful rows, the {len(texts) - hurting} most helpful ones"
         )
         right.set_xlabel("score")
         for panel in (left, right):

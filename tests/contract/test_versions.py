@@ -27,7 +27,7 @@ def test_the_installed_version_is_promised(package: str) -> None:
 
 
 def test_the_page_has_the_bounds_of_the_project() -> None:
-    page = (ROOT / "docs" / "versions.md").read_text().partition("## Test results")[0]
+    page = (ROOT / "docs" / "versions.md").read_text()
     rows = dict(re.findall(r"^\| (\w+) \| ([\d.]+) \|$", page, re.MULTILINE))
     assert rows.pop("Python") == PROJECT["requires-python"].removeprefix(">=")
     assert rows.keys() == set(PACKAGES)

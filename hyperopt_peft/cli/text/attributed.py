@@ -1,6 +1,6 @@
 """Files that `attribute` wrote in a later run: corrected labels, and marks of the rows that scored.
 
-A row that has scored training rows cannot judge the use of the scores. The marks are in a column,
+A row that has scored training rows cannot test the use of the scores. The marks are in a column,
 so that they stay where a file is renamed, sorted or edited.
 """
 
