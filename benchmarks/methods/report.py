@@ -6,8 +6,7 @@ A part of a page without complete runs stays as it is.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from math import isfinite
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -37,16 +36,15 @@ GRIDS = (
 ADAPTED = (
     "Points of Matthews correlation (CoLA), accuracy (SST-2, tweets) and micro-F1 without O "
     "(BC5CDR), ± half of a 95 % interval over the seeds. The model is MiniLM with an adapter of "
-    "rank 8 in all linear layers. A pass is one forward and backward over 16 rows. A run stops "
-    "where its score on held-out rows was best."
+    "rank 8 in all linear layers. A pass is one forward and backward over 16 rows. A *stopped* run "
+    "ends where its score on held-out rows was best."
 )
 #: What the numbers are.
 UNITS = (
     "Points of accuracy (rare classes: mean F1 of the classes), ± half of a 95 % interval over the "
     "seeds. The model is MiniLM with the adapter in its last layer. A pass is one forward and "
-    "backward over 8 rows. A run stops where its score on held-out rows was best; *heads* are on "
-    "frozen features, with the lower level solved. The best simple way is the one with the best "
-    "score on held-out rows."
+    "backward over 8 rows. A *stopped* run ends where its score on held-out rows was best. *Heads* "
+    "are on frozen features, with the lower level solved."
 )
 Row = dict[str, str]
 Candidate = tuple[str, Kind]
@@ -65,8 +63,8 @@ class Found:
     def simple(self) -> list[str]:
         """The simple ways, the best one by held-out rows first, as a user would choose.
 
-        By the mean over tasks at the largest budget, where a run may stop; the first method, with
-        which all are compared, comes last.
+        By the mean over tasks at the largest budget; the first method, with which all are compared,
+        comes last.
         """
         every = list(self.adapters.values())
         names = [x for x in self.methods if x not in (*self.setting.papers, every[0].first)]
@@ -99,7 +97,7 @@ def report(*, check: bool) -> None:
     parts = {
         pages.DOCS / "results.md": {"magnitudes": joined(ADAPTED, map(section, page))},
         pages.DOCS / "methods.md": {"kinds": joined(UNITS, map(section, kinds), "methods.png")},
-        pages.ROOT / "README.md": {"methods": joined(UNITS, map(line, kinds))},
+        pages.ROOT / "README.md": {"methods": "\n".join(map(line, kinds))},
         TABLES: {"methods": "\n".join(map(details, every))},
         pages.DOCS / "when-bilevel-pays.md": {
             "sparsity": sparsity.section(),
@@ -125,7 +123,7 @@ def joined(begin: str, texts: Iterable[str], figure: str = "") -> str:
 
 def section(found: Found) -> str:
     """The table of a setting, its sentences, and what was not run."""
-    text = "\n".join(f"- {each}" for each in sentences(found))
+    text = " ".join(sentences(found))
     missing = [name for name in found.setting.methods() if name not in found.methods]
     missing += [task for task in found.setting.tasks if task not in found.adapters]
     end = f"\nNot run: {', '.join(missing)}.\n" if missing else ""
@@ -134,7 +132,7 @@ def section(found: Found) -> str:
 
 def line(found: Found) -> str:
     """A setting's sentences as one item of a list."""
-    return f"- **{found.name.capitalize()}.** {' '.join(sentences(found))}\n"
+    return f"- **{found.name.capitalize()}.** {' '.join(sentences(found, short=True))}"
 
 
 def complete(name: str) -> Found | None:
@@ -149,11 +147,10 @@ def complete(name: str) -> Found | None:
 
 
 def held_out(comparison: AcrossBudgets, name: str) -> float:
-    """The mean held-out score of the seeds at their rates and stopping points."""
+    """The mean held-out score of the seeds at their rates, at the end of the runs."""
     plan, store = comparison.plan, comparison.store
-    runs = [plan.chosen(store, name, "method", seed, stopped=True) for seed in plan.seeds]
-    curves = [plan.curve(store, replace(run, stop=None)) for run in runs]
-    return fmean(max(score for _, score in curve if isfinite(score)) for curve in curves)
+    runs = [plan.chosen(store, name, "method", seed) for seed in plan.seeds]
+    return fmean(plan.curve(store, run)[-1][1] for run in runs)
 
 
 def scores(found: Found) -> list[Row]:
@@ -184,42 +181,53 @@ def points(values: Iterable[float], sign: str = "") -> str:
     return Verdict(values, points=True).shown(sign)
 
 
-def sentences(found: Found) -> Iterator[str]:
-    """The best simple way, and what each upper level adds to its frozen form, and lacks to it."""
-    best, first = found.simple[0], found.simple[-1]
-    gaps = gaps_of(found, (best, "method"), (first, "method"))
-    yield f"The best simple way by held-out rows is *{best}*: {gaps} against {first}."
-    pairs = found.candidates()
+def sentences(found: Found, short: bool = False) -> Iterator[str]:
+    """The best simple way, and what each upper level adds to its frozen form, and lacks to it.
+
+    ``short`` is of adapters at the largest budget alone.
+    """
+    best, first, pairs = found.simple[0], found.simple[-1], found.candidates()
+
+    def gaps(one: Candidate, other: Candidate) -> str:
+        return gaps_of(found, one, other, short)
+
+    against = gaps((best, "method"), (first, "method"))
+    yield f"The best simple way by held-out rows is *{best}*."
+    yield f"Its score minus that of {first} is {against}."
     for name in found.setting.papers:
         if (name, "method") not in pairs:
             continue
-        text = f"`{name}`"
+        against = gaps((name, "method"), (best, "method"))
         if (name, "frozen") in pairs:
-            added = gaps_of(found, (name, "method"), (name, "frozen"))
-            text += f"'s upper level adds {added} to its frozen form, and it"
-        yield f"{text} is {gaps_of(found, (name, 'method'), (best, 'method'))} against *{best}*."
+            added = gaps((name, "method"), (name, "frozen"))
+            yield f"The score of `{name}` minus that of its frozen form is {added}."
+        yield f"The score of `{name}` minus that of *{best}* is {against}."
 
 
-def gaps_of(found: Found, one: Candidate, other: Candidate) -> str:
-    """The differences at each budget where runs may stop, and of heads; one for each task."""
-    budgets = next(iter(found.adapters.values())).comparisons
+def gaps_of(found: Found, one: Candidate, other: Candidate, short: bool) -> str:
+    """The differences in points on each task, at each budget and with heads."""
     texts = []
-    for passes in budgets:
-        values = [paired(x.comparisons[passes], one, other, True) for x in found.adapters.values()]
-        texts.append(f"{' and '.join(values)} points at {passes:g} passes")
+    budgets = [*next(iter(found.adapters.values())).comparisons]
+    for passes in budgets[-1:] if short else budgets:
+        values = [
+            f"{paired(x.comparisons[passes], one, other)} points on {task}"
+            for task, x in found.adapters.items()
+        ]
+        texts.append(f"{' and '.join(values)} at {passes:,g} passes")
     solved = [
-        paired(each, one, other, False)
-        for each in found.heads.values()
+        f"{paired(each, one, other)} points on {task}"
+        for task, each in found.heads.items()
         if {one, other} <= {*each.plan.candidates()}
     ]
-    if solved:
+    if solved and not short:
         texts.append(f"{' and '.join(solved)} with heads")
-    return f"{', '.join(texts)} ({', '.join(found.adapters)})"
+    *begin, end = texts
+    return f"{', '.join(begin)}, and {end}" if begin else end
 
 
-def paired(comparison: Comparison, one: Candidate, other: Candidate, stopped: bool) -> str:
-    """The difference of two candidates, paired by seed."""
-    both = (comparison.scores(*each, stopped) for each in (one, other))
+def paired(comparison: Comparison, one: Candidate, other: Candidate) -> str:
+    """The difference of two candidates at the end of their runs, paired by seed."""
+    both = (comparison.scores(*each, False) for each in (one, other))
     return points((x - y for x, y in zip(*both, strict=True)), "+")
 
 
@@ -270,7 +278,7 @@ def figures(kinds: Sequence[Found], page: Sequence[Found]) -> None:
 
 
 def curves(found: Found) -> dict[str, Any]:
-    """The mean score over tasks at each budget, where runs may stop."""
+    """The mean score over tasks at the end of each budget."""
     best, first, paper = found.simple[0], found.simple[-1], found.candidates()[-1][0]
     paper = next((x for x in found.setting.papers if x in found.methods), paper)
     shown: dict[str, Candidate] = {first: (first, "method"), "best simple way": (best, "method")}
@@ -280,7 +288,7 @@ def curves(found: Found) -> dict[str, Any]:
     budgets = [x.comparisons for x in found.adapters.values()]
     means = {
         name: [
-            100 * fmean(score for x in budgets for score in x[passes].scores(*pair, True))
+            100 * fmean(score for x in budgets for score in x[passes].scores(*pair, False))
             for passes in budgets[0]
         ]
         for name, pair in shown.items()
