@@ -52,7 +52,7 @@ class Arguments:
     output_dir: str = option("outputs/quickstart", help="where results are written")
     rows: int = option(300, help="training tweets")
     test_rows: int = option(1000, help="test tweets")
-    passes: int = option(80, help="passes, forward and backward, over 16 rows per training")
+    passes: int = option(160, help="passes, forward and backward, over 16 rows per training")
     seeds: int = option(3, help="trainings of each method")
     seed: int = option(0, help="seed of the data and of the second part")
 
@@ -88,6 +88,7 @@ def adapters(arguments: Arguments, data: Any, output: Path) -> dict[str, float]:
         seeds=range(arguments.seeds),
         metric="accuracy",
         choice=Choice([RATE], [UPPER_RATE]),  # without one, ten runs and more would choose a rate
+        ablations={},  # by default each method is trained with its upper level frozen too
         frozen_dropout=False,
         data_collator=data.collate,
         compute_metrics=lambda prediction: {"accuracy": right(prediction).mean()},

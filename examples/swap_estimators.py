@@ -148,8 +148,8 @@ def main() -> None:
         print(f"{each:40}" + "   ".join(f"{x}: {y:.2g}" for x, y in points.items()))
         curves[title][each.partition(":")[0]] = [*points], [*points.values()]
     output.mkdir(parents=True, exist_ok=True)
-    axes: dict[str, Any] = {"xlabel": "passes, forward and backward", "ylabel": "relative error"}
-    axes |= {"xscale": "log", "yscale": "log", "xlim": (0.8, 1e3), "ylim": (1e-17, 1e2)}
+    axes: Any = {"xscale": "log", "yscale": "log", "xlim": (0.8, 1e3), "ylim": (1e-17, 1e2)}
+    axes |= {"xlabel": "passes, forward and backward", "ylabel": "relative error"}
     lines(curves, output / "estimators.png", **axes)
 
 

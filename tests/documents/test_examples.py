@@ -61,7 +61,7 @@ def test_bidora(tmp_path: Path) -> None:
 
 
 def test_define_a_method(tmp_path: Path) -> None:
-    flags: dict[str, Any] = {"rows": 48, "trusted": 24, "test_rows": 30, "passes": 36, "seeds": 2}
+    flags: dict[str, Any] = {"rows": 48, "trusted": 24, "test_rows": 30, "passes": 54, "seeds": 2}
     lines, _ = run("define_a_method.py", **flags, output_dir=tmp_path)
     (padding,) = (line.split() for line in lines if line.startswith("padding changes"))
     assert float(padding[5].strip(",")) < 1e-5 < float(padding[-1])
