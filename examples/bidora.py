@@ -16,13 +16,9 @@ PEFT alone loads the saved BiDoRA adapter.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-# Read when torch is imported: threads that spin while they wait take the core from others.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch

@@ -10,20 +10,16 @@ on a few trusted tweets, the distribution over classes that a tweet with this la
 
 (labels as distributions: Wu et al. 2020, arXiv:2008.00627). A batch pads its tweets to the longest
 one, and the loss of a tweet must not depend on that: `Method.logits_of` gives the model the
-attention mask. The script compares such a loss with one that forgets the mask. The guide to methods
-is docs/define-a-method.md.
+attention mask. The script compares such a loss with one that forgets the mask.
+Guide: docs/define-a-method.md.
 """
 
 from __future__ import annotations
 
-import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-# Read when torch is imported: threads that spin while they wait take the core from others.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, Method, compare_methods
