@@ -46,9 +46,9 @@ class Arguments:
     hypergradient: str = option("direct", help="estimator of BiDoRA's upper level, by its name")
     output_dir: str = option("outputs/bidora", help="where results are written")
     rows: int = option(300, help="training tweets")
-    held_out: int = option(300, help="tweets for the curve")
+    held_out: int = option(200, help="tweets for the curve")
     test_rows: int = option(1000, help="test tweets")
-    passes: int = option(240, help="passes, forward and backward, over 16 rows per training")
+    passes: int = option(200, help="passes, forward and backward, over 16 rows per training")
 
 
 def trainer_of(name: str, arguments: Arguments, parts: Any, collate: Any) -> BilevelTrainer:
