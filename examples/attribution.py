@@ -133,10 +133,7 @@ def main() -> None:
     record = {
         "arguments": asdict(arguments),
         "lds": checked.lds,
-        "slope": checked.slope,
-        "metasmoothness": checked.metasmoothness,
         "wrong_labels": areas,
-        "head_lds": quick.checked.lds if quick.checked else None,
         "removal": asdict(removal),
     }
     (output / "results.json").write_text(json.dumps(record, indent=1))

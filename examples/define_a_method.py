@@ -16,10 +16,13 @@ Guide: docs/define-a-method.md.
 
 from __future__ import annotations
 
-import random
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+# Read when torch is imported: threads that spin while they wait take the core from others.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, Method, compare_methods
@@ -59,8 +62,8 @@ class SoftLabels(Method):
         return cross_entropy(logits, given.to(logits).where(trusted, self.u.softmax(1)[labels]))
 
 
-#: The share of the negative tweets that are labelled neutral.
-CONFUSED = 0.7
+#: Of ten negative tweets so many are labelled neutral.
+CONFUSED = 7
 RATE, UPPER_RATE = 6e-3, 0.3
 ADAPTER = adapter(5)  # in the last layer: those below it are computed once for each tweet
 
@@ -72,9 +75,9 @@ class Arguments:
     output_dir: str = option("outputs/define_a_method", help="where results are written")
     rows: int = option(300, help="training tweets")
     trusted: int = option(60, help="tweets with right labels")
-    test_rows: int = option(600, help="test tweets")
+    test_rows: int = option(400, help="test tweets")
     passes: int = option(160, help="passes, forward and backward, over 16 rows per training")
-    seeds: int = option(3, help="trainings of each method")
+    seeds: int = option(4, help="trainings of each method")
 
 
 @torch.no_grad()
@@ -96,8 +99,7 @@ def main() -> None:
     output = Path(arguments.output_dir)
     sizes = {"train": arguments.rows, "trusted": arguments.trusted, "test": arguments.test_rows}
     parts, collate = split_tweets(sizes, seed=0, max_length=32)
-    draw = random.Random(0)
-    labels = [max(y, int(draw.random() < CONFUSED)) for y in parts["train"]["label"]]
+    labels = [max(y, int(k % 10 < CONFUSED)) for k, y in enumerate(parts["train"]["label"])]
     sets = relabelled(parts["train"], labels), parts["trusted"], parts["test"]
     train, trusted, test = (x.add_column("trusted", [int(x is not sets[0])] * len(x)) for x in sets)
     model, rows = base_model().eval(), train.remove_columns("text").select(range(16)).to_list()

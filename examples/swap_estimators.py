@@ -30,7 +30,7 @@ from sklearn.datasets import load_diabetes
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-CLINICS, L2, RATE = 10, 0.2, 0.1
+CLINICS, L2, RATE, BUDGETS = 10, 0.2, 0.1, (1, 2, 4, 8, 16, 32)
 #: By the title of a panel, names with options; k is the budget of those that have one.
 ESTIMATORS = {
     "error against the closed form, without a linear system": f"""direct darts:xi={RATE}
@@ -39,7 +39,6 @@ ESTIMATORS = {
     "error against the closed form, where H v = ∂F/∂w is solved": """exact warm steepest:steps={k}
         neumann:terms={k} cg:steps={k} minres:steps={k} nystrom:rank=3,steps={k} kfac:steps={k}""",
 }
-BUDGETS = 1, 2, 4, 8, 16, 32
 
 
 @register("steepest", kind="implicit", tolerance=0.1)
