@@ -62,9 +62,7 @@ class SoftLabels(Method):
         return cross_entropy(logits, given.to(logits).where(trusted, self.u.softmax(1)[labels]))
 
 
-#: Of ten negative tweets so many are labelled neutral.
-CONFUSED = 7
-RATE, UPPER_RATE = 6e-3, 0.3
+RATE, UPPER_RATE, CONFUSED = 6e-3, 0.3, 7  # of ten negative tweets are labelled neutral
 ADAPTER = adapter(5)  # in the last layer: those below it are computed once for each tweet
 
 
