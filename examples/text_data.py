@@ -119,19 +119,19 @@ def split_tweets(
 ) -> tuple[dict[str, Dataset], DataCollatorWithPadding]:
     """Tokenized tweets in parts of ``sizes`` with equal shares of classes, and their collator."""
     tokenizer = AutoTokenizer.from_pretrained(model_path(model))
-    parts, rest, left = {}, tweets(), sum(sizes.values())
-    for name, size in sizes.items():
-        left -= size
-        if left:
-            both = rest.train_test_split(left, size, seed=seed, stratify_by_column="label")
-            parts[name], rest = both["train"], both["test"]
-        else:
-            parts[name] = rest
 
     def tokens(rows: dict[str, list[Any]]) -> dict[str, Any]:
         return dict(tokenizer(rows["text"], truncation=True, max_length=max_length))
 
-    parts = {name: rows.map(tokens, batched=True) for name, rows in parts.items()}
+    rest = tweets().map(tokens, batched=True)
+    once = {str(ids): row for row, ids in enumerate(rest["input_ids"])}  # equal texts, once cut
+    rest, parts, left = rest.select(sorted(once.values())), {}, sum(sizes.values())
+    for name, size in sizes.items():
+        left -= size
+        parts[name] = rest
+        if left:
+            both = rest.train_test_split(left, size, seed=seed, stratify_by_column="label")
+            parts[name], rest = both["train"], both["test"]
     return parts, DataCollatorWithPadding(tokenizer)
 
 
