@@ -1,7 +1,6 @@
 """Which training rows help or hurt, how far that can be trusted, and which labels are wrong?
 
     python examples/attribution.py            # MiniLM and tweets, no network
-    python examples/attribution.py --quick    # the same, smaller
     python examples/attribution.py --estimator minres:damping=0.01
 
 LoRA is trained on tweets, some with wrong labels. Every training tweet gets a score: the change of
@@ -16,32 +15,22 @@ from __future__ import annotations
 
 import json
 import os
-import random
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 # Read when torch is imported: threads that spin while they wait take the core from others.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from datasets import Dataset
 from hyperopt_peft import attribute, why
 from hyperopt_peft.attribution import Reasons
 from hyperopt_peft.method import option
 from hyperopt_peft.utils.plots import row_groups
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from sklearn.metrics import roc_auc_score
-from transformers import (
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    HfArgumentParser,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
-from text_data import load_model, model_path, quiet, tweets
+from text_data import CLASSES, adapter, load_model, quiet, split_tweets, spoilt
 
 
 @dataclass
@@ -55,11 +44,9 @@ class Arguments:
     explained: int = option(40, help="test tweets whose wrong predictions are explained")
     wrong: float = option(0.2, help="share of the training labels that are made wrong")
     max_length: int = option(20, help="tokens a tweet")
-    rank: int = option(8, help="rank r of B·A")
     estimator: str = option("unrolled", help="how rows are scored; see docs/attribution.md")
     retrainings: int = option(6, help="number of retrainings that check the scores")
     folds: int = option(5, help="number of folds in the search for wrong labels")
-    quick: bool = option(False, help="48 training tweets, 6 steps, 5 retrainings, 2 folds")
 
 
 @dataclass
@@ -74,32 +61,6 @@ class Training(TrainingArguments):
     warmup_steps: float = option(0.2, help="share of the steps in which the rate rises")
     save_strategy: str = option("no", help="when to write checkpoints")
     report_to: str | None = option("none", help="trackers, such as tensorboard")
-
-
-def parts_of(arguments: Arguments, seed: int) -> tuple[Dataset, Dataset, Dataset, torch.Tensor]:
-    """Training, evaluation and test tweets as tokens, and which training labels are wrong."""
-    tokenizer = AutoTokenizer.from_pretrained(model_path(arguments.model))
-    rest = arguments.evaluation_size + arguments.test_size
-    split = {"seed": seed, "stratify_by_column": "label"}
-    parts = tweets().train_test_split(rest, arguments.train_size, **split)
-    others = parts["test"].train_test_split(arguments.test_size, **split)
-    draw, train = random.Random(seed), parts["train"]
-    wrong = torch.zeros(len(train), dtype=torch.bool)
-    wrong[draw.sample(range(len(train)), round(arguments.wrong * len(train)))] = True
-    names = train.features["label"].names
-
-    def spoilt(row: dict[str, Any], number: int) -> dict[str, Any]:
-        other = draw.choice([k for k in range(len(names)) if k != row["label"]])
-        return {"label": other if wrong[number] else row["label"]}
-
-    def tokens(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        return dict(tokenizer(rows["text"], truncation=True, max_length=arguments.max_length))
-
-    train = train.map(spoilt, with_indices=True, load_from_cache_file=False)
-    train, evaluation, test = (
-        rows.map(tokens, batched=True) for rows in (train, others["train"], others["test"])
-    )
-    return train, evaluation, test, wrong
 
 
 def explain(reasons: Reasons, labels: list[int], wrong: torch.Tensor, output: Path) -> None:
@@ -119,29 +80,21 @@ def explain(reasons: Reasons, labels: list[int], wrong: torch.Tensor, output: Pa
 def main() -> None:
     """Train, score, check and search; print the results."""
     arguments, training = HfArgumentParser((Arguments, Training)).parse_args_into_dataclasses()
-    if arguments.quick:
-        small = {"train_size": 48, "evaluation_size": 32, "test_size": 48}
-        arguments = replace(arguments, **small, retrainings=5, folds=2, explained=16)
-        training.max_steps = 6
     quiet()
-    train, evaluation, test, wrong = parts_of(arguments, training.seed)
+    sizes = {"train": arguments.train_size, "evaluation": arguments.evaluation_size}
+    sizes["test"] = arguments.test_size
+    parts, collate = split_tweets(sizes, training.seed, arguments.max_length, arguments.model)
+    evaluation, test = parts["evaluation"], parts["test"]
+    train, spoilt_rows = spoilt(parts["train"], arguments.wrong, training.seed)
+    wrong = torch.tensor([row in spoilt_rows for row in range(len(train))])
     set_seed(training.seed)
-    adapter = LoraConfig(
-        task_type="SEQ_CLS",
-        r=arguments.rank,
-        lora_alpha=2 * arguments.rank,
-        target_modules=["query", "value"],
-        modules_to_save=["pooler", "classifier"],
-    )
-    base = load_model(arguments.model, train.features["label"].names)
+    base = load_model(arguments.model, CLASSES)
     trainer = Trainer(
-        get_peft_model(base, adapter),
+        get_peft_model(base, adapter()),
         training,
         train_dataset=train,
         eval_dataset=evaluation,
-        data_collator=DataCollatorWithPadding(
-            AutoTokenizer.from_pretrained(model_path(arguments.model))
-        ),
+        data_collator=collate,
     )
     quick = attribute(trainer, model="head")
     print(f"scores on a head, λ = {quick.settings['l2']:g}: {quick.check(20)}\n")
@@ -177,10 +130,7 @@ def main() -> None:
     record = {
         "arguments": asdict(arguments),
         "lds": checked.lds,
-        "slope": checked.slope,
-        "metasmoothness": checked.metasmoothness,
         "wrong_labels": areas,
-        "head_lds": quick.checked.lds if quick.checked else None,
     }
     (output / "results.json").write_text(json.dumps(record, indent=1))
 

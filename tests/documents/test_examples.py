@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from peft import PeftConfig
 
+from hyperopt_peft.hypergradients import registered
 from tests.support.examples import EXAMPLES
 from tests.support.process import python
 
@@ -34,12 +35,6 @@ def test_attribution(tmp_path: Path) -> None:
     assert all(any(x in y for y in printed) for x in ("24 tweets, 5 wrong labels", "LDS"))
 
 
-def test_sources() -> None:
-    lines, _ = run("sources.py", rows=16, trusted=12, test_size=30, folds=2)
-    tables = [line for line in lines if line.startswith(("equal shares", "learned weights,"))]
-    assert len(tables) == 2 * 2 and any(" is recommended: its mean loss" in line for line in lines)
-
-
 def test_quickstart(tmp_path: Path) -> None:
     lines, results = run("quickstart.py", tmp_path, rows=60, test_rows=60, passes=45, seeds=2)
     assert len(lines) <= 40 and max(map(len, lines)) <= 110
@@ -52,3 +47,36 @@ def test_quickstart(tmp_path: Path) -> None:
     assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("adapters", "rows"))
     assert PeftConfig.from_pretrained(tmp_path / "adapter").peft_type == "LORA"
     assert all(any(path.iterdir()) for path in tmp_path.rglob("*") if path.is_dir())
+
+
+def test_bidora(tmp_path: Path) -> None:
+    flags: dict[str, Any] = {"rows": 48, "held_out": 24, "test_rows": 30, "passes": 48}
+    lines, results = run("bidora.py", tmp_path, **flags, hypergradient="darts:xi=1.0")
+    assert results["logits"] < 1e-4
+    assert all(0 <= score <= 1 for score in results["scores"].values())
+    spent = [int(line.split()[-2]) for line in lines if line.endswith(" passes")]
+    assert len(spent) == 3 and max(spent) - min(spent) <= 8
+    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("curves", "weights"))
+    assert PeftConfig.from_pretrained(tmp_path / "adapter").use_dora
+
+
+def test_define_a_method(tmp_path: Path) -> None:
+    flags: dict[str, Any] = {"rows": 48, "trusted": 24, "test_rows": 30, "passes": 54, "seeds": 2}
+    lines, _ = run("define_a_method.py", **flags, output_dir=tmp_path)
+    (padding,) = (line.split() for line in lines if line.startswith("padding changes"))
+    assert float(padding[5].strip(",")) < 1e-5 < float(padding[-1])
+    starts = [line.split("  ")[0] for line in lines]
+    assert {"LoRA", "SoftLabels", "SoftLabels, upper level frozen"} <= {*starts}
+    assert (tmp_path / "methods.png").stat().st_size > 10_000
+    assert PeftConfig.from_pretrained(tmp_path / "adapter").peft_type == "LORA"
+
+
+def test_swap_estimators(tmp_path: Path) -> None:
+    """Solvers that may take all steps find the closed form, and all estimators are in the table."""
+    lines, _ = run("swap_estimators.py", output_dir=tmp_path)
+    rows = [line.split() for line in lines[1:] if line]
+    last = {row[0].partition(":")[0]: float(row[-1]) for row in rows}
+    assert {*last} == {*registered(), "steepest"}
+    assert all(last[name] < 1e-7 for name in ("exact", "cg", "minres", "nystrom", "kfac"))
+    assert last["direct"] == 1 and last["steepest"] < 0.01 and max(last.values()) <= 1
+    assert (tmp_path / "estimators.png").stat().st_size > 10_000

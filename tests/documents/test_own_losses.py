@@ -15,7 +15,7 @@ from hyperopt_peft.core.labels import WEIGHT
 from tests.support.documents import sources
 
 #: Modules that the methods' losses need.
-MODULES = ("dataclasses", "hyperopt_peft", "torch")
+MODULES = ("dataclasses", "hyperopt_peft", "torch", "typing")
 
 
 def defined() -> Iterator[Any]:
