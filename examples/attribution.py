@@ -6,8 +6,7 @@
 LoRA is trained on tweets, some with wrong labels. Every training tweet gets a score: the change of
 the loss on other tweets if it counted more. A head gives the first scores, in seconds; the
 adapter's own training the second ones, checked by retrainings. For wrong predictions the script
-finds the training tweets behind them; out-of-fold confidence finds wrong labels. At the end the
-adapter is trained without the tweets that hurt most, and judged on unseen tweets. Each option of
+finds the training tweets behind them; out-of-fold confidence finds wrong labels. Each option of
 `transformers.TrainingArguments` is a flag.
 """
 

@@ -199,6 +199,7 @@ SETTINGS = {
         ("ClassOffsets", "LayerScales"),
         partial(rare_class_methods, heads=True),
         LINEAR,
+        splits=2,  # of which one chooses, and one scores, in a search
         grids={
             "grid of τ": (
                 "LoRA",
@@ -246,6 +247,7 @@ SETTINGS = {
         },
         ("LayerDecay, one for all layers", "LayerDecay", "BiLoRA"),
         ("LayerDecay, one for all layers", "BiLoRA"),
+        splits=2,
         targets=LINEAR,
         grids={
             "grid of weight decays": ("LoRA", "LoRA, weight decay 0.1", "LoRA, weight decay 1"),

@@ -39,6 +39,7 @@ OVERRIDDEN = {
     "prediction_step": ["model", "inputs", "prediction_loss_only", "ignore_keys"],
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
     "create_model_card": [],
+    "hyperparameter_search": [],
 }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
-from hyperopt_peft import Engine, Nested, NonFiniteError, ProblemError, attribute
+from hyperopt_peft import Engine, Nested, NonFiniteError, ProblemError
 from hyperopt_peft.engine import fit, minimize
 from hyperopt_peft.problems.textbook import ridge
 from tests.support.differences import displace, gradient
@@ -133,10 +133,3 @@ def test_an_optimizer_that_is_not_used_and_a_chain_are_refused() -> None:
     top = FunctionLevel(lambda _: z.sum(), [z], lr=0.1)
     with pytest.raises(ProblemError, match='lower_steps="minimum" solves one level'):
         Engine(top, Nested(middle, lowest), lower_steps="minimum")
-
-
-def test_rows_of_a_solved_level_have_no_steps_to_score() -> None:
-    engine = Engine(*levels(), "direct", lower_steps="minimum", progress=False)
-    weights = torch.ones(40, requires_grad=True)
-    with pytest.raises(ProblemError, match="number of lower_steps"):
-        attribute(engine, weights, lambda: engine.upper.loss(None), training_steps=1)
