@@ -46,6 +46,15 @@ UNITS = (
     "backward over 8 rows. A *stopped* run ends where its score on held-out rows was best. *Heads* "
     "are on frozen features, with the lower level solved."
 )
+#: The simple ways whose names say too little in a sentence.
+WORDS = {
+    "least suspicion, trusted rows 10 times": "to leave out the labels that cross-validation "
+    "doubts most, and to repeat the trusted rows ten times",
+    "least trusted loss": "to leave out the labels that a head on the trusted rows doubts most",
+    "loss correction by source": "to count on trusted rows how each source confuses the labels, "
+    "and to correct the loss by these counts",
+    "logit adjustment": "to add the logarithm of each class's share to its logit in training",
+}
 Row = dict[str, str]
 Candidate = tuple[str, Kind]
 
@@ -184,7 +193,7 @@ def points(values: Iterable[float], sign: str = "") -> str:
 def sentences(found: Found, short: bool = False) -> Iterator[str]:
     """The best simple way, and what each upper level adds to its frozen form, and lacks to it.
 
-    ``short`` is of adapters at the largest budget alone.
+    ``short`` leaves heads out.
     """
     best, first, pairs = found.simple[0], found.simple[-1], found.candidates()
 
@@ -192,7 +201,7 @@ def sentences(found: Found, short: bool = False) -> Iterator[str]:
         return gaps_of(found, one, other, short)
 
     against = gaps((best, "method"), (first, "method"))
-    yield f"The best simple way by held-out rows is *{best}*."
+    yield f"The best simple way by held-out rows is {WORDS.get(best, f'*{best}*')}."
     yield f"Its score minus that of {first} is {against}."
     for name in found.setting.papers:
         if (name, "method") not in pairs:
@@ -201,28 +210,23 @@ def sentences(found: Found, short: bool = False) -> Iterator[str]:
         if (name, "frozen") in pairs:
             added = gaps((name, "method"), (name, "frozen"))
             yield f"The score of `{name}` minus that of its frozen form is {added}."
-        yield f"The score of `{name}` minus that of *{best}* is {against}."
+        yield f"The score of `{name}` minus that of the best simple way is {against}."
 
 
 def gaps_of(found: Found, one: Candidate, other: Candidate, short: bool) -> str:
-    """The differences in points on each task, at each budget and with heads."""
-    texts = []
-    budgets = [*next(iter(found.adapters.values())).comparisons]
-    for passes in budgets[-1:] if short else budgets:
-        values = [
-            f"{paired(x.comparisons[passes], one, other)} points on {task}"
-            for task, x in found.adapters.items()
-        ]
-        texts.append(f"{' and '.join(values)} at {passes:,g} passes")
+    """The differences in points on each task, at the largest budget and with heads."""
+    passes = [*next(iter(found.adapters.values())).comparisons][-1]
+    of_adapters = [
+        f"{paired(x.comparisons[passes], one, other)} points on {task}"
+        for task, x in found.adapters.items()
+    ]
+    text = f"{' and '.join(of_adapters)} at {passes:,g} passes"
     solved = [
-        f"{paired(each, one, other)} points on {task}"
+        f"{paired(each, one, other)} on {task}"
         for task, each in found.heads.items()
         if {one, other} <= {*each.plan.candidates()}
     ]
-    if solved and not short:
-        texts.append(f"{' and '.join(solved)} with heads")
-    *begin, end = texts
-    return f"{', '.join(begin)}, and {end}" if begin else end
+    return text if short or not solved else f"{text}, and with heads {' and '.join(solved)}"
 
 
 def paired(comparison: Comparison, one: Candidate, other: Candidate) -> str:
