@@ -264,10 +264,10 @@ def search_rows(found: Found) -> Iterator[Row]:
 
 
 def figures(kinds: Sequence[Found], page: Sequence[Found]) -> None:
-    """Score against passes for each kind of problem, the searches, and BiDoRA's scores."""
+    """Held-out score within a run for each kind of problem and for BiDoRA, and the searches."""
     for path, every in {FIGURE: kinds, PAGE: page}.items():
         if panels := {x.name: curves(x) for x in every}:
-            lines(panels, path, xscale="log", xlabel="passes", ylabel="score (points)")
+            lines(panels, path, xlabel="passes", ylabel="held-out score (points)")
     panels = {
         f"{x.name}, {task}": {
             name: ([passes for passes, _ in curve], [100 * fmean(values) for _, values in curve])
@@ -282,22 +282,25 @@ def figures(kinds: Sequence[Found], page: Sequence[Found]) -> None:
 
 
 def curves(found: Found) -> dict[str, Any]:
-    """The mean score over tasks at the end of each budget."""
+    """The mean held-out score over seeds and tasks within the runs of the largest budget."""
     best, first, paper = found.simple[0], found.simple[-1], found.candidates()[-1][0]
     paper = next((x for x in found.setting.papers if x in found.methods), paper)
     shown: dict[str, Candidate] = {first: (first, "method"), "best simple way": (best, "method")}
     shown["first bilevel method"] = paper, "method"
     if (paper, "frozen") in found.candidates():
         shown["its upper level frozen"] = paper, "frozen"
-    budgets = [x.comparisons for x in found.adapters.values()]
-    means = {
-        name: [
-            100 * fmean(score for x in budgets for score in x[passes].scores(*pair, False))
-            for passes in budgets[0]
-        ]
-        for name, pair in shown.items()
-    }
-    return {name: ([*budgets[0]], values) for name, values in means.items()}
+    return {name: held_out_curve(found, pair) for name, pair in shown.items()}
+
+
+def held_out_curve(found: Found, candidate: Candidate) -> tuple[list[float], list[float]]:
+    """The points of a run, and the mean held-out score at each of them."""
+    curves = [
+        x.last.plan.curve(x.last.store, x.last.plan.chosen(x.last.store, *candidate, seed))
+        for x in found.adapters.values()
+        for seed in x.last.plan.seeds
+    ]
+    means = [fmean(score for _, score in point) for point in zip(*curves, strict=True)]
+    return [passes for passes, _ in curves[0]], [100 * mean for mean in means]
 
 
 def details(found: Found) -> str:
