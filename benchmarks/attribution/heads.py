@@ -89,7 +89,7 @@ def head_on(train: Features, classes: int, *, largest: bool = True) -> HeadTrain
 
 def accuracy(training: HeadTraining, test: Features) -> float:
     """The accuracy on ``test``."""
-    guess = training.on_rows.of_labels([test.batch()]).argmax(1)
+    guess = training.on_rows.probabilities([test.batch()]).argmax(1)
     return float((guess == test.labels).double().mean())
 
 
