@@ -28,7 +28,6 @@ from hyperopt_peft.problems import (
     LoRA,
     LossCorrection,
     RowWeights,
-    S3Delta,
     SomeSources,
     Sources,
     TrustedRepeated,
@@ -200,6 +199,7 @@ SETTINGS = {
         ("ClassOffsets", "LayerScales"),
         partial(rare_class_methods, heads=True),
         LINEAR,
+        splits=2,  # of which one chooses, and one scores, in a search
         grids={
             "grid of τ": (
                 "LoRA",
@@ -247,6 +247,7 @@ SETTINGS = {
         },
         ("LayerDecay, one for all layers", "LayerDecay", "BiLoRA"),
         ("LayerDecay, one for all layers", "BiLoRA"),
+        splits=2,
         targets=LINEAR,
         grids={
             "grid of weight decays": ("LoRA", "LoRA, weight decay 0.1", "LoRA, weight decay 1"),
@@ -262,11 +263,9 @@ SETTINGS = {
             "LoRA, r = 4": RankedLoRA(),
             "largest terms": AutoLoRA(share=0.5, choose="sizes"),
             "AutoLoRA": AutoLoRA(decay=0.05, share=0.5),
-            "largest layers": S3Delta(choose="sizes"),
-            "S3Delta": S3Delta(),
         },
-        ("AutoLoRA", "S3Delta"),
-        ("AutoLoRA", "S3Delta"),
+        ("AutoLoRA",),
+        ("AutoLoRA",),
         targets=LINEAR,
     ),
     "magnitudes, all rows": Setting(
