@@ -87,9 +87,15 @@ def head_on(train: Features, classes: int, *, largest: bool = True) -> HeadTrain
     return HeadTraining(head, train, len(train.x), choose_l2(head, train, largest=largest))
 
 
+@torch.no_grad()
+def logits_of(training: HeadTraining, rows: Features) -> torch.Tensor:
+    """The logits of each row."""
+    return training.on_rows.logits(rows.batch())
+
+
 def accuracy(training: HeadTraining, test: Features) -> float:
     """The accuracy on ``test``."""
-    guess = training.on_rows.probabilities([test.batch()]).argmax(1)
+    guess = logits_of(training, test).argmax(1)
     return float((guess == test.labels).double().mean())
 
 
@@ -143,7 +149,7 @@ def why(runs: Store, name: str, seed: int) -> None:
         return
     train, above, _ = reading(drawn(name, seed))
     training = head_on(train, int(pool(name).labels.max()) + 1, largest=False)
-    margin = margins(training.on_rows.of_labels([above.batch()]))
+    margin = margins(logits_of(training, above))
     order = torch.randperm(len(margin), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = [k for k in order if MARGINS[0] < margin[k] < MARGINS[1]][:EXPLAINED]
     row |= {"l2": training.settings["l2"], "sizes": [], "seconds": []}

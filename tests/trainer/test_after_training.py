@@ -98,7 +98,7 @@ def test_the_page_lists_what_is_logged(tmp_path: Path) -> None:
     levels = streamed(tmp_path / "own", lower=Pulled, upper=Penalised, **settings)
     levels.add_callback(recorder)
     levels.train()
-    table = PAGE.partition("| names | of |")[2].partition("\n\n")[0]
+    table = PAGE.partition("## Logs")[2].partition("| --- |")[2].partition("\n\n")[0]
     listed = {*re.findall(r"`(\w+)`", table)}
     others = {"epoch", "total_flos", "train_loss", "eval_loss", "upper_penalty"}
     timings = ("_runtime", "_per_second", "_time")
