@@ -1,10 +1,10 @@
-"""Which adapter is better, and which rows hurt? Two minutes on two cores, with real text.
+"""Which adapter is better, and which rows are harmful? Two minutes on two cores, with real text.
 
     python examples/quickstart.py           # MiniLM and tweets, no network
 
 First `compare_methods` says whether DoRA or BiDoRA is better than LoRA, with equal passes over
-batches and three seeds. Then a fifth of the labels is made wrong. `attribute` says which rows hurt
-on a hundred trusted tweets, and an adapter that is trained without them is judged on tweets that
+batches and three seeds. Then a fifth of the labels is made wrong. `attribute` says which rows
+harm a hundred trusted tweets, and an adapter trained without them is tested on tweets that
 nothing has seen.
 """
 
@@ -130,11 +130,11 @@ def difference(hits: np.ndarray[Any, Any], others: np.ndarray[Any, Any]) -> str:
     return f"{gap.mean():+.3f} ± {1.96 * gap.std() / math.sqrt(len(gap)):.3f}"
 
 
-def rows_that_hurt(arguments: Arguments, data: Any, output: Path) -> dict[str, float]:
+def harmful_rows(arguments: Arguments, data: Any, output: Path) -> dict[str, float]:
     """Score training rows, some of which have wrong labels; train without the most harmful."""
     train, wrong = spoilt(data.train, WRONG, arguments.seed)
     say(
-        f"\n2. {len(wrong)} of the {len(train)} labels are made wrong. Which rows hurt on "
+        f"\n2. {len(wrong)} of the {len(train)} labels are made wrong. Which rows harm "
         f"{len(data.trusted)} trusted tweets?"
     )
     begin = time.perf_counter()
@@ -147,7 +147,7 @@ def rows_that_hurt(arguments: Arguments, data: Any, output: Path) -> dict[str, f
     out = set(range(len(train))) - set(rest)
     share = len(out & wrong) / len(out)
     say(
-        f"   of the {len(out)} rows that hurt most, {share:.0%} have wrong labels; the first three:"
+        f"   of the {len(out)} most harmful rows, {share:.0%} have wrong labels; the first three:"
     )
     for row in result.ends(3)[0]:
         say(f"      {result.line(row, 60)}")
@@ -159,7 +159,7 @@ def rows_that_hurt(arguments: Arguments, data: Any, output: Path) -> dict[str, f
         "all rows": [train],
         "all rows, and the trusted ones too": [train, trusted],
         f"without {len(out)} doubtful labels": [train.select(sorted(sure.tolist()))],
-        f"without the {len(out)} rows that hurt": [train.select(rest)],
+        f"without the {len(out)} most harmful rows": [train.select(rest)],
     }
     hits = {}
     say(f"   LoRA on each, accuracy on {len(data.test)} tweets that nothing has seen:")
@@ -185,7 +185,7 @@ def main() -> None:
     record = {
         "arguments": asdict(arguments),
         "adapters": adapters(arguments, data, output),
-        "rows that hurt": rows_that_hurt(arguments, data, output),
+        "most harmful rows": harmful_rows(arguments, data, output),
     }
     (output / "results.json").write_text(json.dumps(record, indent=1))
     say(

@@ -40,7 +40,7 @@ def test_quickstart(tmp_path: Path) -> None:
     lines, results = run("quickstart.py", tmp_path, rows=60, test_rows=60, passes=45, seeds=2)
     assert len(lines) <= 40 and max(map(len, lines)) <= 110
     assert not any("{" in line for line in lines)
-    for part, count, scale, digits in (("adapters", 3, 100, 1), ("rows that hurt", 4, 1, 3)):
+    for part, count, scale, digits in (("adapters", 3, 100, 1), ("most harmful rows", 4, 1, 3)):
         assert len(results[part]) == count
         for name, accuracy in results[part].items():
             of_name = [x for x in lines if x.strip().startswith(f"{name} ")]
