@@ -146,9 +146,7 @@ def harmful_rows(arguments: Arguments, data: Any, output: Path) -> dict[str, flo
     rest = result.without(LEFT_OUT)
     out = set(range(len(train))) - set(rest)
     share = len(out & wrong) / len(out)
-    say(
-        f"   of the {len(out)} most harmful rows, {share:.0%} have wrong labels; the first three:"
-    )
+    say(f"   of the {len(out)} most harmful rows, {share:.0%} have wrong labels; the first three:")
     for row in result.ends(3)[0]:
         say(f"      {result.line(row, 60)}")
     result.plot(output / "rows.png", 8)
