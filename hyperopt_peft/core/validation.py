@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from inspect import signature
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,6 +46,10 @@ def named_variables(variables: Variables, level: str) -> tuple[tuple[str, ...], 
             raise ProblemError(
                 f"{level}: {name} is computed from other tensors; give the leaf it is computed from"
             )
+        if not _stretch(tensor):
+            raise ProblemError(
+                f"{level}: several entries of {name} share memory; give a clone() of it"
+            )
         if tensor.is_complex():
             raise ProblemError(f"{level}: {name} is complex; give its real and imaginary parts")
         pairs.append((name, tensor))
@@ -62,16 +67,32 @@ def named_variables(variables: Variables, level: str) -> tuple[tuple[str, ...], 
 
 
 def shared_memory(named: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None:
-    """The names of two entries that are one tensor or begin at one place in memory, or None."""
-    seen: dict[Any, str] = {}
+    """The names of two entries that are one tensor or share memory, or None."""
+    seen: dict[int, str] = {}
+    stretches: list[tuple[str, int, int, str]] = []
     for name, tensor in named:
+        if id(tensor) in seen:
+            return seen[id(tensor)], name
+        seen[id(tensor)] = name
         (here,) = to_local([tensor])
-        place = here.data_ptr() if here.numel() else 0  # 0 without memory
-        for key in (id(tensor), (here.device, place)) if place else (id(tensor),):
-            if key in seen:
-                return seen[key], name
-            seen[key] = name
+        if start := here.data_ptr():  # 0 if the tensor has no entries or no memory
+            end = start + _stretch(here) * here.element_size()
+            stretches.append((str(here.device), start, end, name))
+    # Once the stretches are sorted by their starts, two neighbours overlap if any two do.
+    for (device, _, end, name), (place, start, _, other) in pairwise(sorted(stretches)):
+        if device == place and start < end:
+            return name, other
     return None
+
+
+def _stretch(tensor: Tensor) -> int:
+    """The span in memory from the first entry to the last; 0 if entries may share memory."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < reach:
+            return 0
+        reach += max(size - 1, 0) * stride
+    return reach
 
 
 def loss_and_metrics(result: Any, level: str) -> tuple[Tensor, dict[str, float]]:

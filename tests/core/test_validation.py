@@ -1,5 +1,7 @@
 """Variables that share memory are refused: moving one would move the other."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,9 +17,15 @@ def views(*tensors: Tensor) -> list[Tensor]:
 
 
 OVERLAPPING = {
-    "a part": (FLAT, FLAT[:3]),
+    "one start": (FLAT, FLAT[:3]),
+    "a later start": (FLAT[:6], FLAT[5:]),
+    "one within the other": (FLAT, FLAT[4:6]),
+    "not neighbours": (FLAT, FLAT[:2], FLAT[7:9]),
     "a transpose": (FLAT[:6].view(2, 3), FLAT[:6].view(2, 3).T),
-    "NumPy's": (FLAT[:6], torch.from_numpy(FLAT.numpy())),
+    "a column": (FLAT[4:5], FLAT.view(3, 4)[:, 0]),
+    "another dtype": (FLAT[:6], FLAT.view(torch.bfloat16)[11:]),
+    "NumPy's": (FLAT[:6], torch.from_numpy(FLAT.numpy())[3:]),
+    "interleaved": (FLAT[::2], FLAT[1::2]),
 }
 
 
@@ -53,3 +61,13 @@ def test_tied_parameters_are_given_once() -> None:
     Problem(tied.named_parameters())
     with pytest.raises(ProblemError, match=r"0\.weight and 1\.weight share memory"):
         Problem(tied.named_parameters(remove_duplicate=False))
+
+
+@pytest.mark.parametrize(
+    "w",
+    [torch.ones(1).expand(3), torch.ones(3, 1).expand(3, 4), FLAT.as_strided((2, 3), (1, 1))],
+    ids=["expanded", "one axis expanded", "windows"],
+)
+def test_entries_in_one_place(w: Any) -> None:
+    with pytest.raises(ProblemError, match="fit: several entries of w share memory"):
+        Problem(zip("w", views(w)), name="fit")
