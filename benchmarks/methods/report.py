@@ -75,10 +75,10 @@ class Found:
         By the mean over tasks at the largest budget; the first method, with which all are compared,
         comes last.
         """
-        every = list(self.adapters.values())
-        names = [x for x in self.methods if x not in (*self.setting.papers, every[0].first)]
-        means = {name: fmean(held_out(each, name) for each in every) for name in names}
-        return [*sorted(names, key=lambda name: -means[name]), every[0].first]
+        first = next(iter(self.adapters.values())).first
+        names = [x for x in self.methods if x not in (*self.setting.papers, first)]
+        ends = {name: held_out_curve(self, (name, "method"))[1][-1] for name in names}
+        return [*sorted(names, key=lambda name: -ends[name]), first]
 
     @property
     def methods(self) -> list[str]:
@@ -155,13 +155,6 @@ def complete(name: str) -> Found | None:
     return Found(name, setting, adapters, heads) if adapters else None
 
 
-def held_out(comparison: AcrossBudgets, name: str) -> float:
-    """The mean held-out score of the seeds at their rates, at the end of the runs."""
-    plan, store = comparison.plan, comparison.store
-    runs = [plan.chosen(store, name, "method", seed) for seed in plan.seeds]
-    return fmean(plan.curve(store, run)[-1][1] for run in runs)
-
-
 def scores(found: Found) -> list[Row]:
     """The scores in points with intervals over seeds: a row for each task and candidate.
 
@@ -215,11 +208,10 @@ def sentences(found: Found, short: bool = False) -> Iterator[str]:
 
 def gaps_of(found: Found, one: Candidate, other: Candidate, short: bool) -> str:
     """The differences in points on each task, at the largest budget and with heads."""
-    passes = [*next(iter(found.adapters.values())).comparisons][-1]
     of_adapters = [
-        f"{paired(x.comparisons[passes], one, other)} points on {task}"
-        for task, x in found.adapters.items()
+        f"{paired(x.last, one, other)} points on {task}" for task, x in found.adapters.items()
     ]
+    passes = next(iter(found.adapters.values())).last.plan.passes
     text = f"{' and '.join(of_adapters)} at {passes:,g} passes"
     solved = [
         f"{paired(each, one, other)} on {task}"
