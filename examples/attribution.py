@@ -1,4 +1,4 @@
-"""Which training rows help or hurt, how far that can be trusted, and which labels are wrong?
+"""Which training rows are harmful, how far can their scores be trusted, which labels are wrong?
 
     python examples/attribution.py            # MiniLM and tweets, no network
     python examples/attribution.py --estimator minres:damping=0.01

@@ -1,4 +1,4 @@
-"""`attribute`: how much each training row helps or hurts on evaluation rows."""
+"""`attribute`: how helpful or harmful each training row is on evaluation rows."""
 
 from __future__ import annotations
 
@@ -96,7 +96,8 @@ def attribute(
         raise ProblemError("model: a head needs a Trainer; leave it out")
     if not of_level and (row_weights is not None or training_steps is not None):
         raise ProblemError(
-            "row_weights, training_steps: a Trainer sets these itself; leave them out"
+            "row_weights, training_steps: only for a Problem, the level that is trained; "
+            "a Trainer sets them itself, so leave them out"
         )
     options: dict[str, Any] = {
         "differentiated": parsed.differentiates_run,
