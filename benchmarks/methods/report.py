@@ -6,7 +6,8 @@ A part of a page without complete runs stays as it is.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -54,6 +55,8 @@ WORDS = {
     "loss correction by source": "to count on trusted rows how each source confuses the labels, "
     "and to correct the loss by these counts",
     "logit adjustment": "to add the logarithm of each class's share to its logit in training",
+    "logit adjustment, τ = 1.5": "to add 1.5 times the logarithm of each class's share to its "
+    "logit in training",
 }
 Row = dict[str, str]
 Candidate = tuple[str, Kind]
@@ -140,8 +143,26 @@ def section(found: Found) -> str:
 
 
 def line(found: Found) -> str:
-    """A setting's sentences as one item of a list."""
-    return f"- **{found.name.capitalize()}.** {' '.join(sentences(found, short=True))}"
+    """What adapters show of a setting, as one item of a list."""
+    best, first, pairs = found.simple[0], found.simple[-1], found.candidates()
+    every = [x.last for x in found.adapters.values()]
+
+    def gap(one: Candidate, other: Candidate) -> str:
+        return " and ".join(paired(each, one, other) for each in every)
+
+    text = f"The best simple way by held-out rows is {WORDS.get(best, f'*{best}*')}: "
+    text += f"{gap((best, 'method'), (first, 'method'))} points over {first}."
+    for name in found.setting.papers:
+        others = {"its frozen form": (name, "frozen"), "the best simple way": (best, "method")}
+        if (this := (name, "method")) in pairs:
+            gaps = [
+                f"from {text} by {gap(this, other)} points"
+                for text, other in others.items()
+                if other in pairs
+            ]
+            text += f" `{name}` differs {' and '.join(gaps)}."
+    where = f"{' and '.join(found.adapters)}, {every[0].plan.passes:,g} passes"
+    return f"- **{found.name.capitalize()}** ({where}). {text}"
 
 
 def complete(name: str) -> Found | None:
@@ -183,16 +204,10 @@ def points(values: Iterable[float], sign: str = "") -> str:
     return Verdict(values, points=True).shown(sign)
 
 
-def sentences(found: Found, short: bool = False) -> Iterator[str]:
-    """The best simple way, and what each upper level adds to its frozen form, and lacks to it.
-
-    ``short`` leaves heads out.
-    """
+def sentences(found: Found) -> Iterator[str]:
+    """The best simple way, and what each upper level adds to its frozen form and to that way."""
     best, first, pairs = found.simple[0], found.simple[-1], found.candidates()
-
-    def gaps(one: Candidate, other: Candidate) -> str:
-        return gaps_of(found, one, other, short)
-
+    gaps = partial(gaps_of, found)
     against = gaps((best, "method"), (first, "method"))
     yield f"The best simple way by held-out rows is {WORDS.get(best, f'*{best}*')}."
     yield f"Its score minus that of {first} is {against}."
@@ -206,7 +221,7 @@ def sentences(found: Found, short: bool = False) -> Iterator[str]:
         yield f"The score of `{name}` minus that of the best simple way is {against}."
 
 
-def gaps_of(found: Found, one: Candidate, other: Candidate, short: bool) -> str:
+def gaps_of(found: Found, one: Candidate, other: Candidate) -> str:
     """The differences in points on each task, at the largest budget and with heads."""
     of_adapters = [
         f"{paired(x.last, one, other)} points on {task}" for task, x in found.adapters.items()
@@ -218,7 +233,7 @@ def gaps_of(found: Found, one: Candidate, other: Candidate, short: bool) -> str:
         for task, each in found.heads.items()
         if {one, other} <= {*each.plan.candidates()}
     ]
-    return text if short or not solved else f"{text}, and with heads {' and '.join(solved)}"
+    return f"{text}, and with heads {' and '.join(solved)}" if solved else text
 
 
 def paired(comparison: Comparison, one: Candidate, other: Candidate) -> str:
@@ -258,7 +273,7 @@ def search_rows(found: Found) -> Iterator[Row]:
 def figures(kinds: Sequence[Found], page: Sequence[Found]) -> None:
     """Held-out score within a run for each kind of problem and for BiDoRA, and the searches."""
     for path, every in {FIGURE: kinds, PAGE: page}.items():
-        if panels := {x.name: curves(x) for x in every}:
+        if panels := dict(map(panel, every)):
             lines(panels, path, xlabel="passes", ylabel="held-out score (points)")
     panels = {
         f"{x.name}, {task}": {
@@ -269,28 +284,33 @@ def figures(kinds: Sequence[Found], page: Sequence[Found]) -> None:
         for task, grids in searches(x).items()
     }
     if panels:
-        axes = {"xscale": "log", "xlabel": "passes of all trainings", "ylabel": "score (points)"}
-        lines(panels, SEARCH, **axes)
+        lines(panels, SEARCH, xlabel="passes of all trainings", ylabel="score (points)")
 
 
-def curves(found: Found) -> dict[str, Any]:
+def panel(found: Found) -> tuple[str, dict[str, Any]]:
     """The mean held-out score over seeds and tasks within the runs of the largest budget."""
-    best, first, paper = found.simple[0], found.simple[-1], found.candidates()[-1][0]
-    paper = next((x for x in found.setting.papers if x in found.methods), paper)
+    best, first = found.simple[0], found.simple[-1]
+    paper = next(x for x in found.setting.papers if x in found.methods)
     shown: dict[str, Candidate] = {first: (first, "method"), "best simple way": (best, "method")}
-    shown["first bilevel method"] = paper, "method"
+    shown["bilevel method"] = paper, "method"
     if (paper, "frozen") in found.candidates():
         shown["its upper level frozen"] = paper, "frozen"
-    return {name: held_out_curve(found, pair) for name, pair in shown.items()}
+    lines_of = {name: held_out_curve(found, pair) for name, pair in shown.items()}
+    return f"{found.name}: {best}; {paper}", lines_of
 
 
 def held_out_curve(found: Found, candidate: Candidate) -> tuple[list[float], list[float]]:
-    """The points of a run, and the mean held-out score at each of them."""
-    curves = [
-        x.last.plan.curve(x.last.store, x.last.plan.chosen(x.last.store, *candidate, seed))
+    """The points of a run, and the mean held-out score at each of them.
+
+    A frozen form has held-out scores only at the rates of its best point.
+    """
+    stopped = candidate[1] == "frozen"
+    chosen = [
+        (x.last, x.last.plan.chosen(x.last.store, *candidate, seed, stopped))
         for x in found.adapters.values()
         for seed in x.last.plan.seeds
     ]
+    curves = [x.plan.curve(x.store, replace(run, stop=None)) for x, run in chosen]
     means = [fmean(score for _, score in point) for point in zip(*curves, strict=True)]
     return [passes for passes, _ in curves[0]], [100 * mean for mean in means]
 

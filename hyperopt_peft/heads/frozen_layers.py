@@ -107,7 +107,6 @@ class _Once:
         self.layers, self.count = layers, count
         self.known, self.keys, self.mask = False, list[Any](), torch.empty(0)
         self.used = False
-        self.inner = [{**layer._modules} for layer in layers[:count]]
         self.use({})
 
     def use(self, states: States) -> None:
@@ -133,17 +132,10 @@ class _Once:
             hook.remove()
         for layer in self.layers[: self.count]:
             del layer.forward
-        self._show(True)
-
-    def _show(self, inner: bool) -> None:
-        """Show the modules in the first layers, or hide them: a Trainer visits all in each step."""
-        for layer, modules in zip(self.layers, self.inner, strict=False):
-            layer._modules = {**modules} if inner else {}
 
     def _begin(self, args: Any, kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
         self.keys, self.known = [], False
-        self._show(True)
         if ids is None or ids.dim() != 2 or "position_ids" in kwargs:  # such as packed texts
             return
         mask = kwargs.get("attention_mask")
@@ -152,7 +144,6 @@ class _Once:
         rows = zip(torch.stack(columns, dim=1), self.mask, strict=True)
         self.keys = [tuple(row[:, kept].flatten().tolist()) for row, kept in rows]
         self.known = all(key in self.states for key in self.keys)
-        self._show(not self.known)
 
     def _skipping(self, forward: Any) -> Any:
         in_tuple = False  # as GPT-2's layers return their states in early releases of Transformers

@@ -56,14 +56,16 @@ def trainer(
 
 @pytest.mark.parametrize("kind", ["classes", "tokens", "causal"])
 def test_a_training_is_the_same(tmp_path: Path, kind: str) -> None:
-    found = {}
+    """And the model still has its lower layers, to be merged and saved."""
+    found, whole = {}, {}
     for once in (False, True):
         made = trainer(tmp_path, kind)
         if once:
             assert compute_once(made).startswith("1 of 2 layers")
         made.train()
         made.train()  # now every text is known
-        found[once] = values(made.model)
+        found[once], whole[once] = values(made.model), made.model.state_dict().keys()
+    assert whole[True] == whole[False]
     for name, expected in found[False].items():
         torch.testing.assert_close(found[True][name], expected, rtol=2e-3, atol=2e-5)
 
