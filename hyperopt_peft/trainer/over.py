@@ -12,7 +12,7 @@ from copy import copy
 from dataclasses import fields, make_dataclass
 from functools import cache
 from types import SimpleNamespace
-from typing import Any, ClassVar, Self, get_args, get_type_hints
+from typing import Any, ClassVar, get_args, get_type_hints
 
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
@@ -45,7 +45,7 @@ def combined(ours: Any, parent: Any) -> Any:
     """The class with bases (``ours``, ``parent``), cached; ``ours`` if it extends ``parent``."""
     if not (isinstance(parent, type) and issubclass(parent, Trainer)):
         name = getattr(parent, "__name__", repr(parent))
-        raise ProblemError(f"over: must be a subclass of transformers.Trainer, got {name}")
+        raise ProblemError(f"bilevel: must be a subclass of transformers.Trainer, got {name}")
     if issubclass(ours, parent):
         return ours
     name = ours.__name__.removesuffix("Trainer") + parent.__name__
@@ -146,29 +146,6 @@ class CombinedTrainer(Trainer, metaclass=Combined):
             cls.Arguments = combined_arguments(cls.Arguments, arguments_of(cls.parent()))
 
     @classmethod
-    def over(cls, trainer: Any) -> type[Self]:
-        """The class with bases (cls, ``trainer``), for another `transformers.Trainer` subclass.
-
-        Equal calls return the same class. Both levels train the loss of ``trainer``, on data that
-        ``trainer`` prepares. The attribute ``Arguments`` combines the arguments of both classes,
-        with the defaults of ``trainer``; an arguments object of ``trainer`` is accepted too. Its
-        ``training_step`` runs around the lower level's passes.
-
-        Raises:
-            ProblemError: ``trainer`` is not a Trainer, or generates its batches in each step.
-
-        Example:
-            >>> from hyperopt_peft import BilevelTrainer
-            >>> class Halved(Trainer):
-            ...     def compute_loss(self, model, inputs, *args, **kwargs):
-            ...         return super().compute_loss(model, inputs, *args, **kwargs) / 2
-            >>> BilevelTrainer.over(Halved)
-            <class 'hyperopt_peft.trainer.trainer.BilevelHalved'>
-        """
-        made: type[Self] = combined(cls, trainer)
-        return made
-
-    @classmethod
     def parent(cls) -> Any:
-        """The class given to `over`, or `transformers.Trainer`."""
+        """The class given to `bilevel`, or `transformers.Trainer`."""
         return cls.__mro__[cls.__mro__.index(CombinedTrainer) + 1]

@@ -130,7 +130,7 @@ def run(trainer: Any, resume: str | bool | None, *args: Any, **kwargs: Any) -> A
     if two and point is not None and point[0].resolve().parent == later.resolve():
         saved = point[1].get("settings", {}).get("search", {})
         require_settings(str(point[0]), saved, "this run", search)
-        variables = _level_values(trainer)
+        variables = dict(trainer.named_tensors())
         _assign(variables, _read(folder / LEARNED, variables))
     else:
         initial = None
@@ -188,7 +188,7 @@ def _export(last: Any, *earlier: Any) -> None:
 
 
 @torch.no_grad()
-def _end_search(trainer: Any, folder: Path, initial: Mapping[str, Tensor] | None = None) -> None:
+def _end_search(trainer: Any, folder: Path, initial: Mapping[str, Tensor] | None) -> None:
     """Let the method change its variables, give the lower level ``initial``, and save both.
 
     A resumed run calls ``finish`` again, which reads them.
@@ -197,7 +197,7 @@ def _end_search(trainer: Any, folder: Path, initial: Mapping[str, Tensor] | None
     trainer.method.after_search(trainer.model)
     if initial is not None:
         _assign(dict(zip(trainer.lower.names, trainer.lower.variables)), initial)
-    values = {name: gather(x.detach()) for name, x in _level_values(trainer).items()}
+    values = {name: gather(x.detach()) for name, x in trainer.named_tensors()}
     if trainer.args.should_save:
         checkpoint.write_state(folder / LEARNED, values)
 
@@ -212,13 +212,6 @@ def _initial(trainer: Any, resumed: bool) -> dict[str, Tensor]:
     if trainer.args.should_save:
         checkpoint.write_state(path, values)
     return values
-
-
-def _level_values(trainer: Any) -> dict[str, Tensor]:
-    """The variables of both levels by name; the lower level's names begin with ``lower.``."""
-    lower, *upper = trainer.levels
-    named = {f"lower.{name}": x for name, x in zip(lower.names, lower.variables)}
-    return named | {n: x for each in upper for n, x in zip(each.names, each.variables)}
 
 
 def options_again(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,22 +21,19 @@ Reads = Set[str] | None
 
 
 def split_dataset(
-    train: Dataset, upper_fraction: float, seed: int, label: str | None = None, reads: Reads = None
+    train: Dataset, upper_fraction: float, seed: int, reads: Reads = None
 ) -> tuple[Dataset, Dataset]:
     """Split the training set into the lower and the upper level's rows, by ``seed``.
 
-    The split is stratified if the column ``label`` (by default ``label`` or ``labels``) holds
-    classes: a ClassLabel, or integers that each occur at least three times on average. All copies
-    of a row are in one level.
+    The split is stratified if the column ``label`` or ``labels`` holds classes: a ClassLabel, or
+    integers that each occur at least three times on average. All copies of a row are in one level.
 
     Args:
         upper_fraction: the upper level's share of the different rows, in (0, 1).
-        label: the column of the classes.
         reads: the columns in which copies are equal; by default all.
 
     Raises:
-        ProblemError: a level would be empty or lack a class, an example has no class, or ``train``
-            has no column ``label``.
+        ProblemError: a level would be empty or lack a class, or an example has no class.
 
     Example:
         >>> train = Dataset.from_dict({"x": range(20), "label": [0, 1] * 10})
@@ -51,9 +48,7 @@ def split_dataset(
         )
     if not 0 < upper_fraction < 1:
         raise ProblemError(f"upper_fraction must be in (0, 1), got {upper_fraction}")
-    if label is not None and label not in train.column_names:
-        raise ProblemError(f"the training set has no column {label!r}, only {train.column_names}")
-    values = classes_of(train, label or label_column(train)) or []
+    values = classes_of(train) or []
     if None in values:
         raise ProblemError(
             f"{values.count(None)} of {len(train)} training examples have no label; remove them"
@@ -127,8 +122,9 @@ def label_column(data: Dataset) -> str | None:
     return next((column for column in ("label", "labels") if column in data.column_names), None)
 
 
-def classes_of(data: Dataset, column: str | None) -> list[Any] | None:
-    """The entries of ``column`` if they are classes (see `split_dataset`), else None."""
+def classes_of(data: Dataset) -> list[Any] | None:
+    """The entries of `label_column` if they are classes (see `split_dataset`), else None."""
+    column = label_column(data)
     feature = None if column is None else data.features[column]
     integer = isinstance(feature, Value) and "int" in feature.dtype
     if not integer and not isinstance(feature, ClassLabel):

@@ -28,7 +28,7 @@ from hyperopt_peft.trainer.callback import BilevelCallback, Point
 from hyperopt_peft.trainer.internals import metrics_restored, packed_with
 from hyperopt_peft.trainer.logs import add_numbers, add_to_card, shorten
 from hyperopt_peft.trainer.method import Method
-from hyperopt_peft.trainer.over import CombinedTrainer, LowerStep
+from hyperopt_peft.trainer.over import CombinedTrainer, LowerStep, combined
 from hyperopt_peft.trainer.phases import Phase
 from hyperopt_peft.trainer.saved import check_saved
 from hyperopt_peft.trainer.splits import reads_of
@@ -60,7 +60,7 @@ class BilevelTrainer(CombinedTrainer):
 
     Args:
         model: the model that the Trainer saves, evaluates and moves to its device; or its name, if
-            the trainer that this is `over` loads models by name.
+            the trainer given to `bilevel` loads models by name.
         args: the settings; the trainer copies them and adds the method's defaults.
         method: makes both levels, and the plain model of the second phase; see `Method`. A
             baseline has one phase. Without method and levels, one level trains all trainable
@@ -70,7 +70,7 @@ class BilevelTrainer(CombinedTrainer):
         train_dataset: the lower level's examples. Without ``upper_dataset`` the upper level gets
             ``args.upper_fraction`` of them.
         upper_dataset: the upper level's examples, never ``eval_dataset``.
-        trainer: further arguments of `transformers.Trainer`, or of the trainer that this is `over`.
+        trainer: further arguments of `transformers.Trainer`, or of the trainer given to `bilevel`.
             The second phase has copies of the ``callbacks`` in their initial state.
 
     Raises:
@@ -486,11 +486,20 @@ class BilevelTrainer(CombinedTrainer):
 
 
 def bilevel(trainer: Any) -> type[BilevelTrainer]:
-    """`BilevelTrainer` over another trainer, such as TRL's SFTTrainer; see `BilevelTrainer.over`.
+    """`BilevelTrainer` over another `transformers.Trainer` subclass, such as TRL's SFTTrainer.
+
+    Equal calls return the same class. Both levels train the loss of ``trainer``, on data that
+    ``trainer`` prepares. The attribute ``Arguments`` combines the arguments of both classes, with
+    the defaults of ``trainer``; an arguments object of ``trainer`` is accepted too. Its
+    ``training_step`` runs around the lower level's passes.
+
+    Raises:
+        ProblemError: ``trainer`` is not a Trainer, or generates its batches in each step.
 
     Example:
         >>> from transformers import Seq2SeqTrainer
         >>> bilevel(Seq2SeqTrainer).Arguments("outputs", report_to="none").predict_with_generate
         False
     """
-    return BilevelTrainer.over(trainer)
+    made: type[BilevelTrainer] = combined(BilevelTrainer, trainer)
+    return made

@@ -156,6 +156,6 @@ def loader_of(trainer: Trainer, data: Any, name: str) -> Any:
         raise ProblemError(
             f"{name}: the rows are packed, but the trainer removes their column {PACKED!r} as "
             "unused, so documents would attend to each other; set remove_unused_columns=False "
-            "with TRL's collator, or use the trainer's class .over(SFTTrainer)"
+            "with TRL's collator, or use bilevel(SFTTrainer)"
         )
     return loader

@@ -19,7 +19,7 @@ from trl import (
     SFTTrainer,
 )
 
-from hyperopt_peft import BilevelTrainer, Method
+from hyperopt_peft import Method, bilevel
 from tests.support.language import LAYOUTS, language_model, lora, rows, tokenizer
 from tests.support.trainers import QUIET
 
@@ -70,7 +70,7 @@ def made(
     adapter: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Any:
-    """``parent`` itself, or over it the trainer ``kind``, or the trainer of the method ``kind``."""
+    """``parent`` itself, or over it a bilevel trainer: of the method ``kind``, or of one level."""
     task = "SEQ_CLS" if parent is RewardTrainer else "CAUSAL_LM"
     common: dict[str, Any] = {
         **QUIET,
@@ -82,13 +82,10 @@ def made(
     }
     options = dict(options or {})
     model = options.pop("model", None) or model_for(parent)
-    if kind is None:
-        cls, arguments = parent, CONFIGS[parent]
-    else:
-        if isinstance(kind, Method):
-            kind, options = BilevelTrainer, {"method": kind} | options
-        cls = kind.over(parent)  # type: ignore[attr-defined]
-        arguments = cls.Arguments
+    if isinstance(kind, Method):
+        options = {"method": kind} | options
+    cls: Any = parent if kind is None else bilevel(parent)
+    arguments = CONFIGS[parent] if kind is None else cls.Arguments
     config = lora(**(adapter or {}))
     config.task_type = task
     return cls(

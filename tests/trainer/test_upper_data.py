@@ -33,11 +33,11 @@ def table(labels: Any, feature: Any = None, name: Any = "labels") -> Any:
     return Dataset.from_dict(columns, features=features)
 
 
-def classes(counts: Any, **options: Any) -> Any:
+def classes(counts: Any) -> Any:
     """As many rows of each class as ``counts`` says, the last class first."""
     labels = [c for c, count in reversed(list(enumerate(counts))) for _ in range(count)]
     names = [f"class {c}" for c in range(len(counts))]
-    return table(labels, ClassLabel(names=names), **options)
+    return table(labels, ClassLabel(names=names))
 
 
 COUNTS = st.lists(st.integers(10, 40), min_size=2, max_size=4)
@@ -82,14 +82,6 @@ def test_whole_numbers_that_come_again_are_classes() -> None:
 )
 def test_what_holds_no_classes_is_shuffled(data: Any) -> None:
     require_split_as(data, data, 3)
-
-
-def test_the_label_can_be_named() -> None:
-    data = classes([30, 10], name="topic")
-    lower, upper = split_dataset(data, 0.5, 1, label="topic")
-    assert Counter(lower["topic"]) == Counter(upper["topic"]) == {0: 15, 1: 5}
-    with pytest.raises(ProblemError, match=r"no column 'tpic', only \['row', 'topic'\]"):
-        split_dataset(data, 0.5, 1, label="tpic")
 
 
 @pytest.mark.parametrize("kind", [None, "torch", "arrow"])
@@ -270,10 +262,6 @@ def test_rows_that_processes_repeat_are_warned_of(
     assert (given_out > 23) == bool(words)
 
 
-def above(run: Any) -> list[dict[str, float]]:
-    return [record for record in run.state.log_history if "upper_loss" in record]
-
-
 @pytest.mark.parametrize("kind", ["tokens", "causal"])
 def test_a_label_counts_the_same_in_each_piece(tmp_path: Path, kind: str) -> None:
     losses = []
@@ -283,7 +271,8 @@ def test_a_label_counts_the_same_in_each_piece(tmp_path: Path, kind: str) -> Non
         run = trainer(tmp_path / str(size), model=model.double(), options=options, **settings)
         assert run.upper_batches.count == count
         run.train()
-        losses.append([record["upper_loss"] for record in above(run)])
+        logs = run.state.log_history
+        losses.append([record["upper_loss"] for record in logs if "upper_loss" in record])
     # The loss of a language model is computed in float32.
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 

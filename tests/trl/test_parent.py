@@ -181,7 +181,7 @@ def test_a_resumed_run_is_bit_identical(tmp_path: Path, parent: type, peft: bool
 
 
 def test_a_class_is_one_object_that_pickles(tmp_path: Path) -> None:
-    assert bilevel(SFT) is bilevel(SFT) is BilevelTrainer.over(SFT)
+    assert bilevel(SFT) is bilevel(SFT)
     for made_class in (bilevel(SFT), bilevel(DPO)):
         assert pickle.loads(pickle.dumps(made_class)) is made_class
         assert pickle.loads(pickle.dumps(made_class.Arguments)) is made_class.Arguments
@@ -262,7 +262,7 @@ def test_packed_rows_are_refused_where_their_lengths_would_be_removed(tmp_path: 
     packed = made(tmp_path, SFT, layout="packed").train_dataset
     args = BilevelTrainer.Arguments(str(tmp_path), use_cpu=True, report_to="none")
     model = get_peft_model(language_model(), lora(use_dora=True))
-    with pytest.raises(ProblemError, match=r"seq_lengths.*over\(SFTTrainer\)"):
+    with pytest.raises(ProblemError, match=r"seq_lengths.*bilevel\(SFTTrainer\)"):
         BilevelTrainer(model, args, method=BiDoRA(), train_dataset=packed)
 
 
