@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -110,9 +109,8 @@ def report(*, check: bool) -> None:
         pages.DOCS / "results.md": {"magnitudes": joined(ADAPTED, map(section, page))},
         pages.DOCS / "methods.md": {"kinds": joined(UNITS, map(section, kinds), "methods.png")},
         pages.ROOT / "README.md": {"methods": "\n".join(map(line, kinds))},
-        TABLES: {"methods": "\n".join(map(details, every))},
+        TABLES: {"methods": "\n".join(map(details, every)), "sparsity": sparsity.section()},
         pages.DOCS / "when-bilevel-pays.md": {
-            "sparsity": sparsity.section(),
             "grid": joined(GRIDS, [f"{table(grids)}\n"], "search.png") if grids else "",
         },
         pages.RESULTS / "calibration.md": {
@@ -135,34 +133,49 @@ def joined(begin: str, texts: Iterable[str], figure: str = "") -> str:
 
 def section(found: Found) -> str:
     """The table of a setting, its sentences, and what was not run."""
-    text = " ".join(sentences(found))
+    text = f"{measured(found)}\n"
+    if found.heads:
+        solved = differences(found, found.heads, "the simple way")
+        text += f"\nWith heads ({' and '.join(found.heads)}) {solved}\n"
     missing = [name for name in found.setting.methods() if name not in found.methods]
     missing += [task for task in found.setting.tasks if task not in found.adapters]
     end = f"\nNot run: {', '.join(missing)}.\n" if missing else ""
-    return f"### {found.name.capitalize()}\n\n{table(scores(found))}\n\n{text}\n{end}"
+    return f"### {found.name.capitalize()}\n\n{table(scores(found))}\n\n{text}{end}"
 
 
 def line(found: Found) -> str:
     """What adapters show of a setting, as one item of a list."""
-    best, first, pairs = found.simple[0], found.simple[-1], found.candidates()
-    every = [x.last for x in found.adapters.values()]
+    return f"- **{found.name.capitalize()}** ({' and '.join(found.adapters)}). {measured(found)}"
 
-    def gap(one: Candidate, other: Candidate) -> str:
-        return " and ".join(paired(each, one, other) for each in every)
 
-    text = f"The best simple way by held-out rows is {WORDS.get(best, f'*{best}*')}: "
-    text += f"{gap((best, 'method'), (first, 'method'))} points over {first}."
+def measured(found: Found) -> str:
+    """The best simple way of adapters, and the differences at the end of their runs."""
+    best, every = found.simple[0], {task: x.last for task, x in found.adapters.items()}
+    text = f"The best simple way by held-out rows is {WORDS.get(best, f'*{best}*')}."
+    passes = next(iter(every.values())).plan.passes
+    return f"{text} {differences(found, every, f'At {passes:,g} passes it')}"
+
+
+def differences(found: Found, every: Mapping[str, Comparison], best_way: str) -> str:
+    """What the best simple way adds to the first method, and bilevel ones to their frozen forms.
+
+    In points, on each of the tasks ``every``.
+    """
+    best, first = found.simple[0], found.simple[-1]
+    others: dict[str, dict[str, Candidate]] = {best: {first: (first, "method")}}
     for name in found.setting.papers:
-        others = {"its frozen form": (name, "frozen"), "the best simple way": (best, "method")}
-        if (this := (name, "method")) in pairs:
-            gaps = [
-                f"from {text} by {gap(this, other)} points"
-                for text, other in others.items()
-                if other in pairs
-            ]
-            text += f" `{name}` differs {' and '.join(gaps)}."
-    where = f"{' and '.join(found.adapters)}, {every[0].plan.passes:,g} passes"
-    return f"- **{found.name.capitalize()}** ({where}). {text}"
+        others[name] = {"its frozen form": (name, "frozen"), "the simple way": (best, "method")}
+    texts = []
+    for name, known in others.items():
+        gaps = []
+        for text, other in known.items():
+            pair = (name, "method"), other
+            values = [paired(x, *pair) for x in every.values() if {*pair} <= {*x.plan.candidates()}]
+            if values:
+                gaps.append(f"from {text} by {' and '.join(values)} points")
+        who = best_way if name == best else f"`{name}`"
+        texts += [f"{who} differs {', and '.join(gaps)}."] if gaps else []
+    return " ".join(texts)
 
 
 def complete(name: str) -> Found | None:
@@ -202,38 +215,6 @@ def scores(found: Found) -> list[Row]:
 def points(values: Iterable[float], sign: str = "") -> str:
     """Mean ± half of the interval, in percentage points."""
     return Verdict(values, points=True).shown(sign)
-
-
-def sentences(found: Found) -> Iterator[str]:
-    """The best simple way, and what each upper level adds to its frozen form and to that way."""
-    best, first, pairs = found.simple[0], found.simple[-1], found.candidates()
-    gaps = partial(gaps_of, found)
-    against = gaps((best, "method"), (first, "method"))
-    yield f"The best simple way by held-out rows is {WORDS.get(best, f'*{best}*')}."
-    yield f"Its score minus that of {first} is {against}."
-    for name in found.setting.papers:
-        if (name, "method") not in pairs:
-            continue
-        against = gaps((name, "method"), (best, "method"))
-        if (name, "frozen") in pairs:
-            added = gaps((name, "method"), (name, "frozen"))
-            yield f"The score of `{name}` minus that of its frozen form is {added}."
-        yield f"The score of `{name}` minus that of the best simple way is {against}."
-
-
-def gaps_of(found: Found, one: Candidate, other: Candidate) -> str:
-    """The differences in points on each task, at the largest budget and with heads."""
-    of_adapters = [
-        f"{paired(x.last, one, other)} points on {task}" for task, x in found.adapters.items()
-    ]
-    passes = next(iter(found.adapters.values())).last.plan.passes
-    text = f"{' and '.join(of_adapters)} at {passes:,g} passes"
-    solved = [
-        f"{paired(each, one, other)} on {task}"
-        for task, each in found.heads.items()
-        if {one, other} <= {*each.plan.candidates()}
-    ]
-    return f"{text}, and with heads {' and '.join(solved)}" if solved else text
 
 
 def paired(comparison: Comparison, one: Candidate, other: Candidate) -> str:

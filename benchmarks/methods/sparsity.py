@@ -140,5 +140,4 @@ def section() -> str:
             row[f"accuracy, {way}"] = f"{100 * right:.1f}"
     heads = dict.fromkeys(head for row in rows.values() for head in row)
     cells = [{head: row.get(head) for head in heads} for row in rows.values()]
-    link = "![Share of weights near 0, and accuracy, against upper steps](sparsity.png)"
-    return f"{table(cells)}\n\n{link}\n" if cells else ""
+    return f"{table(cells)}\n" if cells else ""
