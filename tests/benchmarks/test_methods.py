@@ -80,8 +80,14 @@ def test_a_table_has_the_methods_with_all_runs(
     assert {*rows[0]} >= {"300 passes", "1200 passes, stopped", "heads, solved"}
     assert rows[0]["1200 passes"] == "60.4 ± 0.7" and rows[2]["heads, solved"].startswith("50.")
     text = report.section(found)
-    gap = "`RowWeights` minus that of its frozen form is +10.0 ± 0.0 points on trec at 1,200 passes"
-    assert "simple way by held-out rows is *loss correction*." in text and gap in text
+    gap = "`RowWeights` differs from its frozen form by +10.0 ± 0.0 points"
+    assert "*loss correction*. At 1,200 passes it differs from LoRA" in text and gap in text
+    assert [*report.panel(found)[1]] == [
+        "LoRA",
+        "best simple way",
+        "bilevel method",
+        "its upper level frozen",
+    ]
     assert "Not run: least trusted loss" in text and "SEAL, tweets." in text
     assert "#### Wrong labels: trec, heads" in report.details(found)
 
