@@ -176,7 +176,7 @@ MAGNITUDES: dict[str, Any] = {
     "targets": EVERY,
     "batch": 16,
     "rates": (3e-4, 1e-3, 3e-3),
-    "upper_rates": (1e-2, 1e-1),
+    "upper_rates": (1e-3, 1e-2, 3e-1),
     "seeds": range(100, 103),
 }
 SETTINGS = {
