@@ -107,7 +107,9 @@ def report(*, check: bool) -> None:
     page = [each for each in every if each.name in OF_PAGE]
     grids = [row for found in kinds for row in search_rows(found)]
     parts = {
-        pages.DOCS / "results.md": {"magnitudes": joined(ADAPTED, map(section, page))},
+        pages.DOCS / "results.md": {
+            "magnitudes": joined(ADAPTED, map(section, page), "results.png")
+        },
         pages.DOCS / "methods.md": {"kinds": joined(UNITS, map(section, kinds), "methods.png")},
         pages.ROOT / "README.md": {"methods": "\n".join(map(line, kinds))},
         TABLES: {"methods": "\n".join(map(details, every)), "sparsity": sparsity.section()},
@@ -152,9 +154,10 @@ def line(found: Found) -> str:
 def measured(found: Found) -> str:
     """The best simple way of adapters, and the differences at the end of their runs."""
     best, every = found.simple[0], {task: x.last for task, x in found.adapters.items()}
-    text = f"The best simple way by held-out rows is {WORDS.get(best, f'*{best}*')}."
+    way = f"The best simple way by held-out rows is {WORDS.get(best, f'*{best}*')}. "
     passes = next(iter(every.values())).plan.passes
-    return f"{text} {differences(found, every, f'At {passes:,g} passes it')}"
+    text = f"At {passes:,g} passes {differences(found, every, 'it')}"
+    return way + text if best != found.simple[-1] else text
 
 
 def differences(found: Found, every: Mapping[str, Comparison], best_way: str) -> str:
@@ -163,9 +166,12 @@ def differences(found: Found, every: Mapping[str, Comparison], best_way: str) ->
     In points, on each of the tasks ``every``.
     """
     best, first = found.simple[0], found.simple[-1]
-    others: dict[str, dict[str, Candidate]] = {best: {first: (first, "method")}}
+    others: dict[str, dict[str, Candidate]] = {}
+    if best != first:
+        others[best] = {first: (first, "method")}
+    rival = "the simple way" if others else first
     for name in found.setting.papers:
-        others[name] = {"its frozen form": (name, "frozen"), "the simple way": (best, "method")}
+        others[name] = {"its frozen form": (name, "frozen"), rival: (best, "method")}
     texts = []
     for name, known in others.items():
         gaps = []
@@ -279,6 +285,8 @@ def panel(found: Found) -> tuple[str, dict[str, Any]]:
         "bilevel method": (paper, "method"),
         "its upper level frozen": (paper, "frozen"),
     }
+    if best == first:
+        del shown["best simple way"]
     pairs = {name: pair for name, pair in shown.items() if pair in found.candidates()}
     title = f"{found.name}: {'; '.join(filter(None, (best, paper)))}"
     return title, {name: held_out_curve(found, pair) for name, pair in pairs.items()}
