@@ -275,8 +275,8 @@ SETTINGS = {
         held_out=0.05,
         **MAGNITUDES,
     ),
-    "magnitudes, 300 rows": Setting(
-        ("cola", "sst2", "bc5cdr", "tweets"),
+    "magnitudes, 300 rows": Setting(  # of which MiniLM learns nothing on CoLA
+        ("sst2", "bc5cdr", "tweets"),
         partial(first_rows, count=300, length=24),
         passes=(300,),
         **MAGNITUDES,
