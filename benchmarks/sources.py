@@ -30,6 +30,7 @@ from benchmarks.measure import show
 from benchmarks.pages import RESULTS
 from benchmarks.store import Row, Store
 from hyperopt_peft import BilevelTrainingArguments, compare_methods, problems
+from hyperopt_peft.comparison import HeadSettings, Runs
 from hyperopt_peft.heads import Head
 from hyperopt_peft.heads.head import OnFeatures
 
@@ -103,8 +104,9 @@ def measured(x: torch.Tensor, labels: list[int], cell: Draw) -> dict[str, Any]:
         "learned weights": problems.Sources(),
     }
     head, args = Head(x.shape[1], max(labels) + 1), BilevelTrainingArguments("unused")
-    options: dict[str, Any] = {"train_dataset": Dataset.from_dict(dict(columns)), "model": "head"}
-    options |= {"upper_dataset": trusted, "compute_metrics": accuracy, "progress": False}
+    options: dict[str, Any] = {"train_dataset": Dataset.from_dict(dict(columns))}
+    options |= {"upper_dataset": trusted, "compute_metrics": accuracy, "head": HeadSettings()}
+    options["runs"] = Runs(progress=False)
     judged: dict[str, dict[str, Any]] = {"loss": {"folds": 5}}
     judged["accuracy"] = {"test_dataset": test, "seeds": range(2)}
     model, scores = lambda: OnFeatures(x, head), dict[str, Any]()

@@ -51,8 +51,7 @@ class BiDoRA(Method):
     fast_dora: bool = option(True, help="linear layers run a fast forward pass, not PEFT's")
     paper: bool = option(False, help="take the estimator of BiDoRA's code, ``darts`` with ξ = 1")
 
-    # As good as the published defaults, darts and an upper step after each lower one, and cheaper
-    # (benchmarks/methods).
+    # Cheaper than the published defaults, darts and an upper step after each lower one.
     defaults = {"hypergradient": "direct", "lower_steps": 4}
     published_defaults = {"hypergradient": "darts:scheme=forward,xi=1.0"}
 

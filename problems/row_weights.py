@@ -55,7 +55,7 @@ class RowWeights(Method):
 
     tags = (INDEX,)
     one_level = False  # all weights go to 0, or to the row of least loss
-    # An upper step after each lower one leaves too few steps at equal price (benchmarks/methods).
+    # An upper step after each lower one would take most of the passes.
     defaults = {"hypergradient": "darts:product=dots", "lower_steps": 4, "retrain": "scratch"}
 
     def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:

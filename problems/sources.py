@@ -74,7 +74,7 @@ class Sources(EqualSources):
     )
 
     one_level = False  # the source of least loss gets all of the share
-    # An upper step after each lower one leaves too few steps at equal price (benchmarks/methods).
+    # An upper step after each lower one would take most of the passes.
     defaults = {"hypergradient": "darts:product=dots", "lower_steps": 4}
 
     @property

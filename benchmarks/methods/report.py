@@ -60,6 +60,7 @@ WORDS = {
 }
 Row = dict[str, str]
 Candidate = tuple[str, Kind]
+Searches = dict[str, list[tuple[float, list[float]]]]
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def report(*, check: bool) -> None:
     every = [found for name in SETTINGS if (found := complete(name))]
     kinds = [each for each in every if each.name not in OF_PAGE]
     page = [each for each in every if each.name in OF_PAGE]
-    grids = [row for found in kinds for row in search_rows(found)]
+    grids = {f"{x.name}, {task}": found for x in kinds for task, found in searches(x).items()}
     parts = {
         pages.DOCS / "results.md": {
             "magnitudes": joined(ADAPTED, map(section, page), "results.png")
@@ -114,7 +115,9 @@ def report(*, check: bool) -> None:
         pages.ROOT / "README.md": {"methods": "\n".join(map(line, kinds))},
         TABLES: {"methods": "\n".join(map(details, every)), "sparsity": sparsity.section()},
         pages.DOCS / "when-bilevel-pays.md": {
-            "grid": joined(GRIDS, [f"{table(grids)}\n"], "search.png") if grids else "",
+            "grid": joined(
+                GRIDS, [f"{table([*search_rows(grids)])}\n"] if grids else [], "search.png"
+            ),
         },
         pages.RESULTS / "calibration.md": {
             name: f"{table(rows)}\n" for name, rows in calibration.tables().items()
@@ -124,7 +127,7 @@ def report(*, check: bool) -> None:
         given = {name: text for name, text in sections.items() if text}
         pages.write(path, given, check=check)
     if not check:
-        figures(kinds, page)
+        figures(kinds, page, grids)
         sparsity.figure()
 
 
@@ -230,7 +233,7 @@ def paired(comparison: Comparison, one: Candidate, other: Candidate) -> str:
     return points((x - y for x, y in zip(*both, strict=True)), "+")
 
 
-def searches(found: Found) -> dict[str, dict[str, list[tuple[float, list[float]]]]]:
+def searches(found: Found) -> dict[str, Searches]:
     """By task and grid, the passes and scores of the best of n settings; see `best_of`."""
     grids = {
         name: grid
@@ -244,32 +247,33 @@ def searches(found: Found) -> dict[str, dict[str, list[tuple[float, list[float]]
     }
 
 
-def search_rows(found: Found) -> Iterator[Row]:
+def search_rows(every: Mapping[str, Searches]) -> Iterator[Row]:
     """For each grid, one of its settings and the best of all, and the passes of their runs."""
-    for task, grids in searches(found).items():
+    for problem, grids in every.items():
         for name, curve in grids.items():
-            (one, first), (every, last) = curve[0], curve[-1]
-            row = {"problem": f"{found.name}, {task}", "way": name, "settings": str(len(curve))}
+            (one, first), (all_runs, last) = curve[0], curve[-1]
+            row = {"problem": problem, "way": name, "settings": str(len(curve))}
             row |= {"a random one": points(first), "passes": f"{one:,.0f}"}
             yield {
                 **row,
                 "the best by held-out rows": points(last),
-                "passes of all": f"{every:,.0f}",
+                "passes of all": f"{all_runs:,.0f}",
             }
 
 
-def figures(kinds: Sequence[Found], page: Sequence[Found]) -> None:
+def figures(
+    kinds: Sequence[Found], page: Sequence[Found], searched: Mapping[str, Searches]
+) -> None:
     """Held-out score within a run for each kind of problem and for BiDoRA, and the searches."""
     for path, every in {FIGURE: kinds, PAGE: page}.items():
         if panels := dict(map(panel, every)):
             lines(panels, path, xlabel="passes", ylabel="held-out score (points)")
     panels = {
-        f"{x.name}, {task}": {
+        problem: {
             name: ([passes for passes, _ in curve], [100 * fmean(values) for _, values in curve])
             for name, curve in grids.items()
         }
-        for x in kinds
-        for task, grids in searches(x).items()
+        for problem, grids in searched.items()
     }
     if panels:
         lines(panels, SEARCH, xlabel="passes of all trainings", ylabel="score (points)")

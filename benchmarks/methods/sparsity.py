@@ -28,7 +28,7 @@ from hyperopt_peft.method import INDEX, without
 from hyperopt_peft.problems import RowWeights
 from hyperopt_peft.utils.plots import lines
 
-FILE, FIGURE = pages.RESULTS / "sparsity.json", pages.DOCS / "sparsity.png"
+FILE, FIGURE = pages.RESULTS / "sparsity.jsonl", pages.DOCS / "sparsity.png"
 TASKS, SEEDS, MARKS = ("tweets", "trec"), range(100, 105), (1, 3, 10, 30, 100, 300, 1000)
 Form = Literal["sigmoid", "softmax"]
 #: The weights of logits, and what they are.

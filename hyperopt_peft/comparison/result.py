@@ -126,8 +126,6 @@ with 2 seeds (80 % power): 8.2 points
 
     def recommendation(self) -> str:
         """The method of the best mean score, and its difference to the next one.
-
-        On 40 cases a rule that prefers a simpler method within an error was worse.
         """
         lower = self.plan.lower_is_better
         sign, word = (1, "lowest") if lower else (-1, "highest")
