@@ -125,8 +125,7 @@ with 2 seeds (80 % power): 8.2 points
         return not self.plan.lower_is_better and all(abs(score) <= 1 for score in scores)
 
     def recommendation(self) -> str:
-        """The method of the best mean score, and its difference to the next one.
-        """
+        """The method of the best mean score, and its difference to the next one."""
         lower = self.plan.lower_is_better
         sign, word = (1, "lowest") if lower else (-1, "highest")
         best, *rest = sorted(self.plan.methods, key=lambda name: sign * fmean(self.scores(name)))
