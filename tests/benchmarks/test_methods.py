@@ -100,14 +100,15 @@ def test_a_search_is_compared_with_a_learned_number(
     filled("few rows", "sst2", names)
     found = report.complete("few rows")
     assert found is not None
-    grid, none, learned = report.search_rows(found)
+    searched = report.searches(found)
+    grid, none, learned = report.search_rows(searched)
     assert (grid["settings"], none["settings"], learned["settings"]) == ("9", "3", "3")
     assert learned["the best by held-out rows"].startswith("60.")
     one, every = (int(grid[x].replace(",", "")) for x in ("passes", "passes of all"))
     assert every == 9 * one
     for name in ("FIGURE", "SEARCH", "PAGE"):
         monkeypatch.setattr(report, name, tmp_path / f"{name}.png")
-    report.figures([found], [found])
+    report.figures([found], [found], searched)
     assert len([*tmp_path.glob("*.png")]) == 3
 
 
