@@ -49,6 +49,7 @@ UNITS = (
 )
 #: The simple ways whose names say too little in a sentence.
 WORDS = {
+    "DoRA": "DoRA",
     "least suspicion, trusted rows 10 times": "to leave out the labels that cross-validation "
     "doubts most, and to repeat the trusted rows ten times",
     "least trusted loss": "to leave out the labels that a head on the trusted rows doubts most",

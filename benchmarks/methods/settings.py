@@ -166,12 +166,12 @@ def magnitudes() -> Methods:
     """LoRA, DoRA and two forms of BiDoRA; the published one has lower_steps=1."""
     batches = {"lower_steps": 1, "per_device_upper_batch_size": 16}
     published = with_arguments(BiDoRA.published(), **batches)
-    return {"LoRA": LoRA(), "DoRA": DoRA(), "BiDoRA": BiDoRA(), "BiDoRA, published": published}
+    return {"LoRA": LoRA(), "DoRA": DoRA(), "BiDoRA": BiDoRA(), "published BiDoRA": published}
 
 
 MAGNITUDES: dict[str, Any] = {
     "methods": magnitudes,
-    "papers": ("BiDoRA", "BiDoRA, published"),
+    "papers": ("BiDoRA", "published BiDoRA"),
     "ablations": ("BiDoRA",),
     "targets": EVERY,
     "batch": 16,
