@@ -44,8 +44,8 @@ UNITS = (
     "Points of accuracy (rare classes: mean F1 of the classes), ± half of a 95 % interval over the "
     "seeds. The model is MiniLM with the adapter in its last layer. A pass is one forward and "
     "backward over 8 rows. A *stopped* run ends where its score on held-out rows was best. *Heads* "
-    "are on frozen features, with the lower level solved. The figure has held-out scores, except for "
-    "rare classes on 20 to 40 rows."
+    "are on frozen features, with the lower level solved. The figure has held-out scores, except "
+    "for rare classes on 20 to 40 rows."
 )
 #: The simple ways whose names say too little in a sentence.
 WORDS = {
