@@ -44,12 +44,14 @@ UNITS = (
     "Points of accuracy (rare classes: mean F1 of the classes), ± half of a 95 % interval over the "
     "seeds. The model is MiniLM with the adapter in its last layer. A pass is one forward and "
     "backward over 8 rows. A *stopped* run ends where its score on held-out rows was best. *Heads* "
-    "are on frozen features, with the lower level solved. The figure has held-out scores, except "
-    "for rare classes on 20 to 40 rows."
+    "are on frozen features, with the lower level solved. The figure has scores on held-out "
+    "rows: 20 to 40, more for rare classes. The tasks have [few rows]"
+    "(../benchmarks/results/methods.md)."
 )
-#: The simple ways whose names say too little in a sentence.
+#: What a name of the tables means in a sentence.
 WORDS = {
-    "DoRA": "DoRA",
+    "LayerDecay, one for all layers": "`LayerDecay(shared=True)`",
+    "logit adjustment, τ learned": "`TunedAdjustment`",
     "LoRA, weight decay 0.1": "a weight decay of 0.1",
     "least suspicion, trusted rows 10 times": "to leave out the labels that cross-validation "
     "doubts most, and to repeat the trusted rows ten times",
@@ -73,6 +75,11 @@ class Found:
     setting: Setting
     adapters: Mapping[str, AcrossBudgets]
     heads: Mapping[str, Comparison]
+
+    @property
+    def by_name(self) -> bool:
+        """Whether sentences name each simple way: on BiDoRA's page, and if there is one alone."""
+        return self.name in OF_PAGE or len(self.simple) == 1
 
     @property
     def simple(self) -> list[str]:
@@ -159,10 +166,10 @@ def line(found: Found) -> str:
 def measured(found: Found) -> str:
     """The best simple way of adapters, and the differences at the end of their runs."""
     best, every = found.simple[0], {task: x.last for task, x in found.adapters.items()}
-    way = f"The best simple way by held-out rows is {WORDS.get(best, f'*{best}*')}. "
+    way = f"The simple way with the best held-out score is {WORDS.get(best, f'*{best}*')}. "
     passes = next(iter(every.values())).plan.passes
     text = f"At {passes:,g} passes {differences(found, every, 'it')}"
-    return way + text if best != found.simple[-1] else text
+    return text if found.by_name else way + text
 
 
 def differences(found: Found, every: Mapping[str, Comparison], best_way: str) -> str:
@@ -174,9 +181,11 @@ def differences(found: Found, every: Mapping[str, Comparison], best_way: str) ->
     others: dict[str, dict[str, Candidate]] = {}
     if best != first:
         others[best] = {first: (first, "method")}
-    rival = "the simple way" if others else first
+    rivals: dict[str, Candidate] = {"the simple way": (best, "method")}
+    if found.by_name:
+        rivals = {name: (name, "method") for name in reversed(found.simple)}
     for name in found.setting.papers:
-        others[name] = {"its frozen form": (name, "frozen"), rival: (best, "method")}
+        others[name] = {"its frozen form": (name, "frozen"), **rivals}
     texts = []
     for name, known in others.items():
         gaps = []
@@ -185,7 +194,7 @@ def differences(found: Found, every: Mapping[str, Comparison], best_way: str) ->
             values = [paired(x, *pair) for x in every.values() if {*pair} <= {*x.plan.candidates()}]
             if values:
                 gaps.append(f"from {text} by {' and '.join(values)} points")
-        who = best_way if name == best else f"`{name}`"
+        who = WORDS.get(name, f"`{name}`") if found.by_name or name != best else best_way
         texts += [f"{who} differs {', and '.join(gaps)}."] if gaps else []
     return " ".join(texts)
 
