@@ -30,7 +30,7 @@ class Budget(TrainerCallback):
 
     Args:
         passes: of all phases.
-        stop: where the training ends before its budget, in passes; not before the last phase.
+        stop: the passes of the last phase after which the training ends before its budget.
         marks: the passes after which the last phase is scored on the evaluation rows.
 
     Attributes:
@@ -49,7 +49,7 @@ class Budget(TrainerCallback):
         self, passes: float, stop: float | None = None, marks: Sequence[float] = ()
     ) -> None:
         self.passes, self.phase, self.seconds, self.timed = passes, 0, 0.0, 0.0
-        self.stop = passes if stop is None else stop
+        self.stop = math.inf if stop is None else stop
         self.marks = sorted(mark for mark in marks if mark < passes)
         self.curve, self.reached = list[tuple[float, dict[str, float]]](), list[float]()
         self.spent = dict.fromkeys(("lower steps", "upper steps", "second training"), 0.0)
@@ -126,7 +126,7 @@ class Budget(TrainerCallback):
         if self.again:
             self.cycle, self.upper = max(self.cycle, now - self.upper), now
             following = self.cycle + self.every * self.a_step
-        end = self.passes if self.again else self.stop
+        end = self.passes if self.again else min(self.passes, self.start + self.stop)
         control.should_training_stop |= now + self.reserved() + following > end + 1e-6
         while self.marks and now + following > self.marks[0] + 1e-6:
             mark = self.marks.pop(0)

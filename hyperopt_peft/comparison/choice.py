@@ -36,7 +36,8 @@ class Choice:
         held_out: the share of the trusted rows in such a part; without trusted rows, of the
             training rows.
         points: at how many equally spaced points of its budget a run may stop, in the last of its
-            phases; 1 is its end alone.
+            phases; 1 is its end alone. A second training stops after as many passes of its own as
+            the one that was scored.
 
     Raises:
         ProblemError: an empty grid, or a rate that is not positive; no splits or points; a share
@@ -146,7 +147,18 @@ class Plan:
         sign = -1 if self.lower_is_better else 1
         points = [each for each in self.curve(store, run) if isfinite(each[1])]
         stop = max(points, key=lambda each: sign * each[1], default=(self.passes, nan))[0]
-        return replace(run, stop=None if stop == self.passes else stop)
+        if stop == self.passes:
+            return run
+        return replace(run, stop=stop - self._searched(store, run))
+
+    def _searched(self, store: Store, run: Run) -> float:
+        """The mean passes before the second training of development runs; 0 without one.
+
+        Held-out rows leave smaller upper batches, so that it begins earlier than in a reported run.
+        """
+        every = [store.results[part]["spent"] for part in self._parts(run)]
+        searched = (x["lower steps"] + x["upper steps"] for x in every if x.get("second training"))
+        return fmean([*searched] or [0.0])
 
     def curve(self, store: Store, run: Run) -> list[tuple[float, float]]:
         """The passes at each point of ``run``, and the mean score on its seed's held-out parts."""

@@ -337,7 +337,10 @@ with 2 seeds (80 % power): 8.2 points
         for name, kind in self.plan.candidates():
             scores = self.scores(name, kind), self.scores(name, kind, stopped=True)
             gaps = [[x - y for x, y in zip(scores[1], z)] for z in (scores[0], first)]
-            ends = [each["stop"] or self.passes for each in self.reported(name, kind, True)]
+            ends = [
+                self.passes if each["stop"] is None else round(sum(each["spent"].values()))
+                for each in self.reported(name, kind, True)
+            ]
             cells = [*map(self.shown, scores), *(str(Verdict(x, self.in_points)) for x in gaps)]
             rows.append([name + ABLATIONS[kind], *cells, _several(ends)])
         return rows

@@ -65,7 +65,7 @@ class Run:
         rate: the peak learning rate of the lower level.
         upper_rate: that of the upper level; None is that of the arguments.
         passes: the budget, which the learning rates follow; 0 of heads, which are solved.
-        stop: the passes after which the run ends before its budget.
+        stop: the passes of its last phase after which the run ends before its budget.
         split: which held-out part of the seed's rows scores the run, which trains without it; None
             is a reported run, which the test rows score.
         marks: the passes after which a development run is scored, its end included.
@@ -138,7 +138,7 @@ class Task:
             if short:
                 self._require_apart(trainer, run)
                 a_cycle = passes_of_a_cycle(trainer) + trainer.args.lower_steps * budget.again
-                budget.passes = budget.stop = max(6.0, 2 * budget.a_step * a_cycle)
+                budget.passes = max(6.0, 2 * budget.a_step * a_cycle)
             before, peak, upper = logits_of(trainer), peak_memory(), UpperLevel(trainer)
             with suppress(NonFiniteError):  # such as a rate that is too high; it has no score
                 trainer.train()

@@ -112,6 +112,21 @@ def test_each_seed_stops_where_its_held_out_score_was_best() -> None:
     assert chosen[1, False] == chosen[1, True] and chosen[1, True].rate == 1e-3
 
 
+def test_a_second_training_stops_after_as_many_of_its_own_passes() -> None:
+    """A reported run has more upper rows, so that its second training begins later."""
+    plan, store = made_up({(seed, 1e-3, k): [0.9, 0.6] for seed in (0, 1) for k in (0, 1)})
+    searched = {"lower steps": 20.0, "upper steps": 10.0, "second training": 70.0}
+    for result in store.results.values():
+        result["spent"] = searched
+    assert plan.chosen(store, "m", "method", 0, True).stop == 50 - 30
+    run = Run("m", "method", 0, 3e-2, 1e-2, passes=48)
+    spent = task({"m": BiDoRA()}).run(run)["spent"]
+    whole, search = spent["second training"], spent["lower steps"] + spent["upper steps"]
+    stopped = task({"m": BiDoRA()}).run(Run(**{**vars(run), "stop": whole / 2}))["spent"]
+    assert stopped["lower steps"] + stopped["upper steps"] == search > 0
+    assert 0 < whole / 2 - 1 <= stopped["second training"] <= whole / 2
+
+
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(-9, 9)), min_size=1, max_size=6, unique=True))
 def test_the_best_of_n_is_a_mean_over_all_subsets(pairs: list[tuple[float, float]]) -> None:
     pairs = [*dict(pairs).items()]  # equal held-out scores have no order
