@@ -1,6 +1,6 @@
 """How far is the recommended mixture of sources from the best one?
 
-    python benchmarks/sources.py FOLDER    # five minutes of a core; continues its file
+    python benchmarks/sources.py FOLDER    # twenty minutes of a core; continues its file
 
 A cell is a task, a number of trusted rows, and a draw of sources: questions with labelling
 functions, or movie reviews with simulated sources (trec/ and sst2/ in FOLDER). Each mixture trains
