@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from hyperopt_peft.adapters.regularizers import regularised as regularised
     from hyperopt_peft.core.examples import WeightedRows as WeightedRows
     from hyperopt_peft.core.labels import WEIGHT as WEIGHT
+    from hyperopt_peft.core.labels import RowLosses as RowLosses
     from hyperopt_peft.core.labels import require_labels as require_labels
+    from hyperopt_peft.core.labels import row_losses as row_losses
     from hyperopt_peft.core.logits import IGNORED as IGNORED
     from hyperopt_peft.core.prior import GaussianPrior as GaussianPrior
     from hyperopt_peft.core.problem import Problem as Problem

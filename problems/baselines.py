@@ -121,7 +121,8 @@ class GivenWeights(Method):
 
     def lower(self, model: Any, task_loss: TaskLoss) -> WeightedRows:
         """Σ v_i ℓ_i/N over the trainable parameters of ``model``."""
-        return WeightedRows(model, lambda batch: batch["weight"], tags=self.tags)
+        weights = lambda batch: batch["weight"]  # noqa: E731
+        return WeightedRows(model, weights, tags=self.tags, row_losses=self.row_losses)
 
 
 def _with_floats(rows: Any) -> Any:

@@ -32,9 +32,10 @@ from hyperopt_peft.method import (
 class ClassOffsets(Method):
     """Offsets of the classes above, the adapter below; then the adapter alone, on all rows.
 
-    The upper loss gives the classes of a *batch* equal weights: let ``per_device_upper_batch_size``
-    be many times their number. The saved model has plain logits; ``offsets`` and ``factors`` stay
-    with the method. Label smoothing and a Trainer's own loss are refused.
+    The upper loss gives the classes of a *batch* equal weights. With more than 128 upper rows let
+    ``per_device_upper_batch_size`` be many times their number. The saved model has plain logits;
+    ``offsets`` and ``factors`` stay with the method. Label smoothing and a loss of the user's own
+    are refused, unless a subclass says ``own_loss = True``.
 
     Raises:
         ProblemError: labels are no classes.
@@ -54,6 +55,7 @@ class ClassOffsets(Method):
     factor: bool = option(False, help="whether a factor 2σ(Δ) of each class's logit is learned too")
     paper: bool = option(False, help="take estimator, steps and phases of AutoBalance's code")
 
+    full_upper_batch = True  # classes that a batch lacks have no weight
     # Neumann steps of size 1, the published ones, diverge where a curvature is above 2.
     defaults = {"hypergradient": "minres:steps=5,damping=1.0", "lower_steps": 4}
     published_defaults = {

@@ -85,6 +85,7 @@ class TunedAdjustment(LogitAdjustment):
         {'tau': tensor(0.5000, requires_grad=True)}
     """
 
+    full_upper_batch = True  # as `ClassOffsets`
     defaults = {"hypergradient": "minres:steps=5,damping=1.0", "lower_steps": 4}
 
     def prepare(self, model: Any) -> None:

@@ -92,7 +92,7 @@ class EqualSources(Method):
 
     def lower(self, model: Any, task_loss: TaskLoss) -> WeightedRows:
         """Σ_k p_k L_k over the trainable parameters of ``model``."""
-        return WeightedRows(model, self.weights, tags=self.tags)
+        return WeightedRows(model, self.weights, tags=self.tags, row_losses=self.row_losses)
 
 
 @dataclass

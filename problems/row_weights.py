@@ -35,7 +35,7 @@ class RowWeights(Method):
 
     Raises:
         ProblemError: there are no trusted rows, ``upper_dataset``; ``keep`` is no share; the
-            trainer's loss is no mean over labels.
+            trainer's loss is no known mean over labels and no ``row_losses`` are given.
 
     Example:
         >>> method = RowWeights()
@@ -87,7 +87,7 @@ class RowWeights(Method):
         """Σ v_i ℓ_i/N, in the second phase of the best rows the loss of the trainer."""
         if self.keep is not None and not self.logits.requires_grad:
             return super().lower(model, task_loss)
-        return WeightedRows(model, self.weights, tags=self.tags)
+        return WeightedRows(model, self.weights, tags=self.tags, row_losses=self.row_losses)
 
     def finish(self, model: Any) -> Any:
         """``model``; the weights stay as they are."""

@@ -93,11 +93,12 @@ class SEAL(RowWeights):
         """c·L + (1 − c)·1/n Σ σ_i ℓ_i; in the second phase as `RowWeights`."""
         if not self.logits.requires_grad:
             return super().lower(model, task_loss)
-        return WeightedRows(model, self.lower_weights, tags=self.tags)
+        return WeightedRows(model, self.lower_weights, tags=self.tags, row_losses=self.row_losses)
 
     def upper(self, model: Any, task_loss: TaskLoss) -> Problem:
         """1/n Σ σ_i ℓ_i over ω."""
-        return WeightedRows(model, self.weights, self.upper_variables(model), tags=self.tags)
+        own = self.upper_variables(model)
+        return WeightedRows(model, self.weights, own, tags=self.tags, row_losses=self.row_losses)
 
     def all_rows(self, train: Any, upper: Any) -> Any:
         """The training rows of largest weight, or all; before a search the lower level's rows."""

@@ -50,8 +50,8 @@ class Sources(EqualSources):
     A step needs about ten rows of each source: see ``gradient_accumulation_steps``.
 
     Raises:
-        ProblemError: there are no trusted rows; as `EqualSources`; the trainer's loss is no mean
-            over labels.
+        ProblemError: there are no trusted rows; as `EqualSources`; the trainer's loss is no known
+            mean over labels and no ``row_losses`` are given.
 
     Example:
         >>> from datasets import Dataset

@@ -3,7 +3,8 @@
     upper: min over u   L(w*(u); trusted rows)
     lower: w*(u) = argmin over adapter and head w   1/N Σ_i v_i ℓ_i(w),   v_i = 2σ(V(ℓ_i; u))
 
-ℓ_i is the loss of row i, N the number of labels. Shu et al. 2019 (Meta-Weight-Net),
+ℓ_i is the loss of row i, N the number of labels; with ``row_losses`` of the user's own ℓ_i is n
+times the row's part of the batch's loss. Shu et al. 2019 (Meta-Weight-Net),
 arXiv:1902.07379, whose code has σ for 2σ and the learning rate for ξ, and leaves ∂v_i/∂w out.
 """
 
@@ -65,11 +66,13 @@ class WeightNet(Method):
 class _NetWeighted(WeightedRows):
     def __init__(self, method: WeightNet, model: Any) -> None:
         self.method = method
-        super().__init__(model, lambda batch: torch.ones(len(batch["labels"])))
+        weights = lambda batch: torch.ones(len(batch["labels"]))  # noqa: E731
+        super().__init__(model, weights, row_losses=method.row_losses)
 
     def weighted(self, losses: Tensor, batch: Any) -> dict[str, Tensor]:
         if "position_ids" in batch:  # of packed or joined rows
             raise ProblemError("WeightNet: a pack has no loss for each row; choose RowWeights")
-        share = batch.get(WEIGHT, 1.0) / (batch["labels"] != IGNORED).sum().clamp(min=1)
+        count = (batch["labels"] != IGNORED).sum().clamp(min=1)
+        share = batch.get(WEIGHT, 1.0) / (count if self.row_losses is None else len(losses))
         weights = self.method.row_weights(losses / share)
         return {"loss": (weights * losses).sum(), "task_loss": losses.detach().sum()}

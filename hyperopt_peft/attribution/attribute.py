@@ -10,7 +10,8 @@ from hyperopt_peft.attribution.head import trained_head
 from hyperopt_peft.attribution.level import trained_level
 from hyperopt_peft.attribution.result import Attribution
 from hyperopt_peft.attribution.scores import HEAD_ESTIMATOR, parse_estimator
-from hyperopt_peft.attribution.trainer import trained_by_trainer
+from hyperopt_peft.attribution.trainer import rule_of, trained_by_trainer
+from hyperopt_peft.core.labels import RowLosses
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients.estimator import Estimator
@@ -24,6 +25,7 @@ def attribute(
     evaluation: Any = None,
     *,
     model: Literal["adapter", "head"] = "adapter",
+    row_losses: RowLosses | None = None,
     estimator: str | Estimator | None = None,
     training_steps: int | None = None,
     memory_limit: float = 1.0,
@@ -60,6 +62,9 @@ def attribute(
             must be 1/B Σ v_i ℓ_i over the rows of a batch.
         evaluation: for a level, a function that returns Φ, or a list of functions whose sum is Φ.
             For a Trainer, a data set; by default its ``eval_dataset``.
+        row_losses: for a Trainer whose loss is the user's own, a function of (model, batch) that
+            returns the losses of rows, as for `BilevelTrainer`; a head reads it too, on batches of
+            ``features`` and ``labels``. Without it such a loss is refused.
         estimator: see above; by default ``"unrolled"``, and ``"cg"`` for a head.
         training_steps: for a level only: the number T of steps.
         memory_limit: the memory in GiB that checkpoints of the run may take; see `Run`.
@@ -94,6 +99,8 @@ def attribute(
     of_level = isinstance(training, Problem)
     if of_level and on_head:
         raise ProblemError("model: a head needs a Trainer; leave it out")
+    if of_level and row_losses is not None:
+        raise ProblemError("row_losses: a level has a loss of its own; leave row_losses out")
     if not of_level and (row_weights is not None or training_steps is not None):
         raise ProblemError(
             "row_weights, training_steps: only for a Problem, the level that is trained; "
@@ -104,11 +111,13 @@ def attribute(
         "memory_limit": memory_limit,
         "progress": progress,
     }
+    rule = rule_of(training, row_losses)
     if of_level:
         trained = trained_level(training, row_weights, evaluation, training_steps, **options)
     elif on_head:
-        trained = trained_head(training, evaluation, progress=progress)
+        trained = trained_head(training, evaluation, progress=progress, rule=rule)
     else:
         exact = parsed.estimator.requirements.second_derivatives
-        trained = trained_by_trainer(training, evaluation, twice=exact, **options)
+        options |= {"twice": exact, "row_losses": rule}
+        trained = trained_by_trainer(training, evaluation, **options)
     return Attribution.of(trained, parsed)

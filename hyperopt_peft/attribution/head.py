@@ -22,7 +22,8 @@ from torch import Tensor
 from hyperopt_peft.attribution.rows import ModelOnRows, NumberedRows, TrainerData, classes_of_rows
 from hyperopt_peft.attribution.run import Training
 from hyperopt_peft.attribution.scores import Evaluation, Trained
-from hyperopt_peft.attribution.trainer import require_trainer
+from hyperopt_peft.attribution.trainer import require_losses_of_rows, require_trainer
+from hyperopt_peft.core.labels import RowLosses
 from hyperopt_peft.heads.features import Features, features_of
 from hyperopt_peft.heads.head import Head, head_of, require_head
 from hyperopt_peft.heads.minimum import choose_l2, end_of_grid, gram_of, level_of, solve
@@ -41,10 +42,12 @@ class HeadTraining(Training):
 
     tolerance = TOLERANCE
 
-    def __init__(self, head: Head, features: Features, count: int, l2: float) -> None:
+    def __init__(
+        self, head: Head, features: Features, count: int, l2: float, rule: RowLosses | None = None
+    ) -> None:
         weights = head.weight.new_ones(count, requires_grad=True)
-        self.level, self.features = level_of(head, weights, l2), features
-        self.on_rows = ModelOnRows(head)
+        self.level, self.features = level_of(head, weights, l2, rule), features
+        self.on_rows = ModelOnRows(head, rule=rule)
         super().__init__(weights, self.level.variables)
         begin, gram = time.perf_counter(), gram_of(features, head.config.num_labels)
         self._to_minimum = partial(solve, self.level, gram=gram, l2=l2)
@@ -55,7 +58,7 @@ class HeadTraining(Training):
         with torch.no_grad():
             sums, counts = (x.double().cpu() for x in self.on_rows.losses(features.batch()))
         labels = torch.zeros_like(self.losses).index_add(0, features.row.cpu(), counts)
-        self.losses.index_add_(0, features.row.cpu(), sums).div_(labels.clamp(min=1))
+        self.losses.index_add_(0, features.row.cpu(), sums).div_(labels + (labels == 0))
 
     def _solve(self, features: Features) -> None:
         self._to_minimum(features.batch(), tolerance=self.tolerance)
@@ -70,7 +73,12 @@ class HeadTraining(Training):
 
 
 def train_head(
-    trainer: Any, data: TrainerData, *, progress: bool, largest: bool = True
+    trainer: Any,
+    data: TrainerData,
+    *,
+    progress: bool,
+    largest: bool = True,
+    rule: RowLosses | None = None,
 ) -> tuple[HeadTraining, Callable[[NumberedRows], Features]]:
     """Train a head on standardised features of ``trainer``'s rows; its model does not change.
 
@@ -79,6 +87,7 @@ def train_head(
     model, count = trainer.model, len(data.train_rows)
     (first,) = data.batches(data.train_rows, [0])
     require_head(model, without(first, data.collate.tags))
+    require_losses_of_rows(trainer, data, rule)
 
     options: Any = {"collate": data.collate.collate, "progress": progress}
     options["batch_size"] = trainer.args.per_device_eval_batch_size
@@ -87,16 +96,18 @@ def train_head(
     raw, device = features(data.train_rows), trainer.args.device
     train = raw.standardized().to(device)
     head = head_of(model, train)
-    l2 = choose_l2(head, train, largest=largest, progress=progress)
-    training = HeadTraining(head, train, count, l2)
+    l2 = choose_l2(head, train, largest=largest, progress=progress, rule=rule)
+    training = HeadTraining(head, train, count, l2, rule)
     return training, lambda rows: features(rows).standardized(raw).to(device)
 
 
-def trained_head(trainer: Any, evaluation: Any, *, progress: bool) -> Trained:
+def trained_head(
+    trainer: Any, evaluation: Any, *, progress: bool, rule: RowLosses | None = None
+) -> Trained:
     """Train a head on features of ``trainer``'s rows, and return its run and Φ; see `attribute`."""
     require_trainer(trainer)
     data = TrainerData(trainer, evaluation)
-    training, read = train_head(trainer, data, progress=progress)
+    training, read = train_head(trainer, data, progress=progress, rule=rule)
     on_rows, train, above = training.on_rows, training.features, read(data.evaluation_rows)
     return Trained(
         training,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hyperopt_peft.attribution.rows import TrainerData
 from hyperopt_peft.attribution.run import Run
 from hyperopt_peft.core.examples import WeightedRows
-from hyperopt_peft.core.labels import WEIGHT
+from hyperopt_peft.core.labels import WEIGHT, RowLosses
 from hyperopt_peft.errors import NonFiniteError
 from hyperopt_peft.trainer.internals import metrics_restored
 from hyperopt_peft.trainer.method import Method
@@ -112,19 +112,26 @@ class RecordedTrainer(BilevelTrainer):
 
 
 def recorded(
-    trainer: Any, args: Any, data: TrainerData, options: Mapping[str, Any], *, twice: bool
+    trainer: Any,
+    args: Any,
+    data: TrainerData,
+    options: Mapping[str, Any],
+    *,
+    twice: bool,
+    rule: RowLosses | None = None,
 ) -> RecordedTrainer:
     """A trainer that trains the model of ``trainer`` as it would.
 
     The method of ``trainer`` has prepared the model. The method's level gets a `task_loss` in which
     each row has a weight. ``options`` are arguments of `Run`; ``twice`` says whether losses are
-    differentiated twice. Nothing is logged.
+    differentiated twice; ``rule`` is the user's ``row_losses``. Nothing is logged.
     """
     method, model, rows = method_of(trainer), trainer.model, data.train_rows
     dtype = torch.promote_types(trainable(model)[0][1].dtype, torch.float32)
     weights = torch.ones(len(rows), dtype=dtype, device=args.device, requires_grad=True)
     tags = (*method.tags, INDEX)
     how: dict[str, Any] = {"variables": [weights], "tags": tags, "twice": twice}
+    how["row_losses"] = rule
     loss = WeightedRows(model, lambda x: weights[x[INDEX]], **how)
     stock = not isinstance(trainer, BilevelTrainer)
     scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
@@ -134,7 +141,7 @@ def recorded(
         model,
         args,
         recording=Recording(weights, loss, options, scaled=None if scaled else scaled),
-        method=Phase(method, lower_of, None, (rows, None), tags),
+        method=Phase(method, lower_of, None, (rows, None), tags, row_losses=rule),
         train_dataset=rows,
         data_collator=data.collate,
         optimizer_cls_and_kwargs=trainer.optimizer_cls_and_kwargs,

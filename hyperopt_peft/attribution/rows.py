@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from hyperopt_peft.core.labels import (
+    RowLosses,
     counts_of_labels,
     label_weights,
     labels_are_shifted,
@@ -57,6 +58,7 @@ class ModelOnRows:
     Args:
         precision: returns a context for the model's passes.
         tags: entries of a batch, besides `INDEX`, that the model does not read.
+        rule: the user's ``row_losses``.
     """
 
     def __init__(
@@ -64,14 +66,16 @@ class ModelOnRows:
         model: Any,
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
         tags: Sequence[str] = (),
+        rule: RowLosses | None = None,
     ) -> None:
         self.model, self.precision, self.tags = model, precision, (*tags, INDEX)
+        self.rule = rule
 
     def losses(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """`row_losses` in the model's precision, without dropout."""
         self.model.eval()
         with self.precision():
-            return row_losses(self.model, without(batch, self.tags))
+            return row_losses(self.model, without(batch, self.tags), self.rule)
 
     def micro_batches(self, batches: Sequence[Any]) -> list[MicroBatch]:
         """``batches`` as one step, weighted so that its loss is the mean over all labels."""
@@ -80,7 +84,13 @@ class ModelOnRows:
         return [MicroBatch({**batch, **weight}, state) for batch, weight in pairs]
 
     def _counts(self, batches: Sequence[Any]) -> list[Tensor]:
-        """The number of labels that the model scores in each batch, at least one in all."""
+        """The number of labels that the model scores in each batch, at least one in all.
+
+        With a rule, the numbers by whose sum its losses are divided.
+        """
+        if self.rule is not None:
+            with torch.no_grad():
+                return [self.losses(batch)[1].sum() for batch in batches]
         shifted = labels_are_shifted(self.model, without(batches[0], self.tags))
         counts = counts_of_labels(batches, shifted=shifted)
         if counts is None or not any(counts):
@@ -90,7 +100,7 @@ class ModelOnRows:
     @torch.no_grad()
     def mean(self, batches: Sequence[Any]) -> list[Callable[[], Tensor]]:
         """Functions, one per batch, whose sum is the mean loss over the labels of ``batches``."""
-        total = int(sum(self._counts(batches)))
+        total = torch.stack([*self._counts(batches)]).sum()
         return [partial(lambda batch: self.losses(batch)[0].sum() / total, x) for x in batches]
 
     @torch.no_grad()

@@ -12,10 +12,11 @@ from hyperopt_peft.adapters import peft_internals
 from hyperopt_peft.attribution.recorder import method_of, recorded
 from hyperopt_peft.attribution.rows import ModelOnRows, TrainerData, classes_of_rows
 from hyperopt_peft.attribution.scores import Evaluation, Trained
+from hyperopt_peft.core.labels import RowLosses
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
-from hyperopt_peft.trainer.checks import require_mean_over_labels
 from hyperopt_peft.trainer.method import Method
+from hyperopt_peft.trainer.own_loss import BATCHES, require_row_losses
 from hyperopt_peft.trainer.quiet import quiet
 from hyperopt_peft.trainer.step import Accumulated
 from hyperopt_peft.utils.precision import require_float32
@@ -37,6 +38,7 @@ def trained_by_trainer(
     *,
     twice: bool,
     progress: bool,
+    row_losses: RowLosses | None,
     **options: Any,
 ) -> Trained:
     """Train what ``trainer`` trains, and return its run and Φ; see `attribute` and `recorded`."""
@@ -44,14 +46,13 @@ def trained_by_trainer(
     data = TrainerData(trainer, evaluation)
     random_state = _new_model(trainer)
     require_float32(trainer.model)
-    first = range(len(data.train_rows))[: trainer.args.per_device_train_batch_size]
-    require_mean_over_labels(trainer, data.batches(data.train_rows, first)[0], data.collate.tags)
+    require_losses_of_rows(trainer, data, row_losses)
     if twice:
         require_norm_in_graph(trainer.model)
     with TemporaryDirectory(prefix="attribution-") as folder:  # apart from the user's checkpoints
         changes = {"remove_unused_columns": False, "disable_tqdm": not progress}
         args = quiet(trainer.args, folder, BilevelTrainingArguments, **changes)
-        runner = recorded(trainer, args, data, options, twice=twice)
+        runner = recorded(trainer, args, data, options, twice=twice, rule=row_losses)
         if random_state is not None:
             random_state.restore()
         runner.train()
@@ -60,7 +61,8 @@ def trained_by_trainer(
     run.settings["seconds"] = runner.passes.read()["seconds"]
     trainer.state.global_step, trainer.state.epoch = runner.state.global_step, runner.state.epoch
     batches = data.batches
-    model = ModelOnRows(runner.model, runner.compute_loss_context_manager, runner.tags)
+    passes = runner.compute_loss_context_manager, runner.tags, row_losses
+    model = ModelOnRows(runner.model, *passes)
     final = method_of(runner).lower(runner.model, partial(runner.task_loss, training=False))
     return Trained(
         run,
@@ -84,6 +86,20 @@ def require_trainer(trainer: Any) -> None:
             f"training: {name} has levels without a loss for each row; give it a method, or use a "
             "level of your own"
         )
+
+
+def rule_of(trainer: Any, given: RowLosses | None) -> RowLosses | None:
+    """The rule ``given`` for losses of rows, or that of a bilevel ``trainer``."""
+    return given or getattr(getattr(trainer, "phase", None), "row_losses", None)
+
+
+def require_losses_of_rows(trainer: Any, data: TrainerData, rule: RowLosses | None) -> None:
+    """Raise ProblemError unless the loss of ``trainer`` is known, or ``rule`` gives it by row."""
+    size = trainer.args.per_device_train_batch_size
+    first = range(len(data.train_rows))[: size * BATCHES]
+    chosen = [first[k : k + size] for k in first[::size]]
+    batches = [data.batches(data.train_rows, rows)[0] for rows in chosen if rule is not None]
+    require_row_losses(trainer, rule, batches, data.collate.tags)
 
 
 def require_attributable(trainer: Any) -> None:

@@ -24,7 +24,8 @@ from hyperopt_peft.attribution.scores import (
     parse_estimator,
     scores,
 )
-from hyperopt_peft.attribution.trainer import require_trainer
+from hyperopt_peft.attribution.trainer import require_trainer, rule_of
+from hyperopt_peft.core.labels import RowLosses
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.heads.features import Features
 from hyperopt_peft.utils.models import base_model
@@ -36,7 +37,9 @@ MOST = 0.5
 TOLERANCES = 1e-5, 1e-6
 
 
-def why(trainer: Any, rows: Any = None, *, progress: bool = True) -> Reasons:
+def why(
+    trainer: Any, rows: Any = None, *, row_losses: RowLosses | None = None, progress: bool = True
+) -> Reasons:
     """For each of ``rows``, find a few training rows whose removal changes its prediction.
 
     The predictions are those of a linear head on features from the Trainer's model in its present
@@ -53,6 +56,8 @@ def why(trainer: Any, rows: Any = None, *, progress: bool = True) -> Reasons:
         trainer: a `transformers.Trainer` of a classifier, as for `attribute`.
         rows: a data set with labels, without training rows; by default the Trainer's
             ``eval_dataset``.
+        row_losses: the losses of rows of a Trainer whose loss is the user's own, as for
+            `attribute`.
 
     Raises:
         ProblemError: there are no rows, or all are training rows; labels are not one class per row
@@ -80,7 +85,8 @@ def why(trainer: Any, rows: Any = None, *, progress: bool = True) -> Reasons:
         raise ProblemError(
             "rows: only predictions of classes can be explained; these labels are numbers"
         )
-    training, read = train_head(trainer, data, progress=progress, largest=False)
+    rule = rule_of(trainer, row_losses)
+    training, read = train_head(trainer, data, progress=progress, largest=False, rule=rule)
     places = read(data.evaluation_rows)
     bar = tqdm(explained(training, places), "why", disable=not progress)
     reasons = [reason_for(training, places, place) for place in bar]

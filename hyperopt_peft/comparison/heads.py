@@ -25,16 +25,18 @@ from hyperopt_peft.comparison.budget import peak_memory
 from hyperopt_peft.comparison.task import Run, Task
 from hyperopt_peft.comparison.upper import summary, vector_of
 from hyperopt_peft.core.data import DataStream, to_device
+from hyperopt_peft.core.labels import mean_loss, row_losses
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine.engine import Engine
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.heads.features import Features, features_of
 from hyperopt_peft.heads.head import FEATURES, L2, OnFeatures, head_of, require_head
 from hyperopt_peft.heads.minimum import penalised, solve
-from hyperopt_peft.trainer.checks import read_rows, require_mean_over_labels
+from hyperopt_peft.trainer.checks import read_rows
 from hyperopt_peft.trainer.data import batches_of
 from hyperopt_peft.trainer.logs import StepLog
 from hyperopt_peft.trainer.method import Method, has_upper_level
+from hyperopt_peft.trainer.own_loss import require_row_losses
 from hyperopt_peft.trainer.quiet import no_bars
 from hyperopt_peft.trainer.splits import LABELS, firsts, split_dataset
 from hyperopt_peft.trainer.step import UPPER_NUMBERS
@@ -104,6 +106,7 @@ class HeadTask(Task):
         """The head of ``run``, made in the order of a trainer, and what its upper level did."""
         set_seed(run.seed)
         method, did = self.method_of(run), dict[str, Any]()
+        method.row_losses = self.rule
         bilevel = has_upper_level(method)
         if INDEX in method.tags:
             train, upper = numbered(train, upper)
@@ -132,12 +135,12 @@ class HeadTask(Task):
 
     def _lower(self, method: Method, model: Any) -> Problem:
         """The lower level with the penalty of a head."""
-        return penalised(method.lower(model, partial(_loss, model)), self.head.l2)
+        return penalised(method.lower(model, partial(self._loss, model)), self.head.l2)
 
     def _search(self, run: Run, method: Method, model: Any, below: Any, above: Any) -> Any:
         """Learn the upper variables by hypergradients at the minimum of the lower level."""
         lower, rate = self._lower(method, model), self.head.upper_rate
-        upper = method.upper(model, partial(_loss, model))
+        upper = method.upper(model, partial(self._loss, model))
         lower.batches = DataStream([below], lower.name)
         upper.batches = DataStream([above], upper.name)
         upper.optimizer, start = Adam(upper.variables, rate), vector_of(upper)
@@ -152,15 +155,22 @@ class HeadTask(Task):
         """The loss of ``rows``, and the metrics of the options, as a Trainer names them."""
         batch = _read(rows, device=next(model.parameters()).device)
         with torch.no_grad():
-            output = model(**batch)
-        logits, labels = output.logits.float().cpu(), batch["labels"].cpu()
-        metrics = {"loss": float(output.loss)}
+            logits, loss = model(batch[FEATURES]).logits.float().cpu(), self._loss(model, batch)
+        labels, metrics = batch["labels"].cpu(), {"loss": float(loss)}
         if reduce := self.options.get("preprocess_logits_for_metrics"):
             logits = reduce(logits, labels)
         if measure := self.options.get("compute_metrics"):
             metrics |= measure(EvalPrediction(logits.numpy(), labels.numpy()))
         numbers = {k: float(x) for k, x in metrics.items() if np.ndim(x) == 0}
         return {f"eval_{name.removeprefix('eval_')}": x for name, x in numbers.items()}
+
+    def _loss(self, model: Any, batch: Any) -> Tensor:
+        """The loss of a batch, which may have tags: the model's, or the mean by the user's rule."""
+        inputs = {name: batch[name] for name in (FEATURES, "labels")}
+        if self.rule is not None:
+            return mean_loss(*row_losses(model, inputs, self.rule))
+        loss: Tensor = model(**inputs).loss
+        return loss
 
     @no_bars()
     def read(self) -> None:
@@ -195,7 +205,7 @@ class HeadTask(Task):
         some = range(len(prepared))[:size]
         (first,) = batches_of(prepared, collate, size, trainer.args.device, chosen=some)
         require_head(model, first)
-        require_mean_over_labels(trainer, first, trainer.tags)
+        require_row_losses(trainer, self.rule, [first], trainer.tags)
         features = features_of(model, prepared, collate, batch_size=size, precision=precision)
         if len(features.row) != len(rows) or not torch.equal(features.row, torch.arange(len(rows))):
             raise ProblemError(
@@ -213,9 +223,3 @@ def _read(rows: Any, tags: Sequence[str] = (), device: Any = "cpu") -> Any:
     if batch["labels"].is_floating_point():
         batch["labels"] = batch["labels"].double()
     return to_device(batch, device)
-
-
-def _loss(model: Any, batch: Any) -> Tensor:
-    """The model's loss of a batch that has tags too."""
-    loss: Tensor = model(batch[FEATURES], batch["labels"]).loss
-    return loss

@@ -24,6 +24,7 @@ from hyperopt_peft.comparison.ablations import OneLevel, Projects
 from hyperopt_peft.comparison.budget import Budget, peak_memory
 from hyperopt_peft.comparison.folds import Rows
 from hyperopt_peft.comparison.upper import UpperLevel, arguments_of
+from hyperopt_peft.core.labels import RowLosses
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.heads.frozen_layers import compute_once
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
@@ -236,6 +237,11 @@ class Task:
                 f"metric: {self.metric} is none of {known}; give compute_metrics another"
             )
 
+    @property
+    def rule(self) -> RowLosses | None:
+        """The user's ``row_losses``."""
+        return self.options.get("row_losses")
+
     def method_of(self, run: Run) -> Method:
         """A method of its own for ``run``."""
         method = copy.deepcopy(self.methods[run.method])
@@ -244,7 +250,7 @@ class Task:
     def make(self, run: Run, rows: Sequence[Any], folder: str, *callbacks: Any) -> BilevelTrainer:
         """A trainer of ``run``, which writes and shows nothing; ``callbacks`` end its phases."""
         method = self.method_of(run)
-        args = arguments_of(method, self.args)  # for what the run leaves open
+        args = arguments_of(method, self.args, self.rule)  # for what the run leaves open
         method.defaults = {}
         changes = {**QUIET, **FIXED, "output_dir": folder, "disable_tqdm": True, "seed": run.seed}
         changes |= {"data_seed": None, "learning_rate": run.rate}

@@ -8,19 +8,20 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from hyperopt_peft.core.labels import RowLosses
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.trainer.logs import StepLog
-from hyperopt_peft.trainer.method import Method, has_upper_level
+from hyperopt_peft.trainer.method import Method, defaults_of, has_upper_level
 
 #: The arguments of a method that names no estimator: an upper step after each lower one leaves too
 #: few of these at equal price, and ``darts`` has both terms without second derivatives.
 OPEN: dict[str, Any] = {"lower_steps": 4, "hypergradient": "darts"}
 
 
-def arguments_of(method: Method, args: Any) -> Any:
+def arguments_of(method: Method, args: Any, rule: RowLosses | None = None) -> Any:
     """The user's ``args`` with the defaults of ``method``, or those of `OPEN`."""
     is_open = has_upper_level(method) and "hypergradient" not in method.defaults
-    return args.with_defaults({**(OPEN if is_open else {}), **method.defaults})
+    return args.with_defaults({**(OPEN if is_open else {}), **defaults_of(method, rule)})
 
 
 def vector_of(level: Problem) -> Tensor:

@@ -5,7 +5,7 @@ The models are Hugging Face's: ``model(**batch)`` returns ``loss`` and ``logits`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
@@ -19,7 +19,7 @@ from hyperopt_peft.core.logits import IGNORED, beside_logits, losses_of_logits, 
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.autograd import function_modes_off
-from hyperopt_peft.utils.models import base_model, evaluating
+from hyperopt_peft.utils.models import base_model, in_mode, uncounted
 from hyperopt_peft.utils.random_state import RandomState, replay
 
 #: Entries that a Trainer adds to a micro-batch, so that the mean over a step's micro-batches is the
@@ -31,14 +31,23 @@ WEIGHT, ITEMS, MICRO_BATCHES = ENTRIES = "loss_weight", "num_items_in_batch", "m
 FUSED = "fused_lm_head"
 #: Advice for a model whose loss follows no rule of this module.
 OWN_LOSS = "write the level as a Problem with a loss of your own"
+#: Advice for a loss of a user's own.
+ADVICE = (
+    "give row_losses, a function of (model, batch) that returns the loss of each row "
+    "(hyperopt_peft.method.row_losses where the loss is the mean over labels)"
+)
 #: The cause of a loss that is not finite, in a batch without scored labels.
 NO_LABELS = (
     f"all labels of a micro-batch are {IGNORED}, and a mean over none is not a number; remove rows "
     "without labels, or cut fewer tokens off"
 )
 
-#: A relative difference of this size between a model's loss and the mean over labels is rounding.
+#: A relative difference of this size between a loss and the mean over labels is rounding.
 TOLERANCE = 1e-2
+
+#: The losses of the rows of a batch by a user's own rule, a function of model and batch. It returns
+#: ℓ ``(n,)``, whose mean is the loss; or ℓ and c, both ``(n,)``, where Σ ℓ/Σ c is the loss.
+RowLosses = Callable[[Any, Any], "Tensor | tuple[Tensor, Tensor]"]
 
 _RULES = (False, True)
 # Caches per model: whether labels are shifted, and which models passed the mean-loss check.
@@ -66,13 +75,38 @@ def labels_are_shifted(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     return _SHIFTED[model]
 
 
-def row_losses(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def row_losses(
+    model: Any, batch: Mapping[str, Any], own: RowLosses | None = None
+) -> tuple[Tensor, Tensor]:
     """The summed loss of each row, ``(n,)``, and the number of scored labels in it, ``(n,)``.
 
     The quotient of their sums is the model's own loss. For arguments and errors see `label_losses`.
+    A user's ``own`` rule takes its place; ProblemError unless it returns numbers of rows.
+
+    Example:
+        >>> from hyperopt_peft.heads import Head
+        >>> batch = {"features": torch.ones(2, 3), "labels": torch.tensor([0, 1])}
+        >>> row_losses(Head(3, 2), batch)  # log 2
+        (tensor([0.6931, 0.6931], grad_fn=...), tensor([1, 1]))
     """
-    losses, counts = (x.reshape(len(x), -1).sum(1) for x in label_losses(model, batch))
-    return losses, counts
+    if own is None:
+        losses, counts = (x.reshape(len(x), -1).sum(1) for x in label_losses(model, batch))
+        return losses, counts
+    found = own(model, {key: value for key, value in batch.items() if key not in ENTRIES})
+    both = found if isinstance(found, tuple) else (found, torch.ones_like(found))
+    shapes = {tuple(x.shape) for x in both}
+    if len(shapes) > 1 or both[0].dim() != 1 or not both[0].is_floating_point():
+        raise ProblemError(
+            "row_losses: must return the loss of each row, (n,), or the losses and the numbers by "
+            f"whose sum their sum is divided, got shapes {sorted(shapes)}"
+        )
+    return both
+
+
+def mean_loss(losses: Tensor, counts: Tensor) -> Tensor:
+    """Σ ℓ/Σ c, 0 if Σ c is 0."""
+    total = counts.sum()
+    return losses.sum() / (total + (total == 0))
 
 
 def label_losses(
@@ -211,7 +245,7 @@ def _shifted(model: nn.Module, batch: Mapping[str, Any]) -> bool:
         if output.logits.requires_grad:
             (gradient,) = torch.autograd.grad(output.loss, output.logits, allow_unused=True)
     if gradient is None:  # all parameters are frozen, or the loss does not read these logits
-        errors = {s: float(_error_of_mean(model, batch, output, s)) for s in _RULES}
+        errors = {s: _error_of_mean(model, batch, output, s) for s in _RULES}
         fitting = sorted((s for s in _RULES if errors[s] <= TOLERANCE), key=errors.__getitem__)
     else:  # the cross entropy of a position falls only with the logit of the scored class
         reached, scored = gradient.ne(0).any(-1), gradient.argmin(-1)
@@ -248,26 +282,48 @@ def with_all_classes(model: Any, batch: Mapping[str, Any]) -> list[Mapping[str, 
 
 
 def _require_mean(model: nn.Module, batch: Mapping[str, Any], shifted: bool) -> None:
+    """Raise ProblemError unless the model's loss is the mean over labels, as a function of logits.
+
+    Values and gradients are compared in training mode: where all logits are equal, as those of a
+    new head, weights of classes hardly change the value.
+    """
+    # Liger's models return no logits in training.
+    training = not base_model(model).forward.__module__.startswith("liger_kernel.")
     for labelled in with_all_classes(model, batch):
-        with _probing(model), torch.no_grad():
+        with _probing(model, training=training), torch.enable_grad():
             output = _output(model, labelled)
-            if _error_of_mean(model, labelled, output, shifted) > TOLERANCE:
-                raise ProblemError(
-                    f"{type(model).__name__}: the loss of the first batch, {float(output.loss):.4g}"
-                    ", is not the mean over its labels, so that rows have no losses of their own; "
-                    + OWN_LOSS
-                )
+            error = _error_of_mean(model, labelled, output, shifted, gradients=True)
+        if error > TOLERANCE:
+            raise ProblemError(
+                f"{type(model).__name__}: the loss of the first batch, or its slope by the logits, "
+                f"is not that of the mean over labels, so that rows have no losses; {OWN_LOSS}"
+            )
 
 
 def _error_of_mean(
-    model: nn.Module, batch: Mapping[str, Any], output: Any, shifted: bool
-) -> Tensor:
-    """The relative difference between the model's own loss and the mean over its labels."""
-    labels, logits = require_labels(batch), output.logits.detach()
-    losses, scored = losses_of_logits(model, logits, labels, shifted=shifted)
-    mean = losses.sum() / scored.sum().clamp(min=1)
-    loss: Tensor = output.loss.detach().to(mean.dtype)
-    return (loss - mean).abs() / mean.abs().clamp(min=TOLERANCE)
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    output: Any,
+    shifted: bool,
+    *,
+    gradients: bool = False,
+) -> float:
+    """The relative difference between the model's own loss and the mean over its labels.
+
+    With ``gradients``, the larger one of this and that of the gradients by the logits.
+    """
+    labels, logits = require_labels(batch), output.logits.detach().requires_grad_(gradients)
+    mean = mean_loss(*losses_of_logits(model, logits, labels, shifted=shifted))
+    pairs = [(output.loss.detach().to(mean.dtype), mean.detach())]
+    if gradients and output.logits.requires_grad:
+        (own,) = torch.autograd.grad(output.loss, output.logits, allow_unused=True)
+        if own is not None:  # else the model scores a copy of its logits
+            pairs.append((own, *torch.autograd.grad(mean, logits)))
+    floors = (TOLERANCE, 1e-30)
+    return max(
+        float((a - b).float().norm() / b.float().norm().clamp(min=floor))
+        for (a, b), floor in zip(pairs, floors)
+    )
 
 
 def _output(model: nn.Module, batch: Mapping[str, Any]) -> Any:
@@ -298,10 +354,11 @@ def model_reads(batch: Mapping[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _probing(model: nn.Module) -> Iterator[None]:
+def _probing(model: nn.Module, *, training: bool = False) -> Iterator[None]:
     """Evaluation mode, in which heads are not fused; afterwards all state is restored."""
     try:
-        with evaluating(model), function_modes_off(), replay(RandomState.capture()):
+        unseen = replay(RandomState.capture()), uncounted()
+        with in_mode(model, training), function_modes_off(), unseen[0], unseen[1]:
             yield
     finally:
         distributed.reshard(model)

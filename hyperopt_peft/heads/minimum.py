@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from hyperopt_peft.core.examples import WeightedRows
-from hyperopt_peft.core.labels import row_losses
+from hyperopt_peft.core.labels import RowLosses, row_losses
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine import lbfgs
 from hyperopt_peft.heads.features import Features
@@ -46,10 +46,13 @@ def penalised(level: Problem, l2: float = L2) -> Problem:
     return level
 
 
-def level_of(head: Head, weights: Tensor | None = None, l2: float = L2) -> Problem:
+def level_of(
+    head: Head, weights: Tensor | None = None, l2: float = L2, rule: RowLosses | None = None
+) -> Problem:
     """The loss of ``head`` on a batch of `Features`, penalised.
 
-    ``weights`` has the weight v of each row of the data, by default 1.
+    ``weights`` has the weight v of each row of the data, by default 1; ``rule`` is a user's
+    ``row_losses``.
 
     Example:
         >>> batch = Features(torch.ones(1, 3), torch.tensor([1]), torch.tensor([0])).batch()
@@ -61,7 +64,7 @@ def level_of(head: Head, weights: Tensor | None = None, l2: float = L2) -> Probl
         row: Tensor = batch[INDEX]
         return torch.ones(row.shape, device=row.device) if weights is None else weights[row]
 
-    return penalised(WeightedRows(head, v, tags=[INDEX], name="head"), l2)
+    return penalised(WeightedRows(head, v, tags=[INDEX], row_losses=rule, name="head"), l2)
 
 
 def solve(
@@ -121,7 +124,9 @@ def sampled(features: Features, limit: int = SAMPLE) -> Features:
     return features.select(rows[order[places.long()]])
 
 
-def held_out_losses(head: Head, features: Features, progress: bool = False) -> Tensor:
+def held_out_losses(
+    head: Head, features: Features, progress: bool = False, rule: RowLosses | None = None
+) -> Tensor:
     """The held-out loss of each label for the first k of `PENALTIES`, ``(k, m)``.
 
     The search ends with the first λ whose mean loss is more than a standard error above the least:
@@ -135,7 +140,7 @@ def held_out_losses(head: Head, features: Features, progress: bool = False) -> T
     points: list[Any] = [[x.detach().clone() for x in variables] for _ in folds]
     gram = gram_of(features, head.config.num_labels)
     for l2 in tqdm(PENALTIES, "head", disable=not progress):
-        level, held_out = level_of(head, l2=l2), []
+        level, held_out = level_of(head, l2=l2, rule=rule), []
         for fold, point in zip(folds, points, strict=True):
             assign_(variables, point)
             train = features.select(rows[~torch.isin(rows, fold)]).batch()
@@ -144,7 +149,7 @@ def held_out_losses(head: Head, features: Features, progress: bool = False) -> T
             with torch.no_grad():
                 others = features.select(fold)
                 batch = {"features": others.x, "labels": others.labels}
-                held_out.append(row_losses(head, batch)[0])
+                held_out.append(row_losses(head, batch, rule)[0])
         losses.append(torch.cat(held_out))
         if losses[-1].mean() > highest(losses):
             break
@@ -158,7 +163,12 @@ def highest(losses: Sequence[Tensor]) -> float:
 
 
 def choose_l2(
-    head: Head, features: Features, *, largest: bool = True, progress: bool = False
+    head: Head,
+    features: Features,
+    *,
+    largest: bool = True,
+    progress: bool = False,
+    rule: RowLosses | None = None,
 ) -> float:
     """The ``largest`` λ, or else the smallest, within a standard error of the least held-out loss.
 
@@ -172,7 +182,7 @@ def choose_l2(
         >>> choose_l2(Head(2, 2), Features(x, labels, torch.arange(60)))
         10.0
     """
-    losses = held_out_losses(head, features, progress)
+    losses = held_out_losses(head, features, progress, rule)
     good = losses.mean(1) <= highest(list(losses))
     l2 = PENALTIES[int(good.nonzero()[0 if largest else -1])]
     if end := end_of_grid(l2):

@@ -90,8 +90,8 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
     upper_max_grad_norm: NonNegativeFloat = option(None, help="longest hypergradient; 0: any")
     per_device_upper_batch_size: PositiveInt | None = option(
         None,
-        help="upper-level examples per device and batch; by default all of them, if they are few, "
-        "in pieces of per_device_train_batch_size, else per_device_train_batch_size",
+        help="upper-level examples per device and batch; by default as many as of a lower step, or "
+        "up to 128 for a method whose upper loss needs all of them",
     )
     upper_fraction: Annotated[float, Bound(">", 0), Bound("<", 1)] = option(
         None, help="share of train_dataset that the upper level gets if there is no upper_dataset"

@@ -8,35 +8,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from torch import nn
 from transformers import Trainer
 from transformers.utils import logging
 
 from hyperopt_peft.adapters.layers import require_plain
-from hyperopt_peft.core.labels import ENTRIES, TOLERANCE, row_losses, with_all_classes
 from hyperopt_peft.core.prior import GaussianPrior
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.hypergradients import Estimator
 from hyperopt_peft.hypergradients.estimate import check_ownership
 from hyperopt_peft.hypergradients.products import SHARDED
-from hyperopt_peft.trainer.internals import metrics_restored
 from hyperopt_peft.trainer.optimizer import check_optimizers
 from hyperopt_peft.trainer.over import loads_names
 from hyperopt_peft.trainer.splits import label_column
-from hyperopt_peft.trainer.tags import without
 from hyperopt_peft.trainer.upper_batches import loader_of
 from hyperopt_peft.utils import distributed
-from hyperopt_peft.utils.models import (
-    base_model,
-    evaluating,
-    require_no_rounding,
-    rounds_activations,
-)
+from hyperopt_peft.utils.models import base_model, require_no_rounding, rounds_activations
 from hyperopt_peft.utils.precision import require_float32
-from hyperopt_peft.utils.random_state import RandomState, replay
 from hyperopt_peft.utils.validation import require_writable
 
 logger = logging.get_logger(__name__)
@@ -189,62 +179,6 @@ def read_rows(trainer: Any, rows: Any = None, name: str = "train_dataset") -> An
     if not isinstance(rows, Dataset):
         return rows
     return rows.select_columns(loader_of(trainer, rows, name).dataset.column_names)
-
-
-def check_unread(trainer: Any) -> None:
-    """Raise ProblemError if the lower level, which did not call ``task_loss``, drops its loss.
-
-    A loss that is the mean over labels, as that of TRL's SFTTrainer, is the model's own. Under
-    FSDP2 a loss is not evaluated here, and passes.
-    """
-    changes = trainer.label_smoother, trainer.compute_loss_func, trainer.loss_rule.own
-    names = "label_smoothing_factor", "compute_loss_func", "compute_loss"
-    name = next((name for name, used in zip(names, changes) if used), None)
-    if name is None or (trainer.is_fsdp_enabled and not trainer.label_smoother):
-        return
-    try:
-        with trainer.passes.paused():
-            batch = trainer.current_step.micro[0].batch
-            require_mean_over_labels(trainer, batch, trainer.tags)
-    except ProblemError as error:
-        raise ProblemError(
-            f"{name}: {trainer.lower.name} drops it, since its loss does not call task_loss; let "
-            f"it call task_loss, or leave {name} out ({error})"
-        ) from error
-
-
-@torch.no_grad()
-def require_mean_over_labels(trainer: Any, batch: Any, tags: Sequence[str]) -> None:
-    """Raise ProblemError if a Trainer's loss of ``batch`` is not the mean over labels.
-
-    The loss is that of ``compute_loss``, without dropout and ``tags``; see `with_all_classes`.
-    """
-    batch = without(batch, (*tags, *ENTRIES)) if isinstance(batch, Mapping) else {}
-    found = "the first batch has no labels"
-    if trainer.label_smoother:  # a little smoothing is below the tolerance
-        found = "label_smoothing_factor changes the loss of each label"
-    elif isinstance(batch.get("labels"), torch.Tensor):
-        with (
-            evaluating(trainer.model),
-            replay(RandomState.capture()),
-            metrics_restored(trainer),
-            trainer.compute_loss_context_manager(),
-        ):
-            for labelled in with_all_classes(trainer.model, batch):
-                sums, counts = row_losses(trainer.model, labelled)
-                mean = sums.sum() / counts.sum().clamp(min=1)
-                items = counts.sum() if distributed.world_size() == 1 else None  # else it is scaled
-                copy = {**labelled}  # the trainer may add entries
-                loss = trainer.compute_loss(trainer.model, copy, num_items_in_batch=items)
-                if counts.any() and (loss - mean).abs() > TOLERANCE * mean.abs():
-                    break
-            else:
-                return
-        found = f"the loss of the first batch is {loss:.4g}, the mean of its labels {mean:.4g}"
-    raise ProblemError(
-        f"{type(trainer).__name__}: {found}, so that rows have no losses of their own; use a "
-        "trainer or settings whose loss is the mean over the labels"
-    )
 
 
 def _check_layers(model: nn.Module, levels: Sequence[Problem], estimator: Estimator) -> None:

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hyperopt_peft.core.data import DataStream
-from hyperopt_peft.core.labels import logits_of
+from hyperopt_peft.core.labels import ADVICE, RowLosses, logits_of
 from hyperopt_peft.core.problem import Problem, TaskLoss
 from hyperopt_peft.core.task_level import TaskLevel
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import joined
+from hyperopt_peft.trainer.tags import without
 from hyperopt_peft.utils.models import trainable
 from hyperopt_peft.utils.validation import describe_options, require_types
 from hyperopt_peft.utils.vector import widened
@@ -69,6 +70,14 @@ class Method:
     #: Columns of numbers that a level reads and the model does not. ``index``, the row's number in
     #: the user's data, needs no column.
     tags: tuple[str, ...] = ()
+    #: Whether the losses are the method's own by intent, so that a Trainer's other loss, such as a
+    #: ``compute_loss_func``, is left out with a warning and not refused.
+    own_loss: bool = False
+    #: The user's rule for the losses of rows, which a level gives to `WeightedRows` or calls; None
+    #: for the mean over labels. A driver sets it before it makes the levels.
+    row_losses: RowLosses | None = None
+    #: Whether an upper batch has all upper rows, if they are few, since the upper loss needs them.
+    full_upper_batch: bool = False
     #: Whether an ablation may train the variables of both levels in one, by the lower loss alone;
     #: False where this takes the upper ones to an end, such as weights of 0 for all rows.
     one_level: bool = True
@@ -212,6 +221,7 @@ class Method:
         model: Any,
         task_loss: TaskLoss | None = None,
         *,
+        row_losses: RowLosses | None = None,
         data: Sequence[Iterable[Any] | None] = (None, None),
         optimizers: Sequence[Callable[[Sequence[Tensor]], Optimizer]],
     ) -> tuple[Problem, Problem]:
@@ -219,16 +229,23 @@ class Method:
 
         Args:
             model: the model; call ``finish`` and ``export`` after training.
-            task_loss: the loss of a batch; ``model(**batch).loss`` by default.
+            task_loss: the loss of a batch; by default ``model(**batch).loss`` without tags.
+            row_losses: the rule for the losses of rows, where ``task_loss`` is given and the method
+                weights rows.
             data: the batches of (upper, lower); see `Problem`.
             optimizers: for (upper, lower), functions from a list of variables to an optimizer.
 
         Raises:
-            ProblemError: as `Problem`; the method is a baseline.
+            ProblemError: as `Problem`; the method is a baseline, or weights rows by another loss
+                than ``task_loss``.
         """
-        task_loss = task_loss or (lambda batch: model(**batch).loss)
+        self.row_losses = row_losses
         self.prepare(model)
-        lower = self.lower(model, task_loss)
+        of_model = lambda batch: model(**without(batch, self.tags)).loss  # noqa: E731
+        lower = self.lower(model, task_loss or of_model)
+        if task_loss is not None and lower.examples is not None and row_losses is None:
+            raise ProblemError(f"task_loss: {lower.name} reads losses of rows; {ADVICE}")
+        task_loss = task_loss or of_model
         levels = self.upper(model, task_loss), lower
         for level, batches, make in zip(levels, data, optimizers, strict=True):
             level.batches = None if batches is None else DataStream(batches, level.name)
@@ -241,6 +258,18 @@ class Method:
     def project(self, *_: Any) -> None:
         """Call ``after_upper_step`` without gradients; drivers and optimizers' hooks call this."""
         self.after_upper_step()
+
+
+def defaults_of(method: Method, rule: RowLosses | None) -> dict[str, Any]:
+    """The ``defaults`` of ``method``; without dot products if a rule gives the losses of rows.
+
+    Dot products need losses that read no other row, and those of a rule may.
+    """
+    defaults = dict(method.defaults)
+    if rule is not None and "hypergradient" in defaults:
+        name = defaults["hypergradient"]
+        defaults["hypergradient"] = name.replace("product=dots", "product=difference")
+    return defaults
 
 
 def has_upper_level(method: Method) -> bool:

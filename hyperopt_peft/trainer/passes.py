@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import UserDict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from hyperopt_peft.utils.models import hook_calls
+from hyperopt_peft.utils.models import hook_calls, is_uncounted
 
 
 class PassCounter(TrainerCallback):
@@ -22,13 +21,13 @@ class PassCounter(TrainerCallback):
     The forward is a third of a pass, and the first backward through the model the rest; a loss
     whose gradient stays above the model's outputs counts a third. A further backward over the same
     graph is a product of second derivatives, which also runs through the first one's graph: two
-    passes. Forwards without gradients do not count. A batch whose rows are joined into one, without
+    passes. Forwards without gradients, and those within
+    `uncounted`, do not count. A batch whose rows are joined into one, without
     padding, counts as a full micro-batch. ``unit`` is the number of rows of a pass, by default that
     of a lower step.
     """
 
     def __init__(self) -> None:
-        self._paused = False
         self.unit: int | None = None
         self._batch, self._thirds = 1, 0  # whole numbers, so that a sum is exact
         self._hooks: list[Any] = []
@@ -63,17 +62,8 @@ class PassCounter(TrainerCallback):
             hook.remove()
         self._hooks.clear()
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Count nothing in the body, such as passes that only measure."""
-        self._paused = True
-        try:
-            yield
-        finally:
-            self._paused = False
-
     def _passed(self, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if self._paused or not torch.is_grad_enabled():
+        if is_uncounted() or not torch.is_grad_enabled():
             return
         read = _first(args) if args else _first(kwargs.values())
         followed = _first((output,), gradient=True)

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import has_length
 
+from hyperopt_peft.core.labels import RowLosses
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer import checks
 from hyperopt_peft.trainer.data import collating
 from hyperopt_peft.trainer.fingerprint import settings_of
-from hyperopt_peft.trainer.method import Method, has_upper_level
+from hyperopt_peft.trainer.method import Method, defaults_of, has_upper_level
 from hyperopt_peft.trainer.passes import PassCounter
 from hyperopt_peft.trainer.tags import INDEX, numbered
 from hyperopt_peft.utils import distributed
@@ -47,6 +48,7 @@ class Phase:
     rows: tuple[Any, Any]  # of both levels, as `Method.rows` returned them
     tags: tuple[str, ...] = ()  # columns of a batch that a level reads and the model does not
     passes: PassCounter = field(default_factory=PassCounter)  # of both phases
+    row_losses: RowLosses | None = None  # the user's rule for the losses of rows
     search: Mapping[str, Any] | None = None  # the settings of the search before this phase
 
     @property
@@ -69,13 +71,14 @@ def first_phase(
     rows: tuple[Any, Any],
     args: Any,
     options: dict[str, Any],
+    rule: RowLosses | None,
 ) -> tuple[Phase, Any]:
     """The first, or only, phase on the user's rows, and ``args`` with the method's defaults.
 
     The method may change the PEFT config among ``options`` of the trainer.
     """
     if lower is not None and method is None:
-        return Phase(None, lower, upper, rows), args
+        return Phase(None, lower, upper, rows, row_losses=rule), args
     if lower is not None or upper is not None:
         raise ProblemError("method: give a method, or the levels lower and upper, and not both")
     method = method or Method()
@@ -83,8 +86,8 @@ def first_phase(
         options["peft_config"] = method.adapter(copy.deepcopy(options["peft_config"]))
     rows = method.rows(*(numbered(*rows) if INDEX in method.tags else rows))
     upper = upper_of if has_upper_level(method) else None
-    phase = Phase(method, prepared_lower_of, upper, rows, method.tags)
-    return phase, args.with_defaults(method.defaults)
+    phase = Phase(method, prepared_lower_of, upper, rows, method.tags, row_losses=rule)
+    return phase, args.with_defaults(defaults_of(method, rule))
 
 
 def is_function(level: Any) -> bool:

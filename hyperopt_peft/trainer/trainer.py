@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import replace
+from functools import partial, update_wrapper
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,14 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
-from hyperopt_peft.core.labels import ENTRIES, ITEMS, MICRO_BATCHES, WEIGHT, model_reads
+from hyperopt_peft.core.labels import (
+    ENTRIES,
+    ITEMS,
+    MICRO_BATCHES,
+    WEIGHT,
+    RowLosses,
+    model_reads,
+)
 from hyperopt_peft.core.prior import GaussianPrior
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.engine import checkpoint
@@ -29,6 +37,7 @@ from hyperopt_peft.trainer.internals import metrics_restored, packed_with
 from hyperopt_peft.trainer.logs import add_numbers, add_to_card, shorten
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.over import CombinedTrainer, LowerStep, combined
+from hyperopt_peft.trainer.own_loss import BATCHES, check_known, require_read
 from hyperopt_peft.trainer.phases import Phase
 from hyperopt_peft.trainer.saved import check_saved
 from hyperopt_peft.trainer.splits import reads_of
@@ -38,7 +47,7 @@ from hyperopt_peft.trainer.task_loss import LossRule
 from hyperopt_peft.trainer.upper_batches import upper_batches
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.distributed import reshard
-from hyperopt_peft.utils.models import keep_differentiable
+from hyperopt_peft.utils.models import keep_differentiable, uncounted
 
 #: A level, or a function that makes one for a trainer and reads its ``task_loss``.
 LevelLike = Problem | Callable[["BilevelTrainer"], Problem]
@@ -50,8 +59,8 @@ class BilevelTrainer(CombinedTrainer):
 
     Every optimizer step moves the lower level. Each ``lower_steps``-th step also moves the upper
     level, by the hypergradient at the same point, on the step's lower batch (all micro-batches, all
-    processes) and the upper level's next one. A small upper data set is one batch. One optimizer
-    holds both levels, in separate parameter groups.
+    processes) and the upper level's next one, by default as large. One optimizer holds both levels,
+    in separate parameter groups.
 
     Training uses the losses of the levels, evaluation the loss of the model. A level that is a
     function of the trainer can read ``trainer.task_loss``, the loss that the Trainer itself would
@@ -70,6 +79,9 @@ class BilevelTrainer(CombinedTrainer):
         train_dataset: the lower level's examples. Without ``upper_dataset`` the upper level gets
             ``args.upper_fraction`` of them.
         upper_dataset: the upper level's examples, never ``eval_dataset``.
+        row_losses: where the loss is the user's own, a function of (model, batch) that returns it
+            by row: ℓ ``(n,)``, whose mean is the loss, or ℓ and c, where Σ ℓ/Σ c is. Methods that
+            weight rows need it. It is compared with ``compute_loss`` on the first five batches.
         trainer: further arguments of `transformers.Trainer`, or of the trainer given to `bilevel`.
             The second phase has copies of the ``callbacks`` in their initial state.
 
@@ -95,8 +107,8 @@ class BilevelTrainer(CombinedTrainer):
     Arguments = BilevelTrainingArguments
     #: The columns that the model takes, if tags pass beside them; else None.
     model_columns: set[str] | None = None
-    #: The number of calls of `task_loss`.
-    calls = 0
+    #: The numbers of calls of `task_loss` and of `losses_of_rows`.
+    calls = reads = 0
     # As of `transformers.Trainer`, which sets them.
     train_dataset: Any = None
     eval_dataset: Any = None
@@ -111,6 +123,7 @@ class BilevelTrainer(CombinedTrainer):
         upper: LevelLike | None = None,
         train_dataset: Any,
         upper_dataset: Any = None,
+        row_losses: RowLosses | None = None,
         **trainer: Any,
     ) -> None:
         self._own = {**vars(self)}  # which the constructor of a subclass has set
@@ -124,7 +137,8 @@ class BilevelTrainer(CombinedTrainer):
             rows = train_dataset, upper_dataset
             if upper_dataset is not None:  # before rows are numbered or joined
                 data.require_apart(*rows, evaluation, self.row_columns)
-            method, args = phases.first_phase(method, lower, upper, rows, args, trainer)
+            given = (args, trainer, row_losses)
+            method, args = phases.first_phase(method, lower, upper, rows, *given)
             train_dataset, upper_dataset = method.rows_of_levels
         args = args.with_defaults({})
         self.phase, self.method = method, method.method
@@ -133,7 +147,11 @@ class BilevelTrainer(CombinedTrainer):
         self.retrainer: Any = None
         #: Whether the last phase has ended, and the adapter is not yet saved and checked.
         self.trained = False
-        self.skipped, self._loss_checked = 0, False
+        self.skipped, self._unchecked = 0, BATCHES
+        if self.method is not None:
+            rule = method.row_losses
+            named = update_wrapper(partial(self.losses_of_rows), rule) if rule else None
+            self.method.row_losses = named
         self._unprepared, self._replicated = list[Tensor](), list[dict[str, Any]]()
         checks.check_arguments(self, model, args, trainer)
         if self.phase.reads_trainer:
@@ -170,6 +188,7 @@ class BilevelTrainer(CombinedTrainer):
         self.upper: Problem | None = phases.level_of(self, self.phase.upper)
         self.estimator = args.estimator()
         checks.check_levels(self)
+        check_known(self)
         self.upper_batches = upper_batches(self)
         self.current_step = self._step_by(self.optimizer or optimizer.new_optimizer(self))
 
@@ -276,6 +295,12 @@ class BilevelTrainer(CombinedTrainer):
             loss = loss * weight.to(loss.dtype)
         return loss
 
+    def losses_of_rows(self, model: Any, batch: Any) -> Any:
+        """The losses of rows by the user's rule; methods have this as ``row_losses``."""
+        self.reads += 1
+        assert self.phase.row_losses is not None
+        return self.phase.row_losses(model, without(batch, self.tags))
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -303,7 +328,7 @@ class BilevelTrainer(CombinedTrainer):
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """A context for evaluations of the loss that train nothing, uncounted and not logged."""
-        with metrics_restored(self), self.passes.paused(), self.compute_loss_context_manager():
+        with metrics_restored(self), uncounted(), self.compute_loss_context_manager():
             yield
 
     def with_entries(self, batches: Sequence[Any]) -> list[Any]:
@@ -332,7 +357,7 @@ class BilevelTrainer(CombinedTrainer):
         if self.upper is not None:
             lower = Accumulated(self.lower, both, self.args.max_grad_norm or None)
             upper = Accumulated(self.upper, calls=lambda: self.calls)
-            options = {"seed": self.args.seed, "uncounted": self.passes.paused}
+            options = {"seed": self.args.seed, "uncounted": uncounted}
             bilevel = BilevelStep(upper, lower, self.estimator, **options)
         return OptimizerStep(
             self.lower,
@@ -400,11 +425,11 @@ class BilevelTrainer(CombinedTrainer):
         """The passes of `training_step`: the loss of a micro-batch, differentiated."""
         self._seen.append(marks(inputs))
         self._set_training_mode(model)
-        calls = self.calls
-        loss = self.current_step.evaluate(self._micro_batch)
-        if calls == self.calls and not self._loss_checked:
-            checks.check_unread(self)
-        self._loss_checked = True
+        step, calls, reads = self.current_step, self.calls, self.reads
+        loss = step.evaluate(self._micro_batch)
+        if self._unchecked and calls == self.calls:
+            require_read(self, step.micro[-1].batch, rows_read=reads != self.reads)
+        self._unchecked = max(0, self._unchecked - 1)
         return loss
 
     def handle_non_finite(self, error: NonFiniteError) -> None:

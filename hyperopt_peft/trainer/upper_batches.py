@@ -16,7 +16,7 @@ from hyperopt_peft.trainer.data import collating, require_examples
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.random_state import RandomState, replay
 
-#: Up to this many examples, the upper level's batch is all of them, unless a size is given.
+#: Up to this many examples an upper batch may be all of them.
 FULL = 128
 #: The column of the documents' lengths in rows that TRL has packed.
 PACKED = "seq_lengths"
@@ -25,7 +25,7 @@ PACKED = "seq_lengths"
 class UpperBatches(Dataset[Any]):
     """The upper level's batches, each a function of its number alone.
 
-    A batch is one piece of ``size`` examples. With ``full`` a batch is all of ``data``, in pieces
+    A batch is ``count`` pieces of ``size`` examples. With ``full`` it is all of ``data``, in pieces
     of at most ``size`` examples, equally many on each process. Each epoch has another order.
     """
 
@@ -36,6 +36,7 @@ class UpperBatches(Dataset[Any]):
         *,
         seed: int,
         collate: Callable[[Sequence[Any]], Any],
+        count: int = 1,
         full: bool = False,
         rank: int = 0,
         processes: int = 1,
@@ -55,7 +56,7 @@ class UpperBatches(Dataset[Any]):
         if full:  # every process needs a row of each piece
             self.per_epoch = min(-(-len(data) // (size * processes)), len(data) // processes)
             self.used = len(data)
-        self.count = self.per_epoch if full else 1  # pieces of a batch
+        self.count = self.per_epoch if full else min(count, self.per_epoch)
         self._batches: Iterator[Any] | None = None
         self._next = 0
 
@@ -122,18 +123,21 @@ def _identity(batch: Any) -> Any:
 def upper_batches(trainer: Any) -> UpperBatches | None:
     """The batches of the upper level of ``trainer``, with the collator and workers of its loader.
 
-    Without ``per_device_upper_batch_size`` a small data set is one batch.
+    Without ``per_device_upper_batch_size`` a batch has as many pieces as a lower step has
+    micro-batches, or all rows of a small data set, where the method asks for this.
     """
     if trainer.upper is None:
         return None
     data, args = trainer.upper_dataset, trainer.args
+    full = getattr(trainer.method, "full_upper_batch", False)
     loader, size = loader_of(trainer, data, "upper_dataset"), args.per_device_upper_batch_size
     if isinstance(data, datasets.Dataset):
         data = data.select_columns(loader.dataset.column_names)
     return UpperBatches(
         data,
         size or args.per_device_train_batch_size,
-        full=size is None and len(data) <= FULL,
+        count=1 if size else args.gradient_accumulation_steps,
+        full=size is None and len(data) <= FULL and full,
         seed=args.seed,
         collate=loader.collate_fn,
         rank=distributed.rank(),

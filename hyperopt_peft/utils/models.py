@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hyperopt_peft.errors import ProblemError
@@ -14,6 +16,8 @@ from hyperopt_peft.errors import ProblemError
 #: Parts of the class names of layers that round activations: LLM.int8 (bitsandbytes) and FP8
 #: (torchao, Transformers). Names are compared, since these libraries are optional.
 ROUNDING = ("8bit", "fp8", "float8")
+#: Whose models, heads and wrappers have the mean over labels as their loss, if they have one.
+LIBRARIES = {"accelerate", "hyperopt_peft", "liger_kernel", "peft", "torch", "transformers", "trl"}
 NO_DIFFERENCE = "direct or product=dots, or load the model in 4 bits or in bf16"
 
 
@@ -53,6 +57,24 @@ def hook_calls(
     return handles
 
 
+_UNCOUNTED = ContextVar("uncounted", default=False)
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """No pass in the body counts, since it only measures."""
+    token = _UNCOUNTED.set(True)
+    try:
+        yield
+    finally:
+        _UNCOUNTED.reset(token)
+
+
+def is_uncounted() -> bool:
+    """Whether the code runs within `uncounted`."""
+    return _UNCOUNTED.get()
+
+
 def trainable(model: Any, *, without: Iterable[Tensor] = ()) -> list[tuple[str, Tensor]]:
     """The names and parameters of ``model`` that require a gradient, except ``without``.
 
@@ -88,16 +110,60 @@ def keep_differentiable(model: Any) -> None:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode in the body; the mode of each module is restored afterwards."""
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Training or evaluation mode in the body; modes and buffers are restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
+    buffers = [(x, x.clone()) for x in model.buffers()] if training else []
     keep_differentiable(model)
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):  # else a graph may hold it
+                    buffer.copy_(value)
+
+
+def evaluating(model: nn.Module) -> AbstractContextManager[None]:
+    """Evaluation mode in the body; the mode of each module is restored afterwards."""
+    return in_mode(model, False)
+
+
+def own_loss_of(model: Any) -> str:
+    """What makes the loss of ``model`` another than a known library's, or the empty string.
+
+    It is a ``forward`` or a ``loss_function`` that a module outside of `LIBRARIES` defines,
+    wrappers of the library's own function included.
+
+    Example:
+        >>> model = nn.Linear(1, 1)
+        >>> own_loss_of(model)
+        ''
+        >>> model.loss_function = max
+        >>> own_loss_of(model)
+        'Linear.loss_function'
+    """
+    for module in {id(x): x for x in (model, base_model(model))}.values():
+        functions = [("forward", module.forward)]
+        if callable(function := getattr(module, "loss_function", None)):
+            functions.append(("loss_function", function))
+        for name, function in functions:
+            if not is_stock(function):
+                return f"{type(module).__name__}.{name}"
+    return ""
+
+
+def is_stock(function: Any) -> bool:
+    """Whether ``function``, and each one that it wraps, is defined in one of `LIBRARIES`."""
+    while function is not None:
+        place = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
+        if place.partition(".")[0] not in LIBRARIES:
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
 
 
 def rounds_activations(module: nn.Module) -> bool:

@@ -35,7 +35,7 @@ class Unfinished(Method):
     [
         (ONE, {"passes": 1}, "LoRA a phase of 1 steps"),
         (ONE, {"choice": Choice([1e-4])}, "LoRA a phase of 12 steps"),
-        ({"m": BiDoRA()}, {"passes": 5, "arguments": {"optim": "sgd"}}, "m a phase of 0 steps"),
+        ({"m": BiDoRA()}, {"passes": 3, "arguments": {"optim": "sgd"}}, "m a phase of 0 steps"),
         ({**ONE, "late": Refuses()}, {}, "label_smoothing_factor"),
         ({**ONE, "late": Unfinished()}, {}, "finish: nothing is left"),
         ({"m": Idle()}, {}, "changed no logit"),

@@ -31,6 +31,8 @@ class Quadratic(Method):
     start: float = 3.0
     least: float = -10.0
 
+    own_loss = True
+
     def prepare(self, model: Any) -> None:
         self.u = {n: torch.full(s, self.start).requires_grad_() for n, s in SHAPES.items()}
 

@@ -191,7 +191,7 @@ def test_labels_of_rows_are_not_shifted() -> None:
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [(RemoteCausal(shift=2), "neither"), (RemoteCausal(scale=2.0), "not the mean")],
+    [(RemoteCausal(shift=2), "neither"), (RemoteCausal(scale=2.0), "mean over labels")],
     ids=["two tokens ahead", "twice the mean"],
 )
 def test_a_loss_of_neither_rule_is_refused(model: Any, message: str) -> None:
@@ -221,7 +221,7 @@ def test_weights_of_classes_show_in_a_batch_of_one_class(tokens: bool) -> None:
     """As the first batch of sorted rows."""
     ids = batch()["input_ids"]
     rows = {"input_ids": ids, "labels": torch.zeros_like(ids if tokens else ids[:, 0])}
-    with pytest.raises(ProblemError, match="not the mean"):
+    with pytest.raises(ProblemError, match="mean over labels"):
         row_losses(OfWeights(tokens), rows)
 
 

@@ -53,8 +53,9 @@ FAULTS: dict[str, Any] = {
 
 @pytest.mark.parametrize("fault", [None, *FAULTS])
 def test_a_fault_of_the_trainer_is_seen(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = {"method": "sigmoid", "estimator": "sama", "count": 13, "accumulation": 2, "batch": 4}
+    words = {"method": "sigmoid", "estimator": "sama", "count": 13, "accumulation": 2}
     words |= {"upper_batch": None, "collator": "pads", "loss": "mean", "smoothing": 0.0}
+    words["batch"] = 2 if fault == "a row that is read twice" else 4  # several upper pieces
     form = replace(Run.draw(0), **words, clipping="both")
     if fault is not None:
         monkeypatch.setattr(*FAULTS[fault])

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from hyperopt_peft import hypergradient
 from hyperopt_peft.adapters.gains import gained_layers
+from hyperopt_peft.core.labels import row_losses
 from hyperopt_peft.engine import lbfgs
 from hyperopt_peft.problems import SEAL, AutoLoRA, BiLoRA, LayerDecay, LayerScales, Sources
 from tests.support.adapted_models import adapted_layer, layer_input, randomise, single, two_layers
@@ -120,6 +121,7 @@ def test_a_source_s_slope_is_its_agreement_less_the_mean(form: Any) -> None:
     DreamPRM: v = softplus(u)/mean softplus(u), f = Σ_k v_k S_k/N and S_k the sum of source k.
     """
     model, method = Linear(), Sources(prior=0.0, form=form)
+    method.row_losses = row_losses
     method.rows(numbered(25, source=["a"] * 20 + ["b"] * 5), numbered(5))
     method.counts = counts = torch.tensor([20, 5, 5])
     method.prepare(model)
@@ -155,6 +157,7 @@ def test_dreamprm_s_rows_start_alike() -> None:
 def test_seal_s_levels_are_its_two_steps() -> None:
     """∂/∂ω_j = σ_j/n·(ℓ_j − Σ_i σ_i ℓ_i/n) at fixed w, which is that of w's own loss by 1 − c."""
     model, method = Linear(), SEAL(trust=0.7)
+    method.row_losses = row_losses
     method.rows(numbered(20), numbered(5, 20))
     method.prepare(model)
     method.logits.data = torch.linspace(-1, 1, 20, dtype=torch.float64)

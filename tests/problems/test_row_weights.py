@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from hyperopt_peft import Engine, hypergradient
 from hyperopt_peft.core.data import DataStream
-from hyperopt_peft.core.labels import label_losses
+from hyperopt_peft.core.labels import label_losses, row_losses
 from hyperopt_peft.problems import SEAL, RowWeights, WeightNet
 from hyperopt_peft.trainer.tags import without
 from tests.support.differences import displace, gradient
@@ -32,6 +32,7 @@ def levels(kind: str, count: int = 30) -> tuple[Any, ...]:
     noisy["index"] = torch.arange(count)
     if kind != "net":
         method.rows([None] * count, [None])
+    method.row_losses = row_losses
     method.prepare(model)
     for x in method.upper_variables(model).values():
         x.data = x.data.double()

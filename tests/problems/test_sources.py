@@ -212,7 +212,7 @@ def test_rows_that_are_joined_in_another_way_are_refused() -> None:
 REFUSED: dict[str, tuple[Any, str]] = {
     "a loss of its own": (
         lambda d: over_trl(d, loss_type="dft").train(),
-        "the loss of the first batch .* the mean over the labels",
+        "loss_type='dft': .*row_losses",
     ),
     "a smooth loss": (
         lambda d: trainer(d, label_smoothing_factor=0.01).train(),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, Method
 from hyperopt_peft.core.labels import row_losses
+from hyperopt_peft.problems import BiDoRA
 from tests.support.trainers import QUIET, data, peft_model
 
 ARGUMENTS = {
@@ -25,6 +26,12 @@ ARGUMENTS = {
     "logging_steps": 3,
     "seed": 3,
 }
+
+
+class FullBatch(BiDoRA):
+    """With all upper rows in each upper batch."""
+
+    full_upper_batch = True
 
 
 @dataclass

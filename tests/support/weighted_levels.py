@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hyperopt_peft.core.examples import WeightedRows
+from hyperopt_peft.core.labels import row_losses
 from hyperopt_peft.core.task_level import TaskLevel
 from hyperopt_peft.problems.weight_net import WeightNet
 from hyperopt_peft.trainer.tags import without
@@ -27,6 +28,7 @@ def weighted(
     """
     if kind == "net":
         method = WeightNet(count)
+        method.row_losses = row_losses
         method.prepare(model)
         method.net.to(dtype)
         variables: Any = method.upper_variables(model)
@@ -38,7 +40,7 @@ def weighted(
         logits = torch.randn(count, dtype=dtype, requires_grad=True)
         variables = {"logits": logits}
         weights = lambda batch: count * logits.softmax(0)[batch[kind]]  # noqa: E731
-        lower = WeightedRows(model, weights, tags=TAGS, **options)
+        lower = WeightedRows(model, weights, tags=TAGS, row_losses=row_losses, **options)
     loss = lambda batch: model(**without(batch, TAGS)).loss  # noqa: E731
     return TaskLevel(model, variables, task_loss=loss, name="Upper"), lower
 

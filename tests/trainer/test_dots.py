@@ -37,12 +37,13 @@ def test_training_is_that_of_the_exact_product(weights: str, tmp_path: Path) -> 
 def test_an_upper_step_costs_passes_of_the_upper_loss_alone(tmp_path: Path) -> None:
     """4 steps of 2 micro-batches, and 2 upper steps on one batch each.
 
-    Three evaluations before the first step tell whether the Trainer's loss reads a count.
+    Three evaluations before the first step tell whether the Trainer's loss reads a count, and two
+    whether it is the mean over labels.
     """
     model, calls = peft_model("causal", dropout=0.1, dora=False), []
     model.register_forward_hook(lambda *_: calls.append(model.training))
     trained(tmp_path, "darts:product=dots", model=model, per_device_upper_batch_size=8)
-    assert sum(calls) == 3 + 4 * 2 + 2
+    assert sum(calls) == 3 + 2 + 4 * 2 + 2
 
 
 class Poisoned(Sources):

@@ -29,7 +29,7 @@ def test_what_is_logged(tmp_path: Path) -> None:
     The last step of an epoch has one micro-batch, the others have two.
     """
     settings = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 5, "rows": 31}
-    settings |= {"hypergradient": "cg:steps=2,damping=1.0", "gamma": 0.1, "logging_steps": 3}
+    settings |= {"hypergradient": "cg:steps=2,damping=9.0", "gamma": 0.1, "logging_steps": 3}
     made = trainer(tmp_path, **settings)
     made.train()
     assert len(logs(made)) == 2
@@ -45,16 +45,16 @@ def test_what_is_logged(tmp_path: Path) -> None:
 
 
 def test_passes_and_seconds_go_on_through_both_phases(tmp_path: Path) -> None:
-    """Of 12 rows in batches of 4; an upper step reads its 12 rows too."""
+    """Of 12 rows in batches of 4, as an upper step reads too."""
     settings = {"hypergradient": "direct", "upper_fraction": 0.5, "logging_steps": 2}
     made = trainer(tmp_path, **settings, retrain="scratch")
     for _ in range(2):  # each training counts from 0
         output = made.train()
         records = logs(made) + logs(made.retrainer)
-        assert [x["passes"] for x in records] == pytest.approx([5, 10, 15, 17, 19, 21])
+        assert [x["passes"] for x in records] == pytest.approx([3, 6, 9, 11, 13, 15])
         seconds = [record["seconds"] for record in records]
         assert seconds[0] > 0 and seconds == sorted(seconds)
-        assert output.metrics["passes"] == pytest.approx(21)
+        assert output.metrics["passes"] == pytest.approx(15)
         assert output.metrics["seconds"] >= seconds[-1]
 
 

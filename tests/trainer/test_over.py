@@ -12,7 +12,8 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from hyperopt_peft import BiDoRA, BilevelTrainer, ProblemError, bilevel
-from hyperopt_peft.problems import ClassOffsets
+from hyperopt_peft.method import row_losses
+from hyperopt_peft.problems import RowWeights
 from tests.support.methods import method_trainer
 from tests.support.networks import differences
 from tests.support.trainers import QUIET, data, peft_model, values
@@ -191,14 +192,18 @@ def test_an_optimizer_of_the_parent_s_own_holds_the_levels_variables(tmp_path: P
         trained(bilevel(own), tmp_path, peft_model(), train_dataset=data(), method=BiDoRA())
 
 
-def test_a_parent_that_only_watches_its_loss_is_no_loss_of_its_own(tmp_path: Path) -> None:
-    """As TRL's SFTTrainer, which logs numbers in ``compute_loss``."""
+def test_a_parent_that_only_watches_its_loss_says_so(tmp_path: Path) -> None:
+    """By the rule for the mean over labels, which no value shows."""
 
     class Watching(Trainer):
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
             return super().compute_loss(model, inputs, *args, **options)
 
-    run = method_trainer(tmp_path, method=ClassOffsets(), kind=bilevel(Watching), max_steps=2)
+    rows = {"train_dataset": data(rows=16), "upper_dataset": data(rows=8, seed=1)}
+    settings = {"method": RowWeights(), "kind": bilevel(Watching), "max_steps": 2}
+    with pytest.raises(ProblemError, match=r"BilevelWatching\.compute_loss"):
+        method_trainer(tmp_path, options=rows, **settings)
+    run = method_trainer(tmp_path, options={**rows, "row_losses": row_losses}, **settings)
     run.train()
     assert run.state.global_step == 2
 

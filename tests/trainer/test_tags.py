@@ -121,12 +121,39 @@ def test_each_column_of_different_lengths_is_tried() -> None:
         rows = sorted(rows, key=lambda row: -len(row["target"]))
         return {"sum": torch.tensor([sum(row["input_ids"]) for row in rows])}
 
-    checked = InOrder(collate)
+    checked = InOrder(collate, batches=0)
     for _ in range(2):
         checked([{"input_ids": [1] * (k + 1), "target": [0]} for k in range(3)])
     assert calls == [3] * 4
     with pytest.raises(ProblemError, match=MESSAGE):
         checked([{"input_ids": [k], "target": [0] * (k + 1)} for k in range(3)])
+
+
+def images(rows: Any) -> Any:
+    return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+
+
+SORTS: dict[str, Callable[[Any], Any]] = {
+    "by label": lambda rows: sorted(rows, key=lambda row: row["labels"]),
+    "by a value": lambda rows: sorted(rows, key=lambda row: row["pixels"][1]),
+    "at random": lambda rows: [rows[k] for k in torch.randperm(len(rows))],
+}
+
+
+@pytest.mark.parametrize("order", SORTS)
+@given(seed=st.integers(0, 99))
+@settings(max_examples=10, deadline=None)
+def test_another_order_of_rows_of_one_size_is_refused(order: str, seed: int) -> None:
+    """Of images or windows; also where the first batches have one class."""
+    pixels = torch.randn(8, 3, generator=torch.Generator().manual_seed(seed)).tolist()
+    rows = [{"pixels": x, "labels": k % 2} for k, x in enumerate(pixels)]
+    torch.manual_seed(seed)
+    assert InOrder(images)(rows)["labels"].tolist() == [0, 1] * 4
+    checked = InOrder(lambda rows: images(SORTS[order](rows)))
+    if order == "by label":
+        checked(rows[::2])
+    with pytest.raises(ProblemError, match=MESSAGE):
+        checked(rows)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
 from hyperopt_peft import ProblemError, split_dataset
+from hyperopt_peft.problems import ClassOffsets, LayerScales
 from hyperopt_peft.trainer.data import require_apart, warn_of_repeated_rows
 from hyperopt_peft.trainer.splits import reads_of, shared_rows
 from hyperopt_peft.trainer.upper_batches import FULL, UpperBatches
-from tests.support.class_weights import pair
-from tests.support.class_weights import rows as rows_of_classes
+from tests.support.methods import FullBatch, method_trainer
 from tests.support.trainers import data, peft_model, ragged, trainer
 
 N = 40
@@ -268,6 +268,7 @@ def test_a_label_counts_the_same_in_each_piece(tmp_path: Path, kind: str) -> Non
     for size, count in ((None, 3), (9, 1)):
         settings = {"per_device_upper_batch_size": size, "hypergradient": "direct"}
         model, options = peft_model(kind, dropout=0.0), {"train_dataset": ragged(kind, 45)}
+        options["method"] = FullBatch()
         run = trainer(tmp_path / str(size), model=model.double(), options=options, **settings)
         assert run.upper_batches.count == count
         run.train()
@@ -284,7 +285,7 @@ def test_pieces_have_masks_of_their_own_that_differ_from_step_to_step(tmp_path: 
     upper = type(row).from_dict(equal, features=row.features)
     settings = {"learning_rate": 0.0, "upper_learning_rate": 0.0, "weight_decay": 0.0}
     settings |= {"per_device_train_batch_size": 2, "lower_steps": 1, "max_steps": 3}
-    options = {"train_dataset": data(seed=4), "upper_dataset": upper}
+    options = {"train_dataset": data(seed=4), "upper_dataset": upper, "method": FullBatch()}
     run, seen = trainer(tmp_path, options=options, hypergradient="direct", **settings), []
     loss = run.upper.task_loss
     run.upper.task_loss = lambda batch: seen.append(loss(batch)) or seen[-1]
@@ -293,10 +294,16 @@ def test_pieces_have_masks_of_their_own_that_differ_from_step_to_step(tmp_path: 
 
 
 @pytest.mark.parametrize("count", [FULL, FULL + 1])
-def test_a_larger_set_has_batches_of_the_lower_level_s_size(tmp_path: Path, count: int) -> None:
-    run, _ = pair(tmp_path, upper_rows=rows_of_classes(count, 1), per_device_train_batch_size=16)
-    pieces = run.upper_batches.pieces(0)
-    if count <= FULL:
-        assert sum(len(piece["labels"]) for piece, _ in pieces) == count
-    else:
-        assert [len(piece["labels"]) for piece, _ in pieces] == [16]
+@pytest.mark.parametrize("full", [False, True])
+def test_an_upper_batch_is_as_large_as_a_lower_step(tmp_path: Path, count: int, full: bool) -> None:
+    """Or all rows, if they are few and the method asks for them."""
+    settings = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2}
+    method = ClassOffsets() if full else LayerScales()
+    rows = {"upper_dataset": data(rows=count, seed=1)}
+    run = method_trainer(tmp_path, method=method, options=rows, **settings)
+    sizes = [len(piece["labels"]) for piece, _ in run.upper_batches.pieces(0)]
+    assert sizes == [16] * (FULL // 16 if full and count <= FULL else 2)
+    alone = method_trainer(
+        tmp_path, method=method, options=rows, per_device_upper_batch_size=4, **settings
+    )
+    assert [len(piece["labels"]) for piece, _ in alone.upper_batches.pieces(0)] == [4]

@@ -20,6 +20,7 @@ from hyperopt_peft import (
 )
 from hyperopt_peft.trainer.internals import METRICS
 from tests.support.language import TRL, language_model, lora, rows
+from tests.support.methods import FullBatch
 from tests.support.networks import differences
 from tests.support.trainers import COUNTS_RIGHT
 
@@ -100,7 +101,7 @@ def test_both_levels_train_the_routers_auxiliary_loss(tmp_path: Path) -> None:
         trainer = made(
             tmp_path / str(coefficient),
             SFT,
-            BiDoRA(),
+            FullBatch(),
             options={
                 "model": language_model(experts=4),
                 "train_dataset": rows(count=2),
