@@ -96,6 +96,24 @@ def test_several_loaders_are_refused() -> None:
         Engine([quadratic(train_data_loader=([0.0], [1.0]))])
 
 
+def test_the_loader_is_in_a_list_of_one() -> None:
+    class Counted(Quadratic):
+        def configure_scheduler(self) -> Any:
+            return torch.optim.lr_scheduler.StepLR(self.optimizer, len(self.train_data_loader[0]))
+
+    batches = [torch.full((2,), x, dtype=torch.float64) for x in (0.0, 1.0)]
+    module = Values([1.0, 2.0])
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    problem = Counted("fit", None, module, optimizer, train_data_loader=batches)
+    for steps in (2, 4):  # the second engine goes on with the same batches
+        Engine([problem], EngineConfig(train_iters=steps, strategy="cpu")).run()
+    assert problem.train_data_loader[0] is batches
+    expected = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    for rate, x in ((0.1, 0.0), (0.1, 1.0), (0.01, 0.0), (0.01, 1.0)):
+        expected = expected - rate * (expected - x)
+    torch.testing.assert_close(module.values.detach(), expected)
+
+
 def test_levels_share_a_parameter() -> None:
     module = Values([1.0])
     upper, lower = quadratic(name="upper", module=module), quadratic(module=module)
