@@ -26,6 +26,16 @@ lower = Lower([w], optimizer=torch.optim.SGD([w], lr=0.1))
 upper = Upper([u], optimizer=torch.optim.SGD([u], lr=0.1))
 Engine(upper, lower, "{estimator}", progress=False).run(steps=2)
 """
+#: A script's own environment need not have the packages that this one requires.
+REQUIRED = {"torchopt", "scipy", "joblib", "safetensors", "yaml", "pyarrow", "cloudpickle"}
+BETTY = """
+from hyperopt_peft import betty
+from hyperopt_peft.betty import __main__
+from tests.support.betty_programs import ridge
+
+for kind in ("darts", "cg", "neumann", "sama"):
+    ridge(betty, {"train_iters": 2, "roll_back": True}, {"type": kind}, {}).engine.run()
+"""
 
 
 def loaded(program: str) -> set[str]:
@@ -49,8 +59,9 @@ def test_the_package_alone_loads_nothing() -> None:
         (ENGINE.format(estimator="cg"), TRAINERS | {"torchopt"}),
         (ENGINE.format(estimator="unrolled"), TRAINERS),
         ("from hyperopt_peft.problems.textbook import ridge", TRAINERS - {"sklearn", "pandas"}),
+        (BETTY, TRAINERS | REQUIRED),
     ],
-    ids=["import", "cg", "unrolled", "textbook"],
+    ids=["import", "cg", "unrolled", "textbook", "betty"],
 )
 def test_pytorch_is_loaded_and_no_library_of_the_trainer(program: str, left_out: set[str]) -> None:
     modules = loaded(program)

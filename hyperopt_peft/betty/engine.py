@@ -71,7 +71,8 @@ class ImplicitProblem(_Scripted):
     train_data_loader: Any = None
     extra_config: Any = None
     device: Any = None
-    count = 0
+    count, _loaders = 0, None
+    on_inner_loop_start = grad_callback = param_callback = lambda self: None
     cfg = property(lambda self: self.extra_config)
     leaf = property(lambda self: not self.children)
 
@@ -105,6 +106,8 @@ class _Level(Problem):
                 setattr(owner, part, getattr(owner, f"configure_{part}")())
             if part != "scheduler" and isinstance(getattr(owner, part), tuple | None):
                 raise ProblemError(f"{owner.name}: give one {part}, or define configure_{part}")
+            if owner.train_data_loader is not owner._loaders:  # in Betty a list, from here on
+                owner.train_data_loader = owner._loaders = [owner.train_data_loader]
         for method in ("parameters", "train", "eval"):
             vars(owner).setdefault(method, getattr(owner, method, getattr(owner.module, method)))
         owner.device = owner.device or engine.device
@@ -115,7 +118,7 @@ class _Level(Problem):
         held = {id(x) for group in owner.optimizer.param_groups for x in group["params"]}
         super().__init__(
             [(name, x) for name, x in owner.module.named_parameters() if id(x) in held],
-            data=owner.train_data_loader,
+            data=owner.train_data_loader[0],
             optimizer=owner.optimizer,
             max_grad_norm=self.config.gradient_clipping or None,
             name=owner.name,
@@ -131,9 +134,6 @@ class _Level(Problem):
     def due(self) -> bool:  # whether the level above takes a step
         return self.owner.count % self.cycle == 0 and bool(self.owner.count > self.warmup)
 
-    def call(self, hook: str) -> None:
-        getattr(self.owner, hook, lambda: None)()
-
     def loss(self, batch: Any) -> Any:
         half, device = self.config.precision == "bf16", self.variables[0].device.type
         with torch.autocast(device, torch.bfloat16, enabled=half):
@@ -141,7 +141,7 @@ class _Level(Problem):
 
     def next_batch(self) -> Any:
         if self.owner.count == 0 or self.due:
-            self.call("on_inner_loop_start")
+            self.owner.on_inner_loop_start()
         if self.rolls and self.owner.count % self.cycle == 0:
             values = [x.detach().clone() for x in self.moving]
             self.start = values, deepcopy(self.owner.optimizer.state_dict())
@@ -167,11 +167,11 @@ class _Level(Problem):
             if g is not None and id(x) not in skipped:
                 g = g.to(x.dtype) / self.parts
                 x.grad = g if x.grad is None else x.grad + g
-        self.call("grad_callback")
+        self.owner.grad_callback()
         self.pending = (self.pending + 1) % self.parts
         if self.pending == 0:
             norm = super().step([x.grad for x in self.variables])
-            self.call("param_callback")
+            self.owner.param_callback()
         if self.owner.scheduler is not None and not self.rolls:
             self.owner.scheduler.step()
         count, every = self.owner.count, self.config.log_step

@@ -96,6 +96,24 @@ def test_several_loaders_are_refused() -> None:
         Engine([quadratic(train_data_loader=([0.0], [1.0]))])
 
 
+def test_the_loader_is_in_a_list_of_one() -> None:
+    class Counted(Quadratic):
+        def configure_scheduler(self) -> Any:
+            return torch.optim.lr_scheduler.StepLR(self.optimizer, len(self.train_data_loader[0]))
+
+    batches = [torch.full((2,), x, dtype=torch.float64) for x in (0.0, 1.0)]
+    module = Values([1.0, 2.0])
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    problem = Counted("fit", None, module, optimizer, train_data_loader=batches)
+    for steps in (2, 4):  # the second engine goes on with the same batches
+        Engine([problem], EngineConfig(train_iters=steps, strategy="cpu")).run()
+    assert problem.train_data_loader[0] is batches
+    expected = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    for rate, x in ((0.1, 0.0), (0.1, 1.0), (0.01, 0.0), (0.01, 1.0)):
+        expected = expected - rate * (expected - x)
+    torch.testing.assert_close(module.values.detach(), expected)
+
+
 def test_levels_share_a_parameter() -> None:
     module = Values([1.0])
     upper, lower = quadratic(name="upper", module=module), quadratic(module=module)
@@ -282,6 +300,30 @@ def test_roll_back_keeps_the_warm_up_and_restores_buffers() -> None:
     assert upper.count == 2
 
 
+def test_roll_back_repeats_the_last_step_at_the_rate_of_the_cycle() -> None:
+    class Follow(ImplicitProblem):
+        def training_step(self, batch: Any) -> Tensor:
+            loss: Tensor = (self() - self.upper() - batch).square().sum() / 2
+            return loss
+
+    w, u = Values([1.0, 2.0]), Values([0.5, -0.5])
+    optimizer = torch.optim.SGD(w.parameters(), lr=0.4)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    batches = [torch.full((2,), x, dtype=torch.float64) for x in (0.0, 1.0, 5.0)]
+    lower = Follow("lower", Config(unroll_steps=2), w, optimizer, scheduler, batches)
+    upper = quadratic(name="upper", module=u)
+    expected, target, rate = w.values.detach().clone(), u.values.detach().clone(), 0.4
+    config = EngineConfig(train_iters=8, roll_back=True, strategy="cpu")
+    Engine([upper, lower], config, {"l2u": {lower: [upper]}, "u2l": {}}).run()
+    for last in (1.0, 0.0, 5.0, 1.0):  # the second batch of each cycle of two
+        target = target * 0.9
+        expected = expected - rate * (expected - target - last)
+        rate /= 2
+    torch.testing.assert_close(u.values.detach(), target)
+    torch.testing.assert_close(w.values.detach(), expected)
+    assert scheduler.get_last_lr() == pytest.approx([rate])
+
+
 def test_sama_differentiates_the_step_of_adam() -> None:
     run = ridge(
         hyperopt_peft.betty,
@@ -324,3 +366,58 @@ def test_a_chain_solves_by_cg() -> None:
     run.engine.run()
     assert run.engine.global_step == 18
     assert all(x.isfinite().all() for x in run.values)
+
+
+def path_through_the_lowest(cases: list[Any], goal: Tensor, **options: Any) -> Engine:
+    """w follows 2v, which follows u: v*(u) = u/2. F = ½‖v − goal‖²."""
+
+    class Top(ImplicitProblem):
+        def training_step(self, batch: Any) -> Tensor:
+            loss: Tensor = (self.middle() - goal).square().sum() / 2
+            return loss
+
+        def grad_callback(self) -> None:
+            cases.append((self.module.values.grad.clone(), self.middle().detach().clone()))
+
+    class Middle(ImplicitProblem):
+        def training_step(self, batch: Any) -> Tensor:
+            loss: Tensor = (self.lowest() - self.top()).square().sum() / 2
+            return loss
+
+        def grad_callback(self) -> None:
+            cases.append(self.lowest.count)
+
+    class Lowest(ImplicitProblem):
+        def training_step(self, batch: Any) -> Tensor:
+            loss: Tensor = (self() - 2 * self.middle()).square().sum() / 2
+            return loss
+
+    starts = {"top": [0.5, 0.1], "middle": [0.3, -0.2], "lowest": [0.0, 0.0]}
+    cg = {"type": "cg", "cg_iterations": 2}
+    top, middle, lowest = (
+        kind(x, Config(**config), m, torch.optim.SGD(m.parameters(), lr=0.1), train_data_loader=[0])
+        for kind, (x, m), config in zip(
+            (Top, Middle, Lowest),
+            ((x, Values(start)) for x, start in starts.items()),
+            ({}, {"unroll_steps": 3, **cg}, {"unroll_steps": 2, **cg, **options}),
+            strict=True,
+        )
+    )
+    graph = {"l2u": {lowest: [middle, top], middle: [top]}, "u2l": {top: [middle, lowest]}}
+    return Engine([top, middle, lowest], EngineConfig(train_iters=14, strategy="cpu"), graph)
+
+
+def test_the_middle_of_a_chain_reads_its_parameters_through_the_lowest_alone() -> None:
+    cases, goal = list[Any](), torch.tensor([0.2, -0.4], dtype=torch.float64)
+    path_through_the_lowest(cases, goal).run()
+    pairs = [x for x in cases if isinstance(x, tuple)]
+    assert len(pairs) == 2
+    for slope, v in pairs:
+        torch.testing.assert_close(slope, (v - goal) / 2, rtol=1e-6, atol=1e-9)
+
+
+def test_the_warm_up_of_the_lowest_ends_with_a_cycle() -> None:
+    cases = list[Any]()
+    path_through_the_lowest(cases, torch.zeros(2, dtype=torch.float64), warmup_steps=5).run()
+    counts = [x for x in cases if isinstance(x, int)]
+    assert counts == [6, 8, 10, 12, 14]  # as in Betty: the first even numbers above five
