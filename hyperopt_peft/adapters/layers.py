@@ -17,19 +17,25 @@ layer type an entry of m belongs to a row of V:
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable
 from functools import reduce
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hyperopt_peft.adapters import peft_internals
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.utils.distributed import is_sharded
 
+#: Where PEFT keeps the layers and parameters that it wraps.
+WRAPPERS = ("base_layer", "original_module", "token_adapter")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PLAIN_MODULES = (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS)
 PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -263,6 +269,55 @@ def keep_active(model: Any) -> Callable[[], None]:
             parameter.requires_grad_(requires_grad)
 
     return activate
+
+
+def tensors(model: Any, adapter: str, **options: Any) -> dict[str, Tensor]:
+    """The parameters and buffers that PEFT saves of an adapter, by their names in its file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state = model.state_dict(keep_vars=True)
+        saved: dict[str, Tensor] = get_peft_model_state_dict(model, state, adapter, **options)
+    return saved
+
+
+@torch.no_grad()
+def beside_adapters(model: Any) -> dict[str, nn.Parameter]:
+    """The parameters that PEFT saves with no adapter, by names without those of its wrappers.
+
+    Empty for another model than a PeftModel, and for a sharded one.
+    """
+    rest = dict(model.named_parameters(remove_duplicate=False))
+    if not isinstance(model, PeftModel) or is_sharded(*rest.values()):
+        return {}
+    # A prompt is saved as its encoder's output.
+    saved = [*getattr(model, "prompt_encoder", nn.Module()).parameters()]
+    for embeddings in (False, "auto"):  # which may ask a hub
+        if any(x.requires_grad for x in rest.values()):
+            for name in model.peft_config:
+                saved += tensors(model, name, save_embedding_layers=embeddings).values()
+            ids = {*map(id, saved)}
+            rest = {name: x for name, x in rest.items() if id(x) not in ids}
+    return {".".join(x for x in n.split(".") if x not in WRAPPERS): x for n, x in rest.items()}
+
+
+def layout(model: Any, adapter: str) -> dict[str, Any]:
+    """The shapes of an adapter's `tensors`, and the scale of each layer to six digits."""
+    every = ((name, getattr(layer, "scaling", None)) for name, layer in model.named_modules())
+    scales = {n: f"{x[adapter]:.6g}" for n, x in every if isinstance(x, dict) and adapter in x}
+    return scales | {name: x.shape for name, x in tensors(model, adapter).items()}
+
+
+def stock_layout(model: Any, adapter: str, folder: Path) -> dict[str, Any]:
+    """The `layout` that PEFT gives the adapter in ``folder``; empty without such a base model."""
+    base, config = model.get_base_model(), PeftConfig.from_pretrained(str(folder))
+    try:
+        with torch.device("meta"):
+            new = type(base)(copy.deepcopy(base.config))
+            stock = type(model)(new, config, adapter, low_cpu_mem_usage=True)
+    except Exception:  # of the model's own code
+        return {}
+    changed = len(beside_adapters(stock)) != len(beside_adapters(model))  # by the user
+    return {} if changed else layout(stock, adapter)
 
 
 def adapter_settings(model: Any) -> dict[str, Any]:

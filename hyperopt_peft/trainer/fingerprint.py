@@ -12,7 +12,7 @@ import pyarrow  # type: ignore[import-untyped]
 import torch
 from datasets import Dataset
 from datasets.fingerprint import Hasher
-from torch import nn
+from torch import Tensor, nn
 from transformers.trainer_utils import has_length
 
 from hyperopt_peft.adapters.layers import adapter_settings
@@ -48,6 +48,17 @@ def data_fingerprint(data: Any) -> str | int | None:
 
 
 @torch.no_grad()
+def sample(tensor: Tensor) -> Tensor:
+    """At most `FINGERPRINT_ENTRIES` entries of ``tensor``, evenly spaced, on the CPU."""
+    count = 0 if tensor.is_meta else tensor.numel()
+    places = torch.linspace(
+        0, max(count - 1, 0), min(FINGERPRINT_ENTRIES, count), dtype=torch.float64
+    )
+    flat = tensor.new_empty(0, device="cpu") if count == 0 else tensor.detach().reshape(-1)
+    return flat[places.long().to(flat.device)].cpu().contiguous()
+
+
+@torch.no_grad()
 def frozen_fingerprint(model: nn.Module, levels: Iterable[Problem]) -> str:
     """A hash of process 0's weights of ``model`` that no level owns.
 
@@ -60,11 +71,7 @@ def frozen_fingerprint(model: nn.Module, levels: Iterable[Problem]) -> str:
         if id(tensor) in owned:
             continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if tensor.numel() and not tensor.is_meta:
-            entries = min(FINGERPRINT_ENTRIES, tensor.numel())
-            places = torch.linspace(0, tensor.numel() - 1, entries, dtype=torch.float64).long()
-            sample = tensor.detach().reshape(-1)[places.to(tensor.device)]
-            digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(sample(tensor).view(torch.uint8).numpy().tobytes())
     return distributed.union([digest.hexdigest()])[0]
 
 
