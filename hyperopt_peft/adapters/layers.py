@@ -291,12 +291,13 @@ def beside_adapters(model: Any) -> dict[str, nn.Parameter]:
         return {}
     # A prompt is saved as its encoder's output.
     saved = [*getattr(model, "prompt_encoder", nn.Module()).parameters()]
-    for embeddings in (False, "auto"):  # which may ask a hub
-        if any(x.requires_grad for x in rest.values()):
-            for name in model.peft_config:
-                saved += tensors(model, name, save_embedding_layers=embeddings).values()
-            ids = {*map(id, saved)}
-            rest = {name: x for name, x in rest.items() if id(x) not in ids}
+    for embeddings in (False, "auto"):
+        if embeddings and not any(x.requires_grad for x in rest.values()):
+            break  # the second asks a hub
+        for name in model.peft_config:
+            saved += tensors(model, name, save_embedding_layers=embeddings).values()
+        ids = {*map(id, saved)}
+        rest = {name: x for name, x in rest.items() if id(x) not in ids}
     return {".".join(x for x in n.split(".") if x not in WRAPPERS): x for n, x in rest.items()}
 
 

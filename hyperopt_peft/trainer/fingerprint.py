@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -13,14 +14,19 @@ import torch
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from torch import Tensor, nn
+from torch.utils import data as torch_data
+from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 
 from hyperopt_peft.adapters.layers import adapter_settings
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.utils import distributed
+from hyperopt_peft.utils.random_state import RandomState, replay
 
 #: The most rows that a fingerprint reads, evenly spaced.
 FINGERPRINT_ROWS = 100_000
+FEW_ROWS = 8
+PLAIN = str | int | float
 #: The most entries of a tensor that a fingerprint reads, evenly spaced.
 FINGERPRINT_ENTRIES = 64
 
@@ -29,13 +35,19 @@ def data_fingerprint(data: Any) -> str | int | None:
     """A fingerprint of the contents, order and number of rows of ``data``.
 
     For a `datasets.Dataset`, a list or a tuple it is a hash of at most `FINGERPRINT_ROWS` rows.
-    Reading other data may be slow or random, so their fingerprint is the length, or None.
+    Reading a data set of PyTorch may be slow, so it is of `FEW_ROWS`; where they are not the same
+    if read twice, and for other data, it is the length, or None.
     """
-    if not isinstance(data, Dataset | list | tuple):
+    of_torch = isinstance(data, torch_data.Dataset) and not isinstance(data, IterableDataset)
+    if not has_length(data) or not (of_torch or isinstance(data, Dataset | list | tuple)):
         return len(data) if has_length(data) else None
-    rows = range(0, len(data), max(1, len(data) // FINGERPRINT_ROWS))
+    rows = range(0, len(data), max(1, len(data) // (FEW_ROWS if of_torch else FINGERPRINT_ROWS)))
     if not isinstance(data, Dataset):
-        return str(Hasher.hash((len(data), [data[row] for row in rows])))
+        hashes = set[str]()
+        for _ in range(2 if of_torch else 1):
+            with replay(RandomState.seeded([], "fingerprint")):
+                hashes.add(Hasher.hash((len(data), [data[row] for row in rows])))
+        return hashes.pop() if len(hashes) == 1 else len(data)
     digest = hashlib.sha256(f"{len(data)} {data.column_names}".encode())
     read = data if rows.step == 1 else data.select(rows)
     for table in read.with_format("arrow").iter(1000):
@@ -75,17 +87,26 @@ def frozen_fingerprint(model: nn.Module, levels: Iterable[Problem]) -> str:
     return distributed.union([digest.hexdigest()])[0]
 
 
+def options_of(method: Any) -> dict[str, Any]:
+    """The public attributes of ``method`` as JSON, before any hook has changed them."""
+    names = {*vars(method), *(x.name for x in (fields(method) if is_dataclass(method) else ()))}
+    return _as_json({x: getattr(method, x) for x in sorted(names) if not x.startswith("_")})
+
+
 def settings_of(trainer: Any) -> dict[str, Any]:
     """The settings, as JSON, in which a checkpoint and the run that resumes must agree."""
     method, settings = trainer.method, dict[str, Any]()
     if method is not None:
-        options = fields(method) if is_dataclass(method) else ()
         if hasattr(trainer.model, "peft_config"):
             settings = adapter_settings(trainer.model)
         settings["method"] = name = type(method).__name__
-        settings |= {f"{name}.{each.name}": getattr(method, each.name) for each in options}
+        settings |= {f"{name}.{option}": x for option, x in trainer.phase.options.items()}
         if trainer.phase.search is not None:
             settings["search"] = trainer.phase.search
+    for name in ("data_collator", "compute_loss_func"):  # the class, and plain attributes
+        given = trainer.options_again.get(name)
+        own = {n: x for n, x in getattr(given, "__dict__", {}).items() if isinstance(x, PLAIN)}
+        settings[name] = [getattr(given, "__qualname__", type(given).__qualname__), own]
     settings |= {
         **trainer.args.resume_must_match(),
         "hypergradient": repr(trainer.estimator) if trainer.upper is not None else None,
@@ -98,5 +119,16 @@ def settings_of(trainer: Any) -> dict[str, Any]:
             None if trainer.is_fsdp_enabled else frozen_fingerprint(trainer.model, trainer.levels)
         ),
     }
-    plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return _as_json(settings)
+
+
+def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    def text(value: Any) -> Any:
+        if isinstance(value, set | frozenset):
+            return sorted(map(text, value))
+        if isinstance(value, Tensor) and value.requires_grad:  # it may be random
+            return [*value.shape]
+        return re.sub(r" at 0x\w+", "", str(value))  # of a function or an object
+
+    plain: dict[str, Any] = json.loads(json.dumps(settings, default=text))
     return plain

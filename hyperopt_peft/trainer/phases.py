@@ -22,7 +22,7 @@ from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer import checks
 from hyperopt_peft.trainer.data import collating
-from hyperopt_peft.trainer.fingerprint import settings_of
+from hyperopt_peft.trainer.fingerprint import options_of, settings_of
 from hyperopt_peft.trainer.method import Method, has_upper_level
 from hyperopt_peft.trainer.passes import PassCounter
 from hyperopt_peft.trainer.tags import INDEX, numbered
@@ -45,6 +45,7 @@ class Phase:
     lower: Any  # the level, or a function of the trainer that makes it
     upper: Any  # likewise, or None
     rows: tuple[Any, Any]  # of both levels, as `Method.rows` returned them
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the method
     tags: tuple[str, ...] = ()  # columns of a batch that a level reads and the model does not
     passes: PassCounter = field(default_factory=PassCounter)  # of both phases
     search: Mapping[str, Any] | None = None  # the settings of the search before this phase
@@ -79,11 +80,12 @@ def first_phase(
     if lower is not None or upper is not None:
         raise ProblemError("method: give a method, or the levels lower and upper, and not both")
     method = method or Method()
+    settings = options_of(method)
     if options.get("peft_config") is not None:
         options["peft_config"] = method.adapter(copy.deepcopy(options["peft_config"]))
     rows = method.rows(*(numbered(*rows) if INDEX in method.tags else rows))
     upper = upper_of if has_upper_level(method) else None
-    phase = Phase(method, prepared_lower_of, upper, rows, method.tags)
+    phase = Phase(method, prepared_lower_of, upper, rows, settings, method.tags)
     return phase, args.with_defaults(method.defaults)
 
 
