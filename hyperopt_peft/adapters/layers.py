@@ -33,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from hyperopt_peft.adapters import peft_internals
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.distributed import is_sharded
+from hyperopt_peft.utils.models import require_unwrapped
 
 #: Where PEFT keeps the layers and parameters that it wraps.
 WRAPPERS = ("base_layer", "original_module", "token_adapter")
@@ -48,6 +49,7 @@ def active_adapter(peft_model: PeftModel) -> str:
     Raises:
         ProblemError: ``peft_model`` is not a PeftModel, or not exactly one adapter is active.
     """
+    require_unwrapped(peft_model)
     if not isinstance(peft_model, PeftModel):
         raise ProblemError(
             f"peft_model: must be a PeftModel, got {type(peft_model).__name__}; wrap the model "

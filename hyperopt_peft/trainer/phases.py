@@ -45,10 +45,10 @@ class Phase:
     lower: Any  # the level, or a function of the trainer that makes it
     upper: Any  # likewise, or None
     rows: tuple[Any, Any]  # of both levels, as `Method.rows` returned them
-    options: Mapping[str, Any] = field(default_factory=dict)  # of the method
     tags: tuple[str, ...] = ()  # columns of a batch that a level reads and the model does not
     passes: PassCounter = field(default_factory=PassCounter)  # of both phases
     search: Mapping[str, Any] | None = None  # the settings of the search before this phase
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the method, before its hooks
 
     @property
     def rows_of_levels(self) -> tuple[Any, Any]:
@@ -85,7 +85,7 @@ def first_phase(
         options["peft_config"] = method.adapter(copy.deepcopy(options["peft_config"]))
     rows = method.rows(*(numbered(*rows) if INDEX in method.tags else rows))
     upper = upper_of if has_upper_level(method) else None
-    phase = Phase(method, prepared_lower_of, upper, rows, settings, method.tags)
+    phase = Phase(method, prepared_lower_of, upper, rows, method.tags, options=settings)
     return phase, args.with_defaults(method.defaults)
 
 

@@ -37,7 +37,7 @@ from hyperopt_peft.trainer.task_loss import LossRule
 from hyperopt_peft.trainer.upper_batches import upper_batches
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.distributed import reshard
-from hyperopt_peft.utils.models import keep_differentiable
+from hyperopt_peft.utils.models import keep_differentiable, require_unwrapped
 
 #: A level, or a function that makes one for a trainer and reads its ``task_loss``.
 LevelLike = Problem | Callable[["BilevelTrainer"], Problem]
@@ -113,6 +113,7 @@ class BilevelTrainer(CombinedTrainer):
         **trainer: Any,
     ) -> None:
         self._own = {**vars(self)}  # which the constructor of a subclass has set
+        require_unwrapped(model)
         args = self.Arguments.of(args)
         #: The columns in which rows must differ to be different rows; None for all.
         self.row_columns = reads_of(model, args)

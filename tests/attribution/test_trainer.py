@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
     BertForSequenceClassification,
+    EarlyStoppingCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     default_data_collator,
 )
@@ -402,6 +404,24 @@ def test_a_given_optimizer_is_the_runs(tmp_path: Path) -> None:
 def test_the_run_evaluates_and_prints_nothing(tmp_path: Path, capsys: Any) -> None:
     attributed(stock(tmp_path, args={"eval_on_start": True, "logging_first_step": True}))
     assert capsys.readouterr().out == ""
+
+
+class Own(TrainerCallback):
+    pass
+
+
+def test_what_the_run_does_not_call_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In one line; the Trainer's own callbacks are not named."""
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+    best |= {"metric_for_best_model": "loss"}
+    callbacks = [EarlyStoppingCallback(3), Own()]
+    attributed(stock(tmp_path / "plain"))
+    assert "scores are of a run without" not in caplog.text
+    attributed(stock(tmp_path / "own", callbacks=callbacks, args=best))
+    words = "without EarlyStoppingCallback, Own, load_best_model_at_end; "
+    assert sum(words in record.message for record in caplog.records) == 1
 
 
 def test_a_run_that_diverges_leaves_the_users_folder_alone(tmp_path: Path) -> None:
