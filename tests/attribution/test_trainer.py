@@ -29,7 +29,9 @@ from hyperopt_peft import (
     NonFiniteError,
     ProblemError,
 )
+from hyperopt_peft.attribution.rows import ModelOnRows
 from hyperopt_peft.attribution.suspects import suspects
+from hyperopt_peft.core.labels import WEIGHT
 from hyperopt_peft.problems import DoRA
 from tests.support.attributed import attributed, error_of_slopes, require_equal
 from tests.support.methods import ARGUMENTS, method_trainer
@@ -475,3 +477,18 @@ def test_a_trainer_that_has_trained_and_other_objects_are_refused(tmp_path: Path
     for training, named in ((trainer, "model_init"), (object(), "training")):
         with pytest.raises(ProblemError, match=named):
             attributed(training, estimator="gradient")
+
+
+def test_batches_count_by_their_labels() -> None:
+    """As one step over all rows, whose loss is the mean over all labels."""
+    rows, model = ragged("tokens", 7), peft_model("tokens", dropout=0.0).double()
+    batches = [default_data_collator([rows[k] for k in part]) for part in ([0, 1, 4], [2, 3], [5])]
+    on_rows = ModelOnRows(model)
+    micro = on_rows.micro_batches(batches)
+    sums, counts = zip(*(on_rows.losses(batch) for batch in batches), strict=True)
+    weighted = [
+        each.batch[WEIGHT] * part.sum() / count.sum()
+        for each, part, count in zip(micro, sums, counts, strict=True)
+    ]
+    mean = torch.cat(sums).sum() / torch.cat(counts).sum()
+    torch.testing.assert_close(torch.stack(weighted).mean(), mean)

@@ -114,6 +114,16 @@ def test_a_resumed_run_is_exported_alike(tmp_path: Path, kind: str) -> None:
         run.save_model()
 
 
+def test_a_model_that_an_evaluation_has_rounded_is_saved(tmp_path: Path) -> None:
+    """The base model in bfloat16 is the one in float32 but for rounding."""
+    options = {"eval_dataset": data(rows=6, seed=5)}
+    run = method_trainer(tmp_path, method=LoRA(), options=options, bf16_full_eval=True)
+    run.train()
+    run.evaluate()
+    assert next(run.model.parameters()).dtype == torch.bfloat16
+    run.save_model()
+
+
 class Wrapped(LoRA):
     """Leaves a change of the model to which stock PEFT adds the adapter."""
 
