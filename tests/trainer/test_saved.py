@@ -20,6 +20,7 @@ from peft import (
 )
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import parametrize
 
 from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, Method, ProblemError
 from hyperopt_peft.adapters.layers import lora_layers
@@ -138,6 +139,8 @@ class Wrapped(LoRA):
             base.pooler.forward = lambda *args, **options: 2 * forward(*args, **options)
         if self.leave == "a hook":
             base.pooler.register_forward_hook(lambda *args: 2 * args[-1])
+        if self.leave == "a parametrisation":
+            parametrize.register_parametrization(base.pooler.dense, "weight", nn.Dropout())
         if self.leave == "a module":
             base.pooler.activation = nn.ReLU()
 
@@ -153,7 +156,17 @@ class Wrapped(LoRA):
 
 
 @pytest.mark.parametrize(
-    "leave", ["a forward pass", "a hook", "a module", "a scale", "a rank", "a base weight", ""]
+    "leave",
+    [
+        "a parametrisation",
+        "a forward pass",
+        "a hook",
+        "a module",
+        "a scale",
+        "a rank",
+        "a base weight",
+        "",
+    ],
 )
 def test_what_a_method_leaves_in_the_model_is_an_error(tmp_path: Path, leave: str) -> None:
     run = method_trainer(tmp_path, method=Wrapped(leave))
@@ -185,8 +198,8 @@ def test_what_trains_and_peft_does_not_save_is_refused_before_training(
     refused = rf"{part}.weight, .*{part}.bias.*modules_to_save"
     with pytest.raises(ProblemError, match=refused):
         method_trainer(tmp_path, method=LoRA(), model=headed(own=own), save_strategy="steps")
-    # A run without checkpoints may never be saved.
-    run = method_trainer(tmp_path, method=LoRA(), model=headed(own=own))
+    # A run without checkpoints may never be saved; entries that did not move say nothing of others.
+    run = method_trainer(tmp_path, method=LoRA(), model=headed(own=own), learning_rate=0.0)
     run.train()
     with pytest.raises(ProblemError, match=refused):
         run.save_model()
@@ -236,6 +249,20 @@ def test_adapters_of_other_kinds_are_saved(tmp_path: Path, config: Any) -> None:
     model = get_peft_model(base_model("causal"), config)
     settings = {"model": model, "task": "causal", "save_strategy": "steps"}
     run = method_trainer(tmp_path, method=Method(), **settings)
+    run.train()
+    run.save_model()
+
+
+def test_embeddings_that_peft_saves_since_they_have_grown_may_train(tmp_path: Path) -> None:
+    base = base_model("causal")
+    base.save_pretrained(tmp_path / "base")
+    base = type(base).from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(60)
+    base.get_input_embeddings().requires_grad_(True)
+    model = get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM"))
+    model.get_input_embeddings().requires_grad_(True)
+    settings = {"model": model, "task": "causal", "save_strategy": "steps"}
+    run = method_trainer(tmp_path, method=LoRA(), **settings)
     run.train()
     run.save_model()
 

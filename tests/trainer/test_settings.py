@@ -73,12 +73,13 @@ class Indexed(torch.utils.data.Dataset):
     """Numbers, with noise of their own, or of the global generators."""
 
     def __init__(self, rows: Any, noise: Any = np.random) -> None:
-        self.rows, self.noise = rows, noise
+        self.rows, self.noise, self.reads = rows, noise, 0
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> Any:
+        self.reads += 1
         return {"x": torch.tensor(self.rows[row]) + torch.rand(2), "y": self.noise.normal()}
 
 
@@ -218,6 +219,8 @@ def test_a_fingerprint_is_of_contents_and_order() -> None:
     few, others = Indexed(range(20)), Indexed(range(1, 21))
     assert data_fingerprint(few) == data_fingerprint(Indexed(range(20))) != data_fingerprint(others)
     assert data_fingerprint(Indexed(range(3), noise=np.random.default_rng(0))) == 3
+    long = Indexed(range(1000))
+    assert data_fingerprint(long) != data_fingerprint(few) and long.reads < 30
     assert data_fingerprint(range(3)) == 3 and data_fingerprint(iter(rows)) is None
     many = Dataset.from_dict({"x": torch.arange(FINGERPRINT_ROWS + 5).tolist()})
     assert data_fingerprint(many) != data_fingerprint(many.select(range(len(many))[::-1]))
