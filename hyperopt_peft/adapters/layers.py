@@ -17,15 +17,16 @@ layer type an entry of m belongs to a row of V:
 
 from __future__ import annotations
 
-import copy
+import re
 import warnings
 from collections.abc import Callable
 from functools import reduce
+from math import isclose
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -303,24 +304,22 @@ def beside_adapters(model: Any) -> dict[str, nn.Parameter]:
     return {".".join(x for x in n.split(".") if x not in WRAPPERS): x for n, x in rest.items()}
 
 
-def layout(model: Any, adapter: str) -> dict[str, Any]:
-    """The shapes of an adapter's `tensors`, and the scale of each layer to six digits."""
-    every = ((name, getattr(layer, "scaling", None)) for name, layer in model.named_modules())
-    scales = {n: f"{x[adapter]:.6g}" for n, x in every if isinstance(x, dict) and adapter in x}
-    return scales | {name: x.shape for name, x in tensors(model, adapter).items()}
-
-
-def stock_layout(model: Any, adapter: str, folder: Path) -> dict[str, Any]:
-    """The `layout` that PEFT gives the adapter in ``folder``; empty without such a base model."""
-    base, config = model.get_base_model(), PeftConfig.from_pretrained(str(folder))
-    try:
-        with torch.device("meta"):
-            new = type(base)(copy.deepcopy(base.config))
-            stock = type(model)(new, config, adapter, low_cpu_mem_usage=True)
-    except Exception:  # of the model's own code
-        return {}
-    changed = len(beside_adapters(stock)) != len(beside_adapters(model))  # by the user
-    return {} if changed else layout(stock, adapter)
+def undescribed(model: Any, adapter: str, folder: Path) -> set[str]:
+    """The LoRA layers that the configuration in ``folder`` gives another rank, scale or kind."""
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    found = set[str]()
+    for name, layer in model.get_base_model().named_modules():
+        if type(config) is LoraConfig and isinstance(layer, lora.LoraLayer) and adapter in layer.r:
+            own = (config.rank_pattern, config.r), (config.alpha_pattern, config.lora_alpha)
+            rank, alpha = (
+                next((x for key, x in keys.items() if re.match(rf"(.*\.)?({key})$", name)), rest)
+                for keys, rest in own
+            )
+            scale = alpha / (rank**0.5 if config.use_rslora else rank)
+            same = layer.r[adapter] == rank and isclose(layer.scaling[adapter], scale)
+            if not same or config.use_dora != (adapter in layer.lora_magnitude_vector):
+                found.add(name)
+    return found
 
 
 def adapter_settings(model: Any) -> dict[str, Any]:

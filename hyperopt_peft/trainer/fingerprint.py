@@ -88,9 +88,13 @@ def frozen_fingerprint(model: nn.Module, levels: Iterable[Problem]) -> str:
 
 
 def options_of(method: Any) -> dict[str, Any]:
-    """The public attributes of ``method`` as JSON, before any hook has changed them."""
+    """The public attributes of ``method`` as JSON, before any hook has changed them.
+
+    A tensor that requires a gradient may be random, and is left out.
+    """
     names = {*vars(method), *(x.name for x in (fields(method) if is_dataclass(method) else ()))}
-    return _as_json({x: getattr(method, x) for x in sorted(names) if not x.startswith("_")})
+    options = {name: getattr(method, name) for name in sorted(names) if name[0] != "_"}
+    return _as_json({n: x for n, x in options.items() if not getattr(x, "requires_grad", False)})
 
 
 def settings_of(trainer: Any) -> dict[str, Any]:
@@ -123,12 +127,11 @@ def settings_of(trainer: Any) -> dict[str, Any]:
 
 
 def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-    def text(value: Any) -> Any:
-        if isinstance(value, set | frozenset):
-            return sorted(map(text, value))
-        if isinstance(value, Tensor) and value.requires_grad:  # it may be random
-            return [*value.shape]
-        return re.sub(r" at 0x\w+", "", str(value))  # of a function or an object
-
-    plain: dict[str, Any] = json.loads(json.dumps(settings, default=text))
+    plain: dict[str, Any] = json.loads(json.dumps(settings, default=_text))
     return plain
+
+
+def _text(value: Any) -> Any:
+    """A set in order; of a function or an object no address, which is another in each process."""
+    value = sorted(map(str, value)) if isinstance(value, set | frozenset) else value
+    return re.sub(r" at 0x\w+", "", str(value))

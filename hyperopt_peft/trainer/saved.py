@@ -58,17 +58,12 @@ class Original:
 
 
 def check_saved(model: Any, folder: Path, method: str) -> None:
-    """Raise ProblemError unless ``folder`` has the active adapter of ``model``.
-
-    The configuration must give its shapes and scales; of a model that is not made from its own
-    configuration the tensors alone are compared.
-    """
+    """Raise ProblemError unless ``folder`` has the active adapter of ``model`` and describes it."""
     (name,) = model.active_adapters
     place = folder if name == "default" else folder / name
     trained, saved = layers.tensors(model, name), load_file(place / "adapter_model.safetensors")
     other = {n for n in trained if n not in saved or _differ(trained[n], saved[n])}
-    if stock := layers.stock_layout(model, name, place):
-        other |= {n for n, _ in layers.layout(model, name).items() ^ stock.items()}
+    other |= layers.undescribed(model, name, place)
     if other:
         raise ProblemError(
             f"{method}: PEFT loads another {_few(sorted(other))} from {place} than was trained; "
@@ -79,8 +74,8 @@ def check_saved(model: Any, folder: Path, method: str) -> None:
 def _differ(one: Tensor, two: Tensor) -> bool:
     """Whether two tensors differ by more than the rounding of the less precise one."""
     rounding = max([torch.finfo(x.dtype).eps for x in (one, two) if x.is_floating_point()] or [0.0])
-    pair = (x.detach().to("cpu", torch.float64) for x in (one, two))
-    return one.shape != two.shape or not torch.allclose(*pair, rtol=rounding, atol=0)
+    one, two = (x.detach().to("cpu", torch.float64) for x in (one, two))
+    return one.shape != two.shape or not torch.allclose(one, two, rtol=rounding, atol=0)
 
 
 def _modules(model: nn.Module) -> dict[str, Any]:

@@ -150,6 +150,8 @@ class Wrapped(LoRA):
             layer.scaling["default"] *= 2
         if self.leave == "a rank":
             config.r = 3
+        if self.leave == "a kind":
+            config.use_dora = True
         if self.leave == "a base weight":
             layer.get_base_layer().weight.data.mul_(2)
         return model
@@ -164,6 +166,7 @@ class Wrapped(LoRA):
         "a module",
         "a scale",
         "a rank",
+        "a kind",
         "a base weight",
         "",
     ],
