@@ -17,19 +17,27 @@ layer type an entry of m belongs to a row of V:
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable
 from functools import reduce
+from math import isclose
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hyperopt_peft.adapters import peft_internals
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.utils.distributed import is_sharded
+from hyperopt_peft.utils.models import require_unwrapped
 
+#: Where PEFT keeps the layers and parameters that it wraps.
+WRAPPERS = ("base_layer", "original_module", "token_adapter")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PLAIN_MODULES = (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS)
 PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -42,6 +50,7 @@ def active_adapter(peft_model: PeftModel) -> str:
     Raises:
         ProblemError: ``peft_model`` is not a PeftModel, or not exactly one adapter is active.
     """
+    require_unwrapped(peft_model)
     if not isinstance(peft_model, PeftModel):
         raise ProblemError(
             f"peft_model: must be a PeftModel, got {type(peft_model).__name__}; wrap the model "
@@ -263,6 +272,54 @@ def keep_active(model: Any) -> Callable[[], None]:
             parameter.requires_grad_(requires_grad)
 
     return activate
+
+
+def tensors(model: Any, adapter: str, **options: Any) -> dict[str, Tensor]:
+    """The parameters and buffers that PEFT saves of an adapter, by their names in its file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state = model.state_dict(keep_vars=True)
+        saved: dict[str, Tensor] = get_peft_model_state_dict(model, state, adapter, **options)
+    return saved
+
+
+@torch.no_grad()
+def beside_adapters(model: Any) -> dict[str, nn.Parameter]:
+    """The parameters that PEFT saves with no adapter, by names without those of its wrappers.
+
+    Empty for another model than a PeftModel, and for a sharded one.
+    """
+    rest = dict(model.named_parameters(remove_duplicate=False))
+    if not isinstance(model, PeftModel) or is_sharded(*rest.values()):
+        return {}
+    # A prompt is saved as its encoder's output.
+    saved = [*getattr(model, "prompt_encoder", nn.Module()).parameters()]
+    for embeddings in (False, "auto"):
+        if embeddings and not any(x.requires_grad for x in rest.values()):
+            break  # the second asks a hub
+        for name in model.peft_config:
+            saved += tensors(model, name, save_embedding_layers=embeddings).values()
+        ids = {*map(id, saved)}
+        rest = {name: x for name, x in rest.items() if id(x) not in ids}
+    return {".".join(x for x in n.split(".") if x not in WRAPPERS): x for n, x in rest.items()}
+
+
+def undescribed(model: Any, adapter: str, folder: Path) -> set[str]:
+    """The LoRA layers that the configuration in ``folder`` gives another rank, scale or kind."""
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    found = set[str]()
+    for name, layer in model.get_base_model().named_modules():
+        if type(config) is LoraConfig and isinstance(layer, lora.LoraLayer) and adapter in layer.r:
+            own = (config.rank_pattern, config.r), (config.alpha_pattern, config.lora_alpha)
+            rank, alpha = (
+                next((x for key, x in keys.items() if re.match(rf"(.*\.)?({key})$", name)), rest)
+                for keys, rest in own
+            )
+            scale = alpha / (rank**0.5 if config.use_rslora else rank)
+            same = layer.r[adapter] == rank and isclose(layer.scaling[adapter], scale)
+            if not same or config.use_dora != (adapter in layer.lora_magnitude_vector):
+                found.add(name)
+    return found
 
 
 def adapter_settings(model: Any) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import Trainer, enable_full_determinism, set_seed
+from transformers import EarlyStoppingCallback, Trainer, enable_full_determinism, set_seed
+from transformers.utils import logging
 
 from hyperopt_peft.adapters import peft_internals
 from hyperopt_peft.attribution.recorder import method_of, recorded
@@ -22,6 +23,7 @@ from hyperopt_peft.trainer.step import Accumulated
 from hyperopt_peft.utils.precision import require_float32
 from hyperopt_peft.utils.random_state import RandomState
 
+logger = logging.get_logger(__name__)
 #: Methods of a Trainer that decide how it trains, but which the recorded run does not call. Those
 #: of these libraries train as the recorded run does, if the loss agrees.
 KNOWN_LIBRARIES = ("transformers", "trl", "hyperopt_peft")
@@ -43,6 +45,7 @@ def trained_by_trainer(
 ) -> Trained:
     """Train what ``trainer`` trains, and return its run and Φ; see `attribute` and `recorded`."""
     require_attributable(trainer)
+    warn_of_uncalled(trainer)
     data = TrainerData(trainer, evaluation)
     random_state = _new_model(trainer)
     require_float32(trainer.model)
@@ -172,3 +175,16 @@ def _new_model(trainer: Any) -> RandomState | None:
         trainer.model = trainer.model_wrapped = trainer.call_model_init().to(trainer.args.device)
         return RandomState.capture([trainer.args.device])
     return None
+
+
+def warn_of_uncalled(trainer: Any) -> None:
+    """Warn of what may end or change the training of ``trainer``, but not the recorded run."""
+    kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
+    own = [x for x in kinds if x.__module__.partition(".")[0] not in KNOWN_LIBRARIES]
+    uncalled = [kind.__name__ for kind in kinds if kind in (EarlyStoppingCallback, *own)]
+    uncalled += ["load_best_model_at_end"] if trainer.args.load_best_model_at_end else []
+    if uncalled:
+        logger.warning(
+            f"training: scores are of a run without {', '.join(uncalled)}; if these change what is "
+            "trained, leave them out and give the steps that they led to as max_steps"
+        )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,6 @@ from hyperopt_peft.core.problem import Problem, StepRecord, devices_of
 from hyperopt_peft.core.validation import require_read
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.hypergradients.estimate import (
-    WRONG_PRODUCT,
     check_estimator,
     check_products,
     like,
@@ -31,7 +30,7 @@ from hyperopt_peft.hypergradients.estimate import (
 )
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import Oracle, State
-from hyperopt_peft.hypergradients.products import DIFFERENCE, Passes
+from hyperopt_peft.hypergradients.products import DIFFERENCE
 from hyperopt_peft.hypergradients.state import packed, unpacked
 from hyperopt_peft.hypergradients.unrolled.direct import Direct
 from hyperopt_peft.utils import distributed
@@ -229,8 +228,10 @@ class BilevelStep:
         above, u = oracle.upper_gradient.evaluation, self.upper.variables
         if self.count == 0:
             self._require_read(above.gradient[: len(u)], above.gradient[len(u) :])
-            if self.requirements.second_derivatives and oracle.upper_gradient.norm:
-                self._check_products(oracle)
+            with self.uncounted():
+                words = check_products(self.estimator, oracle)
+            if words:
+                warn(words)
         log = {
             "upper_loss": above.loss - prior_of(self.upper, above.metrics),
             "implicit_ratio": result.implicit_ratio,
@@ -282,14 +283,6 @@ class BilevelStep:
                 f"{name}: the loss reads no variable of {self.lower.name}, so that the "
                 "hypergradient has no implicit term; let it read the variables of that level"
             )
-
-    def _check_products(self, oracle: Oracle) -> None:
-        """Warn if exact products of f are not the differences of its gradients."""
-        alone = replace(oracle, passes=Passes(), copies=TensorPool())
-        alone.upper_gradient = oracle.upper_gradient
-        with suppress(ProblemError), self.uncounted(), alone.open():  # there may be no differences
-            if words := check_products(alone):
-                warn(f"{self.estimator.name}: {self.lower.name}: {words}; {WRONG_PRODUCT}")
 
     def _watch_rounding(self, norm: float) -> None:
         """Warn if upper variables in half precision rest through `RESTING` steps."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -14,10 +16,16 @@ from hyperopt_peft.core.validation import shared_memory
 from hyperopt_peft.errors import HypergradientWarning, ProblemError
 from hyperopt_peft.hypergradients.estimator import Estimator
 from hyperopt_peft.hypergradients.oracle import Estimate, Oracle
-from hyperopt_peft.hypergradients.products import NO_EXACT_PRODUCT, ProductKind, default_epsilon
+from hyperopt_peft.hypergradients.products import (
+    NO_EXACT_PRODUCT,
+    Passes,
+    ProductKind,
+    default_epsilon,
+)
 from hyperopt_peft.hypergradients.registry import DEFAULT, EstimatorLike, get_estimator
 from hyperopt_peft.utils.random_state import RandomState
 from hyperopt_peft.utils.reductions import squares, to_floats
+from hyperopt_peft.utils.restore import TensorPool
 
 #: A placeholder for the next batch of a level's data.
 NEXT: Any = object()
@@ -138,8 +146,9 @@ def hypergradient(
         NonFiniteError: a loss, a gradient, a curvature or the result is NaN or infinite.
 
     Warns:
-        HypergradientWarning: the relative residual of the solve is above 0.1. Training logs the
-            ``residual`` of each step, and warns once if it is above 1.5.
+        HypergradientWarning: exact products are not differences of gradients, by five more passes;
+            or the relative residual of the solve is above 0.1. Training logs the ``residual`` of
+            each step, and warns once if it is above 1.5.
 
     Example:
         >>> from hyperopt_peft.problems.textbook.ridge import diabetes
@@ -152,6 +161,8 @@ def hypergradient(
     oracle = open_oracle(upper, lower, upper_batch=upper_batch, lower_batch=lower_batch, seed=seed)
     check_estimator(estimator, upper, lower)
     result = oracle.estimate(estimator)
+    if words := check_products(estimator, oracle):
+        warn(words)
     if (result.residual or 0.0) > LARGE_RESIDUAL:
         warn(of_residual(estimator, result))
     return like(result.hypergradient, upper.variables)
@@ -195,18 +206,29 @@ def disagreement(
     return f"an exact product differs by {worst:.0%} from differences of gradients in {name}"
 
 
-def check_products(oracle: Oracle) -> str:
-    """`disagreement` of the products with ∂F/∂w, by five passes; ProblemError if there are none."""
+def check_products(estimator: Estimator, oracle: Oracle) -> str:
+    """A warning if exact products of f with ∂F/∂w are not differences of its gradients; else empty.
+
+    Five passes and a product, which ``oracle`` does not count; nothing where ``estimator`` needs no
+    exact product, or f has no differences.
+    """
+    if not (estimator.requirements.second_derivatives and oracle.upper_gradient.norm):
+        return ""
+    alone = replace(oracle, passes=Passes(), copies=oracle.copies and TensorPool())
+    alone.upper_gradient = oracle.upper_gradient
     h = float(default_epsilon(oracle.lower.variables, beside=oracle.upper.variables))
     names = [f"{level.name}'s {n}" for level in (oracle.lower, oracle.upper) for n in level.names]
 
     def along_b(kind: ProductKind, epsilon: float | None = None) -> tuple[Tensor, ...]:
-        with oracle.product(kind, epsilon=epsilon) as product:
-            of_w, of_u = product.both(oracle.upper_gradient.b)
+        with alone.product(kind, epsilon=epsilon) as product:
+            of_w, of_u = product.both(alone.upper_gradient.b)
         return (*of_w, *of_u)
 
-    near, far = along_b("difference", h), along_b("difference", 2 * h)
-    return disagreement(names, along_b("exact"), near, far)
+    words = ""
+    with suppress(ProblemError), alone.open():
+        near, far = along_b("difference", h), along_b("difference", 2 * h)
+        words = disagreement(names, along_b("exact"), near, far)
+    return words and f"{estimator.name}: {oracle.lower.name}: {words}; {WRONG_PRODUCT}"
 
 
 def warn(words: str) -> None:

@@ -7,6 +7,7 @@ import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers.trainer_utils import has_length
 from hyperopt_peft.adapters.layers import keep_active
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.trainer.data import passes
 from hyperopt_peft.trainer.internals import NEEDED, counters_of, save_checkpoint
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.distributed import gather, sharded_like
@@ -156,7 +158,7 @@ class BilevelCallback(TrainerCallback):
         if done >= state.max_steps:  # resumed at the end, where the Trainer takes one more step
             control.should_training_stop = True
         folder, self.resumed = self.resumed, None
-        self.epoch_step = done
+        self.epoch_step, read = done, 0
         if folder is not None:
             position = checkpoint.read_state(_position(folder))
             vars(self.trainer).update(position["counters"])
@@ -171,10 +173,15 @@ class BilevelCallback(TrainerCallback):
                 )
             within = done % steps > 0 and not args.ignore_data_skip
             RandomState(position["epoch" if within else "now"]).restore()
-            self.epoch_step = position["step"] if within else done
+            if within:
+                self.epoch_step = position["step"]
+                read = (done - position["step"]) * args.gradient_accumulation_steps
             if hasattr(train_dataloader, "set_epoch"):  # accelerate's skip_first_batches forgets it
                 train_dataloader.set_epoch(done // steps)
         self.epoch_random = RandomState.capture(self.trainer.current_step.devices)
+        # The Trainer's own iterator ends with the stream, and skips no batches beyond that.
+        endless = None if has_length(train_dataloader) else passes(train_dataloader)
+        self.batches = endless and islice(endless, read, None)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the manifest, after the Trainer has written its files."""

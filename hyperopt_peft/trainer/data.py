@@ -30,6 +30,11 @@ def data_of_levels(train: Any, upper: Any, args: Any, bilevel: bool, reads: Read
     if bilevel and upper is None:
         seed = args.seed if args.data_seed is None else args.data_seed
         train, upper = split_dataset(train, args.upper_fraction, seed, reads=reads)
+    epoch = [n for n in ("logging", "eval", "save") if getattr(args, f"{n}_strategy") == "epoch"]
+    if epoch and not has_length(train):
+        raise ProblemError(
+            f'{epoch[0]}_strategy: a stream is one epoch of max_steps steps; give "steps"'
+        )
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and has_length(train) and len(train) < batch:
         raise ProblemError(
@@ -206,21 +211,16 @@ def require_unseen(name: str, rows: Any, reads: Reads = None, **others: Any) -> 
             )
 
 
-class Endless(IterableDataset[Any]):
-    """A stream of unknown length, repeated without end as one epoch.
+def passes(loader: Any) -> Iterator[Any]:
+    """The batches of a stream's ``loader``, pass after pass without end.
 
-    Within an epoch the Trainer can resume: it reads the earlier examples again.
+    A pass ends with a smaller batch where its rows do not fill one, as an epoch does.
     """
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-
-    def __iter__(self) -> Iterator[Any]:
-        for epoch in count():
-            if hasattr(self.stream, "set_epoch"):
-                self.stream.set_epoch(epoch)
-            row = None
-            for row in self.stream:
-                yield row
-            if row is None:
-                raise ProblemError("train_dataset: the stream has no examples; give it some")
+    for number in count():
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(number)
+        batch = None
+        for batch in loader:
+            yield batch
+        if batch is None:
+            raise ProblemError("train_dataset: the stream has no examples; give it some")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -12,15 +13,20 @@ import pyarrow  # type: ignore[import-untyped]
 import torch
 from datasets import Dataset
 from datasets.fingerprint import Hasher
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import data as torch_data
+from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 
 from hyperopt_peft.adapters.layers import adapter_settings
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.utils import distributed
+from hyperopt_peft.utils.random_state import RandomState, replay
 
 #: The most rows that a fingerprint reads, evenly spaced.
 FINGERPRINT_ROWS = 100_000
+FEW_ROWS = 8
+PLAIN = str | int | float
 #: The most entries of a tensor that a fingerprint reads, evenly spaced.
 FINGERPRINT_ENTRIES = 64
 
@@ -29,13 +35,19 @@ def data_fingerprint(data: Any) -> str | int | None:
     """A fingerprint of the contents, order and number of rows of ``data``.
 
     For a `datasets.Dataset`, a list or a tuple it is a hash of at most `FINGERPRINT_ROWS` rows.
-    Reading other data may be slow or random, so their fingerprint is the length, or None.
+    Reading a data set of PyTorch may be slow, so it is of `FEW_ROWS`; where they are not the same
+    if read twice, and for other data, it is the length, or None.
     """
-    if not isinstance(data, Dataset | list | tuple):
+    of_torch = isinstance(data, torch_data.Dataset) and not isinstance(data, IterableDataset)
+    if not has_length(data) or not (of_torch or isinstance(data, Dataset | list | tuple)):
         return len(data) if has_length(data) else None
-    rows = range(0, len(data), max(1, len(data) // FINGERPRINT_ROWS))
+    rows = range(0, len(data), max(1, len(data) // (FEW_ROWS if of_torch else FINGERPRINT_ROWS)))
     if not isinstance(data, Dataset):
-        return str(Hasher.hash((len(data), [data[row] for row in rows])))
+        hashes = set[str]()
+        for _ in range(2 if of_torch else 1):
+            with replay(RandomState.seeded([], "fingerprint")):
+                hashes.add(Hasher.hash((len(data), [data[row] for row in rows])))
+        return hashes.pop() if len(hashes) == 1 else len(data)
     digest = hashlib.sha256(f"{len(data)} {data.column_names}".encode())
     read = data if rows.step == 1 else data.select(rows)
     for table in read.with_format("arrow").iter(1000):
@@ -45,6 +57,17 @@ def data_fingerprint(data: Any) -> str | int | None:
             stream.write_table(plain.combine_chunks())
         digest.update(sink.getvalue())
     return digest.hexdigest()
+
+
+@torch.no_grad()
+def sample(tensor: Tensor) -> Tensor:
+    """At most `FINGERPRINT_ENTRIES` entries of ``tensor``, evenly spaced, on the CPU."""
+    count = 0 if tensor.is_meta else tensor.numel()
+    places = torch.linspace(
+        0, max(count - 1, 0), min(FINGERPRINT_ENTRIES, count), dtype=torch.float64
+    )
+    flat = tensor.new_empty(0, device="cpu") if count == 0 else tensor.detach().reshape(-1)
+    return flat[places.long().to(flat.device)].cpu().contiguous()
 
 
 @torch.no_grad()
@@ -60,25 +83,37 @@ def frozen_fingerprint(model: nn.Module, levels: Iterable[Problem]) -> str:
         if id(tensor) in owned:
             continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if tensor.numel() and not tensor.is_meta:
-            entries = min(FINGERPRINT_ENTRIES, tensor.numel())
-            places = torch.linspace(0, tensor.numel() - 1, entries, dtype=torch.float64).long()
-            sample = tensor.detach().reshape(-1)[places.to(tensor.device)]
-            digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(sample(tensor).view(torch.uint8).numpy().tobytes())
     return distributed.union([digest.hexdigest()])[0]
+
+
+def options_of(method: Any) -> dict[str, Any]:
+    """The public attributes of ``method`` as JSON, before any hook has changed them.
+
+    A tensor that requires a gradient may be random, and is left out. A method that is given to
+    another trainer has the options that it had in the first one.
+    """
+    names = {*vars(method), *(x.name for x in (fields(method) if is_dataclass(method) else ()))}
+    names = vars(method).setdefault("_options", {x for x in names if x[0] != "_"})
+    options = {name: getattr(method, name) for name in sorted(names)}
+    return _as_json({n: x for n, x in options.items() if not getattr(x, "requires_grad", False)})
 
 
 def settings_of(trainer: Any) -> dict[str, Any]:
     """The settings, as JSON, in which a checkpoint and the run that resumes must agree."""
     method, settings = trainer.method, dict[str, Any]()
     if method is not None:
-        options = fields(method) if is_dataclass(method) else ()
         if hasattr(trainer.model, "peft_config"):
             settings = adapter_settings(trainer.model)
         settings["method"] = name = type(method).__name__
-        settings |= {f"{name}.{each.name}": getattr(method, each.name) for each in options}
+        settings |= {f"{name}.{option}": x for option, x in trainer.phase.options.items()}
         if trainer.phase.search is not None:
             settings["search"] = trainer.phase.search
+    functions = {"row_losses": trainer.phase.row_losses, **trainer.options_again}
+    for name in ("data_collator", "compute_loss_func", "row_losses"):  # class, plain attributes
+        given = functions.get(name)
+        own = {n: x for n, x in getattr(given, "__dict__", {}).items() if isinstance(x, PLAIN)}
+        settings[name] = [getattr(given, "__qualname__", type(given).__qualname__), own]
     settings |= {
         **trainer.args.resume_must_match(),
         "hypergradient": repr(trainer.estimator) if trainer.upper is not None else None,
@@ -91,5 +126,15 @@ def settings_of(trainer: Any) -> dict[str, Any]:
             None if trainer.is_fsdp_enabled else frozen_fingerprint(trainer.model, trainer.levels)
         ),
     }
-    plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return _as_json(settings)
+
+
+def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(settings, default=_text))
     return plain
+
+
+def _text(value: Any) -> Any:
+    """A set in order; of a function or an object no address, which is another in each process."""
+    value = sorted(map(str, value)) if isinstance(value, set | frozenset) else value
+    return re.sub(r" at 0x\w+", "", str(value))

@@ -23,7 +23,7 @@ from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer import checks
 from hyperopt_peft.trainer.data import collating
-from hyperopt_peft.trainer.fingerprint import settings_of
+from hyperopt_peft.trainer.fingerprint import options_of, settings_of
 from hyperopt_peft.trainer.method import Method, defaults_of, has_upper_level
 from hyperopt_peft.trainer.passes import PassCounter
 from hyperopt_peft.trainer.tags import INDEX, numbered
@@ -50,6 +50,7 @@ class Phase:
     passes: PassCounter = field(default_factory=PassCounter)  # of both phases
     row_losses: RowLosses | None = None  # the user's rule for the losses of rows
     search: Mapping[str, Any] | None = None  # the settings of the search before this phase
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the method, before its hooks
 
     @property
     def rows_of_levels(self) -> tuple[Any, Any]:
@@ -82,11 +83,13 @@ def first_phase(
     if lower is not None or upper is not None:
         raise ProblemError("method: give a method, or the levels lower and upper, and not both")
     method = method or Method()
+    settings = options_of(method)
     if options.get("peft_config") is not None:
         options["peft_config"] = method.adapter(copy.deepcopy(options["peft_config"]))
     rows = method.rows(*(numbered(*rows) if INDEX in method.tags else rows))
     upper = upper_of if has_upper_level(method) else None
-    phase = Phase(method, prepared_lower_of, upper, rows, method.tags, row_losses=rule)
+    known: dict[str, Any] = {"row_losses": rule, "options": settings}
+    phase = Phase(method, prepared_lower_of, upper, rows, method.tags, **known)
     return phase, args.with_defaults(defaults_of(method, rule))
 
 

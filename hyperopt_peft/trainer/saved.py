@@ -1,132 +1,97 @@
-"""Loads the adapter that a trainer has saved by stock PEFT, and compares it with its model."""
+"""Compares the adapter that a trainer saves with the one that it trained, tensor by tensor."""
 
 from __future__ import annotations
 
-import copy
-import math
-import warnings
-from inspect import signature
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers.trainer_utils import has_length
-from transformers.utils import logging
 
+from hyperopt_peft.adapters import layers
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.trainer.checks import read_rows
-from hyperopt_peft.trainer.data import batches_of
-from hyperopt_peft.utils.distributed import is_sharded
-from hyperopt_peft.utils.models import base_model, evaluating
-from hyperopt_peft.utils.random_state import RandomState, replay
+from hyperopt_peft.trainer.fingerprint import sample
+from hyperopt_peft.trainer.method import Method
 
-logger = logging.get_logger(__name__)
-#: Where PEFT keeps the layers and parameters that it wraps.
-WRAPPERS = ("base_layer", "original_module", "token_adapter")
-#: The most rows whose logits are compared, and the most logits: a language model has millions.
-ROWS, LOGITS = 4, 1_000_000
+SAVE = "name the module in modules_to_save of the adapter's config, or set task_type"
+FOLD = "let finish or export fold all that the method adds into the adapter's own weights"
 
 
-class NotCompared(Exception):
-    """Why a saved adapter cannot be compared."""
+class Original:
+    """The model before a method prepares it: stock PEFT loads what is saved over its base."""
 
+    def __init__(self, model: Any) -> None:
+        self.samples = {name: sample(x) for name, x in layers.beside_adapters(model).items()}
+        self.modules, self.changed = _modules(model), dict[str, Any]()
 
-@torch.no_grad()
-def check_saved(trainer: Any, folder: Path) -> None:
-    """Raise ProblemError unless PEFT loads the model of ``trainer`` from ``folder``.
-
-    The logits of a few rows may differ by rounding, √ε of the least precise parameter; a GPU may
-    round float32 to 11 bits. If they cannot be compared, a line is logged. The model and the random
-    state do not change.
-    """
-    model = trainer.model
-    try:
-        inputs = _inputs(trainer)
-        with replay(RandomState.capture()), warnings.catch_warnings(), evaluating(model):
-            warnings.simplefilter("ignore")
-            expected = _logits(model, inputs)
-            loaded = _logits(_load(model, folder).eval(), inputs)
-    except NotCompared as reason:
-        logger.info(f"{folder}: the saved adapter is not compared with the model, since {reason}")
-        return
-    if expected.shape != loaded.shape:
-        raise ProblemError(f"{folder}: PEFT loads a model with logits of another shape")
-    kinds = [x for x in model.parameters() if x.is_floating_point()]
-    rounding = max(max(torch.finfo(x.dtype).eps, 0 if x.is_cpu else 2**-10) for x in kinds)
-    error = float((loaded - expected).norm() / expected.norm().clamp(min=1e-30))
-    if not error <= math.sqrt(rounding):
-        raise ProblemError(
-            f"{type(trainer.method).__name__}: PEFT loads another model from {folder} than the one "
-            f"that was trained (its logits differ by {error:.2g} of their size); let finish or "
-            "export fold all that the method adds into the adapter's own weights"
+    def require_saved(self, trainer: Any) -> None:
+        """Raise ProblemError if ``trainer`` saves without a tensor that its levels train."""
+        modules, export = (
+            _modules(trainer.model).items(),
+            getattr(type(trainer.method), "export", 0),
         )
+        self.changed = {name: x for name, x in modules if self.modules.get(name, x) != x}
+        if trainer.args.save_strategy == "no" or export not in (0, Method.export):
+            return
+        trained = {id(x) for level in trainer.levels for x in level.variables}
+        beside = layers.beside_adapters(trainer.model).items()
+        if lost := [n for n, x in beside if n in self.samples and id(x) in trained]:
+            raise ProblemError(f"model: PEFT does not save {_few(lost)}, which would train; {SAVE}")
+
+    def require_plain(self, model: Any, method: str) -> None:
+        """Raise ProblemError unless ``model`` is its base, unchanged, with one active adapter."""
+        modules, beside = _modules(model), layers.beside_adapters(model)
+        left = [name for name, x in self.changed.items() if modules.get(name) == x]
+        unread = [
+            x.removesuffix("original_module") for x in modules if x.endswith("original_module")
+        ]
+        for name, before in self.samples.items():
+            now = beside.get(name)
+            if name.startswith((*unread,)):  # PEFT runs and saves a copy
+                continue
+            if now is None or now.requires_grad or _differ(sample(now), before):
+                left.append(name)
+        if left:
+            raise ProblemError(f"{method}: PEFT does not save the new {_few(left)}; {SAVE}; {FOLD}")
+        if len(names := model.active_adapters) > 1:
+            raise ProblemError(
+                f"{method}: {len(names)} adapters are active ({', '.join(names)}), and PEFT loads "
+                "one; let export make one of them"
+            )
 
 
-def _inputs(trainer: Any) -> dict[str, Any]:
-    """A few training rows as the model reads them; labels only for the input of a decoder."""
-    rows, base, device = trainer.train_dataset, base_model(trainer.model), trainer.args.device
-    if "PeftModel" not in {kind.__name__ for kind in type(trainer.model).__mro__}:
-        raise NotCompared("it is no PeftModel")
-    if trainer.is_fsdp_enabled or not (has_length(rows) and hasattr(rows, "__getitem__")):
-        raise NotCompared("the model is sharded, or the training rows are a stream")
-    few = range(min(len(rows), trainer.args.per_device_train_batch_size, ROWS))
-    try:
-        (batch,) = batches_of(read_rows(trainer), trainer.data_collator, ROWS, device, chosen=few)
-    except ProblemError as error:
-        raise NotCompared(str(error)) from error
-    names = {*signature(type(base).forward).parameters}
-    if not getattr(getattr(base, "config", None), "is_encoder_decoder", False):
-        names -= {"labels"}
-    return {k: x for k, x in batch.items() if k in names and isinstance(x, Tensor)}
-
-
-def _load(model: Any, folder: Path) -> Any:
-    """The adapter in ``folder``, over a new base model with the weights of ``model``."""
-    base, (name, *others) = _base(model), list(model.active_adapters)
-    if others:
-        raise ProblemError(
-            f"{folder}: {len(others) + 1} adapters are active ({name}, {', '.join(others)}), and "
-            "PEFT loads one; let export make one of them"
-        )
+def check_saved(model: Any, folder: Path, method: str) -> None:
+    """Raise ProblemError unless ``folder`` has the active adapter of ``model`` and describes it."""
+    (name,) = model.active_adapters
     place = folder if name == "default" else folder / name
-    device = str(next(model.parameters()).device)
-    try:
-        return type(model).from_pretrained(base, place, torch_device=device)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise ProblemError(f"{place}: PEFT does not load what was saved ({error})") from error
+    trained, saved = layers.tensors(model, name), load_file(place / "adapter_model.safetensors")
+    other = {n for n in trained if n not in saved or _differ(trained[n], saved[n])}
+    other |= layers.undescribed(model, name, place)
+    if other:
+        raise ProblemError(
+            f"{method}: PEFT loads another {_few(sorted(other))} from {place} than was trained; "
+            f"{FOLD}, and let its configuration describe them"
+        )
 
 
-def _base(model: Any) -> nn.Module:
-    """A new base model of the class and configuration of ``model``'s, with its weights."""
-    base = model.get_base_model()
-    named = [*base.named_parameters(remove_duplicate=False), *base.named_buffers()]
-    weights = {".".join(x for x in n.split(".") if x not in WRAPPERS): t for n, t in named}
-    if is_sharded(*weights.values()) or any(x.is_meta for x in weights.values()):
-        raise NotCompared("its parameters are sharded or offloaded")
-    try:
-        with torch.device("meta"):
-            new: nn.Module = type(base)(copy.deepcopy(base.config))
-    except Exception as error:  # of the model's own code
-        raise NotCompared(f"{type(base).__name__} is not made from its configuration") from error
-    for place, module in new.named_modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                other = weights.get(path := f"{place}.{name}" if place else name)
-                if tensor is not None and (other is None or other.shape != tensor.shape):
-                    raise NotCompared(f"its base model has no plain weight {path}")
-                if tensor is not None and other is not None:
-                    shared: Any = other.detach()
-                    if isinstance(tensor, nn.Parameter):
-                        shared = nn.Parameter(shared, requires_grad=False)
-                    tensors[name] = shared
-    return new
+def _differ(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors differ by more than the rounding of the less precise one."""
+    rounding = max([torch.finfo(x.dtype).eps for x in (one, two) if x.is_floating_point()] or [0.0])
+    one, two = (x.detach().to("cpu", torch.float64) for x in (one, two))
+    return one.shape != two.shape or not torch.allclose(one, two, rtol=rounding, atol=0)
 
 
-def _logits(model: Any, inputs: dict[str, Any]) -> Tensor:
-    """Some logits, by the class's own forward, which accelerate has not wrapped."""
-    try:
-        logits: Tensor = type(model).forward(model, **inputs).logits.flatten()
-    except Exception as error:  # of the model's own code
-        raise NotCompared(f"it has no logits for {sorted(inputs)} ({error})") from error
-    return logits[:: max(1, logits.numel() // LOGITS)].double().cpu()
+def _modules(model: nn.Module) -> dict[str, Any]:
+    """What a method may change in each module, by name: its class, its forward pass, its hooks."""
+    return {
+        name: (type(m), vars(m).get("forward"), *m._forward_hooks, *m._forward_pre_hooks)
+        for name, module in model.named_modules()
+        for m in [next((getattr(module, x) for x in layers.WRAPPERS if hasattr(module, x)), module)]
+    }
+
+
+def _few(names: Collection[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join([*names][:3]) + more

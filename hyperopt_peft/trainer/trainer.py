@@ -15,7 +15,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_utils import has_length
 
 from hyperopt_peft.core.labels import (
     ENTRIES,
@@ -39,7 +38,7 @@ from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.over import CombinedTrainer, LowerStep, combined
 from hyperopt_peft.trainer.own_loss import BATCHES, check_known, require_read
 from hyperopt_peft.trainer.phases import Phase
-from hyperopt_peft.trainer.saved import check_saved
+from hyperopt_peft.trainer.saved import Original, check_saved
 from hyperopt_peft.trainer.splits import reads_of
 from hyperopt_peft.trainer.step import Accumulated, OptimizerStep
 from hyperopt_peft.trainer.tags import keep_tags, marks, without
@@ -47,7 +46,7 @@ from hyperopt_peft.trainer.task_loss import LossRule
 from hyperopt_peft.trainer.upper_batches import upper_batches
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.distributed import reshard
-from hyperopt_peft.utils.models import keep_differentiable, uncounted
+from hyperopt_peft.utils.models import keep_differentiable, require_unwrapped, uncounted
 
 #: A level, or a function that makes one for a trainer and reads its ``task_loss``.
 LevelLike = Problem | Callable[["BilevelTrainer"], Problem]
@@ -127,6 +126,7 @@ class BilevelTrainer(CombinedTrainer):
         **trainer: Any,
     ) -> None:
         self._own = {**vars(self)}  # which the constructor of a subclass has set
+        require_unwrapped(model)
         args = self.Arguments.of(args)
         #: The columns in which rows must differ to be different rows; None for all.
         self.row_columns = reads_of(model, args)
@@ -181,14 +181,14 @@ class BilevelTrainer(CombinedTrainer):
             keep_tags(self)
         phases.show_rows(self)
         data.warn_of_repeated_rows(self.train_dataset, args)
-        if not has_length(self.train_dataset):
-            self.train_dataset = data.Endless(self.train_dataset)
         self.loss_rule = LossRule.of(self, stock=BilevelTrainer)
+        self.original = Original(self.model)
         self.lower: Problem = phases.level_of(self, self.phase.lower)
         self.upper: Problem | None = phases.level_of(self, self.phase.upper)
         self.estimator = args.estimator()
         checks.check_levels(self)
         check_known(self)
+        self.original.require_saved(self)
         self.upper_batches = upper_batches(self)
         self.current_step = self._step_by(self.optimizer or optimizer.new_optimizer(self))
 
@@ -387,7 +387,7 @@ class BilevelTrainer(CombinedTrainer):
         if self.control.should_training_stop:
             return [], None
         with data.collating("train_dataset"):
-            batches = list(islice(epoch_iterator, num_batches))
+            batches = list(islice(self.callback.batches or epoch_iterator, num_batches))
         return self.with_entries(batches), None
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -489,12 +489,16 @@ class BilevelTrainer(CombinedTrainer):
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / SETTINGS).write_text(json.dumps(self.args.bilevel_settings(), indent=1))
+        adapter = hasattr(self.model, "peft_config") and not self.is_fsdp_enabled
+        check = adapter and self.trained and self.method is not None and self.args.should_save
+        if check:
+            self.trained = False
+            self.original.require_plain(self.model, type(self.method).__name__)
         super().save_model(output_dir, *args, **kwargs)
         if self.callback.writing is not None:  # delete no older checkpoint before this is complete
             self.args.save_total_limit = None
-        if self.trained and self.method is not None and self.args.should_save:
-            self.trained = False
-            check_saved(self, folder)
+        if check:
+            check_saved(self.model, folder, type(self.method).__name__)
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """Not possible, since a search makes a new model for each trial."""

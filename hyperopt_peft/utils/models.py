@@ -26,6 +26,15 @@ def base_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def require_unwrapped(model: Any) -> None:
+    """Raise ProblemError if ``model`` is a PeftModel within what `torch.compile` returns."""
+    if hasattr(model, "_orig_mod") and hasattr(model, "peft_config"):
+        raise ProblemError(
+            "model: torch.compile(model) hides the PeftModel; give the model itself, compiled in "
+            "place by model.compile()"
+        )
+
+
 def hook_calls(
     model: Any,
     before: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,

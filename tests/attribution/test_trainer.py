@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
     BertForSequenceClassification,
+    EarlyStoppingCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     default_data_collator,
 )
@@ -27,7 +29,9 @@ from hyperopt_peft import (
     NonFiniteError,
     ProblemError,
 )
+from hyperopt_peft.attribution.rows import ModelOnRows
 from hyperopt_peft.attribution.suspects import suspects
+from hyperopt_peft.core.labels import WEIGHT
 from hyperopt_peft.problems import DoRA
 from tests.support.attributed import attributed, error_of_slopes, require_equal
 from tests.support.methods import ARGUMENTS, method_trainer
@@ -392,6 +396,24 @@ def test_the_run_evaluates_and_prints_nothing(tmp_path: Path, capsys: Any) -> No
     assert capsys.readouterr().out == ""
 
 
+class Own(TrainerCallback):
+    pass
+
+
+def test_what_the_run_does_not_call_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In one line; the Trainer's own callbacks are not named."""
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+    best |= {"metric_for_best_model": "loss"}
+    callbacks = [EarlyStoppingCallback(3), Own()]
+    attributed(stock(tmp_path / "plain"))
+    assert "scores are of a run without" not in caplog.text
+    attributed(stock(tmp_path / "own", callbacks=callbacks, args=best))
+    words = "without EarlyStoppingCallback, Own, load_best_model_at_end; "
+    assert sum(words in record.message for record in caplog.records) == 1
+
+
 def test_a_run_that_diverges_leaves_the_users_folder_alone(tmp_path: Path) -> None:
     args = {"learning_rate": 1e300, "warmup_steps": 0, "optim": "sgd", "max_grad_norm": 0.0}
     trainer = stock(tmp_path, args=args)
@@ -443,3 +465,18 @@ def test_a_trainer_that_has_trained_and_other_objects_are_refused(tmp_path: Path
     for training, named in ((trainer, "model_init"), (object(), "training")):
         with pytest.raises(ProblemError, match=named):
             attributed(training, estimator="gradient")
+
+
+def test_batches_count_by_their_labels() -> None:
+    """As one step over all rows, whose loss is the mean over all labels."""
+    rows, model = ragged("tokens", 7), peft_model("tokens", dropout=0.0).double()
+    batches = [default_data_collator([rows[k] for k in part]) for part in ([0, 1, 4], [2, 3], [5])]
+    on_rows = ModelOnRows(model)
+    micro = on_rows.micro_batches(batches)
+    sums, counts = zip(*(on_rows.losses(batch) for batch in batches), strict=True)
+    weighted = [
+        each.batch[WEIGHT] * part.sum() / count.sum()
+        for each, part, count in zip(micro, sums, counts, strict=True)
+    ]
+    mean = torch.cat(sums).sum() / torch.cat(counts).sum()
+    torch.testing.assert_close(torch.stack(weighted).mean(), mean)

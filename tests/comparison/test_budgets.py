@@ -112,6 +112,21 @@ def test_each_seed_stops_where_its_held_out_score_was_best() -> None:
     assert chosen[1, False] == chosen[1, True] and chosen[1, True].rate == 1e-3
 
 
+def test_upper_rates_are_tried_at_the_best_rate_of_each_seed() -> None:
+    """Not at the middle one; so is the upper rate that is reported."""
+    choice = Choice([1e-3, 1e-2, 1e-1], [1e-4, 1e-3, 1e-2], splits=1)
+    plan = Plan({"m": BiDoRA()}, choice, [0, 1], "accuracy", False, 100, ablations={"m": []})
+    best, store = {0: (1e-1, 1e-4), 1: (1e-3, 1e-2)}, Store(None, {})
+    for number, stage in enumerate(plan.stages(store)):
+        for run in stage:
+            rate, upper_rate = best[run.seed]
+            assert run.rate == rate or number == 0
+            score = 0.5 * (run.rate == rate) + 0.3 * (run.upper_rate == upper_rate)
+            curve = [(100.0, {"eval_accuracy": score})]
+            store.add({**vars(run), "curve": curve, "spent": {"lower steps": 100.0}})
+    assert {run.seed: (run.rate, run.upper_rate) for run in stage} == best
+
+
 def test_a_second_training_stops_after_as_many_of_its_own_passes() -> None:
     """A reported run has more upper rows, so that its second training begins later."""
     plan, store = made_up({(seed, 1e-3, k): [0.9, 0.6] for seed in (0, 1) for k in (0, 1)})

@@ -32,6 +32,24 @@ def test_the_rate_nearest_to_the_top_of_a_quadratic_is_found_beside_a_cliff(
     assert peak(RATES, [*scores[: 5 - cliff], *[bad] * cliff]) == nearest
 
 
+@pytest.mark.parametrize(
+    ("scores", "left_out"),
+    [
+        ([0, 2, 0, 0, 1], {3}),  # the median up to the best score is 1; three lower rates stay
+        ([0, 5, 0, 4, 0], {4}),
+        ([1, 2, 2, 0, 1], {3, 4}),
+        ([1, 0, 0, 1, 1], set()),
+    ],
+)
+def test_a_rate_over_the_best_one_is_left_out_below_the_median(
+    scores: list[float], left_out: set[int]
+) -> None:
+    rates = [10.0**k for k in range(-5, 0)]
+    kept = [k for k in range(5) if k not in left_out]
+    fit = np.polyfit(kept, [scores[k] for k in kept], 2)
+    assert peak(rates, scores) == rates[max(kept, key=lambda k: round(np.polyval(fit, k), 9))]
+
+
 @given(scores=SCORES, unit=st.floats(1e-6, 1e6), order=st.permutations(range(5)))
 def test_neither_the_unit_of_rates_nor_their_order_matters(
     scores: list[float], unit: float, order: list[int]

@@ -9,7 +9,7 @@ import torch
 from hyperopt_peft import ProblemError, compare_hypergradients, hypergradient
 from hyperopt_peft.diagnostics.compare import ComparisonRow, EstimatorComparison
 from hyperopt_peft.diagnostics.recommend import recommend
-from hyperopt_peft.hypergradients import DARTS
+from hyperopt_peft.hypergradients import DARTS, open_oracle
 from tests.support.cases import Case, cases, counted
 from tests.support.networks import network_levels
 from tests.support.quadratic import FunctionLevel, flat, program
@@ -110,7 +110,7 @@ def test_gradients_are_evaluations_of_losses(case: Case, monkeypatch: pytest.Mon
     upper, lower = program(0).levels()
     lower.evaluate(None)  # a level looks at its precision when it is first evaluated
     with counted(monkeypatch, (upper, "loss", "losses"), (lower, "loss", "losses")) as counts:
-        hypergradient(upper, lower, case.estimator)
+        open_oracle(upper, lower).estimate(case.estimator)  # without the check of exact products
     (record,) = compare_hypergradients(upper, lower, [case.estimator], "direct").records()
     assert record["gradients"] == counts["losses"]
 

@@ -222,6 +222,9 @@ def test_a_wrong_second_derivative_is_one_warning_a_run(term: Any) -> None:
     with pytest.warns(HypergradientWarning, match="minres: .*exact product differs") as caught:
         Engine(*levels_at_rest(term), progress=False).run(3)
     assert len(caught) == 1
+    with pytest.warns(HypergradientWarning, match="minres: .*exact product differs") as caught:
+        hypergradient(*levels_at_rest(term))
+    assert len(caught) == 1 and caught[0].filename == __file__
     Engine(*levels_at_rest(term), "minres:product=difference", progress=False).run(1)
 
 
@@ -237,7 +240,7 @@ def test_the_comparison_of_products_leaves_no_trace(half: bool, monkeypatch: Any
         return engine.history, engine.state_dict(), engine.upper.net.state_dict()
 
     compared = trained()
-    monkeypatch.setattr(step, "check_products", lambda oracle: "")
+    monkeypatch.setattr(step, "check_products", lambda *_: "")
     assert differences(compared, trained()) == []
 
 

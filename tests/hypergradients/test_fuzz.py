@@ -29,8 +29,8 @@ def test_some_runs_of_the_trainer() -> None:
 
 
 def test_a_curvature_that_changes_within_a_difference_is_right_or_warned() -> None:
-    """Seeds that were wrong once."""
-    verdicts = list(run([1234000051]))
+    """Seeds that were wrong once, and two above 32 bits."""
+    verdicts = list(run([1234000051, 4_295_000_000, 4_295_000_001]))
     assert not any(verdict.fault for verdict in verdicts), report(verdicts)
 
 

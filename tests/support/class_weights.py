@@ -100,10 +100,10 @@ def pair(
 
 
 class Stream(IterableDataset):
-    """``count`` rows that are read in order."""
+    """``count`` rows, or those of ``table``, that are read in order."""
 
-    def __init__(self, count: int) -> None:
-        self.rows = rows(count, 0)
+    def __init__(self, count: int, table: Any = None) -> None:
+        self.rows = rows(count, 0) if table is None else table
 
     def __iter__(self) -> Any:
         return iter(self.rows)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainerCallback
 
 from hyperopt_peft import (
     BiDoRA,
@@ -213,3 +213,20 @@ def test_a_phase_too_short_to_learn_is_named_with_the_steps_it_needs(
     messages = [r.message for r in caplog.records if "hardly train" in r.message]
     assert [message.partition(" at a")[0] for message in messages] == short
     assert all(f"give it {0.1 / rate:.0f} steps" in message for message in messages)
+
+
+class Counts(TrainerCallback):
+    """Adds the number of its steps to a list that its copies share."""
+
+    def __init__(self, seen: list[int]) -> None:
+        self.steps, self.seen = 0, seen
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps += 1
+        self.seen.append(self.steps)
+
+
+def test_the_second_phase_has_callbacks_in_their_initial_state(tmp_path: Path) -> None:
+    given = Counts([])
+    method_trainer(tmp_path, [given], method=LayerScales(), retrain="warm", max_steps=3).train()
+    assert given.seen == [1, 2, 3, 1, 2, 3] and given.steps == 3

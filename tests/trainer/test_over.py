@@ -14,6 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from hyperopt_peft import BiDoRA, BilevelTrainer, ProblemError, bilevel
 from hyperopt_peft.method import row_losses
 from hyperopt_peft.problems import RowWeights
+from tests.support.class_weights import Stream
 from tests.support.methods import method_trainer
 from tests.support.networks import differences
 from tests.support.trainers import QUIET, data, peft_model, values
@@ -85,14 +86,15 @@ class Sparse(Confident):
 )
 @pytest.mark.parametrize("parent", [Confident, Sparse])
 @pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("rows", [data(rows=22), Stream(0, data(rows=22))], ids=["rows", "stream"])
 def test_one_level_over_a_loss_or_a_step_of_one_s_own_is_that_trainer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scaled: bool, parent: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: Any, scaled: bool, parent: Any
 ) -> None:
     """Bit for bit, with arguments of its own; the last micro-batches are smaller."""
     monkeypatch.setattr(Confident, "loss_is_scaled_for_ga", scaled)
-    table, ends = data(rows=22), []
+    ends = []
     for kind in (parent, bilevel(parent)):
-        model, options = peft_model(dora=False), {"train_dataset": table, "strength": 0.3}
+        model, options = peft_model(dora=False), {"train_dataset": rows, "strength": 0.3}
         trainer = trained(kind, tmp_path / kind.__name__, model, **options)
         losses = [x["loss"] for x in trainer.state.log_history if "loss" in x]
         ends.append((values(model), losses))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,23 @@ def test_a_product_of_second_derivatives_is_two_passes(tmp_path: Path) -> None:
     counter.end()
     assert any(product.any() for product in products)
     assert counts == pytest.approx([0, 1 / 3, 1, 3, 5])
+
+
+class Rows(nn.Module):
+    def forward(self, x: torch.Tensor, position_ids: Any = None) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_rows_that_are_joined_into_one_are_a_full_micro_batch(tmp_path: Path, joined: bool) -> None:
+    """Without padding their positions begin again and again."""
+    counter, model = PassCounter(), Rows()
+    args = BilevelTrainingArguments(str(tmp_path), per_device_train_batch_size=4, **QUIET)
+    counter.on_train_begin(args, None, None, model=model)
+    x, places = torch.ones(1, 9, requires_grad=True), torch.tensor([[0, 1, 0, 1, 2, 0, 1, 0, 1]])
+    model(x=x, position_ids=places if joined else None).sum().backward()
+    counter.end()
+    assert counter.passes == (1 if joined else 0.25)
 
 
 @pytest.mark.parametrize(

@@ -280,8 +280,14 @@ def order_of(kind: type[Method]) -> Any:
     return lambda _, f: method_trainer(f, method=kind(), options=options).train()
 
 
+def compiled(model: Any, folder: Path, method: Method) -> None:
+    model = torch.compile(model, backend="eager")
+    BilevelTrainer(model, arguments(folder), method=method, train_dataset=data()).train()
+
+
 METHODS = (LoRA, RowWeights, LayerScales)
 AGAIN, OTHERS = data().select([1, 2]), data(rows=6, seed=1)
+STREAM, EACH_EPOCH = data().to_iterable_dataset(), {"save_strategy": "epoch"}
 INDEXED = data().add_column("index", list(range(1000, 1024)))
 SPLIT = "upper_fraction: cannot hold out 20% of"
 SMOOTH = {"label_smoothing_factor": 0.01}
@@ -310,6 +316,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("row 1 has 516 tokens", made({**APART, UPPER: LONG})),
     ("train_dataset: No columns", made({TRAIN: Dataset.from_dict({"text": list("abcdefghij")})})),
     ("dataloader_drop_last", made(per_device_train_batch_size=20, dataloader_drop_last=True)),
+    ('save_strategy: a stream.*"steps"', made({TRAIN: STREAM, UPPER: OTHERS}, **EACH_EPOCH)),
     ("upper_dataset.*Iterable", of_levels(lambda _: {UPPER: data().to_iterable_dataset()})),
     ("upper_dataset", of_levels(lambda _: {"upper": None})),
     ("batch with .*'input_ids'.*labels", trained({TRAIN: data().remove_columns("labels")})),
@@ -364,6 +371,10 @@ REFUSED: list[tuple[str, Any]] = [
     ("label_smoothing_factor: RowWeights", own_loss(RowWeights, **SMOOTH)),
     ("compute_loss_func: FrequencyWeights", own_loss(FrequencyWeights, LOSS)),
     ("compute_loss: TunedAdjustment", own_loss(TunedAdjustment, kind=bilevel(Doubled))),
+    *(
+        (r"model: torch.compile.*model\.compile", lambda m, f, x=x: compiled(m, f, x))
+        for x in (BiDoRA(), LoRA())
+    ),
     ("torch_compile", of_levels(settings={"torch_compile": True})),
     ("lower_steps", trained(max_steps=3, lower_steps=4)),
     ("lower_steps", trained(max_steps=-1, num_train_epochs=2, lower_steps=11)),

@@ -77,12 +77,13 @@ RUNS: dict[str, dict[str, Any]] = {
         "logging_steps": 1,
         "stops": [(4,), (6,), (8,)],
     },
-    # Within a pass over the stream, and after its last batch.
+    # Within a pass over the stream, whose last batch is not full, and after that batch.
     "a stream": {
         "make": streamed,
+        "count": 22,
         "gradient_accumulation_steps": 2,
         "save_steps": 1,
-        "stops": [(4,), (6,)],
+        "stops": [(2,), (4,), (6,)],
     },
     "variables outside the model": {"make": reweighting, "max_steps": 8},
     "scales": {"make": of_method(LayerScales), "retrain": "warm", "stops": [(4, "search")]},

@@ -6,14 +6,16 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
-from transformers import TrainingArguments
+from transformers import TrainingArguments, default_data_collator
 
-from hyperopt_peft import ProblemError
+from hyperopt_peft import Method, ProblemError
 from hyperopt_peft.trainer.arguments import RESUME_MUST_MATCH
 from hyperopt_peft.trainer.fingerprint import FINGERPRINT_ROWS, data_fingerprint
+from tests.support.methods import method_trainer
 from tests.support.networks import differences
 from tests.support.resume import Stop, StopAt, saving
 from tests.support.trainers import data, peft_model
@@ -65,6 +67,68 @@ def other_base() -> Any:
     with torch.no_grad():
         model.get_parameter("base_model.model.bert.embeddings.word_embeddings.weight")[0, 0] += 1
     return model
+
+
+class Indexed(torch.utils.data.Dataset):
+    """Numbers, with noise of their own, or of the global generators."""
+
+    def __init__(self, rows: Any, noise: Any = np.random) -> None:
+        self.rows, self.noise, self.reads = rows, noise, 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> Any:
+        self.reads += 1
+        return {"x": torch.tensor(self.rows[row]) + torch.rand(2), "y": self.noise.normal()}
+
+
+class Weighted(Method):
+    """No dataclass: an upper variable, options as attributes, and a count that changes."""
+
+    def __init__(self, k: int = 1, kind: Any = torch.sigmoid) -> None:
+        self.k, self.kind, self.steps = k, kind, 0
+
+    def prepare(self, model: Any) -> None:
+        self.factor = torch.ones(1, requires_grad=True)
+
+    def upper_variables(self, model: Any) -> Any:
+        return {"factor": self.factor}
+
+    def lower_loss(self, model: Any, batch: Any, task_loss: Any) -> Any:
+        self.steps += 1
+        return task_loss(batch) * self.kind(self.factor * self.k).sum()
+
+
+class Collator:
+    def __init__(self, multiple: int = 1) -> None:
+        self.multiple = multiple
+
+    def __call__(self, rows: Any) -> Any:
+        return default_data_collator(rows)
+
+
+class Another(Collator):
+    pass
+
+
+@pytest.mark.parametrize("phase", ["search", "retrain"])
+def test_options_and_a_collator_of_any_class_are_settings(tmp_path: Path, phase: str) -> None:
+    """They are read before the method changes itself in training."""
+    settings = {"retrain": "warm", "save_strategy": "steps", "save_steps": 1}
+
+    def made(callbacks: Any = (), collator: Any = None, **own: Any) -> Any:
+        options = {"data_collator": collator or Collator()}
+        method = Weighted(**own)
+        return method_trainer(tmp_path, callbacks, method=method, options=options, **settings)
+
+    with pytest.raises(Stop):
+        made(callbacks=[StopAt(3, phase)]).train()
+    others = [{"k": 5}, {"kind": torch.exp}, {"collator": Another()}, {"collator": Collator(2)}]
+    for other in others:
+        with pytest.raises(ProblemError, match="resume with the same settings"):
+            made(**other).train(resume_from_checkpoint=True)
+    made().train(resume_from_checkpoint=True)
 
 
 RETRAINING = {"learning_rate": 0.5}
@@ -152,6 +216,11 @@ def test_a_fingerprint_is_of_contents_and_order() -> None:
     rows = [{"x": torch.ones(2), "label": k} for k in range(3)]
     assert data_fingerprint(rows) == data_fingerprint([dict(row) for row in rows])
     assert data_fingerprint(rows) != data_fingerprint(rows[::-1])
+    few, others = Indexed(range(20)), Indexed(range(1, 21))
+    assert data_fingerprint(few) == data_fingerprint(Indexed(range(20))) != data_fingerprint(others)
+    assert data_fingerprint(Indexed(range(3), noise=np.random.default_rng(0))) == 3
+    long = Indexed(range(1000))
+    assert data_fingerprint(long) != data_fingerprint(few) and long.reads < 30
     assert data_fingerprint(range(3)) == 3 and data_fingerprint(iter(rows)) is None
     many = Dataset.from_dict({"x": torch.arange(FINGERPRINT_ROWS + 5).tolist()})
     assert data_fingerprint(many) != data_fingerprint(many.select(range(len(many))[::-1]))

@@ -36,7 +36,7 @@ class Levels:
     def __init__(self, form: Form, *, plain: bool, curvature: float = 0.0) -> None:
         self.form, self.plain, self.curvature = form, plain, curvature
         self.dtype = torch.float64 if plain else DTYPES[form.precision]
-        self.numbers = np.random.RandomState(form.seed)
+        self.numbers = np.random.RandomState(form.seed % 2**32)
         self.network = Network(form, plain=plain).to(self.dtype).train()
         self.x, self.y = self.tensor(2 * ROWS, WIDTH, size=1.0), self.tensor(2 * ROWS, size=1.0)
         self.y = (self.y > 0).to(self.dtype)
