@@ -36,8 +36,9 @@ GRIDS = (
 ADAPTED = (
     "Points of Matthews correlation (CoLA), accuracy (SST-2, tweets) and micro-F1 without O "
     "(BC5CDR), ± half of a 95 % interval over the seeds. The model is MiniLM with an adapter of "
-    "rank 8 in all linear layers. A pass is one forward and backward over 16 rows. A *stopped* run "
-    "ends where its score on held-out rows was best."
+    "rank 8 in all linear layers. A pass is one forward and backward over 16 rows. Up to 128 upper "
+    "rows were one batch, the default until version 0.5.0. A *stopped* run ends where its score on "
+    "held-out rows was best."
 )
 #: What the numbers are.
 UNITS = (
@@ -45,8 +46,8 @@ UNITS = (
     "seeds. The model is MiniLM with the adapter in its last layer. A pass is one forward and "
     "backward over 8 rows. A *stopped* run ends where its score on held-out rows was best. *Heads* "
     "are on frozen features, with the lower level solved. The figure has scores on held-out "
-    "rows: 20 to 40, more for rare classes. The tasks have [few rows]"
-    "(../benchmarks/results/methods.md)."
+    "rows: 20 to 40, more for rare classes. Up to 128 upper rows were one batch, the default until "
+    "version 0.5.0 (rare classes: 64). The tasks have [few rows](../benchmarks/results/methods.md)."
 )
 #: What a name of the tables means in a sentence.
 WORDS = {

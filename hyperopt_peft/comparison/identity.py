@@ -24,6 +24,8 @@ from hyperopt_peft.utils.versions import versions
 
 #: The arguments that a run sets, or whose order or spelling changes nothing.
 SET = {"learning_rate", "upper_learning_rate", "max_steps", "seed", "retrain_arguments"}
+#: What a trainer has set in a method.
+SET_BY_TRAINER = "_options", "row_losses"
 #: The types of values that are settings as they are.
 PLAIN = str, int, float, list, tuple, dict, set, frozenset, type(None)
 
@@ -55,8 +57,10 @@ def settings_of(task: Task) -> dict[str, dict[str, Any]]:
     }
     own = {}
     for name, method in task.methods.items():
-        options = {k: with_values(x) if callable(x) else x for k, x in vars(method).items()}
-        own[name] = {"code": code_of(type(method)), **options, "defaults": dict(method.defaults)}
+        mine = {k: x for k, x in vars(method).items() if k not in SET_BY_TRAINER}
+        options = {k: with_values(x) if callable(x) else x for k, x in mine.items()}
+        options |= {"defaults": dict(method.defaults), "full_upper_batch": method.full_upper_batch}
+        own[name] = {"code": code_of(type(method)), **options}
     return {name: {**shared, "method": each} for name, each in own.items()}
 
 
