@@ -65,11 +65,12 @@ def check_known(trainer: Any) -> None:
 def require_read(trainer: Any, batch: Any, *, rows_read: bool) -> None:
     """Raise ProblemError if the lower level, which did not call ``task_loss``, drops a user's loss.
 
-    If it has read the losses of rows of ``batch``, these are compared with the Trainer's loss, but
-    for FSDP2, where a further pass would move shards.
+    If it has read the losses of rows of ``batch``, or the user says that they are those of the mean
+    over labels, they are compared with the Trainer's loss, but for FSDP2, where a further pass
+    would move shards.
     """
     lower, method, rule = trainer.lower, trainer.method, trainer.phase.row_losses
-    if rows_read:
+    if rows_read or rule is row_losses:
         if not trainer.is_fsdp_enabled:
             compare(trainer, rule, batch, trainer.tags, lower.variables)
         return

@@ -36,6 +36,7 @@ from hyperopt_peft.problems import (
     Sources,
     WeightNet,
 )
+from hyperopt_peft.utils.models import evaluating
 from tests.support.methods import ARGUMENTS, method_trainer
 from tests.support.trainers import CONFIG, QUIET, base_model, data, peft_model
 
@@ -104,6 +105,18 @@ def to_start(trainer: Any, model: Any, __: Any) -> Any:
     return sum((a - b).square().sum() for a, b in zip(factors(model), trainer.start))
 
 
+def ewc(trainer: Any, model: Any, inputs: Any) -> Any:
+    """L2-SP with weights by the Fisher information of the first batch."""
+    if not hasattr(trainer, "fisher"):
+        with torch.enable_grad(), evaluating(model):
+            loss = cross_entropy(logits_of(model, inputs), inputs["labels"])
+        slopes = torch.autograd.grad(loss, factors(model))
+        trainer.fisher = [100 * x.square() for x in slopes]
+    _, start = to_start(trainer, model, inputs), trainer.start
+    terms = zip(trainer.fisher, factors(model), start, strict=True)
+    return sum((f * (a - b).square()).sum() for f, a, b in terms)
+
+
 def to_base(_: Any, model: Any, inputs: Any) -> Any:
     with torch.no_grad(), model.disable_adapter():
         base = logits_of(model, inputs).log_softmax(-1)
@@ -152,6 +165,19 @@ def wrapped() -> Any:
     return model
 
 
+def with_weights(rows: Any) -> Any:
+    return rows.add_column("weight", [1.0] * len(rows))
+
+
+def with_sources(rows: Any) -> Any:
+    return rows.add_column("source", ["a", "b"] * (len(rows) // 2))
+
+
+#: Methods that read a column, and the function that adds it.
+CHANGES: dict[str, Any] = {
+    "Sources": (Sources, with_sources),
+    "GivenWeights": (GivenWeights, with_weights),
+}
 #: Of each loss: the class of the Trainer, its options, its arguments, and the base model.
 LOSSES: dict[str, dict[str, Any]] = {
     "class weights": {"options": {"compute_loss_func": of_weights}},
@@ -162,6 +188,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "L1": {"kind": over(l1)},
     "a curriculum": {"kind": over(later)},
     "L2-SP": {"kind": over(to_start)},
+    "EWC": {"kind": over(ewc)},
     "KL to the base": {"kind": over(to_base)},
     "class weights of a model": {"base": lambda: Weighted(copy.deepcopy(CONFIG))},
     "a model's loss function": {"base": of_function},
@@ -217,8 +244,13 @@ def test_a_method_that_does_not_train_it_refuses_it(tmp_path: Path, name: str, m
         training(tmp_path, name, METHODS[method](), trusted=method == "RowWeights").train()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "Sources", "GivenWeights"])
 def test_each_method_refuses_it(tmp_path: Path, method: str) -> None:
+    if method in CHANGES:
+        kind, change = CHANGES[method]
+        with pytest.raises(ProblemError, match=r"compute_loss_func: .*row_losses"):
+            training(tmp_path, "class weights", kind(), train_dataset=change(data(rows=18)))
+        return
     trusted = method != "LogitAdjustment"
     with pytest.raises(ProblemError, match=r"compute_loss_func: .*(own_loss = True|row_losses)"):
         training(tmp_path, "class weights", METHODS[method](), trusted=trusted).train()
@@ -295,21 +327,11 @@ def test_the_sum_of_the_rows_is_the_loss_of_the_user(tmp_path: Path) -> None:
     assert float(run.method.logits.detach().abs().max()) > 0
 
 
-def with_weights(rows: Any) -> Any:
-    return rows.add_column("weight", [1.0] * len(rows))
-
-
-def with_sources(rows: Any) -> Any:
-    return rows.add_column("source", ["a", "b"] * (len(rows) // 2))
-
-
 @pytest.mark.parametrize("method", ["RowWeights", "SEAL", "WeightNet", "GivenWeights", "Sources"])
 def test_every_method_of_rows_trains_a_loss_by_row(tmp_path: Path, method: str) -> None:
     """With all weights 1, the steps are those of one level with this loss."""
-    made = {**METHODS, "GivenWeights": GivenWeights, "Sources": Sources}[method]()
-    rows = data(rows=18)
-    change = {"GivenWeights": with_weights, "Sources": with_sources}.get(method, lambda x: x)
-    more = {"train_dataset": change(rows), "row_losses": class_weighted}
+    kind, change = CHANGES.get(method, (METHODS.get(method), lambda x: x))
+    made, more = kind(), {"train_dataset": change(data(rows=18)), "row_losses": class_weighted}
     if method == "GivenWeights":
         more["upper_dataset"] = None
     run = training(tmp_path / "a", "class weights", made, **more)
@@ -381,6 +403,19 @@ def test_dot_products_do_not_read_a_user_s_rule(tmp_path: Path, product: str) ->
             losses(lambda *batch: row_losses(*batch)).train()
     else:
         losses(lambda *batch: row_losses(*batch)).train()
+
+
+def test_a_loss_that_is_said_to_be_the_mean_over_labels_is_one(tmp_path: Path) -> None:
+    """So that a method may replace it, as a stock one; and another is refused."""
+
+    class Watching(Trainer):
+        def compute_loss(self, *args: Any, **options: Any) -> Any:
+            return super().compute_loss(*args, **options)
+
+    rows = {"train_dataset": data(rows=18), "row_losses": row_losses}
+    method_trainer(tmp_path, method=LogitAdjustment(), kind=bilevel(Watching), options=rows).train()
+    with pytest.raises(ProblemError, match="row_losses: their mean"):
+        training(tmp_path, "R-Drop", ClassOffsets(), row_losses=row_losses).train()
 
 
 def test_a_method_says_that_its_loss_is_its_own(tmp_path: Path, caplog: Any) -> None:
