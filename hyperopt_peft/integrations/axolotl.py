@@ -50,8 +50,8 @@ class BilevelPlugin(BasePlugin):
         """
         if not cfg.bilevel:
             return None
-        for key in filter(cfg.get, REFUSED):
-            raise ProblemError(f"{key}: not possible with bilevel; set it to false")
+        if keys := ", ".join(filter(cfg.get, REFUSED)):
+            raise ProblemError(f"{keys}: not possible with bilevel; set to false")
         settings, parent = dict(cfg.bilevel), bilevel(AxolotlTrainer)
         rows = settings.pop("upper_datasets", None)
         kind = find_method(settings.pop("method", "bidora"))
