@@ -48,7 +48,8 @@ PINS = {
     "peft": "",
 }
 SETS = ("oldest", *PINS)
-NEWER_PYTHON = ("python3.13", "axolotl-0.21")
+#: By set, where it is not 3.11; a package that axolotl 0.21 pins has no wheel for 3.13.
+NEWER_PYTHON = {"python3.13": "3.13", "axolotl-0.21": "3.12"}
 #: Sets without TRL: it has no oldest one, and that of LLaMA-Factory imports parts with mergekit.
 WITHOUT_TRL = ("oldest", "llamafactory")
 BETTY = "betty-ml==0.2.1"
@@ -96,7 +97,7 @@ def environment(name: str, folder: Path) -> Path:
     install: list[str | Path] = [python, "-m", "pip", "install", "-q"]
     if not (home / "complete").exists():
         shutil.rmtree(home, ignore_errors=True)
-        interpreter = "python3.13" if name in NEWER_PYTHON else "python3.11"
+        interpreter = f"python{NEWER_PYTHON.get(name, '3.11')}"
         base = shutil.which(interpreter) or sys.exit(f"{name}: no {interpreter}")
         subprocess.run([base, "-m", "venv", home], check=True)
         more = list(PEFT_NEEDS) if name == "peft" else []
