@@ -6,14 +6,14 @@
 
 Each set gets a virtual environment of its own outside the repository, with this checkout installed
 editable. The set ``oldest`` has each dependency, bitsandbytes included, at its lower bound, without
-TRL, whose lower bound needs later packages and is that of the set ``axolotl``.
-The sets ``axolotl``, ``axolotl-0.21``, ``unsloth``, ``ms-swift`` and ``llamafactory`` have the
-versions that these programs require. unsloth allows TRL 1.15, whose supervised fine-tuning needs a
-GPU, so that its set has TRL 1.14. ms-swift allows Transformers 5.19, with which its PEFT 0.20 runs
-no encoder-decoder, so that its set has Transformers 5.17. The set ``main`` has the main branches of
-Transformers and PEFT. The set ``peft`` runs PEFT's own tests of DoRA, from PEFT's source
-distribution, with the fast layer in place of PEFT's: those files of them that need no GPU, without
-the tests that ask for a model from the hub.
+TRL, which has none.
+The sets ``axolotl``, ``axolotl-0.21`` and ``ms-swift`` have these programs, ``unsloth`` and
+``llamafactory`` the versions that the programs require. unsloth allows TRL 1.15, whose supervised
+fine-tuning needs a GPU, so that its set has TRL 1.14. ms-swift allows Transformers 5.19, with which
+its PEFT 0.20 runs no encoder-decoder, so that its set has Transformers 5.17. The set ``main`` has
+the main branches of Transformers and PEFT. The set ``peft`` runs PEFT's own tests of DoRA, from
+PEFT's source distribution, with the fast layer in place of PEFT's: those files of them that need no
+GPU, without the tests that ask for a model from the hub.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ GITHUB = "git+https://github.com/huggingface"
 PINS = {
     "newest": "",
     "python3.13": "",
-    "axolotl": "transformers==5.16.1 peft==0.20.0 trl==1.9.0 accelerate==1.13.0 datasets==4.8.4",
-    "axolotl-0.21": "torch<2.15 transformers==5.20.1 peft==0.21.2 trl==1.14.1 accelerate==1.15.0 "
-    "datasets==5.0.1",
+    "axolotl": "axolotl==0.19.0",
+    "axolotl-0.21": "axolotl==0.21.0",
     "unsloth": "transformers==5.17.0 trl==1.14.1 datasets==4.8.4",
-    "ms-swift": "transformers==5.17.0 peft==0.20.0 datasets==4.8.4",
+    "ms-swift": "ms-swift==4.6.0 transformers==5.17.0",
     "llamafactory": "transformers==5.6.0 peft==0.18.1 accelerate==1.11.0 datasets==4.0.0",
     "main": f"transformers@{GITHUB}/transformers peft@{GITHUB}/peft",
     "peft": "",
 }
 SETS = ("oldest", *PINS)
-NEWER_PYTHON = ("python3.13", "axolotl-0.21")
-#: Sets without TRL: the oldest packages, and those of programs that need an older TRL.
-WITHOUT_TRL = ("oldest", "ms-swift", "llamafactory")
+#: By set, where it is not 3.11; a package that axolotl 0.21 pins has no wheel for 3.13.
+NEWER_PYTHON = {"python3.13": "3.13", "axolotl-0.21": "3.12"}
+#: Sets without TRL: it has no oldest one, and that of LLaMA-Factory imports parts with mergekit.
+WITHOUT_TRL = ("oldest", "llamafactory")
 BETTY = "betty-ml==0.2.1"
 PEFT_TESTS = ("custom_models", "helpers", "initialization", "lora_variants")
 PEFT_NEEDS = ("attrs", "diffusers", "parameterized")
@@ -67,7 +67,7 @@ PACKAGES = (
     "bitsandbytes",
 )
 #: Extras whose packages have bounds that are promised, as those of the dependencies are.
-EXTRAS = ("bitsandbytes", "trl")
+EXTRAS = ("bitsandbytes",)
 Row = dict[str, Any]
 
 
@@ -86,7 +86,7 @@ def lower_bounds() -> list[str]:
 def pins(name: str) -> list[str]:
     """The versions that the set ``name`` asks for: ``torch==2.10`` and so on."""
     if name == "oldest":
-        return [bound for bound in lower_bounds() if not bound.startswith("trl")]
+        return lower_bounds()
     return PINS[name].split()
 
 
@@ -97,7 +97,7 @@ def environment(name: str, folder: Path) -> Path:
     install: list[str | Path] = [python, "-m", "pip", "install", "-q"]
     if not (home / "complete").exists():
         shutil.rmtree(home, ignore_errors=True)
-        interpreter = "python3.13" if name in NEWER_PYTHON else "python3.11"
+        interpreter = f"python{NEWER_PYTHON.get(name, '3.11')}"
         base = shutil.which(interpreter) or sys.exit(f"{name}: no {interpreter}")
         subprocess.run([base, "-m", "venv", home], check=True)
         more = list(PEFT_NEEDS) if name == "peft" else []

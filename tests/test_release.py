@@ -1,6 +1,7 @@
 """Files of a release: one version in all, and one list of the sets of packages."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -42,8 +43,32 @@ def test_the_version_is_that_of_the_changelog_and_the_citation() -> None:
 def test_the_weekly_job_runs_every_set_of_versions() -> None:
     (job,) = read(ROOT / ".github/workflows/matrix.yml")["jobs"].values()
     sets = job["strategy"]["matrix"]["include"]
-    pythons = {name: "3.13" if name in NEWER_PYTHON else "3.11" for name in SETS}
+    pythons = {name: NEWER_PYTHON.get(name, "3.11") for name in SETS}
     assert {each["set"]: each["python"] for each in sets} == pythons
+
+
+def test_nothing_is_published_without_green_tests() -> None:
+    jobs = read(ROOT / ".github/workflows/publish.yml")["jobs"]
+    assert jobs["publish"]["needs"] == "build" and jobs["build"]["needs"] == "test"
+    assert jobs["test"]["steps"][-1] == {"run": "bash .ci/run"}
+
+
+def test_the_page_of_an_index_has_absolute_links_to_files_that_are_there(tmp_path: Path) -> None:
+    for name in ("README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    home = "https://host.example/owner/name"
+    subprocess.run([ROOT / ".ci/absolute", tmp_path, home, "v1"], check=True)
+    page = (tmp_path / "README.md").read_text()
+    links = re.findall(r'\]\(([^)#][^)]*)\)|src="([^"]+)"', page)
+    assert len(links) > 20
+    for link in map("".join, links):
+        assert link.startswith(("https://", f"{home}/")), link
+        if link.startswith(f"{home}/"):
+            kind, revision, file = link.removeprefix(f"{home}/").split("/", 2)
+            assert kind == ("raw" if file.endswith(".svg") else "blob") and revision == "v1"
+            assert (ROOT / file.partition("#")[0]).is_file(), link
+    project = tomllib.loads((tmp_path / "pyproject.toml").read_text())["project"]
+    assert project["urls"]["Repository"] == home and f"]({home})" in page
 
 
 @pytest.mark.slow

@@ -56,10 +56,10 @@ def base(
         torch.set_default_dtype(default)
 
 
-def adapted(model: Any, rank: int = 16) -> Any:
+def adapted(model: Any, rank: int = 16, dora: bool = False) -> Any:
     """``model`` with an adapter in float32 on all linear layers."""
-    adapter = LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules="all-linear")
-    return get_peft_model(model, adapter)
+    options = {"r": rank, "target_modules": "all-linear", "use_dora": dora}
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
 
 
 def rows(shape: str, count: int, length: int, seed: int = 0) -> Dataset:

@@ -1,4 +1,4 @@
-"""Memory of large models' steps without a large machine: 8B and 70B, LoRA r = 16, eight cards.
+"""Memory of large models' steps without a large machine: 8B and 70B, r = 16, eight cards or one.
 
     python benchmarks/speed on_paper                 # seconds; writes results/on_paper.json
 
@@ -7,7 +7,8 @@ counted and divided by the cards, as FSDP2 shards them, and the weights of two l
 time. *A pass* is run with checkpointing on 4 × 2048 tokens, and the peak of its living tensors is
 measured: the states between layers, and what one layer recomputes. The head is not run: TRL's runs
 in chunks. Attention is the flash kernel. ``direct`` and ``dots`` run in bf16. ``darts`` takes a
-difference, for which shards must be in float32. Allocators and communication need more.
+difference, for which shards must be in float32. DoRA, as in BiDoRA, has PEFT's layer, which runs on
+shards. One card has the whole model, as each card of DDP. Allocators and communication need more.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ def flash(
 AttentionInterface.register("on_paper", flash)
 
 
-def on_a_card(shape: str, dtype: torch.dtype) -> Row:
-    """Bytes of a card by part."""
+def on_a_card(shape: str, dtype: torch.dtype, cards: int = CARDS, dora: bool = False) -> Row:
+    """Bytes of each of ``cards`` by part."""
     base = llama.base(shape, dtype=dtype, device="meta", attention="on_paper")
-    adapted = llama.adapted(base, RANK).train()
+    adapted = llama.adapted(base, RANK, dora).train()
     adapted.enable_input_require_grads()
     adapted.gradient_checkpointing_enable({"use_reentrant": False})
     adapter = [p for p in adapted.parameters() if p.requires_grad]
@@ -59,12 +60,14 @@ def on_a_card(shape: str, dtype: torch.dtype) -> Row:
 
     frozen = [p for p in adapted.parameters() if not p.requires_grad]
     return {
-        "weights, sharded": size(frozen) / CARDS,
-        "whole layers": WHOLE * size(p for p in layer.parameters() if not p.requires_grad),
+        "weights": size(frozen) / cards,
+        "whole layers": (cards > 1)
+        * WHOLE
+        * size(p for p in layer.parameters() if not p.requires_grad),
         # The adapter, its gradient, and Adam's two moments.
-        "adapter and Adam": 4 * size(adapter) / CARDS,
+        "adapter and Adam": 4 * size(adapter) / cards,
         "a pass": peak_memory(a_pass, torch.device("meta")),
-        "a direction": size(adapter) / CARDS,
+        "a direction": size(adapter) / cards,
     }
 
 
@@ -75,31 +78,36 @@ def size(tensors: Iterable[Tensor]) -> int:
 
 def table(shape: str) -> list[Row]:
     """Gigabytes of lower and upper step by estimator."""
-    half, single = (on_a_card(shape, dtype) for dtype in (torch.bfloat16, torch.float32))
+    half, single = torch.bfloat16, torch.float32
     rows = []
     # darts keeps a direction and the values that it displaces.
-    for estimator, parts, directions in (
-        ("direct", half, 0),
-        ("dots", half, 1),
-        ("darts", single, 2),
+    for cards, adapter, estimator, dtype, directions in (
+        (CARDS, "LoRA", "direct", half, 0),
+        (CARDS, "LoRA", "dots", half, 1),
+        (CARDS, "LoRA", "darts", single, 2),
+        (CARDS, "DoRA", "direct", half, 0),
+        (1, "LoRA", "direct", half, 0),
+        (1, "DoRA", "direct", half, 0),
     ):
+        parts = on_a_card(shape, dtype, cards, dora=adapter == "DoRA")
         direction = parts["a direction"]
         lower = sum(parts.values()) - direction
         upper = lower + directions * direction
         named = {name: value / GB for name, value in parts.items()}
         sums = {"lower step": lower / GB, "upper step": upper / GB}
-        precision = "bf16" if parts is half else "float32"
-        rows.append({"model": shape, "estimator": estimator, "in": precision, **named, **sums})
+        precision = "bf16" if dtype is half else "float32"
+        row = {"model": shape, "cards": cards, "adapter": adapter, "estimator": estimator}
+        rows.append({**row, "in": precision, **named, **sums})
     return rows
 
 
 def main() -> None:
     """Count, print, and write JSON."""
-    options = arguments("memory of 8B and 70B on eight cards, on paper")
+    options = arguments("memory of 8B and 70B on eight cards and on one, on paper")
     if not options.quick and options.json is None:
         options.json = RESULTS / "on_paper.json"
     rows = [
         row for shape in (("tiny",) if options.quick else ("8B", "70B")) for row in table(shape)
     ]
-    details = {"cards": CARDS, "rows": ROWS, "tokens": LENGTH, "rank": RANK}
+    details = {"rows": ROWS, "tokens": LENGTH, "rank": RANK}
     report(options, {"GB on each card": rows}, details)

@@ -30,7 +30,7 @@ KNOWN_LIBRARIES = ("transformers", "trl", "hyperopt_peft")
 UNSUPPORTED_OVERRIDES = (
     *("create_optimizer", "get_optimizer_cls_and_kwargs", "get_decay_parameter_names"),
     *("create_scheduler", "get_train_dataloader", "_get_train_sampler", "get_batch_samples"),
-    "training_step",
+    *("training_step", "_prepare_inputs", "_prepare_input"),
 )
 
 

@@ -107,7 +107,7 @@ def _entry(name: str) -> Entry:
             raise ProblemError(f"unknown estimator {name!r}{near}")
         kind = plugins.load(GROUP, name, Estimator)
         if name not in _ENTRIES:
-            raise ProblemError(f"{name!r}: {kind.__name__} is registered as {kind.name!r}")
+            raise ProblemError(f"{name!r}: {kind.__name__} needs @register({name!r}, kind=…)")
     return _ENTRIES[name]
 
 

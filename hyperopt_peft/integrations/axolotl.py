@@ -15,6 +15,7 @@ from axolotl.utils.dict import DictDefault
 from pydantic import BaseModel
 
 from hyperopt_peft.comparison.find import find_method
+from hyperopt_peft.core.labels import row_losses
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.trainer import bilevel
 
@@ -33,7 +34,8 @@ class BilevelPlugin(BasePlugin):
     """Trains the adapter of a supervised fine-tuning with a method.
 
     The key ``bilevel`` has ``method``, a name or ``my_method.py:MyMethod``, the method's options,
-    the upper level's arguments, and its rows: ``upper_datasets``, as axolotl's ``datasets``.
+    the upper level's arguments, and its rows: ``upper_datasets``, as axolotl's ``datasets``. The
+    loss of axolotl's own trainer is taken for the mean over labels, and compared with it.
     """
 
     trainer: Any = None
@@ -50,8 +52,8 @@ class BilevelPlugin(BasePlugin):
         """
         if not cfg.bilevel:
             return None
-        for key in filter(cfg.get, REFUSED):
-            raise ProblemError(f"{key}: not possible with bilevel; set it to false")
+        if keys := ", ".join(filter(cfg.get, REFUSED)):
+            raise ProblemError(f"{keys}: not possible with bilevel; set to false")
         settings, parent = dict(cfg.bilevel), bilevel(AxolotlTrainer)
         rows = settings.pop("upper_datasets", None)
         kind = find_method(settings.pop("method", "bidora"))
@@ -64,7 +66,8 @@ class BilevelPlugin(BasePlugin):
         class BilevelAxolotlTrainer(parent):  # type: ignore[misc,valid-type]
             def __init__(self, model: Any, args: Any, **options: Any) -> None:
                 args = parent.Arguments.of(args, **settings)
-                super().__init__(model, args, method=method, upper_dataset=rows, **options)
+                options |= {"method": method, "upper_dataset": rows, "row_losses": row_losses}
+                super().__init__(model, args, **options)
 
         return BilevelAxolotlTrainer
 

@@ -73,6 +73,8 @@ def check_arguments(trainer: Any, model: Any, args: Any, options: Mapping[str, A
     for name, reason in REFUSED.items():
         if values.get(name):
             raise ProblemError(f"{name}: not possible in bilevel training, since {reason}")
+    if any(x.__module__.startswith("trl.") for x in trainer.parent().__mro__) and _trl() < (0, 24):
+        logger.warning_once("trl: TRL before 0.24 was not tried; if a run fails, update it")
     if not isinstance(model, nn.Module) and not loads_names(trainer.parent()):
         raise ProblemError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
@@ -225,13 +227,15 @@ def _check_accelerator(trainer: Trainer, levels: Sequence[Problem], estimator: E
 def _check_router_loss(trainer: Any, levels: Sequence[Problem]) -> None:
     """Raise ProblemError if TRL would add a router's auxiliary loss to each of several batches."""
     several = len(levels) > 1 or trainer.args.gradient_accumulation_steps > 1
-    if several and getattr(trainer, "aux_loss_enabled", False):
-        release = importlib.metadata.version("trl")
-        if tuple(map(int, release.split(".")[:2])) < (1, 15):
-            raise ProblemError(
-                f"router_aux_loss_coef: TRL {release} adds the router's auxiliary loss to each "
-                "micro-batch of a step undivided; install trl>=1.16, or set 0"
-            )
+    if several and getattr(trainer, "aux_loss_enabled", False) and _trl() < (1, 15):
+        raise ProblemError(
+            "router_aux_loss_coef: TRL before 1.15 adds the router's auxiliary loss to each "
+            "micro-batch of a step undivided; install trl>=1.16, or set 0"
+        )
+
+
+def _trl() -> tuple[int, ...]:
+    return tuple(map(int, importlib.metadata.version("trl").split(".")[:2]))
 
 
 def _check_fsdp(trainer: Trainer, levels: Sequence[Problem], estimator: Estimator) -> None:

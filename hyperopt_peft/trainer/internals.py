@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import transformers
+from accelerate.utils import send_to_device
 from datasets import Dataset
+from transformers import Trainer
 
+from hyperopt_peft.core.labels import ENTRIES
 from hyperopt_peft.errors import ProblemError
-
-if TYPE_CHECKING:
-    from transformers import Trainer
+from hyperopt_peft.trainer.tags import marks, without
 
 #: Files without which the Trainer does not resume. The optimizer's file is left out, since FSDP
 #: names it differently.
@@ -26,6 +27,28 @@ def save_checkpoint(trainer: Trainer) -> None:
     if save is None:
         raise ProblemError(f"transformers {transformers.__version__} has no _save_checkpoint")
     save(trainer.model, None)
+
+
+#: What the Trainer calls on each batch, to move it to the device.
+PREPARES = ("_prepare_inputs", "_prepare_input")
+
+
+def prepared(trainer: Any, batch: Any) -> Any:
+    """``batch`` on the device, as overrides of `PREPARES` change it; tags keep their rows."""
+    batch, tags = send_to_device(batch, trainer.args.device, non_blocking=True), trainer.tags
+    if all(getattr(type(trainer), n, None) is getattr(Trainer, n, None) for n in PREPARES):
+        return batch
+    if not isinstance(batch, Mapping):
+        return trainer._prepare_inputs(batch)
+    read = without(batch, (*tags, *ENTRIES))
+    before, result = marks(read), trainer._prepare_inputs({**read})
+    after = marks(result)
+    if changed := [n for n in before if tags and n != "labels" and after.get(n) != before[n]]:
+        raise ProblemError(
+            f"{trainer.parent().__name__}: _prepare_inputs changes {changed[0]}, so that {tags[0]} "
+            "may be beside other rows; change rows in the collator"
+        )
+    return {**result, **{name: x for name, x in batch.items() if name not in read}}
 
 
 @contextmanager

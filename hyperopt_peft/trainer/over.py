@@ -11,12 +11,14 @@ from contextlib import suppress
 from copy import copy
 from dataclasses import fields, make_dataclass
 from functools import cache
+from itertools import product
 from types import SimpleNamespace
 from typing import Any, ClassVar, get_args, get_type_hints
 
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.trainer.internals import PREPARES
 
 #: The arguments classes of trainers that declare another one in their type hints.
 UNHINTED = {"transformers.trainer_seq2seq.Seq2SeqTrainer": Seq2SeqTrainingArguments}
@@ -58,12 +60,14 @@ def combined(ours: Any, parent: Any) -> Any:
 
 
 def check_parent(cls: Any, parent: type[Trainer]) -> None:
-    """Raise ProblemError if ``parent`` overrides a method that a step of ``cls`` does not call."""
-    if getattr(parent, name := "_prepare_inputs", None) is not getattr(Trainer, name, None):
-        raise ProblemError(
-            f"{parent.__name__}: overrides {name}, which a bilevel step does not call; "
-            "trainers that generate batches in each step (GRPO, RLOO) are not possible"
-        )
+    """Raise ProblemError for an override of ``cls`` or ``parent`` that does not call super's."""
+    for base, name in product(cls.__mro__[: cls.__mro__.index(Trainer)], PREPARES):
+        override = inspect.unwrap(vars(base).get(name, check_parent))
+        if name in vars(base) and name not in override.__code__.co_names:
+            raise ProblemError(
+                f"{base.__name__}: overrides {name} without super().{name}; call it; trainers that "
+                "generate batches in each step (GRPO, RLOO) are not possible"
+            )
     if parent.training_step is not Trainer.training_step and not issubclass(cls, LowerStep):
         raise ProblemError(
             f"{cls.__name__}: {parent.__name__} overrides training_step; derive the class from "

@@ -225,7 +225,7 @@ def options_again(options: Mapping[str, Any]) -> dict[str, Any]:
     made_once = ("peft_config", "quantization_config", "processing_class")
     copies = [copy.copy(callback) for callback in options.get("callbacks") or ()]
     rest = {name: value for name, value in options.items() if name not in made_once}
-    return {**rest, "callbacks": copies, "optimizers": (None, None)}
+    return rest | ({"callbacks": copies} if copies else {}) | {"optimizers": (None, None)}
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from torch import Tensor
 
 from hyperopt_peft.core.labels import MICRO_BATCHES, NO_LABELS, WEIGHT, scored_labels
@@ -98,6 +97,7 @@ class OptimizerStep:
     accelerator: Accelerator
     upper_batches: UpperBatches | None
     with_entries: Callable[[Sequence[Any]], list[Any]]  # adds the entries of `core.labels`
+    prepare: Callable[[Any], Any]  # moves a batch to the device
     autocast: Callable[[], AbstractContextManager[Any]]
 
     def __post_init__(self) -> None:
@@ -163,7 +163,7 @@ class OptimizerStep:
 
     def evaluate(self, inputs: Any) -> Tensor:
         """Differentiate the next micro-batch's share of the loss; returns it without the prior."""
-        batch, bilevel = self._on_device(inputs), self.bilevel
+        batch, bilevel = self.prepare(inputs), self.bilevel
         self.micro.append(MicroBatch(batch, RandomState.capture(self.devices)))
         with nullcontext() if bilevel is None else bilevel.observe():
             with self.autocast():
@@ -228,14 +228,10 @@ class OptimizerStep:
         pieces, shares = zip(*self.upper_batches.pieces(number), strict=True)
         batches = self.with_entries(pieces)
         seed = ("upper", self.args.seed, number, *distributed.rank_key())
-        return [
-            MicroBatch(
-                self._on_device(batch),
-                RandomState.seeded(self.devices, *seed, k),
-                1.0 if isinstance(batch, Mapping) and batch.keys() & COUNTED else share,
-            )
-            for k, (batch, share) in enumerate(zip(batches, shares, strict=True))
-        ]
-
-    def _on_device(self, inputs: Any) -> Any:
-        return send_to_device(inputs, self.args.device, non_blocking=True)
+        micro = []
+        for k, (batch, share) in enumerate(zip(batches, shares, strict=True)):
+            weight = 1.0 if isinstance(batch, Mapping) and batch.keys() & COUNTED else share
+            with replay(RandomState.seeded(self.devices, *seed, k)):  # preparing may draw too
+                batch = self.prepare(batch)
+                micro.append(MicroBatch(batch, RandomState.capture(self.devices), weight))
+        return micro

@@ -32,7 +32,7 @@ from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.trainer import checks, data, optimizer, phases
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.callback import BilevelCallback, Point
-from hyperopt_peft.trainer.internals import metrics_restored, packed_with
+from hyperopt_peft.trainer.internals import metrics_restored, packed_with, prepared
 from hyperopt_peft.trainer.logs import add_numbers, add_to_card, shorten
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.over import CombinedTrainer, LowerStep, combined
@@ -132,7 +132,7 @@ class BilevelTrainer(CombinedTrainer):
         self.row_columns = reads_of(model, args)
         #: The further arguments of the second phase's trainer.
         self.options_again = phases.options_again(trainer)
-        evaluation, callbacks = (trainer.pop(x, None) for x in ("eval_dataset", "callbacks"))
+        evaluation = trainer.pop("eval_dataset", None)
         if not isinstance(method, Phase):
             rows = train_dataset, upper_dataset
             if upper_dataset is not None:  # before rows are numbered or joined
@@ -170,9 +170,10 @@ class BilevelTrainer(CombinedTrainer):
                 train_dataset=train_dataset,
                 # The parent prepares the upper level's data as it prepares evaluation data.
                 eval_dataset=data.with_upper(evaluation, upper_dataset, args),
-                callbacks=[self.callback, self.passes, *(callbacks or ())],
                 **trainer,
             )
+        # Before the user's, behind the one that decides; some parents' constructors take none.
+        self.callback_handler.callbacks[1:1] = [self.callback, self.passes]
         shorten(self)
         keep_differentiable(self.model)
         prepared = data.without_upper(self.eval_dataset, evaluation, upper_dataset)
@@ -338,7 +339,8 @@ class BilevelTrainer(CombinedTrainer):
         if not samples or not self.phase.reads_trainer:
             return samples
         read = [without(batch, self.tags) for batch in samples] if self.tags else samples
-        entries = self.loss_rule.entries(read, self.model, self.task_loss)
+        loss = lambda batch: self.task_loss(prepared(self, batch))  # noqa: E731
+        entries = self.loss_rule.entries(read, self.model, loss)
         return [{**b, **e} if e else b for b, e in zip(samples, entries, strict=True)]
 
     # A step
@@ -367,6 +369,7 @@ class BilevelTrainer(CombinedTrainer):
             accelerator=self.accelerator,
             upper_batches=self.upper_batches,
             with_entries=self.with_entries,
+            prepare=partial(prepared, self),
             autocast=self.compute_loss_context_manager,
         )
 

@@ -89,8 +89,8 @@ def without_autocast(function: F) -> F:
 
     @wraps(function)
     def run(*arguments: Any) -> Any:
-        kind = next((x.device.type for x in arguments if isinstance(x, Tensor)), "cpu")
-        with torch.autocast(kind, enabled=False):
+        tensors = (x for x in arguments if isinstance(x, Tensor) and not x.is_meta)
+        with torch.autocast(next((x.device.type for x in tensors), "cpu"), enabled=False):
             return function(*arguments)
 
     return run  # type: ignore[return-value]

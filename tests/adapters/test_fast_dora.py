@@ -142,6 +142,20 @@ def test_whole_models_and_checkpointing(norm_grad: Any) -> None:
     assert_same(output_and_gradients(encoder, token_ids()), actual, 1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shapes_on_the_meta_device_are_those_of_the_layer(dtype: torch.dtype) -> None:
+    """Where there are no numbers to read back; under autocast too."""
+    ends = []
+    for device in ("cpu", "meta"):
+        model = use_fast_dora(wrap(Single(nn.Linear(4, 5))).to(device)).train()
+        inside = [parameter for _, parameter in adapter_parameters(model)]
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            y = model(torch.ones(3, 4, device=device))
+        gradients = torch.autograd.grad(y.float().sum(), inside)
+        ends.append([y.shape, *((x.shape, x.dtype) for x in gradients)])
+    assert ends[0] == ends[1]
+
+
 def test_saving_loading_and_unloading(tmp_path: Path) -> None:
     """What is saved is a plain adapter, of the same names; nothing is warned of."""
     model = randomise(dora_bert()).eval()

@@ -136,7 +136,7 @@ def test_names_of_distributions(folder: Path) -> None:
     with (folder / "scaled_rows-1.0.dist-info/entry_points.txt").open("a") as file:
         file.write("misnamed = plain_estimator:Plain\n")
         file.write("[hyperopt_peft.methods]\nlora = scaled_rows:ScaledRows\n")
-    with pytest.raises(ProblemError, match="'misnamed': Plain is registered as 'plain'"):
+    with pytest.raises(ProblemError, match=r"'misnamed': Plain needs @register\('misnamed', kind="):
         get_estimator("misnamed")
     with pytest.warns(UserWarning, match="'lora' is the library's"):
         assert find_method("lora").__name__ == "LoRA"

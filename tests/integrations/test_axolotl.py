@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from hyperopt_peft import ProblemError
 from tests.support.language import LETTERS, language_model, tokenizer
 
-pytest.importorskip("axolotl", reason="axolotl is in no set of the matrix")
+pytest.importorskip("axolotl", reason="axolotl is installed in two sets of the matrix")
 
 PLUGIN = "hyperopt_peft.integrations.axolotl.BilevelPlugin"
 KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
@@ -91,7 +91,7 @@ def test_a_yaml_trains_with_a_method(tmp_path: Path, method: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lora_qkv_kernel": True}, "lora_qkv_kernel: not possible with bilevel"),
+        (dict.fromkeys(KERNELS, True), f"{', '.join(KERNELS)}: not possible with bilevel"),
         ({"rl": "dpo"}, "rl: not possible"),
         ({"bilevel": {"method": "bidorra"}}, "unknown 'bidorra'; did you mean 'bidora'"),
     ],

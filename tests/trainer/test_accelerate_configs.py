@@ -69,7 +69,7 @@ def test_accelerate_accepts_the_file(name: str) -> None:
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
     assert args.num_processes == config.num_processes
     assert (args.multi_gpu or args.use_fsdp) == (config.num_processes > 1)
-    assert args.mixed_precision == "no"
+    assert args.mixed_precision == ("bf16" if "language" in name else "no")
     assert args.use_cpu == ("cpu" in name)
 
 

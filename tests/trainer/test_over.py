@@ -217,3 +217,84 @@ def test_a_class_with_both_bases_is_a_class_over_one() -> None:
     assert ByHand.parent() is bilevel(Confident).parent() is Confident
     assert bilevel(Trainer) is BilevelTrainer
     assert bilevel(Confident).Arguments is BilevelTrainer.Arguments
+
+
+class Preparing(Trainer):
+    """As ms-swift's: what the Trainer calls on each batch only calls super's."""
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return super()._prepare_inputs(inputs)
+
+
+class Flipping(Preparing):
+    """It gives the batch other labels."""
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        inputs = super()._prepare_inputs(inputs)
+        return {**inputs, "labels": (inputs["labels"] + 1) % 3}
+
+
+class Drawing(Preparing):
+    """It adds noise, from the global generator, to an entry of the batch: which tokens are seen."""
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        inputs = super()._prepare_inputs(inputs)
+        shown = torch.rand(inputs["attention_mask"].shape) < 0.9
+        shown[:, 0] = True
+        return {**inputs, "attention_mask": inputs["attention_mask"] * shown}
+
+
+def flipped(table: Any) -> Any:
+    return table.map(lambda row: {"labels": (row["labels"] + 1) % 3})
+
+
+@pytest.mark.parametrize("parent", [Preparing, Flipping])
+def test_what_prepares_a_batch_has_its_effect_on_both_levels(tmp_path: Path, parent: Any) -> None:
+    """Bit for bit as if the data were so."""
+    ends, as_it_is = [], lambda table: table
+    in_data = flipped if parent is Flipping else as_it_is
+    for kind, do in ((bilevel(parent), as_it_is), (BilevelTrainer, in_data)):
+        levels = {"train_dataset": do(data(rows=22)), "upper_dataset": do(data(rows=8, seed=1))}
+        model = peft_model()
+        trainer = trained(kind, tmp_path, model, {"lower_steps": 1}, method=BiDoRA(), **levels)
+        losses = [x["upper_loss"] for x in trainer.state.log_history if "upper_loss" in x]
+        assert len(losses) == 4
+        ends.append((values(model), losses))
+    assert not differences(*ends)
+
+
+def test_one_level_over_a_trainer_that_draws_in_preparing_is_that_trainer(tmp_path: Path) -> None:
+    ends = []
+    for kind in (Drawing, bilevel(Drawing)):
+        model = peft_model(dora=False)
+        trained(kind, tmp_path, model, {"gradient_accumulation_steps": 1}, train_dataset=data())
+        ends.append(values(model))
+    assert not differences(*ends)
+
+
+def test_a_row_s_number_stays_beside_the_row_that_is_prepared(tmp_path: Path) -> None:
+    """Labels of rows may change; another entry may not, since its rows may have moved."""
+
+    class Turning(Preparing):
+        def _prepare_inputs(self, inputs: Any) -> Any:
+            return {name: x.flip(0) for name, x in super()._prepare_inputs(inputs).items()}
+
+    levels = {"train_dataset": data(rows=22), "upper_dataset": data(rows=8, seed=1)}
+    for parent in (Preparing, Flipping):
+        trained(bilevel(parent), tmp_path, peft_model(dora=False), method=RowWeights(), **levels)
+    with pytest.raises(ProblemError, match="Turning: _prepare_inputs changes "):
+        trained(bilevel(Turning), tmp_path, peft_model(dora=False), method=RowWeights(), **levels)
+
+
+def test_what_prepares_a_batch_without_super_is_refused() -> None:
+    """In the class given to `bilevel`, and in one derived from a bilevel trainer."""
+
+    class Generating(Trainer):
+        def _prepare_inputs(self, inputs: Any) -> Any:
+            return inputs
+
+    with pytest.raises(ProblemError, match="Generating: overrides _prepare_inputs without"):
+        bilevel(Generating)
+    body = {"_prepare_input": lambda self, data: data}
+    with pytest.raises(ProblemError, match="Own: overrides _prepare_input without"):
+        type("Own", (BilevelTrainer,), body)

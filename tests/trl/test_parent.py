@@ -18,6 +18,7 @@ from hyperopt_peft import (
     ProblemError,
     bilevel,
 )
+from hyperopt_peft.trainer import checks
 from hyperopt_peft.trainer.internals import METRICS
 from tests.support.language import TRL, language_model, lora, rows
 from tests.support.methods import FullBatch
@@ -206,6 +207,17 @@ def test_defaults_are_the_parents_but_for_what_this_package_declares(tmp_path: P
 def test_a_trainer_that_generates_is_refused(name: str) -> None:
     with pytest.raises(ProblemError, match=f"{name}: overrides _prepare_inputs"):
         bilevel(getattr(trl, name))
+
+
+def test_a_release_older_than_what_was_tried_warns_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr(checks.logger, "warning_once", warned.append)
+    for release, count in (((0, 24), 0), ((0, 23), 1)):
+        monkeypatch.setattr(checks, "_trl", lambda release=release: release)
+        made(tmp_path, SFT, BilevelTrainer)
+        assert sum("TRL" in text for text in warned) == count
 
 
 @pytest.mark.parametrize("kind", [TrainingArguments, BilevelTrainingArguments])

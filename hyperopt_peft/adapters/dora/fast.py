@@ -127,7 +127,7 @@ def fast_forward(
 
 def _product_dtype(x: Tensor) -> torch.dtype:
     """The dtype of matrix products of x, under autocast or not."""
-    kind = x.device.type
+    kind = "cpu" if x.is_meta else x.device.type  # autocast does not know meta
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return x.dtype

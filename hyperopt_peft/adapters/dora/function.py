@@ -188,8 +188,7 @@ def _gain_gradient(
     """
     near_zero = g.abs() <= torch.finfo(dy.dtype).eps ** 0.25
     dg = along / g.masked_fill(near_zero, 1)
-    rows = near_zero.nonzero()[:, 0]
-    if len(rows):
+    if not g.is_meta and len(rows := near_zero.nonzero()[:, 0]):
         v = torch.addmm(w0[rows].to(x.dtype), b[rows], a, alpha=s)
         exact = (_matrix(dy)[:, rows].to(g.dtype) * (_matrix(x) @ v.T)).sum(0)
         dg = dg.index_copy(0, rows, exact)

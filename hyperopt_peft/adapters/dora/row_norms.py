@@ -31,8 +31,7 @@ def measure(w0: Tensor, a: Tensor, b: Tensor, s: float) -> tuple[Tensor, Tensor]
     base = torch.linalg.vector_norm(w0, dim=1, dtype=a.dtype).square()
     squares = base + s * ((w0_a + v_a) * b).sum(1)
     norm = squares.clamp_min(0).sqrt()
-    rows = (squares < CANCELLED * base).nonzero()[:, 0]
-    if len(rows):
+    if not w0.is_meta and len(rows := (squares < CANCELLED * base).nonzero()[:, 0]):
         v = torch.addmm(w0[rows].to(a.dtype), b[rows], a, alpha=s)
         norm[rows] = torch.linalg.vector_norm(v, dim=1)
     return norm.clamp_min(torch.finfo(norm.dtype).tiny), v_a
