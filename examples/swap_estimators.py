@@ -34,10 +34,10 @@ CLINICS, L2, RATE, BUDGETS = 10, 0.2, 0.1, (1, 2, 4, 8, 16, 32)
 #: By the title of a panel, names with options; k is the budget of those that have one.
 ESTIMATORS = {
     "error against the closed form, without a linear system": f"""direct darts:xi={RATE}
-        fastmix:xi={RATE} sama unrolled:steps={{k}} forward:steps={{k}}
+        fastmix:xi={RATE} sama unrolled:steps={{k}}
         f2sa:inner_steps={{k}},tolerance=1e-6 penalty:inner_steps={{k}},tolerance=1e-6""",
     "error against the closed form, where H v = ∂F/∂w is solved": """exact warm steepest:steps={k}
-        neumann:terms={k} cg:steps={k} minres:steps={k} nystrom:rank=3,steps={k} kfac:steps={k}""",
+        neumann:terms={k} cg:steps={k} minres:steps={k} nystrom:rank=3,steps={k}""",
 }
 
 

@@ -65,8 +65,6 @@ METHODS = (
     "minres:steps=5,damping=0.1",
     "cg:steps=5,damping=0.1",
     "nystrom:rank=5,steps=5,damping=0.1",
-    "kfac:steps=0",
-    "kfac:steps=5,damping=0.1",
     "gradient",
 )
 PERTURBATION = 0.1

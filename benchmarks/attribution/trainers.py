@@ -36,7 +36,7 @@ from hyperopt_peft import attribute
 
 #: The scores of a head on the features of the model before training.
 HEAD = "head"
-SOLVERS = ("minres:steps=5,damping=0.1", "cg:steps=5,damping=0.1", "kfac:steps=0")
+SOLVERS = ("minres:steps=5,damping=0.1", "cg:steps=5,damping=0.1")
 METHODS = (WHOLE, *SOLVERS, "gradient", HEAD)
 SEEDS, RETRAININGS = (0, 1, 2), 20
 #: The number of last layers with an adapter; the layers below run once.

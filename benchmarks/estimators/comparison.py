@@ -1,7 +1,7 @@
 """Every estimator on four problems: error, noise and cost.
 
     python benchmarks/estimators comparison --json benchmarks/results/comparison.json
-    python benchmarks/estimators comparison --json FILE --methods kfac:steps=10
+    python benchmarks/estimators comparison --json FILE --methods cg:steps=10
     python benchmarks/estimators comparison --write benchmarks/results/comparison.json
 
 The first command measures all estimators. The second measures some and replaces their rows in FILE.
@@ -204,7 +204,7 @@ USE = {
         "v = ξ·b [6]",
         "the model is large; for weights of rows or sources with `product=dots`",
     ),
-    "fastmix": ("`darts` with the output layer's weight in place of w [21]", "as `darts`, cheaper"),
+    "fastmix": ("`darts` with the output layer's weight in place of w [20]", "as `darts`, cheaper"),
     "sama": (
         "v = Db, D = −(∂w'/∂g)ᵀ for the last lower optimizer step g ↦ w' [14]",
         "as `darts`, with Adam at the lower level",
@@ -212,10 +212,6 @@ USE = {
     "unrolled:steps=10": (
         "reverse mode through the last K optimizer steps [7, 8]",
         "w is far from its minimum",
-    ),
-    "forward:steps=10,limit=64": (
-        "forward mode through the last K steps [7]",
-        "as `unrolled`, for up to about 30 entries of u",
     ),
     "neumann:terms=20": ("v = η Σ (I − ηH)ᵏ b, k = 0 … K [5]", "you repeat a paper that uses it"),
     "cg:steps=10": (
@@ -233,10 +229,6 @@ USE = {
     "nystrom:rank=10,steps=10": (
         "`cg` preconditioned by (HΩ)(ΩᵀHΩ)⁻¹(HΩ)ᵀ, Ω with `rank` random columns [15]",
         "a few eigenvalues of H are far larger than the others",
-    ),
-    "kfac:steps=10": (
-        "`cg` preconditioned by EK-FAC of the linear layers [19]",
-        "`cg` needs many steps, and w is in linear layers",
     ),
     "warm": (
         "v ← v − a(Hv − b), continued from the last upper step [12, 13]",

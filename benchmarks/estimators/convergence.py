@@ -32,7 +32,6 @@ METHODS = [
     "darts:xi=lr",
     "sama",
     "unrolled:steps=10",
-    "forward:steps=10",
     "neumann:terms=20",
     "cg:steps=10",
     "cg:steps=30",

@@ -5,7 +5,5 @@ COMMANDS = {
     "init": "guess the options for your table and write them to a commented file",
     "train": "train an adapter by LoRA, DoRA, BiDoRA or another method; evaluate and save it",
     "compare": "compare methods at equal passes, on the same data and seeds",
-    "check": "examine a method's two levels and hypergradient estimators on your data",
     "attribute": "score training rows: which are helpful, which harmful, on rows that you trust",
-    "merge": "merge an adapter into its base model, and check the result",
 }

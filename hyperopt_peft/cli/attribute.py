@@ -178,7 +178,7 @@ def planned(command: AttributeArguments, setup: Setup, trainer: Any, explained: 
     batches = rows / trainer.args.per_device_train_batch_size
     works, on_head = list[Work](), command.score_model == "head"
     if not on_head:
-        training = whole(trainer, "training")
+        training = whole(trainer)
         # Scores by a whole run cost two trainings (docs/attribution.md), else passes over rows.
         unrolled = (command.estimator or UNROLLED).startswith(UNROLLED)
         scores = Work("scores", 1, 0, 2 * (training.batches if unrolled else batches))

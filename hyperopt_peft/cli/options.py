@@ -54,19 +54,13 @@ COMMON = {
 
 
 @dataclass
-class RunArguments:
-    """The options of every command that has a model."""
+class OutputArguments:
+    """The options of every command that trains into ``output_dir``."""
 
     _argument_group_name = "command"
 
     dry_run: bool = option(False, help="print steps and minutes; train nothing")
     details: bool = option(False, help="print the numbers for experts too")
-
-
-@dataclass
-class OutputArguments(RunArguments):
-    """The options of every command that trains into ``output_dir``."""
-
     overwrite_output_dir: bool = option(False, help="replace the results of an earlier run")
 
     def require_output(self, args: Any, *, shared: bool = False) -> str | bool | None:

@@ -74,10 +74,10 @@ def phases(trainer: Any) -> list[Work]:
     return works
 
 
-def whole(trainer: Any, name: str) -> Work:
+def whole(trainer: Any) -> Work:
     """All phases of a run of ``trainer`` as one training."""
     each = phases(trainer)
-    return Work(name, 1, sum(x.steps for x in each), sum(x.batches for x in each))
+    return Work("training", 1, sum(x.steps for x in each), sum(x.batches for x in each))
 
 
 def levels(setup: Setup, trainer: Any) -> str:

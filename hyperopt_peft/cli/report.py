@@ -50,9 +50,9 @@ class Report:
             if any(sum(key in record for record in history) > 1 for key in LOSSES):
                 pictures[title] = f"{title.lower()}.png"
                 level_curves(history, folder / pictures[title])
-        name = "check.html" if self.command == "check" else "report.html"
-        (folder / name).write_text(self.html(pictures), encoding="utf-8")
-        return folder / name
+        page = folder / "report.html"
+        page.write_text(self.html(pictures), encoding="utf-8")
+        return page
 
     def html(self, pictures: Mapping[str, str]) -> str:
         """The page."""

@@ -18,7 +18,6 @@ from hyperopt_peft.trainer.logs import TIMINGS
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils.validation import option
 
-BASE_CONFIG = "base_config"
 #: More upper variables than these are in the details of the page.
 SHOWN = 12
 
@@ -143,7 +142,7 @@ def save_adapter(trainer: BilevelTrainer) -> None:
     if trainer.is_world_process_zero():
         # The configuration has the names of the labels. Transformers would load a folder with an
         # adapter and a configuration as a whole model.
-        trainer.model.config.save_pretrained(Path(trainer.args.output_dir or "") / BASE_CONFIG)
+        trainer.model.config.save_pretrained(Path(trainer.args.output_dir or "") / "base_config")
 
 
 def _last_metrics(trainer: Any) -> dict[str, Any]:

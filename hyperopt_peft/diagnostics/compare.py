@@ -74,8 +74,7 @@ class EstimatorComparison:
         """One plain dict for each estimator."""
         return [asdict(row) for row in self.rows]
 
-    def table(self) -> list[Sequence[str]]:
-        """Cells: the heads, then a row for each estimator."""
+    def __str__(self) -> str:
         head = ("estimator", "cosine", "rel. error", "norm ratio", "factor", "residual", "spread")
         table: list[Sequence[str]] = [(*head, "fwd+bwd", "products", "seconds")]
         for row in self.rows:
@@ -91,19 +90,13 @@ class EstimatorComparison:
                 (row.seconds, ".3g"),
             )
             table.append((row.estimator, *(_cell(*number) for number in numbers)))
-        return table
-
-    def remarks(self) -> list[str]:
-        """The notes on estimators, and the reference with its error."""
         notes = ((row.estimator, row.problem or row.note) for row in self.rows)
         lines = [f"{estimator}: {text}" for estimator, text in notes if text]
         residual = self.reference_residual
         accuracy = "" if residual is None else f" (residual {residual:.2g})"
         note = f" ({self.reference_note})" if self.reference_note else ""
-        return [*lines, f"against {self.reference}{accuracy}{note}; {self.repeats} repeats"]
-
-    def __str__(self) -> str:
-        return "\n".join([aligned(self.table()), *self.remarks()])
+        lines.append(f"against {self.reference}{accuracy}{note}; {self.repeats} repeats")
+        return "\n".join([aligned(table), *lines])
 
 
 def compare_hypergradients(

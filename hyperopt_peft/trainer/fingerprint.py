@@ -84,7 +84,7 @@ def frozen_fingerprint(model: nn.Module, levels: Iterable[Problem]) -> str:
             continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(sample(tensor).view(torch.uint8).numpy().tobytes())
-    return distributed.union([digest.hexdigest()])[0]
+    return distributed.first(digest.hexdigest())
 
 
 def options_of(method: Any) -> dict[str, Any]:

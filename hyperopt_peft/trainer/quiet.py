@@ -24,13 +24,12 @@ QUIET = {
 }
 
 
-def quiet(args: Any, folder: str, kind: Any = None, **changes: Any) -> Any:
+def quiet(args: Any, folder: str, kind: Any, **changes: Any) -> Any:
     """A copy of ``args`` for the same training without evaluation, logs, reports or checkpoints.
 
-    The copy's class is ``kind``, by default the class of ``args``; arguments that ``kind`` lacks
-    are dropped. A Trainer may create ``folder``, the ``output_dir``.
+    The copy's class is ``kind``; arguments that ``kind`` lacks are dropped. A Trainer may create
+    ``folder``, the ``output_dir``.
     """
-    kind = kind or type(args)
     names = {each.name for each in fields(kind)}
     given = {x.name: getattr(args, x.name) for x in fields(args) if x.init and x.name in names}
     return kind(**{**given, **QUIET, "output_dir": folder, **changes})

@@ -88,9 +88,9 @@ def averages(values: Mapping[K, float]) -> dict[K, float]:
     return means(_of_all(dict(values)))
 
 
-def union(keys: Iterable[K]) -> list[K]:
-    """The keys of all processes, in one order for all processes."""
-    return list(dict.fromkeys(key for part in _of_all(list(keys)) for key in part))
+def first(value: T) -> T:
+    """The ``value`` of process 0."""
+    return _of_all(value)[0]
 
 
 def _of_all(value: T) -> list[T]:

@@ -193,7 +193,7 @@ def test_bad_data_is_one_line_that_names_it(
         options["model"] = save_model(tmp_path / "model")
         settings = json.loads((tmp_path / "model/config.json").read_text())
         (tmp_path / "model/config.json").write_text(json.dumps({**settings, "vocab_size": 40}))
-    refused(capsys, "check", {"train_file": path, **options}, words)
+    refused(capsys, "train", {"train_file": path, "dry_run": True, **options}, words)
 
 
 # What a file holds, and the words that the error has beside its name.
@@ -231,7 +231,7 @@ def test_bad_files_are_one_line_that_names_them(
         (tmp_path / name).write_bytes(content)
     options = {"model": model, "task": "text-classification", "train_file": tmp_path / name}
     named = "training examples" if name == "short.csv" else f"train_file: .*{name}"
-    refused(capsys, "check", options, named, words)
+    refused(capsys, "train", {"dry_run": True, **options}, named, words)
 
 
 def test_empty_cells_after_the_last_column_and_long_texts_are_read(tmp_path: Path) -> None:

@@ -126,7 +126,6 @@ def test_a_class_of_a_file_with_its_options(tmp_path: Path, file: str, capsys: C
     assert main(["train", "--method", method, "--help"]) == 0
     assert "of the squares of the weights" in capsys.readouterr().out
     run("train", **{**options, "method": f"{file}:Plain", "overwrite_output_dir": True})
-    run("check", **options, estimators="none", solver_steps=2)
     del options["method"]
     options |= {"methods": ["lora", method], "weight": 2, "output_dir": tmp_path / "2"}
     run("compare", **options, seeds=[0, 1], passes=20, rates=3e-2, upper_rates=1e-2)
@@ -162,4 +161,3 @@ def test_an_estimator_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "estimators.py"
     path.write_text(ESTIMATOR)
     run("train", **small_run(tmp_path, hypergradient=f"{path}:Mine", retrain="none"))
-    run("check", **small_run(tmp_path, dry_run=True, estimators=f"{path}:Mine"))

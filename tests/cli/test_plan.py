@@ -68,8 +68,6 @@ def test_new_weights_that_stay_random_are_warned_of(
 @pytest.mark.parametrize(
     ("command", "changes", "trainings"),
     [
-        ("check", {"search_steps": 2}, {"search": 1, "both levels": 9, "estimators": 8}),
-        ("check", {"estimators": "none"}, {"both levels": 9}),
         ("compare", {"seeds": [0, 1], "methods": ["lora", "bidora"]}, {"lora": 22, "bidora": 38}),
         ("attribute", {"check": 5, "suspects": 3}, {"training": 1, "check": 6, "suspects": 3}),
         ("attribute", {"score_model": "head"}, {"features": 1}),

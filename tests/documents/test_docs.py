@@ -39,8 +39,9 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_ENTRIES", registered())  # a page may register its own
 
 
-# The program on the command line's page goes on from a run of its YAML file: see tests/commands.
-PROGRAMS = [n for n, text in PAGES.items() if "```python" in text and n != "command-line.md"]
+# The programs of these pages go on from a run: see tests/cli.
+AFTER_A_RUN = ("after-training.md", "command-line.md")
+PROGRAMS = [n for n, text in PAGES.items() if "```python" in text and n not in AFTER_A_RUN]
 
 
 @pytest.mark.slow

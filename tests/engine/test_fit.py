@@ -119,7 +119,7 @@ def test_a_solution_that_is_not_finite_moves_nothing() -> None:
     assert engine.skipped == 2 and not lower.variables[0].any()
 
 
-@pytest.mark.parametrize("name", ["unrolled", "sama", "forward"])
+@pytest.mark.parametrize("name", ["unrolled", "sama"])
 def test_estimators_that_need_the_optimizers_steps_are_refused(name: str) -> None:
     with pytest.raises(ProblemError, match=f'{name}: .*choose a solver, such as "minres"'):
         Engine(*levels(), name, lower_steps="minimum", progress=False)

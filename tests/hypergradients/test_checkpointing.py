@@ -16,8 +16,6 @@ from tests.support.language import fuse_head, language_model, lora
 from tests.support.quadratic import FunctionLevel, flat
 
 PROGRAMS = ("bidora", "mix")
-# Few steps of a solver on a loss of no curvature in most directions.
-pytestmark = pytest.mark.filterwarnings("ignore:kfac. the relative residual")
 
 #: Autocast inside the forward pass, autocast around the call, a base in bfloat16.
 WAYS = ("inside", "around", "base")
@@ -36,7 +34,6 @@ METHODS = (
     "darts:product=exact",
     "sama:product=exact",
     "unrolled:steps=2",
-    "kfac:product=difference",
     *FIRST_ORDER,
 )
 FAST = [

@@ -122,7 +122,6 @@ def reads(method: str, monkeypatch: pytest.MonkeyPatch) -> int:
         ("minres:steps=5,tolerance=0,product=difference", 5 + 3),  # the residual of v too
         ("nystrom:rank=3,steps=0", 9),
         ("nystrom:rank=3,steps=5,tolerance=0", 3 + 5 + 9),
-        ("kfac:steps=5,tolerance=0", 5 + 3),
         ("warm", 20 + 5),
         ("penalty:inner_steps=5,tolerance=0.0", 6 + 4),
         ("penalty:inner_steps=9,tolerance=0.0", 10 + 4),

@@ -79,7 +79,7 @@ def test_variables_that_a_batch_does_not_read_rest(optimizer: str, replayed: Poi
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("method", "max_grad_norm"),
-    [("unrolled:steps=2", 1.0), ("forward:steps=2", None), ("sama:product=exact", 1.0)],
+    [("unrolled:steps=2", 1.0), ("unrolled:steps=2", None), ("sama:product=exact", 1.0)],
 )
 def test_a_gradient_that_is_exactly_zero_gives_no_nan(
     kind: type[Optimizer], max_grad_norm: float | None, method: str
@@ -94,9 +94,8 @@ def test_a_gradient_that_is_exactly_zero_gives_no_nan(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", ["unrolled:steps=3", "forward:steps=3"])
 def test_a_variable_of_no_dimension_keeps_its_precision(
-    kind: type[Optimizer], method: str, replayed: Points
+    kind: type[Optimizer], replayed: Points
 ) -> None:
     """A float64 number of no dimension, Adam's count, would widen it."""
     actual = []
@@ -106,8 +105,8 @@ def test_a_variable_of_no_dimension_keeps_its_precision(
         f, made = lambda _, w=w, u=u: (w - u).square(), kind([w], lr=0.1)
         lower = FunctionLevel(f, [w], optimizer=made)
         upper = FunctionLevel(lambda _, w=w: w.square(), [u], lr=1.0)
-        assert hypergradient(upper, lower, method)[0].dtype is dtype
-        Engine(upper, lower, method, lower_steps=3, progress=False).run(1)
+        assert hypergradient(upper, lower, "unrolled:steps=3")[0].dtype is dtype
+        Engine(upper, lower, "unrolled:steps=3", lower_steps=3, progress=False).run(1)
         actual.append(float(u.detach()))
     assert actual[0] == pytest.approx(actual[1], rel=1e-5)
     for after, truth in replayed:
@@ -148,7 +147,7 @@ def hooked(w: Any) -> SGD:
         (hooked, "step hooks"),
     ],
 )
-@pytest.mark.parametrize("method", ["unrolled", "forward", "sama"])
+@pytest.mark.parametrize("method", ["unrolled", "sama"])
 def test_optimizers_that_cannot_be_unrolled_are_named(make: Any, message: str, method: str) -> None:
     w, u = start()
     with pytest.raises(ProblemError, match=f"FunctionLevel: .*{message}"):
@@ -156,10 +155,9 @@ def test_optimizers_that_cannot_be_unrolled_are_named(make: Any, message: str, m
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("method", ["unrolled", "forward"])
-def test_training_is_differentiated(optimizer: str, method: str) -> None:
+def test_training_is_differentiated(optimizer: str) -> None:
     levels = partial(new_levels, *OPTIMIZERS[optimizer], max_grad_norm=0.3)
-    actual = trained(levels(), 2, 3, f"{method}:steps=3")
+    actual = trained(levels(), 2, 3, "unrolled:steps=3")
     torch.testing.assert_close(actual, slopes(levels, 3, before=2), rtol=1e-7, atol=1e-9)
 
 
@@ -174,9 +172,8 @@ def test_each_step_is_differentiated_at_its_own_rate() -> None:
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
-@pytest.mark.parametrize("method", ["unrolled", "forward"])
 @pytest.mark.parametrize("steps", [1, 2])
-def test_outside_training_an_unread_variable_does_not_decay(method: str, steps: int) -> None:
+def test_outside_training_an_unread_variable_does_not_decay(steps: int) -> None:
     """A step leaves it alone; of the other, w' = w − lr·(2w + u + decay·w)."""
     read, unread = (torch.full((2,), x, dtype=torch.float64, requires_grad=True) for x in (1, 3))
     u = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
@@ -184,18 +181,17 @@ def test_outside_training_an_unread_variable_does_not_decay(method: str, steps: 
     made = SGD(w, lr=0.5, weight_decay=0.1)
     lower = FunctionLevel(lambda _: (read.square() + u * read).sum(), w, optimizer=made)
     upper = FunctionLevel(lambda _: read.sum() + unread.sum(), [u])
-    (h,) = hypergradient(upper, lower, f"{method}:steps={steps}")
+    (h,) = hypergradient(upper, lower, f"unrolled:steps={steps}")
     factor = 1 - 0.5 * (2 + 0.1)
     expected = -2 * 0.5 * sum(factor**k for k in range(steps))
     assert float(h) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("method", ["unrolled:steps=2", "forward:steps=2,limit=9"])
-def test_a_group_may_have_no_variables(method: str) -> None:
+def test_a_group_may_have_no_variables() -> None:
     """Transformers makes one of all biases and norms, which an adapter may lack."""
     actual = []
     for empty in ([], [{"params": [], "lr": 0.7}]):
         w, u = start()
         made = Adam([*empty, {"params": w}], lr=0.1)
-        actual.append(flat(hypergradient(*make_levels(made, w, u), method)))
+        actual.append(flat(hypergradient(*make_levels(made, w, u), "unrolled:steps=2")))
     assert torch.equal(*actual)

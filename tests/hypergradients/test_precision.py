@@ -168,7 +168,7 @@ def test_a_difference_is_along_a_direction_of_any_length(length: float, scheme: 
     torch.testing.assert_close(actual.flat() / v.flat(), diagonal, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("method", ["darts", "darts:scheme=forward", "forward:product=difference"])
+@pytest.mark.parametrize("method", ["darts", "darts:scheme=forward", "unrolled:product=difference"])
 def test_the_radius_follows_the_upper_variables_too(method: str) -> None:
     """∂f/∂u is rounded to the precision of u, however wide w is."""
     torch.manual_seed(0)

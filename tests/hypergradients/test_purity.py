@@ -95,7 +95,6 @@ class Counters(nn.Module):
         ("darts:scheme=forward", "darts:product=exact"),
         ("cg:product=difference", "cg"),
         ("unrolled:steps=3,product=difference", "unrolled:steps=3"),
-        ("forward:steps=3,product=difference", "unrolled:steps=3"),
     ],
 )
 def test_all_evaluations_see_the_same_buffers(method: str, double_backward: str) -> None:

@@ -35,7 +35,7 @@ from hyperopt_peft.hypergradients import (
     registry,
     zeros_like,
 )
-from hyperopt_peft.hypergradients.contrib import KFAC, Forward
+from hyperopt_peft.hypergradients.contrib import F2SA
 from hyperopt_peft.hypergradients.implicit.function import FunctionSolver
 from hyperopt_peft.utils.validation import matches
 from tests.support.quadratic import FunctionLevel, flat, program
@@ -60,11 +60,10 @@ def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
             "cg:product=difference,epsilon=.01",
             ConjugateGradient(product="difference", epsilon=0.01),
         ),
-        ("neumann:terms=20,step_size=None", Neumann(terms=20)),
-        ("forward:limit=3", Forward(limit=3)),
+        ("neumann:terms=20,step_size=none", Neumann(terms=20)),
+        ("f2sa:inner_steps=3", F2SA(inner_steps=3)),
         ("darts:xi=lr,scheme=forward", DARTS(xi="lr", scheme="forward")),
         ("darts:xi='lr'", DARTS(xi="lr")),
-        ("kfac:steps=0,damping=none", KFAC(steps=0)),
         (MINRES(steps=2), MINRES(steps=2)),
     ],
 )

@@ -247,7 +247,7 @@ def test_exact_solves_in_double_precision() -> None:
 
 
 def regression(dtype: torch.dtype, size: int, scale: float) -> tuple[FunctionLevel, FunctionLevel]:
-    """Least squares below, with a linear layer for ``kfac``; above, the weights' length."""
+    """Least squares below, in a linear layer; above, the weights' length."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(size, 1, bias=False).to(dtype)
     x, y = torch.randn(20, size).to(dtype), torch.randn(20, 1).to(dtype)

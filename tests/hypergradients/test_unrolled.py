@@ -1,4 +1,4 @@
-"""Unrolling, backwards and forwards, and one step of it, against differences and by hand."""
+"""Unrolling, and one step of it, against differences and by hand."""
 
 from functools import partial
 from typing import Any
@@ -13,13 +13,6 @@ from benchmarks.memory import peak_memory
 from hyperopt_peft import Engine, ProblemError, hypergradient
 from tests.support.optimizers import OPTIMIZERS, f, make_levels, slopes, start, trained, upper_f
 from tests.support.quadratic import FunctionLevel, flat, program
-
-SOME = ("nesterov", "adamw", "rmsprop-centered")
-each_optimizer = pytest.mark.parametrize(
-    ("optimizer", "method"),
-    [*((name, "unrolled") for name in OPTIMIZERS), *((name, "forward") for name in SOME)],
-)
-both_modes = pytest.mark.parametrize("method", ["unrolled", "forward"])
 
 
 def made(optimizer: str, setting: str = "") -> Any:
@@ -44,18 +37,17 @@ def assert_slope(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-9)
 
 
-@both_modes
 @pytest.mark.parametrize("optimizer", ["nesterov", "adamw"])
 @pytest.mark.parametrize("setting", ["clipping", "groups", "schedule", "dropout", "truncated"])
-def test_each_step_is_differentiated_as_done(optimizer: str, setting: str, method: str) -> None:
+def test_each_step_is_differentiated_as_done(optimizer: str, setting: str) -> None:
     """Each step has its own dropout mask."""
     done = 5 if setting == "truncated" else 3
-    actual = trained(made(optimizer, setting), 2, done, f"{method}:steps=3")
+    actual = trained(made(optimizer, setting), 2, done, "unrolled:steps=3")
     assert_slope(actual, slopes(partial(made, optimizer, setting), 3, before=done - 1))
 
 
-@each_optimizer
-def test_outside_training_steps_are_simulated(optimizer: str, method: str) -> None:
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_outside_training_steps_are_simulated(optimizer: str) -> None:
     """F is differentiated at the current point, on which the optimizer's state depends."""
 
     def advanced() -> Any:
@@ -71,12 +63,11 @@ def test_outside_training_steps_are_simulated(optimizer: str, method: str) -> No
     direct = flat(torch.autograd.grad(upper_f(w, u), u, materialize_grads=True))
     b = flat(torch.autograd.grad(upper_f(w, u), w))
     implicit = slopes(advanced, 3, value=lambda _, lower: flat(lower.variables) @ b)
-    assert_slope(flat(hypergradient(upper, lower, f"{method}:steps=3")), direct + implicit)
+    assert_slope(flat(hypergradient(upper, lower, "unrolled:steps=3")), direct + implicit)
     assert implicit.norm() > 0.01 * direct.norm()
 
 
-@both_modes
-def test_graphs_of_two_steps_are_never_held_at_once(method: str) -> None:
+def test_graphs_of_two_steps_are_never_held_at_once() -> None:
     """Another step adds what is recorded of it, here 3 vectors of 4 numbers, and no graph."""
 
     def held(steps: int) -> int:
@@ -89,7 +80,7 @@ def test_graphs_of_two_steps_are_never_held_at_once(method: str) -> None:
 
         upper = FunctionLevel(lambda _: w.square().sum(), [u], lr=0.1)
         lower = FunctionLevel(f, [w], optimizer=SGD([w], lr=0.1, momentum=0.9))
-        engine = Engine(upper, lower, f"{method}:steps={steps}", lower_steps=steps, progress=False)
+        engine = Engine(upper, lower, f"unrolled:steps={steps}", lower_steps=steps, progress=False)
         engine.run(1)
         return peak_memory(lambda: engine.run(1), torch.device("cpu"))
 

@@ -50,7 +50,7 @@ class ModelArguments:
             raise ProblemError(f"load_in_4bit: is for causal-lm and sft, got task {self.task}")
 
 
-def load_config(name: str, task: str = "", names: Sequence[str] = ()) -> Any:
+def load_config(name: str, task: str, names: Sequence[str]) -> Any:
     """The configuration of the model ``name`` with a head for ``task`` and the classes."""
     with _loading("model", name):
         config = AutoConfig.from_pretrained(name)

@@ -1,9 +1,7 @@
 """Further estimators, available by name like the others, each with tests of its own."""
 
 from hyperopt_peft.hypergradients.contrib.fastmix import FastMix
-from hyperopt_peft.hypergradients.contrib.forward import Forward
-from hyperopt_peft.hypergradients.contrib.kfac import KFAC
 from hyperopt_peft.hypergradients.contrib.penalty import F2SA, Penalty
 from hyperopt_peft.hypergradients.contrib.sama import SAMA
 
-__all__ = ["F2SA", "KFAC", "SAMA", "FastMix", "Forward", "Penalty"]
+__all__ = ["F2SA", "SAMA", "FastMix", "Penalty"]

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from hyperopt_peft.core.problem import Problem, StepRecord
 from hyperopt_peft.errors import ProblemError
@@ -79,23 +78,6 @@ class DifferentiableStep:
             _clipping_derivative(clipping, _shaped(bars[n : 2 * n], step.variables)),
             list(bars[2 * n :]),
         )
-
-    def jvp(
-        self, step: StepRecord, point: Vector, gradient: Vector, moments: Sequence[Tensor]
-    ) -> tuple[Vector, list[Tensor]]:
-        """Tangents of (w', moments') from tangents of (w, g, moments)."""
-        clipping = self._clipping(step)
-        gradient = _clipping_derivative(clipping, gradient)
-        tangents = (to_local(point), to_local(gradient), moments)
-        with forward_ad.dual_level():
-            duals = [
-                [forward_ad.make_dual(x, t.to(x)) for x, t in zip(group, along, strict=True)]
-                for group, along in zip(self._inputs(step, clipping), tangents, strict=True)
-            ]
-            after, moments_after = (
-                [_tangent(x) for x in outputs] for outputs in self._apply(step, *duals)
-            )
-        return _shaped(after, step.variables), moments_after
 
     def advance(self, step: StepRecord) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """The variables and the optimizer's snapshot after ``step``."""
@@ -188,8 +170,3 @@ def _shaped(parts: Sequence[Tensor], like: Sequence[Tensor]) -> Vector:
     for x, part in zip(to_local(full), parts, strict=True):
         x.copy_(part)
     return Vector(full)
-
-
-def _tangent(dual: Tensor) -> Tensor:
-    value, tangent = forward_ad.unpack_dual(dual)
-    return torch.zeros_like(value) if tangent is None else tangent

@@ -61,7 +61,7 @@ class Unrolled(Estimator):
             differences=self.product == "difference",
         )
 
-    def cost(self) -> int | None:
+    def cost(self) -> int:
         """One pass of F and four for each step: f, its graph (two), and the product."""
         return 1 + 4 * self.steps
 

@@ -96,7 +96,6 @@ def expected(point: Point, form: Form) -> Iterator[tuple[str, Tensor | None]]:
     yield f"minres:{solved},product=difference", point.truth
     yield "exact", point.truth
     yield f"cg:{solved}", point.truth
-    yield f"kfac:{solved}", point.truth
     yield f"nystrom:{solved}", point.truth
     yield f"neumann:terms=30,step_size={step_size!r}", point.neumann(30, step_size)
     yield f"cg:{solved},product=difference,damping=0.5", point.damped(0.5)
@@ -111,14 +110,13 @@ def expected(point: Point, form: Form) -> Iterator[tuple[str, Tensor | None]]:
     yield "sama", point.unrolled(1, fresh)
     yield "unrolled:steps=3", point.unrolled(3, fresh)
     yield "unrolled:steps=2,product=difference", point.unrolled(2, fresh)
-    yield "forward:steps=2", point.unrolled(2, fresh)
     yield "fastmix", None
 
 
 def close(form: Form, name: str, value: Tensor, target: Tensor, point: Point, slack: float) -> str:
     """Empty where ``value`` is ``target`` but for rounding and ``slack``; else the error."""
     exact, difference = ROUNDING.get(form.precision, HALF)
-    solvers = ("minres", "cg", "kfac", "nystrom", "neumann", "exact", "warm", "unrolled", "forward")
+    solvers = ("minres", "cg", "nystrom", "neumann", "exact", "warm", "unrolled")
     first_order = "difference" in name or not name.startswith((*solvers, "direct"))
     rounding = difference if first_order and "product=exact" not in name else exact
     size = point.d.norm() + (point.m @ point.inverse).norm() * point.b.norm()

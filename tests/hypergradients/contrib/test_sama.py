@@ -1,35 +1,12 @@
-"""`forward`: tangents of few unknowns; `sama`: one step of the optimizer."""
+"""`sama`: one step of the optimizer."""
 
 import pytest
 import torch
 from torch.optim import SGD, AdamW
 
-from hyperopt_peft import Engine, ProblemError, hypergradient
+from hyperopt_peft import hypergradient
 from tests.support.optimizers import OPTIMIZERS, make_levels, new_levels, start, trained
-from tests.support.quadratic import FunctionLevel, flat, taken
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_forward_mode_is_reverse_mode(optimizer: str) -> None:
-    """The steps before the last upper step are left out."""
-
-    def upper_steps(method: str) -> list[torch.Tensor]:
-        levels = new_levels(*OPTIMIZERS[optimizer], max_grad_norm=0.3)
-        return taken(Engine(*levels, method, lower_steps=2, progress=False), 3)
-
-    forward, reverse = upper_steps("forward:steps=2"), upper_steps("unrolled:steps=2")
-    torch.testing.assert_close(forward, reverse, rtol=1e-12, atol=1e-12)
-
-
-def test_too_many_unknowns_are_sent_to_reverse_mode() -> None:
-    levels = new_levels(SGD, {"lr": 0.1})
-    with pytest.raises(ProblemError, match="limit=3"):
-        hypergradient(*levels, "forward:limit=3")
-    with pytest.raises(ProblemError, match="limit=3"):
-        Engine(*levels, "forward:limit=3", warmup_steps=1000)
-    hypergradient(*levels, "forward:limit=4")
-    with pytest.raises(ProblemError, match="limit"):
-        hypergradient(*levels, "forward:limit=0")
+from tests.support.quadratic import FunctionLevel, flat
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
