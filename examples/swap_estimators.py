@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from hyperopt_peft import Estimator, Solver, compare_hypergradients, register
 from hyperopt_peft.hypergradients import Estimate, Solution, Vector, dot, zeros_like
-from hyperopt_peft.method import PositiveInt, TaskLevel, WeightedRows
+from hyperopt_peft.method import PositiveInt, TaskLevel, WeightedRows, row_losses
 from hyperopt_peft.problems.textbook.ridge import split, standardised
 from hyperopt_peft.utils.plots import lines
 from sklearn.datasets import load_diabetes
@@ -118,6 +118,7 @@ def levels() -> tuple[TaskLevel, WeightedRows, Tensor]:
         model,
         lambda batch: u.exp()[batch["clinic"]],
         tags=["clinic"],
+        row_losses=row_losses,  # the loss is the mean over labels
         data=[below],
         optimizer=torch.optim.SGD(model.parameters(), RATE),  # unrolled by some estimators
         prior=lambda variables: L2 / 2 * sum(w.square().sum() for w in variables),
