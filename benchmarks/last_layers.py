@@ -13,13 +13,13 @@ from typing import Any
 import pandas
 import torch
 from datasets import Dataset
-from rated_text import DOMAINS, archive
 from text_data import load_model, model_path
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, DataCollatorWithPadding
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from benchmarks.ratings import DOMAINS, archive
 from hyperopt_peft.core.logits import IGNORED
 from hyperopt_peft.heads import Features, features_of
 

@@ -10,7 +10,6 @@ from functools import cache, partial
 import pandas
 import torch
 from peft import LoraConfig, get_peft_model
-from rated_text import one_rater
 from text_data import load_model, tweets
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -19,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from benchmarks.last_layers import LastLayers, States, encode, movies
+from benchmarks.ratings import one_rater
 from hyperopt_peft import Problem
 from hyperopt_peft.attribution.level import train_level
 from hyperopt_peft.attribution.scores import Evaluation, Trained

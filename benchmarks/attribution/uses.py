@@ -3,7 +3,7 @@
     python benchmarks/attribution uses
 
 Training sentences have the label of one rater, evaluation and test rows the label of many
-(`rated_text`). Rows are removed by score in three kinds of cells: evaluation rows of the same
+(`ratings`). Rows are removed by score in three kinds of cells: evaluation rows of the same
 domain, of another domain, and a fifth of the training labels made wrong (three data sets). The
 alternatives are training on the evaluation rows too, once or five times each; training on these
 only; and removal by loss or by suspicion. LoRA, pooler and head are in MiniLM's last two layers,
@@ -23,7 +23,6 @@ import pandas
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from rated_text import one_rater
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification
@@ -35,6 +34,7 @@ from benchmarks.last_layers import tokens
 from benchmarks.measure import show
 from benchmarks.methods.tasks import TABLES
 from benchmarks.pages import RESULTS
+from benchmarks.ratings import one_rater
 from benchmarks.store import Row, Store, opened, run_parser
 from hyperopt_peft import attribute
 from hyperopt_peft.attribution.scores import Trained

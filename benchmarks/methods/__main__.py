@@ -5,11 +5,9 @@ python benchmarks/methods run --settings "few rows" --tasks sst2 --methods LoRA 
 python benchmarks/methods run --heads                  # of heads, the limit of many passes
 python benchmarks/methods run --dry_run                # the passes and minutes of missing runs
 python benchmarks/methods run --quick                  # a minute of short runs, not stored
-python benchmarks/methods sparsity                     # are weights sparse that learn with w?
 python benchmarks/methods report                       # writes the pages' tables from the stores
 python benchmarks/methods report --check               # checks the committed tables
 python benchmarks/methods calibration                  # are equal methods called different?
-python benchmarks/methods offsets                      # is a known difference found, and when?
 """
 
 from __future__ import annotations
@@ -29,8 +27,7 @@ from hyperopt_peft.comparison import Runs  # noqa: E402
 def main() -> None:
     """Train, or report."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    commands = ("run", "sparsity", "calibration", "offsets", "report")
-    parser.add_argument("command", choices=commands)
+    parser.add_argument("command", choices=("run", "calibration", "report"))
     parser.add_argument("--settings", nargs="+", default=[*SETTINGS], choices=SETTINGS)
     parser.add_argument("--tasks", nargs="+", help="by default all of a setting")
     parser.add_argument("--methods", nargs="+", help="by default all; the first one is needed")
@@ -44,18 +41,10 @@ def main() -> None:
         from benchmarks.methods.report import report
 
         report(check=options.check)
-    elif options.command == "sparsity":
-        from benchmarks.methods.sparsity import sparsity
-
-        sparsity(quick=options.quick)
     elif options.command == "calibration":
         from benchmarks.methods.calibration import calibration
 
         calibration(quick=options.quick)
-    elif options.command == "offsets":
-        from benchmarks.methods.offsets import offsets
-
-        print(offsets())
     elif options.quick:
         names = ["LoRA", "loss correction", "RowWeights"]
         print(compared("wrong labels", "trec", Runs(), names=names, **QUICK))

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks import pages
 from benchmarks.measure import table
-from benchmarks.methods import calibration, sparsity
+from benchmarks.methods import calibration
 from benchmarks.methods.runs import stored
 from benchmarks.methods.settings import SETTINGS, Setting
 from hyperopt_peft.comparison import Comparison
@@ -123,7 +123,7 @@ def report(*, check: bool) -> None:
         },
         pages.DOCS / "methods.md": {"kinds": joined(UNITS, map(section, kinds), "methods.png")},
         pages.ROOT / "README.md": {"methods": "\n".join(map(line, kinds))},
-        TABLES: {"methods": "\n".join(map(details, every)), "sparsity": sparsity.section()},
+        TABLES: {"methods": "\n".join(map(details, every))},
         pages.DOCS / "when-bilevel-pays.md": {
             "grid": joined(
                 GRIDS, [f"{table([*search_rows(grids)])}\n"] if grids else [], "search.png"
@@ -138,7 +138,6 @@ def report(*, check: bool) -> None:
         pages.write(path, given, check=check)
     if not check:
         figures(kinds, page, grids)
-        sparsity.figure()
 
 
 def joined(begin: str, texts: Iterable[str], figure: str = "") -> str:

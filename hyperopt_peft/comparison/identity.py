@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import ast
-import dis
 import functools
 import hashlib
+import importlib.util
 import inspect
 import sys
-import textwrap
-from collections.abc import Iterable
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from types import CodeType, ModuleType
 from typing import Any
 
 from datasets.fingerprint import Hasher
@@ -85,73 +82,39 @@ def with_values(thing: Any) -> Any:
 def code_of(thing: Any) -> str:
     """The name of a function, a class or a value's class, with a hash of the code of a user.
 
-    The hash is of the statements that define it, and of those that define all that these name, in
-    each file of the user: base classes and helpers count, and other methods of a file do not. What
-    a function imports itself does not count.
+    The hash is of the files of the user that have it or a base class, and of those that these
+    import. An edit beside it counts too; what a function imports itself does not.
     """
     if not callable(thing) or not hasattr(thing, "__qualname__"):
         thing = type(thing)
-    module, name, found = thing.__module__, thing.__qualname__, dict[Any, str]()
+    module, name, files = thing.__module__, thing.__qualname__, dict[str, str]()
     if not _is_of_user(module):
         return f"{module}.{name}"
     try:
-        if "<" in name:  # within a function, whose other statements do not count
-            text = textwrap.dedent(inspect.getsource(thing))
-            for _, read, found[name] in _statements(text):
-                _collect(module, read, found)
-        else:
-            _collect(module, {name.partition(".")[0]}, found)
-    except SyntaxError:  # a lambda within a call
-        found[name] = text
-    except (OSError, TypeError, KeyError):  # no file or no module
-        found.clear()
-    if not any(found.values()):  # no file has it, as in a notebook
-        found[name] = Hasher.hash(thing)
-    code = "\n".join(found[key] for key in sorted(found))
+        for each in getattr(thing, "__mro__", [thing]):
+            if _is_of_user(each.__module__):
+                inspect.getsource(each)
+                _collect(each.__module__, files)
+        code = "\n".join(sorted(files.values()))
+    except (OSError, TypeError, KeyError, SyntaxError):  # no file has it, as in a notebook
+        code = Hasher.hash(thing)
     return f"{name} {hashlib.sha256(code.encode()).hexdigest()[:12]}"
 
 
-def _collect(module: str, names: Iterable[str], found: dict[Any, str]) -> None:
-    """Add to ``found`` the code of ``names`` of ``module``, and of all that it reads."""
-    here = sys.modules[module]
-    statements = _statements(inspect.getsource(here))
-    for name in {*names}:
-        if (key := f"{module} {name}") in found:
-            continue
-        mine, value = [x for x in statements if name in x[0]], vars(here).get(name)
-        found[key] = "\n".join(text for *_, text in mine)
-        for _, read, _ in mine:
-            _collect(module, read, found)
-        owner: str | None
-        inside: Iterable[str]
-        if isinstance(value, ModuleType):
-            owner, inside = value.__name__, vars(value)
-        else:
-            owner = getattr(value, "__module__", None)
-            inside = getattr(value, "__qualname__", type(value).__qualname__).split(".")[:1]
-        if owner is None and found[key].startswith("from "):
-            found[key] += repr(value)  # a number of another file
-        elif owner is not None and owner != module and _is_of_user(owner):
-            _collect(owner, inside, found)
-
-
-@functools.lru_cache
-def _statements(source: str) -> list[tuple[set[str], set[str], str]]:
-    """For each statement of ``source``, the names that it binds, those that it reads, its text."""
-    statements = []
-    for node in ast.parse(source).body:
-        codes, bound, read = [compile(ast.Module([node], []), "", "exec")], set(), set()
-        for code in codes:
-            codes += [each for each in code.co_consts if isinstance(each, CodeType)]
-            steps = [*dis.get_instructions(code)]
-            read |= {x.argval for x in steps if x.opname in ("LOAD_NAME", "LOAD_GLOBAL")}
-            bound |= {x.argval for x in steps if x.opname == "STORE_NAME" and code is codes[0]}
-        for changed in getattr(node, "targets", [node]):  # as Mine.x = 3 and TABLE.update(x=3)
-            while inner := getattr(changed, "func", getattr(changed, "value", None)):
-                changed = inner
-            bound |= {getattr(changed, "id", "")}
-        statements.append((bound, read, ast.unparse(node)))
-    return statements
+def _collect(module: str, files: dict[str, str]) -> None:
+    """Add to ``files`` the source of ``module``, and of what of the user it imports at its top."""
+    files[module] = inspect.getsource(here := sys.modules[module])
+    for node in ast.parse(files[module]).body:
+        names = []
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [x.name for x in node.names]
+        if isinstance(node, ast.ImportFrom):
+            owner = "." * node.level + (node.module or "")
+            owner = importlib.util.resolve_name(owner, here.__package__)
+            names = [owner, *(f"{owner}.{x}" for x in names)]
+        for name in {*names} - files.keys():
+            if getattr(sys.modules.get(name), "__file__", None) and _is_of_user(name):
+                _collect(name, files)
 
 
 def _is_of_user(module: str) -> bool:

@@ -98,8 +98,7 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
     )
     non_finite: Literal["raise", "skip"] = option(
         None,
-        help="on a NaN or infinite loss, gradient or curvature: raise, after writing a checkpoint; "
-        "or skip the step, and count it",
+        help="on a NaN or infinite loss, gradient or curvature: raise, or skip and count the step",
     )
     retrain: Literal["none", "warm", "scratch"] = option(
         None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import pickle
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -21,7 +20,7 @@ from hyperopt_peft.adapters.layers import keep_active
 from hyperopt_peft.engine import checkpoint
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import passes
-from hyperopt_peft.trainer.internals import NEEDED, counters_of, save_checkpoint
+from hyperopt_peft.trainer.internals import NEEDED, counters_of
 from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.distributed import gather, sharded_like
 from hyperopt_peft.utils.random_state import RandomState
@@ -116,28 +115,6 @@ class BilevelCallback(TrainerCallback):
             best = trainer.state.best_model_checkpoint
             checkpoint.rotate(folder.parent, self.save_total_limit, best)
 
-    def save_before(self) -> str:
-        """Write a checkpoint of the state before the current step; return words with its path."""
-        trainer, steps = self.trainer, self.trainer.state.global_step
-        trainer.current_flos, trainer.state.num_input_tokens_seen, metrics = self.counters
-        vars(trainer).update(metrics)
-        # A run that resumes at the beginning of an epoch draws the order of the data again.
-        first = trainer.current_step.micro[0].random_state
-        (self.epoch_random if self.epoch_step == steps else first).restore()
-        folder = Path(trainer.args.output_dir) / f"{checkpoint.PREFIX}{steps}"
-        try:
-            if not (folder / checkpoint.MANIFEST).exists():
-                save_checkpoint(trainer)
-                self.complete()
-        # On a full disk torch.save raises RuntimeError, and safetensors its own error.
-        except (OSError, RuntimeError, SafetensorError, ProblemError) as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            reason = f": {error}" if isinstance(error, ProblemError) else ""
-            return f"no checkpoint could be written{reason}"
-        finally:
-            self.writing = None
-        return f"the state before it is in {folder}"
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restore the levels, after the Trainer has prepared model and optimizer."""
         self.activate()
@@ -212,8 +189,6 @@ class BilevelCallback(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin an optimizer step of both levels."""
         self._complete_on_signal(args, state, control)
-        flos, tokens = self.trainer.current_flos, state.num_input_tokens_seen
-        self.counters = flos, tokens, counters_of(self.trainer)
         self.trainer.begin_step()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
-import transformers
 from accelerate.utils import send_to_device
 from datasets import Dataset
 from transformers import Trainer
@@ -19,15 +18,6 @@ from hyperopt_peft.trainer.tags import marks, without
 #: Files without which the Trainer does not resume. The optimizer's file is left out, since FSDP
 #: names it differently.
 NEEDED = ("scheduler.pt", "trainer_state.json")
-
-
-def save_checkpoint(trainer: Trainer) -> None:
-    """Write a checkpoint now; the public interface does so only after a complete step."""
-    save = getattr(trainer, "_save_checkpoint", None)
-    if save is None:
-        raise ProblemError(f"transformers {transformers.__version__} has no _save_checkpoint")
-    save(trainer.model, None)
-
 
 #: What the Trainer calls on each batch, to move it to the device.
 PREPARES = ("_prepare_inputs", "_prepare_input")

@@ -436,14 +436,14 @@ class BilevelTrainer(CombinedTrainer):
         return loss
 
     def handle_non_finite(self, error: NonFiniteError) -> None:
-        """Count the step as skipped, or save the state before the step and raise."""
+        """Count the step as skipped, or raise."""
         if self.args.non_finite == "skip":
             self.skipped += 1
             return
         step, number, epoch = self.current_step, self.state.global_step + 1, self.state.epoch or 0
         raise NonFiniteError(
             f"step {number} (epoch {epoch:.2f}, {step.count} micro-batches): {error}; "
-            f"{step.advice()}; {self.callback.save_before()}"
+            f"{step.advice()}"
         ) from error
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

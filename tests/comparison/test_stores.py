@@ -16,17 +16,29 @@ from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Run, Task
 from hyperopt_peft.utils.plugins import import_file
 from tests.support.comparisons import accuracy, compared
+from tests.support.process import python
 
-#: Four methods of a file, two of which have something of a second file.
-METHODS = """
-from dataclasses import dataclass
-from store_helper import SCALE, Base
+#: Files of four methods, two of which are in one file, and two files that these import.
+FILES = {
+    "store_scale.py": "SCALE = 1.0",
+    "store_base.py": """
 from hyperopt_peft import Method
 
-FACTOR = 1.0
+class Base(Method):
+    defaults = {"weight_decay": 0.1}
+""",
+    "store_one.py": """
+from hyperopt_peft import Method
 
 class One(Method):
     pass
+""",
+    "store_two.py": """
+from dataclasses import dataclass
+from store_scale import SCALE
+from hyperopt_peft import Method
+
+FACTOR = 1.0
 
 @dataclass
 class Two(Method):
@@ -34,44 +46,43 @@ class Two(Method):
     def lower_loss(self, model, batch, task_loss):
         return self.factor * task_loss(batch)
 
-class Three(Base):
-    pass
-
 class Four(Method):
     def lower_loss(self, model, batch, task_loss):
         return scaled(task_loss(batch))
 
 def scaled(loss):
     return loss * FACTOR * SCALE
-"""
-HELPER = """
-from hyperopt_peft import Method
 
-SCALE = 1.0
+score = lambda outputs: {"accuracy": 0.5}
+""",
+    "store_three.py": """
+from store_base import Base
 
-class Base(Method):
-    defaults = {"weight_decay": 0.1}
-"""
-NAMES = ("One", "Two", "Three", "Four")
+class Three(Base):
+    pass
+""",
+}
+NAMES = {"One": "one", "Two": "two", "Three": "three", "Four": "two"}
 
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A function that writes both files, each with changes, and imports them anew."""
+    """A function that writes the files, each with changes, and imports them anew."""
     monkeypatch.syspath_prepend(tmp_path)
 
     def written(**changes: str) -> dict[str, Any]:
-        for name, text in {"store_helper.py": HELPER, "store_methods.py": METHODS}.items():
+        for name, text in FILES.items():
             for old, new in changes.items():
                 text = text.replace(old, new)
             (tmp_path / name).write_text(text)
-            for module in (str(tmp_path / name), "store_helper"):
+            for module in (str(tmp_path / name), Path(name).stem):
                 sys.modules.pop(module, None)
-        module = import_file(str(tmp_path / "store_methods.py"), "method")
-        return {name: getattr(module, name)() for name in NAMES}
+        paths = {name: tmp_path / f"store_{file}.py" for name, file in NAMES.items()}
+        return {name: getattr(import_file(str(x), "method"), name)() for name, x in paths.items()}
 
     yield written
-    sys.modules.pop("store_helper", None)
+    for name in FILES:
+        sys.modules.pop(Path(name).stem, None)
 
 
 @pytest.fixture
@@ -96,17 +107,17 @@ def new_of(done: list[str], methods: Any, folder: Path, **options: Any) -> list[
     return sorted({*done}, key=[*methods].index)
 
 
-def test_after_editing_a_method_only_its_runs_are_new(
+def test_after_editing_a_file_only_runs_of_its_methods_are_new(
     tmp_path: Path, files: Any, done: list[str]
 ) -> None:
     assert new_of(done, files(), tmp_path) == [*NAMES]
     for change, of in {
-        ("2.0", "3.0"): ["Two"],
-        ("factor", "size"): ["Two"],  # an option with another name
-        ("0.1", "0.2"): ["Three"],  # the base class, a method of another file
-        ("FACTOR = 1", "FACTOR = 2"): ["Four"],  # a constant that its helper reads
-        ("SCALE = 1", "SCALE = 2"): ["Four"],  # one of another file
-        ("class One", "# a remark\nclass One"): [],
+        ("2.0", "3.0"): ["Two", "Four"],
+        ("factor", "size"): ["Two", "Four"],  # an option with another name
+        ("0.1", "0.2"): ["Three"],  # the base class, in a file of its own
+        ("FACTOR = 1", "FACTOR = 2"): ["Two", "Four"],  # a constant that a helper reads
+        ("SCALE = 1", "SCALE = 2"): ["Two", "Four"],  # one of another file
+        ("class One", "# a remark\nclass One"): ["One"],
     }.items():
         assert new_of(done, files(**dict([change])), tmp_path) == of
         assert not new_of(done, files(), tmp_path)  # the version before
@@ -141,16 +152,26 @@ def test_other_settings_reuse_nothing_and_are_remarked(
     assert len(store.results) == 8 == len(store.unused)
 
 
-def test_the_code_of_a_function_within_a_function_is_its_own() -> None:
-    def first(x: Any) -> Any:
-        return x
+def test_the_code_of_files_is_the_same_in_another_process(tmp_path: Path, files: Any) -> None:
+    here = [code_of(method) for method in files().values()]
+    program = f"""import sys
+sys.path.insert(0, {str(tmp_path)!r})
+from store_one import One
+from store_two import Two, Four
+from store_three import Three
+from hyperopt_peft.comparison.identity import code_of
+print(*map(code_of, [One, Two, Three, Four]), sep="\\n")"""
+    assert python("-c", program).stdout.splitlines() == here
+    assert len({*here}) == len(NAMES)
 
-    before = code_of(first)
 
-    def first(x: Any) -> Any:  # type: ignore[no-redef]
-        return -x
+def test_the_code_of_a_lambda_counts(files: Any) -> None:
+    def score(**changes: str) -> str:
+        scaled = files(**changes)["Four"].lower_loss.__func__.__globals__
+        return code_of(scaled["score"])
 
-    assert before != code_of(first) and code_of(len) == "builtins.len"
+    assert score() == score() != score(**{"0.5": "0.6"})
+    assert code_of(len) == "builtins.len"
 
 
 @pytest.mark.parametrize("module", [__name__, "none"])

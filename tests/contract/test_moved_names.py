@@ -35,6 +35,3 @@ def test_everything_works_and_one_line_says_what_does_not(seen: Any, name: str) 
     assert all(name in warning for warning in warnings)
     assert programs["training"]["error"] is None
     assert {"levels.safetensors", "bilevel.json"} <= set(programs["training"]["value"])
-    message = programs["diverged"]["error"]
-    assert message.startswith("NonFiniteError") and "\n" not in message
-    assert ("no checkpoint could be written" in message) == (name == "_save_checkpoint")

@@ -23,7 +23,6 @@ def parameters(function: Any) -> list[str]:
 
 
 def test_private_names() -> None:
-    assert parameters(Trainer._save_checkpoint) == ["self", "model", "trial"]
     assert (SCHEDULER_NAME, TRAINER_STATE_NAME) == NEEDED
 
 

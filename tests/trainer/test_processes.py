@@ -103,13 +103,10 @@ def test_two_processes_resume_from_a_checkpoint_that_is_written_once(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_nan_on_one_process_stops_both(two: Any, folders: Any, kind: Any) -> None:
-    """After the state before the step was written."""
+def test_a_nan_on_one_process_stops_both(two: Any, kind: Any) -> None:
     for result in two(kind):
         assert "step 4 (epoch 0.75, 1 micro-batches)" in result["stopped"]
         assert "the loss is nan" in result["stopped"]
-        assert str(folders[kind] / "stopped" / "checkpoint-3") in result["stopped"]
-    assert (folders[kind] / "stopped" / "checkpoint-3" / "bilevel.json").is_file()
 
 
 def test_what_shards_cannot_do_is_refused(two: Any) -> None:

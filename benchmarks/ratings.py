@@ -5,21 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import random
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas
-import torch
-from datasets import Dataset
-from hyperopt_peft.heads import features_of
-from transformers import AutoTokenizer, DataCollatorWithPadding
-
-from text_data import load_model, model_path, quiet
 
 DOWNLOADS = Path(__file__).parent.parent / "outputs/downloads"
 SOURCE = "vaderSentiment-3.3.2"
@@ -40,60 +32,20 @@ def one_rater(domain: str, seed: int) -> pandas.DataFrame:
     gives the clean label, one rating drawn with ``seed`` the noisy label; within ±0.5 of 0 is
     neutral. Hutto & Gilbert 2014, VADER, ICWSM.
     """
-    table = rated(domain)
-    noisy = table.ratings.map(np.random.RandomState(seed).choice)
-    clean = table.ratings.map(np.mean)
-    table = table.assign(noisy=class_of(noisy), clean=class_of(clean))[["text", "noisy", "clean"]]
-    return table.drop_duplicates("text")
-
-
-def rated(domain: str) -> pandas.DataFrame:
-    """Sentences of ``domain`` in order: ``text``, and the list of its ``ratings``."""
     files = archive()
     read = {"sep": "\t", "header": None, "quoting": 3, "index_col": 0}
-    texts, ratings = (
+    texts, rated = (
         pandas.read_csv(io.BytesIO(files[f"{DOMAINS[domain]}_{name}.txt"]), names=columns, **read)
         for name, columns in (
             ("GroundTruth", ["id", "mean", "text"]),
             ("anonDataRatings", ["id", "mean", "deviation", "ratings"]),
         )
     )
-    return texts[["text"]].join(ratings["ratings"].map(json.loads), how="inner")
-
-
-def raters(blocks: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Blocks of 30 movie sentences: MiniLM's features ``(30, d)``, classes ``(persons, 30)``.
-
-    The same persons, in the same order, rate all sentences of a block. Class 1 is a strong rating,
-    at least 2 either way: the file is sorted by sentiment, so that most blocks have one sign.
-    """
-    quiet()
-    table = rated("movies")
-    step = len(table) // 30 // blocks
-    table = table[np.arange(len(table)) // 30 % step == 0][: 30 * blocks]
-    tokenizer = AutoTokenizer.from_pretrained(model_path("minilm"))
-    tokens = tokenizer(table.text.tolist(), truncation=True, max_length=40)
-    rows = Dataset.from_dict({**tokens, "labels": [0] * len(table)})
-    features = features_of(load_model("minilm", ["-"]), rows, DataCollatorWithPadding(tokenizer))
-    parts = np.array_split(table.ratings, blocks)
-    classes = (torch.tensor(part.tolist()).T.abs().ge(2).long() for part in parts)
-    return [*zip(features.standardized().x.float().split(30), classes)]
-
-
-def draw_raters(blocks: Any, numbers: random.Random) -> tuple[Any, Any]:
-    """Known persons, one from each block of one half, and new persons, two from each other block.
-
-    Both parts hold out ratings in three ways: ten of each person to train on, the other twenty to
-    judge. A part has features ``(persons, ratings, d)`` and classes.
-    """
-    blocks, half = numbers.sample(blocks, len(blocks)), len(blocks) // 2
-    parts = []
-    for some, count in ((blocks[:half], 1), (blocks[half:], 2)):
-        rows = [(x, y[k]) for x, y in some for k in numbers.sample(range(len(y)), count)]
-        order = torch.tensor(numbers.sample(range(30), 30))
-        ways = [[torch.stack(part)[:, order.roll(k)] for part in zip(*rows)] for k in (0, 10, 20)]
-        parts.append([([x[:, :10], y[:, :10]], [x[:, 10:], y[:, 10:]]) for x, y in ways])
-    return parts[0], parts[1]
+    table = texts[["text"]].join(rated["ratings"].map(json.loads), how="inner")
+    noisy = table.ratings.map(np.random.RandomState(seed).choice)
+    clean = table.ratings.map(np.mean)
+    table = table.assign(noisy=class_of(noisy), clean=class_of(clean))[["text", "noisy", "clean"]]
+    return table.drop_duplicates("text")
 
 
 def archive() -> dict[str, bytes]:
