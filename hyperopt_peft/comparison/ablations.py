@@ -14,7 +14,7 @@ class OneLevel(Method):
     """The variables of both levels of ``method`` in one level, on all rows."""
 
     def __init__(self, method: Method) -> None:
-        self.method, self.tags = method, method.tags
+        self.method, self.tags, self.own_loss = method, method.tags, method.own_loss
         self.defaults = {k: v for k, v in method.defaults.items() if k != "hypergradient"}
         names = "adapter", "rows", "all_rows", "prepare", "after_upper_step", "finish", "export"
         for name in names:
@@ -26,6 +26,7 @@ class OneLevel(Method):
 
     def lower(self, model: Any, task_loss: TaskLoss) -> Problem:
         """The lower level's loss over the variables of both levels."""
+        vars(self.method)["row_losses"] = self.row_losses
         return _Together(self.method.lower(model, task_loss), self.method.upper(model, task_loss))
 
 

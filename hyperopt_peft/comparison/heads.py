@@ -106,7 +106,7 @@ class HeadTask(Task):
         """The head of ``run``, made in the order of a trainer, and what its upper level did."""
         set_seed(run.seed)
         method, did = self.method_of(run), dict[str, Any]()
-        method.row_losses = self.rule
+        vars(method)["row_losses"] = self.rule
         bilevel = has_upper_level(method)
         if INDEX in method.tags:
             train, upper = numbered(train, upper)

@@ -12,6 +12,7 @@ from hyperopt_peft.core.labels import (
     ADVICE,
     WEIGHT,
     RowLosses,
+    is_mean_over_labels,
     label_losses,
     row_losses,
 )
@@ -82,12 +83,12 @@ class WeightedRows(Problem):
     def losses(self, batch: Any) -> Tensor:
         """ℓ_i/C, flat, times the Trainer's weight for the micro-batch."""
         inputs = {name: value for name, value in batch.items() if name not in self.tags}
-        if self.row_losses is not None:
-            each, counts = row_losses(self.model, inputs, self.row_losses)
-        elif own := own_loss_of(self.model):
+        if self.row_losses is None and (own := own_loss_of(self.model)):
             raise ProblemError(f"{own}: is no known mean over labels; {ADVICE}")
-        else:
+        if is_mean_over_labels(self.row_losses):
             each, counts = label_losses(self.model, inputs, twice=self.twice)
+        else:
+            each, counts = row_losses(self.model, inputs, self.row_losses)
         with torch.no_grad():
             shape = self.weights(batch).shape
         shapes = [each.shape[:1], each.shape]

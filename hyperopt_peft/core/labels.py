@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from inspect import signature
+from inspect import signature, unwrap
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -93,14 +93,20 @@ def row_losses(
         losses, counts = (x.reshape(len(x), -1).sum(1) for x in label_losses(model, batch))
         return losses, counts
     found = own(model, {key: value for key, value in batch.items() if key not in ENTRIES})
-    both = found if isinstance(found, tuple) else (found, torch.ones_like(found))
-    shapes = {tuple(x.shape) for x in both}
-    if len(shapes) > 1 or both[0].dim() != 1 or not both[0].is_floating_point():
+    both = (found, torch.ones_like(found)) if isinstance(found, Tensor) else tuple(found)
+    shapes = [tuple(getattr(x, "shape", "–")) for x in both]
+    of_rows = len(both) == 2 and shapes[0] == shapes[1] and len(shapes[0]) == 1
+    if not (of_rows and both[0].is_floating_point()):
         raise ProblemError(
             "row_losses: must return the loss of each row, (n,), or the losses and the numbers by "
-            f"whose sum their sum is divided, got shapes {sorted(shapes)}"
+            f"whose sum their sum is divided, got shapes {shapes}"
         )
-    return both
+    return both[0], both[1]
+
+
+def is_mean_over_labels(rule: RowLosses | None) -> bool:
+    """Whether ``rule``, or the function that it wraps, is `row_losses` itself, or there is none."""
+    return rule is None or unwrap(rule) is row_losses
 
 
 def mean_loss(losses: Tensor, counts: Tensor) -> Tensor:
@@ -141,11 +147,10 @@ def label_losses(
         scored = pad(output.label_mask, (1, 0))[:, -labels.shape[1] :]
         return pad(-output.log_probs, (1, 0))[:, -labels.shape[1] :], scored
     shifted = labels_are_shifted(model, batch)
-    losses = losses_of_logits(model, logits_of(model, batch), labels, shifted=shifted)
-    if model not in _MEAN:
+    if model not in _MEAN:  # before the losses, whose graph may hold buffers
         _require_mean(model, batch, shifted)
         _MEAN.add(model)
-    return losses
+    return losses_of_logits(model, logits_of(model, batch), labels, shifted=shifted)
 
 
 def logits_of(model: Any, batch: Mapping[str, Any], tags: Sequence[str] = ()) -> Tensor:
@@ -287,12 +292,15 @@ def _require_mean(model: nn.Module, batch: Mapping[str, Any], shifted: bool) -> 
     Values and gradients are compared in training mode: where all logits are equal, as those of a
     new head, weights of classes hardly change the value.
     """
-    # Liger's models return no logits in training.
-    training = not base_model(model).forward.__module__.startswith("liger_kernel.")
     for labelled in with_all_classes(model, batch):
-        with _probing(model, training=training), torch.enable_grad():
-            output = _output(model, labelled)
-            error = _error_of_mean(model, labelled, output, shifted, gradients=True)
+        for training in (True, False):
+            with _probing(model, training=training), torch.enable_grad():
+                output = _output(model, labelled, without_logits=training)
+                if output is None:  # a model whose training is fused, such as Liger's
+                    continue
+                error = _error_of_mean(model, labelled, output, shifted, gradients=True)
+                del output
+                break
         if error > TOLERANCE:
             raise ProblemError(
                 f"{type(model).__name__}: the loss of the first batch, or its slope by the logits, "
@@ -326,12 +334,15 @@ def _error_of_mean(
     )
 
 
-def _output(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+def _output(model: nn.Module, batch: Mapping[str, Any], *, without_logits: bool = False) -> Any:
+    """Loss and logits; with ``without_logits`` None if there are no logits."""
     parameters = signature(base_model(model).forward).parameters
     if "labels" in parameters:  # the Trainer's batch may have further columns
         batch = {key: value for key, value in batch.items() if key in parameters}
     with model_reads(batch):
         output = model(**batch)
+    if without_logits and getattr(output, "logits", None) is None:
+        return None
     if not all(isinstance(getattr(output, name, None), Tensor) for name in ("loss", "logits")):
         raise ProblemError(
             f"{type(model).__name__}: the model must return loss and logits for a batch with "

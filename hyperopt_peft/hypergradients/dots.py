@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from inspect import unwrap
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from hyperopt_peft.core.examples import WeightedRows
-from hyperopt_peft.core.labels import has_fused_head, row_losses
+from hyperopt_peft.core.labels import has_fused_head, is_mean_over_labels
 from hyperopt_peft.core.prior import prior_value
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
@@ -229,7 +228,7 @@ def weighted_rows(level: Problem) -> WeightedRows:
     examples = level.examples
     if not isinstance(examples, WeightedRows):
         raise ProblemError(f"{level.name}: dot products need a level of WeightedRows; {ADVICE}")
-    if (rule := examples.row_losses) is not None and unwrap(rule) is not row_losses:
+    if not is_mean_over_labels(examples.row_losses):
         raise refusal(level, "is by row_losses, and a row's may read other rows")
     return examples
 

@@ -112,8 +112,10 @@ def settings_of(trainer: Any) -> dict[str, Any]:
     functions = {"row_losses": trainer.phase.row_losses, **trainer.options_again}
     for name in ("data_collator", "compute_loss_func", "row_losses"):  # class, plain attributes
         given = functions.get(name)
-        own = {n: x for n, x in getattr(given, "__dict__", {}).items() if isinstance(x, PLAIN)}
-        settings[name] = [getattr(given, "__qualname__", type(given).__qualname__), own]
+        own = {**getattr(given, "keywords", {}), **getattr(given, "__dict__", {})}  # of a partial
+        function = getattr(given, "func", given)
+        kind = getattr(function, "__qualname__", type(function).__qualname__)
+        settings[name] = [kind, {n: x for n, x in own.items() if isinstance(x, PLAIN)}]
     settings |= {
         **trainer.args.resume_must_match(),
         "hypergradient": repr(trainer.estimator) if trainer.upper is not None else None,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hyperopt_peft.core.data import DataStream
-from hyperopt_peft.core.labels import ADVICE, RowLosses, logits_of
+from hyperopt_peft.core.labels import ADVICE, RowLosses, is_mean_over_labels, logits_of
 from hyperopt_peft.core.problem import Problem, TaskLoss
 from hyperopt_peft.core.task_level import TaskLevel
 from hyperopt_peft.errors import ProblemError
@@ -239,7 +239,7 @@ class Method:
             ProblemError: as `Problem`; the method is a baseline, or weights rows by another loss
                 than ``task_loss``.
         """
-        self.row_losses = row_losses
+        vars(self)["row_losses"] = row_losses
         self.prepare(model)
         of_model = lambda batch: model(**without(batch, self.tags)).loss  # noqa: E731
         lower = self.lower(model, task_loss or of_model)
@@ -266,7 +266,7 @@ def defaults_of(method: Method, rule: RowLosses | None) -> dict[str, Any]:
     Dot products need losses that read no other row, and those of a rule may.
     """
     defaults = dict(method.defaults)
-    if rule is not None and "hypergradient" in defaults:
+    if not is_mean_over_labels(rule) and "hypergradient" in defaults:
         name = defaults["hypergradient"]
         defaults["hypergradient"] = name.replace("product=dots", "product=difference")
     return defaults

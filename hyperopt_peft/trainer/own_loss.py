@@ -8,6 +8,7 @@ on a few batches do not show a term that is 0 at first, or in evaluation mode.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,10 +56,29 @@ def own_loss(trainer: Any, *, of_model: bool = True) -> str:
     return own_loss_of(trainer.model) if of_model else ""
 
 
+@dataclass
+class Rule:
+    """The user's ``row_losses``, which counts its calls, for batches that have ``tags`` too."""
+
+    function: RowLosses
+    tags: Sequence[str] = ()
+    reads: int = 0
+
+    def __post_init__(self) -> None:
+        self.__wrapped__ = self.function
+
+    def __call__(self, model: Any, batch: Any) -> Any:
+        """ℓ, or ℓ and c."""
+        self.reads += 1
+        return self.function(model, without(batch, (*self.tags, *ENTRIES)))
+
+
 def check_known(trainer: Any) -> None:
-    """Raise ProblemError for a lower level of `WeightedRows` without the losses of its rows."""
-    trained_by_rows = trainer.lower.examples is not None and not trainer.phase.row_losses
-    if trained_by_rows and (name := own_loss(trainer, of_model=False)):
+    """Raise ProblemError for a level of `WeightedRows` without the losses of its rows."""
+    levels = [level.examples for level in trainer.levels if level.examples is not None]
+    if any(level.row_losses is None for level in levels) and (
+        name := own_loss(trainer, of_model=False)
+    ):
         raise ProblemError(f"{name}: is no known mean over labels; {ADVICE}")
 
 
@@ -70,17 +90,19 @@ def require_read(trainer: Any, batch: Any, *, rows_read: bool) -> None:
     would move shards.
     """
     lower, method, rule = trainer.lower, trainer.method, trainer.phase.row_losses
-    if rows_read or rule is row_losses:
-        if not trainer.is_fsdp_enabled:
-            compare(trainer, rule, batch, trainer.tags, lower.variables)
+    of_level = getattr(lower.examples, "row_losses", None)  # which the user may have made
+    if rows_read or of_level is not None or rule is row_losses:
+        if (given := rule or of_level) is not None and not trainer.is_fsdp_enabled:
+            compare(trainer, given, batch, trainer.tags, lower.variables)
         return
     # Levels that a user gives in place of a method replace the model's loss.
     name = "row_losses" if rule else own_loss(trainer, of_model=method is not None)
     if not name:
         return
     text = f"{name}: {lower.name} drops it, since its loss does not call task_loss"
-    if not method or not method.own_loss:
-        raise ProblemError(f"{text}; leave {name} out, or let the method say own_loss = True")
+    if not getattr(method, "own_loss", False):
+        advice = ", or let the method say own_loss = True" if method else ""
+        raise ProblemError(f"{text}; leave {name} out{advice}")
     logger.warning_once(text)
 
 
@@ -114,6 +136,8 @@ def compare(
     def evaluated(loss_of: Callable[[], Tensor]) -> tuple[float, Tensor]:
         with in_mode(model, True), replay(state), trainer.compute_loss_context_manager():
             loss = loss_of()
+            if not loss.requires_grad:
+                raise ProblemError("row_losses: have no gradient; compute them outside of no_grad")
             slopes = torch.autograd.grad(loss, variables, allow_unused=True, materialize_grads=True)
             return float(loss.detach()), torch.cat([x.float().flatten() for x in slopes])
 
@@ -129,7 +153,8 @@ def compare(
         raise ProblemError(
             f"row_losses: their mean is {mean:.4g} with a gradient of length {lengths[0]:.3g}, and "
             f"the loss of {type(trainer).__name__} {loss:.4g} with {lengths[1]:.3g} (the gradients "
-            f"differ by {error:.3g}); return all parts of the loss by row, as in training mode"
+            f"differ by {error:.3g}); return all parts of the loss by row, as in training mode, "
+            "and draw the same random numbers in the same order"
         )
 
 

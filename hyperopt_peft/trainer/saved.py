@@ -28,12 +28,10 @@ class Original:
 
     def require_saved(self, trainer: Any) -> None:
         """Raise ProblemError if ``trainer`` saves without a tensor that its levels train."""
-        modules, export = (
-            _modules(trainer.model).items(),
-            getattr(type(trainer.method), "export", 0),
-        )
+        modules = _modules(trainer.model).items()
         self.changed = {name: x for name, x in modules if self.modules.get(name, x) != x}
-        if trainer.args.save_strategy == "no" or export not in (0, Method.export):
+        folds = getattr(type(trainer.method), "export", Method.export) is not Method.export
+        if trainer.args.save_strategy == "no" or folds:
             return
         trained = {id(x) for level in trainer.levels for x in level.variables}
         beside = layers.beside_adapters(trainer.model).items()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import replace
-from functools import partial, update_wrapper
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from hyperopt_peft.trainer.internals import metrics_restored, packed_with, prepa
 from hyperopt_peft.trainer.logs import add_numbers, add_to_card, shorten
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.over import CombinedTrainer, LowerStep, combined
-from hyperopt_peft.trainer.own_loss import BATCHES, check_known, require_read
+from hyperopt_peft.trainer.own_loss import BATCHES, Rule, check_known, require_read
 from hyperopt_peft.trainer.phases import Phase
 from hyperopt_peft.trainer.saved import Original, check_saved
 from hyperopt_peft.trainer.splits import reads_of
@@ -80,7 +80,8 @@ class BilevelTrainer(CombinedTrainer):
         upper_dataset: the upper level's examples, never ``eval_dataset``.
         row_losses: where the loss is the user's own, a function of (model, batch) that returns it
             by row: ℓ ``(n,)``, whose mean is the loss, or ℓ and c, where Σ ℓ/Σ c is. Methods that
-            weight rows need it. It is compared with ``compute_loss`` on the first five batches.
+            weight rows need it. Where they read it, it is compared with ``compute_loss`` on the
+            first five batches.
         trainer: further arguments of `transformers.Trainer`, or of the trainer given to `bilevel`.
             The second phase has copies of the ``callbacks`` in their initial state.
 
@@ -106,8 +107,8 @@ class BilevelTrainer(CombinedTrainer):
     Arguments = BilevelTrainingArguments
     #: The columns that the model takes, if tags pass beside them; else None.
     model_columns: set[str] | None = None
-    #: The numbers of calls of `task_loss` and of `losses_of_rows`.
-    calls = reads = 0
+    #: The number of calls of `task_loss`.
+    calls = 0
     # As of `transformers.Trainer`, which sets them.
     train_dataset: Any = None
     eval_dataset: Any = None
@@ -148,10 +149,10 @@ class BilevelTrainer(CombinedTrainer):
         #: Whether the last phase has ended, and the adapter is not yet saved and checked.
         self.trained = False
         self.skipped, self._unchecked = 0, BATCHES
+        #: The user's rule for the losses of rows, which methods have too; None without one.
+        self.row_losses = method.row_losses and Rule(method.row_losses, self.tags)
         if self.method is not None:
-            rule = method.row_losses
-            named = update_wrapper(partial(self.losses_of_rows), rule) if rule else None
-            self.method.row_losses = named
+            vars(self.method)["row_losses"] = self.row_losses  # also of a frozen dataclass
         self._unprepared, self._replicated = list[Tensor](), list[dict[str, Any]]()
         checks.check_arguments(self, model, args, trainer)
         if self.phase.reads_trainer:
@@ -296,12 +297,6 @@ class BilevelTrainer(CombinedTrainer):
             loss = loss * weight.to(loss.dtype)
         return loss
 
-    def losses_of_rows(self, model: Any, batch: Any) -> Any:
-        """The losses of rows by the user's rule; methods have this as ``row_losses``."""
-        self.reads += 1
-        assert self.phase.row_losses is not None
-        return self.phase.row_losses(model, without(batch, self.tags))
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -428,10 +423,11 @@ class BilevelTrainer(CombinedTrainer):
         """The passes of `training_step`: the loss of a micro-batch, differentiated."""
         self._seen.append(marks(inputs))
         self._set_training_mode(model)
-        step, calls, reads = self.current_step, self.calls, self.reads
+        step, calls, rule = self.current_step, self.calls, self.row_losses
+        reads = rule and rule.reads
         loss = step.evaluate(self._micro_batch)
         if self._unchecked and calls == self.calls:
-            require_read(self, step.micro[-1].batch, rows_read=reads != self.reads)
+            require_read(self, step.micro[-1].batch, rows_read=bool(rule and rule.reads != reads))
         self._unchecked = max(0, self._unchecked - 1)
         return loss
 

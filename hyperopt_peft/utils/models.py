@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -155,7 +155,8 @@ def own_loss_of(model: Any) -> str:
         >>> own_loss_of(model)
         'Linear.loss_function'
     """
-    for module in {id(x): x for x in (model, base_model(model))}.values():
+    models = [getattr(x, "_orig_mod", x) for x in (model, base_model(model))]  # of torch.compile
+    for module in {id(x): x for x in models}.values():
         functions = [("forward", module.forward)]
         if callable(function := getattr(module, "loss_function", None)):
             functions.append(("loss_function", function))
@@ -168,7 +169,9 @@ def own_loss_of(model: Any) -> str:
 def is_stock(function: Any) -> bool:
     """Whether ``function``, and each one that it wraps, is defined in one of `LIBRARIES`."""
     while function is not None:
-        place = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
+        wraps = isinstance(function, partial) and hasattr(function, "__wrapped__")  # accelerate's
+        own = function.func if wraps else function
+        place = getattr(own, "__globals__", {}).get("__name__") or type(own).__module__
         if place.partition(".")[0] not in LIBRARIES:
             return False
         function = getattr(function, "__wrapped__", None)

@@ -139,7 +139,11 @@ def write_files(folder: Path) -> None:
     model = language_model(hidden_size=32, intermediate_size=64, num_key_value_heads=2)
     model.save_pretrained(name)
     tokenizer().save_pretrained(name)
-    files = {"web": 48, "forum": 48, "trusted": 12, "pairs": 40}
+    files = {"web": 48, "forum": 48, "trusted": 12, "pairs": 40, "trusted_pairs": 20}
+    seen = set[str]()
     for seed, (file, count) in enumerate(files.items()):
-        layout = "preference" if file == "pairs" else "completion"
-        rows(layout, count, seed).to_json(folder / f"{file}.jsonl")
+        made = rows("preference" if "pairs" in file else "completion", count, seed)
+        if file == "trusted_pairs":  # few letters make equal rows
+            made = made.filter(lambda row: str(row) not in seen)
+        seen |= {str(row) for row in made}
+        made.to_json(folder / f"{file}.jsonl")

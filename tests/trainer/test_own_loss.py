@@ -5,19 +5,30 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
-from transformers import BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    BertForSequenceClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 from hyperopt_peft import (
     BilevelTrainingArguments,
+    Method,
     ProblemError,
     attribute,
     bilevel,
@@ -25,7 +36,8 @@ from hyperopt_peft import (
     why,
 )
 from hyperopt_peft.comparison import Choice, HeadSettings, Runs
-from hyperopt_peft.method import row_losses
+from hyperopt_peft.comparison.ablations import OneLevel
+from hyperopt_peft.method import WeightedRows, row_losses
 from hyperopt_peft.problems import (
     SEAL,
     ClassOffsets,
@@ -36,7 +48,7 @@ from hyperopt_peft.problems import (
     Sources,
     WeightNet,
 )
-from hyperopt_peft.utils.models import evaluating
+from hyperopt_peft.utils.models import evaluating, own_loss_of
 from tests.support.methods import ARGUMENTS, method_trainer
 from tests.support.trainers import CONFIG, QUIET, base_model, data, peft_model
 
@@ -473,3 +485,93 @@ def test_an_engine_s_own_loss_is_given_by_row() -> None:
     mine = lambda batch: 2 * model(**batch).loss  # noqa: E731
     with pytest.raises(ProblemError, match=r"task_loss: .*row_losses"):
         method.levels(model, mine, optimizers=[sgd, sgd])
+
+
+class OfLevel(WeightedRows):
+    """A level of the user's own, over the Trainer's model, with its own rule."""
+
+
+@pytest.mark.parametrize("rule", [None, class_weighted, row_losses])
+def test_a_level_of_the_user_s_own_has_a_rule_of_its_own(tmp_path: Path, rule: Any) -> None:
+    weights = lambda batch: torch.ones(len(batch["labels"]))  # noqa: E731
+    lower = lambda run: OfLevel(run.model, weights, row_losses=rule)  # noqa: E731
+    args = BilevelTrainingArguments(str(tmp_path), **ARGUMENTS)
+    options = {"compute_loss_func": of_weights, "train_dataset": data(rows=18)}
+    make = lambda: bilevel(Trainer)(adapted(base_model), args, lower=lower, **options)  # noqa: E731
+    if rule is class_weighted:
+        assert make().train().global_step == 6
+    else:
+        with pytest.raises(ProblemError, match="row_losses"):
+            make().train()
+
+
+class Above(RowWeights):
+    """Weights in the upper level, whose rows have no losses."""
+
+    def lower(self, model: Any, task_loss: Any) -> Any:
+        return LoRA.lower(self, model, task_loss)
+
+    def upper(self, model: Any, task_loss: Any) -> Any:
+        own = self.upper_variables(model)
+        return WeightedRows(model, self.weights, own, tags=self.tags)
+
+
+def test_an_upper_level_of_rows_needs_their_losses_too(tmp_path: Path) -> None:
+    with pytest.raises(ProblemError, match=r"compute_loss_func: .*row_losses"):
+        training(tmp_path, "class weights", Above())
+
+
+def test_the_one_level_form_of_a_method_has_its_rule_and_its_word(tmp_path: Path) -> None:
+    class Mine(ClassOffsets):
+        own_loss = True
+
+    for method, more in ((Mine(), {}), (RowWeights(), {"row_losses": class_weighted})):
+        one = OneLevel(method)
+        one.tags = method.tags
+        training(tmp_path, "class weights", one, **more).train()
+
+
+def test_a_method_holds_no_trainer(tmp_path: Path) -> None:
+    """So that it can be copied and sent, as to other processes of a comparison."""
+    method = RowWeights()
+    run = training(tmp_path, "class weights", method, row_losses=class_weighted)
+    run.train()
+    sent = cloudpickle.dumps(method)
+    assert len(sent) < 20_000 and cloudpickle.loads(sent).logits.shape == (18,)
+
+    @dataclass(frozen=True)
+    class Frozen(Method):
+        rank: int = 2
+
+    training(tmp_path, "class weights", Frozen(), upper_dataset=None).train()
+
+
+def test_batch_normalisation_is_a_stock_model(tmp_path: Path) -> None:
+    """The check in training mode leaves buffers and the step's gradients as they were."""
+    sizes = {"hidden_sizes": [8, 8], "depths": [1, 1], "embedding_size": 8, "num_labels": 3}
+    rows = [{"pixel_values": torch.randn(3, 16, 16).tolist(), "labels": k % 3} for k in range(18)]
+
+    def ends(method: Any, **more: Any) -> Any:
+        torch.manual_seed(0)
+        model = ResNetForImageClassification(ResNetConfig(**sizes))
+        options = {"train_dataset": Dataset.from_list(rows), **more}
+        run = method_trainer(tmp_path, method=method, model=model, options=options)
+        run.train()
+        return model.state_dict()
+
+    weighted = ends(GivenWeights(), train_dataset=with_weights(Dataset.from_list(rows)))
+    plain = ends(LoRA())
+    for name, value in plain.items():
+        torch.testing.assert_close(weighted[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_what_wraps_a_forward_decides_whose_it_is() -> None:
+    """accelerate's hooks are known; a compiled model is its class; a partial is a user's."""
+    model = base_model()
+    add_hook_to_module(model, ModelHook())
+    assert own_loss_of(model) == ""
+    model = base_model()
+    model.loss_function = partial(cross_entropy, label_smoothing=0.1)
+    assert "loss_function" in own_loss_of(model)
+    assert "forward" in own_loss_of(torch.compile(Weighted(copy.deepcopy(CONFIG))))
+    assert own_loss_of(torch.compile(base_model())) == ""

@@ -172,10 +172,9 @@ class Weights(RowWeights):
 class Own(Method):
     """The methods that are not the library's; f of each has a term that makes it convex."""
 
-    own_loss = True
-
     def __init__(self, form: Run, numbers: Numbers) -> None:
         self.form, self.tags = form, ("source",) if form.method == "column" else ()
+        self.own_loss = form.loss != "weighted" and not form.smoothing
         self.u = (numbers.u[:2] if form.method == "decay" else numbers.u).clone().requires_grad_()
 
     def upper_variables(self, model: Any) -> dict[str, Tensor]:
