@@ -140,10 +140,11 @@ def write_files(folder: Path) -> None:
     model.save_pretrained(name)
     tokenizer().save_pretrained(name)
     files = {"web": 48, "forum": 48, "trusted": 12, "pairs": 40, "trusted_pairs": 20}
-    seen = set[str]()
-    for seed, (file, count) in enumerate(files.items()):
-        made = rows("preference" if "pairs" in file else "completion", count, seed)
-        if file == "trusted_pairs":  # few letters make equal rows
-            made = made.filter(lambda row: str(row) not in seen)
-        seen |= {str(row) for row in made}
-        made.to_json(folder / f"{file}.jsonl")
+    made = {
+        file: rows("preference" if "pairs" in file else "completion", count, seed).to_list()
+        for seed, (file, count) in enumerate(files.items())
+    }
+    # Few letters make equal rows.
+    made["trusted_pairs"] = [row for row in made["trusted_pairs"] if row not in made["pairs"]]
+    for file, each in made.items():
+        Dataset.from_list(each).to_json(folder / f"{file}.jsonl")
