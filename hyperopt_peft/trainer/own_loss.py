@@ -146,7 +146,8 @@ def compare(
         loss, expected = evaluated(
             lambda: trainer.compute_loss(model, {**batch}, num_items_in_batch=items)
         )
-    rounding = max(TOLERANCE, *(4 * torch.finfo(x.dtype).eps for x in variables))
+    kinds = {x.dtype for x in variables} | ({torch.bfloat16} if trainer.args.bf16 else set())
+    rounding = max(TOLERANCE, *(4 * torch.finfo(kind).eps for kind in kinds))
     lengths = float(slope.norm()), float(expected.norm())
     error = float((slope - expected).norm())
     if abs(mean - loss) > rounding * max(abs(loss), TOLERANCE) or error > rounding * lengths[1]:
