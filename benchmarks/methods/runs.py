@@ -16,6 +16,7 @@ from hyperopt_peft import BilevelTrainingArguments
 from hyperopt_peft.comparison import Choice, Comparison, HeadSettings, Runs, compare_methods
 from hyperopt_peft.comparison.budgets import AcrossBudgets
 from hyperopt_peft.comparison.store import Store
+from hyperopt_peft.method import row_losses
 
 RESULTS = Path(__file__).parents[1] / "results/kinds"
 #: Arguments of a comparison that takes a minute.
@@ -66,6 +67,7 @@ def compared(
         frozen_dropout=False,
         data_collator=here.collate,
         compute_metrics=score,
+        row_losses=row_losses,  # the loss of `Encoder` is the mean over labels
         runs=runs,
         **more | options,
     )

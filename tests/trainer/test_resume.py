@@ -47,7 +47,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "gamma": 1e-3,
         "lower_steps": 3,
     },
-    "a vector kept between upper steps": {"hypergradient": "warm:damping=1.0", "lower_steps": 2},
+    "a vector kept between upper steps": {"hypergradient": "warm:damping=4.0", "lower_steps": 2},
     "an estimator with a state, evaluation": {
         "hypergradient": "penalty:inner_steps=2",
         "gradient_accumulation_steps": 2,

@@ -58,7 +58,7 @@ def one_at_a_time(model: Any) -> Any:
 def first_step(folder: Path, layout: str, estimator: str) -> tuple[Any, Any]:
     """The first step's directions, on all rows in several micro-batches, and the trainer."""
     watch = Watch()
-    data = {"train_dataset": rows(layout, 9), "upper_dataset": rows(layout, 5, seed=1)}
+    data = {"train_dataset": rows(layout, 9), "upper_dataset": rows(layout, 6, seed=1)}
     common = {
         **{**SGD, "max_steps": 1, "lower_steps": 1, "hypergradient": estimator, "retrain": "none"},
         **{"bf16": False, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 20},
