@@ -47,7 +47,8 @@ def main() -> None:
         calibration(quick=options.quick)
     elif options.quick:
         names = ["LoRA", "loss correction", "RowWeights"]
-        print(compared("wrong labels", "trec", Runs(), names=names, **QUICK))
+        found = compared("wrong labels", "trec", Runs(), names=names, **QUICK)
+        print(*found.values(), sep="\n\n")
     else:
         for name in options.settings:
             for task in options.tasks or SETTINGS[name].tasks:
@@ -57,7 +58,8 @@ def main() -> None:
                 runs = Runs(where, options.jobs, dry_run=options.dry_run, progress=False)
                 print(f"{name}, {task}", flush=True)
                 found = compared(name, task, runs, heads=options.heads, names=options.methods)
-                print("" if options.dry_run else f"{found}\n", flush=True)
+                for comparison in () if options.dry_run else found.values():
+                    print(f"{comparison}\n", flush=True)
 
 
 if __name__ == "__main__":

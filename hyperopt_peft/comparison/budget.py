@@ -31,12 +31,12 @@ class Budget(TrainerCallback):
     Args:
         passes: of all phases.
         stop: the passes of the last phase after which the training ends before its budget.
-        marks: the passes after which the last phase is scored on the evaluation rows.
+        points: the passes after which the last phase is scored on the evaluation rows.
 
     Attributes:
         spent: the passes by use.
         cycles: for each phase, its steps and passes until its last upper step.
-        curve: the mark and the metrics of each evaluation.
+        curve: the point and the metrics of each evaluation.
         seconds, timed: the time of all steps but each phase's first one, which allocates, and the
             passes of these steps.
 
@@ -46,12 +46,14 @@ class Budget(TrainerCallback):
     """
 
     def __init__(
-        self, passes: float, stop: float | None = None, marks: Sequence[float] = ()
+        self, passes: float, stop: float | None = None, points: Sequence[float] = ()
     ) -> None:
-        self.passes, self.phase, self.seconds, self.timed = passes, 0, 0.0, 0.0
+        self.passes, self.phase = passes, 0
+        self.seconds = self.timed = 0.0
         self.stop = math.inf if stop is None else stop
-        self.marks = sorted(mark for mark in marks if mark < passes)
-        self.curve, self.reached = list[tuple[float, dict[str, float]]](), list[float]()
+        self.points = sorted(point for point in points if point < passes)
+        self.curve: list[tuple[float, dict[str, float]]] = []
+        self.reached: list[float] = []
         self.spent = dict.fromkeys(("lower steps", "upper steps", "second training"), 0.0)
 
     def __copy__(self) -> Self:
@@ -127,22 +129,25 @@ class Budget(TrainerCallback):
             self.cycle, self.upper = max(self.cycle, now - self.upper), now
             following = self.cycle + self.every * self.a_step
         end = self.passes if self.again else min(self.passes, self.start + self.stop)
-        control.should_training_stop |= now + self.reserved() + following > end + 1e-6
-        while self.marks and now + following > self.marks[0] + 1e-6:
-            mark = self.marks.pop(0)
-            self.reached += [] if self.again else [mark]
-        control.should_evaluate |= bool(self.reached)
+        if now + self.reserved() + following > end + 1e-6:
+            control.should_training_stop = True
+        while self.points and now + following > self.points[0] + 1e-6:
+            point = self.points.pop(0)
+            if not self.again:
+                self.reached.append(point)
         if self.reached:
+            control.should_evaluate = True
             self.random = RandomState.capture([args.device])
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any
     ) -> None:
-        """Keep the metrics at the marks that are reached; the run goes on as without them."""
+        """Keep the metrics at the points that are reached; the run goes on as without them."""
         if self.reached:
             self.random.restore()  # an evaluation's loader draws a number
-        self.curve += [(mark, dict(metrics)) for mark in self.reached]
-        self.reached, self.clock = [], time.perf_counter()
+        self.curve += [(point, dict(metrics)) for point in self.reached]
+        self.reached = []
+        self.clock = time.perf_counter()
 
 
 def peak_memory() -> Callable[[], float]:

@@ -20,7 +20,7 @@ class Rows:
     Attributes:
         train, upper, test, folds, held_out: as in `compare_methods`.
         reads: the columns in which equal rows are equal, as in `split_dataset`.
-        parts: the seeds, each of which draws its training rows and scores a part of ``test`` of its
+        draws: the seeds, each of which draws its training rows and scores a part of ``test`` of its
             own; given where the training is not random, so that all seeds would have one score.
     """
 
@@ -29,7 +29,7 @@ class Rows:
     test: Any = None
     folds: int | None = None
     held_out: float = 0.2
-    parts: Sequence[int] = ()
+    draws: Sequence[int] = ()
     reads: Any = None
 
     def usable(self) -> tuple[Rows, str]:
@@ -59,9 +59,9 @@ class Rows:
                 rest -= {*shared_rows(self.test, rows, self.reads)}
             if not rest:
                 raise ProblemError("test_dataset: all of its rows are training rows; give others")
-            if len(rest) < len(self.parts):
+            if len(rest) < len(self.draws):
                 raise ProblemError(
-                    f"test_dataset: {len(rest)} rows for {len(self.parts)} seeds, each of which "
+                    f"test_dataset: {len(rest)} rows for {len(self.draws)} seeds, each of which "
                     "scores some of its own; give more rows or fewer seeds"
                 )
             if len(rest) == count:
@@ -90,12 +90,12 @@ class Rows:
         """
         train, upper, test = self.train, self.upper, self.test
         if self.folds is not None:
-            parts = folds_of(firsts(upper, self.reads), self.folds, seed // self.folds)
-            chosen = {*parts[seed % self.folds]}
+            every = folds_of(firsts(upper, self.reads), self.folds, seed // self.folds)
+            chosen = {*every[seed % self.folds]}
             test = upper.select(sorted(chosen))
             upper = upper.select(sorted({*range(len(upper))} - chosen))
-        elif self.parts:
-            test = test.shard(len(self.parts), self.parts.index(seed), contiguous=False)
+        elif self.draws:
+            test = test.shard(len(self.draws), self.draws.index(seed), contiguous=False)
             options = {"seed": seed, "argument": "held_out", "reads": self.reads}
             draw = lambda x: x and x.select(hold_out(x, self.held_out, **options)[0])  # noqa: E731
             return draw(train), draw(upper), test

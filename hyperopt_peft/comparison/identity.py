@@ -33,7 +33,8 @@ def settings_of(task: Task) -> dict[str, dict[str, Any]]:
     Raises:
         ProblemError: ``base_model`` returns one model again and again.
     """
-    data, head = task.data, task.head if isinstance(task, HeadTask) else None
+    data = task.data
+    head = task.head if isinstance(task, HeadTask) else None
     shared = {
         "head": None if head is None else asdict(head),
         "trainer": task.trainer.__name__,
@@ -50,15 +51,17 @@ def settings_of(task: Task) -> dict[str, dict[str, Any]]:
         "test_dataset": data_fingerprint(data.test),
         "held_out": data.held_out,
         "folds": data.folds,
-        "parts": data.parts or None,
+        "parts": data.draws or None,  # their name in stored runs
     }
-    own = {}
-    for name, method in task.methods.items():
-        mine = {k: x for k, x in vars(method).items() if k not in SET_BY_TRAINER}
-        options = {k: with_values(x) if callable(x) else x for k, x in mine.items()}
-        options |= {"defaults": dict(method.defaults), "full_upper_batch": method.full_upper_batch}
-        own[name] = {"code": code_of(type(method)), **options}
-    return {name: {**shared, "method": each} for name, each in own.items()}
+    return {name: {**shared, "method": _own(method)} for name, method in task.methods.items()}
+
+
+def _own(method: Any) -> dict[str, Any]:
+    """The code of a method and its settings."""
+    mine = {k: x for k, x in vars(method).items() if k not in SET_BY_TRAINER}
+    options = {k: with_values(x) if callable(x) else x for k, x in mine.items()}
+    others = {"defaults": dict(method.defaults), "full_upper_batch": method.full_upper_batch}
+    return {"code": code_of(type(method)), **options, **others}
 
 
 def with_values(thing: Any) -> Any:
