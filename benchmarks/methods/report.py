@@ -26,22 +26,6 @@ TABLES = pages.RESULTS / "methods.md"
 FIGURE, PAGE = (pages.DOCS / f"{x}.png" for x in ("methods", "results"))
 #: The settings on BiDoRA's page.
 OF_PAGE = ("magnitudes, all rows", "magnitudes, 300 rows")
-#: What the numbers on BiDoRA's page are.
-ADAPTED = (
-    "Points of Matthews correlation (CoLA) and accuracy (SST-2), ± half of a 95 % interval over "
-    "the seeds. The model is MiniLM with an adapter of rank 8 in all linear layers. A pass is one "
-    "forward and backward over 16 rows. Up to 128 upper rows were one batch, the default until "
-    "version 0.5.0. A *stopped* run ends where its score on held-out rows was best."
-)
-#: What the numbers are.
-UNITS = (
-    "Points of accuracy (rare classes: mean F1 of the classes), ± half of a 95 % interval over the "
-    "seeds. The model is MiniLM with the adapter in its last layer. A pass is one forward and "
-    "backward over 8 rows. A *stopped* run ends where its score on held-out rows was best. *Heads* "
-    "are on frozen features, with the lower level solved. The figure has scores on held-out "
-    "rows: 20 to 40, more for rare classes. Up to 128 upper rows were one batch, the default until "
-    "version 0.5.0 (rare classes: 64). The tasks have [few rows](../benchmarks/results/methods.md)."
-)
 #: What a name of the tables means in a sentence.
 WORDS = {
     "LayerDecay, one for all layers": "`LayerDecay(shared=True)`",
@@ -49,10 +33,8 @@ WORDS = {
     "LoRA, weight decay 0.1": "a weight decay of 0.1",
     "least suspicion, trusted rows 10 times": "to leave out the labels that cross-validation "
     "doubts most, and to repeat the trusted rows ten times",
-    "least trusted loss": "to leave out the labels that a head on the trusted rows doubts most",
     "loss correction by source": "to count on trusted rows how each source confuses the labels, "
     "and to correct the loss by these counts",
-    "logit adjustment": "to add the logarithm of each class's share to its logit in training",
     "logit adjustment, τ = 1.5": "to add 1.5 times the logarithm of each class's share to its "
     "logit in training",
 }
@@ -115,10 +97,8 @@ def report(*, check: bool) -> None:
     kinds = [each for each in every if each.name not in OF_PAGE]
     page = [each for each in every if each.name in OF_PAGE]
     written = {
-        pages.DOCS / "results.md": {
-            "magnitudes": joined(ADAPTED, map(section, page), "results.png")
-        },
-        pages.DOCS / "methods.md": {"kinds": joined(UNITS, map(section, kinds), "methods.png")},
+        pages.DOCS / "results.md": {"magnitudes": "\n".join(map(section, page))},
+        pages.DOCS / "methods.md": {"kinds": "\n".join(map(section, kinds))},
         pages.ROOT / "README.md": {"methods": "\n".join(map(line, kinds))},
         TABLES: {"methods": "\n".join(map(details, every))},
         pages.RESULTS / "calibration.md": {
@@ -130,13 +110,6 @@ def report(*, check: bool) -> None:
     for path, shown in {} if check else {FIGURE: kinds, PAGE: page}.items():
         if panels := dict(map(panel, shown)):
             lines(panels, path, xlabel="passes", ylabel="held-out score (points)")
-
-
-def joined(begin: str, texts: Iterable[str], figure: str) -> str:
-    """``begin``, ``texts`` and a link to a figure; nothing without texts."""
-    every = [*texts]
-    link = f"![Score against passes]({figure})\n"
-    return "\n".join([f"{begin}\n", *every, link]) if every else ""
 
 
 def section(found: Found) -> str:
