@@ -1,7 +1,7 @@
 """What is each bilevel method worth? One call of `compare_methods` for each setting and task.
 
 python benchmarks/methods run                          # all missing runs of all settings
-python benchmarks/methods run --settings "few rows" --tasks sst2 --methods LoRA BiLoRA --jobs 2
+python benchmarks/methods run --settings "wrong labels" --tasks trec --methods LoRA RowWeights
 python benchmarks/methods run --heads                  # of heads, the limit of many passes
 python benchmarks/methods run --dry_run                # the passes and minutes of missing runs
 python benchmarks/methods run --quick                  # a minute of short runs, not stored

@@ -181,10 +181,10 @@ def _trec() -> tuple[pandas.DataFrame, pandas.DataFrame]:
     return table[:500], table[500:]
 
 
-def _sst2() -> tuple[pandas.DataFrame, pandas.DataFrame]:
-    """Movie sentences, positive or negative, from the published parts."""
-    read = {"sep": "\t", "names": ["label", "text"], "quoting": 3}
-    parts = (pandas.read_csv(DATA / f"sst2/{name}.tsv", **read) for name in ("train", "dev"))
+def _glue(name: str, columns: list[str]) -> tuple[pandas.DataFrame, pandas.DataFrame]:
+    """Sentences with one of two labels, from the published parts of a task of GLUE."""
+    read = partial(pandas.read_csv, sep="\t", names=columns, quoting=3)
+    parts = (read(DATA / f"{name}/{part}.tsv") for part in ("train", "dev"))
     train, test = (part.sample(frac=1, random_state=0) for part in parts)
     return train, test
 
@@ -195,14 +195,6 @@ def _tweets() -> tuple[pandas.DataFrame, pandas.DataFrame]:
     return table[1000:], table[:1000]
 
 
-def _cola() -> tuple[pandas.DataFrame, pandas.DataFrame]:
-    """Sentences, acceptable or not, from the published parts."""
-    read = {"sep": "\t", "names": ["text", "label"], "quoting": 3}
-    parts = (pandas.read_csv(DATA / f"cola/{name}.tsv", **read) for name in ("train", "dev"))
-    train, test = (part.sample(frac=1, random_state=0) for part in parts)
-    return train, test
-
-
 #: The scores of tasks that are not scored by accuracy.
 METRICS = {"cola": "matthews", "newsgroups": "macro_f1", "reuters": "macro_f1"}
 #: Files, the largest class's rows if class shares are drawn, and the most training rows.
@@ -210,7 +202,7 @@ LONG_TAILED = {"newsgroups": ("20newsgroups", 100, 600), "reuters": ("reuters-r5
 #: Numbers of pool rows and test rows.
 TABLES: dict[str, Callable[[], tuple[pandas.DataFrame, pandas.DataFrame]]] = {
     "trec": _trec,
-    "sst2": _sst2,
-    "cola": _cola,
+    "sst2": partial(_glue, "sst2", ["label", "text"]),
+    "cola": partial(_glue, "cola", ["text", "label"]),
     "tweets": _tweets,
 }

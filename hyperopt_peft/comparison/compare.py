@@ -145,7 +145,8 @@ def compare_methods(
     shared = (known, base_model, adapter, args, rows, metric, trainer, options, frozen_dropout)
     task = Task(*shared) if head is None else HeadTask(*shared, head=head)
     folder = None if runs.folder is None else Path(runs.folder)
-    store = Store(folder, settings_of(task), runs.suffix)
+    file = "" if runs.part == (1, 1) else "-{}-of-{}".format(*runs.part)
+    store = Store(folder, settings_of(task), file)
     work = Work(plan, task, store, runs)
     found = Comparison(plan, store, note, len(rows.upper if rows.test is None else rows.test))
     if runs.dry_run:
@@ -175,11 +176,8 @@ def _require(
     for name, given in {"passes": passes is not None, "choice": unread != DEFAULT}.items():
         if head is not None and given:
             raise ProblemError(f"{name}: has no effect on heads, which are solved; leave it out")
-    forms: dict[str, list[str]] = {}
-    for name, kind in replace(plan, ablations=None).candidates():
-        if kind != "method":
-            forms.setdefault(name, []).append(kind)
+    known = [pair for pair in replace(plan, ablations=None).candidates() if pair[1] != "method"]
     for name, kinds in (plan.ablations or {}).items():
-        if name not in forms or not {*kinds} <= {*forms[name]}:
-            text = f"ablations: {name!r} has no {', '.join(kinds)}; there are {forms}"
+        if unknown := [kind for kind in kinds if (name, kind) not in known]:
+            text = f"ablations: {name!r} has no {', '.join(unknown)}; there are {known}"
             raise ProblemError(text)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pandas  # type: ignore[import-untyped]
@@ -20,6 +19,7 @@ from hyperopt_peft.comparison.task import ABLATIONS, Kind
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.method import has_upper_level
 from hyperopt_peft.utils.plots import intervals
+from hyperopt_peft.utils.tables import aligned
 from hyperopt_peft.utils.verdict import Verdict, holm
 
 #: A method or one of its ablations.
@@ -76,16 +76,6 @@ with 2 seeds (80 % power): 8.2 points
     _reported: dict[Any, list[Result]] = field(default_factory=dict, init=False, repr=False)
 
     @property
-    def metric(self) -> str:
-        """The name of the score."""
-        return self.plan.metric
-
-    @property
-    def passes(self) -> float:
-        """The budget of each run; 0 of heads, which are solved."""
-        return self.plan.passes
-
-    @property
     def first(self) -> str:
         """The method that the others are compared with."""
         return next(iter(self.plan.methods))
@@ -110,7 +100,7 @@ with 2 seeds (80 % power): 8.2 points
             stopped: those of runs that end at the point that was best on held-out rows, which are
                 others if the choice has several ``points``.
         """
-        key = f"eval_{self.metric}"
+        key = f"eval_{self.plan.metric}"
         columns = {
             self.title(*each): [
                 run["metrics"].get(key, math.nan) for run in self.reported(*each, stopped)
@@ -124,8 +114,8 @@ with 2 seeds (80 % power): 8.2 points
 
         Columns:
             - ``mean``, ``half_width``: the score, and half the width of its 95 % interval.
-            - ``stopped``, ``stopped_half_width``, ``stopped_at``: those of runs that stop at their
-              best point, if the choice has points, and the median of these points in passes.
+            - ``stopped``, ``stopped_half_width``, ``stopped_passes``: those of runs that stop at
+              their best point, if the choice has points, and the median of their passes.
             - ``rate``, ``upper_rate``: the medians of the chosen ones.
             - ``passes``: a run's, and those by use, such as ``spent.upper steps``;
               ``passes_of_choice``: those of the runs by which a seed chooses.
@@ -138,13 +128,14 @@ with 2 seeds (80 % power): 8.2 points
         rows = {}
         *choosing, _ = self.plan.stages(self.store)
         for candidate in self.plan.candidates():
-            title = self.title(*candidate)
             runs = pandas.json_normalize(self.reported(*candidate)).replace(math.inf, math.nan)
-            row = _mean(self.scores()[title])
+            row = self._mean(candidate)
             if len(self.plan.endings) > 1:
-                stopped = _mean(self.scores(stopped=True)[title], "stopped")
-                row = {**row, **stopped, "stopped_at": median(self.stops(*candidate))}
-            if self.passes:
+                ends = pandas.json_normalize(self.reported(*candidate, stopped=True))
+                stopped = self._mean(candidate, stopped=True)
+                row.update(stopped=stopped["mean"], stopped_half_width=stopped["half_width"])
+                row["stopped_passes"] = ends.filter(like="spent.").sum(axis=1).median()
+            if self.plan.passes:
                 row.update(runs[[*AXES]].astype(float).median())
                 row["passes"] = runs.filter(like="spent.").sum(axis=1).mean()
                 tried = [run for stage in choosing for run in stage]
@@ -154,8 +145,14 @@ with 2 seeds (80 % power): 8.2 points
             did = runs.filter(regex=r"^spent\.|^upper\.|^seconds$")
             settings = did.select_dtypes(exclude="number").iloc[0].dropna()
             numbers = did.select_dtypes("number").mean().dropna()
-            rows[title] = {**row, **numbers, "memory": runs["memory"].max(), **settings}
+            row["memory"] = runs["memory"].max()
+            rows[self.title(*candidate)] = {**row, **numbers, **settings}
         return pandas.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+
+    def _mean(self, candidate: Candidate, stopped: bool = False) -> dict[str, Any]:
+        """The mean score, and half the width of its interval."""
+        found = Verdict(self.scores(stopped)[self.title(*candidate)])
+        return {"mean": found.estimate, "half_width": found.half}
 
     def differences(self) -> Any:
         """The paired differences of scores: a row for each pair, ``method`` minus ``minus``.
@@ -213,7 +210,7 @@ with 2 seeds (80 % power): 8.2 points
     @property
     def score_name(self) -> str:
         """The metric, and its unit if it is in points."""
-        return f"{self.metric} (points)" if self.in_points else self.metric
+        return f"{self.plan.metric} (points)" if self.in_points else self.plan.metric
 
     def shown(self, scores: Iterable[float], sign: str = "") -> str:
         """The mean of ``scores`` with its interval, in points or digits."""
@@ -250,13 +247,6 @@ with 2 seeds (80 % power): 8.2 points
             return []
         return forms if name == self.first else [*forms, every[0]]
 
-    def stops(self, name: str, kind: Kind) -> list[float]:
-        """For each seed the passes after which its run stops at its best point."""
-        return [
-            self.passes if each["stop"] is None else round(sum(each["spent"].values()))
-            for each in self.reported(name, kind, stopped=True)
-        ]
-
     def recommendation(self) -> str:
         """The method of the best mean score, and its difference to the next one."""
         means = self.scores()[[*self.plan.methods]].mean()
@@ -264,13 +254,13 @@ with 2 seeds (80 % power): 8.2 points
         best, *others = means.sort_values(ascending=lower, kind="stable").index
         mean = f"{self.shown([means[best]])}{self._unit}"
         text = (
-            f"{best} is recommended: its mean {self.metric}, {mean}, is the "
+            f"{best} is recommended: its mean {self.plan.metric}, {mean}, is the "
             f"{'lowest' if lower else 'highest'} of {len(means)}"
         )
         if not others:
             return text
         gap = self.difference((best, "method"), (others[0], "method"))
-        return f"{text}; {gap.sentence(best, others[0], self.metric, 'seeds', lower)}"
+        return f"{text}; {gap.sentence(best, others[0], self.plan.metric, 'seeds', lower)}"
 
     @property
     def _unit(self) -> str:
@@ -284,7 +274,7 @@ with 2 seeds (80 % power): 8.2 points
             forms, last = self.forms(name), self.first
             begin = self._steps(name, numbers.loc[name])
             if name != self.first:
-                names = name, self.first, self.metric, "seeds", self.plan.lower_is_better
+                names = name, self.first, self.plan.metric, "seeds", self.plan.lower_is_better
                 lines.append(begin + self.verdicts[(name, "method"), first].sentence(*names))
                 begin = ""
             elif forms:
@@ -304,7 +294,7 @@ with 2 seeds (80 % power): 8.2 points
         """The budget, the number of upper steps and how far these moved u, to begin a sentence."""
         if not has_upper_level(self.plan.methods[name]):
             return ""
-        words = [f"at {self.passes:g} passes"] if self.passes else []
+        words = [f"at {self.plan.passes:g} passes"] if self.plan.passes else []
         steps, moved = did.get("upper.steps", math.nan), did.get("upper.moved", math.nan)
         if steps == steps:
             text = f"with {steps:.3g} upper step{'' if steps == 1 else 's'}"
@@ -317,9 +307,10 @@ with 2 seeds (80 % power): 8.2 points
 
     def _edges(self) -> Iterator[str]:
         """Rates without a finite score, and chosen rates at an end of their grid."""
-        table, count = self.rates(), len(self.plan.seeds)
-        for axis, word in {"rate": "a rate", "upper_rate": "an upper rate"}.items():
-            for title, grid in table.dropna(subset=axis).groupby("method", sort=False):
+        count = len(self.plan.seeds)
+        for title, rows in self.rates().groupby("method", sort=False):
+            for axis, word in {"rate": "a rate", "upper_rate": "an upper rate"}.items():
+                grid = rows.dropna(subset=axis)
                 for rate in grid[axis][~grid["mean"].map(math.isfinite)]:
                     text = "a score is not finite, which counts as the worst"
                     yield f"{title}: at the {word.partition(' ')[2]} {rate:g} {text}"
@@ -347,11 +338,13 @@ with 2 seeds (80 % power): 8.2 points
     def heading(self) -> str:
         """The score, the rows, the budget, the intervals and the level of significance."""
         tested = f"{self.scored:,} " if self.scored else ""
-        budget = f"{self.passes:g} passes a run" if self.passes else "heads at their minimum"
+        budget = (
+            f"{self.plan.passes:g} passes a run" if self.plan.passes else "heads at their minimum"
+        )
         rows, over = f"the {tested}test rows", "seeds, on the same test rows"
         if self.store.shared.get("folds"):
             rows, over = f"folds of the {tested}trusted rows", "folds"
-        elif not self.passes:
+        elif not self.plan.passes:
             over = (
                 "seeds, each with its own draw of training rows and its own part of the test rows"
             )
@@ -367,7 +360,7 @@ with 2 seeds (80 % power): 8.2 points
         return f"{text}, Holm's correction {' and '.join(corrected)}" if corrected else text
 
     def __str__(self) -> str:
-        table = tables.as_text(tables.scores(self))
+        table = aligned(tables.rows_of(tables.scores(self)))
         return "\n".join([self.heading(), "", table, "", *self.sentences()])
 
     def plot(self, path: str | Path | None = None) -> Any:
@@ -376,18 +369,11 @@ with 2 seeds (80 % power): 8.2 points
         Args:
             path: the file to write too; its suffix, such as ``.pdf`` or ``.png``, is the format.
         """
-        first, *others = self.plan.candidates()
         scale = 100 if self.in_points else 1
         gaps = {}
-        for candidate in others:
-            gap = self.difference(candidate, first)
+        for (one, other), gap in self.verdicts.items():
             low, high = gap.interval
-            gaps[self.title(*candidate)] = (scale * gap.estimate, scale * low, scale * high)
+            if other == self.plan.candidates()[0]:
+                gaps[self.title(*one)] = (scale * gap.estimate, scale * low, scale * high)
         title = f"{self.score_name} − that of {self.first}, paired, 95 % intervals"
         return intervals(gaps, path, title)
-
-
-def _mean(scores: Any, name: str = "") -> dict[str, Any]:
-    """The mean of ``scores``, and half the width of its interval."""
-    found = Verdict(scores)
-    return {name or "mean": found.estimate, f"{name}_half_width".lstrip("_"): found.half}

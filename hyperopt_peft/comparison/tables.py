@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import pandas  # type: ignore[import-untyped]
 
-from hyperopt_peft.utils.tables import aligned
 from hyperopt_peft.utils.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -30,8 +29,8 @@ def scores(found: Comparison) -> Any:
         row[f"− {found.first}"] = "" if gap is None else marked(gap)
         if len(found.plan.endings) > 1:
             row[f"{score}, stopped"] = found.shown(stopped[title])
-            row["stopped at"] = several(found.stops(*candidate))
-        if found.passes:
+            row["stopped at"] = f"{numbers.stopped_passes[title]:.0f}"
+        if found.plan.passes:
             row["rate"] = several(result["rate"] for result in results)
             row["upper rate"] = several(result["upper_rate"] for result in results)
             row["passes"] = f"{numbers.passes[title]:.1f}"
@@ -62,11 +61,6 @@ def plain(numbers: Any) -> Any:
 def rows_of(table: Any) -> list[list[str]]:
     """The heads and the cells of a table, by row."""
     return [[*table.columns], *table.to_numpy().tolist()]
-
-
-def as_text(table: Any) -> str:
-    """A table for a terminal."""
-    return aligned(rows_of(table))
 
 
 def marked(verdict: Verdict) -> str:

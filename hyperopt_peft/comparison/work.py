@@ -56,12 +56,6 @@ class Runs:
         if self.part != (1, 1) and self.folder is None:
             raise ProblemError("part: the parts share their runs through a folder; give folder")
 
-    @property
-    def suffix(self) -> str:
-        """How the name of this process's file ends."""
-        number, count = self.part
-        return "" if count == 1 else f"-{number}-of-{count}"
-
 
 @dataclass
 class Work:

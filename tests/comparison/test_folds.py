@@ -90,7 +90,7 @@ def test_no_run_trains_on_the_rows_that_score_it() -> None:
     options = {**FOLDS, "upper_dataset": NINE, "rates": (3e-2, 6e-2)}  # with development runs
     SEEN.clear()
     comparison = compared({"mine": Recording(), "LoRA": LoRA()}, seeds=None, **options)
-    assert comparison.plan.seeds == [0, 1] and comparison.metric == "accuracy"
+    assert comparison.plan.seeds == [0, 1] and comparison.plan.metric == "accuracy"
     all_rows = set(map(str, NINE["input_ids"]))
     left_out = [frozenset(all_rows - seen) for seen in SEEN]
     folds = [x for x in {*left_out} if not any(other < x for other in left_out)]

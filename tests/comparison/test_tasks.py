@@ -15,7 +15,7 @@ from tests.support.comparisons import ARGUMENTS, METHODS, SHORT, TITLES, compare
 
 def require_scores(comparison: Comparison, metric: str = "loss", step: float = 1.0) -> None:
     """Two finite scores of each method and ablation, at the budget to one step."""
-    assert comparison.metric == metric
+    assert comparison.plan.metric == metric
     assert [*comparison.scores()] == TITLES
     assert np.isfinite(comparison.scores()).all(axis=None)
     for result in comparison.store.results.values():
