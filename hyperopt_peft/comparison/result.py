@@ -128,7 +128,7 @@ with 2 seeds (80 % power): 8.2 points
         rows = {}
         *choosing, _ = self.plan.stages(self.store)
         for candidate in self.plan.candidates():
-            runs = pandas.json_normalize(self.reported(*candidate)).replace(math.inf, math.nan)
+            runs = pandas.json_normalize(self.reported(*candidate))
             row = self._mean(candidate)
             if len(self.plan.endings) > 1:
                 ends = pandas.json_normalize(self.reported(*candidate, stopped=True))
@@ -144,7 +144,7 @@ with 2 seeds (80 % power): 8.2 points
                 row["passes_of_choice"] = passes / len(self.plan.seeds)
             did = runs.filter(regex=r"^spent\.|^upper\.|^seconds$")
             settings = did.select_dtypes(exclude="number").iloc[0].dropna()
-            numbers = did.select_dtypes("number").mean().dropna()
+            numbers = did.select_dtypes("number").replace(math.inf, math.nan).mean().dropna()
             row["memory"] = runs["memory"].max()
             rows[self.title(*candidate)] = {**row, **numbers, **settings}
         return pandas.DataFrame.from_dict(rows, orient="index").rename_axis("method")

@@ -20,8 +20,6 @@ from hyperopt_peft.problems import BiDoRA, LoRA
 from tests.support.comparisons import METHODS, accuracy, compared, parts_of, passes_of
 from tests.support.trainers import data
 
-CONSTANT = {"lr_scheduler_type": "constant"}
-
 
 def task(methods: Any, arguments: Any = None) -> Task:
     rows = Rows(data(rows=30), None, data(rows=20, seed=5))
@@ -40,25 +38,14 @@ def test_scores_on_the_way_do_not_change_a_run(method: Method) -> None:
     run = Run("m", "method", 0, 3e-2, upper, passes=24, split=0, points=(24.0,))
     whole = task({"m": method})
     plain = whole.run(run)
-    marked = whole.run(Run(**{**vars(run), "points": (6.0, 12.0, 18.0, 24.0)}))
-    assert plain["metrics"] == marked["metrics"] and passes_of(plain) == passes_of(marked)
-    (_, end), *_ = reversed(marked["curve"])
-    assert end == marked["metrics"] and len(plain["curve"]) == 1
+    scored = whole.run(Run(**{**vars(run), "points": (6.0, 12.0, 18.0, 24.0)}))
+    assert plain["metrics"] == scored["metrics"] and passes_of(plain) == passes_of(scored)
+    (_, end), *_ = reversed(scored["curve"])
+    assert end == scored["metrics"] and len(plain["curve"]) == 1
     rows = len(whole.data.of(0, 0)[2])
-    assert marked["spent"]["held-out scores"] == len(marked["curve"]) * rows / 4 / 3
-    search = marked["spent"]["upper steps"] > 0
-    assert all(point > 12 for point in scores(marked["curve"])) == search
-
-
-def test_a_long_run_at_a_constant_rate_begins_as_a_short_one() -> None:
-    whole = task({"m": LoRA()}, CONSTANT)
-    run = Run("m", "method", 0, 3e-2, passes=24, split=0, points=(8.0, 12.0, 24.0))
-    curve = scores(whole.run(run)["curve"])
-    for passes in (8.0, 12.0):
-        short = whole.run(Run(**{**vars(run), "passes": passes, "points": (passes,)}))
-        assert scores(short["curve"]) == {passes: curve[passes]}
-        stopped = whole.run(Run(**{**vars(run), "stop": passes}))
-        assert stopped["metrics"] == short["metrics"] and passes_of(stopped) == passes_of(short)
+    assert scored["spent"]["held-out scores"] == len(scored["curve"]) * rows / 4 / 3
+    search = scored["spent"]["upper steps"] > 0
+    assert all(point > 12 for point in scores(scored["curve"])) == search
 
 
 def made_up(curves: dict[tuple[int, float, int], list[float]], **choice: Any) -> tuple[Plan, Store]:
@@ -118,6 +105,8 @@ def test_a_second_training_stops_after_as_many_of_its_own_passes() -> None:
     stopped = task({"m": BiDoRA()}).run(Run(**{**vars(run), "stop": whole / 2}))["spent"]
     assert stopped["lower steps"] + stopped["upper steps"] == search > 0
     assert 0 < whole / 2 - 1 <= stopped["second training"] <= whole / 2
+    plain = task({"m": LoRA()}).run(Run("m", "method", 0, 3e-2, passes=48, stop=20.0))
+    assert 19 < passes_of(plain) <= 20
 
 
 def test_budgets_share_a_folder(tmp_path: Path) -> None:
