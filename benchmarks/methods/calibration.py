@@ -224,7 +224,8 @@ def gaps(comparison: Comparison) -> list[float]:
 
 def measured(name: str, rows: int, draws: int) -> Iterator[dict[str, Any]]:
     """The cells of a setting: for each metric and number of seeds, how often pairs differ."""
-    setting, cells = SETTINGS[name], dict[tuple[str, int], list[dict[str, float]]]()
+    setting = SETTINGS[name]
+    cells: dict[tuple[str, int], list[dict[str, float]]] = {}
     equal = comparisons(setting, dict.fromkeys(setting.methods, rows), draws, seed=rows)
     unequal = comparisons(setting, {"A": rows, "B": 2 * rows}, draws, seed=rows + 1)
     for one in equal:
@@ -243,7 +244,8 @@ def measured(name: str, rows: int, draws: int) -> Iterator[dict[str, Any]]:
                     moved = Verdict(x + sign * shift for x in verdict.values)
                     found[f"shifted by {shift:g}"] = float(moved.is_significant)
                 more = Verdict(gaps(two[key]))
-                found |= {"gain": sign * more.estimate, "gain found": float(more.is_significant)}
+                found["gain"] = sign * more.estimate
+                found["gain found"] = float(more.is_significant)
             cells.setdefault(key, []).append(found)
     for (metric, seeds), every in cells.items():
         means = {head: round(fmean(each[head] for each in every), 4) for head in every[0]}
@@ -267,7 +269,8 @@ def right(outputs: Any) -> dict[str, float]:
 
 def trained(draws: int, rows: int = 120) -> dict[str, Any]:
     """One cell by `compare_methods` and its Trainer: accuracy, five seeds, a choice of the rate."""
-    generator, found = torch.Generator().manual_seed(0), list[Verdict]()
+    generator = torch.Generator().manual_seed(0)
+    found: list[Verdict] = []
     for _ in range(draws):
         here = Draws({"A": rows}, CHOICE.held_out, generator)
         train, test = (
@@ -317,7 +320,8 @@ def calibration(*, quick: bool, draws: int = 240, through: int = 40) -> None:
 
 def tables() -> dict[str, list[dict[str, str]]]:
     """The shares of equal pairs that are called different, and of different ones that are found."""
-    every, equal, power = Results(FILE), dict[tuple[str, int], dict[str, str]](), []
+    every, power = Results(FILE), []
+    equal: dict[tuple[str, int], dict[str, str]] = {}
     for cell in [*every.of("nets"), *every.of("trainer")]:
         by = ", by `compare_methods`" if cell["part"] == "trainer" else ""
         name, rows = f"{cell['setting']}{by}", cell["rows"]

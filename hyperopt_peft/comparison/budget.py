@@ -62,7 +62,8 @@ class Budget(TrainerCallback):
 
     def begin(self, trainer: Any, unit: int) -> None:
         """Count the passes of ``trainer``, which has this callback, in units of ``unit`` rows."""
-        args, self.again = trainer.args, bool(trainer.has_second_phase)
+        args = trainer.args
+        self.again = bool(trainer.has_second_phase)
         self.counter: PassCounter = trainer.passes
         self.counter.unit = unit
         self.every = self.lower_steps = 0 if trainer.upper is None else args.lower_steps
@@ -78,7 +79,8 @@ class Budget(TrainerCallback):
             self.every, self.again = 0, False
         self.cycles.append((0, 0.0))
         self.start = self.last = self.upper = self.counter.passes
-        self.costs, self.cycle, self.state = {False: 0.0, True: 0.0}, 0.0, state
+        self.state = state
+        self.costs, self.cycle = {False: 0.0, True: 0.0}, 0.0
         self.clock: float | None = None
         if isinstance(lr_scheduler, LambdaLR):
             name, total = args.lr_scheduler_type, math.ceil(self.passes)
@@ -115,7 +117,8 @@ class Budget(TrainerCallback):
         self.costs[is_upper] = max(self.costs[is_upper], now - self.last)
         if is_upper or not self.every:
             self.cycles[-1] = step, now - self.start
-        self.last, self.clock = now, time.perf_counter()
+        self.last = now
+        self.clock = time.perf_counter()
         if self.every > 1:  # a row may be several for the model, as DPO's pairs
             self.a_step = max(self.a_step, self.costs[False])
         name = "second training" if self.phase > 1 else "lower steps"
@@ -126,7 +129,8 @@ class Budget(TrainerCallback):
             return
         following = self.costs[bool(self.every) and (step + 1) % self.every == 0]
         if self.again:
-            self.cycle, self.upper = max(self.cycle, now - self.upper), now
+            self.cycle = max(self.cycle, now - self.upper)
+            self.upper = now
             following = self.cycle + self.every * self.a_step
         end = self.passes if self.again else min(self.passes, self.start + self.stop)
         if now + self.reserved() + following > end + 1e-6:

@@ -54,7 +54,8 @@ class Rows:
                 "upper_dataset: one trusted row cannot both train and choose a rate; give more"
             )
         if self.folds is None:
-            count, rest = len(self.test), {*range(len(self.test))}
+            count = len(self.test)
+            rest = {*range(count)}
             for rows in (self.train, self.upper):
                 rest -= {*shared_rows(self.test, rows, self.reads)}
             if not rest:
@@ -69,10 +70,10 @@ class Rows:
             note = f"{count - len(rest)} of {count} test rows are training rows too, and left out"
             return replace(self, test=self.test.select(sorted(rest))), note
         require_examples("upper_dataset", self.upper)
-        most, again = len(self.upper), shared_rows(self.upper, self.train, self.reads)
+        most = len(self.upper)
         if not 2 <= self.folds <= most:
             raise ProblemError(f"folds: {self.folds} of {most} trusted rows; give 2 to {most}")
-        if again:
+        if again := shared_rows(self.upper, self.train, self.reads):
             raise ProblemError(
                 f"upper_dataset: row {min(again)} (from 0) is in train_dataset too, so that a run "
                 "trains on what scores it; remove it"
@@ -101,7 +102,8 @@ class Rows:
             return draw(train), draw(upper), test
         if split is None:
             return train, upper, test
-        rows, number = (train if upper is None else upper), seed + 100_003 * split
+        rows = train if upper is None else upper
+        number = seed + 100_003 * split
         try:
             rest, scored = split_dataset(rows, self.held_out, number, reads=self.reads)
         except ProblemError:  # of a class that is too rare to be in both parts

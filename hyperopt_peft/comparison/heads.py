@@ -157,7 +157,8 @@ class HeadTask(Task):
         """The loss of ``rows``, and the metrics of the options, as a Trainer names them."""
         batch = _read(rows, device=next(model.parameters()).device)
         with torch.no_grad():
-            logits, loss = model(batch[FEATURES]).logits.float().cpu(), self._loss(model, batch)
+            logits = model(batch[FEATURES]).logits.float().cpu()
+            loss = self._loss(model, batch)
         labels = batch["labels"].cpu()
         metrics = {"loss": float(loss)}
         if reduce := self.options.get("preprocess_logits_for_metrics"):

@@ -71,7 +71,8 @@ def with_values(thing: Any) -> Any:
     object of the user or of a dataclass, such as a collator: plain values as they are, of others
     the code.
     """
-    values, owner = dict[str, Any](), getattr(thing, "__self__", thing)
+    values: dict[str, Any] = {}
+    owner = getattr(thing, "__self__", thing)
     if isinstance(thing, functools.partial):
         values = {"func": thing.func, "args": thing.args, **thing.keywords}
     elif inspect.isfunction(thing):
@@ -90,7 +91,8 @@ def code_of(thing: Any) -> str:
     """
     if not callable(thing) or not hasattr(thing, "__qualname__"):
         thing = type(thing)
-    module, name, files = thing.__module__, thing.__qualname__, dict[str, str]()
+    module, name = thing.__module__, thing.__qualname__
+    files: dict[str, str] = {}
     if not _is_of_user(module):
         return f"{module}.{name}"
     try:
@@ -122,6 +124,7 @@ def _collect(module: str, files: dict[str, str]) -> None:
 
 def _is_of_user(module: str) -> bool:
     """Whether the code of ``module`` is neither ours, nor Python's, nor installed."""
-    file, root = getattr(sys.modules.get(module), "__file__", None) or "", module.partition(".")[0]
+    file = getattr(sys.modules.get(module), "__file__", None) or ""
+    root = module.partition(".")[0]
     known = {*sys.stdlib_module_names, "hyperopt_peft"}
     return root not in known and not {"site-packages", "dist-packages"} & {*Path(file).parts}

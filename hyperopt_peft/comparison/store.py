@@ -45,7 +45,8 @@ class Store:
         self, folder: Path | None, settings: Mapping[str, Mapping[str, Any]], part: str = ""
     ) -> None:
         self.settings = json.loads(json.dumps(settings, default=_plain))
-        self.folder, self.results = folder, dict[Run, Result]()
+        self.folder = folder
+        self.results: dict[Run, Result] = {}
         self.path = None if folder is None else folder / f"runs{part}.jsonl"
         self.reload()
 

@@ -140,7 +140,8 @@ class Task:
                 self._require_apart(trainer, run)
                 a_cycle = passes_of_a_cycle(trainer) + trainer.args.lower_steps * budget.again
                 budget.passes = max(6.0, 2 * budget.a_step * a_cycle)
-            before, peak, upper = logits_of(trainer), peak_memory(), UpperLevel(trainer)
+            before = logits_of(trainer)
+            peak, upper = peak_memory(), UpperLevel(trainer)
             with suppress(NonFiniteError):  # such as a rate that is too high; it has no score
                 trainer.train()
                 check_trained(trainer, run.method, before)
@@ -174,7 +175,8 @@ class Task:
         """
         set_seed(0)
         model = self.base_model()
-        alive, weights = weakref.ref(model), frozen_fingerprint(model, [])
+        alive = weakref.ref(model)
+        weights = frozen_fingerprint(model, [])
         config = str(getattr(model, "config", ""))
         del model
         gc.collect()

@@ -136,19 +136,19 @@ class Work:
 
     def estimate(self) -> str:
         """The missing runs of each method, their passes, and minutes by one timed short run."""
-        rows, total = [["method", "runs", "steps", "passes", "minutes"]], 0.0
+        rows: list[list[Any]] = [["method", "runs", "steps", "passes", "minutes"]]
         steps = self.check()
         first = next(iter(steps))
         minutes = self.task.seconds(first) / 60
         done = Counter((x.method, x.kind, x.passes) for x in self.store.results)
         for run, each in steps.items():
             count = self.plan.count(run.method, run.kind) - done[run.method, run.kind, run.passes]
-            of_method = max(0, count) * minutes
-            total += of_method
-            cells = " + ".join(map(str, each)), f"{run.passes:.0f}", f"{of_method:.1f}"
-            rows.append([run.method + ABLATIONS[run.kind], str(max(0, count)), *cells])
-        whole = f"together about {total / self.runs.jobs:.0f} minutes, by a few steps of "
-        texts = aligned(rows), f"{whole}{first.method}", self.task.layers, self.store.remark()
+            count = max(0, count)
+            cells = " + ".join(map(str, each)), f"{run.passes:.0f}", f"{count * minutes:.1f}"
+            rows.append([run.method + ABLATIONS[run.kind], count, *cells])
+        total = sum(row[1] for row in rows[1:]) * minutes / self.runs.jobs
+        whole = f"together about {total:.0f} minutes, by a few steps of {first.method}"
+        texts = aligned(rows), whole, self.task.layers, self.store.remark()
         return "\n".join(text for text in texts if text)
 
 
