@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyperopt_peft import Method, ProblemError
-from hyperopt_peft.comparison import Choice
+from hyperopt_peft.comparison import Choice, Comparison
 from hyperopt_peft.comparison.choice import Plan
 from hyperopt_peft.comparison.folds import Rows
 from hyperopt_peft.comparison.store import Store
@@ -75,6 +75,14 @@ def test_each_seed_stops_where_its_held_out_score_was_best() -> None:
     assert [chosen[0, x].rate for x in (False, True)] == [1e-3, 1e-2]
     assert [chosen[0, x].stop for x in (False, True)] == [None, 50]
     assert chosen[1, False] == chosen[1, True] and chosen[1, True].rate == 1e-3
+    for run in chosen.values():
+        more = {"metrics": {"eval_accuracy": 0.9 if run.stop else 0.5}, "seconds": 1.0}
+        store.add({**vars(run), **more, "memory": 1.0, "spent": {"lower steps": run.stop or 100.0}})
+    found = Comparison(plan, store)
+    assert found.scores()["m"].tolist() == [0.5, 0.5]
+    assert found.scores(stopped=True)["m"].tolist() == [0.9, 0.5]
+    row = found.table().loc["m", ["mean", "stopped", "stopped_passes"]]
+    assert row.tolist() == pytest.approx([0.5, 0.7, 75.0])
 
 
 def test_upper_rates_are_tried_at_the_best_rate_of_each_seed() -> None:
