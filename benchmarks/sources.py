@@ -112,7 +112,8 @@ def measured(x: torch.Tensor, labels: list[int], cell: Draw) -> dict[str, Any]:
     model, scores = lambda: OnFeatures(x, head), dict[str, Any]()
     for metric, more in judged.items():
         result = compare_methods(mixtures, model, None, args, metric=metric, **options, **more)
-        scores[metric] = {name: result.scores(name) for name in mixtures}
+        found = result.scores()
+        scores[metric] = {name: found[name].tolist() for name in mixtures}
     return scores
 
 

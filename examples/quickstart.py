@@ -16,7 +16,6 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
 from textwrap import fill
 from types import SimpleNamespace
 from typing import Any
@@ -94,13 +93,14 @@ def adapters(arguments: Arguments, data: Any, output: Path) -> dict[str, float]:
         compute_metrics=lambda prediction: {"accuracy": right(prediction).mean()},
     )
     say(f"1. {comparison.heading()}")
-    for row in comparison.table():
-        say(f"{row[0]:28}" + "".join(f"{cell:20}" for cell in row[1:3] + row[5:7]).rstrip())
+    scores = comparison.tables()["Scores"].drop(columns=["rate", "upper rate", "MB"])
+    say(scores.to_string(index=False))
     for sentence in comparison.sentences():
         if sentence not in comparison.remarks():  # about rates, rows and frozen layers
             say(sentence)
     comparison.plot(output / "adapters.png")
-    return {name: fmean(comparison.scores(name)) for name in METHODS}
+    means: dict[str, float] = comparison.scores().mean().to_dict()
+    return means
 
 
 def trainer_of(arguments: Arguments, data: Any, rows: Dataset) -> BilevelTrainer:

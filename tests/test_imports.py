@@ -32,6 +32,14 @@ ALLOWED = {
     | {"engine", "diagnostics", "adapters", "trainer", "heads", "problems", "attribution"}
     | {"comparison", ""},
 }
+# The floors of the comparison: a file imports files of its own floor and of lower ones.
+FLOORS = {
+    "run": {"task", "budget", "folds", "upper", "ablations", "heads", "find"},
+    "store": {"store", "identity"},
+    "plan": {"choice", "fit"},
+    "result": {"result", "tables"},
+    "compare": {"compare", "work"},
+}
 # The rooms that may import a library. GPT-2's Conv1D, a layer that PEFT adapts, is transformers's.
 LIBRARIES = {
     "transformers": {"trainer", "heads", "problems", "attribution", "comparison", "cli"},
@@ -78,6 +86,18 @@ def test_arrows_point_down(room: str) -> None:
             elif package in LIBRARIES:
                 exact = LIBRARIES.get(name.removesuffix(".Conv1D"), set())
                 assert room in LIBRARIES[package] | exact, (path, name)
+
+
+def test_the_comparison_has_five_floors() -> None:
+    floor = {name: n for n, names in enumerate(FLOORS.values()) for name in names}
+    folder = ROOT / "hyperopt_peft/comparison"
+    paths = {path.stem: path for path in folder.glob("*.py") if path.stem != "__init__"}
+    assert paths.keys() == floor.keys()
+    for name, path in paths.items():
+        for module in imported(path):
+            room, _, below = module.removeprefix("hyperopt_peft.").partition(".")
+            if room == "comparison" and below:
+                assert floor[below.partition(".")[0]] <= floor[name], (name, module)
 
 
 METHODS = [(str(x.relative_to(ROOT)), x.read_text()) for x in ROOT.glob("problems/**/*.py")]

@@ -1,7 +1,7 @@
 """What is each bilevel method worth? One call of `compare_methods` for each setting and task.
 
 python benchmarks/methods run                          # all missing runs of all settings
-python benchmarks/methods run --settings "few rows" --tasks sst2 --methods LoRA BiLoRA --jobs 2
+python benchmarks/methods run --settings "wrong labels" --tasks trec --methods LoRA RowWeights
 python benchmarks/methods run --heads                  # of heads, the limit of many passes
 python benchmarks/methods run --dry_run                # the passes and minutes of missing runs
 python benchmarks/methods run --quick                  # a minute of short runs, not stored
@@ -47,7 +47,8 @@ def main() -> None:
         calibration(quick=options.quick)
     elif options.quick:
         names = ["LoRA", "loss correction", "RowWeights"]
-        print(compared("wrong labels", "trec", Runs(), names=names, **QUICK))
+        found = compared("wrong labels", "trec", Runs(), names=names, **QUICK)
+        print(*found.values(), sep="\n\n")
     else:
         for name in options.settings:
             for task in options.tasks or SETTINGS[name].tasks:
@@ -57,7 +58,8 @@ def main() -> None:
                 runs = Runs(where, options.jobs, dry_run=options.dry_run, progress=False)
                 print(f"{name}, {task}", flush=True)
                 found = compared(name, task, runs, heads=options.heads, names=options.methods)
-                print("" if options.dry_run else f"{found}\n", flush=True)
+                for comparison in () if options.dry_run else found.values():
+                    print(f"{comparison}\n", flush=True)
 
 
 if __name__ == "__main__":

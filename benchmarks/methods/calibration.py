@@ -110,9 +110,9 @@ class Draws:
         for name in self.count:
             if mine := [each for each in every if each[1].method == name]:
                 for (k, run), curve in zip(mine, self.curves(mine), strict=True):
-                    marked = [(mark, curve[round(mark)]) for mark in run.marks]
+                    scored = [(point, curve[round(point)]) for point in run.points]
                     end = round(run.stop or STEPS)
-                    line = {"metrics": curve[end], "curve": marked, "spent": {"lower steps": end}}
+                    line = {"metrics": curve[end], "curve": scored, "spent": {"lower steps": end}}
                     stores[k].add({**asdict(run), **line})
 
     @torch.no_grad()
@@ -134,7 +134,7 @@ class Draws:
         noise = torch.randn(len(runs), generator=self.generator)
         alive = rates.amax(1) < self.cliff * torch.exp(0.2 * noise)
         found: list[dict[int, dict[str, float]]] = [{} for _ in runs]
-        ends = {round(mark) for run in runs for mark in (*run.marks, run.stop or STEPS)}
+        ends = {round(point) for run in runs for point in (*run.points, run.stop or STEPS)}
         for step, net in enumerate(self.nets(draw, rows, rates), 1):
             if step not in ends:
                 continue
@@ -217,14 +217,15 @@ def comparisons(
 
 def gaps(comparison: Comparison) -> list[float]:
     """The score of B minus that of A for each seed, where they stop if that is chosen."""
-    stopped = comparison.plan.choice.points > 1
-    one, other = (comparison.scores(name, stopped=stopped) for name in "BA")
-    return [first - second for first, second in zip(one, other, strict=True)]
+    scores = comparison.scores(stopped=True)
+    found: list[float] = (scores["B"] - scores["A"]).tolist()
+    return found
 
 
 def measured(name: str, rows: int, draws: int) -> Iterator[dict[str, Any]]:
     """The cells of a setting: for each metric and number of seeds, how often pairs differ."""
-    setting, cells = SETTINGS[name], dict[tuple[str, int], list[dict[str, float]]]()
+    setting = SETTINGS[name]
+    cells: dict[tuple[str, int], list[dict[str, float]]] = {}
     equal = comparisons(setting, dict.fromkeys(setting.methods, rows), draws, seed=rows)
     unequal = comparisons(setting, {"A": rows, "B": 2 * rows}, draws, seed=rows + 1)
     for one in equal:
@@ -234,7 +235,7 @@ def measured(name: str, rows: int, draws: int) -> Iterator[dict[str, Any]]:
             found = {
                 "different": float(verdict.is_significant),
                 "half width": verdict.half,
-                "score": fmean(comparison.scores("A")),
+                "score": fmean(comparison.scores()["A"]),
             }
             if setting.power:
                 family = [comparison.verdicts[(x, "method"), ("A", "method")] for x in "BCD"]
@@ -243,7 +244,8 @@ def measured(name: str, rows: int, draws: int) -> Iterator[dict[str, Any]]:
                     moved = Verdict(x + sign * shift for x in verdict.values)
                     found[f"shifted by {shift:g}"] = float(moved.is_significant)
                 more = Verdict(gaps(two[key]))
-                found |= {"gain": sign * more.estimate, "gain found": float(more.is_significant)}
+                found["gain"] = sign * more.estimate
+                found["gain found"] = float(more.is_significant)
             cells.setdefault(key, []).append(found)
     for (metric, seeds), every in cells.items():
         means = {head: round(fmean(each[head] for each in every), 4) for head in every[0]}
@@ -267,7 +269,8 @@ def right(outputs: Any) -> dict[str, float]:
 
 def trained(draws: int, rows: int = 120) -> dict[str, Any]:
     """One cell by `compare_methods` and its Trainer: accuracy, five seeds, a choice of the rate."""
-    generator, found = torch.Generator().manual_seed(0), list[Verdict]()
+    generator = torch.Generator().manual_seed(0)
+    found: list[Verdict] = []
     for _ in range(draws):
         here = Draws({"A": rows}, CHOICE.held_out, generator)
         train, test = (
@@ -317,10 +320,11 @@ def calibration(*, quick: bool, draws: int = 240, through: int = 40) -> None:
 
 def tables() -> dict[str, list[dict[str, str]]]:
     """The shares of equal pairs that are called different, and of different ones that are found."""
-    every, equal, power = Results(FILE), dict[tuple[str, int], dict[str, str]](), []
+    every, power = Results(FILE), []
+    equal: dict[tuple[str, int], dict[str, str]] = {}
     for cell in [*every.of("nets"), *every.of("trainer")]:
-        by = ", by `compare_methods`" * (cell["part"] == "trainer")
-        name, rows = cell["setting"] + by, cell["rows"]
+        by = ", by `compare_methods`" if cell["part"] == "trainer" else ""
+        name, rows = f"{cell['setting']}{by}", cell["rows"]
         row = equal.setdefault((name, rows), {"chosen": name, "rows": str(rows)})
         row["pairs"] = str(cell["pairs"])
         error = 1.96 * (cell["different"] * (1 - cell["different"]) / cell["pairs"]) ** 0.5

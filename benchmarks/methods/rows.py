@@ -39,7 +39,8 @@ def wrong_labels(name: str) -> Task:
     trusted, train = disjoint(rows[300:], rows[:300])
     data = Dataset.from_list([*train, *trusted])
     x = features_of(here.base_model(), data, collate).x
-    data, count = data.add_column("states", x.tolist()), len(train)
+    data = data.add_column("states", x.tolist())
+    count = len(train)
     parts = {"train": range(count), "trusted": range(count, len(data))}
     return replace(here, **{name: data.select(each) for name, each in parts.items()})
 
@@ -70,7 +71,9 @@ def on_features(here: Task) -> Task:
         fifth, count = set(range(0, len(here.train), 5)), len(here.train)
         rest = here.train.select([k for k in range(count) if k not in fifth])
         here = replace(here, train=rest, trusted=here.train.select(sorted(fifth)))
-    model, tables, x = here.base_model(), dict[str, Any](), list[torch.Tensor]()
+    model = here.base_model()
+    tables: dict[str, Any] = {}
+    x: list[torch.Tensor] = []
     for name in ("train", "trusted", "test"):
         if (rows := getattr(here, name)) is None:
             continue

@@ -1,8 +1,9 @@
-"""The comparison of a setting on a task, run or read from its store."""
+"""The comparisons of a setting on a task, run or read from their store."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,18 @@ from benchmarks.methods.settings import SETTINGS
 from benchmarks.methods.tasks import score
 from hyperopt_peft import BilevelTrainingArguments
 from hyperopt_peft.comparison import Choice, Comparison, HeadSettings, Runs, compare_methods
-from hyperopt_peft.comparison.budgets import AcrossBudgets
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.method import row_losses
 
 RESULTS = Path(__file__).parents[1] / "results/kinds"
 #: Arguments of a comparison that takes a minute.
-QUICK: dict[str, Any] = {"choice": Choice([2e-2], [1e-2]), "seeds": (0, 1), "passes": [50, 70]}
+QUICK: dict[str, Any] = {"choice": Choice([2e-2], [1e-2]), "seeds": (0, 1), "budgets": [50, 70]}
 
 
 def folder(setting: str, task: str, heads: bool = False) -> Path:
     """The folder of the runs of a setting on a task, of adapters or of heads."""
-    return RESULTS / setting.replace(", ", "-").replace(" ", "-") / f"{task}{'-heads' * heads}"
+    name = f"{task}-heads" if heads else task
+    return RESULTS / setting.replace(", ", "-").replace(" ", "-") / name
 
 
 def compared(
@@ -36,10 +37,11 @@ def compared(
     heads: bool = False,
     names: Sequence[str] | None = None,
     **options: Any,
-) -> Comparison:
-    """Run the comparison of a setting on a task, of all methods or of ``names``.
+) -> dict[float, Comparison]:
+    """Run the comparisons of a setting on a task, by budget, of all methods or of ``names``.
 
-    ``options`` are arguments of `compare_methods` that replace the setting's.
+    ``options`` are arguments of `compare_methods` that replace the setting's; ``budgets`` replaces
+    its budgets.
     """
     from text_data import quiet
 
@@ -53,8 +55,8 @@ def compared(
     arguments: dict[str, Any] = {"report_to": "none", "remove_unused_columns": heads}
     arguments |= {"per_device_train_batch_size": chosen.batch, "per_device_eval_batch_size": 100}
     more: dict[str, Any] = {"seeds": plan.seeds, "metric": plan.metric, "ablations": plan.ablations}
-    more |= {"head": HeadSettings()} if heads else {"choice": plan.choice, "passes": [*plans]}
-    return compare_methods(
+    compare = partial(
+        compare_methods,
         plan.methods,
         here.base_model,
         LoraConfig(
@@ -69,17 +71,18 @@ def compared(
         compute_metrics=score,
         row_losses=row_losses,  # the loss of `Encoder` is the mean over labels
         runs=runs,
-        **more | options,
     )
+    if heads:
+        return {0.0: compare(head=HeadSettings(), **more)}
+    budgets = options.pop("budgets", chosen.passes)
+    more = {**more, "choice": plan.choice, **options}
+    return {passes: compare(passes=passes, **more) for passes in budgets}
 
 
-def stored(setting: str, task: str, heads: bool = False) -> Comparison | None:
-    """The comparison of those methods that have all runs; None if the first one lacks some.
-
-    Of adapters it is an `AcrossBudgets`.
-    """
+def stored(setting: str, task: str, heads: bool = False) -> dict[float, Comparison]:
+    """By budget, the comparison of the methods with all runs; none if the first one lacks some."""
     if not (where := folder(setting, task, heads)).exists():
-        return None
+        return {}
     store, chosen = Store.of(where), SETTINGS[setting]
     names = [*next(iter(chosen.plans(task, heads).values())).methods]
     done = []
@@ -89,8 +92,6 @@ def stored(setting: str, task: str, heads: bool = False) -> Comparison | None:
         if not any(store.missing(runs) for plan in plans for runs in plan.stages(store)):
             done.append(name)
     if done[:1] != names[:1]:
-        return None
-    found = {
-        passes: Comparison(plan, store) for passes, plan in chosen.plans(task, heads, done).items()
-    }
-    return found[0.0] if heads else AcrossBudgets(found)
+        return {}
+    plans = chosen.plans(task, heads, done).items()
+    return {passes: Comparison(plan, store) for passes, plan in plans}

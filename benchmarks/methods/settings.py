@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from benchmarks.methods.rows import first_rows, of_sources, on_features, wrong_labels
-from benchmarks.methods.simple import DecayedLoRA, KeptRows, RankedLoRA, with_arguments
+from benchmarks.methods.simple import DecayedLoRA, KeptRows, with_arguments
 from benchmarks.methods.tasks import METRICS, Task, task
 from hyperopt_peft import BiDoRA, Method
 from hyperopt_peft.comparison import Choice
 from hyperopt_peft.comparison.choice import Plan
 from hyperopt_peft.problems import (
-    SEAL,
     Agreement,
-    AutoLoRA,
-    BiLoRA,
     ClassOffsets,
     DoRA,
     EqualSources,
     FrequencyWeights,
     LayerDecay,
-    LayerScales,
     LogitAdjustment,
     LoRA,
     LossCorrection,
@@ -53,11 +49,10 @@ class Setting:
         rows: makes a task by its name.
         methods: makes the methods; the others are compared with the first one.
         papers: the bilevel methods among them; the others are simple ways.
-        ablations: the methods whose upper level is frozen too.
         heads: makes the methods that are compared on heads, the limit of many passes.
         held_out: the share of the trusted rows, or of the training rows, that chooses.
         targets: the layers that have an adapter.
-        grids: by a name, methods that are one search of a number, or that learn it.
+        ablations: the methods whose upper level is frozen too; by default ``papers``.
         batch: rows of a lower step, and of a pass.
         passes, rates, upper_rates, seeds, splits, points: as in `compare_methods` and its choice.
     """
@@ -66,13 +61,12 @@ class Setting:
     rows: Callable[[str], Task]
     methods: Callable[[], Methods]
     papers: tuple[str, ...]
-    ablations: tuple[str, ...]
     heads: Callable[[], Methods] | None = None
     targets: str = ATTENTION
+    ablations: tuple[str, ...] | None = None
     passes: Sequence[float] = (1200,)
     batch: int = 8
     held_out: float = 0.2
-    grids: Mapping[str, Sequence[str]] = field(default_factory=dict)
     rates: Sequence[float] = (6e-4, 2e-3, 6e-3)
     upper_rates: Sequence[float] = (3e-2, 3e-1)
     seeds: Sequence[int] = range(100, 105)
@@ -89,18 +83,17 @@ class Setting:
     ) -> dict[float, Plan]:
         """The runs of the comparison at each budget, 0 for heads, of all methods or of ``names``.
 
-        Without ``heads`` a method with an upper level has its frozen form if ``ablations`` says so.
+        The seeds of heads are draws. ``ablations`` have their frozen forms.
         """
-        made = self.methods() if not heads else self.heads() if self.heads else {}
+        made = self.heads() if heads and self.heads else self.methods()
         made = {name: x for name, x in made.items() if names is None or name in names}
-        choice, frozen = Choice([1.0], [0.6]), {x: ("frozen",) for x in self.ablations if x in made}
-        budgets: Sequence[float] = (0.0,)
-        if not heads:
-            budgets, shared = self.passes, (self.splits, self.held_out, self.points)
-            choice = Choice(self.rates, self.upper_rates, *shared)
-        metric, seeds = METRICS.get(task, "accuracy"), DRAWS if heads else self.seeds
-        plan = partial(Plan, made, choice, seeds, metric, False)
-        return {each: plan(each, frozen) for each in budgets}
+        frozen = {x: ("frozen",) for x in self.ablations or self.papers if x in made}
+        shared: Any = {"metric": METRICS.get(task, "accuracy"), "lower_is_better": False}
+        if heads:
+            return {0.0: Plan(made, Choice([1.0], [0.6]), DRAWS, ablations=frozen, **shared)}
+        choice = Choice(self.rates, self.upper_rates, self.splits, self.held_out, self.points)
+        plan = partial(Plan, made, choice, self.seeds, ablations=frozen, **shared)
+        return {each: plan(passes=each) for each in self.passes}
 
 
 def wrong_label_methods(heads: bool = False) -> Methods:
@@ -112,10 +105,8 @@ def wrong_label_methods(heads: bool = False) -> Methods:
         "least suspicion, trusted rows 10 times": KeptRows(trusted=False, times=10),
         "loss correction": LossCorrection(),
         "RowWeights": RowWeights(),
-        "SEAL": SEAL(),
     }
     if heads:
-        del methods["SEAL"]  # its two levels descend one loss, so that no minimum is that of one
         methods["least trusted loss, trusted rows 10 times"] = KeptRows(times=10)
         methods["least suspicion"] = KeptRows(trusted=False)
         methods["trusted rows alone"] = SomeSources()
@@ -135,14 +126,10 @@ def rare_class_methods(heads: bool = False) -> Methods:
         "logit adjustment": LogitAdjustment(),
         "logit adjustment, τ = 0.5": LogitAdjustment(tau=0.5),
         "logit adjustment, τ = 1.5": LogitAdjustment(tau=1.5),
-        "inverse-frequency weights": FrequencyWeights(),
         "logit adjustment, τ learned": with_arguments(TunedAdjustment(), **CLASSES),
         "ClassOffsets": with_arguments(ClassOffsets(), **CLASSES),
-        "LayerScales": LayerScales(),
     }
-    if heads:
-        del methods["LayerScales"]
-    return methods
+    return methods | {"inverse-frequency weights": FrequencyWeights()} if heads else methods
 
 
 def source_methods(heads: bool = False) -> Methods:
@@ -150,29 +137,20 @@ def source_methods(heads: bool = False) -> Methods:
     methods: Methods = {
         "LoRA": LoRA(),
         "trusted rows 10 times": TrustedRepeated(),
-        "weights by agreement": Agreement(log_odds=True),
         "loss correction": LossCorrection(),
         "loss correction by source": LossCorrection(by_source=True),
         "Sources": Sources(),
     }
     if heads:
-        more = {"each source alike": EqualSources(), "trusted rows alone": SomeSources()}
-        return methods | more
-    papers = {"ScaleBiO": "scalebio", "FastMix": "fastmix", "DreamPRM": "dreamprm"}
-    return methods | {name: Sources.published(paper) for name, paper in papers.items()}
-
-
-def magnitudes() -> Methods:
-    """LoRA, DoRA and two forms of BiDoRA; the published one has lower_steps=1."""
-    batches = {"lower_steps": 1, "per_device_upper_batch_size": 16}
-    published = with_arguments(BiDoRA.published(), **batches)
-    return {"LoRA": LoRA(), "DoRA": DoRA(), "BiDoRA": BiDoRA(), "published BiDoRA": published}
+        methods["weights by agreement"] = Agreement(log_odds=True)
+        methods["each source alike"] = EqualSources()
+        methods["trusted rows alone"] = SomeSources()
+    return methods
 
 
 MAGNITUDES: dict[str, Any] = {
-    "methods": magnitudes,
-    "papers": ("BiDoRA", "published BiDoRA"),
-    "ablations": ("BiDoRA",),
+    "methods": lambda: {"LoRA": LoRA(), "DoRA": DoRA(), "BiDoRA": BiDoRA()},
+    "papers": ("BiDoRA",),
     "targets": EVERY,
     "batch": 16,
     "rates": (3e-4, 1e-3, 3e-3),
@@ -184,8 +162,7 @@ SETTINGS = {
         ("tweets", "trec"),
         wrong_labels,
         wrong_label_methods,
-        ("RowWeights", "SEAL"),
-        ("RowWeights", "SEAL"),
+        ("RowWeights",),
         partial(wrong_label_methods, heads=True),
         passes=(300, 1200),
         held_out=0.4,
@@ -196,7 +173,6 @@ SETTINGS = {
         wrong_labels,
         wrong_label_methods,
         ("RowWeights",),
-        ("RowWeights",),
         passes=(4800,),
         held_out=0.4,
         rates=(1e-3,),
@@ -206,77 +182,43 @@ SETTINGS = {
         ("newsgroups", "reuters"),
         partial(task, length=24),
         rare_class_methods,
-        ("ClassOffsets", "logit adjustment, τ learned", "LayerScales"),
-        ("ClassOffsets", "LayerScales"),
+        ("ClassOffsets", "logit adjustment, τ learned"),
         partial(rare_class_methods, heads=True),
         LINEAR,
-        splits=2,  # of which one chooses, and one scores, in a search
-        grids={
-            "grid of τ": (
-                "LoRA",
-                "logit adjustment, τ = 0.5",
-                "logit adjustment",
-                "logit adjustment, τ = 1.5",
-            ),
-            "τ = 1, no grid": ("logit adjustment",),
-            "τ learned": ("logit adjustment, τ learned",),
-            "an offset of each class learned": ("ClassOffsets",),
-        },
+        ablations=("ClassOffsets",),
+        splits=2,
     ),
     "sources": Setting(
         ("questions", "movies"),
         of_sources,
         source_methods,
-        ("Sources", "ScaleBiO", "FastMix", "DreamPRM"),
         ("Sources",),
         partial(source_methods, heads=True),
         held_out=0.4,
         rates=LOW_RATES,
     ),
     "few rows": Setting(
-        ("tweets", "sst2"),
+        ("sst2",),
         partial(first_rows, count=100),
         lambda: {
             "LoRA": LoRA(),
-            "DoRA": DoRA(),
             "LoRA, weight decay 0.1": DecayedLoRA(),
             "LoRA, weight decay 1": DecayedLoRA(decay=1.0),
             "LayerDecay, one for all layers": with_arguments(LayerDecay(shared=True), **RARE),
-            "LayerDecay": with_arguments(LayerDecay(), **RARE),
-            "BiLoRA": BiLoRA(gamma=0.1),
         },
-        ("LayerDecay, one for all layers", "LayerDecay", "BiLoRA"),
-        ("LayerDecay, one for all layers", "BiLoRA"),
+        ("LayerDecay, one for all layers",),
         splits=2,
-        targets=LINEAR,
-        grids={
-            "grid of weight decays": ("LoRA", "LoRA, weight decay 0.1", "LoRA, weight decay 1"),
-            "no weight decay": ("LoRA",),
-            "one decay learned": ("LayerDecay, one for all layers",),
-        },
-    ),
-    "ranks and layers": Setting(
-        ("tweets", "sst2"),
-        partial(first_rows, count=100),
-        lambda: {
-            "LoRA": LoRA(),
-            "LoRA, r = 4": RankedLoRA(),
-            "largest terms": AutoLoRA(share=0.5, choose="sizes"),
-            "AutoLoRA": AutoLoRA(decay=0.05, share=0.5),
-        },
-        ("AutoLoRA",),
-        ("AutoLoRA",),
         targets=LINEAR,
     ),
     "magnitudes, all rows": Setting(
-        ("cola", "sst2", "bc5cdr", "tweets"),
+        ("cola",),
         partial(task, length=24, pool=10_000, test=1000),
         passes=(1200,),
         held_out=0.05,
         **MAGNITUDES,
     ),
     "magnitudes, 300 rows": Setting(  # of which MiniLM learns nothing on CoLA
-        ("sst2", "bc5cdr", "tweets"),
+        ("sst2",),
         partial(first_rows, count=300, length=24),
         passes=(300,),
         **MAGNITUDES,

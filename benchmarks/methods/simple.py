@@ -87,16 +87,6 @@ class DecayedLoRA(LoRA):
         with_arguments(self, weight_decay=self.decay)
 
 
-@dataclass
-class RankedLoRA(LoRA):
-    """LoRA of half the rank, and so with half the parameters."""
-
-    def adapter(self, config: Any) -> Any:
-        """Halve r and α; their ratio does not change."""
-        config.r, config.lora_alpha = config.r // 2, config.lora_alpha / 2
-        return super().adapter(config)
-
-
 def with_arguments(method: Method, **arguments: Any) -> Method:
     """``method`` with other default training arguments."""
     method.defaults = {**method.defaults, **arguments}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -21,8 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from benchmarks.last_layers import first_tokens, tagged_tweets, tokens
-from hyperopt_peft.core.logits import IGNORED
+from benchmarks.last_layers import tokens
 
 #: Public data next to the repository: SST-2, and TREC's questions.
 DATA = Path(__file__).parents[3] / "shared/data"
@@ -36,7 +34,6 @@ class Task:
         train: the pool's rows in a random order; a smaller training set has the first ones.
         test: rows that are not in ``train``.
         classes: the number of classes.
-        metric: the name of the score, higher is better.
         trusted: rows of the upper level, unless it gets a part of the training rows.
         model: makes the model with a new head, drawn from the current seed; by default `Encoder`.
         collate: makes a batch.
@@ -45,7 +42,6 @@ class Task:
     train: Dataset
     test: Dataset
     classes: int
-    metric: str = "accuracy"
     trusted: Dataset | None = None
     model: Callable[[], Any] | None = None
     collate: Callable[[Any], Any] = lambda rows: collate(rows)
@@ -53,19 +49,18 @@ class Task:
     @property
     def base_model(self) -> Callable[[], Any]:
         """``model``, or a function that makes an `Encoder`."""
-        return self.model or partial(Encoder, self.classes, pool=self.metric != "f1")
+        return self.model or partial(Encoder, self.classes)
 
 
 class Encoder(nn.Module):
-    """MiniLM and a linear head that reads the mean over the tokens; without ``pool`` each one."""
+    """MiniLM and a linear head that reads the mean over the tokens."""
 
-    def __init__(self, classes: int, *, pool: bool) -> None:
+    def __init__(self, classes: int) -> None:
         super().__init__()
         self.bert = copy.deepcopy(_pretrained())
         self.config = self.bert.config
         self.config.num_labels = classes
         self.classifier = nn.Linear(self.config.hidden_size, classes)
-        self.pool = pool
 
     def get_output_embeddings(self) -> nn.Module:
         """The head."""
@@ -81,13 +76,9 @@ class Encoder(nn.Module):
         """Cross entropy and logits, with the last layer's states if asked for."""
         states = self.bert(input_ids, attention_mask).last_hidden_state
         last = (states,) if output_hidden_states else None
-        if self.pool:
-            mask = attention_mask[..., None]
-            states = (states * mask).sum(1) / mask.sum(1)
-        logits = self.classifier(states)
-        loss = None
-        if labels is not None:
-            loss = cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+        mask = attention_mask[..., None]
+        logits = self.classifier((states * mask).sum(1) / mask.sum(1))
+        loss = None if labels is None else cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss, logits, hidden_states=last)
 
 
@@ -100,54 +91,33 @@ def _pretrained() -> Any:
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """A padded batch; ``target`` is a class, or a class for each token."""
+    """A padded batch; ``target`` is a class."""
     inputs = [torch.tensor(row["input_ids"]) for row in rows]
-    targets = [torch.tensor(row["target"]) for row in rows]
     pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
     return {
         "input_ids": pad(inputs),
         "attention_mask": pad([torch.ones_like(row) for row in inputs]),
-        "labels": pad(targets, padding_value=IGNORED) if targets[0].dim() else torch.stack(targets),
+        "labels": torch.tensor([row["target"] for row in rows]),
     }
 
 
 def score(outputs: Any) -> dict[str, float]:
-    """Accuracy, mean F1 of the classes in the rows, and Matthews correlation.
-
-    For tokens, the micro-averaged F1 of all tags but the last one, O.
-    """
+    """Accuracy, mean F1 of the classes in the rows, and Matthews correlation."""
     truth, guess = outputs.label_ids, outputs.predictions.argmax(-1)
-    if truth.ndim == 1:
-        macro = f1_score(truth, guess, labels=list({*truth}), average="macro", zero_division=0)
-        scores = {"accuracy": accuracy_score(truth, guess), "macro_f1": macro}
-        scores["matthews"] = matthews_corrcoef(truth, guess)
-        return {name: float(value) for name, value in scores.items()}
-    truth, guess = truth[truth != IGNORED], guess[truth != IGNORED]
-    named = list(range(int(truth.max())))
-    return {"f1": float(f1_score(truth, guess, labels=named, average="micro"))}
+    macro = f1_score(truth, guess, labels=list({*truth}), average="macro", zero_division=0)
+    scores = {"accuracy": accuracy_score(truth, guess), "macro_f1": macro}
+    scores["matthews"] = matthews_corrcoef(truth, guess)
+    return {name: float(value) for name, value in scores.items()}
 
 
 def task(name: str, *, length: int = 16, pool: int = 1200, test: int = 600) -> Task:
     """A task by name, with texts cut to ``length`` tokens, and at most so many rows of a kind."""
-    if name in TAGGED:
-        return tags(name, length, pool, test)
     if name in LONG_TAILED:
         return long_tailed(name, length)
     train, apart = (part[:most] for part, most in zip(TABLES[name](), (pool, test), strict=True))
     table = pandas.concat([train, apart])
     rows = rows_of_texts(list(table.text), table.label.tolist(), length)
     return _task(rows, len(apart), int(table.label.max()) + 1)
-
-
-def tags(name: str, length: int, pool: int, test: int) -> Task:
-    """Tags of words, such as named entities: the first token of each word has the word's tag."""
-    train, apart = TAGGED[name]()
-    tagged = [*train[:pool], *apart[:test]]
-    names = [*sorted({tag for row in tagged for _, tag in row} - {"O"}), "O"]
-    words = [[word for word, _ in row] for row in tagged]
-    classes = [[names.index(tag) for _, tag in row] for row in tagged]
-    rows = rows_of_texts(words, classes, length)
-    return _task(rows, len(apart[:test]), len(names), METRICS[name])
 
 
 def long_tailed(name: str, length: int) -> Task:
@@ -172,29 +142,25 @@ def long_tailed(name: str, length: int) -> Task:
     train, test = (part[part.Category.isin(names)] for part in (train, test[:1500]))
     table = pandas.concat([train, test])
     rows = rows_of_texts(list(table.Text), [names.index(each) for each in table.Category], length)
-    return _task(rows, len(test), len(names), METRICS[name])
+    return _task(rows, len(test), len(names))
 
 
-def rows_of_texts(texts: Sequence[Any], labels: Sequence[Any], length: int) -> list[dict[str, Any]]:
-    """Tokens and targets; a list of words has a target for each token.
+def rows_of_texts(texts: Sequence[str], labels: Sequence[int], length: int) -> list[dict[str, Any]]:
+    """Tokens and targets.
 
     The column's name keeps splits from being stratified: TREC has a class of few rows.
     """
-    inputs, rows = tokens(texts, length), []
-    for n, (ids, mask, label) in enumerate(zip(inputs.input_ids, inputs.attention_mask, labels)):
-        kept = mask.bool()
-        if not isinstance(texts[0], str):
-            label = first_tokens(inputs.word_ids(n), label)[kept].tolist()
-        rows.append({"input_ids": ids[kept].tolist(), "target": label})
-    return rows
+    inputs = tokens(texts, length)
+    every = zip(inputs.input_ids, inputs.attention_mask, labels, strict=True)
+    return [{"input_ids": ids[mask.bool()].tolist(), "target": x} for ids, mask, x in every]
 
 
-def _task(rows: list[dict[str, Any]], test: int, classes: int, metric: str = "accuracy") -> Task:
+def _task(rows: list[dict[str, Any]], test: int, classes: int) -> Task:
     """A task whose last ``test`` rows are the test rows."""
     apart, pool = disjoint(rows[-test:], rows[:-test])
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0)).tolist()
     train, held_out = (Dataset.from_list(part) for part in ([pool[k] for k in order], apart))
-    return Task(train, held_out, classes, metric)
+    return Task(train, held_out, classes)
 
 
 def disjoint(*parts: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
@@ -215,10 +181,10 @@ def _trec() -> tuple[pandas.DataFrame, pandas.DataFrame]:
     return table[:500], table[500:]
 
 
-def _sst2() -> tuple[pandas.DataFrame, pandas.DataFrame]:
-    """Movie sentences, positive or negative, from the published parts."""
-    read = {"sep": "\t", "names": ["label", "text"], "quoting": 3}
-    parts = (pandas.read_csv(DATA / f"sst2/{name}.tsv", **read) for name in ("train", "dev"))
+def _glue(name: str, columns: list[str]) -> tuple[pandas.DataFrame, pandas.DataFrame]:
+    """Sentences with one of two labels, from the published parts of a task of GLUE."""
+    read = partial(pandas.read_csv, sep="\t", names=columns, quoting=3)
+    parts = (read(DATA / f"{name}/{part}.tsv") for part in ("train", "dev"))
     train, test = (part.sample(frac=1, random_state=0) for part in parts)
     return train, test
 
@@ -229,48 +195,14 @@ def _tweets() -> tuple[pandas.DataFrame, pandas.DataFrame]:
     return table[1000:], table[:1000]
 
 
-def _cola() -> tuple[pandas.DataFrame, pandas.DataFrame]:
-    """Sentences, acceptable or not, from the published parts."""
-    read = {"sep": "\t", "names": ["text", "label"], "quoting": 3}
-    parts = (pandas.read_csv(DATA / f"cola/{name}.tsv", **read) for name in ("train", "dev"))
-    train, test = (part.sample(frac=1, random_state=0) for part in parts)
-    return train, test
-
-
-def _tagged_tweets() -> tuple[list[Any], list[Any]]:
-    """Tweets with an entity; there are 918."""
-    tagged = tagged_tweets()
-    order = torch.randperm(len(tagged), generator=torch.Generator().manual_seed(0)).tolist()
-    tagged = [tagged[k] for k in order]
-    cut = 2 * len(tagged) // 5
-    return tagged[cut:], tagged[:cut]
-
-
-def _bc5cdr() -> tuple[list[Any], list[Any]]:
-    """Sentences of abstracts with chemicals and diseases: 4,000 to train, and published tests."""
-    parts = []
-    for name, most in (("train", 4000), ("test", 1000)):
-        text = (DATA / f"bc5cdr/{name}.tsv").read_text()
-        rows = [each.splitlines() for each in text.split("\n\n") if each.strip()]
-        random.Random(0).shuffle(rows)
-        parts.append([[line.split("\t") for line in row] for row in rows[:most]])
-    return parts[0], parts[1]
-
-
 #: The scores of tasks that are not scored by accuracy.
 METRICS = {"cola": "matthews", "newsgroups": "macro_f1", "reuters": "macro_f1"}
-METRICS |= {"tags": "f1", "bc5cdr": "f1"}
 #: Files, the largest class's rows if class shares are drawn, and the most training rows.
 LONG_TAILED = {"newsgroups": ("20newsgroups", 100, 600), "reuters": ("reuters-r52", 0, 800)}
 #: Numbers of pool rows and test rows.
 TABLES: dict[str, Callable[[], tuple[pandas.DataFrame, pandas.DataFrame]]] = {
     "trec": _trec,
-    "sst2": _sst2,
-    "cola": _cola,
+    "sst2": partial(_glue, "sst2", ["label", "text"]),
+    "cola": partial(_glue, "cola", ["text", "label"]),
     "tweets": _tweets,
-}
-#: Words with tags, of the pool and of the test.
-TAGGED: dict[str, Callable[[], tuple[list[Any], list[Any]]]] = {
-    "tags": _tagged_tweets,
-    "bc5cdr": _bc5cdr,
 }

@@ -14,7 +14,7 @@ from hyperopt_peft.cli.text.setup import SHARED, choose, prepare
 from hyperopt_peft.comparison import Choice, HeadSettings, Runs, compare_methods
 from hyperopt_peft.comparison.choice import RATES, UPPER_RATES
 from hyperopt_peft.comparison.find import find_method
-from hyperopt_peft.comparison.result import NOT_PRINTED
+from hyperopt_peft.comparison.tables import NOT_PRINTED, rows_of
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.validation import option
 
@@ -30,7 +30,7 @@ class CompareArguments(OutputArguments):
     methods: list[str] = option(default_factory=lambda: [*METHODS], help="compared with the first")
     score_model: Literal["adapter", "head"] = option("adapter", help="or a linear head on features")
     folds: int | None = option(None, help="folds of upper_file, which replace eval_file")
-    passes: list[float] = option(default_factory=lambda: [300.0], help="of a run; several budgets")
+    passes: float = option(300.0, help="of a run")
     seeds: list[int] | None = option(None, help="of start, split and order; five, or one a fold")
     rates: list[float] = option(default_factory=lambda: [*RATES], help="learning rates to try")
     upper_rates: list[float] = option(default_factory=lambda: [*UPPER_RATES], help="upper rates")
@@ -79,8 +79,7 @@ def run(argv: Sequence[str]) -> None:
     budget: dict[str, Any] = {"head": HeadSettings()}
     if command.score_model == "adapter":
         choice = {name: getattr(command, name) for name in names_of([Choice]) & OF_ADAPTERS}
-        passes = command.passes if len(command.passes) > 1 else command.passes[0]
-        budget = {"passes": passes, "choice": Choice(**choice)}
+        budget = {"passes": command.passes, "choice": Choice(**choice)}
     elif unread := sorted(OF_ADAPTERS & flags.keys()):
         raise ProblemError(f"{unread[0]}: has no effect on heads, which are solved; leave it out")
     comparison = compare_methods(
@@ -103,15 +102,18 @@ def run(argv: Sequence[str]) -> None:
     if command.dry_run:
         return
     comparison.plot(output / "comparison.png")
-    (output / "comparison.tex").write_text(comparison.to_latex())
-    comparison.to_csv(output / "runs.csv")
-    sentences = [comparison.recommendation()] * bool(command.folds) + comparison.sentences()
-    heads, *_ = table = comparison.table()
-    shown = [place for place, head in enumerate(heads) if head not in NOT_PRINTED]
-    sections = {(title := comparison.heading()): [[row[place] for place in shown] for row in table]}
-    if command.points > 1 and comparison.passes:
-        sections["Stopped where the held-out score was best"] = comparison.stopping()
-    pictures, more = {"The comparison": "comparison.png"}, comparison.tables()
+    comparison.runs().to_csv(output / "runs.csv", index=False)
+    heading, tables = comparison.heading(), comparison.tables()
+    printed = tables["Scores"].drop(columns=NOT_PRINTED, errors="ignore")
+    (output / "comparison.tex").write_text(
+        f"% {heading}\n{printed.to_latex(index=False, escape=True)}"
+    )
+    sentences = comparison.sentences()
+    if command.folds:
+        sentences.insert(0, comparison.recommendation())
+    sections = {heading: rows_of(printed)}
+    pictures = {"The comparison": "comparison.png"}
+    more = {title: rows_of(table) for title, table in tables.items()}
     page = Report("compare", "\n".join(sentences), plain.options, sections, pictures, details=more)
-    print(f"\n{page.verdict}\n\n{as_text({title: table} if command.details else sections)}")
-    print(f"\n{page.write(output)} has a picture")
+    shown = {heading: more["Scores"]} if command.details else sections
+    print(f"\n{page.verdict}\n\n{as_text(shown)}\n\n{page.write(output)} has a picture")

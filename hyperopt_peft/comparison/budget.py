@@ -31,12 +31,12 @@ class Budget(TrainerCallback):
     Args:
         passes: of all phases.
         stop: the passes of the last phase after which the training ends before its budget.
-        marks: the passes after which the last phase is scored on the evaluation rows.
+        points: the passes after which the last phase is scored on the evaluation rows.
 
     Attributes:
         spent: the passes by use.
         cycles: for each phase, its steps and passes until its last upper step.
-        curve: the mark and the metrics of each evaluation.
+        curve: the point and the metrics of each evaluation.
         seconds, timed: the time of all steps but each phase's first one, which allocates, and the
             passes of these steps.
 
@@ -46,12 +46,14 @@ class Budget(TrainerCallback):
     """
 
     def __init__(
-        self, passes: float, stop: float | None = None, marks: Sequence[float] = ()
+        self, passes: float, stop: float | None = None, points: Sequence[float] = ()
     ) -> None:
-        self.passes, self.phase, self.seconds, self.timed = passes, 0, 0.0, 0.0
+        self.passes, self.phase = passes, 0
+        self.seconds = self.timed = 0.0
         self.stop = math.inf if stop is None else stop
-        self.marks = sorted(mark for mark in marks if mark < passes)
-        self.curve, self.reached = list[tuple[float, dict[str, float]]](), list[float]()
+        self.points = sorted(point for point in points if point < passes)
+        self.curve: list[tuple[float, dict[str, float]]] = []
+        self.reached: list[float] = []
         self.spent = dict.fromkeys(("lower steps", "upper steps", "second training"), 0.0)
 
     def __copy__(self) -> Self:
@@ -60,7 +62,8 @@ class Budget(TrainerCallback):
 
     def begin(self, trainer: Any, unit: int) -> None:
         """Count the passes of ``trainer``, which has this callback, in units of ``unit`` rows."""
-        args, self.again = trainer.args, bool(trainer.has_second_phase)
+        args = trainer.args
+        self.again = bool(trainer.has_second_phase)
         self.counter: PassCounter = trainer.passes
         self.counter.unit = unit
         self.every = self.lower_steps = 0 if trainer.upper is None else args.lower_steps
@@ -76,7 +79,8 @@ class Budget(TrainerCallback):
             self.every, self.again = 0, False
         self.cycles.append((0, 0.0))
         self.start = self.last = self.upper = self.counter.passes
-        self.costs, self.cycle, self.state = {False: 0.0, True: 0.0}, 0.0, state
+        self.state = state
+        self.costs, self.cycle = {False: 0.0, True: 0.0}, 0.0
         self.clock: float | None = None
         if isinstance(lr_scheduler, LambdaLR):
             name, total = args.lr_scheduler_type, math.ceil(self.passes)
@@ -113,7 +117,8 @@ class Budget(TrainerCallback):
         self.costs[is_upper] = max(self.costs[is_upper], now - self.last)
         if is_upper or not self.every:
             self.cycles[-1] = step, now - self.start
-        self.last, self.clock = now, time.perf_counter()
+        self.last = now
+        self.clock = time.perf_counter()
         if self.every > 1:  # a row may be several for the model, as DPO's pairs
             self.a_step = max(self.a_step, self.costs[False])
         name = "second training" if self.phase > 1 else "lower steps"
@@ -124,25 +129,29 @@ class Budget(TrainerCallback):
             return
         following = self.costs[bool(self.every) and (step + 1) % self.every == 0]
         if self.again:
-            self.cycle, self.upper = max(self.cycle, now - self.upper), now
+            self.cycle = max(self.cycle, now - self.upper)
+            self.upper = now
             following = self.cycle + self.every * self.a_step
         end = self.passes if self.again else min(self.passes, self.start + self.stop)
-        control.should_training_stop |= now + self.reserved() + following > end + 1e-6
-        while self.marks and now + following > self.marks[0] + 1e-6:
-            mark = self.marks.pop(0)
-            self.reached += [] if self.again else [mark]
-        control.should_evaluate |= bool(self.reached)
+        if now + self.reserved() + following > end + 1e-6:
+            control.should_training_stop = True
+        while self.points and now + following > self.points[0] + 1e-6:
+            point = self.points.pop(0)
+            if not self.again:
+                self.reached.append(point)
         if self.reached:
+            control.should_evaluate = True
             self.random = RandomState.capture([args.device])
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any
     ) -> None:
-        """Keep the metrics at the marks that are reached; the run goes on as without them."""
+        """Keep the metrics at the points that are reached; the run goes on as without them."""
         if self.reached:
             self.random.restore()  # an evaluation's loader draws a number
-        self.curve += [(mark, dict(metrics)) for mark in self.reached]
-        self.reached, self.clock = [], time.perf_counter()
+        self.curve += [(point, dict(metrics)) for point in self.reached]
+        self.reached = []
+        self.clock = time.perf_counter()
 
 
 def peak_memory() -> Callable[[], float]:

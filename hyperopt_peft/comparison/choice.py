@@ -74,8 +74,6 @@ class Plan:
 
     Attributes:
         passes: the budget of each run; 0 of heads, which are solved.
-        contained: the budgets whose held-out scores one development run has, since a long training
-            at a constant rate begins as a short one; empty at rates that decay.
     """
 
     methods: Mapping[str, Method]
@@ -85,7 +83,6 @@ class Plan:
     lower_is_better: bool
     passes: float = 0.0
     ablations: Mapping[str, Sequence[Kind]] | None = None
-    contained: Sequence[float] = ()
 
     def candidates(self) -> list[tuple[str, Kind]]:
         """The methods, each followed by its ablations.
@@ -141,6 +138,7 @@ class Plan:
         Raises:
             ProblemError: no rate has a finite score.
         """
+        stopped = stopped and self.choice.points > 1
         run = self._rated(store, name, kind, seed, stopped)
         if not stopped:
             return run
@@ -156,48 +154,46 @@ class Plan:
 
         Held-out rows leave smaller upper batches, so that it begins earlier than in a reported run.
         """
-        every = [store.results[part]["spent"] for part in self._parts(run)]
+        every = [store.results[each]["spent"] for each in self.development(run)]
         searched = (x["lower steps"] + x["upper steps"] for x in every if x.get("second training"))
         return fmean([*searched] or [0.0])
 
     def curve(self, store: Store, run: Run) -> list[tuple[float, float]]:
-        """The passes at each point of ``run``, and the mean score on its seed's held-out parts."""
-        means = map(fmean, zip(*self.by_split(store, run), strict=True))
-        return [*zip(self._points(self.passes), means, strict=True)]
+        """The passes at each point of ``run``, and the mean score on its seed's held-out parts.
 
-    def by_split(self, store: Store, run: Run) -> list[list[float]]:
-        """The scores of ``run`` at its points on each held-out part; NaN for a run without one."""
-        name, points = f"eval_{self.metric}", self._points(self.passes)
-        curves = [dict(store.results[part]["curve"]) for part in self._parts(run)]
-        return [[curve.get(point, {}).get(name, nan) for point in points] for curve in curves]
-
-    def spent(self, store: Store, run: Run) -> float:
-        """The mean passes of the development runs that score ``run``."""
-        return fmean(self.share(store, part) for part in self._parts(run))
-
-    def share(self, store: Store, part: Run) -> float:
-        """The passes of a development run up to this budget, which it may contain."""
-        passes: float = sum(store.results[part]["spent"].values())
-        return passes * self.passes / part.passes
-
-    def at_rates(self, name: str, seed: int) -> list[Run]:
-        """The runs of a seed at all rates of the grid, at the middle upper rate."""
-        first = self._first(name, "method", seed)
-        return self._grid(first, "rate") or [first]
-
-    def at_every_rate(self, store: Store, name: str, kind: Kind) -> dict[Axis, dict[float, float]]:
-        """The mean held-out score of the seeds at each rate, and at each upper rate.
-
-        Upper rates are those at each seed's own rate. A grid without a choice is left out.
+        The score is NaN where a development run has none.
         """
-        found: dict[Axis, dict[float, float]] = {}
+        name = f"eval_{self.metric}"
+        curves = [dict(store.results[each]["curve"]) for each in self.development(run)]
+        return [
+            (point, fmean(curve.get(point, {}).get(name, nan) for curve in curves))
+            for point in self.points
+        ]
+
+    def development(self, run: Run) -> list[Run]:
+        """The runs that score ``run``, one for each held-out part of its seed."""
+        run = replace(run, points=self.points)
+        return [replace(run, split=split) for split in range(self.choice.splits)]
+
+    @property
+    def points(self) -> tuple[float, ...]:
+        """The passes after which a run may stop, its end included."""
+        count = self.choice.points
+        return tuple(self.passes * (k / count) for k in range(1, count + 1))
+
+    def at_every_rate(
+        self, store: Store, name: str, kind: Kind
+    ) -> Iterator[tuple[Axis, float, float]]:
+        """Each rate and upper rate of a grid with a choice, and the seeds' mean held-out score.
+
+        Upper rates are those at each seed's own rate.
+        """
         runs = [self._first(name, kind, seed) for seed in self.seeds]
         for axis in AXES:
             for each in zip(*(self._grid(run, axis) for run in runs)):
                 mean = fmean(self.curve(store, run)[-1][1] for run in each)
-                found.setdefault(axis, {})[getattr(each[0], axis)] = mean
+                yield axis, getattr(each[0], axis), mean
             runs = [self._best(store, run, axis, False) for run in runs]
-        return found
 
     def _first(self, name: str, kind: Kind, seed: int) -> Run:
         """A run at the middle of both grids."""
@@ -218,7 +214,8 @@ class Plan:
         """``run`` at the best rate of a grid, on its seed's held-out rows."""
         if not (runs := self._grid(run, axis)):
             return run
-        sign, scores = -1 if self.lower_is_better else 1, list[float]()
+        sign = -1 if self.lower_is_better else 1
+        scores: list[float] = []
         for each in runs:
             values = [sign * score for _, score in self.curve(store, each)]
             scores.append(max(filter(isfinite, values), default=nan) if stopped else values[-1])
@@ -237,19 +234,8 @@ class Plan:
 
     def _development(self, grids: Iterable[Sequence[Run]]) -> list[Run]:
         """The development runs of all runs in ``grids``, each once."""
-        return [*dict.fromkeys(part for grid in grids for run in grid for part in self._parts(run))]
-
-    def _parts(self, run: Run) -> list[Run]:
-        """The development runs that score ``run``, one for each held-out part of its seed."""
-        one_phase = run.kind == "one level" or not has_upper_level(self.methods[run.method])
-        budgets = [*(self.contained if one_phase else ())] or [self.passes]
-        marks = tuple(sorted({point for passes in budgets for point in self._points(passes)}))
-        run = replace(run, passes=max(budgets), marks=marks)
-        return [replace(run, split=split) for split in range(self.choice.splits)]
-
-    def _points(self, passes: float) -> list[float]:
-        """Where a run of ``passes`` may end."""
-        return [passes * (k / self.choice.points) for k in range(1, self.choice.points + 1)]
+        every = (each for grid in grids for run in grid for each in self.development(run))
+        return [*dict.fromkeys(every)]
 
 
 def _with(run: Run, axis: Axis, rate: float) -> Run:

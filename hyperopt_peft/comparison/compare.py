@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tqdm.auto import tqdm
-
-from hyperopt_peft.comparison.budgets import AcrossBudgets
 from hyperopt_peft.comparison.choice import Choice, Plan
 from hyperopt_peft.comparison.find import find_method
 from hyperopt_peft.comparison.folds import Rows
@@ -20,7 +17,7 @@ from hyperopt_peft.comparison.identity import settings_of
 from hyperopt_peft.comparison.result import Comparison
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Kind, Task
-from hyperopt_peft.comparison.work import Work, require_pickled
+from hyperopt_peft.comparison.work import Runs, Work
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.heads.frozen_layers import forget
 from hyperopt_peft.trainer.method import Method
@@ -29,43 +26,12 @@ from hyperopt_peft.trainer.splits import reads_of
 from hyperopt_peft.trainer.trainer import BilevelTrainer
 
 #: How the names of scores end that are better where they are lower.
-LOWER_IS_BETTER: tuple[str, ...] = "loss", "nll", "error", "error_rate", "mse", "mae", "wer", "cer"
-LOWER_IS_BETTER += "perplexity", "ece", "brier"
+LOWER_IS_BETTER = (
+    *("loss", "nll", "error", "error_rate", "mse", "mae", "wer", "cer"),
+    *("perplexity", "ece", "brier"),
+)
 #: Five rates for each level.
 DEFAULT = Choice()
-
-
-@dataclass(frozen=True)
-class Runs:
-    """How the runs of a comparison are done.
-
-    Args:
-        folder: has the finished runs, from which a killed or changed comparison continues.
-        jobs: processes, by joblib, whose ``parallel_config`` chooses other backends.
-        part: (k, n) for the k-th of n processes that share the runs and ``folder``.
-        progress: whether a bar is shown.
-        dry_run: print the runs with their passes and minutes, and do none.
-
-    Raises:
-        ProblemError: no processes; a part without a folder.
-
-    Example:
-        >>> Runs(folder="outputs/compare", jobs=4).part
-        (1, 1)
-    """
-
-    folder: str | Path | None = None
-    jobs: int = 1
-    part: tuple[int, int] = (1, 1)
-    progress: bool = True
-    dry_run: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be done."""
-        if self.jobs == 0:
-            raise ProblemError("jobs: must be a number of processes, got 0")
-        if self.part != (1, 1) and self.folder is None:
-            raise ProblemError("part: the parts share their runs through a folder; give folder")
 
 
 def compare_methods(
@@ -78,7 +44,7 @@ def compare_methods(
     upper_dataset: Any = None,
     test_dataset: Any = None,
     folds: int | None = None,
-    passes: float | Sequence[float] | None = None,
+    passes: float | None = None,
     head: HeadSettings | None = None,
     seeds: Iterable[int] | None = None,
     metric: str = "loss",
@@ -115,7 +81,8 @@ def compare_methods(
         upper_dataset: the trusted rows; a baseline trains on them too, as its ``all_rows`` says.
         test_dataset: the rows that score; training rows among them are left out.
         folds: K, in place of ``test_dataset``.
-        passes: the budget of an adapter's run, or several, each of which has a comparison.
+        passes: the budget of an adapter's run. Another budget is another call, and may share the
+            folder of ``runs``.
         head: trains heads in place of adapters.
         seeds: each is a split, a start and an order of the rows, the same for all methods; by
             default five, or as many as folds.
@@ -130,9 +97,6 @@ def compare_methods(
         runs: the folder, the processes and the bar.
         trainer: the class of the trainer, such as ``bilevel(SFTTrainer)``.
         options: further arguments of the trainer, such as ``compute_metrics``.
-
-    Returns:
-        A `Comparison`; of several ``passes`` an `AcrossBudgets`.
 
     Raises:
         ProblemError: fewer than two seeds; an argument without effect; one model in place of new
@@ -162,65 +126,58 @@ def compare_methods(
         ...     choice=Choice([3e-2], [1e-2]),  # one rate is no choice; leave it out to try five
         ...     runs=Runs(progress=False),
         ... )
-        >>> [row[0] for row in comparison.table()[1:]]
+        >>> [*comparison.scores()]
         ['LoRA', 'BiDoRA', 'BiDoRA, upper level frozen', 'BiDoRA, one level']
     """
-    seeds = list(dict.fromkeys(map(int, seeds if seeds is not None else range(folds or 5))))
-    runs, given = runs or Runs(), np.array(0.0 if passes is None else passes)
-    budgets = given.ravel().tolist()
-    if len(seeds) < 2:
-        raise ProblemError(
-            f"seeds: {len(seeds)} reported; one seed has no interval, so give two or more"
-        )
-    if head is not None:
-        # Without folds each seed draws its training rows by held_out.
-        unread = choice if folds else replace(choice, held_out=DEFAULT.held_out)
-        if passes is not None or unread != DEFAULT:
-            name = "choice" if unread != DEFAULT else "passes"
-            raise ProblemError(f"{name}: has no effect on heads, which are solved; leave it out")
-    elif not budgets or not all(0 < each < math.inf for each in budgets):
-        raise ProblemError(f"passes: must be the budget of a run, such as 300, got {passes}")
-    parts = seeds if head and folds is None else ()
-    rows = (train_dataset, upper_dataset, test_dataset)
-    reads = reads_of(no_bars()(base_model)(), args)
-    data, note = Rows(*rows, folds, choice.held_out, parts=parts, reads=reads).usable()
+    runs = runs or Runs()
     known = {n: m if isinstance(m, Method) else find_method(m)() for n, m in methods.items()}
-    if not known:
-        raise ProblemError("methods: there is none; give each by a name")
-    shared = (known, base_model, adapter, args, data, metric, trainer, options, frozen_dropout)
-    task = Task(*shared) if head is None else HeadTask(*shared, head=head)
-    if head is not None:
-        choice = Choice([1.0], [head.upper_rate])
+    seeds = list(dict.fromkeys(map(int, seeds if seeds is not None else range(folds or 5))))
     if lower_is_better is None:
         lower_is_better = metric.lower().endswith(LOWER_IS_BETTER)
-    number, count = runs.part
+    grids = choice if head is None else Choice([1.0], [head.upper_rate])
+    budget = 0.0 if passes is None else passes
+    plan = Plan(known, grids, seeds, metric, lower_is_better, budget, ablations)
+    _require(plan, passes, head, choice, folds)
+    draws = seeds if head and folds is None else ()
+    reads = reads_of(no_bars()(base_model)(), args)
+    tables = train_dataset, upper_dataset, test_dataset
+    rows, note = Rows(*tables, folds, choice.held_out, draws, reads).usable()
+    shared = (known, base_model, adapter, args, rows, metric, trainer, options, frozen_dropout)
+    task = Task(*shared) if head is None else HeadTask(*shared, head=head)
     folder = None if runs.folder is None else Path(runs.folder)
-    store = Store(folder, settings_of(task), "" if count == 1 else f"-{number}-of-{count}")
-    if runs.jobs != 1:
-        require_pickled(task)
-    constant = args.lr_scheduler_type == "constant" and len(budgets) > 1
-    plan = Plan(known, choice, seeds, metric, lower_is_better, 0.0, ablations, budgets * constant)
-    forms: dict[str, list[str]] = {}
-    for name, kind in replace(plan, ablations=None).candidates():
-        if kind != "method":
-            forms.setdefault(name, []).append(kind)
-    for name, kinds in (ablations or {}).items():
-        if not {*kinds} <= {*forms.get(name, ())} or name not in forms:
-            text = f"ablations: {name!r} has no {', '.join(kinds)}; there are {forms}"
-            raise ProblemError(text)
-    plans = {each: replace(plan, passes=each) for each in sorted(budgets, reverse=True)}
-    total = sum(each.count(*pair) for each in plans.values() for pair in each.candidates())
-    with tqdm(total=total, disable=runs.dry_run or not runs.progress, unit="run") as bar:
-        for each in plans.values():
-            work = Work(each, task, store, runs.jobs, runs.part, bar)
-            if runs.dry_run:
-                print(work.estimate())
-                continue
-            for stage in each.stages(store):
-                work.do(stage)
+    file = "" if runs.part == (1, 1) else "-{}-of-{}".format(*runs.part)
+    store = Store(folder, settings_of(task), file)
+    work = Work(plan, task, store, runs)
+    found = Comparison(plan, store, note, len(rows.upper if rows.test is None else rows.test))
+    if runs.dry_run:
+        print(work.estimate())
+    else:
+        work.do()
     forget()
-    scored = len(data.upper if data.test is None else data.test)
-    found = {each: Comparison(plans[each], store, note, scored) for each in budgets}
-    for comparison in () if runs.dry_run else found.values():
-        comparison.require_finite()
-    return AcrossBudgets(found) if given.ndim else found[budgets[0]]
+    if not runs.dry_run:
+        found.require_finite()
+    return found
+
+
+def _require(
+    plan: Plan, passes: Any, head: HeadSettings | None, choice: Choice, folds: int | None
+) -> None:
+    """Raise ProblemError for arguments of `compare_methods` that give no comparison."""
+    if not plan.methods:
+        raise ProblemError("methods: there is none; give each by a name")
+    if len(plan.seeds) < 2:
+        raise ProblemError(
+            f"seeds: {len(plan.seeds)} reported; one seed has no interval, so give two or more"
+        )
+    if head is None and not (isinstance(passes, Real) and 0 < float(passes) < math.inf):
+        raise ProblemError(f"passes: must be the budget of a run, such as 300, got {passes}")
+    # Without folds each seed of heads draws its training rows by held_out.
+    unread = choice if folds else replace(choice, held_out=DEFAULT.held_out)
+    for name, given in {"passes": passes is not None, "choice": unread != DEFAULT}.items():
+        if head is not None and given:
+            raise ProblemError(f"{name}: has no effect on heads, which are solved; leave it out")
+    known = [pair for pair in replace(plan, ablations=None).candidates() if pair[1] != "method"]
+    for name, kinds in (plan.ablations or {}).items():
+        if unknown := [kind for kind in kinds if (name, kind) not in known]:
+            text = f"ablations: {name!r} has no {', '.join(unknown)}; there are {known}"
+            raise ProblemError(text)

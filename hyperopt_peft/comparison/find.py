@@ -33,7 +33,7 @@ def find_method(spec: str) -> type[Method]:
         ...
         hyperopt_peft.errors.ProblemError: method: unknown 'bidorra'; did you mean 'bidora'?
     """
-    path, colon, name = f"{spec}{':' * spec.endswith('.py')}".rpartition(":")
+    path, colon, name = (f"{spec}:" if spec.endswith(".py") else spec).rpartition(":")
     others = plugins.names(GROUP)
     method: type[Method]
     if colon:

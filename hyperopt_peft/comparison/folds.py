@@ -20,7 +20,7 @@ class Rows:
     Attributes:
         train, upper, test, folds, held_out: as in `compare_methods`.
         reads: the columns in which equal rows are equal, as in `split_dataset`.
-        parts: the seeds, each of which draws its training rows and scores a part of ``test`` of its
+        draws: the seeds, each of which draws its training rows and scores a part of ``test`` of its
             own; given where the training is not random, so that all seeds would have one score.
     """
 
@@ -29,7 +29,7 @@ class Rows:
     test: Any = None
     folds: int | None = None
     held_out: float = 0.2
-    parts: Sequence[int] = ()
+    draws: Sequence[int] = ()
     reads: Any = None
 
     def usable(self) -> tuple[Rows, str]:
@@ -54,14 +54,15 @@ class Rows:
                 "upper_dataset: one trusted row cannot both train and choose a rate; give more"
             )
         if self.folds is None:
-            count, rest = len(self.test), {*range(len(self.test))}
+            count = len(self.test)
+            rest = {*range(count)}
             for rows in (self.train, self.upper):
                 rest -= {*shared_rows(self.test, rows, self.reads)}
             if not rest:
                 raise ProblemError("test_dataset: all of its rows are training rows; give others")
-            if len(rest) < len(self.parts):
+            if len(rest) < len(self.draws):
                 raise ProblemError(
-                    f"test_dataset: {len(rest)} rows for {len(self.parts)} seeds, each of which "
+                    f"test_dataset: {len(rest)} rows for {len(self.draws)} seeds, each of which "
                     "scores some of its own; give more rows or fewer seeds"
                 )
             if len(rest) == count:
@@ -69,10 +70,10 @@ class Rows:
             note = f"{count - len(rest)} of {count} test rows are training rows too, and left out"
             return replace(self, test=self.test.select(sorted(rest))), note
         require_examples("upper_dataset", self.upper)
-        most, again = len(self.upper), shared_rows(self.upper, self.train, self.reads)
+        most = len(self.upper)
         if not 2 <= self.folds <= most:
             raise ProblemError(f"folds: {self.folds} of {most} trusted rows; give 2 to {most}")
-        if again:
+        if again := shared_rows(self.upper, self.train, self.reads):
             raise ProblemError(
                 f"upper_dataset: row {min(again)} (from 0) is in train_dataset too, so that a run "
                 "trains on what scores it; remove it"
@@ -90,18 +91,19 @@ class Rows:
         """
         train, upper, test = self.train, self.upper, self.test
         if self.folds is not None:
-            parts = folds_of(firsts(upper, self.reads), self.folds, seed // self.folds)
-            chosen = {*parts[seed % self.folds]}
+            every = folds_of(firsts(upper, self.reads), self.folds, seed // self.folds)
+            chosen = {*every[seed % self.folds]}
             test = upper.select(sorted(chosen))
             upper = upper.select(sorted({*range(len(upper))} - chosen))
-        elif self.parts:
-            test = test.shard(len(self.parts), self.parts.index(seed), contiguous=False)
+        elif self.draws:
+            test = test.shard(len(self.draws), self.draws.index(seed), contiguous=False)
             options = {"seed": seed, "argument": "held_out", "reads": self.reads}
             draw = lambda x: x and x.select(hold_out(x, self.held_out, **options)[0])  # noqa: E731
             return draw(train), draw(upper), test
         if split is None:
             return train, upper, test
-        rows, number = (train if upper is None else upper), seed + 100_003 * split
+        rows = train if upper is None else upper
+        number = seed + 100_003 * split
         try:
             rest, scored = split_dataset(rows, self.held_out, number, reads=self.reads)
         except ProblemError:  # of a class that is too rare to be in both parts

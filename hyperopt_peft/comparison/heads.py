@@ -105,7 +105,8 @@ class HeadTask(Task):
     def solve(self, run: Run, train: Any, upper: Any) -> tuple[Any, dict[str, Any]]:
         """The head of ``run``, made in the order of a trainer, and what its upper level did."""
         set_seed(run.seed)
-        method, did = self.method_of(run), dict[str, Any]()
+        did: dict[str, Any] = {}
+        method = self.method_of(run)
         vars(method)["row_losses"] = self.rule
         bilevel = has_upper_level(method)
         if INDEX in method.tags:
@@ -146,7 +147,8 @@ class HeadTask(Task):
         upper.optimizer, start = Adam(upper.variables, rate), vector_of(upper)
         upper.optimizer.register_step_post_hook(method.project)
         engine = Engine(upper, lower, "cg:steps=30", lower_steps="minimum", progress=False)
-        log, steps = StepLog(), self.head.upper_steps if run.kind == "method" else 0
+        log = StepLog()
+        steps = self.head.upper_steps if run.kind == "method" else 0
         for record in engine.run(steps):
             log.add({name: record[name] for name in UPPER_NUMBERS})
         return summary(upper, start, rate, steps, log)
@@ -155,12 +157,14 @@ class HeadTask(Task):
         """The loss of ``rows``, and the metrics of the options, as a Trainer names them."""
         batch = _read(rows, device=next(model.parameters()).device)
         with torch.no_grad():
-            logits, loss = model(batch[FEATURES]).logits.float().cpu(), self._loss(model, batch)
-        labels, metrics = batch["labels"].cpu(), {"loss": float(loss)}
+            logits = model(batch[FEATURES]).logits.float().cpu()
+            loss = self._loss(model, batch)
+        labels = batch["labels"].cpu()
+        metrics = {"loss": float(loss)}
         if reduce := self.options.get("preprocess_logits_for_metrics"):
             logits = reduce(logits, labels)
         if measure := self.options.get("compute_metrics"):
-            metrics |= measure(EvalPrediction(logits.numpy(), labels.numpy()))
+            metrics.update(measure(EvalPrediction(logits.numpy(), labels.numpy())))
         numbers = {k: float(x) for k, x in metrics.items() if np.ndim(x) == 0}
         return {f"eval_{name.removeprefix('eval_')}": x for name, x in numbers.items()}
 
@@ -177,19 +181,21 @@ class HeadTask(Task):
         """Make the features of all rows, once, and tables that have their numbers."""
         if self.model is not None:
             return
-        data, parts, tables = self.data, list[Features](), dict[str, Any]()
+        data = self.data
+        known: list[Features] = []
+        tables: dict[str, Any] = {}
         for name in ("train", "upper", "test"):
             if (rows := getattr(data, name)) is None:
                 continue
             trainer, features, read = self._features(rows)
-            begin = sum(len(each.x) for each in parts)
-            parts.append(features)
+            begin = sum(len(each.x) for each in known)
+            known.append(features)
             numbers = [begin + row for row in firsts(rows, data.reads)]
             columns = {x: rows[x][:] for x in rows.column_names if x not in (*read, *LABELS)}
-            columns |= {FEATURES: numbers, "labels": features.labels.tolist()}
-            tables[name] = Dataset.from_dict(columns)
-        every = Features.joined(parts)
-        seen = parts[:-1] if data.test is not None else parts
+            labels = features.labels.tolist()
+            tables[name] = Dataset.from_dict({**columns, FEATURES: numbers, "labels": labels})
+        every = Features.joined(known)
+        seen = known[:-1] if data.test is not None else known
         every = every.standardized(Features.joined(seen)).to(trainer.args.device)
         self.model = OnFeatures(every.x, head_of(trainer.model, every))
         self.data = replace(data, **tables, reads={FEATURES})

@@ -33,7 +33,8 @@ def settings_of(task: Task) -> dict[str, dict[str, Any]]:
     Raises:
         ProblemError: ``base_model`` returns one model again and again.
     """
-    data, head = task.data, task.head if isinstance(task, HeadTask) else None
+    data = task.data
+    head = task.head if isinstance(task, HeadTask) else None
     shared = {
         "head": None if head is None else asdict(head),
         "trainer": task.trainer.__name__,
@@ -50,15 +51,17 @@ def settings_of(task: Task) -> dict[str, dict[str, Any]]:
         "test_dataset": data_fingerprint(data.test),
         "held_out": data.held_out,
         "folds": data.folds,
-        "parts": data.parts or None,
+        "parts": data.draws or None,  # their name in stored runs
     }
-    own = {}
-    for name, method in task.methods.items():
-        mine = {k: x for k, x in vars(method).items() if k not in SET_BY_TRAINER}
-        options = {k: with_values(x) if callable(x) else x for k, x in mine.items()}
-        options |= {"defaults": dict(method.defaults), "full_upper_batch": method.full_upper_batch}
-        own[name] = {"code": code_of(type(method)), **options}
-    return {name: {**shared, "method": each} for name, each in own.items()}
+    return {name: {**shared, "method": _own(method)} for name, method in task.methods.items()}
+
+
+def _own(method: Any) -> dict[str, Any]:
+    """The code of a method and its settings."""
+    mine = {k: x for k, x in vars(method).items() if k not in SET_BY_TRAINER}
+    options = {k: with_values(x) if callable(x) else x for k, x in mine.items()}
+    others = {"defaults": dict(method.defaults), "full_upper_batch": method.full_upper_batch}
+    return {"code": code_of(type(method)), **options, **others}
 
 
 def with_values(thing: Any) -> Any:
@@ -68,7 +71,8 @@ def with_values(thing: Any) -> Any:
     object of the user or of a dataclass, such as a collator: plain values as they are, of others
     the code.
     """
-    values, owner = dict[str, Any](), getattr(thing, "__self__", thing)
+    values: dict[str, Any] = {}
+    owner = getattr(thing, "__self__", thing)
     if isinstance(thing, functools.partial):
         values = {"func": thing.func, "args": thing.args, **thing.keywords}
     elif inspect.isfunction(thing):
@@ -87,7 +91,8 @@ def code_of(thing: Any) -> str:
     """
     if not callable(thing) or not hasattr(thing, "__qualname__"):
         thing = type(thing)
-    module, name, files = thing.__module__, thing.__qualname__, dict[str, str]()
+    module, name = thing.__module__, thing.__qualname__
+    files: dict[str, str] = {}
     if not _is_of_user(module):
         return f"{module}.{name}"
     try:
@@ -119,6 +124,7 @@ def _collect(module: str, files: dict[str, str]) -> None:
 
 def _is_of_user(module: str) -> bool:
     """Whether the code of ``module`` is neither ours, nor Python's, nor installed."""
-    file, root = getattr(sys.modules.get(module), "__file__", None) or "", module.partition(".")[0]
+    file = getattr(sys.modules.get(module), "__file__", None) or ""
+    root = module.partition(".")[0]
     known = {*sys.stdlib_module_names, "hyperopt_peft"}
     return root not in known and not {"site-packages", "dist-packages"} & {*Path(file).parts}

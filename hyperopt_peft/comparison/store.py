@@ -45,7 +45,8 @@ class Store:
         self, folder: Path | None, settings: Mapping[str, Mapping[str, Any]], part: str = ""
     ) -> None:
         self.settings = json.loads(json.dumps(settings, default=_plain))
-        self.folder, self.results = folder, dict[Run, Result]()
+        self.folder = folder
+        self.results: dict[Run, Result] = {}
         self.path = None if folder is None else folder / f"runs{part}.jsonl"
         self.reload()
 
@@ -68,7 +69,8 @@ class Store:
 
     def reload(self) -> None:
         """Read all that any process has written."""
-        self.known, self.unused = dict[Any, Any](), list[Result]()
+        self.known: dict[Any, Any] = {}
+        self.unused: list[Result] = []
         names: dict[Any, list[str]] = {}  # equal methods have one key
         for name in self.settings:
             names.setdefault(self.key(name), []).append(name)
@@ -84,8 +86,10 @@ class Store:
 
     def add(self, result: Result) -> None:
         """Append the line of ``result`` in one write."""
-        key = self.key(name := result["method"])
-        self.results[_run_of(result, name)] = result = {"key": key, **result}
+        name = result["method"]
+        key = self.key(name)
+        result = {"key": key, **result}
+        self.results[_run_of(result, name)] = result
         if self.path is not None:
             settings = self.settings.get(name, {})
             head = [] if key in self.known else [{"key": key, SETTINGS: settings}]
@@ -123,9 +127,10 @@ def append_entries(path: Path, *entries: Mapping[str, Any]) -> None:
     with path.open("ab+") as file:
         if file.tell():
             file.seek(-1, 2)
-        cut = file.read(1) not in (b"", b"\n")
-        text = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in entries)
-        file.write(("\n" * cut + text).encode())
+        lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in entries]
+        if file.read(1) not in (b"", b"\n"):  # a line that a kill cut
+            lines.insert(0, "\n")
+        file.write("".join(lines).encode())
 
 
 def _files(folder: Path | None) -> list[Path]:
@@ -141,4 +146,4 @@ def _plain(value: Any) -> Any:
 
 def _run_of(entry: Mapping[str, Any], method: str) -> Run:
     values = {each.name: entry[each.name] for each in fields(Run)}
-    return Run(**{**values, "method": method, "marks": tuple(values["marks"])})
+    return Run(**{**values, "method": method, "points": tuple(values["points"])})

@@ -69,7 +69,7 @@ class Run:
         stop: the passes of its last phase after which the run ends before its budget.
         split: which held-out part of the seed's rows scores the run, which trains without it; None
             is a reported run, which the test rows score.
-        marks: the passes after which a development run is scored, its end included.
+        points: the passes after which a development run is scored, its end included.
     """
 
     method: str
@@ -80,7 +80,7 @@ class Run:
     passes: float = 0.0
     stop: float | None = None
     split: int | None = None
-    marks: tuple[float, ...] = ()
+    points: tuple[float, ...] = ()
 
     def __str__(self) -> str:
         upper = "" if self.upper_rate is None else f", upper rate {self.upper_rate:g}"
@@ -126,7 +126,7 @@ class Task:
         Raises:
             ProblemError: the steps send no row through the model; as `BilevelTrainer`.
         """
-        return self._trained(run, Budget(run.passes, run.stop, run.marks))
+        return self._trained(run, Budget(run.passes, run.stop, run.points))
 
     def _trained(self, run: Run, budget: Budget, short: bool = False) -> dict[str, Any]:
         """Train and score; if ``short``, about two cycles and a few rows, after checks."""
@@ -140,23 +140,25 @@ class Task:
                 self._require_apart(trainer, run)
                 a_cycle = passes_of_a_cycle(trainer) + trainer.args.lower_steps * budget.again
                 budget.passes = max(6.0, 2 * budget.a_step * a_cycle)
-            before, peak, upper = logits_of(trainer), peak_memory(), UpperLevel(trainer)
+            before = logits_of(trainer)
+            peak, upper = peak_memory(), UpperLevel(trainer)
             with suppress(NonFiniteError):  # such as a rate that is too high; it has no score
                 trainer.train()
                 check_trained(trainer, run.method, before)
-                scored = (last := trainer.retrainer or trainer).eval_dataset
+                last = trainer.retrainer or trainer
+                scored = last.eval_dataset
                 if short:  # of every class, if sorted
                     scored = scored.select(range(0, len(scored), -(-len(scored) // SOME)))
                 metrics = last.evaluate(scored)
                 self.require_metric(metrics)
         steps = [x.state.global_step for x in (trainer, trainer.retrainer) if x is not None]
-        spent, more = dict(budget.spent), dict[str, Any]()
+        more: dict[str, Any] = {"memory": peak(), "seconds": time.perf_counter() - begin}
+        spent = dict(budget.spent)
         if run.split is not None:
             curve = [*budget.curve, (run.passes, metrics)]
-            more["curve"] = [(mark, numbers(each)) for mark, each in curve]
+            more["curve"] = [(point, numbers(each)) for point, each in curve]
             rows = len(more["curve"]) * len(trainer.eval_dataset)
             spent["held-out scores"] = rows / self.unit / 3  # a forward is a third of a pass
-        more |= {"memory": peak(), "seconds": time.perf_counter() - begin}
         return self.line(run, metrics, steps=steps, spent=spent, **more, **upper.entries)
 
     @property
@@ -173,7 +175,8 @@ class Task:
         """
         set_seed(0)
         model = self.base_model()
-        alive, weights = weakref.ref(model), frozen_fingerprint(model, [])
+        alive = weakref.ref(model)
+        weights = frozen_fingerprint(model, [])
         config = str(getattr(model, "config", ""))
         del model
         gc.collect()
@@ -186,12 +189,7 @@ class Task:
 
     def line(self, run: Run, metrics: Mapping[str, Any], **more: Any) -> dict[str, Any]:
         """The entries of ``run``."""
-        return {
-            **asdict(run),
-            "metrics": numbers(metrics),
-            "layers": self.layers,
-            **more,
-        }
+        return {**asdict(run), "metrics": numbers(metrics), "layers": self.layers, **more}
 
     @no_bars()
     def check(self, run: Run) -> list[int]:
@@ -203,7 +201,8 @@ class Task:
         Raises:
             ProblemError: the metric is unknown; the method trains on test rows; as `run`.
         """
-        self._trained(run, budget := Budget(run.passes), short=True)
+        budget = Budget(run.passes)
+        self._trained(run, budget, short=True)
         if not budget.cycles[0][0]:
             return []
         every = budget.lower_steps or 1
@@ -213,7 +212,8 @@ class Task:
     @no_bars()
     def seconds(self, run: Run) -> float:
         """About the time of ``run``, by two cycles."""
-        result = self._trained(run, budget := Budget(run.passes), short=True)
+        budget = Budget(run.passes)
+        result = self._trained(run, budget, short=True)
         more = run.passes + len(self.data.of(run.seed)[2]) / self.unit / 3
         more -= sum(result["spent"].values())
         return float(result["seconds"] + more * budget.seconds / (budget.timed or math.inf))
@@ -252,10 +252,12 @@ class Task:
         method = self.method_of(run)
         args = arguments_of(method, self.args, self.rule)  # for what the run leaves open
         method.defaults = {}
-        changes = {**QUIET, **FIXED, "output_dir": folder, "disable_tqdm": True, "seed": run.seed}
-        changes |= {"data_seed": None, "learning_rate": run.rate}
-        changes["max_steps"] = steps = max(2, math.ceil(run.passes)) * self.unit  # a row at least
-        changes["retrain_arguments"] = {**without_sizes(args), "max_steps": steps}
+        steps = max(2, math.ceil(run.passes)) * self.unit  # a row at least
+        changes = {
+            **{**QUIET, **FIXED, "output_dir": folder, "disable_tqdm": True},
+            **{"seed": run.seed, "data_seed": None, "learning_rate": run.rate, "max_steps": steps},
+            "retrain_arguments": {**without_sizes(args), "max_steps": steps},
+        }
         upper_rate = 0.0 if run.kind == "frozen" else run.upper_rate
         if upper_rate is not None:
             changes["upper_learning_rate"] = upper_rate
@@ -297,8 +299,8 @@ def freeze_imports() -> None:
 
 def without_sizes(args: Any) -> dict[str, Any]:
     """The ``retrain_arguments`` of ``args``, without rate, length and batch."""
-    decided = {"learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size"}
-    decided |= {"gradient_accumulation_steps"}
+    batch = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    decided = batch | {"learning_rate", "max_steps", "num_train_epochs"}
     return {name: x for name, x in (args.retrain_arguments or {}).items() if name not in decided}
 
 

@@ -47,7 +47,8 @@ class UpperLevel(TrainerCallback):
     """Watches the search of ``trainer``; ``entries`` then has ``upper``, if there is a level."""
 
     def __init__(self, trainer: Any) -> None:
-        self.trainer, self.entries = trainer, dict[str, Any]()
+        self.trainer = trainer
+        self.entries: dict[str, Any] = {}
         if trainer.upper is not None:
             self.start = vector_of(trainer.upper)
             trainer.add_callback(self)

@@ -7,10 +7,12 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
 from joblib import Parallel, delayed
+from tqdm.auto import tqdm
 
 from hyperopt_peft.comparison.choice import Plan
 from hyperopt_peft.comparison.store import Store
@@ -22,36 +24,81 @@ from hyperopt_peft.trainer.method import has_upper_level
 from hyperopt_peft.utils.tables import aligned
 
 
+@dataclass(frozen=True)
+class Runs:
+    """How the runs of a comparison are done.
+
+    Args:
+        folder: has the finished runs, from which a killed or changed comparison continues.
+        jobs: processes, by joblib, whose ``parallel_config`` chooses other backends.
+        part: (k, n) for the k-th of n processes that share the runs and ``folder``.
+        progress: whether a bar is shown.
+        dry_run: print the runs with their passes and minutes, and do none.
+
+    Raises:
+        ProblemError: no processes; a part without a folder.
+
+    Example:
+        >>> Runs(folder="outputs/compare", jobs=4).part
+        (1, 1)
+    """
+
+    folder: str | Path | None = None
+    jobs: int = 1
+    part: tuple[int, int] = (1, 1)
+    progress: bool = True
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be done."""
+        if self.jobs == 0:
+            raise ProblemError("jobs: must be a number of processes, got 0")
+        if self.part != (1, 1) and self.folder is None:
+            raise ProblemError("part: the parts share their runs through a folder; give folder")
+
+
 @dataclass
 class Work:
-    """Does the runs of a comparison; ``bar`` shows how many are done."""
+    """The runs of a comparison that this process does.
+
+    Raises:
+        ProblemError: other processes cannot have what the runs share.
+    """
 
     plan: Plan
     task: Task
     store: Store
-    jobs: int
-    part: tuple[int, int]
-    bar: Any
+    runs: Runs
     checked: bool = False
 
-    def do(self, runs: Sequence[Run]) -> None:
-        """Do the missing ones of ``runs`` that belong to this part.
+    def __post_init__(self) -> None:
+        if self.runs.jobs != 1:
+            require_pickled(self.task)
+
+    def do(self) -> None:
+        """Do the missing runs, stage by stage: a stage reads the scores of the one before.
 
         Raises:
-            ProblemError: the other parts have not done all of ``runs``, which later runs need.
+            ProblemError: as `check`; the other parts have not done a stage that later runs need.
         """
-        number, count = self.part
-        missing = set(self.store.missing(runs))
-        mine = [run for run in [*dict.fromkeys(runs)][number - 1 :: count] if run in missing]
+        total = sum(self.plan.count(*each) for each in self.plan.candidates())
+        with tqdm(total=total, disable=not self.runs.progress, unit="run") as bar:
+            for stage in self.plan.stages(self.store):
+                self._do(stage, bar)
+
+    def _do(self, runs: Sequence[Run], bar: Any) -> None:
+        number, count = self.runs.part
+        missing = {*self.store.missing(runs)}
+        mine = [run for run in runs[number - 1 :: count] if run in missing]
         if mine and not self.checked:
             self.check()
-        self.bar.update(len(runs) - len(mine))
-        results = Parallel(n_jobs=self.jobs, return_as="generator_unordered")(
+        bar.update(len(runs) - len(mine))
+        results = Parallel(n_jobs=self.runs.jobs, return_as="generator_unordered")(
             delayed(self.task.run)(run) for run in mine
         )
         for result in results:
             self.store.add(result)
-            self.bar.update()
+            bar.update()
         self.store.reload()
         if left := self.store.missing(runs):
             raise ProblemError(
@@ -65,7 +112,8 @@ class Work:
         Raises:
             ProblemError: a phase has too few steps to train an adapter; as `Task.check`.
         """
-        rate, steps = max(self.plan.choice.rates), dict[Run, list[int]]()
+        rate = max(self.plan.choice.rates)
+        steps: dict[Run, list[int]] = {}
         for run in next(self.plan.stages(self.store))[:1]:
             self.task.data.of(run.seed, run.split)
         for name, kind in self.plan.candidates():
@@ -88,18 +136,20 @@ class Work:
 
     def estimate(self) -> str:
         """The missing runs of each method, their passes, and minutes by one timed short run."""
-        rows, steps, total = [["method", "runs", "steps", "passes", "minutes"]], self.check(), 0.0
-        minutes = self.task.seconds(first := next(iter(steps))) / 60
+        rows: list[list[Any]] = [["method", "runs", "steps", "passes", "minutes"]]
+        steps = self.check()
+        first = next(iter(steps))
+        minutes = self.task.seconds(first) / 60
         done = Counter((x.method, x.kind, x.passes) for x in self.store.results)
         for run, each in steps.items():
-            runs = self.plan.count(run.method, run.kind) - done[run.method, run.kind, run.passes]
-            total += (runs := max(0, runs)) * minutes
-            cells = " + ".join(map(str, each)), f"{run.passes:.0f}", f"{runs * minutes:.1f}"
-            rows.append([run.method + ABLATIONS[run.kind], str(runs), *cells])
-        whole = f"together about {total / self.jobs:.0f} minutes, by a few steps of {first.method}"
-        return "\n".join(
-            filter(None, [aligned(rows), whole, self.task.layers, self.store.remark()])
-        )
+            count = self.plan.count(run.method, run.kind) - done[run.method, run.kind, run.passes]
+            count = max(0, count)
+            cells = " + ".join(map(str, each)), f"{run.passes:.0f}", f"{count * minutes:.1f}"
+            rows.append([run.method + ABLATIONS[run.kind], count, *cells])
+        total = sum(row[1] for row in rows[1:]) * minutes / self.runs.jobs
+        whole = f"together about {total:.0f} minutes, by a few steps of {first.method}"
+        texts = aligned(rows), whole, self.task.layers, self.store.remark()
+        return "\n".join(text for text in texts if text)
 
 
 def require_pickled(task: Task) -> None:

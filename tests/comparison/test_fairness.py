@@ -113,7 +113,7 @@ def test_a_method_whose_steps_grow_dearer_has_fewer_of_them(
     """Its two phases are done, within the budget to one step."""
     methods = {"LoRA": LoRA(), "m": method}
     found = compared(methods, arguments=arguments, passes=passes, ablations={})
-    for result in found.results():
+    for result in found.store.results.values():
         assert passes - 1 < passes_of(result) <= passes and all(result["steps"])
 
 

@@ -72,14 +72,14 @@ def test_trusted_rows_choose_the_rates_where_there_are_test_rows() -> None:
 
 
 def test_parts_of_the_test_rows() -> None:
-    rows = Rows(TRAIN, None, TRUSTED, parts=[4, 7])
+    rows = Rows(TRAIN, None, TRUSTED, draws=[4, 7])
     assert sorted(x for seed in (4, 7) for x in rows.of(seed)[2]["x"]) == [*range(11)]
 
 
 def test_each_seed_of_heads_draws_its_training_rows() -> None:
     """The same for every method, copies together, of the training and of the trusted rows."""
     table = Dataset.from_dict({"x": [*range(40), *range(40)]})
-    rows = Rows(table, TRUSTED, TRUSTED, parts=[4, 7], held_out=0.25)
+    rows = Rows(table, TRUSTED, TRUSTED, draws=[4, 7], held_out=0.25)
     (one, trusted, _), (other, *_), (again, *_) = (rows.of(seed, False) for seed in (4, 7, 4))
     assert one["x"][:] == again["x"][:] and {*one["x"]} != {*other["x"]}
     assert len({*one["x"]}) == 30 and len(one) == 60 and len(trusted) == 8
@@ -90,7 +90,7 @@ def test_no_run_trains_on_the_rows_that_score_it() -> None:
     options = {**FOLDS, "upper_dataset": NINE, "rates": (3e-2, 6e-2)}  # with development runs
     SEEN.clear()
     comparison = compared({"mine": Recording(), "LoRA": LoRA()}, seeds=None, **options)
-    assert comparison.plan.seeds == [0, 1] and comparison.metric == "accuracy"
+    assert comparison.plan.seeds == [0, 1] and comparison.plan.metric == "accuracy"
     all_rows = set(map(str, NINE["input_ids"]))
     left_out = [frozenset(all_rows - seen) for seen in SEEN]
     folds = [x for x in {*left_out} if not any(other < x for other in left_out)]

@@ -104,8 +104,8 @@ def test_a_run_is_the_minimum_of_its_level(l2: float) -> None:
         part = test.select(torch.arange(seed, len(TEST), 2))
         for name, (train, weights) in cases.items():
             expected = solved(train, part, weights, l2)
-            assert comparison.scores(name)[seed] == pytest.approx(expected, abs=1e-4)
-    assert "heads at their minimum" in str(comparison) and "rate" not in comparison.table()[0]
+            assert comparison.scores()[name][seed] == pytest.approx(expected, abs=1e-4)
+    assert "heads at their minimum" in str(comparison) and "rate" not in comparison.table()
 
 
 def test_folds_judge_plans_of_data() -> None:
@@ -117,17 +117,18 @@ def test_folds_judge_plans_of_data() -> None:
     }
     comparison = on_heads(cases, test_dataset=None, seeds=None, folds=3)
     assert comparison.plan.seeds == [0, 1, 2]
-    frozen = comparison.scores("learned", "frozen")
-    assert frozen == pytest.approx(comparison.scores("alike"), abs=1e-6)
-    assert sum(comparison.scores("learned")) < sum(frozen)
+    scores = comparison.scores()
+    frozen = scores["learned, upper level frozen"]
+    assert frozen.tolist() == pytest.approx(scores["alike"].tolist(), abs=1e-6)
+    assert scores["learned"].sum() < frozen.sum()
     assert any(comparison.recommendation().startswith(name) for name in cases)
 
 
 def test_numbers_are_predicted_too() -> None:
     options = {"train_dataset": data("regression", 20), "upper_dataset": data("regression", 9, 3)}
     options |= {"test_dataset": data("regression", 10, 5), "kind": "regression"}
-    scores = on_heads({"all": LoRA(), "alone": SomeSources()}, **options).scores("all")
-    assert all(0 < score < 10 for score in scores)
+    scores = on_heads({"all": LoRA(), "alone": SomeSources()}, **options).scores()["all"]
+    assert scores.between(0, 10, inclusive="neither").all()
 
 
 class Kept(ClassOffsets):
@@ -160,8 +161,8 @@ def test_offsets_of_classes_come_near_their_log_shares() -> None:
     comparison = on_heads({"offsets": Kept()}, **options)
     offsets, shares = Kept.learned[0], torch.tensor([0.8, 0.1, 0.1]).double().log()
     torch.testing.assert_close(offsets - offsets.mean(), shares - shares.mean(), atol=0.3, rtol=0)
-    gains = comparison.differences(("offsets", "method"), ("offsets", "frozen"))
-    assert all(gain > 0.03 for gain in gains)
+    scores = comparison.scores()
+    assert (scores["offsets"] - scores["offsets, upper level frozen"] > 0.03).all()
 
 
 @pytest.mark.parametrize("options", [{"l2": 0.0}, {"upper_steps": 0}, {"upper_rate": -1.0}])

@@ -49,7 +49,9 @@ def test_a_method_is_compared(name: str) -> None:
     comparison = compared({"LoRA": LoRA(), name: method}, **options)
     together = method.one_level and method.defaults.get("retrain") != "scratch"
     assert len(comparison.plan.candidates()) == 3 + together
-    for result in comparison.results():  # to one step, which is an upper one in the last search
+    for (
+        result
+    ) in comparison.store.results.values():  # to one step, which is an upper one in the last search
         last = 1 if len(result["steps"]) > 1 or result["kind"] == "one level" else 6
         assert 50 - last < passes_of(result) <= 50
     assert any("absorbs" in each for each in comparison.sentences()) == method.absorbed
@@ -98,5 +100,5 @@ def test_a_decay_that_is_learned_or_avoided_has_no_form_in_one_level() -> None:
 def test_ablations_of_some_methods_alone() -> None:
     methods = {"LoRA": LoRA(), "BiDoRA": BiDoRA(), "published": BiDoRA.published()}
     found = compared(methods, ablations={"BiDoRA": ["frozen", "one level"]})
-    assert [row[0] for row in found.table()[1:]] == [*TITLES, "published"]
+    assert [*found.scores()] == [*TITLES, "published"]
     assert sum("is the sum of" in sentence for sentence in found.sentences()) == 1

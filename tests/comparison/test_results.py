@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import pandas
 import pytest
+from scipy import stats
 
 from hyperopt_peft import BiDoRA
-from hyperopt_peft.comparison import AcrossBudgets, Choice, Comparison
+from hyperopt_peft.comparison import Choice, Comparison
 from hyperopt_peft.comparison.choice import Plan
 from hyperopt_peft.comparison.result import Candidate
 from hyperopt_peft.comparison.store import Result, Store
@@ -18,6 +21,7 @@ from hyperopt_peft.problems import LoRA
 from hyperopt_peft.utils.verdict import Verdict, holm
 
 METHODS = {"LoRA": LoRA(), "BiDoRA": BiDoRA(), "my_method": LoRA()}
+FROZEN = "BiDoRA, upper level frozen"
 LORA = [0.70, 0.72, 0.69, 0.71, 0.70]
 
 
@@ -63,11 +67,17 @@ def test_each_family_is_corrected_by_itself() -> None:
         alone = [made.difference(*pair).p_value for pair in family]
         assert [made.verdicts[pair].corrected for pair in family] == pytest.approx(holm(alone))
         assert all(made.verdicts[pair].family == len(family) for pair in family)
-    assert len(made.verdicts) == 5
+    found = made.differences()
+    assert len(found) == 2 + 2 + 3 - 1  # of methods, of ablations, and effects, one of which is one
+    assert found.corrected.count() == 5  # the frozen form, beside LoRA, is in no family
+    assert found.corrected["my_method", "LoRA"] == made.verdicts[to_first[1], forms[-1]].corrected
+    assert found.loc[("BiDoRA", "LoRA"), ["estimate", "detectable"]].tolist() == pytest.approx(
+        [0.05, 0.0], abs=1e-6
+    )
     text = made.sentences()
     assert "BiDoRA is better than LoRA in accuracy by 5.0 ± 0.0 points" in text[0]
-    marks = [row[1].endswith("*") for row in AcrossBudgets({300: made}).table()[1:]]
-    assert marks == [False, True, False, False, True]
+    printed = [cell.endswith("*") for cell in made.tables()["Scores"]["− LoRA"]]
+    assert printed == [False, True, False, False, True] and found.significant["my_method", "LoRA"]
     # Two differences: p = .04 is still significant, since the smaller p-value of 0 is tested first.
     alone = Verdict(SMALL)
     assert 0.03 < alone.p_value < 0.05 and "my_method is better" in text[2]
@@ -79,14 +89,28 @@ def test_tables_for_a_paper() -> None:
     made = made_up({("BiDoRA", "method"): [0.05] * 5, ("BiDoRA", "frozen"): [0.01] * 5})
     heading = made.heading()
     assert "1,200 test rows" in heading and "2 differences and over 3 parts" in heading
-    first, second = made.to_latex(label="tab:x").split(r"\begin{table}")[1:]
-    assert r"BiDoRA & 75.4 $\pm$ 1.4 & +5.0 $\pm$ 0.0$^*$ & 300.0 \\" in first
-    assert r"my\_method & 70.4" in first and "frozen" not in first
-    assert r"\label{tab:x}" in first and r"95 \% intervals" in first
-    assert r"BiDoRA, upper level frozen & 71.4 $\pm$ 1.4 & +4.0 $\pm$ 0.0$^*$ \\" in second
-    assert r"\label{tab:x-ablations}" in second and "my" not in second
-    alone = made.to_latex(ablations=False, caption=r"Mine, $\lambda$", label="y")
-    assert alone.count(r"\begin{table}") == 1 and r"\caption{Mine, $\lambda$}" in alone
+    printed = made.tables()["Scores"].set_index("method")
+    assert printed["accuracy (points)"]["BiDoRA"] == "75.4 ± 1.4"
+    assert printed["− LoRA"].tolist() == [
+        "",
+        "+5.0 ± 0.0*",
+        "+1.0 ± 0.0",
+        "+0.0 ± 0.0",
+        "+0.0 ± 0.0",
+    ]
+    assert "75.4 ± 1.4 & +5.0 ± 0.0* & " in printed.to_latex(escape=True)
+    assert made.differences()["estimate"]["BiDoRA", FROZEN] == pytest.approx(0.04)
+
+
+def test_the_numbers_of_two_comparisons_are_one_table() -> None:
+    """By the means and intervals of scipy."""
+    found = [made_up({("BiDoRA", "method"): [gain] * 5}) for gain in (0.05, 0.02)]
+    table = pandas.concat({task: x.table() for task, x in zip("ab", found)}, names=["task"])
+    means = table["mean"].unstack("task")
+    assert means["a"]["BiDoRA"] - means["b"]["BiDoRA"] == pytest.approx(0.03)
+    low, high = stats.t.interval(0.95, 4, scale=stats.sem(LORA))
+    assert table.half_width["a", "LoRA"] == pytest.approx((high - low) / 2)
+    assert found[0].scores()["LoRA"].tolist() == LORA and table.passes["a", "LoRA"] == 300
 
 
 def test_losses_have_three_digits() -> None:
@@ -94,22 +118,26 @@ def test_losses_have_three_digits() -> None:
     gap = made.difference(("BiDoRA", "method"), ("LoRA", "method"))
     assert str(gap) == f"+{gap.estimate:.5f} ± {gap.half:.5f}"
     assert f"BiDoRA is worse than LoRA in loss by {gap.estimate:.5f}" in str(made)
-    assert made.table()[1][1] == "2.11 ± 0.04" and "points" not in str(made)
+    assert made.tables()["Scores"]["loss"][0] == "2.11 ± 0.04" and "points" not in str(made)
 
 
 def test_what_the_upper_level_did() -> None:
     entries = {"steps": 6, "moved": 0.345, "moved_in_rates": None, "implicit_ratio": float("inf")}
     upper = [{**entries, "steps": steps, "residual": 0.01} for steps in (5, 6, 7, 6, 6)]
     made = made_up({}, upper=upper, rate=[1e-3, 2e-3, 4e-3, 2e-3, 1e-3], upper_rate=[1e-2] * 5)
-    assert made.upper_level()[1:] == [["BiDoRA", "–", "–", "6", "0.345", "–", "–", "0.01"]]
+    did = made.table().loc["BiDoRA"]
+    assert (did["upper.steps"], did["upper.moved"], did["upper.residual"]) == pytest.approx(
+        (6, 0.345, 0.01)
+    )
+    assert "upper.implicit_ratio" not in did  # of no finite entry
     zero = made_up({}, upper=[{"start": 0.0, "moved": 0.8, "lower_steps": 4, "steps": 6}] * 5)
-    assert zero.upper_level()[1][2:5] == ["4", "6", "0.8 from 0"]
+    assert zero.table()["upper.lower_steps"]["BiDoRA"] == 4
     assert "upper steps that moved the upper variables from 0 to a norm of 0.8: no" in str(zero)
     begin = "at 300 passes, with 6 upper steps that moved the upper variables by 34.5 %: no "
     assert made.sentences()[0].startswith(begin)
-    assert made.table()[2][3:5] == ["0.002 (0.001–0.004)", "0.01"]
-    assert made_up({}).upper_level()[1] == ["BiDoRA", *"–––––––"]
-    assert "Upper level" in made.tables()
+    printed = made.tables()["Scores"].loc[1]
+    assert [printed["rate"], printed["upper rate"]] == ["0.002 (0.001–0.004)", "0.01"]
+    assert did.rate == 0.002 and math.isnan(made.table().upper_rate["LoRA"])
     one = made_up({}, upper=[{**entries, "steps": 1}] * 5)
     assert one.sentences()[0].startswith("at 300 passes, with 1 upper step that moved")
     assert made_up({}).sentences()[0].startswith("at 300 passes: no significant difference")
@@ -131,10 +159,11 @@ def test_rates_are_counted_and_ends_are_named() -> None:
         more = {"layers": "", "spent": {"steps": 300.0}, "seconds": 1.0, "memory": 1.0}
         store.add({**vars(run), "metrics": {"eval_accuracy": 0.7}, **more})
     made = Comparison(plan, store)
-    below, middle, above = made.rates()[1:]
-    assert below == ["LoRA", "0.001", "", f"{100 * (0.51 + 0.2 * 2 / 3):.1f}", "2"]
-    assert middle == ["LoRA", "0.01", "", f"{100 * (0.51 + 0.2 / 3):.1f}", "1"]
-    assert above == ["LoRA", "0.1", "", "nan", "0"]
+    rates = made.rates()
+    assert rates.rate.tolist() == [1e-3, 1e-2, 1e-1] and rates.seeds.tolist() == [2, 1, 0]
+    expected = [0.51 + 0.2 * 2 / 3, 0.51 + 0.2 / 3, nan]
+    assert rates["mean"].tolist() == pytest.approx(expected, nan_ok=True)
+    assert rates.upper_rate.isna().all() and {*rates.method} == {"LoRA"}
     remarks = made.remarks()
     assert remarks[0] == "LoRA: at the rate 0.1 a score is not finite, which counts as the worst"
     assert remarks[1].startswith("LoRA: 2 of 3 seeds chose a rate at an end of the grid, 0.001;")

@@ -134,7 +134,7 @@ def test_another_metric_and_other_seeds_reuse_the_runs(
     compared(methods := files(), folder=tmp_path)
     done.clear()
     comparison = compared(methods, folder=tmp_path, metric="loss")
-    assert comparison.scores("One") == [1.0, 1.0] and not done
+    assert comparison.scores()["One"].tolist() == [1.0, 1.0] and not done
     compared(methods, folder=tmp_path, seeds=[0, 1, 2])
     assert len(done) == len(NAMES)
 

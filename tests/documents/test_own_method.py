@@ -121,7 +121,7 @@ def test_command_line_and_comparison(folder: Path, tmp_path: Path) -> None:
     file = f"{folder}/scaled_rows.py:ScaledRows"
     options |= {"methods": ["lora", file], "output_dir": tmp_path / "2", "seeds": [0, 1]}
     run("compare", **options, passes=40, rates=3e-2, upper_rates=1e-2)
-    assert len(compared({"LoRA": "lora", "mine": "scaled_rows"}, passes=40).scores("mine")) == 2
+    assert len(compared({"LoRA": "lora", "mine": "scaled_rows"}, passes=40).scores()["mine"]) == 2
 
 
 def test_names_of_distributions(folder: Path) -> None:

@@ -43,7 +43,7 @@ def results(folder: Path) -> dict[str, Any]:
         "check": scored.check(5, share=0.2).actual,
         "suspects": scored.suspects(folds=2).probabilities,
         "reasons": [reason.rows for reason in why(trainer, progress=False)],
-        "compared": torch.tensor([compared.scores(name) for name in methods]),
+        "compared": torch.tensor([compared.scores()[name].tolist() for name in methods]),
     }
 
 

@@ -473,7 +473,7 @@ def test_a_comparison_judges_methods_by_the_loss_by_row(head: Any) -> None:
     rows = with_weights(data(rows=24))
     methods = {"LoRA": LoRA(), "given": GivenWeights()}
     result = compared(methods, "class weights", rows, row_losses=class_weighted, **more)
-    first, second = (result.scores(name) for name in methods)
+    first, second = (result.scores()[name].tolist() for name in methods)
     assert first == pytest.approx(second, rel=1e-3)
 
 

@@ -1,0 +1,76 @@
+"""The tables that a report or a paper prints: DataFrames of texts, made of those of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import pandas  # type: ignore[import-untyped]
+
+from hyperopt_peft.utils.verdict import Verdict
+
+if TYPE_CHECKING:
+    from hyperopt_peft.comparison.result import Comparison
+
+#: Columns of the scores that are not in a paper's.
+NOT_PRINTED = ["rate", "upper rate", "seconds", "MB"]
+
+
+def scores(found: Comparison) -> Any:
+    """The score of each method and ablation, its difference to the first one, and its price."""
+    rows = []
+    first, score = found.plan.candidates()[0], found.score_name
+    ends, stopped, numbers = found.scores(), found.scores(stopped=True), found.table()
+    for candidate in found.plan.candidates():
+        title, results = found.title(*candidate), found.reported(*candidate)
+        gap = found.verdicts.get((candidate, first))
+        row = {"method": title, score: found.shown(ends[title])}
+        row[f"− {found.first}"] = "" if gap is None else marked(gap)
+        if len(found.plan.endings) > 1:
+            row[f"{score}, stopped"] = found.shown(stopped[title])
+            row["stopped at"] = f"{numbers.stopped_passes[title]:.0f}"
+        if found.plan.passes:
+            row["rate"] = several(result["rate"] for result in results)
+            row["upper rate"] = several(result["upper_rate"] for result in results)
+            row["passes"] = f"{numbers.passes[title]:.1f}"
+        row["seconds"] = f"{numbers.seconds[title]:.1f}"
+        rows.append({**row, "MB": f"{numbers.memory[title]:.0f}"})
+    return pandas.DataFrame(rows)
+
+
+def every(found: Comparison) -> dict[str, Any]:
+    """All tables by heading."""
+    rates = found.rates().set_index("method")
+    rates["mean"] = [found.shown([mean]) for mean in rates["mean"]]
+    all_of = {
+        "Scores": scores(found),
+        "Numbers": plain(found.table()),
+        "Differences": plain(found.differences()),
+        "Held-out score at every rate": plain(rates.rename(columns={"mean": found.score_name})),
+    }
+    return {title: table for title, table in all_of.items() if len(table)}
+
+
+def plain(numbers: Any) -> Any:
+    """``numbers`` with four digits, nothing for NaN, and words for names; the index is a column."""
+    digits = lambda x: "" if x != x else f"{x:.4g}" if isinstance(x, float) else str(x)  # noqa: E731
+    return numbers.reset_index().map(digits).rename(columns=lambda x: x.replace("_", " "))
+
+
+def rows_of(table: Any) -> list[list[str]]:
+    """The heads and the cells of a table, by row."""
+    return [[*table.columns], *table.to_numpy().tolist()]
+
+
+def marked(verdict: Verdict) -> str:
+    """A difference, with an asterisk if it is significant."""
+    return f"{verdict}*" if verdict.is_significant else str(verdict)
+
+
+def several(rates: Iterable[float | None]) -> str:
+    """The median and, where they differ, the range."""
+    known = sorted(rate for rate in rates if rate is not None)
+    if not known or known[0] == known[-1]:
+        return f"{known[0]:g}" if known else ""
+    return f"{median(known):.4g} ({known[0]:.4g}–{known[-1]:.4g})"
