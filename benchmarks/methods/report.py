@@ -169,21 +169,18 @@ def complete(name: str) -> Found | None:
 
 
 def scores(found: Found) -> pandas.DataFrame:
-    """The scores in points with intervals over seeds: a row for each task and candidate.
+    """The scores in points at the largest budget, with intervals over seeds.
 
-    The passes are a seed's at the largest budget, with those of the runs that chose its rates.
+    A row for each task and candidate.
     """
     tables = {}
-    for task, each in found.adapters.items():
-        columns = {}
-        for passes, x in each.items():
-            columns[f"{passes:g} passes"] = x.scores().apply(points)
-            columns[f"{passes:g} passes, stopped"] = x.scores(stopped=True).apply(points)
+    for task, x in found.longest.items():
+        passes = f"{x.plan.passes:,g} passes"
+        columns = {passes: x.scores().apply(points)}
+        columns[f"{passes}, stopped"] = x.scores(stopped=True).apply(points)
         if found.heads:
             solved = found.heads[task].scores() if task in found.heads else pandas.DataFrame()
             columns["heads, solved"] = solved.apply(points)
-        spent = found.longest[task].table()[["passes", "passes_of_choice"]].sum(axis=1)
-        columns["passes with the choice"] = spent.map("{:,.0f}".format)
         tables[task] = pandas.DataFrame(columns).reindex(found.titles).fillna("–")
     return pandas.concat(tables, names=["task", "method"]).reset_index()
 

@@ -138,8 +138,8 @@ with 2 seeds (80 % power): 8.2 points
             if self.plan.passes:
                 row.update(runs[[*AXES]].astype(float).median())
                 row["passes"] = runs.filter(like="spent.").sum(axis=1).mean()
-                tried = [run for stage in choosing for run in stage]
-                tried = [run for run in tried if (run.method, run.kind) == candidate]
+                every = {run for stage in choosing for run in stage}  # stages share some
+                tried = [run for run in every if (run.method, run.kind) == candidate]
                 passes = sum(sum(self.store.results[run]["spent"].values()) for run in tried)
                 row["passes_of_choice"] = passes / len(self.plan.seeds)
             did = runs.filter(regex=r"^spent\.|^upper\.|^seconds$")

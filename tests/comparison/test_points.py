@@ -96,8 +96,11 @@ def test_upper_rates_are_tried_at_the_best_rate_of_each_seed() -> None:
             assert run.rate == rate or number == 0
             score = 0.5 * (run.rate == rate) + 0.3 * (run.upper_rate == upper_rate)
             curve = [(100.0, {"eval_accuracy": score})]
-            store.add({**vars(run), "curve": curve, "spent": {"lower steps": 100.0}})
+            more = {"metrics": {"eval_accuracy": score}, "seconds": 1.0, "memory": 1.0}
+            store.add({**vars(run), **more, "curve": curve, "spent": {"lower steps": 100.0}})
     assert {run.seed: (run.rate, run.upper_rate) for run in stage} == best
+    tried = len(store.results) - len(stage)  # a run that two stages read is paid for once
+    assert Comparison(plan, store).table().loc["m", "passes_of_choice"] == 100 * tried / 2
 
 
 def test_a_second_training_stops_after_as_many_of_its_own_passes() -> None:
