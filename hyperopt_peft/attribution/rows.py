@@ -9,8 +9,9 @@ from typing import Any
 
 import datasets
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers import Trainer
 from transformers.utils import logging
 
 from hyperopt_peft.core.labels import (
@@ -24,11 +25,9 @@ from hyperopt_peft.core.labels import (
 from hyperopt_peft.core.logits import as_numbers
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.checks import check_rows, read_rows
-from hyperopt_peft.trainer.data import (
-    batches_of,
-    joined,
-    require_examples,
-)
+from hyperopt_peft.trainer.data import batches_of, joined, require_examples
+from hyperopt_peft.trainer.method import Method
+from hyperopt_peft.trainer.own_loss import BATCHES, require_row_losses
 from hyperopt_peft.trainer.splits import label_column, reads_of, shared_rows
 from hyperopt_peft.trainer.step import MicroBatch
 from hyperopt_peft.trainer.tags import INDEX, InOrder, TagCollator, without
@@ -63,7 +62,7 @@ class ModelOnRows:
 
     def __init__(
         self,
-        model: Any,
+        model: nn.Module,
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
         tags: Sequence[str] = (),
         rule: RowLosses | None = None,
@@ -115,38 +114,45 @@ class ModelOnRows:
         return logits
 
 
-def classes_of_rows(batches: Sequence[Any]) -> Tensor | None:
-    """The class of each row, ``(n,)``; None if labels are not one class per row."""
-    labels = [batch.get("labels") for batch in batches]
-    if any(not isinstance(x, Tensor) or x.dtype != torch.int64 or x.dim() != 1 for x in labels):
-        return None
-    return torch.cat(labels).cpu()
-
-
 class TrainerData:
-    """The training rows of a run, the evaluation rows of Φ, and the collator of both.
+    """A Trainer, its training rows, the evaluation rows of Φ, and batches of both.
 
     Attributes:
+        trainer: the Trainer, which has a method if it is a bilevel one.
+        rule: the losses of rows by ``row_losses``, or by that of a bilevel trainer; None without.
         train_rows, evaluation_rows: the rows, numbered, with the columns that the model takes; the
             training rows are those of both levels if there are two.
         shown: the columns of the training and of the evaluation rows to show.
         collate: makes a batch from a list of rows, with their numbers as `INDEX`.
 
     Raises:
-        ProblemError: all evaluation rows are training rows.
+        ProblemError: ``trainer`` is no Trainer, or has levels without a method; all evaluation
+            rows are training rows.
     """
 
-    def __init__(self, trainer: Any, evaluation: Any) -> None:
-        self.trainer, train = trainer, trainer.train_dataset
-        if getattr(trainer, "upper", None) is not None:
-            lower, upper = trainer.phase.rows
-            parts = {"train_dataset": lower, "upper_dataset": upper}
-            train = lower if upper is None else joined(**parts)
-        self.train_rows = _numbered_rows(trainer, train, "train_dataset")
+    def __init__(self, trainer: Any, evaluation: Any, row_losses: RowLosses | None = None) -> None:
+        name = type(trainer).__name__
+        if not isinstance(trainer, Trainer):
+            raise ProblemError(f"training: must be a Problem or a transformers.Trainer, got {name}")
+        if getattr(trainer, "method", trainer) is None:
+            raise ProblemError(
+                f"training: {name} has levels without a loss for each row; give it a method, or "
+                "use a level of your own"
+            )
+        self.trainer: Any = trainer
+        phase, train = getattr(trainer, "phase", None), trainer.train_dataset
+        self.rule: RowLosses | None = row_losses or getattr(phase, "row_losses", None)
+        # A bilevel trainer with tags keeps the columns of its own accord.
+        columns = getattr(trainer, "row_columns", None)
+        self._reads = columns or reads_of(trainer.model, trainer.args)
+        if self.has_upper_level:
+            lower, upper = self.trainer.phase.rows
+            train = lower if upper is None else joined(train_dataset=lower, upper_dataset=upper)
+        self.train_rows = self._numbered(train, "train_dataset")
         evaluation = trainer.eval_dataset if evaluation is None else evaluation
-        self.evaluation_rows = _numbered_rows(trainer, evaluation, "eval_dataset")
+        self.evaluation_rows = self._numbered(evaluation, "eval_dataset")
         count = len(self.evaluation_rows)
-        common = len(shared_rows(evaluation, train, _reads(trainer)))
+        common = len(shared_rows(evaluation, train, self._reads))
         if common == count:
             raise ProblemError(
                 "evaluation: every row of it is a training row too, and would explain itself; give "
@@ -159,28 +165,54 @@ class TrainerData:
         tags = {*getattr(trainer, "tags", ()), INDEX}
         self.collate = TagCollator(InOrder(loader.collate_fn), sorted(tags))
 
+    @property
+    def model(self) -> Any:
+        """The Trainer's present model."""
+        return self.trainer.model
+
+    @property
+    def method(self) -> Method:
+        """The Trainer's method; for a stock Trainer a plain `Method`, which trains alike."""
+        return getattr(self.trainer, "method", None) or Method()
+
+    @property
+    def has_upper_level(self) -> bool:
+        """Whether the Trainer is a bilevel one with two levels."""
+        return getattr(self.trainer, "upper", None) is not None
+
+    def _numbered(self, data: Any, name: str) -> NumberedRows:
+        """The rows of `read_rows` with their numbers, once they are checked."""
+        require_examples(name, data, by_index=True)
+        check_rows(self.model, data, {"data_collator": self.trainer.data_collator})
+        if self._reads is None and INDEX in data[0]:
+            raise ProblemError(f"{INDEX}: this name is reserved for row numbers; rename the column")
+        return NumberedRows(read_rows(self.trainer, data, name))
+
     def batches(self, rows: NumberedRows, chosen: Sequence[int] | None = None) -> list[Any]:
         """``rows``, or only the ``chosen`` ones, in batches on the model's device, in order."""
         args = self.trainer.args
-        size, model = args.per_device_eval_batch_size, self.trainer.model
+        size = args.per_device_eval_batch_size
         made = batches_of(rows, self.collate, size, args.device, chosen=chosen)
         if any("labels" not in batch for batch in made):  # refused later
             return made
-        return [{**batch, "labels": as_numbers(model, require_labels(batch))} for batch in made]
+        labels = [as_numbers(self.model, require_labels(batch)) for batch in made]
+        return [{**batch, "labels": x} for batch, x in zip(made, labels, strict=True)]
 
+    def classes(self) -> Tensor | None:
+        """The class of each training row, ``(n,)``; None if labels are not one class per row."""
+        labels = [batch.get("labels") for batch in self.batches(self.train_rows)]
+        if any(not isinstance(x, Tensor) or x.dtype != torch.int64 or x.dim() != 1 for x in labels):
+            return None
+        return torch.cat(labels).cpu()
 
-def _numbered_rows(trainer: Any, data: Any, name: str) -> NumberedRows:
-    """The rows of `read_rows` with their numbers, once they are checked."""
-    require_examples(name, data, by_index=True)
-    check_rows(trainer.model, data, {"data_collator": trainer.data_collator})
-    if _reads(trainer) is None and INDEX in data[0]:
-        raise ProblemError(f"{INDEX}: this name is reserved for row numbers; rename the column")
-    return NumberedRows(read_rows(trainer, data, name))
-
-
-def _reads(trainer: Any) -> set[str] | None:
-    """As `reads_of`; a bilevel trainer with tags keeps the columns of its own accord."""
-    return getattr(trainer, "row_columns", None) or reads_of(trainer.model, trainer.args)
+    def require_losses(self) -> None:
+        """Raise ProblemError unless the Trainer's loss is known, or the rule gives it by row."""
+        size = self.trainer.args.per_device_train_batch_size
+        first, batches = range(len(self.train_rows))[: size * BATCHES], list[Any]()
+        if self.rule is not None:
+            chosen = (first[k : k + size] for k in first[::size])
+            batches = [self.batches(self.train_rows, rows)[0] for rows in chosen]
+        require_row_losses(self.trainer, self.rule, batches, self.collate.tags)
 
 
 def _shown(data: Any) -> dict[str, Sequence[Any]]:

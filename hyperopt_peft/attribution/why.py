@@ -24,7 +24,6 @@ from hyperopt_peft.attribution.scores import (
     parse_estimator,
     scores,
 )
-from hyperopt_peft.attribution.trainer import require_trainer, rule_of
 from hyperopt_peft.core.labels import RowLosses
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.heads.features import Features
@@ -78,19 +77,17 @@ def why(
         >>> [reason.row for reason in why(trainer, progress=False)]
         [0, 1]
     """
-    require_trainer(trainer)
-    data = TrainerData(trainer, rows)
+    data = TrainerData(trainer, rows, row_losses)
     (first,) = data.batches(data.train_rows, [0])
     if first["labels"].is_floating_point():
         raise ProblemError(
             "rows: only predictions of classes can be explained; these labels are numbers"
         )
-    rule = rule_of(trainer, row_losses)
-    training, read = train_head(trainer, data, progress=progress, largest=False, rule=rule)
+    training, read = train_head(data, progress=progress, largest=False)
     places = read(data.evaluation_rows)
     bar = tqdm(explained(training, places), "why", disable=not progress)
     reasons = [reason_for(training, places, place) for place in bar]
-    config = getattr(base_model(trainer.model), "config", None)
+    config = getattr(base_model(data.model), "config", None)
     names = getattr(config, "id2label", None) or {}
     return Reasons(reasons, names, *data.shown)
 
