@@ -44,29 +44,28 @@ class HeadTraining(Training):
         self, head: Head, features: Features, count: int, l2: float, rule: RowLosses | None = None
     ) -> None:
         weights = head.weight.new_ones(count, requires_grad=True)
-        self.level, self.features = level_of(head, weights, l2, rule), features
+        self.level = level_of(head, weights, l2, rule)
+        self.features = features
         self.on_rows = ModelOnRows(head, rule=rule)
         super().__init__(weights, self.level.variables)
-        begin, gram = time.perf_counter(), gram_of(features, head.config.num_labels)
-        self._to_minimum = partial(solve, self.level, gram=gram, l2=l2)
-        self._solve(features)
-        self.settings |= {"model": "head", "l2": l2, "l2_end": end_of_grid(l2)}
-        self.settings["seconds"] = time.perf_counter() - begin
+        begin = time.perf_counter()
+        gram = gram_of(features, head.config.num_labels)
+        self._to_minimum = partial(solve, self.level, features.batch(), gram=gram, l2=l2)
+        self._to_minimum(tolerance=self.tolerance)
+        seconds = time.perf_counter() - begin
+        self.settings = {"model": "head", "l2": l2, "l2_end": end_of_grid(l2), "seconds": seconds}
         self.visits += 1
         with torch.no_grad():
             sums, counts = (x.double().cpu() for x in self.on_rows.losses(features.batch()))
         labels = torch.zeros_like(self.losses).index_add(0, features.row.cpu(), counts)
         self.losses.index_add_(0, features.row.cpu(), sums).div_(labels + (labels == 0))
 
-    def _solve(self, features: Features) -> None:
-        self._to_minimum(features.batch(), tolerance=self.tolerance)
-
     @contextmanager
     def repeated(self, weights: Tensor) -> Iterator[None]:
         """The minimum with ``weights`` for v."""
         with perturbed((self.weights, *self.variables)):
             assign_((self.weights,), (weights,))
-            self._solve(self.features)
+            self._to_minimum(tolerance=self.tolerance)
             yield
 
 

@@ -44,7 +44,8 @@ class RecordedTrainer(BilevelTrainer):
 
     def __init__(self, data: TrainerData, args: Any, *, twice: bool, **options: Any) -> None:
         trainer, method, rows = data.trainer, data.method, data.train_rows
-        self.run_options, tags = options, (*method.tags, INDEX)
+        self.run_options = options
+        tags = (*method.tags, INDEX)
         dtype = torch.promote_types(trainable(data.model)[0][1].dtype, torch.float32)
         weights = torch.ones(len(rows), dtype=dtype, device=args.device, requires_grad=True)
         self.row_weights = weights
@@ -80,7 +81,8 @@ class RecordedTrainer(BilevelTrainer):
     def _reads_count(self, data: TrainerData) -> bool:
         """Whether the loss of the Trainer of ``data`` depends on the number of labels in a step."""
         batch, *_ = data.batches(data.train_rows, range(len(data.train_rows))[:8])
-        loss, inputs = data.trainer.compute_loss, without(batch, self.tags)
+        loss = data.trainer.compute_loss
+        inputs = without(batch, self.tags)
         with metrics_restored(data.trainer):
             reads = depends_on_count(
                 lambda n: loss(self.model, {**inputs}, num_items_in_batch=n),

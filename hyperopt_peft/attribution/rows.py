@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import torch
@@ -35,13 +35,17 @@ from hyperopt_peft.trainer.upper_batches import loader_of
 from hyperopt_peft.utils.random_state import RandomState
 
 logger = logging.get_logger(__name__)
+#: Rows as a Trainer takes them: a table, or any rows by index, each by the name of its columns.
+Rows: TypeAlias = datasets.Dataset | Dataset[Any] | Sequence[Mapping[str, Any]]
+#: The entries of a collated batch by name.
+Batch: TypeAlias = Mapping[str, Any]
 
 
 class NumberedRows(Dataset[Any]):
     """Rows with their numbers."""
 
-    def __init__(self, data: Any) -> None:
-        self.data = data
+    def __init__(self, data: Rows) -> None:
+        self.data: Any = data
         self.column_names = [*getattr(data, "column_names", ()), INDEX]
 
     def __len__(self) -> int:
@@ -70,19 +74,19 @@ class ModelOnRows:
         self.model, self.precision, self.tags = model, precision, (*tags, INDEX)
         self.rule = rule
 
-    def losses(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """`row_losses` in the model's precision, without dropout."""
         self.model.eval()
         with self.precision():
             return row_losses(self.model, without(batch, self.tags), self.rule)
 
-    def micro_batches(self, batches: Sequence[Any]) -> list[MicroBatch]:
+    def micro_batches(self, batches: Sequence[Batch]) -> list[MicroBatch]:
         """``batches`` as one step, weighted so that its loss is the mean over all labels."""
         pairs = zip(batches, label_weights(self._counts(batches)), strict=True)
         state = RandomState.capture()
         return [MicroBatch({**batch, **weight}, state) for batch, weight in pairs]
 
-    def _counts(self, batches: Sequence[Any]) -> list[Tensor]:
+    def _counts(self, batches: Sequence[Batch]) -> list[Tensor]:
         """The number of labels that the model scores in each batch, at least one in all.
 
         With a rule, the numbers by whose sum its losses are divided.
@@ -97,17 +101,17 @@ class ModelOnRows:
         return counts
 
     @torch.no_grad()
-    def mean(self, batches: Sequence[Any]) -> list[Callable[[], Tensor]]:
+    def mean(self, batches: Sequence[Batch]) -> list[Callable[[], Tensor]]:
         """Functions, one per batch, whose sum is the mean loss over the labels of ``batches``."""
         total = torch.stack([*self._counts(batches)]).sum()
         return [partial(lambda batch: self.losses(batch)[0].sum() / total, x) for x in batches]
 
     @torch.no_grad()
-    def probabilities(self, batches: Sequence[Any]) -> Tensor:
+    def probabilities(self, batches: Sequence[Batch]) -> Tensor:
         """The class probabilities of the rows, ``(n, classes)``."""
         return torch.cat([self.logits(x).softmax(-1) for x in batches]).to("cpu", torch.float64)
 
-    def logits(self, batch: Mapping[str, Any]) -> Tensor:
+    def logits(self, batch: Batch) -> Tensor:
         """The logits of ``batch``."""
         self.model.eval()
         logits: Tensor = self.model(**without(batch, (*self.tags, "labels"))).logits
@@ -130,7 +134,9 @@ class TrainerData:
             rows are training rows.
     """
 
-    def __init__(self, trainer: Any, evaluation: Any, row_losses: RowLosses | None = None) -> None:
+    def __init__(
+        self, trainer: Trainer, evaluation: Rows | None, row_losses: RowLosses | None = None
+    ) -> None:
         name = type(trainer).__name__
         if not isinstance(trainer, Trainer):
             raise ProblemError(f"training: must be a Problem or a transformers.Trainer, got {name}")
@@ -140,7 +146,8 @@ class TrainerData:
                 "use a level of your own"
             )
         self.trainer: Any = trainer
-        phase, train = getattr(trainer, "phase", None), trainer.train_dataset
+        train = trainer.train_dataset
+        phase = getattr(trainer, "phase", None)
         self.rule: RowLosses | None = row_losses or getattr(phase, "row_losses", None)
         # A bilevel trainer with tags keeps the columns of its own accord.
         columns = getattr(trainer, "row_columns", None)
@@ -208,8 +215,9 @@ class TrainerData:
     def require_losses(self) -> None:
         """Raise ProblemError unless the Trainer's loss is known, or the rule gives it by row."""
         size = self.trainer.args.per_device_train_batch_size
-        first, batches = range(len(self.train_rows))[: size * BATCHES], list[Any]()
+        batches = list[Any]()
         if self.rule is not None:
+            first = range(len(self.train_rows))[: size * BATCHES]
             chosen = (first[k : k + size] for k in first[::size])
             batches = [self.batches(self.train_rows, rows)[0] for rows in chosen]
         require_row_losses(self.trainer, self.rule, batches, self.collate.tags)
@@ -219,7 +227,8 @@ def _shown(data: Any) -> dict[str, Sequence[Any]]:
     """The text columns and the label column of ``data``, as they are stored."""
     if not isinstance(data, datasets.Dataset):
         return {}
-    data, shown = data.with_format(None), dict[str, Sequence[Any]]()
+    data = data.with_format(None)
+    shown = dict[str, Sequence[Any]]()
     for name, feature in data.features.items():
         of_tokens = isinstance(feature, datasets.List)  # a label for each
         text = getattr(feature, "dtype", "") in ("string", "large_string")

@@ -181,22 +181,29 @@ def scores(
     Raises:
         NonFiniteError: a loss, a gradient, a curvature or a score is NaN or infinite.
     """
-    passes, run, kind, evaluation = Passes(), trained.run, estimator.estimator, trained.evaluation
-    through, cost = estimator.differentiates_run, dict[str, Any]()
+    run, kind, evaluation = trained.run, estimator.estimator, trained.evaluation
+    through, passes = isinstance(kind, Unrolled), Passes()
     level = Problem(run.variables, name="the run") if through else trained.final
     rows = None if through else trained.rows()
     fixed = RandomState.seeded(devices_of(level), "attribution")
     oracle = Oracle(evaluation, level, evaluation.parts, rows, fixed, fixed, passes=passes)
+    cost = dict[str, Any]()
     if isinstance(kind, Unrolled):
         assert isinstance(run, Run)
         with oracle.open():
             adjoint = oracle.upper_gradient.b.parts
-        points, last = checkpoints or run.checkpoints, estimator.last_steps
-        how: Any = {"product": kind.product, "last_steps": last, "progress": trained.progress}
-        result = back(run, adjoint, passes, points, **how)
+        result = back(
+            run,
+            adjoint,
+            passes,
+            checkpoints or run.checkpoints,
+            product=kind.product,
+            last_steps=estimator.last_steps,
+            progress=trained.progress,
+        )
     else:
         estimate = oracle.estimate(kind)
         result = estimate.implicit.flat()
         cost = {"residual": estimate.residual, "note": estimate.note}
-    cost |= {"gradients": passes.gradients, "products": passes.products}
-    return result.to("cpu", torch.float64), cost
+    counted = {"gradients": passes.gradients, "products": passes.products}
+    return result.to("cpu", torch.float64), cost | counted
