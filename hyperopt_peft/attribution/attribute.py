@@ -116,11 +116,8 @@ def attribute(
     if isinstance(training, Problem):
         phi = cast(Loss, evaluation)
         trained = trained_level(training, row_weights, phi, training_steps, **options)
-        return Attribution.of(trained, parsed)
-    data = TrainerData(training, cast(Rows | None, evaluation), row_losses)
-    if on_head:
-        trained = trained_head(data, progress=progress)
     else:
-        exact = parsed.estimator.requirements.second_derivatives
-        trained = trained_by_trainer(data, twice=exact, **options)
+        data = TrainerData(training, cast(Rows | None, evaluation), row_losses)
+        options["twice"] = parsed.estimator.requirements.second_derivatives
+        trained = trained_head(data, progress) if on_head else trained_by_trainer(data, **options)
     return Attribution.of(trained, parsed)

@@ -99,7 +99,7 @@ def train_head(
     return training, lambda rows: features(rows).standardized(raw).to(args.device)
 
 
-def trained_head(data: TrainerData, *, progress: bool) -> Trained:
+def trained_head(data: TrainerData, progress: bool) -> Trained:
     """Train a head on features of the training rows, and return its run and Φ; see `attribute`."""
     training, read = train_head(data, progress=progress)
     on_rows, train, above = training.on_rows, training.features, read(data.evaluation_rows)

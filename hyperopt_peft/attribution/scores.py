@@ -122,10 +122,9 @@ def back(
     adjoint: Sequence[Tensor],
     passes: Passes,
     checkpoints: Checkpoints,
-    *,
-    product: ProductKind = "exact",
-    last_steps: int | None = None,
-    progress: bool = False,
+    product: ProductKind,
+    last_steps: int | None,
+    progress: bool,
 ) -> Tensor:
     """(dw_T/dv)ᵀλ, ``(n,)``; w are the run's variables, v the row weights.
 
@@ -192,15 +191,8 @@ def scores(
         assert isinstance(run, Run)
         with oracle.open():
             adjoint = oracle.upper_gradient.b.parts
-        result = back(
-            run,
-            adjoint,
-            passes,
-            checkpoints or run.checkpoints,
-            product=kind.product,
-            last_steps=estimator.last_steps,
-            progress=trained.progress,
-        )
+        how = kind.product, estimator.last_steps, trained.progress
+        result = back(run, adjoint, passes, checkpoints or run.checkpoints, *how)
     else:
         estimate = oracle.estimate(kind)
         result = estimate.implicit.flat()
