@@ -6,7 +6,8 @@ from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import EarlyStoppingCallback, enable_full_determinism, set_seed
+from torch import nn
+from transformers import EarlyStoppingCallback, Trainer, enable_full_determinism, set_seed
 from transformers.utils import logging
 
 from hyperopt_peft.adapters import peft_internals
@@ -107,7 +108,7 @@ def require_attributable(data: TrainerData) -> None:
             raise ProblemError(f"{name}: {reason}; leave it out")
 
 
-def require_norm_in_graph(model: Any) -> None:
+def require_norm_in_graph(model: nn.Module) -> None:
     """Raise ProblemError if a DoRA layer leaves its norm out of the gradient, as PEFT's do.
 
     Double backward does not give the derivative of such a gradient.
@@ -142,7 +143,7 @@ def new_model(trainer: Any) -> RandomState | None:
     return None
 
 
-def warn_of_uncalled(trainer: Any) -> None:
+def warn_of_uncalled(trainer: Trainer) -> None:
     """Warn of what may end or change the training of ``trainer``, but not the recorded run."""
     kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
     own = [x for x in kinds if x.__module__.partition(".")[0] not in KNOWN_LIBRARIES]
