@@ -31,6 +31,12 @@ from hyperopt_peft.problems.class_offsets import balanced_loss, class_labels, lo
 
 
 class _Counting(Method):
+    loss_of_logits: Callable[[Tensor, Tensor], Tensor]  # and labels
+
+    def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Any:
+        """`loss_of_logits` of the batch."""
+        return self.loss_of_logits(*logits_and_labels(self, model, batch)) * batch.get(WEIGHT, 1.0)
+
     def read_rows(self, model: Any, rows: Any, collate: Callable[[Sequence[Any]], Any]) -> None:
         """Count the labels of each class."""
 
@@ -67,11 +73,10 @@ class LogitAdjustment(_Counting):
 
     tau: float = option(1.0, help="τ")
 
-    def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Any:
+    def loss_of_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The cross entropy of z + τ·log π."""
-        logits, labels = logits_and_labels(self, model, batch)
-        logits = logits + getattr(self, "learned", self.tau) * self.class_shares(logits).log()
-        return cross_entropy(logits, labels) * batch.get(WEIGHT, 1.0)
+        tau = getattr(self, "learned", self.tau)
+        return cross_entropy(logits + tau * self.class_shares(logits).log(), labels)
 
 
 @dataclass
@@ -123,8 +128,7 @@ class FrequencyWeights(_Counting):
         counts, weights = self.class_counts(logits), self.class_shares(logits) ** -self.power
         return weights * counts.sum() / (weights * counts).sum()
 
-    def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Any:
+    def loss_of_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The mean of v_y·CE over the labels."""
-        logits, labels = logits_and_labels(self, model, batch)
-        losses = cross_entropy(logits, labels, self.weights(logits), reduction="none")
-        return losses.sum() / (labels != IGNORED).sum().clamp(min=1) * batch.get(WEIGHT, 1.0)
+        losses: Tensor = cross_entropy(logits, labels, self.weights(logits), reduction="none")
+        return losses.sum() / (labels != IGNORED).sum().clamp(min=1)

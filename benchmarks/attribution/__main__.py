@@ -10,10 +10,10 @@ from benchmarks.measure import run_script  # noqa: E402
 run_script(
     "attribution",
     {
-        "scores": "every method on texts: retrainings, cost, memory, wrong labels (90 minutes)",
+        "scores": "every method on texts: retrainings, cost, memory, wrong labels (80 minutes)",
         "trainers": "the same through a Trainer, on token tags and documents (30 minutes)",
         "uses": "what acting on scores gains",
-        "heads": "layers that a head reads, and the rows behind a prediction",
+        "heads": "the rows behind a prediction",
         "report": "all tables of the runs",
     },
 )

@@ -27,8 +27,6 @@ from hyperopt_peft.trainer.step import Accumulated, MicroBatch
 from hyperopt_peft.utils.random_state import RandomState
 
 TRAIN, ABOVE, CHUNK, LENGTH = 300, 100, 60, 12
-#: Settings are chosen with these seeds, whose rows no other seed draws.
-DEVELOPMENT_SEEDS = (100, 101)
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ TASKS = {
 
 @cache
 def encoded(task: str) -> tuple[States, Tensor | None]:
-    """A task's rows, the first half for development, and their clean labels if known."""
+    """A task's rows, of which the first half chose the settings, and clean labels if known."""
     table = TASKS[task]()
     table = table.sample(min(1200, len(table)), random_state=0)
     clean = torch.tensor(table.clean.to_numpy()) if "clean" in table else None
@@ -114,8 +112,7 @@ def draw(task: str, seed: int, noise: str = "none", share: float = 0.0) -> Rows:
     """The rows of ``seed``, with a ``share`` of the training labels replaced by `planted` noise."""
     states, clean = encoded(task)
     half, source = len(states.labels) // 2, torch.Generator().manual_seed(seed)
-    order = torch.randperm(half, generator=source)
-    order = order if seed in DEVELOPMENT_SEEDS else order + half
+    order = half + torch.randperm(half, generator=source)
     chosen, above = order[:TRAIN], order[TRAIN : TRAIN + ABOVE]
     noisy = states.labels[chosen]
     if clean is not None:

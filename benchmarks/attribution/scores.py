@@ -3,10 +3,10 @@
     python benchmarks/attribution scores
 
 Tweets and movie sentences, LoRA in the last two layers of MiniLM on cached states of the layers
-below (`runs`). Parts: ``smooth``, which change makes a run smooth (development rows and seeds);
-``methods``, every method against the same retrainings; ``cost``; ``suspects``. Each run is an entry
-of the file, saved after every few retrainings, so that an interrupted benchmark continues, and a
-method that is added later needs no new retrainings. Seconds are processor time of one thread.
+below (`runs`). Parts: ``methods``, every method against the same retrainings; ``cost``;
+``suspects``. Each run is an entry of the file, saved after every few retrainings, so that an
+interrupted benchmark continues, and a method that is added later needs no new retrainings. Seconds
+are processor time of one thread.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from benchmarks.attribution.runs import (
-    DEVELOPMENT_SEEDS,
     TRAIN,
     Recipe,
     Rows,
@@ -38,26 +37,14 @@ from hyperopt_peft.attribution.check import metasmoothness
 from hyperopt_peft.attribution.scores import Trained, parse_estimator, scores
 from hyperopt_peft.attribution.suspects import suspects
 
-SEEDS, RETRAININGS, DEVELOPMENT_RETRAININGS = (0, 1, 2), 50, 20
+SEEDS, RETRAININGS = (0, 1, 2), 50
 SHARES = (0.1, 0.2, 0.4)
-PARTS = ("smooth", "methods", "cost", "suspects")
+PARTS = ("methods", "cost", "suspects")
 
 ROUGH = Recipe()
 #: Chosen on development seed 100: the loss of the evaluation rows is about that of the rough run
 #: (.80 and .77 of tweets, .67 and .83 of movies), at a metasmoothness above .99.
 SMOOTH = Recipe(batch=32, rate=3e-3, warm_up=0.2, epsilon=1e-3, epochs=8.0)
-#: With a large epsilon the rate of the smooth run is no lower: its steps are shorter at any rate.
-LOWER_RATE = 5e-4
-#: The rough run, the smooth one, and each change of the rough one alone.
-CHANGES = {
-    "rough": ROUGH,
-    "smooth": SMOOTH,
-    "larger batches": replace(ROUGH, batch=SMOOTH.batch),
-    "lower rate": replace(ROUGH, rate=LOWER_RATE),
-    "warm-up and decay": replace(ROUGH, warm_up=SMOOTH.warm_up),
-    "larger epsilon": replace(ROUGH, epsilon=SMOOTH.epsilon),
-    "smooth, with dropout": replace(SMOOTH, dropout=0.1),
-}
 SETTINGS = {"rough": ROUGH, "smooth": SMOOTH}
 #: The damping 0.1 was chosen among 0.01, 0.1 and 1 by the LDS of ``minres`` on development seeds.
 METHODS = (
@@ -97,16 +84,14 @@ class LazyRun:
         return self.trained_setting
 
 
-def retrain(runs: Store, row: Row, run: LazyRun, seed: int, retrainings: int) -> list[Tensor]:
-    """Add missing retrainings' changes of Φ to the entry; return the rows that each leaves out."""
-    masks = random_rows(TRAIN, SHARE, retrainings, seed)
+def retrain(runs: Store, row: Row, run: LazyRun, masks: Sequence[Tensor]) -> None:
+    """Add the missing changes of Φ to the entry, by retraining without the rows of each mask."""
     changes = row.setdefault("actual", [])
-    while len(changes) < retrainings:
-        begin, count = time.process_time(), min(5, retrainings - len(changes))
+    while len(changes) < len(masks):
+        begin, count = time.process_time(), min(5, len(masks) - len(changes))
         changes += rounded(actual(run.setting, masks[len(changes) : len(changes) + count]))
         row["seconds of a retraining"] = (time.process_time() - begin) / count
         runs.save(row)
-    return masks
 
 
 def predicted(values: Tensor, masks: Sequence[Tensor]) -> list[float]:
@@ -119,10 +104,10 @@ def rounded(values: Iterable[float]) -> list[float]:
     return [float(f"{value:.8g}") for value in values]
 
 
-def score(runs: Store, row: Row, run: LazyRun, names: Sequence[str], masks: list[Tensor]) -> None:
-    """Add the predictions and costs of the methods ``names`` to the entry."""
+def score(runs: Store, row: Row, run: LazyRun, masks: Sequence[Tensor]) -> None:
+    """Add the predictions and costs of the `METHODS` to the entry."""
     measured = row.setdefault("methods", {})
-    for name in names:
+    for name in METHODS:
         if len(measured.get(name, {}).get("predicted", ())) >= len(masks):
             continue
         setting, begin = run.setting, time.process_time()
@@ -142,20 +127,6 @@ def score(runs: Store, row: Row, run: LazyRun, names: Sequence[str], masks: list
         runs.save(row)
 
 
-def smooth(runs: Store, quick: bool) -> None:
-    """Measure which change makes a run smooth, on development seeds."""
-    for task, seed in zip(TASKS, DEVELOPMENT_SEEDS):
-        for name, recipe in CHANGES.items():
-            row = runs.entry(part="smooth", task=task, seed=seed, recipe=repr(recipe))
-            row["name"] = name
-            count = 5 if quick else DEVELOPMENT_RETRAININGS
-            run = LazyRun(lambda task=task, seed=seed: draw(task, seed), recipe, seed)
-            masks = random_rows(TRAIN, SHARE, count, seed)
-            score(runs, row, run, [WHOLE], masks)
-            retrain(runs, row, run, seed, count)
-            print(task, name, check(row, WHOLE), flush=True)
-
-
 def compare(runs: Store, quick: bool) -> None:
     """Measure every method against the same retrainings."""
     for seed in SEEDS[:1] if quick else SEEDS:
@@ -167,9 +138,8 @@ def compare(runs: Store, quick: bool) -> None:
                 count = 5 if quick else RETRAININGS
                 run = LazyRun(lambda task=task, seed=seed: draw(task, seed), recipe, seed)
                 masks = random_rows(TRAIN, SHARE, count, seed)
-                score(runs, row, run, [WHOLE, "gradient"], masks)
-                retrain(runs, row, run, seed, count)
-                score(runs, row, run, METHODS, masks)
+                retrain(runs, row, run, masks)
+                score(runs, row, run, masks)
                 for name in row["methods"]:
                     print(task, setting, seed, name, check(row, name), flush=True)
 
@@ -248,9 +218,8 @@ def main() -> None:
     title = __doc__.partition("\n")[0]
     options = run_parser(title, RESULTS / "attribution.jsonl", PARTS).parse_args()
     runs = opened(options)
-    steps = {"smooth": smooth, "methods": compare, "cost": cost, "suspects": find}
+    steps = {"methods": compare, "cost": cost, "suspects": find}
     for part in options.parts:
-        if not (options.quick and part == "smooth"):
-            steps[part](runs, options.quick)
+        steps[part](runs, options.quick)
     show(tables_of(runs))
     runs.finish()

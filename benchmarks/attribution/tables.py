@@ -39,27 +39,6 @@ def mean(values: Iterable[float]) -> float | None:
     return statistics.fmean(numbers) if numbers else None
 
 
-def smooth_table(rows: Sequence[Row]) -> list[Row]:
-    """A row for each change, means over the development seeds."""
-    table = []
-    for name in dict.fromkeys(row["name"] for row in rows):
-        named = [r for r in rows if r["name"] == name and len(r.get("actual", ())) > 4]
-        checks = [check(r, WHOLE) for r in named]
-        if checks:
-            table.append(
-                {
-                    "run": name,
-                    "LDS": mean(map(lds, checks)),
-                    "slope": mean(c.slope for c in checks),
-                    "metasmoothness": mean(c.metasmoothness for c in checks if c.metasmoothness),
-                    "loss": mean(r["loss"] for r in named),
-                    "runs": len(checks),
-                    "retrainings": sum(len(c.actual) for c in checks),
-                }
-            )
-    return table
-
-
 def methods_table(rows: Sequence[Row], setting: str, tasks: Sequence[str] = TASKS) -> list[Row]:
     """A row for each method: means over the seeds on each task, cost over all."""
     rows = [r for r in rows if r["setting"] == setting and len(r.get("actual", ())) > 4]
@@ -122,7 +101,6 @@ def cost_table(rows: Sequence[Row]) -> list[Row]:
 def tables_of(runs: Store) -> dict[str, list[Row]]:
     """All tables that have rows."""
     tables = {
-        "Which change makes a run smooth (development seeds)": smooth_table(runs.of("smooth")),
         "Rough setting": methods_table(runs.of("methods"), "rough"),
         "Smooth setting": methods_table(runs.of("methods"), "smooth"),
         TAGS: methods_table(runs.of("tags"), "smooth", ["tags"]),

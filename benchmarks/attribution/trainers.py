@@ -25,7 +25,7 @@ from text_data import model_path
 from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification, Trainer, TrainingArguments
 
-from benchmarks.attribution.runs import DEVELOPMENT_SEEDS, Recipe, random_rows
+from benchmarks.attribution.runs import Recipe, random_rows
 from benchmarks.attribution.scores import PERTURBATION, SMOOTH, predicted, rounded
 from benchmarks.attribution.tables import SHARE, WHOLE, check, tables_of
 from benchmarks.last_layers import first_tokens, tagged_tweets, tokens
@@ -102,10 +102,9 @@ class Task:
 
 
 def drawn(pool: Sequence[Any], count: int, seed: int) -> list[Any]:
-    """``count`` rows of ``pool``: its first half for development seeds, else its second half."""
+    """``count`` rows of the second half of ``pool``; the first half chose the settings."""
     half, source = len(pool) // 2, torch.Generator().manual_seed(seed)
-    order = torch.randperm(half, generator=source)[:count]
-    return [pool[k] for k in (order if seed in DEVELOPMENT_SEEDS else order + half).tolist()]
+    return [pool[half + k] for k in torch.randperm(half, generator=source)[:count].tolist()]
 
 
 class Given(nn.Module):

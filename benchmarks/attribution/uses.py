@@ -28,7 +28,6 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification
 
 from benchmarks.attribution.scores import SMOOTH
-from benchmarks.attribution.tables import SHARE
 from benchmarks.attribution.trainers import States, Task, last_layers
 from benchmarks.last_layers import tokens
 from benchmarks.measure import show
@@ -54,7 +53,7 @@ CELLS = {
 }
 #: The prefix of cells with wrong labels, and their share; as many rows are left out there.
 WRONG_LABELS, WRONG = "wrong labels", 0.2
-REMOVED, RETRAININGS, FOLDS = 0.1, 12, 5
+REMOVED, FOLDS = 0.1, 5
 LORA = LoraConfig(
     task_type="SEQ_CLS",
     r=8,
@@ -118,7 +117,7 @@ JUDGES = numbered(TRAIN + ABOVE, TRAIN + ABOVE + TEST)
 
 
 def kinds(runs: Store, cell: str, seed: int, quick: bool) -> None:
-    """Add the test results of each training set, and the check of the head's scores."""
+    """Add the test results of each training set."""
     row = runs.entry(part="kinds", cell=cell, seed=seed)
     if "ways" in row:
         return
@@ -126,8 +125,6 @@ def kinds(runs: Store, cell: str, seed: int, quick: bool) -> None:
     trainer, share = job.trainer(seed), WRONG if cell.startswith(WRONG_LABELS) else REMOVED
     options: dict[str, Any] = {"evaluation": EVALUATION, "progress": False}
     on_head = attribute(trainer, model="head", **options)
-    check = on_head.check(5 if quick else RETRAININGS, share=SHARE, seed=seed)
-    row["check of the head"] = {"lds": check.lds, "slope": check.slope}
     result = attribute(trainer, **options)
     run, count = cast(Trained, result.trained).run, round(share * TRAIN)
     doubts = on_head.suspects(FOLDS, seed=seed).confidence
@@ -190,17 +187,6 @@ def gains_table(rows: Sequence[Row]) -> list[Row]:
     return table
 
 
-def checks_table(rows: Sequence[Row]) -> list[Row]:
-    """The LDS and slope of the head's scores against its own retrainings."""
-    table = []
-    for cell in dict.fromkeys(row["cell"] for row in rows):
-        checks = [row["check of the head"] for row in rows if row["cell"] == cell]
-        means = {k: statistics.fmean(c[k] for c in checks) for k in ("lds", "slope")}
-        least = min(check["lds"] for check in checks)
-        table.append({"evaluation rows": cell, **means, "least LDS": least, "seeds": len(checks)})
-    return table
-
-
 #: The tables of the page, by the marks of their places.
 OF_PAGE = {"uses": "The adapter on test rows"}
 RUNS = RESULTS / "attribution_uses.jsonl"
@@ -208,11 +194,8 @@ RUNS = RESULTS / "attribution_uses.jsonl"
 
 def tables_of(runs: Store) -> dict[str, list[Row]]:
     """All tables that have rows."""
-    tables = {
-        "The adapter on test rows": gains_table(runs.of("kinds")),
-        "The head's scores against its own retrainings": checks_table(runs.of("kinds")),
-    }
-    return {title: rows for title, rows in tables.items() if rows}
+    rows = gains_table(runs.of("kinds"))
+    return {OF_PAGE["uses"]: rows} if rows else {}
 
 
 def main() -> None:

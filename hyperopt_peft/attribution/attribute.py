@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor
+from transformers import Trainer
 
 from hyperopt_peft.attribution.head import trained_head
 from hyperopt_peft.attribution.level import trained_level
 from hyperopt_peft.attribution.result import Attribution
-from hyperopt_peft.attribution.scores import HEAD_ESTIMATOR, parse_estimator
-from hyperopt_peft.attribution.trainer import rule_of, trained_by_trainer
+from hyperopt_peft.attribution.rows import Rows, TrainerData
+from hyperopt_peft.attribution.scores import HEAD_ESTIMATOR, Loss, parse_estimator
+from hyperopt_peft.attribution.trainer import trained_by_trainer
 from hyperopt_peft.core.labels import RowLosses
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import ProblemError
@@ -20,9 +22,9 @@ from hyperopt_peft.utils.autograd import uncompiled
 
 @uncompiled()  # steps of the run are done again, with their dropout masks
 def attribute(
-    training: Any,
+    training: Problem | Trainer,
     row_weights: Tensor | None = None,
-    evaluation: Any = None,
+    evaluation: Loss | Rows | None = None,
     *,
     model: Literal["adapter", "head"] = "adapter",
     row_losses: RowLosses | None = None,
@@ -93,10 +95,10 @@ def attribute(
     if model not in ("adapter", "head"):
         raise ProblemError(f"model: must be adapter or head, got {model!r}")
     on_head = model == "head"
+    of_level = isinstance(training, Problem)
     parsed = parse_estimator(estimator or (HEAD_ESTIMATOR if on_head else "unrolled"))
     if on_head and parsed.differentiates_run:
         raise ProblemError("estimator: a head has no steps; choose cg, or leave it out")
-    of_level = isinstance(training, Problem)
     if of_level and on_head:
         raise ProblemError("model: a head needs a Trainer; leave it out")
     if of_level and row_losses is not None:
@@ -111,13 +113,11 @@ def attribute(
         "memory_limit": memory_limit,
         "progress": progress,
     }
-    rule = rule_of(training, row_losses)
-    if of_level:
-        trained = trained_level(training, row_weights, evaluation, training_steps, **options)
-    elif on_head:
-        trained = trained_head(training, evaluation, progress=progress, rule=rule)
+    if isinstance(training, Problem):
+        phi = cast(Loss, evaluation)
+        trained = trained_level(training, row_weights, phi, training_steps, **options)
     else:
-        exact = parsed.estimator.requirements.second_derivatives
-        options |= {"twice": exact, "row_losses": rule}
-        trained = trained_by_trainer(training, evaluation, **options)
+        data = TrainerData(training, cast(Rows | None, evaluation), row_losses)
+        options["twice"] = parsed.estimator.requirements.second_derivatives
+        trained = trained_head(data, progress) if on_head else trained_by_trainer(data, **options)
     return Attribution.of(trained, parsed)

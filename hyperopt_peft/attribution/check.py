@@ -119,7 +119,8 @@ class ScoreCheck:
     def __str__(self) -> str:
         (low, high), smooth = self.interval, self.metasmoothness
         numbers = f"slope {self.slope:.2f}"
-        numbers += "" if smooth is None else f", metasmoothness {smooth:.2f}"
+        if smooth is not None:
+            numbers += f", metasmoothness {smooth:.2f}"
         return (
             f"LDS {self.lds:.2f} [{low:.2f}, {high:.2f}] over {len(self.actual)} retrainings "
             f"without {self.share:.0%} of the rows, {numbers}: {self.verdict}"
@@ -150,23 +151,24 @@ def check_scores(
     seed: int,
 ) -> ScoreCheck:
     """See `Attribution.check`; ``before`` is Φ at the end of the run."""
-    run, rows = trained.run, trained.run.visits.nonzero().flatten()
+    run = trained.run
+    rows = run.visits.nonzero().flatten()
     count = round(share * len(rows))
     if not isinstance(retrainings, int) or retrainings < 5:
         raise ProblemError(f"retrainings: must be at least 5, got {retrainings}")
     if not 1 <= count < len(rows):
         raise ProblemError(f"share: {share:g} of {len(rows)} rows leaves out {count}; change it")
     generator = torch.Generator().manual_seed(seed)
-    seen, changes = torch.nan_to_num(by_row), torch.zeros(2, retrainings, dtype=torch.float64)
+    seen = torch.nan_to_num(by_row)
+    predicted, actual = torch.zeros(2, retrainings, dtype=torch.float64)
     for number in trange(retrainings, desc="check", disable=not trained.progress):
         rows_out = rows[torch.randperm(len(rows), generator=generator)[:count]]
         with run.without(rows_out):
-            changes[1, number] = trained.evaluation.value() - before
-        changes[0, number] = -(seen * run.row_weights.cpu())[rows_out].sum()
+            actual[number] = trained.evaluation.value() - before
+        predicted[number] = -(seen * run.row_weights.cpu())[rows_out].sum()
     smoothness = None
     if perturbation is not None and estimator.differentiates_run:
         smoothness = metasmoothness(trained, estimator, seen, perturbation, generator)
-    predicted, actual = changes
     return ScoreCheck(predicted, actual, smoothness, share, of_head=not isinstance(run, Run))
 
 

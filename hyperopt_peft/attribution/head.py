@@ -14,15 +14,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hyperopt_peft.attribution.rows import ModelOnRows, NumberedRows, TrainerData, classes_of_rows
+from hyperopt_peft.attribution.rows import ModelOnRows, NumberedRows, TrainerData
 from hyperopt_peft.attribution.run import Training
 from hyperopt_peft.attribution.scores import Evaluation, Trained
-from hyperopt_peft.attribution.trainer import require_losses_of_rows, require_trainer
 from hyperopt_peft.core.labels import RowLosses
 from hyperopt_peft.heads.features import Features, features_of
 from hyperopt_peft.heads.head import Head, head_of, require_head
@@ -46,68 +44,64 @@ class HeadTraining(Training):
         self, head: Head, features: Features, count: int, l2: float, rule: RowLosses | None = None
     ) -> None:
         weights = head.weight.new_ones(count, requires_grad=True)
-        self.level, self.features = level_of(head, weights, l2, rule), features
+        self.level = level_of(head, weights, l2, rule)
+        self.features = features
         self.on_rows = ModelOnRows(head, rule=rule)
         super().__init__(weights, self.level.variables)
-        begin, gram = time.perf_counter(), gram_of(features, head.config.num_labels)
-        self._to_minimum = partial(solve, self.level, gram=gram, l2=l2)
-        self._solve(features)
-        self.settings |= {"model": "head", "l2": l2, "l2_end": end_of_grid(l2)}
-        self.settings["seconds"] = time.perf_counter() - begin
+        begin = time.perf_counter()
+        gram = gram_of(features, head.config.num_labels)
+        self._to_minimum = partial(solve, self.level, features.batch(), gram=gram, l2=l2)
+        self._to_minimum(tolerance=self.tolerance)
+        seconds = time.perf_counter() - begin
+        self.settings = {"model": "head", "l2": l2, "l2_end": end_of_grid(l2), "seconds": seconds}
         self.visits += 1
         with torch.no_grad():
             sums, counts = (x.double().cpu() for x in self.on_rows.losses(features.batch()))
         labels = torch.zeros_like(self.losses).index_add(0, features.row.cpu(), counts)
         self.losses.index_add_(0, features.row.cpu(), sums).div_(labels + (labels == 0))
 
-    def _solve(self, features: Features) -> None:
-        self._to_minimum(features.batch(), tolerance=self.tolerance)
-
     @contextmanager
     def repeated(self, weights: Tensor) -> Iterator[None]:
         """The minimum with ``weights`` for v."""
         with perturbed((self.weights, *self.variables)):
             assign_((self.weights,), (weights,))
-            self._solve(self.features)
+            self._to_minimum(tolerance=self.tolerance)
             yield
 
 
 def train_head(
-    trainer: Any,
-    data: TrainerData,
-    *,
-    progress: bool,
-    largest: bool = True,
-    rule: RowLosses | None = None,
+    data: TrainerData, *, progress: bool, largest: bool = True
 ) -> tuple[HeadTraining, Callable[[NumberedRows], Features]]:
-    """Train a head on standardised features of ``trainer``'s rows; its model does not change.
+    """Train a head on standardised features of the training rows; the model does not change.
 
     The second result returns features of other rows, with the training rows' mean and deviation.
     """
-    model, count = trainer.model, len(data.train_rows)
+    model, args, collate = data.model, data.trainer.args, data.collate
     (first,) = data.batches(data.train_rows, [0])
-    require_head(model, without(first, data.collate.tags))
-    require_losses_of_rows(trainer, data, rule)
+    require_head(model, without(first, collate.tags))
+    data.require_losses()
 
-    options: Any = {"collate": data.collate.collate, "progress": progress}
-    options["batch_size"] = trainer.args.per_device_eval_batch_size
-    options["precision"] = trainer.compute_loss_context_manager
-    features = lambda rows: features_of(model, rows.data, **options)  # noqa: E731
-    raw, device = features(data.train_rows), trainer.args.device
-    train = raw.standardized().to(device)
+    def features(rows: NumberedRows) -> Features:
+        return features_of(
+            model,
+            rows.data,
+            collate.collate,
+            batch_size=args.per_device_eval_batch_size,
+            precision=data.trainer.compute_loss_context_manager,
+            progress=progress,
+        )
+
+    raw = features(data.train_rows)
+    train = raw.standardized().to(args.device)
     head = head_of(model, train)
-    l2 = choose_l2(head, train, largest=largest, progress=progress, rule=rule)
-    training = HeadTraining(head, train, count, l2, rule)
-    return training, lambda rows: features(rows).standardized(raw).to(device)
+    l2 = choose_l2(head, train, largest=largest, progress=progress, rule=data.rule)
+    training = HeadTraining(head, train, len(data.train_rows), l2, data.rule)
+    return training, lambda rows: features(rows).standardized(raw).to(args.device)
 
 
-def trained_head(
-    trainer: Any, evaluation: Any, *, progress: bool, rule: RowLosses | None = None
-) -> Trained:
-    """Train a head on features of ``trainer``'s rows, and return its run and Φ; see `attribute`."""
-    require_trainer(trainer)
-    data = TrainerData(trainer, evaluation)
-    training, read = train_head(trainer, data, progress=progress, rule=rule)
+def trained_head(data: TrainerData, progress: bool) -> Trained:
+    """Train a head on features of the training rows, and return its run and Φ; see `attribute`."""
+    training, read = train_head(data, progress=progress)
     on_rows, train, above = training.on_rows, training.features, read(data.evaluation_rows)
     return Trained(
         training,
@@ -115,7 +109,7 @@ def trained_head(
         training.level,
         train.batch,
         probabilities=lambda rows: on_rows.probabilities([train.batch()])[rows],
-        labels=classes_of_rows(data.batches(data.train_rows)),
+        labels=data.classes(),
         columns=data.shown[0],
         progress=progress,
     )

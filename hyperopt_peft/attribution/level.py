@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor
+from tqdm.auto import trange
 
 from hyperopt_peft.attribution.run import Run
 from hyperopt_peft.attribution.scores import Evaluation, Loss, Trained
-from hyperopt_peft.core.problem import LossGradient, Problem, devices_of
-from hyperopt_peft.engine.fit import fit
-from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.core.problem import Problem, devices_of
+from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.trainer.step import Accumulated, MicroBatch
 from hyperopt_peft.utils.random_state import RandomState, replay
 
@@ -25,6 +23,8 @@ def trained_level(
     weights: Tensor | None,
     evaluation: Loss,
     training_steps: int | None,
+    *,
+    progress: bool = True,
     **options: Any,
 ) -> Trained:
     """Train ``level``, and return its run and Φ; see `attribute` and `train_level`."""
@@ -39,48 +39,28 @@ def trained_level(
             f"training_steps: must be a number of steps, at least 1, got {training_steps}"
         )
     phi = Evaluation(weights, evaluation)
-    run = train_level(level, weights, training_steps, **options)
-    progress = bool(options.get("progress"))
+    run = train_level(level, weights, training_steps, progress=progress, **options)
     return Trained(run, phi, Accumulated(level), partial(_epoch, level), progress=progress)
 
 
 def train_level(
     level: Problem, weights: Tensor, steps: int, *, progress: bool = False, **options: Any
 ) -> Run:
-    """Train ``level`` for ``steps`` steps; ``options`` are arguments of `Run`."""
+    """Train ``level`` for ``steps`` steps; ``options`` are arguments of `Run`.
+
+    The backward pass of a step also gives the gradient with respect to the row weights.
+    """
     run, begin = Run(level, weights, steps, **options), time.perf_counter()
-    with _recorded(run):
-        fit(level, steps, progress=progress)
+    for number in trange(steps, disable=not progress, desc=level.name):
+        batch, random_state = level.next_batch(), RandomState.capture(devices_of(level))
+        try:
+            gradient = level.gradient(batch, (*level.variables, weights)).gradient
+        except NonFiniteError as error:
+            raise NonFiniteError(f"step {number + 1}: {error}") from error
+        run.record(batch, random_state, gradient)
+        level.step(gradient[:-1])
     run.settings["seconds"] = time.perf_counter() - begin
     return run
-
-
-@contextmanager
-def _recorded(run: Run) -> Iterator[None]:
-    """Record in ``run`` each step that the body makes with its level.
-
-    `fit` calls `Problem.gradient`, then `Problem.step`. The backward pass of the gradient also
-    gives the gradient with respect to the row weights.
-    """
-    level = run.level
-    gradient, step = level.gradient, level.step
-    last: list[Any] = []
-
-    def recorded_gradient(batch: Any, variables: Sequence[Tensor]) -> LossGradient:
-        random_state = RandomState.capture(devices_of(level))
-        result = gradient(batch, (*variables, run.weights))
-        last[:] = batch, random_state, result.gradient
-        return replace(result, gradient=result.gradient[:-1], norms=result.norms[:-1])
-
-    def recorded_step(slope: Sequence[Tensor | None], norm: float | None = None) -> float:
-        run.record(*last)
-        return step(slope, norm)
-
-    vars(level).update(gradient=recorded_gradient, step=recorded_step)
-    try:
-        yield
-    finally:
-        del level.gradient, level.step
 
 
 def _epoch(level: Problem) -> Sequence[MicroBatch]:

@@ -86,25 +86,24 @@ class Reasons(Sequence[Reason]):
 
     def text(self, reason: Reason) -> str:
         """``reason`` in lines, with up to `SHOWN` of its training rows."""
-        lines, count = [self.title(reason)], len(reason.rows)
-        begin = f"  predicted {self.name(reason.predicted)}"
+        begin = f"{self.title(reason)}\n  predicted {self.name(reason.predicted)}"
         if reason.becomes is None:
-            return (
-                f"{lines[0]}\n{begin}, even without the {reason.searched} rows that support it most"
-            )
-        lines.append(f"{begin}; {self.name(reason.becomes)} without {self._rows(reason)}:")
+            return f"{begin}, even without the {reason.searched} rows that support it most"
+        lines = [f"{begin}; {self.name(reason.becomes)} without {self._rows(reason)}:"]
         lines += [f"  {self.line(row)}" for row in reason.rows[:SHOWN]]
-        lines += [f"       … and {count - SHOWN} more"] * (count > SHOWN)
+        if len(reason.rows) > SHOWN:
+            lines.append(f"       … and {len(reason.rows) - SHOWN} more")
         return "\n".join(lines)
 
     def title(self, reason: Reason, width: int = 80) -> str:
         """The number of the explained row, its token and its columns."""
-        words = [x[reason.row] for x in self.explained.values() if isinstance(x[reason.row], list)]
-        text, token = cells(self.explained, reason.row, width), ""
+        cells_of_row = [column[reason.row] for column in self.explained.values()]
+        words = next((cell for cell in cells_of_row if isinstance(cell, list)), None)
+        title = f"row {reason.row}"
         if reason.token is not None:
-            token = f", token {reason.token}"
-            token += f" ({printable(str(words[0][reason.token]))})" if words else ""
-        return f"row {reason.row}{token}: {text}".removesuffix(": ")
+            title += f", token {reason.token}"
+            title += f" ({printable(str(words[reason.token]))})" if words else ""
+        return f"{title}: {cells(self.explained, reason.row, width)}".removesuffix(": ")
 
     def _rows(self, reason: Reason) -> str:
         count = len(reason.rows)
@@ -127,7 +126,7 @@ class Reasons(Sequence[Reason]):
                 shown = [values[row] for values in self.columns.values()]
                 lines.append((*begin, number, score, *shown))
             if not reason.rows:
-                lines.append((*begin, *[None] * (2 + len(self.columns))))
+                lines.append((*begin, None, None, *(None for _ in self.columns)))
         heads = ("explained", "token", "predicted", "becomes")
         names = [*heads, "row", "score", *(f"data_{x}" if x in heads else x for x in self.columns)]
         write_csv(path, names, lines, escape_formulas=escape_formulas)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Never
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hyperopt_peft.attribution.rows import TrainerData
 from hyperopt_peft.attribution.run import Run
 from hyperopt_peft.core.examples import WeightedRows
-from hyperopt_peft.core.labels import WEIGHT, RowLosses
+from hyperopt_peft.core.labels import WEIGHT
 from hyperopt_peft.errors import NonFiniteError
 from hyperopt_peft.trainer.internals import metrics_restored
 from hyperopt_peft.trainer.method import Method
@@ -25,29 +25,77 @@ from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.models import trainable
 
 
-@dataclass
-class Recording:
-    """What a recorded training adds to that of its trainer."""
-
-    weights: Tensor  # v, of the rows, (n,)
-    loss: Any  # a `WeightedRows`: the mean loss with a weight for each row
-    options: Mapping[str, Any]  # arguments of `Run`
-    scaled: bool | None  # as of `LossRule`
-    sums: bool = False  # whether a step is the sum of its micro-batches' losses
-    run: Run | None = None  # once the optimizer is there
-
-
 class RecordedTrainer(BilevelTrainer):
-    """A bilevel trainer that records its steps in ``recording``; see `recorded`."""
+    """Trains the model of ``data`` as its Trainer would, and records the steps in ``run``.
 
-    def __init__(self, model: Any, args: Any, *, recording: Recording, **options: Any) -> None:
-        self.recording = recording
-        super().__init__(model, args, **options)
+    The Trainer's method has prepared the model. The method's level gets a `task_loss` in which each
+    row has a weight. Nothing is logged.
+
+    Args:
+        data: the Trainer and its rows.
+        args: of this training.
+        twice: whether losses are differentiated twice.
+        options: arguments of `Run`.
+    """
+
+    run: Run
+    #: Whether a step is the sum of its micro-batches' losses.
+    sums = False
+
+    def __init__(self, data: TrainerData, args: Any, *, twice: bool, **options: Any) -> None:
+        trainer, method, rows = data.trainer, data.method, data.train_rows
+        self.run_options = options
+        tags = (*method.tags, INDEX)
+        dtype = torch.promote_types(trainable(data.model)[0][1].dtype, torch.float32)
+        weights = torch.ones(len(rows), dtype=dtype, device=args.device, requires_grad=True)
+        self.row_weights = weights
+        self.weighted = WeightedRows(
+            data.model,
+            lambda batch: weights[batch[INDEX]],
+            [weights],
+            tags=tags,
+            twice=twice,
+            row_losses=data.rule,
+        )
+        stock = not isinstance(trainer, BilevelTrainer)
+        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+        if scaled is None and stock:
+            scaled = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
+        self.scaled = None if scaled else scaled  # as of `LossRule`
+        # With model_init the Trainer makes optimizer and schedule itself.
+        optimizers = trainer.optimizer, trainer.lr_scheduler
+        super().__init__(
+            data.model,
+            args,
+            method=Phase(method, lower_of, None, (rows, None), tags, row_losses=data.rule),
+            train_dataset=rows,
+            data_collator=data.collate,
+            optimizer_cls_and_kwargs=trainer.optimizer_cls_and_kwargs,
+            optimizers=(None, None) if trainer.model_init else optimizers,
+            processing_class=trainer.processing_class,
+        )
+        self.sums = bool(stock and scaled) and not self._reads_count(data)
+        if type(method) is Method:
+            self.lower.name = "training"
+
+    def _reads_count(self, data: TrainerData) -> bool:
+        """Whether the loss of the Trainer of ``data`` depends on the number of labels in a step."""
+        batch, *_ = data.batches(data.train_rows, range(len(data.train_rows))[:8])
+        loss = data.trainer.compute_loss
+        inputs = without(batch, self.tags)
+        with metrics_restored(data.trainer):
+            reads = depends_on_count(
+                lambda n: loss(self.model, {**inputs}, num_items_in_batch=n),
+                self.model,
+                self.args.device,
+                self.measuring,
+            )
+        return reads is not False
 
     def with_entries(self, batches: Sequence[Any]) -> list[Any]:
         """As in `BilevelTrainer`, or so that the mean over the step is a sum."""
         samples = super().with_entries(batches)
-        if not self.recording.sums:
+        if not self.sums:
             return samples
         # A stock Trainer adds the means up, and multiplies them by the number of processes.
         scale = distributed.world_size() if self.args.average_tokens_across_devices else 1
@@ -59,17 +107,16 @@ class RecordedTrainer(BilevelTrainer):
         self.calls += 1
         self.model.train(training)
         with self.compute_loss_context_manager():
-            loss: Tensor = self.recording.loss.loss(batch)["loss"]
+            loss: Tensor = self.weighted.loss(batch)["loss"]
             return loss
 
     def adopt_prepared_parameters(self) -> None:
         """As in `BilevelTrainer`; also begins the run."""
         super().adopt_prepared_parameters()
         # `task_loss` reads no count of labels.
-        self.loss_rule = replace(self.loss_rule, counts=False, scaled=self.recording.scaled)
-        recording, limit = self.recording, self.args.max_grad_norm or None
-        level, length = Accumulated(self.lower, self.optimizer, limit), self.state.max_steps
-        recording.run = Run(level, recording.weights, length, **recording.options)
+        self.loss_rule = replace(self.loss_rule, counts=False, scaled=self.scaled)
+        level = Accumulated(self.lower, self.optimizer, self.args.max_grad_norm or None)
+        self.run = Run(level, self.row_weights, self.state.max_steps, **self.run_options)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """As in `BilevelTrainer`; also records a step once its gradients are complete."""
@@ -82,17 +129,16 @@ class RecordedTrainer(BilevelTrainer):
         return loss
 
     def _record(self, batch: Sequence[MicroBatch]) -> None:
-        run, weights = self.recording.run, self.recording.weights
-        assert run is not None
+        weights = self.row_weights
         (of_weights,) = distributed.mean((weights.grad,), (weights,))
         weights.grad = None
-        gradient = [*(v.grad for v in run.variables), of_weights]
+        gradient = [*(v.grad for v in self.run.variables), of_weights]
         parts = distributed.average(self._parts(batch))
-        run.record([*batch], batch[0].random_state, gradient, parts)
+        self.run.record([*batch], batch[0].random_state, gradient, parts)
 
     def _parts(self, batch: Sequence[MicroBatch]) -> Tensor:
         """The factor of each row's mean loss in the loss of ``batch``, 0 for others, ``(n,)``."""
-        parts = torch.zeros_like(self.recording.weights)
+        parts = torch.zeros_like(self.row_weights)
         for micro in batch:
             rows = micro.batch[INDEX].unique()
             weight = micro.weight * torch.as_tensor(micro.batch.get(WEIGHT, 1.0))
@@ -109,68 +155,3 @@ class RecordedTrainer(BilevelTrainer):
 
     def log(self, *_: Any, **__: Any) -> None:
         """Log nothing."""
-
-
-def recorded(
-    trainer: Any,
-    args: Any,
-    data: TrainerData,
-    options: Mapping[str, Any],
-    *,
-    twice: bool,
-    rule: RowLosses | None = None,
-) -> RecordedTrainer:
-    """A trainer that trains the model of ``trainer`` as it would.
-
-    The method of ``trainer`` has prepared the model. The method's level gets a `task_loss` in which
-    each row has a weight. ``options`` are arguments of `Run`; ``twice`` says whether losses are
-    differentiated twice; ``rule`` is the user's ``row_losses``. Nothing is logged.
-    """
-    method, model, rows = method_of(trainer), trainer.model, data.train_rows
-    dtype = torch.promote_types(trainable(model)[0][1].dtype, torch.float32)
-    weights = torch.ones(len(rows), dtype=dtype, device=args.device, requires_grad=True)
-    tags = (*method.tags, INDEX)
-    how: dict[str, Any] = {"variables": [weights], "tags": tags, "twice": twice}
-    how["row_losses"] = rule
-    loss = WeightedRows(model, lambda x: weights[x[INDEX]], **how)
-    stock = not isinstance(trainer, BilevelTrainer)
-    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
-    if scaled is None and stock:
-        scaled = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
-    made = RecordedTrainer(
-        model,
-        args,
-        recording=Recording(weights, loss, options, scaled=None if scaled else scaled),
-        method=Phase(method, lower_of, None, (rows, None), tags, row_losses=rule),
-        train_dataset=rows,
-        data_collator=data.collate,
-        optimizer_cls_and_kwargs=trainer.optimizer_cls_and_kwargs,
-        # With model_init the Trainer makes optimizer and schedule itself.
-        optimizers=(None, None)
-        if trainer.model_init
-        else (trainer.optimizer, trainer.lr_scheduler),
-        processing_class=trainer.processing_class,
-    )
-    made.recording.sums = bool(stock and scaled) and not _reads_count(trainer, made, data)
-    if type(method) is Method:
-        made.lower.name = "training"
-    return made
-
-
-def _reads_count(trainer: Any, made: RecordedTrainer, data: TrainerData) -> bool:
-    """Whether the loss of ``trainer`` depends on the number of labels in a step."""
-    batch, *_ = data.batches(data.train_rows, range(len(data.train_rows))[:8])
-    loss, inputs = trainer.compute_loss, without(batch, made.tags)
-    with metrics_restored(trainer):
-        reads = depends_on_count(
-            lambda n: loss(made.model, {**inputs}, num_items_in_batch=n),
-            made.model,
-            made.args.device,
-            made.measuring,
-        )
-    return reads is not False
-
-
-def method_of(trainer: Any) -> Method:
-    """The method of ``trainer``; for a stock Trainer a plain `Method`, which trains alike."""
-    return getattr(trainer, "method", None) or Method()

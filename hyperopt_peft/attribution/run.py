@@ -40,8 +40,10 @@ class Training(ABC):
     """
 
     def __init__(self, weights: Tensor, variables: Sequence[Tensor] = ()) -> None:
-        self.weights, self.row_weights = weights, weights.detach().clone()
-        self.variables, self.steps = tuple(variables), list[Any]()
+        self.weights = weights
+        self.row_weights = weights.detach().clone()
+        self.variables = tuple(variables)
+        self.steps = list[Any]()
         self.visits = torch.zeros(len(weights), dtype=torch.int64)
         self.losses = torch.zeros(len(weights), dtype=torch.float64)
         self.settings = dict[str, Any]()

@@ -122,10 +122,9 @@ def back(
     adjoint: Sequence[Tensor],
     passes: Passes,
     checkpoints: Checkpoints,
-    *,
-    product: ProductKind = "exact",
-    last_steps: int | None = None,
-    progress: bool = False,
+    product: ProductKind,
+    last_steps: int | None,
+    progress: bool,
 ) -> Tensor:
     """(dw_T/dv)ᵀλ, ``(n,)``; w are the run's variables, v the row weights.
 
@@ -181,22 +180,22 @@ def scores(
     Raises:
         NonFiniteError: a loss, a gradient, a curvature or a score is NaN or infinite.
     """
-    passes, run, kind, evaluation = Passes(), trained.run, estimator.estimator, trained.evaluation
-    through, cost = estimator.differentiates_run, dict[str, Any]()
+    run, kind, evaluation = trained.run, estimator.estimator, trained.evaluation
+    through, passes = isinstance(kind, Unrolled), Passes()
     level = Problem(run.variables, name="the run") if through else trained.final
     rows = None if through else trained.rows()
     fixed = RandomState.seeded(devices_of(level), "attribution")
     oracle = Oracle(evaluation, level, evaluation.parts, rows, fixed, fixed, passes=passes)
+    cost = dict[str, Any]()
     if isinstance(kind, Unrolled):
         assert isinstance(run, Run)
         with oracle.open():
             adjoint = oracle.upper_gradient.b.parts
-        points, last = checkpoints or run.checkpoints, estimator.last_steps
-        how: Any = {"product": kind.product, "last_steps": last, "progress": trained.progress}
-        result = back(run, adjoint, passes, points, **how)
+        how = kind.product, estimator.last_steps, trained.progress
+        result = back(run, adjoint, passes, checkpoints or run.checkpoints, *how)
     else:
         estimate = oracle.estimate(kind)
         result = estimate.implicit.flat()
         cost = {"residual": estimate.residual, "note": estimate.note}
-    cost |= {"gradients": passes.gradients, "products": passes.products}
-    return result.to("cpu", torch.float64), cost
+    counted = {"gradients": passes.gradients, "products": passes.products}
+    return result.to("cpu", torch.float64), cost | counted

@@ -74,7 +74,8 @@ def suspects(trained: Trained, folds: int, seed: int) -> Suspects:
         raise ProblemError("suspects: needs a Trainer of a classifier with one class per row")
     if not 2 <= folds <= len(labels):
         raise ProblemError(f"folds: must be from 2 to the number of rows, got {folds}")
-    parts, of_parts = folds_of(range(len(labels)), folds, seed), []
+    of_parts = []
+    parts = folds_of(range(len(labels)), folds, seed)
     for rows in tqdm(parts, "folds", disable=not trained.progress):
         with trained.run.without(rows):
             of_parts.append(trained.probabilities(rows))
@@ -84,7 +85,8 @@ def suspects(trained: Trained, folds: int, seed: int) -> Suspects:
     guesses = of_class.argmax(1)
     confidence = torch.full((len(labels),), torch.nan, dtype=torch.float64)
     confidence[labelled] = of_class.gather(1, true[:, None])[:, 0]
-    accuracy, kappa = accuracy_score(true, guesses), cohen_kappa_score(true, guesses)
+    accuracy = accuracy_score(true, guesses)
+    kappa = cohen_kappa_score(true, guesses)
     doubtful = labelled[guesses != true] if kappa > SLIGHT else labelled[:0]
     flagged = doubtful[confidence[doubtful].argsort()].tolist()
     return Suspects(confidence, flagged, probabilities, accuracy, kappa)

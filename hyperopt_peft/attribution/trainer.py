@@ -6,18 +6,17 @@ from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, enable_full_determinism, set_seed
 from transformers.utils import logging
 
 from hyperopt_peft.adapters import peft_internals
-from hyperopt_peft.attribution.recorder import method_of, recorded
-from hyperopt_peft.attribution.rows import ModelOnRows, TrainerData, classes_of_rows
+from hyperopt_peft.attribution.recorder import RecordedTrainer
+from hyperopt_peft.attribution.rows import ModelOnRows, TrainerData
 from hyperopt_peft.attribution.scores import Evaluation, Trained
-from hyperopt_peft.core.labels import RowLosses
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
 from hyperopt_peft.trainer.method import Method
-from hyperopt_peft.trainer.own_loss import BATCHES, require_row_losses
 from hyperopt_peft.trainer.quiet import quiet
 from hyperopt_peft.trainer.step import Accumulated
 from hyperopt_peft.utils.precision import require_float32
@@ -35,80 +34,48 @@ UNSUPPORTED_OVERRIDES = (
 
 
 def trained_by_trainer(
-    trainer: Any,
-    evaluation: Any,
-    *,
-    twice: bool,
-    progress: bool,
-    row_losses: RowLosses | None,
-    **options: Any,
+    data: TrainerData, *, twice: bool, progress: bool, **options: Any
 ) -> Trained:
-    """Train what ``trainer`` trains, and return its run and Φ; see `attribute` and `recorded`."""
-    require_attributable(trainer)
-    warn_of_uncalled(trainer)
-    data = TrainerData(trainer, evaluation)
-    random_state = _new_model(trainer)
-    require_float32(trainer.model)
-    require_losses_of_rows(trainer, data, row_losses)
+    """Train what the Trainer of ``data`` trains, and return its run and Φ; see `attribute`.
+
+    ``twice`` and ``options`` are those of `RecordedTrainer`.
+    """
+    require_attributable(data)
+    warn_of_uncalled(data.trainer)
+    random_state = new_model(data.trainer)
+    require_float32(data.model)
+    data.require_losses()
     if twice:
-        require_norm_in_graph(trainer.model)
+        require_norm_in_graph(data.model)
     with TemporaryDirectory(prefix="attribution-") as folder:  # apart from the user's checkpoints
         changes = {"remove_unused_columns": False, "disable_tqdm": not progress}
-        args = quiet(trainer.args, folder, BilevelTrainingArguments, **changes)
-        runner = recorded(trainer, args, data, options, twice=twice, rule=row_losses)
+        args = quiet(data.trainer.args, folder, BilevelTrainingArguments, **changes)
+        runner = RecordedTrainer(data, args, twice=twice, **options)
         if random_state is not None:
             random_state.restore()
         runner.train()
-    run = runner.recording.run
-    assert run is not None
+    run, state = runner.run, data.trainer.state
     run.settings["seconds"] = runner.passes.read()["seconds"]
-    trainer.state.global_step, trainer.state.epoch = runner.state.global_step, runner.state.epoch
-    batches = data.batches
-    passes = runner.compute_loss_context_manager, runner.tags, row_losses
-    model = ModelOnRows(runner.model, *passes)
-    final = method_of(runner).lower(runner.model, partial(runner.task_loss, training=False))
+    state.global_step, state.epoch = runner.state.global_step, runner.state.epoch
+    batches, rows = data.batches, data.train_rows
+    model = ModelOnRows(data.model, runner.compute_loss_context_manager, runner.tags, data.rule)
+    final = data.method.lower(data.model, partial(runner.task_loss, training=False))
     return Trained(
         run,
         Evaluation(run.weights, model.mean(batches(data.evaluation_rows))),
         Accumulated(final),
-        lambda: model.micro_batches(batches(data.train_rows)),
-        probabilities=lambda rows: model.probabilities(batches(data.train_rows, rows)),
-        labels=classes_of_rows(batches(data.train_rows)),
+        lambda: model.micro_batches(batches(rows)),
+        probabilities=lambda chosen: model.probabilities(batches(rows, chosen)),
+        labels=data.classes(),
         columns=data.shown[0],
         progress=progress,
     )
 
 
-def require_trainer(trainer: Any) -> None:
-    """Raise ProblemError unless ``trainer`` is a Trainer, with a method if it is a bilevel one."""
-    name = type(trainer).__name__
-    if not isinstance(trainer, Trainer):
-        raise ProblemError(f"training: must be a Problem or a transformers.Trainer, got {name}")
-    if getattr(trainer, "method", trainer) is None:
-        raise ProblemError(
-            f"training: {name} has levels without a loss for each row; give it a method, or use a "
-            "level of your own"
-        )
-
-
-def rule_of(trainer: Any, given: RowLosses | None) -> RowLosses | None:
-    """The rule ``given`` for losses of rows, or that of a bilevel ``trainer``."""
-    return given or getattr(getattr(trainer, "phase", None), "row_losses", None)
-
-
-def require_losses_of_rows(trainer: Any, data: TrainerData, rule: RowLosses | None) -> None:
-    """Raise ProblemError unless the loss of ``trainer`` is known, or ``rule`` gives it by row."""
-    size = trainer.args.per_device_train_batch_size
-    first = range(len(data.train_rows))[: size * BATCHES]
-    chosen = [first[k : k + size] for k in first[::size]]
-    batches = [data.batches(data.train_rows, rows)[0] for rows in chosen if rule is not None]
-    require_row_losses(trainer, rule, batches, data.collate.tags)
-
-
-def require_attributable(trainer: Any) -> None:
-    """Raise ProblemError if the trainer has trained, or if the recorded run would differ."""
-    require_trainer(trainer)
-    if getattr(trainer, "upper", None) is not None:
+def require_attributable(data: TrainerData) -> None:
+    """Raise ProblemError if the Trainer has trained, or if the recorded run would differ."""
+    trainer, method = data.trainer, type(data.method)
+    if data.has_upper_level:
         raise ProblemError(
             "training: has two levels, and rows have scores for the training of one; give a method "
             'without upper level, such as lora or dora, or model="head"'
@@ -118,11 +85,10 @@ def require_attributable(trainer: Any) -> None:
             "training: attribute() must see training from its first step; give a new trainer, or "
             "one with model_init"
         )
-    method = method_of(trainer)
     for name in ("finish", "export"):
-        if getattr(type(method), name) is not getattr(Method, name):
+        if getattr(method, name) is not getattr(Method, name):
             raise ProblemError(
-                f"training: {type(method).__name__}.{name} changes the model during the run, and "
+                f"training: {method.__name__}.{name} changes the model during the run, and "
                 "its derivative is not known; give a method without it"
             )
     for name in UNSUPPORTED_OVERRIDES:
@@ -142,7 +108,7 @@ def require_attributable(trainer: Any) -> None:
             raise ProblemError(f"{name}: {reason}; leave it out")
 
 
-def require_norm_in_graph(model: Any) -> None:
+def require_norm_in_graph(model: nn.Module) -> None:
     """Raise ProblemError if a DoRA layer leaves its norm out of the gradient, as PEFT's do.
 
     Double backward does not give the derivative of such a gradient.
@@ -164,7 +130,7 @@ def require_norm_in_graph(model: Any) -> None:
         )
 
 
-def _new_model(trainer: Any) -> RandomState | None:
+def new_model(trainer: Any) -> RandomState | None:
     """Give ``trainer`` a new model if it has ``model_init``; returns the random state after that.
 
     Without ``model_init`` the result is None: training begins with the current random state.
@@ -177,7 +143,7 @@ def _new_model(trainer: Any) -> RandomState | None:
     return None
 
 
-def warn_of_uncalled(trainer: Any) -> None:
+def warn_of_uncalled(trainer: Trainer) -> None:
     """Warn of what may end or change the training of ``trainer``, but not the recorded run."""
     kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
     own = [x for x in kinds if x.__module__.partition(".")[0] not in KNOWN_LIBRARIES]

@@ -8,15 +8,15 @@ first rows then finds the number to remove (Yang, Jain & Wallace 2023, arXiv:230
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import Trainer
 
 from hyperopt_peft.attribution.head import HeadTraining, train_head
 from hyperopt_peft.attribution.reasons import Reason, Reasons
-from hyperopt_peft.attribution.rows import TrainerData
+from hyperopt_peft.attribution.rows import Rows, TrainerData
 from hyperopt_peft.attribution.scores import (
     HEAD_ESTIMATOR,
     Evaluation,
@@ -24,7 +24,6 @@ from hyperopt_peft.attribution.scores import (
     parse_estimator,
     scores,
 )
-from hyperopt_peft.attribution.trainer import require_trainer, rule_of
 from hyperopt_peft.core.labels import RowLosses
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.heads.features import Features
@@ -34,11 +33,15 @@ from hyperopt_peft.utils.models import base_model
 MOST = 0.5
 #: The largest entry of the gradient in a search, and in the trainings that verify its result. A
 #: search to the second one takes ten times as long if λ is small.
-TOLERANCES = 1e-5, 1e-6
+ROUGHLY, VERIFIED = 1e-5, 1e-6
 
 
 def why(
-    trainer: Any, rows: Any = None, *, row_losses: RowLosses | None = None, progress: bool = True
+    trainer: Trainer,
+    rows: Rows | None = None,
+    *,
+    row_losses: RowLosses | None = None,
+    progress: bool = True,
 ) -> Reasons:
     """For each of ``rows``, find a few training rows whose removal changes its prediction.
 
@@ -78,19 +81,17 @@ def why(
         >>> [reason.row for reason in why(trainer, progress=False)]
         [0, 1]
     """
-    require_trainer(trainer)
-    data = TrainerData(trainer, rows)
+    data = TrainerData(trainer, rows, row_losses)
     (first,) = data.batches(data.train_rows, [0])
     if first["labels"].is_floating_point():
         raise ProblemError(
             "rows: only predictions of classes can be explained; these labels are numbers"
         )
-    rule = rule_of(trainer, row_losses)
-    training, read = train_head(trainer, data, progress=progress, largest=False, rule=rule)
+    training, read = train_head(data, progress=progress, largest=False)
     places = read(data.evaluation_rows)
     bar = tqdm(explained(training, places), "why", disable=not progress)
     reasons = [reason_for(training, places, place) for place in bar]
-    config = getattr(base_model(trainer.model), "config", None)
+    config = getattr(base_model(data.model), "config", None)
     names = getattr(config, "id2label", None) or {}
     return Reasons(reasons, names, *data.shown)
 
@@ -101,7 +102,8 @@ def explained(training: HeadTraining, places: Features) -> list[int]:
         return list(range(len(places.row)))
     with torch.no_grad():
         logits = training.on_rows.logits(places.batch())
-    wrong, sure = logits.argmax(1) != places.labels, margins(logits)
+    wrong = logits.argmax(1) != places.labels
+    sure = margins(logits)
     chosen = []
     for row in places.row.unique():
         tokens = (places.row == row).nonzero().flatten()
@@ -124,13 +126,14 @@ def margins(logits: Tensor, classes: Tensor | None = None) -> Tensor:
 
 def reason_for(training: HeadTraining, places: Features, place: int) -> Reason:
     """The fewest rows, in the order of their scores, whose removal changes the prediction."""
-    x, row = places.x[place : place + 1], int(places.row[place])
+    row = int(places.row[place])
     token = None if _one_per_row(places) else int((places.row[:place] == row).sum())
-    head, predicted = training.on_rows.model, _predicted(training, x)
+    x = places.x[place : place + 1]
+    predicted = _predicted(training, x)
     classes = torch.full((1,), predicted, device=x.device)
-    level, batch = training.level, training.features.batch()
+    head = training.on_rows.model
     margin = Evaluation(training.weights, lambda: margins(head(x).logits, classes)[0])
-    trained = Trained(training, margin, level, lambda: batch)
+    trained = Trained(training, margin, training.level, training.features.batch)
     slopes = scores(trained, parse_estimator(HEAD_ESTIMATOR))[0]
     most = min(int((slopes > 0).sum()), int(MOST * len(slopes)))
     order = slopes.argsort(descending=True)[:most]
@@ -156,9 +159,9 @@ def fewest(
     """
     predicted = _predicted(training, x)
     try:
-        training.tolerance, verified = TOLERANCES
+        training.tolerance = ROUGHLY
         result = _search(training, x, order, guess)
-        training.tolerance = verified
+        training.tolerance = VERIFIED
         count = result[0] if result else len(order)
         after = _without(training, x, order[:count])
         before = _without(training, x, order[: count - 1]) if result else predicted

@@ -29,7 +29,7 @@ class Answers:
 
     Attributes:
         folder: of the files; None in all processes but one.
-        marks: of the evaluation rows, see `attributed`.
+        scored_on: digests of the evaluation rows, see `attributed`.
         classes: the label as the files have it, by its number.
         again: the command that trains on corrected labels.
     """
@@ -38,7 +38,7 @@ class Answers:
     command: Any
     page: Report
     folder: Path | None
-    marks: set[str]
+    scored_on: set[str]
     classes: Mapping[int, Any]
     again: str
     columns: dict[str, list[Any]] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Answers:
             yield from self._cost("check", command.check)
             check = result.check(command.check, seed=seed)
             trust, self.record["check"] = check.verdict, check.record()
-            self.page.details |= {"Check": str(check)}
+            self.page.details["Check"] = str(check)
         parts: dict[str, Any] = {"Can the scores be trusted?": trust}
         for name, rows in zip(("harmful", "helpful"), result.ends(SHOWN), strict=True):
             lines = [[*self._cells(row), f"{result.scores[row]:+.1e}"] for row in rows]
@@ -76,8 +76,8 @@ class Answers:
         self.page.sections = {**self.page.sections, **sections}
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            marks = attributed.as_column(self.marks, len(self.result.scores))
-            columns = {**self.columns, attributed.COLUMN: marks}
+            digests = attributed.as_column(self.scored_on, len(self.result.scores))
+            columns = {**self.columns, attributed.COLUMN: digests}
             escape = self.command.escape_formulas
             self.result.to_csv(self.folder / "attribution.csv", columns, escape_formulas=escape)
             self.result.plot(self.folder / "attribution.png", SHOWN)
@@ -89,21 +89,23 @@ class Answers:
         """Add the doubtful labels to page and files; what to do about them."""
         result, twins = self.result, self.columns[attributed.SAME_TEXT]
         confidence, losses = suspects.confidence.tolist(), result.losses.tolist()
-        marked = {*suspects.flagged, *(row for row, twin in enumerate(twins) if twin != "")}
-        flagged = sorted(marked, key=confidence.__getitem__)
+        doubtful = {*suspects.flagged, *(row for row, twin in enumerate(twins) if twin != "")}
+        flagged = sorted(doubtful, key=confidence.__getitem__)
         suspects = replace(suspects, flagged=flagged)
-        self.columns["suspect"] = [int(row in marked) for row in range(len(confidence))]
+        self.columns["suspect"] = [int(row in doubtful) for row in range(len(confidence))]
         self.columns["label_confidence"] = confidence
-        self.page.details |= {"Search for wrong labels": suspects.numbers}
+        self.page.details["Search for wrong labels"] = suspects.numbers
         if not flagged:
             return self.add({"Wrong labels": suspects.verdict}, suspects=suspects.record())
         guesses = suspects.probabilities.argmax(1).tolist()
-        heads, lines, shown = ["row", *result.columns, *EVIDENCE], list[list[Any]](), []
-        for row, mark in zip(flagged, attributed.as_column(self.marks, len(flagged)), strict=True):
+        heads = ["row", *result.columns, *EVIDENCE]
+        lines, shown = list[list[Any]](), list[list[Any]]()
+        digests = attributed.as_column(self.scored_on, len(flagged))
+        for row, digest in zip(flagged, digests, strict=True):
             entries = [values[row] for values in result.columns.values()]
             numbers = confidence[row], losses[row], float(result.scores[row])
             guess = self.classes[guesses[row]]
-            lines.append([result.numbers[row], *entries, guess, *numbers, twins[row], mark])
+            lines.append([result.numbers[row], *entries, guess, *numbers, twins[row], digest])
             texts = (f"{x:{form}}" for x, form in zip(numbers, (".2f", ".2f", "+.1e"), strict=True))
             shown.append([*self._cells(row), guess, *texts])
         if self.folder is not None:
@@ -147,7 +149,7 @@ class Answers:
             f"Read the most harmful rows: {int((scores > 0).sum())} of {len(scores) - unseen} "
             "training rows raise the loss on the evaluation rows (score > 0)"
         )
-        return text + f"; {unseen} were never trained on: train for longer" * bool(unseen)
+        return f"{text}; {unseen} were never trained on: train for longer" if unseen else text
 
     def _run(self) -> str:
         """The numbers of the run and of the solver."""
@@ -155,7 +157,8 @@ class Answers:
         trained = f"{settings['steps']} steps"
         if self.command.score_model == "head":
             trained = f"a linear head at its minimum, with the penalty λ = {settings['l2']:g}"
-            trained += f" (the {settings['l2_end']} one tried)" * bool(settings["l2_end"])
+            if end := settings["l2_end"]:
+                trained += f" (the {end} one tried)"
         text = (
             f"{settings['rows']} training rows, {trained}, {settings['variables']:,} parameters; "
             f"scores by {settings['estimator']}\n"

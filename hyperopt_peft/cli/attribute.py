@@ -21,9 +21,7 @@ from hyperopt_peft.cli.options import OutputArguments, divided, flags_of, names_
 from hyperopt_peft.cli.plan import Work, plan, whole
 from hyperopt_peft.cli.report import Report
 from hyperopt_peft.cli.text import attributed
-from hyperopt_peft.cli.text.data import (
-    read_files,
-)
+from hyperopt_peft.cli.text.data import read_files
 from hyperopt_peft.cli.text.setup import SHARED, Chosen, Setup, choose, prepare
 from hyperopt_peft.cli.text.tasks import SFT
 from hyperopt_peft.errors import ProblemError
@@ -116,15 +114,16 @@ def run(argv: Sequence[str]) -> None:
         trainer.save_metrics("eval", trainer.evaluate())
     page = Report("attribute", "", chosen.options, curves={"Losses": trainer.state.log_history})
     page.pictures = {"Scores of the training rows": "attribution.png"}
-    marks = {*attributed.marks_of(setup.evaluation_rows, setup.encoder.columns), *setup.marks}
-    classes, same = dict[int, Any](), setup.same_text
+    digests = attributed.digests_of(setup.evaluation_rows, setup.encoder.columns)
+    scored_on, same = {*digests, *setup.scored_on}, setup.same_text
+    classes = dict[int, Any]()
     if chosen.model.task == "text-classification":
         classes = dict(zip(setup.train["labels"], rows[data.label_column]))
     again = train_again(argv, chosen, output)
     if same:
         text = f"{len(same)} rows; the column {attributed.SAME_TEXT} has the first row of each text"
         page.sections = {"The same text with another label": text}
-    answers = Answers(result, command, page, output if first else None, marks, classes, again)
+    answers = Answers(result, command, page, output if first else None, scored_on, classes, again)
     answers.columns[attributed.SAME_TEXT] = [same.get(row, "") for row in result.numbers]
 
     def reasons() -> Reasons:
@@ -182,12 +181,12 @@ def planned(command: AttributeArguments, setup: Setup, trainer: Any, explained: 
         # Scores by a whole run cost two trainings (docs/attribution.md), else passes over rows.
         unrolled = (command.estimator or UNROLLED).startswith(UNROLLED)
         scores = Work("scores", 1, 0, 2 * (training.batches if unrolled else batches))
-        works = [training, scores, *[replace(scores, name="scores again")] * bool(command.check)]
-        counts = {
-            "check": command.check and command.check + 1,
-            "suspects": command.suspects,
-        }
-        works += [replace(training, name=name, trainings=n) for name, n in counts.items() if n]
+        works = [training, scores]
+        if command.check:
+            works.append(replace(scores, name="scores again"))
+            works.append(replace(training, name="check", trainings=command.check + 1))
+        if command.suspects:
+            works.append(replace(training, name="suspects", trainings=command.suspects))
     if heads := on_head + bool(explained):  # the rows to explain have a head of their own
         # A pass forward alone is a third of one with the way back.
         works.append(Work("features", heads, 0, (1 + evaluation / rows) * batches / 3))

@@ -7,14 +7,14 @@ wrong labels; further layers bring nothing more (benchmarks/results/attribution.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from hyperopt_peft.core.labels import model_reads, rows_of
@@ -79,8 +79,8 @@ class Features:
 
 
 def features_of(
-    model: Any,
-    rows: Dataset,
+    model: nn.Module,
+    rows: Dataset | Sequence[Mapping[str, Any]],
     collate: Callable[[Sequence[Any]], Any],
     *,
     batch_size: int = 32,
@@ -112,7 +112,8 @@ def features_of(
         (torch.Size([3, 24]), tensor([0, 1, 0]), tensor([0, 1, 1]))
     """
     batches = batches_of(rows, InOrder(collate), batch_size, next(model.parameters()).device)
-    parts, numbers = [], torch.arange(len(rows)).split(batch_size)
+    parts = list[Features]()
+    numbers = torch.arange(len(rows)).split(batch_size)
     with evaluating(model), precision():
         pairs = zip(batches, numbers, strict=True)
         for batch, number in tqdm(pairs, "features", len(numbers), disable=not progress):

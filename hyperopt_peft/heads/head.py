@@ -10,7 +10,7 @@ with exact products gives the hypergradient to its tolerance.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -102,7 +102,7 @@ class OnFeatures(nn.Module):
         return output
 
 
-def head_of(model: Any, features: Features) -> Head:
+def head_of(model: nn.Module, features: Features) -> Head:
     """A head of zeros for the labels of ``features``, made by ``model``."""
     config, labels, x = getattr(base_model(model), "config", None), features.labels, features.x
     outputs = labels.shape[1] if labels.dim() > 1 else 1
@@ -114,7 +114,7 @@ def head_of(model: Any, features: Features) -> Head:
     return Head(x.shape[1], outputs, problem_type=kind, dtype=x.dtype, device=x.device)
 
 
-def require_head(model: Any, batch: Any) -> None:
+def require_head(model: nn.Module, batch: Mapping[str, Any]) -> None:
     """Raise ProblemError in several processes, and where labels are text."""
     if (count := distributed.world_size()) > 1:
         raise ProblemError(

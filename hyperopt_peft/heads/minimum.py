@@ -11,7 +11,7 @@ nearly dependent, and plain L-BFGS takes up to nine times as many evaluations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -60,8 +60,8 @@ def level_of(
         tensor(0.3466, grad_fn=...)
     """
 
-    def v(batch: Any) -> Tensor:
-        row: Tensor = batch[INDEX]
+    def v(batch: Mapping[str, Tensor]) -> Tensor:
+        row = batch[INDEX]
         return torch.ones(row.shape, device=row.device) if weights is None else weights[row]
 
     return penalised(WeightedRows(head, v, tags=[INDEX], row_losses=rule, name="head"), l2)
@@ -69,7 +69,7 @@ def level_of(
 
 def solve(
     level: Problem,
-    batch: Any,
+    batch: Mapping[str, Tensor],
     *,
     tolerance: float = TOLERANCE,
     gram: Tensor | None = None,

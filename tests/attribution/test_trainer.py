@@ -1,9 +1,10 @@
 """`attribute` of a Trainer: the run is the Trainer's, and scores are slopes of retraining."""
 
 import copy
+import sys
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import (
     default_data_collator,
 )
 
+import hyperopt_peft
 from hyperopt_peft import (
     BiDoRA,
     BilevelTrainer,
@@ -47,6 +49,7 @@ from tests.support.trainers import (
 )
 from tests.support.trainers import trainer as bilevel_trainer
 
+PACKAGE = str(Path(hyperopt_peft.__file__).parent)
 KINDS = ("classes", "regression", "tokens", "causal")
 
 
@@ -465,6 +468,27 @@ def test_a_trainer_that_has_trained_and_other_objects_are_refused(tmp_path: Path
     for training, named in ((trainer, "model_init"), (object(), "training")):
         with pytest.raises(ProblemError, match=named):
             attributed(training, estimator="gradient")
+
+
+@pytest.mark.parametrize(("model", "most"), [("adapter", 11), ("head", 6)])
+def test_few_functions_take_the_training_itself(tmp_path: Path, model: Any, most: int) -> None:
+    """Beyond the door they take its `TrainerData`."""
+    trainer, found = stock(tmp_path), set[tuple[str, str]]()
+
+    def watch(frame: FrameType, event: str, _: Any) -> None:
+        code = frame.f_code
+        given = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        of_package = code.co_filename.startswith(PACKAGE) and event == "call"
+        if of_package and any(frame.f_locals.get(name) is trainer for name in given):
+            found.add((code.co_filename, code.co_qualname))
+
+    sys.setprofile(watch)
+    try:
+        attributed(trainer, model=model)
+    finally:
+        sys.setprofile(None)
+    assert 0 < len(found) <= most, found
+    assert len({file for file, _ in found}) <= 7
 
 
 def test_batches_count_by_their_labels() -> None:

@@ -69,11 +69,3 @@ def test_methods_share_retrainings(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     whole, *_ = tables.tables_of(runs)[tables.TAGS]
     assert whole["tags: LDS"] == pytest.approx(check.lds)
     assert whole["trainings"] == pytest.approx(3, abs=0.2)  # one, and two passes a step
-
-
-def test_development_seeds_have_rows_of_their_own() -> None:
-    pool = list(range(60))
-    developed = trainers.drawn(pool, 20, 100)
-    others = [trainers.drawn(pool, 20, seed) for seed in (0, 1)]
-    assert max(developed) < 30 <= min(min(rows) for rows in others)
-    assert others[0] != others[1] and len({*others[0]}) == 20

@@ -1,6 +1,6 @@
-"""Files that `attribute` wrote in a later run: corrected labels, and marks of the rows that scored.
+"""Files of `attribute` in a later run: corrected labels, and digests of the rows that scored.
 
-A row that has scored training rows cannot test the use of the scores. The marks are in a column,
+A row that has scored training rows cannot test the use of the scores. The digests are in a column,
 so that they stay where a file is renamed, sorted or edited.
 """
 
@@ -17,16 +17,16 @@ from hyperopt_peft.errors import ProblemError, did_you_mean
 
 logger = logging.get_logger(__name__)
 ROW, OPTION = "row", "corrections"  # `ROW` has the number of a training row in its file
-#: The columns of marks, and of the first row with the same text where their labels differ.
+#: The columns of digests, and of the first row with the same text where their labels differ.
 COLUMN, SAME_TEXT = "scored_on", "same_text"
 
 
-def marks_of(rows: Dataset, columns: Sequence[str]) -> list[str]:
-    """A mark of each row, by its inputs: all of ``columns`` but the last, the label.
+def digests_of(rows: Dataset, columns: Sequence[str]) -> list[str]:
+    """A digest of each row, by its inputs: all of ``columns`` but the last, the label.
 
     Example:
         >>> rows = Dataset.from_dict({"text": ["a b", "a  b "], "label": [0, 1]})
-        >>> len({*marks_of(rows, ["text", "label"])})
+        >>> len({*digests_of(rows, ["text", "label"])})
         1
     """
     inputs = columns[:-1] or columns
@@ -35,33 +35,35 @@ def marks_of(rows: Dataset, columns: Sequence[str]) -> list[str]:
     return [f"r{sha256(text.encode('utf-8', 'replace')).hexdigest()[:12]}" for text in texts]
 
 
-def as_column(marks: Collection[str], count: int) -> list[str]:
-    """``marks`` in ``count`` cells, of which each has one or more.
+def as_column(digests: Collection[str], count: int) -> list[str]:
+    """``digests`` in ``count`` cells, of which each has one or more.
 
     Example:
         >>> as_column({"b", "a"}, 3), as_column({"b", "a"}, 1)
         (['a', 'b', 'a'], ['a b'])
     """
-    each = sorted({*marks})
+    each = sorted({*digests})
     return [" ".join(each[k::count] or each[k % len(each) :][:1]) for k in range(count)]
 
 
-def marks_in(rows: Dataset) -> set[str]:
-    """The marks in the column of ``rows``, none without one."""
+def digests_in(rows: Dataset) -> set[str]:
+    """The digests in the column of ``rows``, none without one."""
     cells = rows[COLUMN][:] if COLUMN in rows.column_names else []
-    return {mark for cell in cells if cell is not None for mark in str(cell).split()}
+    return {digest for cell in cells if cell is not None for digest in str(cell).split()}
 
 
 def contradicted(rows: Dataset, columns: Sequence[str]) -> dict[int, int]:
     """Warn of rows whose inputs have other labels too; by these rows the first of these inputs."""
     labels, groups = rows[columns[-1]][:], dict[str, list[int]]()
-    for row, mark in enumerate(marks_of(rows, columns)):
-        groups.setdefault(mark, []).append(row)
+    for row, digest in enumerate(digests_of(rows, columns)):
+        groups.setdefault(digest, []).append(row)
     found = [x for x in groups.values() if any(labels[row] != labels[x[0]] for row in x)]
     if count := sum(map(len, found)):
-        some = "; ".join(" and ".join(map(str, x[:5])) for x in found[:5])
+        some = [" and ".join(map(str, x[:5])) for x in found[:5]]
+        if len(found) > 5:
+            some.append("…")
         text = "training examples share their text with one of another label; correct them: rows"
-        logger.warning_once(f"{count} {text} {some}{'; …' * (len(found) > 5)} (from 0)")
+        logger.warning_once(f"{count} {text} {'; '.join(some)} (from 0)")
     return {row: x[0] for x in found for row in x}
 
 

@@ -81,7 +81,7 @@ class Setup:
 
     Attributes:
         rows, upper_rows, evaluation_rows: as they were read, a held-out part as well.
-        marks: of the rows that scored the training rows; see `attributed`.
+        scored_on: digests of the rows that scored the training rows; see `attributed`.
         same_text: by each row whose text has another label too, the first row of the text.
         changed: how many labels the corrections change; None without corrections.
     """
@@ -96,14 +96,14 @@ class Setup:
     rows: Dataset
     upper_rows: Dataset | None
     evaluation_rows: Dataset | None
-    marks: set[str]
+    scored_on: set[str]
     same_text: dict[int, int]
     changed: int | None
 
     def scored_by(self, rows: Dataset | None) -> int:
         """How many of ``rows``, such as the evaluation rows, have scored the training rows."""
-        marks = [] if rows is None else attributed.marks_of(rows, self.encoder.columns)
-        return sum(mark in self.marks for mark in marks)
+        digests = [] if rows is None else attributed.digests_of(rows, self.encoder.columns)
+        return sum(digest in self.scored_on for digest in digests)
 
     def base(self) -> tuple[Any, list[str]]:
         """A new model without an adapter, and the names of its new weights."""
@@ -179,14 +179,14 @@ def prepare(
     rows, upper_rows, evaluation_rows = data.read(read)
     require_columns(rows, columns, TRAIN)  # before the classes are read
     names = class_names(rows, data.label_column) if task.classes else ()
-    marks, changed = attributed.marks_in(rows), None
+    scored_on, changed = attributed.digests_in(rows), None
     if files := getattr(data, "corrections", None):
         if args.task != "text-classification":
             raise ProblemError(f"corrections: need a class a row; {args.task} has none")
         before = rows[data.label_column][:]
         for file in files:  # the last one about a row counts, as in a second round of search
             rows, lines = attributed.corrected(rows, file, columns)
-            marks |= attributed.marks_in(lines)
+            scored_on |= attributed.digests_in(lines)
         changed = sum(old != new for old, new in zip(before, rows[data.label_column]))
     same_text = attributed.contradicted(rows, columns) if names else {}
     config = models.load_config(args.model, args.task, names)
@@ -216,4 +216,4 @@ def prepare(
         if part is not None and args.task == "text-classification":
             warn_of_one_class(part, "labels", where)
     parts = train, upper, evaluation, rows, upper_rows, evaluation_rows
-    return Setup(args, task, config, encoder, *parts, marks, same_text, changed)
+    return Setup(args, task, config, encoder, *parts, scored_on, same_text, changed)
