@@ -126,7 +126,6 @@ class BilevelTrainer(CombinedTrainer):
         row_losses: RowLosses | None = None,
         **trainer: Any,
     ) -> None:
-        self._own = {**vars(self)}  # which the constructor of a subclass has set
         require_unwrapped(model)
         args = self.Arguments.of(args)
         #: The columns in which rows must differ to be different rows; None for all.
@@ -253,17 +252,19 @@ class BilevelTrainer(CombinedTrainer):
 
     def retraining(self, args: Any, search: Mapping[str, Any]) -> Any:
         """The trainer of the second phase, on this model; ``search`` has this one's settings."""
-        # A subclass's constructor is not called again; the loss may read attributes that it set.
-        args, second = copy(args), type(self).__new__(type(self))
-        second.__dict__.update(self._own)
-        args.remove_unused_columns |= self.model_columns is not None  # which tags had turned off
-        phase = replace(self.phase, lower=phases.lower_of, upper=None, search=search)
-        options = {"processing_class": self.processing_class, **self.options_again}
-        options |= {"method": phase, "train_dataset": self.all_rows()}
+        # A copy, since a subclass's constructor may have set what its loss reads.
+        second, args = copy(self), copy(args)
+        if self.model_columns is not None:  # tags had turned it off
+            args.remove_unused_columns = True
         with phases.as_prepared(self.model):
-            BilevelTrainer.__init__(second, self.model, args, **options)
-        for name in vars(self).keys() - vars(second).keys():
-            setattr(second, name, getattr(self, name))
+            BilevelTrainer.__init__(
+                second,
+                self.model,
+                args,
+                method=replace(self.phase, lower=phases.lower_of, upper=None, search=search),
+                train_dataset=self.all_rows(),
+                **{"processing_class": self.processing_class, **self.options_again},
+            )
         return second
 
     def end_training(self) -> None:
