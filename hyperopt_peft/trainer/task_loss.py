@@ -50,7 +50,7 @@ class LossRule:
         classes = [x for x in type(trainer).__mro__ if x not in (stock, Trainer)]
         return cls(
             trainer.args,
-            scaled=getattr(trainer, "loss_is_scaled_for_ga", None),  # absent until 5.19
+            scaled=getattr(trainer, "loss_is_scaled_for_ga", None),  # None until Transformers 5.19
             own=function or any("compute_loss" in vars(x) for x in classes),
             counts=function or trainer.model_accepts_loss_kwargs,
             measuring=trainer.measuring,
