@@ -146,8 +146,8 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
         self._complete()
 
     def _complete(self) -> None:
-        # PyTorch warns of each loader that pins memory without an accelerator.
-        self.dataloader_pin_memory &= torch.accelerator.is_available()
+        if not torch.accelerator.is_available():  # PyTorch warns of each loader that pins memory
+            self.dataloader_pin_memory = False
         given: Any = self.retrain_arguments
         given = dict(json.loads(given) if isinstance(given, str) else given or {})
         hints = get_type_hints(type(self))
@@ -210,7 +210,8 @@ class BilevelTrainingArguments(TrainingArguments, metaclass=Combined):
             >>> BilevelTrainingArguments("outputs", **options).for_retraining().max_steps
             9
         """
-        args, changes = copy.copy(self), dict(cast(dict[str, Any], self.retrain_arguments or {}))
+        args = copy.copy(self)
+        changes = dict(cast(dict[str, Any], self.retrain_arguments or {}))
         if "num_train_epochs" in changes:
             changes.setdefault("max_steps", -1)
         args.__dict__.update(changes)

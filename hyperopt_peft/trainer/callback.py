@@ -52,7 +52,8 @@ class BilevelCallback(TrainerCallback):
         """Train in the body, from ``point``; checkpoints have ``settings``, and must agree."""
         self.writing, self.signalled = None, False
         self.resumed = None if point is None else point[0]
-        self.settings, self.activate = settings, keep_active(self.trainer.model)
+        self.settings = settings
+        self.activate = keep_active(self.trainer.model)
         self.save_total_limit = self.trainer.args.save_total_limit
         if point is not None:
             self._check(*point)
@@ -110,7 +111,8 @@ class BilevelCallback(TrainerCallback):
             checkpoint.write_manifest(
                 folder, {"settings": self.settings, "skipped": trainer.skipped}
             )
-        self.writing, args.save_total_limit = None, self.save_total_limit
+        self.writing = None
+        args.save_total_limit = self.save_total_limit
         if args.should_save:
             best = trainer.state.best_model_checkpoint
             checkpoint.rotate(folder.parent, self.save_total_limit, best)
@@ -135,7 +137,8 @@ class BilevelCallback(TrainerCallback):
         if done >= state.max_steps:  # resumed at the end, where the Trainer takes one more step
             control.should_training_stop = True
         folder, self.resumed = self.resumed, None
-        self.epoch_step, read = done, 0
+        self.epoch_step = done
+        read = 0  # batches
         if folder is not None:
             position = checkpoint.read_state(_position(folder))
             vars(self.trainer).update(position["counters"])

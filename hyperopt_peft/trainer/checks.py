@@ -106,17 +106,12 @@ def _check_settings(levels: Sequence[Problem]) -> None:
             level.require_single("a trainer has two levels; use the Engine")
     check_ownership(*levels)
     for level in levels:
-        attributes = {
-            "data": level.batches,
-            "optimizer": level.optimizer,
-            "scheduler": level.scheduler,
-            "max_grad_norm": level.max_grad_norm,
-        }
-        if names := [name for name, value in attributes.items() if value is not None]:
-            raise ProblemError(
-                f"{level.name}: the level has {names[0]}, which the trainer's arguments set; "
-                "leave it out, or use the Engine"
-            )
+        for name in ("batches", "optimizer", "scheduler", "max_grad_norm"):
+            if getattr(level, name) is not None:
+                raise ProblemError(
+                    f"{level.name}: the level has {name.replace('batches', 'data')}, which the "
+                    "trainer's arguments set; leave it out, or use the Engine"
+                )
 
 
 def check_rows(model: Any, data: Any, options: Mapping[str, Any]) -> None:
@@ -132,7 +127,8 @@ def check_rows(model: Any, data: Any, options: Mapping[str, Any]) -> None:
 
 
 def _check_labels(model: Any, data: Dataset) -> None:
-    config, kind = getattr(model, "config", None), type(base_model(model)).__name__
+    config = getattr(model, "config", None)
+    kind = type(base_model(model)).__name__
     classes = getattr(config, "num_labels", 1)
     single = getattr(config, "problem_type", None) in (None, "single_label_classification")
     column = label_column(data)

@@ -101,12 +101,12 @@ def options_of(method: Any) -> dict[str, Any]:
 
 def settings_of(trainer: Any) -> dict[str, Any]:
     """The settings, as JSON, in which a checkpoint and the run that resumes must agree."""
-    method, settings = trainer.method, dict[str, Any]()
-    if method is not None:
+    settings: dict[str, Any] = {}
+    if (method := trainer.method) is not None:
         if hasattr(trainer.model, "peft_config"):
             settings = adapter_settings(trainer.model)
         settings["method"] = name = type(method).__name__
-        settings |= {f"{name}.{option}": x for option, x in trainer.phase.options.items()}
+        settings.update({f"{name}.{option}": x for option, x in trainer.phase.options.items()})
         if trainer.phase.search is not None:
             settings["search"] = trainer.phase.search
     functions = {"row_losses": trainer.phase.row_losses, **trainer.options_again}

@@ -25,13 +25,15 @@ PREPARES = ("_prepare_inputs", "_prepare_input")
 
 def prepared(trainer: Any, batch: Any) -> Any:
     """``batch`` on the device, as overrides of `PREPARES` change it; tags keep their rows."""
-    batch, tags = send_to_device(batch, trainer.args.device, non_blocking=True), trainer.tags
+    batch = send_to_device(batch, trainer.args.device, non_blocking=True)
     if all(getattr(type(trainer), n, None) is getattr(Trainer, n, None) for n in PREPARES):
         return batch
     if not isinstance(batch, Mapping):
         return trainer._prepare_inputs(batch)
+    tags = trainer.tags
     read = without(batch, (*tags, *ENTRIES))
-    before, result = marks(read), trainer._prepare_inputs({**read})
+    before = marks(read)
+    result = trainer._prepare_inputs({**read})
     after = marks(result)
     if changed := [n for n in before if tags and n != "labels" and after.get(n) != before[n]]:
         raise ProblemError(

@@ -67,7 +67,8 @@ def line_of(args: Any, state: Any, logs: Mapping[str, Any]) -> str:
     """
     details = DETAILS if args.details else ()
     names = [name for name in (*PRINTED, *details, *PRINTED_AT_END) if name in logs]
-    names += ["residual"] * (logs.get("residual", 0.0) > LARGE_RESIDUAL)
+    if logs.get("residual", 0.0) > LARGE_RESIDUAL:
+        names.append("residual")
     names += [name for name in logs if name.startswith("eval_") and not name.endswith(TIMINGS)]
     numbers = [
         f"{name} {logs[name]:.4g}" if isinstance(logs[name], float) else f"{name} {logs[name]}"

@@ -67,7 +67,7 @@ class PassCounter(TrainerCallback):
             return
         read = _first(args) if args else _first(kwargs.values())
         followed = _first((output,), gradient=True)
-        if followed is None:  # TRL's SFTTrainer before 1.15 has the loss alone
+        if followed is None:  # until TRL 1.15 the output of SFTTrainer has the loss alone
             followed = _first((output,), gradient=True, dimensions=0)
         if read is None or followed is None:
             return

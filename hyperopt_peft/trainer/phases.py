@@ -126,8 +126,8 @@ def upper_of(trainer: Any) -> Problem:
 
 def run(trainer: Any, resume: str | bool | None, *args: Any, **kwargs: Any) -> Any:
     """Train ``trainer``, and with a method that of its second phase; see `BilevelTrainer.train`."""
-    folder, two = Path(trainer.args.output_dir or ""), trainer.has_second_phase
-    arguments = trainer.args.for_retraining()
+    two = trainer.has_second_phase
+    folder, arguments = Path(trainer.args.output_dir or ""), trainer.args.for_retraining()
     later = Path(arguments.output_dir)
     point = checkpoint.to_resume(resume, folder, *([later] if two else []))
     retrain = {n: x for n, x in trainer.args.bilevel_settings().items() if "retrain" in n}
@@ -210,8 +210,8 @@ def _end_search(trainer: Any, folder: Path, initial: Mapping[str, Tensor] | None
 
 def _initial(trainer: Any, resumed: bool) -> dict[str, Tensor]:
     """The lower level's initial values; a resumed run reads them from their file."""
-    path, lower = Path(trainer.args.output_dir or "") / INITIAL, trainer.lower
-    variables = dict(zip(lower.names, lower.variables, strict=True))
+    path = Path(trainer.args.output_dir or "") / INITIAL
+    variables = dict(zip(trainer.lower.names, trainer.lower.variables, strict=True))
     if resumed:
         return _read(path, variables)
     values = {name: variable.detach().clone() for name, variable in variables.items()}

@@ -24,7 +24,8 @@ class Original:
 
     def __init__(self, model: Any) -> None:
         self.samples = {name: sample(x) for name, x in layers.beside_adapters(model).items()}
-        self.modules, self.changed = _modules(model), dict[str, Any]()
+        self.modules = _modules(model)
+        self.changed: dict[str, Any] = {}
 
     def require_saved(self, trainer: Any) -> None:
         """Raise ProblemError if ``trainer`` saves without a tensor that its levels train."""
@@ -64,7 +65,8 @@ def check_saved(model: Any, folder: Path, method: str) -> None:
     """Raise ProblemError unless ``folder`` has the active adapter of ``model`` and describes it."""
     (name,) = model.active_adapters
     place = folder if name == "default" else folder / name
-    trained, saved = layers.tensors(model, name), load_file(place / "adapter_model.safetensors")
+    trained = layers.tensors(model, name)
+    saved = load_file(place / "adapter_model.safetensors")
     other = {n for n in trained if n not in saved or _differ(trained[n], saved[n])}
     other |= layers.undescribed(model, name, place)
     if other:

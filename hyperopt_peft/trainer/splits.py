@@ -82,7 +82,8 @@ def hold_out(
     Raises:
         ProblemError: the split is impossible; the message begins with ``argument``.
     """
-    copies, names = defaultdict[int, list[int]](list), sorted({*classes})
+    names = sorted({*classes})
+    copies = defaultdict[int, list[int]](list)
     for row, first in enumerate(firsts(rows, reads)):
         copies[first].append(row)
     numbers = [names.index(classes[first]) if names else 0 for first in copies]
@@ -174,7 +175,8 @@ def shared_rows(data: Any, other: Any, reads: Reads = None) -> list[int]:
 
 def firsts(data: Dataset, reads: Reads = None) -> list[int]:
     """The number of the first row that is equal to each row; see `shared_rows`."""
-    first, hashes = dict[int, int](), digests(data, columns_read(data, data, reads))
+    first: dict[int, int] = {}
+    hashes = digests(data, columns_read(data, data, reads))
     return [first.setdefault(digest, row) for row, digest in enumerate(hashes)]
 
 

@@ -75,7 +75,8 @@ class Accumulated(Problem):
     def terms(self, batch: Sequence[MicroBatch]) -> Iterator[tuple[Tensor, dict[str, float]]]:
         """Each micro-batch's contribution to the mean loss, and its metrics."""
         for micro in batch:
-            calls, weight = self.calls and self.calls(), micro.weight
+            weight = micro.weight
+            calls = self.calls and self.calls()
             with replay(micro.random_state):
                 ((loss, metrics),) = self.level.terms(micro.batch)
             if self.calls and self.calls() == calls and isinstance(micro.batch, Mapping):
@@ -104,7 +105,8 @@ class OptimizerStep:
         upper = [] if self.bilevel is None else [self.bilevel.upper]
         self.u = variables_of(*upper)
         self.devices = devices_of(self.lower, *upper)
-        self.log, self._noted = StepLog(), False
+        self.log = StepLog()
+        self._noted = False
         self.begin(0, 0)
 
     def begin(self, count: int, number: int) -> None:
@@ -163,7 +165,8 @@ class OptimizerStep:
 
     def evaluate(self, inputs: Any) -> Tensor:
         """Differentiate the next micro-batch's share of the loss; returns it without the prior."""
-        batch, bilevel = self.prepare(inputs), self.bilevel
+        batch = self.prepare(inputs)
+        bilevel = self.bilevel
         self.micro.append(MicroBatch(batch, RandomState.capture(self.devices)))
         with nullcontext() if bilevel is None else bilevel.observe():
             with self.autocast():
@@ -189,7 +192,8 @@ class OptimizerStep:
             variable.grad = None
         means = distributed.means(self._metrics)
         numbers: dict[str, Any] = {f"lower_{key}": value for key, value in means.items()}
-        descent, bilevel, every = gradient[: len(w)], self.bilevel, self.args.lower_steps
+        descent = gradient[: len(w)]
+        bilevel, every = self.bilevel, self.args.lower_steps
         if bilevel is not None:
             with self.autocast():
                 bilevel.record_lower(list(self.micro), self.micro[0].random_state, gradient)

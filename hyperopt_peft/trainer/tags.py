@@ -27,7 +27,8 @@ INDEX = "index"
 
 def numbered(*tables: Any) -> tuple[Any, ...]:
     """The ``tables`` (None stays None) with a column `INDEX`, which numbers the rows of all."""
-    tagged, begin = list[Any](), 0
+    begin = 0
+    tagged: list[Any] = []
     for rows in tables:
         if rows is None:
             tagged.append(None)
@@ -159,7 +160,8 @@ def label_counts(
         >>> label_counts("source", 3, None, rows, default_collate)
         tensor([1, 2, 0])
     """
-    chosen, shifted = list[Tensor](), None
+    shifted = None
+    chosen: list[Tensor] = []
     for batch in DataLoader(rows, 256, collate_fn=collate):
         labels, value = require_labels(batch), batch[tag]
         if shifted is None and model is not None:

@@ -50,15 +50,15 @@ class LossRule:
         classes = [x for x in type(trainer).__mro__ if x not in (stock, Trainer)]
         return cls(
             trainer.args,
-            scaled=getattr(trainer, "loss_is_scaled_for_ga", None),  # of Transformers 5.19
+            scaled=getattr(trainer, "loss_is_scaled_for_ga", None),  # None until Transformers 5.19
             own=function or any("compute_loss" in vars(x) for x in classes),
             counts=function or trainer.model_accepts_loss_kwargs,
             measuring=trainer.measuring,
         )
 
     def __post_init__(self) -> None:
-        self._reads_count: bool | None = self.scaled
-        self._model_reads_count: bool | None = self.scaled
+        #: Whether the Trainer's loss, and the model's, read the count; None if not yet known.
+        self._reads_count: dict[str, bool | None] = {"trainer": self.scaled, "model": self.scaled}
         self._warned = False
 
     def entries(
@@ -117,20 +117,18 @@ class LossRule:
             raise
 
     def _reads(self, batch: Any, model: Any, loss: Callable[[Any], Tensor]) -> bool:
-        if self._reads_count is None:
-            batch = send_to_device(batch, self.args.device)
-            # A copy, since some models, such as Whisper, mask their inputs in place.
-            of_count = lambda n: loss({**deepcopy(batch), ITEMS: n, MICRO_BATCHES: 1})  # noqa: E731
-            device = self.args.device
-            self._reads_count = depends_on_count(of_count, model, device, self.measuring)
-        return self._reads_count is not False
+        # A copy, since some models, such as Whisper, mask their inputs in place.
+        of_count = lambda n: loss(  # noqa: E731
+            {**deepcopy(send_to_device(batch, self.args.device)), ITEMS: n, MICRO_BATCHES: 1}
+        )
+        return not self.ignores_count(model, of_count, "trainer")
 
-    def ignores_count(self, model: Any, loss: Callable[[Tensor], Tensor]) -> bool:
-        """Whether ``loss``, that of ``model`` as a function of the number of labels, ignores it."""
-        if self._model_reads_count is None:
+    def ignores_count(self, model: Any, loss: Callable[[Tensor], Tensor], of: str) -> bool:
+        """Whether ``loss``, a function of the number of labels, ignores it; ``of`` names it."""
+        if self._reads_count[of] is None:
             device = self.args.device
-            self._model_reads_count = depends_on_count(loss, model, device, self.measuring)
-        return self._model_reads_count is False
+            self._reads_count[of] = depends_on_count(loss, model, device, self.measuring)
+        return self._reads_count[of] is False
 
 
 def depends_on_count(

@@ -126,7 +126,6 @@ class BilevelTrainer(CombinedTrainer):
         row_losses: RowLosses | None = None,
         **trainer: Any,
     ) -> None:
-        self._own = {**vars(self)}  # which the constructor of a subclass has set
         require_unwrapped(model)
         args = self.Arguments.of(args)
         #: The columns in which rows must differ to be different rows; None for all.
@@ -148,12 +147,14 @@ class BilevelTrainer(CombinedTrainer):
         self.retrainer: Any = None
         #: Whether the last phase has ended, and the adapter is not yet saved and checked.
         self.trained = False
-        self.skipped, self._unchecked = 0, BATCHES
+        self.skipped = 0
+        self._unchecked = BATCHES
         #: The user's rule for the losses of rows, which methods have too; None without one.
         self.row_losses = method.row_losses and Rule(method.row_losses, self.tags)
         if self.method is not None:
             vars(self.method)["row_losses"] = self.row_losses  # also of a frozen dataclass
-        self._unprepared, self._replicated = list[Tensor](), list[dict[str, Any]]()
+        self._unprepared: list[Tensor] = []
+        self._replicated: list[dict[str, Any]] = []
         checks.check_arguments(self, model, args, trainer)
         if self.phase.reads_trainer:
             for rows in (train_dataset, upper_dataset, evaluation):
@@ -253,17 +254,19 @@ class BilevelTrainer(CombinedTrainer):
 
     def retraining(self, args: Any, search: Mapping[str, Any]) -> Any:
         """The trainer of the second phase, on this model; ``search`` has this one's settings."""
-        # A subclass's constructor is not called again; the loss may read attributes that it set.
-        args, second = copy(args), type(self).__new__(type(self))
-        second.__dict__.update(self._own)
-        args.remove_unused_columns |= self.model_columns is not None  # which tags had turned off
-        phase = replace(self.phase, lower=phases.lower_of, upper=None, search=search)
-        options = {"processing_class": self.processing_class, **self.options_again}
-        options |= {"method": phase, "train_dataset": self.all_rows()}
+        # A copy, since a subclass's constructor may have set what its loss reads.
+        second = copy(self)
+        if self.model_columns is not None:  # tags had turned it off
+            args.remove_unused_columns = True
         with phases.as_prepared(self.model):
-            BilevelTrainer.__init__(second, self.model, args, **options)
-        for name in vars(self).keys() - vars(second).keys():
-            setattr(second, name, getattr(self, name))
+            BilevelTrainer.__init__(
+                second,
+                self.model,
+                args,
+                method=replace(self.phase, lower=phases.lower_of, upper=None, search=search),
+                train_dataset=self.all_rows(),
+                **{"processing_class": self.processing_class, **self.options_again},
+            )
         return second
 
     def end_training(self) -> None:
@@ -309,10 +312,11 @@ class BilevelTrainer(CombinedTrainer):
         Given a count of labels, the Trainer multiplies the loss by the number of processes, even if
         the model ignores the count and averages itself. Such a model gets no count.
         """
-        compute, items = super().compute_loss, num_items_in_batch
+        compute = super().compute_loss
+        items = num_items_in_batch
         if items is not None and distributed.world_size() > 1:
             of_count = lambda n: compute(model, deepcopy(dict(inputs)), num_items_in_batch=n)  # noqa: E731
-            if self.loss_rule.ignores_count(self.model, of_count):
+            if self.loss_rule.ignores_count(self.model, of_count, "model"):
                 items = None
         return compute(model, inputs, return_outputs=return_outputs, num_items_in_batch=items)
 
@@ -400,7 +404,8 @@ class BilevelTrainer(CombinedTrainer):
             )
         # The parent's step sees the batch as the parent prepared it.
         batch = without(inputs, (*self.tags, *ENTRIES)) if isinstance(inputs, Mapping) else inputs
-        self._micro_batch, self._seen = inputs, list[Any]()
+        self._micro_batch = inputs
+        self._seen: list[Any] = []
         step, before = self.current_step, marks(batch)
         passes = super().training_step if isinstance(self, LowerStep) else self.lower_step
         loss: Tensor = passes(model, batch, *args, **kwargs)

@@ -130,7 +130,8 @@ def upper_batches(trainer: Any) -> UpperBatches | None:
         return None
     data, args = trainer.upper_dataset, trainer.args
     full = getattr(trainer.method, "full_upper_batch", False)
-    loader, size = loader_of(trainer, data, "upper_dataset"), args.per_device_upper_batch_size
+    size = args.per_device_upper_batch_size
+    loader = loader_of(trainer, data, "upper_dataset")
     if isinstance(data, datasets.Dataset):
         data = data.select_columns(loader.dataset.column_names)
     return UpperBatches(

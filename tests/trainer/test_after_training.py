@@ -51,14 +51,14 @@ def test_what_is_pushed_has_the_adapter_and_the_card(
     monkeypatch.setattr("transformers.trainer.upload_folder", upload, raising=False)
     monkeypatch.setattr(Trainer, "init_hf_repo", lambda *_, **__: None)
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
-    run = trainer(tmp_path, retrain="warm", hypergradient="direct", **saving)
+    run = trainer(tmp_path, retrain="warm", hypergradient="cg:steps=2,damping=1.0", **saving)
     run.train()
     run.push_to_hub()
     files = {"adapter_model.safetensors", "adapter_config.json", "bilevel_settings.json"}
     assert files <= pushed.keys()
     _, _, section = pushed["README.md"].partition("## Bilevel training")
     assert "- levels: ['Direction', 'Magnitude']" in section
-    assert "- hypergradient: direct" in section and "- lower_steps: 2" in section
+    assert "- hypergradient: cg:steps=2,damping=1.0" in section and "- lower_steps: 2" in section
     assert json.loads(pushed["bilevel_settings.json"]) == run.args.bilevel_settings()
     folders = {name.partition("/")[0] for name in pushed if "checkpoint" in name}
     assert folders == {"retrain"}

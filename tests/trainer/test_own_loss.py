@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ from hyperopt_peft.problems import (
     Sources,
     WeightNet,
 )
-from hyperopt_peft.utils.models import evaluating, own_loss_of
+from hyperopt_peft.utils.models import own_loss_of
 from tests.support.methods import ARGUMENTS, method_trainer
 from tests.support.trainers import CONFIG, QUIET, base_model, data, peft_model
 
@@ -62,11 +63,6 @@ def logits_of(model: Any, inputs: Any) -> Tensor:
 
 def of_weights(outputs: Any, labels: Tensor, **_: Any) -> Tensor:
     return cross_entropy(outputs.logits, labels, WEIGHTS)
-
-
-def focal(outputs: Any, labels: Tensor, **_: Any) -> Tensor:
-    losses = cross_entropy(outputs.logits, labels, reduction="none")
-    return ((1 - (-losses).exp()) ** 2 * losses).mean()
 
 
 def over(term: Callable[[Any, Any, Any], Any]) -> type[Trainer]:
@@ -111,22 +107,10 @@ def l1(_: Any, model: Any, __: Any) -> Any:
 
 
 def to_start(trainer: Any, model: Any, __: Any) -> Any:
-    """L2-SP; with weights by Fisher information it is EWC."""
+    """L2-SP, by a state of the trainer."""
     if not hasattr(trainer, "start"):
         trainer.start = [x.detach().clone() for x in factors(model)]
     return sum((a - b).square().sum() for a, b in zip(factors(model), trainer.start))
-
-
-def ewc(trainer: Any, model: Any, inputs: Any) -> Any:
-    """L2-SP with weights by the Fisher information of the first batch."""
-    if not hasattr(trainer, "fisher"):
-        with torch.enable_grad(), evaluating(model):
-            loss = cross_entropy(logits_of(model, inputs), inputs["labels"])
-        slopes = torch.autograd.grad(loss, factors(model))
-        trainer.fisher = [100 * x.square() for x in slopes]
-    _, start = to_start(trainer, model, inputs), trainer.start
-    terms = zip(trainer.fisher, factors(model), start, strict=True)
-    return sum((f * (a - b).square()).sum() for f, a, b in terms)
 
 
 def to_base(_: Any, model: Any, inputs: Any) -> Any:
@@ -185,22 +169,29 @@ def with_sources(rows: Any) -> Any:
     return rows.add_column("source", ["a", "b"] * (len(rows) // 2))
 
 
-#: Methods that read a column, and the function that adds it.
-CHANGES: dict[str, Any] = {
+def unchanged(rows: Any) -> Any:
+    return rows
+
+
+#: Methods, and the function that adds the column that they read.
+METHODS: dict[str, Any] = {
+    "RowWeights": (RowWeights, unchanged),
+    "SEAL": (SEAL, unchanged),
+    "WeightNet": (WeightNet, unchanged),
+    "ClassOffsets": (ClassOffsets, unchanged),
+    "LogitAdjustment": (LogitAdjustment, unchanged),
     "Sources": (Sources, with_sources),
     "GivenWeights": (GivenWeights, with_weights),
 }
 #: Of each loss: the class of the Trainer, its options, its arguments, and the base model.
 LOSSES: dict[str, dict[str, Any]] = {
     "class weights": {"options": {"compute_loss_func": of_weights}},
-    "focal loss": {"options": {"compute_loss_func": focal}},
     "label smoothing": {"args": {"label_smoothing_factor": 0.01}},
     "R-Drop": {"kind": over(r_drop)},
     "FGM": {"kind": over(fgm)},
     "L1": {"kind": over(l1)},
     "a curriculum": {"kind": over(later)},
     "L2-SP": {"kind": over(to_start)},
-    "EWC": {"kind": over(ewc)},
     "KL to the base": {"kind": over(to_base)},
     "class weights of a model": {"base": lambda: Weighted(copy.deepcopy(CONFIG))},
     "a model's loss function": {"base": of_function},
@@ -224,8 +215,6 @@ def adapted(base: Callable[[], Any]) -> Any:
 def training(folder: Path, name: str, method: Any, **more: Any) -> Any:
     kind, options, settings, base = parts(name)
     rows = {"train_dataset": data(rows=18), "upper_dataset": data(rows=6, seed=1)}
-    if not more.pop("trusted", True):
-        rows.pop("upper_dataset")
     options = {**rows, **options, **more}
     made = adapted(base)
     return method_trainer(
@@ -240,32 +229,16 @@ def stock(folder: Path, name: str) -> Any:
     return kind(model=adapted(base), args=args, **rows, **options)
 
 
-METHODS: dict[str, Callable[[], Any]] = {
-    "RowWeights": RowWeights,
-    "SEAL": SEAL,
-    "WeightNet": WeightNet,
-    "ClassOffsets": ClassOffsets,
-    "LogitAdjustment": LogitAdjustment,
-}
-
-
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("method", ["RowWeights", "LogitAdjustment"])
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [*product(["RowWeights", "LogitAdjustment"], LOSSES), *product(METHODS, ["class weights"])],
+)
 def test_a_method_that_does_not_train_it_refuses_it(tmp_path: Path, name: str, method: str) -> None:
-    with pytest.raises(ProblemError, match=r"row_losses|own_loss = True"):
-        training(tmp_path, name, METHODS[method](), trusted=method == "RowWeights").train()
-
-
-@pytest.mark.parametrize("method", [*METHODS, "Sources", "GivenWeights"])
-def test_each_method_refuses_it(tmp_path: Path, method: str) -> None:
-    if method in CHANGES:
-        kind, change = CHANGES[method]
-        with pytest.raises(ProblemError, match=r"compute_loss_func: .*row_losses"):
-            training(tmp_path, "class weights", kind(), train_dataset=change(data(rows=18)))
-        return
-    trusted = method != "LogitAdjustment"
-    with pytest.raises(ProblemError, match=r"compute_loss_func: .*(own_loss = True|row_losses)"):
-        training(tmp_path, "class weights", METHODS[method](), trusted=trusted).train()
+    kind, change = METHODS[method]
+    more = {} if method != "LogitAdjustment" else {"upper_dataset": None}
+    named = "compute_loss_func: .*" if name == "class weights" else ""
+    with pytest.raises(ProblemError, match=rf"{named}(row_losses|own_loss = True)"):
+        training(tmp_path, name, kind(), train_dataset=change(data(rows=18)), **more).train()
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -342,7 +315,7 @@ def test_the_sum_of_the_rows_is_the_loss_of_the_user(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["RowWeights", "SEAL", "WeightNet", "GivenWeights", "Sources"])
 def test_every_method_of_rows_trains_a_loss_by_row(tmp_path: Path, method: str) -> None:
     """With all weights 1, the steps are those of one level with this loss."""
-    kind, change = CHANGES.get(method, (METHODS.get(method), lambda x: x))
+    kind, change = METHODS[method]
     made, more = kind(), {"train_dataset": change(data(rows=18)), "row_losses": class_weighted}
     if method == "GivenWeights":
         more["upper_dataset"] = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,15 +179,6 @@ def over(kind: type[nn.Module], estimator: str) -> Any:
     return lambda _, f: trainer(f, model=quantised(kind), hypergradient=estimator)
 
 
-def method(kind: type[Method], **attributes: Any) -> Any:
-    return lambda _, f: method_trainer(f, method=type("Own", (kind,), attributes)())
-
-
-def own_loss(of: type[Method], options: Any = None, **settings: Any) -> Any:
-    """Training by a method whose lower loss does not call ``task_loss``."""
-    return lambda _, f: method_trainer(f, method=of(), options=options, **settings).train()
-
-
 class Doubled(Trainer):
     """A loss of its own."""
 
@@ -225,8 +217,7 @@ class Dropped(Stepping):
 
 def stepping(kind: type[Trainer] = Stepping, **attributes: Any) -> Any:
     """Training over a trainer with a step of its own."""
-    over = bilevel(type(kind.__name__, (kind,), attributes))
-    return lambda _, f: method_trainer(f, method=LoRA(), kind=over).train()
+    return by_method(LoRA, kind=bilevel(type(kind.__name__, (kind,), attributes)))
 
 
 class Reads(Method):
@@ -248,7 +239,7 @@ class Reads(Method):
 def qualities(values: Any, *tags: str, **more: Any) -> Any:
     """Training by `Reads` on rows whose column quality has these ``values``."""
     rows = {TRAIN: data().add_column("quality", values * 12), **more}
-    return lambda _, f: method_trainer(f, method=Reads(*tags), options=rows).train()
+    return by_method(partial(Reads, *tags), rows)
 
 
 class Idle(Plain):
@@ -271,13 +262,18 @@ def of_method(method: type[Method], options: Any = None, **settings: Any) -> Any
     return lambda _, f: method_trainer(f, method=method(), options=options, **settings)
 
 
+def by_method(*args: Any, **settings: Any) -> Any:
+    """Training by a method."""
+    return lambda m, f: of_method(*args, **settings)(m, f).train()
+
+
 def order_of(kind: type[Method]) -> Any:
     """Training with a collator that puts its longest row first."""
     mask = [[1] * (1 + row % 6) + [0] * (5 - row % 6) for row in range(24)]
     rows = data().remove_columns("attention_mask").add_column("attention_mask", mask)
     sort = lambda rows: sorted(rows, key=lambda row: -sum(row["attention_mask"]))  # noqa: E731
     options = {TRAIN: rows, "data_collator": lambda rows: default_data_collator(sort(rows))}
-    return lambda _, f: method_trainer(f, method=kind(), options=options).train()
+    return by_method(kind, options)
 
 
 def compiled(model: Any, folder: Path, method: Method) -> None:
@@ -366,11 +362,11 @@ REFUSED: list[tuple[str, Any]] = [
     ("auto_find_batch_size", of_levels(settings={"auto_find_batch_size": True})),
     ("model_init", of_levels(lambda _: {"model_init": peft_model})),
     ("compute_loss_func: Dir", lambda m, f: of_levels(lambda _: LOSS)(m, f).train()),
-    ("label_smoothing_factor: ClassOffsets.* task_loss", own_loss(ClassOffsets, **SMOOTH)),
-    ("label_smoothing_factor: LogitAdjustment", own_loss(LogitAdjustment, **SMOOTH)),
-    ("label_smoothing_factor: RowWeights", own_loss(RowWeights, **SMOOTH)),
-    ("compute_loss_func: FrequencyWeights", own_loss(FrequencyWeights, LOSS)),
-    ("compute_loss: TunedAdjustment", own_loss(TunedAdjustment, kind=bilevel(Doubled))),
+    ("label_smoothing_factor: ClassOffsets.* task_loss", by_method(ClassOffsets, **SMOOTH)),
+    ("label_smoothing_factor: LogitAdjustment", by_method(LogitAdjustment, **SMOOTH)),
+    ("label_smoothing_factor: RowWeights", by_method(RowWeights, **SMOOTH)),
+    ("compute_loss_func: FrequencyWeights", by_method(FrequencyWeights, LOSS)),
+    ("compute_loss: TunedAdjustment", by_method(TunedAdjustment, kind=bilevel(Doubled))),
     *(
         (r"model: torch.compile.*model\.compile", lambda m, f, x=x: compiled(m, f, x))
         for x in (BiDoRA(), LoRA())
@@ -394,8 +390,8 @@ REFUSED: list[tuple[str, Any]] = [
     ("Idle.*'idle'", lambda _, f: pair(f, upper=Idle, lower_steps=1)[0].train()),
     ("upper_prior", lambda _, f: pair(f, upper=Pulled, upper_prior=2.0)),
     ("method: ", lambda m, f: made({"upper": Magnitude(m)})(m, f)),
-    ("upper_variables: ", method(LayerScales, prepare=Method.prepare)),
-    ("source: ", method(RowWeights, tags=("source",))),
+    ("upper_variables: ", of_method(type("Own", (LayerScales,), {"prepare": Method.prepare}))),
+    ("source: ", of_method(type("Own", (RowWeights,), {"tags": ("source",)}))),
     ("'darts'", lambda _, f: arguments(f, hypergradient="dart")),
     ("upper_fraction", lambda _, f: arguments(f).with_defaults({"upper_fraction": 2.0})),
     # Optimizers.

@@ -73,7 +73,8 @@ def test_a_step_that_a_callback_breaks_off_leaves_nothing_to_the_next(tmp_path: 
 
         def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             control.should_epoch_stop = state.global_step == 1 and not self.left
-            self.left |= control.should_epoch_stop
+            if control.should_epoch_stop:
+                self.left = True
 
     left = streamed(tmp_path / "left", [Leave()], gradient_accumulation_steps=2, max_steps=2)
     short = streamed(tmp_path / "short", count=8, gradient_accumulation_steps=2, max_steps=2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import json
 import textwrap
 import traceback
 from dataclasses import dataclass
@@ -86,20 +85,6 @@ def test_embeddings_keep_states_of_32_bits_as_in_the_trainer(tmp_path: Path) -> 
     assert {torch.uint8, torch.float32} == set(kinds.values())
     assert kinds["transformer.wte.weight"] == torch.float32
     assert not differences(*ends)
-
-
-@pytest.mark.filterwarnings("ignore::hyperopt_peft.errors.HypergradientWarning")
-def test_settings_go_to_their_own_file_and_the_model_card(tmp_path: Path) -> None:
-    run = trainer(tmp_path, hypergradient="cg:steps=2,damping=1.0")
-    run.train()
-    run.save_model()
-    run.create_model_card()
-    settings = json.loads((tmp_path / "bilevel_settings.json").read_text())
-    assert settings == run.args.bilevel_settings()
-    assert settings["hypergradient"] == "cg:steps=2,damping=1.0"
-    adapter = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert "learning_rate" not in settings and not settings.keys() & adapter.keys()
-    assert "- hypergradient: cg:steps=2,damping=1.0" in (tmp_path / "README.md").read_text()
 
 
 PACKAGE = Path(hyperopt_peft.__file__).parent
