@@ -234,13 +234,9 @@ USE = {
         "v ← v − a(Hv − b), continued from the last upper step [12, 13]",
         "batches are small, and upper steps are many",
     ),
-    "f2sa:inner_steps=15,tolerance=1e-05": (
-        "[∂(f + νF)/∂u at w_ν − ∂(f − νF)/∂u at w_−ν]/2ν, w_±ν minimises f ± νF [16, 17]",
-        "the loss has no second derivative, and errors matter more than passes",
-    ),
-    "penalty:inner_steps=15,tolerance=1e-05": (
-        "∂F/∂u + γ[∂f/∂u at w − ∂f/∂u at z], z minimises f − F/γ [18]",
-        "as `f2sa`, at a third of the passes",
+    "f2sa": (
+        "∂F/∂u + λ[∂f/∂u at y − ∂f/∂u at w], y descends f + F/λ from the last upper step's [16–18]",
+        "as `warm`, and the loss has no second derivative",
     ),
     "exact": ("dense solve in float64, n products", "as a reference, up to 5,000 lower unknowns"),
 }
