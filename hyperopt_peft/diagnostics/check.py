@@ -322,7 +322,8 @@ class _Examination:
         first = self.oracle.upper_gradient.b
         for above, _ in self.pairs:  # on one batch the terms may cancel at its own minimum
             oracle = replace(self.oracle, upper_batch=above)
-            several |= (oracle.upper_gradient.b - first).norm() > 0
+            if (oracle.upper_gradient.b - first).norm() > 0:
+                several = True
             estimate = solver.estimate(oracle)
             most = max(most, estimate.hypergradient.norm() / (estimate.direct.norm() or 1.0))
         if most < slack:

@@ -155,21 +155,17 @@ def compare_hypergradients(
     def oracle(repeat: int) -> Oracle:
         return open_oracle(upper, lower, seed=seed + repeat, **batches)
 
-    seeds = range(repeats)
-    runs: list[list[_Run] | ProblemError | NonFiniteError] = []
-    for _, estimator in tqdm(chosen, desc="estimates", disable=not progress):
-        try:
-            runs.append([_run(oracle(k), estimator) for k in seeds])
-        except (ProblemError, NonFiniteError) as error:
-            runs.append(error)
-    solved = [_run(oracle(k), truth) for k in seeds]
+    solved = [_run(oracle(k), truth) for k in range(repeats)]
     truths = [run.estimate.hypergradient for run in solved]
-    rows = tuple(
-        _row(name, repeated, truths)
-        if isinstance(repeated, list)
-        else ComparisonRow(name, problem=str(repeated))
-        for (name, _), repeated in zip(chosen, runs, strict=True)
-    )
+
+    def row(name: str, estimator: Estimator) -> ComparisonRow:
+        try:
+            runs = [_run(oracle(k), estimator) for k in range(repeats)]
+        except (ProblemError, NonFiniteError) as error:
+            return ComparisonRow(name, problem=str(error))
+        return _row(name, runs, truths)
+
+    rows = tuple(row(*each) for each in tqdm(chosen, desc="estimates", disable=not progress))
     residual, note = _largest_residual(solved), _first_note(solved)
     return EstimatorComparison(_label(reference), residual, note, repeats, rows)
 

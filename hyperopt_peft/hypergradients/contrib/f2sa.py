@@ -98,5 +98,5 @@ class F2SA(Estimator):
             response = response.plus(gradient, -1 / curvature)
         new: dict[str, Vector | float] = {"multiplier": multiplier + self.growth}
         if taken:
-            new |= {"response": response, "curvature": curvature}
+            new.update(response=response, curvature=curvature)
         return Estimate(direct, implicit, residual, taken, note, new)
