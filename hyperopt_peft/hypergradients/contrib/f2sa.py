@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import cast
 
-from hyperopt_peft.errors import NonFiniteError
 from hyperopt_peft.hypergradients.estimator import Estimator, Requirements
 from hyperopt_peft.hypergradients.oracle import Estimate, MovedGradients, Oracle
 from hyperopt_peft.hypergradients.products import default_epsilon
@@ -85,8 +84,6 @@ class F2SA(Estimator):
             moved, change = response - before, gradient - slope
             pairs = (gradient, gradient), (moved, change), (moved, moved), (change, change)
             square, along, of_moved, of_change = to_floats([inner(x, y) for x, y in pairs])
-            if not math.isfinite(square + along):
-                raise NonFiniteError("a gradient near w is not finite")
             if along <= 0:
                 response, note = before, "the curvature of f is not positive"
                 break
