@@ -137,9 +137,12 @@ class Reference:
     ) -> Tensor:
         """The estimator's formula at w and u; ``rate`` is the lower optimizer's."""
         name, _, options = self.form.estimator.partition(":")
-        prior = (self.form.prior or 0.0) / 2 * (u - self.start).square().mean()
-        loss = self.upper(upper, w, u) + prior
-        d, b = torch.autograd.grad(loss, (u, w), materialize_grads=True)
+
+        def above(w: Tensor, u: Tensor) -> Tensor:
+            prior = (self.form.prior or 0.0) / 2 * (u - self.start).square().mean()
+            return self.upper(upper, w, u) + prior
+
+        d, b = torch.autograd.grad(above(w, u), (u, w), materialize_grads=True)
         if name == "direct":
             return d
 
@@ -154,7 +157,7 @@ class Reference:
             def penalised(y: Tensor, u: Tensor) -> Tensor:
                 """F + λ(f(y) − f(w) − ⟨∂f/∂w(w), y − w⟩)."""
                 gap = self.f(lower, y, u) - self.f(lower, w.detach(), u) - start @ (y - w.detach())
-                return self.upper(upper, y, u) + prior + MULTIPLIER * gap
+                return above(y, u) + MULTIPLIER * gap
 
             y, start = w.detach(), slope(w, u).detach()
             for _ in range(10):  # Newton's
