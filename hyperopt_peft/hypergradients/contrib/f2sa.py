@@ -14,6 +14,7 @@ from hyperopt_peft.utils.reductions import to_floats
 from hyperopt_peft.utils.validation import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from hyperopt_peft.utils.vector import Vector, inner, normalised, zeros_like
 
+STEP = 0.5  # times 1/curvature, since the curvature along y − w may be half of the largest
 FIRST_STEPS = 40  # inner steps before those of the first upper step
 FORGET = 0.97  # decay of the curvature per upper step, since it is far larger on a few batches
 
@@ -29,7 +30,7 @@ class F2SA(Estimator):
     upper step, so that a remaining gradient of f at w cancels. λ is ``multiplier`` at the first
     upper step, and grows by ``growth`` with each one.
 
-    The step size is 1/h, where h is the largest curvature along y − w and along the inner steps; it
+    The step size is ½/h, where h is the largest curvature along y − w and along the inner steps; it
     slowly forgets. The inner steps end at a relative residual of ``tolerance``, or where the
     curvature is not positive. The first upper step, and a call outside training, begins with 40
     more. Kwon et al. 2023, arXiv:2301.10945, Alg. 1; with a constant λ: Pan et al. 2024,
@@ -92,7 +93,7 @@ class F2SA(Estimator):
             residual = math.sqrt(square) / oracle.upper_gradient.norm
             curvature = max(curvature, math.sqrt(of_change / of_moved))
             before, slope = response, gradient
-            response = response.plus(gradient, -1 / curvature)
+            response = response.plus(gradient, -STEP / curvature)
         new: dict[str, Vector | float] = {"multiplier": multiplier + self.growth}
         if taken:
             new.update(response=response, curvature=curvature)

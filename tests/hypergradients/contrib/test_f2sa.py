@@ -10,6 +10,7 @@ from hyperopt_peft import Engine, hypergradient
 from hyperopt_peft.hypergradients import Estimate, Vector, get_estimator
 from hyperopt_peft.hypergradients.contrib import F2SA
 from hyperopt_peft.hypergradients.estimate import open_oracle
+from hyperopt_peft.problems import Sources
 from hyperopt_peft.problems.textbook import logistic
 from tests.support.newton import minimise
 from tests.support.quadratic import (
@@ -52,18 +53,33 @@ def asked(levels: Any, method: str, state: Any = None) -> tuple[Estimate, int]:
     return oracle.estimate(get_estimator(method)), oracle.passes.gradients
 
 
+def penalised(q: Program, multiplier: float) -> Tensor:
+    """The gradient of min_y F + λ(f − ⟨∂f/∂w(w), ·⟩), where y − w = −(λH + P)⁻¹b."""
+    x = -torch.linalg.solve(multiplier * q.h + q.p_matrix, q.b)
+    return q.direct + q.r.T @ x + multiplier * q.c_mixed.T @ x
+
+
 @pytest.mark.parametrize("multiplier", [2.0, 100.0])
 @pytest.mark.parametrize("seed", range(3))
 def test_it_is_the_gradient_of_the_penalised_minimum(multiplier: float, seed: int) -> None:
-    """With y − w = −(λH + P)⁻¹b, wherever w is; λ is constant, as in ScaleBiO."""
     q = displaced(seed)
-    x = -torch.linalg.solve(multiplier * q.h + q.p_matrix, q.b)
-    expected = q.direct + q.r.T @ x + multiplier * q.c_mixed.T @ x
     method = f"f2sa:growth=0.0,multiplier={multiplier},{LONG}"
     first, _ = asked(q.levels(), method)
-    assert relative_error(flat(first.hypergradient), expected) < 1e-9
+    assert relative_error(flat(first.hypergradient), penalised(q, multiplier)) < 1e-9
     again, _ = asked(q.levels(), method, first.state)
-    assert relative_error(flat(again.hypergradient), expected) < 1e-9 and again.steps == 1
+    assert relative_error(flat(again.hypergradient), penalised(q, multiplier)) < 1e-9
+    assert again.steps == 1
+
+
+def test_scalebio_has_a_constant_multiplier_and_several_steps() -> None:
+    q, method = displaced(0), Sources.published("scalebio").defaults["hypergradient"]
+    result, _ = asked(q.levels(), method)
+    for _ in range(20):
+        result, passes = asked(q.levels(), method, result.state)
+        assert passes <= get_estimator(method).cost() - 1
+    expected, exact = penalised(q, 100.0), q.direct + q.exact_implicit
+    assert relative_error(flat(result.hypergradient), expected) < 0.005
+    assert relative_error(exact, expected) > 0.01
 
 
 def test_a_large_multiplier_gives_the_exact_hypergradient_at_order_one() -> None:
@@ -83,7 +99,7 @@ def test_a_large_multiplier_gives_the_exact_hypergradient_at_order_one() -> None
 
 @pytest.mark.parametrize("inner_steps", [1, 3])
 def test_a_loop_continues_the_response(inner_steps: int) -> None:
-    """r ← r − g/h from step to step, by the passes of F and f at w and at each point."""
+    """r ← r − g/2h from step to step, by the passes of F and f at w and at each point."""
     q, estimator = displaced(1), F2SA(inner_steps=inner_steps, multiplier=10.0, tolerance=0.0)
     state = asked(q.levels(), "f2sa:multiplier=10.0")[0].state
     for k in range(1, 5):
@@ -97,7 +113,7 @@ def test_a_loop_continues_the_response(inner_steps: int) -> None:
         for _ in range(inner_steps):
             gradient, x = q.b + a @ response, response / m
             h = max(h, float((a @ moved).norm() / moved.norm()))
-            moved, response = -gradient / h, response - gradient / h
+            moved, response = -gradient / (2 * h), response - gradient / (2 * h)
         expected = q.direct + q.r.T @ x + m * q.c_mixed.T @ x
         assert relative_error(flat(result.hypergradient), expected) < 1e-9
         assert result.residual == pytest.approx(float(gradient.norm() / q.b.norm()), rel=1e-9)
