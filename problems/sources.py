@@ -7,7 +7,7 @@ L_k is the mean loss of source k over its n_k labels. The trusted rows are the l
 label of source k has the weight v_k = p_k·N/n_k in the mean over all N labels. The mean weight is
 1, so that the weights cannot act as a learning rate. Published variants:
 
-    ScaleBiO   arXiv:2406.19976   softmax         a penalty, γ = 10 to 100; w trains on trusted rows
+    ScaleBiO   arXiv:2406.19976   softmax         f2sa, λ = 10 to 100; w trains on trusted rows
     FastMix    arXiv:2606.14971   softmax         dot products of the output layer's gradients
     DreamPRM   arXiv:2505.20241   softplus        darts with ξ = 1 after five lower steps
 
@@ -37,7 +37,7 @@ from hyperopt_peft.problems.data_plans import SOURCE, EqualSources
 
 #: Form and arguments of each paper.
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
-    "scalebio": ("softmax", {"hypergradient": "penalty", "lower_steps": 1}),
+    "scalebio": ("softmax", {"hypergradient": "f2sa:growth=0.0,inner_steps=5", "lower_steps": 1}),
     "fastmix": ("softmax", {"hypergradient": "fastmix", "lower_steps": 20}),
     "dreamprm": ("softplus", {"hypergradient": "darts:xi=1.0", "lower_steps": 5}),
 }

@@ -9,7 +9,7 @@ The third measures nothing: it writes results/comparison.md and the tables of RE
 docs/mathematics.md from FILE. The problems are in levels.py, other libraries in peers.py.
 
 Errors are relative to the exact hypergradient at the same point (on BiDoRA: to a long MINRES
-solve). "100·f" is the error on A with f multiplied by 100, which changes neither w* nor dF/du.
+solve).
 Minibatches have 64 rows of each level's data; noise.py explains the three columns.
 """
 
@@ -33,7 +33,8 @@ from benchmarks.estimators.peers import Peer, peers
 from benchmarks.measure import arguments, report, table
 from benchmarks.memory import peak_memory
 from benchmarks.pages import DOCS, RESULTS, ROOT, between, machine_line
-from hyperopt_peft import NonFiniteError, Problem, ProblemError, hypergradient
+from hyperopt_peft import NonFiniteError, ProblemError, hypergradient
+from hyperopt_peft.engine import minimize
 from hyperopt_peft.hypergradients import Vector, dot, get_estimator, registered
 from hyperopt_peft.hypergradients.estimate import check_estimator, open_oracle
 from hyperopt_peft.hypergradients.products import Passes
@@ -82,33 +83,10 @@ def small(methods: Mapping[str, str | Peer]) -> dict[str, Row]:
     return rows
 
 
-class Scaled(Problem):
-    """A level whose loss is ``factor`` times that of ``level``."""
-
-    def __init__(self, level: Problem, factor: float) -> None:
-        self.level, self.factor = level, factor
-        super().__init__(list(zip(level.names, level.variables)), optimizer=level.optimizer)
-
-    def loss(self, batch: Any) -> torch.Tensor:
-        """The scaled loss."""
-        return self.factor * self.level.evaluate(batch)[0]
-
-
-def scaled(methods: Mapping[str, str | Peer]) -> dict[str, Row]:
-    """The error on A with f multiplied by 100."""
-    upper, lower = small_problems()["A"]
-    truth = Vector(hypergradient(upper, lower, "exact"))
-    levels = upper, Scaled(lower, 100.0)
-    return {
-        name: {"A, 100·f: error": against(truth, found(method, levels))["error"]}
-        for name, method in methods.items()
-    }
-
-
 def noisy(methods: Mapping[str, str | Peer], draws: int) -> dict[str, Row]:
     """Error, bias and spread of the estimates on B over minibatches; see noise.py."""
     upper, lower = noise.levels()
-    noise.minimise(lower)
+    minimize(lower)
     result: dict[str, Row] = {}
     for name in methods:
         if name not in METHODS:
@@ -145,7 +123,7 @@ def measured(quick: bool, names: Sequence[str]) -> tuple[list[Row], Row]:
     """The rows of the methods ``names``, and facts about the problems."""
     others, missing = peers()
     methods: dict[str, str | Peer] = {name: others.get(name, name) for name in names}
-    parts = [small(methods), scaled(methods), noisy(methods, 5 if quick else 100)]
+    parts = [small(methods), noisy(methods, 5 if quick else 100)]
     levels, norm = encoder_problem(steps=5 if quick else 300)
     oracle = open_oracle(*levels)
     reference = oracle.estimate(get_estimator("minres:steps=5" if quick else REFERENCE))
@@ -176,21 +154,19 @@ SECTIONS: dict[str, tuple[str, dict[str, str]]] = {
     "Right at the lower minimum": (
         "A, B, C: relative error to the exact hypergradient; there every estimator of this library "
         "but `direct` has a cosine above .9. BiDoRA: error and cosine to a long solve, at a point "
-        "close to the minimum. *100·f*: the error on A with f multiplied by 100, which changes "
-        "neither w* nor dF/du.",
+        "close to the minimum.",
         {
             **{f"{p}: error": p for p in "ABC"},
             "BiDoRA: error": "BiDoRA",
             "BiDoRA: cosine": "cosine",
-            "A, 100·f: error": "100·f",
         },
     ),
     "Minibatches and cost": (
-        "Minibatches: 100 batches of 64 rows of each level's data on B (for `warm` after 250 upper "
-        "steps): the error of one estimate, the error of their mean (bias) and their standard "
-        "deviation (spread), on the images of each batch. Cost of one hypergradient on MiniLM: "
-        "forward+backward passes + second backward passes, milliseconds of processor time, and "
-        "additional memory.",
+        "Minibatches: 100 batches of 64 rows of each level's data on B (after 250 upper steps, "
+        "if an estimator has a state): the error of one estimate, the error of their mean (bias) "
+        "and their standard deviation (spread), on the images of each batch. Cost of one "
+        "hypergradient on MiniLM: forward+backward passes + second backward passes, milliseconds "
+        "of processor time, and additional memory.",
         {
             **{f"B, batch 64: {c}": c for c in ("error", "bias", "spread")},
             **{c: c for c in ("passes", "ms", "MB")},
@@ -234,13 +210,9 @@ USE = {
         "v ← v − a(Hv − b), continued from the last upper step [12, 13]",
         "batches are small, and upper steps are many",
     ),
-    "f2sa:inner_steps=15,tolerance=1e-05": (
-        "[∂(f + νF)/∂u at w_ν − ∂(f − νF)/∂u at w_−ν]/2ν, w_±ν minimises f ± νF [16, 17]",
-        "the loss has no second derivative, and errors matter more than passes",
-    ),
-    "penalty:inner_steps=15,tolerance=1e-05": (
-        "∂F/∂u + γ[∂f/∂u at w − ∂f/∂u at z], z minimises f − F/γ [18]",
-        "as `f2sa`, at a third of the passes",
+    "f2sa": (
+        "∂F/∂u + λ[∂f/∂u at y − ∂f/∂u at w], y descends f + F/λ from the last upper step's [16–18]",
+        "as `warm`, and the loss has no second derivative",
     ),
     "exact": ("dense solve in float64, n products", "as a reference, up to 5,000 lower unknowns"),
 }

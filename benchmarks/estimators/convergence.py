@@ -39,7 +39,6 @@ METHODS = [
     "nystrom:rank=10,steps=10",
     "warm",
     "f2sa",
-    "penalty",
     "exact",
 ]
 FIGURE = DOCS / "convergence.png"

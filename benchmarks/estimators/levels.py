@@ -37,8 +37,7 @@ METHODS = [
     "nystrom:rank=10,steps=0",
     "nystrom:rank=10,steps=10",
     "warm",
-    "f2sa:inner_steps=15,tolerance=1e-05",
-    "penalty:inner_steps=15,tolerance=1e-05",
+    "f2sa",
     "exact",
 ]
 

@@ -26,8 +26,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from benchmarks.measure import arguments, report
-from hyperopt_peft import Engine, Problem, hypergradient
+from hyperopt_peft import Engine, hypergradient
 from hyperopt_peft.core.data import DataStream
+from hyperopt_peft.engine import minimize
 from hyperopt_peft.hypergradients import get_estimator
 from hyperopt_peft.hypergradients.estimate import check_estimator, open_oracle
 from hyperopt_peft.hypergradients.oracle import State
@@ -68,22 +69,6 @@ def levels() -> tuple[UpperRows, LowerRows]:
         loader = DataLoader(rows, batch_size=SIZE, shuffle=True, drop_last=True)
         level.batches = DataStream(loader, level.name)
     return upper, lower
-
-
-def minimise(lower: Problem) -> None:
-    """Move the lower variables to the minimum on all data."""
-    descent = torch.optim.LBFGS(
-        lower.variables, max_iter=1000, tolerance_grad=1e-10, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> Tensor:
-        descent.zero_grad()
-        loss, _ = lower.evaluate(None)
-        loss.backward(inputs=list(lower.variables))
-        return loss
-
-    descent.step(closure)  # type: ignore[no-untyped-call]
-    descent.zero_grad()
 
 
 def noise(method: str, upper: UpperRows, lower: LowerRows, count: int, settle: int) -> Row:
@@ -132,7 +117,7 @@ def training(method: str, steps: int, seeds: int) -> Row:
         torch.manual_seed(seed)
         upper, lower = levels()
         Engine(upper, lower, method, warmup_steps=100, progress=False).run(steps)
-        minimise(lower)
+        minimize(lower)
         losses.append(float(upper.evaluate(None)[0].detach()))
         accuracies.append(upper.test_accuracy())
     return {

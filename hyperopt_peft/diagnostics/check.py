@@ -35,10 +35,10 @@ def check_problem(
     upper: Problem,
     lower: Problem,
     *,
-    upper_batch: Any = NEXT,
-    lower_batch: Any = NEXT,
-    upper_batches: Sequence[Any] | None = None,
-    lower_batches: Sequence[Any] | None = None,
+    upper_batch: object = NEXT,
+    lower_batch: object = NEXT,
+    upper_batches: Sequence[object] | None = None,
+    lower_batches: Sequence[object] | None = None,
     seed: int = 0,
     solver_steps: int = 10,
     progress: bool = True,
@@ -54,21 +54,18 @@ def check_problem(
     a lower level far from its minimum; an implicit term that cancels the direct one, because the
     lower variables absorb the upper ones.
 
-    Derivatives are compared with central differences in float64, in one random direction. The
-    comparison misses an error below a thousandth of a variable's part, an error that this batch
-    does not reach, and an error that is absent in float64.
-
-    The distance from the lower minimum is the change of the hypergradient by a Newton step on
-    copies of w, divided by ‖direct‖ + ‖implicit‖; above 0.1 it is a warning. It is measured on one
-    batch: if f is a mean over data, give a large ``lower_batch``.
+    Derivatives are compared with central differences in float64, in one random direction. This
+    misses errors below a thousandth of a variable's part, that the batch does not reach, or that
+    are absent in float64. The distance from the lower minimum is the change of the hypergradient by
+    a Newton step on copies of w, over ‖direct‖ + ‖implicit‖; above 0.1 it is a warning. It is
+    measured on one batch: if f is a mean over data, give a large ``lower_batch``.
 
     `Check.signal_to_noise` describes a hypergradient from one batch of each level; it is measured
     over several pairs of batches and dropout masks, and below 1 it is a warning. `Check.curvature`
-    recommends a damping for ``cg``, ``minres`` and ``warm``.
+    recommends a damping for ``cg``, ``minres`` and ``warm``. All state is restored bit for bit.
 
-    The cost is at most 5·``solver_steps`` second-derivative products and some thirty passes (12 of
-    them in float64), and for each pair of batches ``solver_steps`` products and three passes (twice
-    as many if the terms cancel). All state is restored bit for bit.
+    The cost is at most 5·``solver_steps`` second-derivative products and some thirty passes, and
+    for each pair of batches ``solver_steps`` products and three passes (twice if the terms cancel).
 
     Args:
         upper_batch, lower_batch: the batches; by default the next batch of each level's data.
@@ -322,7 +319,8 @@ class _Examination:
         first = self.oracle.upper_gradient.b
         for above, _ in self.pairs:  # on one batch the terms may cancel at its own minimum
             oracle = replace(self.oracle, upper_batch=above)
-            several |= (oracle.upper_gradient.b - first).norm() > 0
+            if (oracle.upper_gradient.b - first).norm() > 0:
+                several = True
             estimate = solver.estimate(oracle)
             most = max(most, estimate.hypergradient.norm() / (estimate.direct.norm() or 1.0))
         if most < slack:

@@ -56,6 +56,20 @@ class ComparisonRow:
     problem: str = ""
 
 
+#: Fields of a row, with their heads and formats in the table.
+COLUMNS = (
+    ("cosine", "cosine", ".4f"),  # NaN for a zero estimate
+    ("relative_error", "rel. error", ".2g"),
+    ("norm_ratio", "norm ratio", ".3f"),
+    ("factor", "factor", ".2g"),
+    ("residual", "residual", ".2g"),
+    ("spread", "spread", ".2g"),
+    ("gradients", "fwd+bwd", "d"),
+    ("products", "products", "d"),
+    ("seconds", "seconds", ".3g"),
+)
+
+
 @dataclass(frozen=True)
 class EstimatorComparison:
     """A table of `ComparisonRow`s, to print or to read with ``records()``.
@@ -75,21 +89,10 @@ class EstimatorComparison:
         return [asdict(row) for row in self.rows]
 
     def __str__(self) -> str:
-        head = ("estimator", "cosine", "rel. error", "norm ratio", "factor", "residual", "spread")
-        table: list[Sequence[str]] = [(*head, "fwd+bwd", "products", "seconds")]
+        table = [("estimator", *(head for _, head, _ in COLUMNS))]
         for row in self.rows:
-            numbers = (
-                (row.cosine, ".4f"),  # NaN for a zero estimate
-                (row.relative_error, ".2g"),
-                (row.norm_ratio, ".3f"),
-                (row.factor, ".2g"),
-                (row.residual, ".2g"),
-                (row.spread, ".2g"),
-                (row.gradients, "d"),
-                (row.products, "d"),
-                (row.seconds, ".3g"),
-            )
-            table.append((row.estimator, *(_cell(*number) for number in numbers)))
+            cells = (_cell(getattr(row, name), form) for name, _, form in COLUMNS)
+            table.append((row.estimator, *cells))
         notes = ((row.estimator, row.problem or row.note) for row in self.rows)
         lines = [f"{estimator}: {text}" for estimator, text in notes if text]
         residual = self.reference_residual
@@ -107,8 +110,8 @@ def compare_hypergradients(
     repeats: int = 3,
     seed: int = 0,
     *,
-    upper_batch: Any = NEXT,
-    lower_batch: Any = NEXT,
+    upper_batch: object = NEXT,
+    lower_batch: object = NEXT,
     progress: bool = True,
 ) -> EstimatorComparison:
     """Compare the estimates of ``estimators`` at the current point with a reference.
@@ -152,21 +155,17 @@ def compare_hypergradients(
     def oracle(repeat: int) -> Oracle:
         return open_oracle(upper, lower, seed=seed + repeat, **batches)
 
-    seeds = range(repeats)
-    runs: list[list[_Run] | ProblemError | NonFiniteError] = []
-    for _, estimator in tqdm(chosen, desc="estimates", disable=not progress):
-        try:
-            runs.append([_run(oracle(k), estimator) for k in seeds])
-        except (ProblemError, NonFiniteError) as error:
-            runs.append(error)
-    solved = [_run(oracle(k), truth) for k in seeds]
+    solved = [_run(oracle(k), truth) for k in range(repeats)]
     truths = [run.estimate.hypergradient for run in solved]
-    rows = tuple(
-        _row(name, repeated, truths)
-        if isinstance(repeated, list)
-        else ComparisonRow(name, problem=str(repeated))
-        for (name, _), repeated in zip(chosen, runs, strict=True)
-    )
+
+    def row(name: str, estimator: Estimator) -> ComparisonRow:
+        try:
+            runs = [_run(oracle(k), estimator) for k in range(repeats)]
+        except (ProblemError, NonFiniteError) as error:
+            return ComparisonRow(name, problem=str(error))
+        return _row(name, runs, truths)
+
+    rows = tuple(row(*each) for each in tqdm(chosen, desc="estimates", disable=not progress))
     residual, note = _largest_residual(solved), _first_note(solved)
     return EstimatorComparison(_label(reference), residual, note, repeats, rows)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from scipy.linalg import eigvalsh_tridiagonal
+from torch import Tensor
 
 from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.errors import NonFiniteError, ProblemError
@@ -73,8 +74,8 @@ def spectrum(
     upper: Problem,
     lower: Problem,
     *,
-    upper_batch: Any = NEXT,
-    lower_batch: Any = NEXT,
+    upper_batch: object = NEXT,
+    lower_batch: object = NEXT,
     seed: int = 0,
     lanczos_steps: int = 10,
 ) -> Spectrum:
@@ -107,7 +108,7 @@ def spectrum(
             return lanczos(product.hessian, start, lanczos_steps)
 
 
-def random_like(variables: Any, seed: int) -> Vector:
+def random_like(variables: Sequence[Tensor], seed: int) -> Vector:
     """A vector shaped like ``variables`` with standard normal entries."""
     zero = Vector.of([None] * len(variables), variables)
     entries = torch.randn(zero.numel(), generator=torch.Generator().manual_seed(seed))

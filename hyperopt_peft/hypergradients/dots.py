@@ -169,10 +169,8 @@ class Dots:
             sums = self._by_loss(evaluation)
             dots = torch.where(slope == 0, 0, sums / slope.detach())
             if slope.requires_grad:
-                parts = torch.autograd.grad(slope, variables, dots.to(slope), allow_unused=True)
-                total = [
-                    b if a is None else a if b is None else a + b for a, b in zip(total, parts)
-                ]
+                of_u = torch.autograd.grad(slope, variables, dots.to(slope), allow_unused=True)
+                total = [b if a is None else a if b is None else a + b for a, b in zip(total, of_u)]
         return Vector.of(distributed.mean(total, variables), variables)
 
     def _by_loss(self, evaluation: _Evaluation) -> Tensor:

@@ -28,7 +28,7 @@ from hyperopt_peft.utils.reductions import squares, to_floats
 from hyperopt_peft.utils.restore import TensorPool
 
 #: A placeholder for the next batch of a level's data.
-NEXT: Any = object()
+NEXT = object()
 #: A relative residual above which `hypergradient` warns, and a training's line shows it.
 LARGE_RESIDUAL = 0.1
 CURVATURE = 1e-3  # the relative error of an exact product that `disagreement` finds
@@ -44,8 +44,8 @@ def open_oracle(
     upper: Problem,
     lower: Problem,
     *,
-    upper_batch: Any = NEXT,
-    lower_batch: Any = NEXT,
+    upper_batch: object = NEXT,
+    lower_batch: object = NEXT,
     seed: int | None = None,
 ) -> Oracle:
     """The oracle of two levels at the current point, outside training.
@@ -118,8 +118,8 @@ def hypergradient(
     lower: Problem,
     estimator: EstimatorLike = DEFAULT,
     *,
-    upper_batch: Any = NEXT,
-    lower_batch: Any = NEXT,
+    upper_batch: object = NEXT,
+    lower_batch: object = NEXT,
     seed: int | None = None,
 ) -> tuple[Tensor, ...]:
     """dF/du at the current point: one tensor for each upper variable, in its shape and dtype.
@@ -191,8 +191,8 @@ def disagreement(
     truncation: their difference is the tolerance. An error below ``floor`` is none; by default that
     is ‖near − far‖.
     """
-    parts = zip(exact, near, far, strict=True)  # one at a time, for memory
-    read = to_floats([x for e, n, f in parts for x in squares([e - n, n - f, n])])
+    triples = zip(exact, near, far, strict=True)  # one at a time, for memory
+    read = to_floats([x for e, n, f in triples for x in squares([e - n, n - f, n])])
     aparts, errors, sizes = ([square**0.5 for square in read[k::3]] for k in range(3))
     floor = math.hypot(*errors) if floor is None else floor
     wrong = [

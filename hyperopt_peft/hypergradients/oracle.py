@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -34,6 +34,9 @@ from hyperopt_peft.utils.random_state import RandomState, replay
 from hyperopt_peft.utils.reductions import to_floats
 from hyperopt_peft.utils.restore import Buffers, TensorPool, assign_, perturbed, preserve_state
 from hyperopt_peft.utils.vector import Vector, inner
+
+if TYPE_CHECKING:
+    from hyperopt_peft.hypergradients.estimator import Estimator
 
 #: An estimator's state between two upper steps: vectors shaped like w, and numbers.
 State = Mapping[str, Vector | float]
@@ -111,7 +114,7 @@ class Oracle:
         buffers: the modules' buffers, restored after each evaluation.
         losses: the values of f so far, on their device.
         dots: the dot products from the lower step's own pass, if `Estimator.observe` requested any.
-        implicit: whether `upper_gradient` has ∂F/∂w; without, its ``b`` has no parts.
+        implicit: whether `upper_gradient` has ∂F/∂w; without, its ``b`` has no tensors.
 
     Example:
         >>> from hyperopt_peft.hypergradients import open_oracle
@@ -160,7 +163,7 @@ class Oracle:
                 if names := rewritten((self.upper, self.lower), before):
                     raise ProblemError(f"a loss writes to {names[0]}; {NO_WRITES}")
 
-    def estimate(self, estimator: Any) -> Estimate:
+    def estimate(self, estimator: Estimator) -> Estimate:
         """The estimate of an `Estimator` at the oracle's point; restores all state afterwards.
 
         Raises:
@@ -169,7 +172,7 @@ class Oracle:
         name = estimator.name
         try:
             with self.open():
-                result: Estimate = estimator.estimate(self)
+                result = estimator.estimate(self)
         except NonFiniteError as error:
             # A loss that is not finite is the cause, and makes the better message.
             self._require_finite(name, to_floats(self.losses))
@@ -208,14 +211,13 @@ class Oracle:
 
     def lower_gradient(self) -> Vector:
         """∂f/∂w at the current w, by one forward+backward pass."""
-        return Vector.of(self.lower_parts(), self.lower.variables)
+        return Vector.of(self.differentiate_lower(), self.lower.variables)
 
-    def lower_parts(self) -> tuple[Tensor | None, ...]:
+    def differentiate_lower(self) -> tuple[Tensor | None, ...]:
         """As ``lower_gradient``, with None for a variable that f does not read."""
-        objective = self._objective(None)
-        parts = objective.parts(self.lower.variables)
-        self.lower.require_finite(objective.losses[-1], parts)
-        return parts
+        gradient = self._objective(None).differentiate(self.lower.variables)
+        self.lower.require_finite(self.losses[-1], gradient)
+        return gradient
 
     @contextmanager
     def moved(self) -> Iterator[MovedGradients]:
@@ -294,7 +296,7 @@ class Oracle:
         with nullcontext() if at is None else perturbed(w, self.copies), dots.observe():
             if at is not None:
                 assign_(w, at.variables)
-            gradient = objective.parts(w)
+            gradient = objective.differentiate(w)
         dots.check(gradient)
         return dots
 

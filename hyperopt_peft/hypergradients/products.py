@@ -76,9 +76,9 @@ class Objective:
 
     def gradient(self, variables: tuple[Tensor, ...]) -> Vector:
         """∂f/∂variables at the current point, by one forward+backward pass."""
-        return Vector.of(self.parts(variables), variables)
+        return Vector.of(self.differentiate(variables), variables)
 
-    def parts(self, variables: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    def differentiate(self, variables: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         """As `gradient`, in the variables' dtypes; None for a variable that f does not read."""
         self.passes.count(gradients=1)
         with self.evaluation():
@@ -206,7 +206,7 @@ class DifferenceProduct(Product):
     """Products by finite differences of g = ∂f/∂w or ∂f/∂u along v, with h = epsilon/‖v‖.
 
         central   (g(w+hv) − g(w−hv))/2h    error O(h²)
-        forward   (g(w+hv) − g(w))/h        error O(h); g(w) is evaluated once
+        forward   (g(w+hv) − g(w))/h        error O(h)
 
     DARTS, arXiv:1806.09055 Eq. 8. A product moves the lower variables; the caller restores them.
     """
@@ -216,17 +216,12 @@ class DifferenceProduct(Product):
     epsilon: float | None = None  # the 2-norm of the change of w; `default_epsilon` if None
     scheme: Scheme = "central"
     upper_gradient: Vector | None = None  # ∂f/∂u at w, if known, for a forward difference
-    _unmoved: dict[tuple[int, ...], Vector] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.upper_gradient is not None:
-            self._unmoved[tuple(map(id, self.objective.upper.variables))] = self.upper_gradient
 
     def lower_gradient(self) -> tuple[Tensor | None, ...]:
         """∂f/∂w at ``point``, by one forward+backward pass."""
         w = self.objective.lower.variables
         assign_(w, self.point)
-        return self.objective.parts(w)
+        return self.objective.differentiate(w)
 
     def _along(self, variables: tuple[Tensor, ...], v: Vector, e: Vector | None = None) -> Vector:
         of_w = (self.objective.lower.variables, self.point, v)
@@ -256,11 +251,10 @@ class DifferenceProduct(Product):
         ahead = gradient(1.0)
         if self.scheme == "central":
             behind, root = gradient(-1.0), 2**0.5 * root
+        elif self.upper_gradient is not None and variables is self.objective.upper.variables:
+            behind = self.upper_gradient
         else:
-            key = tuple(map(id, variables))
-            if key not in self._unmoved:
-                self._unmoved[key] = gradient(0.0)
-            behind = self._unmoved[key]
+            behind = gradient(0.0)
         back = torch.where(square > 0, 1 / root, 0.0)
         return ahead.add_(behind, -1.0).mul_(back).mul_(back)
 

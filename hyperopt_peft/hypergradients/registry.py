@@ -45,8 +45,7 @@ def register(name: str, *, kind: Kind, tolerance: float | None = None) -> Callab
         name: the name, without a colon.
         kind: ``"direct"`` omits the implicit term; ``"identity"`` replaces H⁻¹ by ξI;
             ``"implicit"`` solves with H, so that scaling f has no effect; ``"unrolled"``
-            differentiates optimizer steps; ``"penalty"`` minimises f + νF, with an error of O(ν) or
-            O(ν²).
+            differentiates optimizer steps; ``"penalty"`` descends f + F/λ, with an error of O(1/λ).
         tolerance: the largest relative error on quadratic programs with condition number 10, with
             default options in float64, which tests check; None for a biased estimator. The kinds
             implicit and penalty require it.

@@ -41,7 +41,7 @@ def distance(found: Any, expected: Any) -> Any:
 
 def rounding(method: str) -> Any:
     first_order = method.startswith(("darts", "sama")) and "exact" not in method
-    first_order |= "difference" in method or method.startswith(("f2sa", "penalty"))
+    first_order |= "difference" in method or method.startswith("f2sa")
     return 1e-7 if first_order else 1e-12
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
-from torch.optim.lr_scheduler import ExponentialLR
 
 from hyperopt_peft import Engine, ProblemError, hypergradient
 from hyperopt_peft.hypergradients import Estimate, Oracle
@@ -44,18 +43,6 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> Points:
 
     monkeypatch.setattr(Oracle, "estimate", spy)
     return points
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_the_function_replays_the_real_optimizer(optimizer: str, replayed: Points) -> None:
-    kind, options = OPTIMIZERS[optimizer]
-    w, u = start()
-    made = kind([{"params": [w[1]]}, {"params": [w[0]], "lr": 0.01}], **options)
-    levels = make_levels(made, w, u, max_grad_norm=0.3)
-    Engine(*levels, "unrolled:steps=3", lower_steps=3, progress=False).run(4)
-    assert len(replayed) == 12
-    for actual, truth in replayed:
-        torch.testing.assert_close(actual, truth, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -159,16 +146,6 @@ def test_training_is_differentiated(optimizer: str) -> None:
     levels = partial(new_levels, *OPTIMIZERS[optimizer], max_grad_norm=0.3)
     actual = trained(levels(), 2, 3, "unrolled:steps=3")
     torch.testing.assert_close(actual, slopes(levels, 3, before=2), rtol=1e-7, atol=1e-9)
-
-
-def test_each_step_is_differentiated_at_its_own_rate() -> None:
-    def levels() -> Any:
-        upper, lower = new_levels(SGD, {"lr": 0.3, "weight_decay": 0.2})
-        lower.scheduler = ExponentialLR(lower.optimizer, 0.7)
-        return upper, lower
-
-    actual = trained(levels(), 0, 3, "unrolled:steps=3")
-    torch.testing.assert_close(actual, slopes(levels, 3), rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.filterwarnings("error::UserWarning")

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cas
 SOLVERS = ("cg", "exact", "minres", "neumann", "nystrom", "warm")
 DIFFERENCES = (
     *(f"{name}:product=difference" for name in (*SOLVERS, "unrolled")),
-    *("darts", "darts:scheme=forward", "sama", "f2sa", "penalty"),
+    *("darts", "darts:scheme=forward", "sama", "f2sa"),
 )
 OTHERS = ("direct", "darts:product=exact", "minres:steps=3,damping=10.0", "unrolled")
 

@@ -76,8 +76,7 @@ def test_exact_is_the_slope_on_hypercleaning(cleaning: tuple[Problem, Problem, T
         ("minres:steps=10", 1e-6, 0.0025),
         ("nystrom:rank=10,steps=10", 1e-5, 0.0025),
         ("unrolled:steps=10", 0.06, None),
-        ("f2sa:tolerance=1e-5", 3e-5, 1e-3),
-        ("penalty", 0.006, 0.03),
+        ("f2sa:multiplier=1000.0", 0.005, 0.01),
     ],
 )
 def test_errors_are_no_larger_than_measured_elsewhere(

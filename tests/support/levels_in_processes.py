@@ -27,7 +27,6 @@ FIRST_ORDER = [
     "sama",
     "sama:scheme=forward",
     "f2sa",
-    "penalty",
     *(f"{name}:product=difference" for name in ("cg", "minres", "neumann", "nystrom", "warm")),
 ]
 KEPT = "warm:product=difference"
@@ -36,7 +35,6 @@ SHARDED_RUNS = [
     "cg:product=difference",
     KEPT,
     "f2sa:inner_steps=2",
-    "penalty",
     "sama",
 ]
 RUNS = [*SHARDED_RUNS, "cg:steps=5", "unrolled:steps=2", "sama:product=exact"]

@@ -17,7 +17,7 @@ RUNS = {
     "direct": {"hypergradient": "direct", "gamma": 0.1, "rows": 23, "upper_fraction": 0.3},
     "cg": {"hypergradient": "cg:steps=3", "gradient_accumulation_steps": 2},
     "minres": {"hypergradient": "minres:steps=3,product=difference", "sized": True},
-    "penalty": {"hypergradient": "penalty:inner_steps=3", "gradient_accumulation_steps": 2},
+    "f2sa": {"hypergradient": "f2sa:inner_steps=3", "gradient_accumulation_steps": 2},
     "retrain": {
         "retrain": "scratch",
         "retrain_arguments": {"max_steps": 3},
@@ -27,7 +27,7 @@ RUNS = {
     },
     "dora": {"method": "dora"},
 }
-SHARDED = ["darts", "minres", "penalty", "retrain", "dora"]
+SHARDED = ["darts", "minres", "f2sa", "retrain", "dora"]
 # With this each process shards what it has; in the shipped configuration it is the first one's.
 OWN_WEIGHTS = {
     "fsdp": True,

@@ -49,7 +49,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "a vector kept between upper steps": {"hypergradient": "warm:damping=4.0", "lower_steps": 2},
     "an estimator with a state, evaluation": {
-        "hypergradient": "penalty:inner_steps=2",
+        "hypergradient": "f2sa:inner_steps=2",
         "gradient_accumulation_steps": 2,
         "options": {"eval_dataset": data(rows=9, seed=5)},
         **EVALUATED,

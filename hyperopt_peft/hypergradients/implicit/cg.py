@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver, require_finite
+from hyperopt_peft.hypergradients.implicit.solver import Krylov, Matvec, Solution, require_finite
 from hyperopt_peft.hypergradients.registry import register
 from hyperopt_peft.utils.reductions import to_floats
-from hyperopt_peft.utils.validation import Fraction, NonNegativeFloat, PositiveInt
 from hyperopt_peft.utils.vector import Vector, inner, zeros_like
 
 
 @register("cg", kind="implicit", tolerance=1e-2)
 @dataclass(frozen=True)
-class ConjugateGradient(Solver):
+class ConjugateGradient(Krylov):
     """v ≈ (H + damping·I)⁻¹ b by at most ``steps`` conjugate-gradient steps.
 
     The solver stops at relative residual ``tolerance``. It also stops at a curvature that is zero
@@ -27,14 +26,6 @@ class ConjugateGradient(Solver):
         >>> ConjugateGradient().solve(lambda v: h * v, b).v.parts
         (tensor([1.0000, 0.2500]),)
     """
-
-    steps: PositiveInt = 10
-    damping: NonNegativeFloat = 0.0
-    tolerance: Fraction = 1e-6
-
-    def cost(self) -> int:
-        """The cost of ``steps`` products, the most that the solver takes."""
-        return self.products_cost(self.steps)
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
         """v ≈ (H + damping·I)⁻¹ b."""

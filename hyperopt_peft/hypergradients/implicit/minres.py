@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hyperopt_peft.hypergradients.implicit.solver import Matvec, Solution, Solver, read_finite
+from hyperopt_peft.hypergradients.implicit.solver import Krylov, Matvec, Solution, read_finite
 from hyperopt_peft.hypergradients.registry import register
-from hyperopt_peft.utils.validation import Fraction, NonNegativeFloat, PositiveInt
 from hyperopt_peft.utils.vector import Vector, inner, zeros_like
 
 
 @register("minres", kind="implicit", tolerance=1e-2)
 @dataclass(frozen=True)
-class MINRES(Solver):
+class MINRES(Krylov):
     """v ≈ (H + damping·I)⁻¹ b, the v of least residual in a Krylov space of ``steps`` dimensions.
 
     H may be indefinite, as it is away from a minimum of f. The residual does not grow from step to
@@ -28,14 +27,6 @@ class MINRES(Solver):
         >>> MINRES().solve(lambda v: h * v, b).v.parts
         (tensor([ 1.0000, -0.2500]),)
     """
-
-    steps: PositiveInt = 10
-    damping: NonNegativeFloat = 0.0
-    tolerance: Fraction = 1e-6
-
-    def cost(self) -> int:
-        """The cost of ``steps`` products, the most that the solver takes."""
-        return self.products_cost(self.steps)
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
         """v ≈ (H + damping·I)⁻¹ b."""

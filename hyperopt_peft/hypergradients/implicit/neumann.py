@@ -41,7 +41,8 @@ class Neumann(Solver):
 
     def cost(self) -> int:
         """``terms`` products, and ten more without a ``step_size``."""
-        return self.products_cost(self.terms + (self.step_size is None) * POWER_STEPS)
+        power_steps = POWER_STEPS if self.step_size is None else 0
+        return self.products_cost(self.terms + power_steps)
 
     def solve(self, matvec: Matvec, b: Vector) -> Solution:
         """v ≈ H⁻¹ b."""

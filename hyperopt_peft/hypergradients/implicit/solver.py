@@ -11,13 +11,13 @@ from torch import Tensor
 
 from hyperopt_peft.errors import NonFiniteError
 from hyperopt_peft.hypergradients.estimator import Estimator, Requirements
+from hyperopt_peft.hypergradients.kernel import Matvec as Matvec
+from hyperopt_peft.hypergradients.kernel import implicit_term
 from hyperopt_peft.hypergradients.oracle import Estimate, Oracle, State
 from hyperopt_peft.hypergradients.products import ProductKind
 from hyperopt_peft.utils.reductions import to_floats
-from hyperopt_peft.utils.validation import PositiveFloat
+from hyperopt_peft.utils.validation import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from hyperopt_peft.utils.vector import Vector, inner, machine_epsilon, normalised, zeros_like
-
-Matvec = Callable[[Vector], Vector]
 
 
 @dataclass(frozen=True)
@@ -96,20 +96,44 @@ class Solver(Estimator):
         direct, b = oracle.upper_gradient.direct, oracle.upper_gradient.b
         if oracle.upper_gradient.norm == 0:
             return Estimate(direct, zeros_like(direct), 0.0, 0, "∂F/∂w is zero", oracle.state)
+        solution, state, of_v = Solution(b), oracle.state, None
+
+        def solve(matvec: Matvec, b: Vector) -> Vector:
+            nonlocal solution, state
+            solution, state = (advance or self.advance)(matvec, b, oracle.state)
+            return solution.v
+
+        def mixed(v: Vector) -> Vector:
+            nonlocal of_v
+            if solution.residual is None or self.product == "exact":
+                return product.mixed(v)
+            of_v, implicit = product.both(v)
+            return implicit
+
         with oracle.product(self.product, epsilon=self.epsilon) as product:
-            solution, state = (advance or self.advance)(product.hessian, b, oracle.state)
-            v, residual = solution.v, solution.residual
-            if residual is None or self.product == "exact":
-                implicit = product.mixed(v)
-            else:
-                of_v, implicit = product.both(v)
-                left = of_v.plus(v, getattr(self, "damping", None) or 0.0).add_(b, -1.0)
-                residual = left.norm() / oracle.upper_gradient.norm
-        return Estimate(direct, implicit.mul_(-1.0), residual, solution.steps, solution.note, state)
+            implicit = implicit_term(product.hessian, mixed, b, solve)
+        residual = solution.residual
+        if of_v is not None:
+            left = of_v.plus(solution.v, getattr(self, "damping", None) or 0.0).add_(b, -1.0)
+            residual = left.norm() / oracle.upper_gradient.norm
+        return Estimate(direct, implicit, residual, solution.steps, solution.note, state)
 
     def advance(self, matvec: Matvec, b: Vector, state: State) -> tuple[Solution, State]:
         """The solution, and the next ``state``; a subclass may use ``state`` as a warm start."""
         return self.solve(matvec, b), {}
+
+
+@dataclass(frozen=True)
+class Krylov(Solver):
+    """A solver with ``steps`` products at most, which ends at relative residual ``tolerance``."""
+
+    steps: PositiveInt = 10
+    damping: NonNegativeFloat = 0.0
+    tolerance: Fraction = 1e-6
+
+    def cost(self) -> int:
+        """The cost of ``steps`` products, the most that the solver takes."""
+        return self.products_cost(self.steps)
 
 
 def power_iteration(matvec: Matvec, start: Vector, steps: int) -> tuple[Vector, float]:

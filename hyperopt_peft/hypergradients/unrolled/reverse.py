@@ -104,7 +104,7 @@ def last_steps(oracle: Oracle, count: int) -> tuple[DifferentiableStep, Sequence
     while True:
         with perturbed(lower.variables):
             assign_(lower.variables, point)
-            gradient = oracle.lower_parts()
+            gradient = oracle.differentiate_lower()
         steps.append(
             StepRecord(oracle.lower_batch, oracle.lower_random, point, gradient, None, state)
         )

@@ -14,7 +14,7 @@ from tests.support.fuzz.grammar import Form
 from tests.support.fuzz.levels import Levels
 
 H = 1e-5
-GAMMA = 100.0  # of the estimator "penalty"
+MULTIPLIER = 1000.0  # of the estimator "f2sa"
 
 
 def restore(state: Any) -> None:
@@ -125,7 +125,8 @@ class Point:
     def __init__(
         self, functions: Functions, w: Tensor, u: Tensor, upper_state: Any, lower_state: Any
     ) -> None:
-        self.functions, self.w, self.u, self.lower_state = functions, w, u, lower_state
+        self.functions, self.w, self.u = functions, w, u
+        self.upper_state, self.lower_state = upper_state, lower_state
         self.b, self.d = functions.gradient("upper", w, u, upper_state)
         self.h, self.m = functions.second(w, u, lower_state)
         self.inverse = torch.linalg.pinv(self.h, hermitian=True, rtol=1e-7)
@@ -150,20 +151,23 @@ class Point:
             total = total + p
         return self.d - step_size * self.m @ total
 
-    def penalty(self) -> Tensor:
-        """∂F/∂u + γ(∂f/∂u(w) − ∂f/∂u(z)), ∂f/∂w(z) = ∂f/∂w(w) + ∂F/∂w(w)/γ, by Newton's steps."""
+    def penalised(self) -> Tensor:
+        """∂F/∂u(y) + λ(∂f/∂u(y) − ∂f/∂u(w)), λ(∂f/∂w(y) − ∂f/∂w(w)) + ∂F/∂w(y) = 0."""
 
-        def gradient(w: Tensor) -> tuple[Tensor, Tensor]:
-            return self.functions.gradient("lower", w, self.u, self.lower_state)
+        def gradients(y: Tensor) -> tuple[Tensor, Tensor]:
+            below = self.functions.gradient("lower", y, self.u, self.lower_state)
+            above = self.functions.gradient("upper", y, self.u, self.upper_state)
+            of_w, of_u = (x + MULTIPLIER * (z - at_w) for x, z, at_w in zip(above, below, here))
+            return of_w, of_u
 
-        of_w, of_u = gradient(self.w)
-        z = self.w
-        for _ in range(100):
-            step = self.inverse @ (gradient(z)[0] - of_w - self.b / GAMMA)
-            z = z - step
+        here = self.functions.gradient("lower", self.w, self.u, self.lower_state)
+        y = self.w
+        for _ in range(100):  # Newton's, without the Hessian of F
+            step = self.inverse @ gradients(y)[0] / MULTIPLIER
+            y = y - step
             if step.norm() < 1e-12:
                 break
-        return self.d + GAMMA * (of_u - gradient(z)[1])
+        return gradients(y)[1]
 
     def unrolled(self, steps: int, fresh: Callable[[Tensor], Any]) -> Tensor:
         """Through simulated steps from w, with ∂F/∂w at w."""

@@ -101,8 +101,7 @@ def expected(point: Point, form: Form) -> Iterator[tuple[str, Tensor | None]]:
     yield f"cg:{solved},product=difference,damping=0.5", point.damped(0.5)
     yield f"warm:steps={STEPS}", point.truth
     if point.definite:
-        yield "f2sa:tolerance=1e-6,inner_steps=500", point.truth
-        yield "penalty:tolerance=1e-6,inner_steps=500", point.penalty()
+        yield "f2sa:multiplier=1e3,tolerance=1e-6,inner_steps=500", point.penalised()
 
     def fresh(w: Tensor) -> torch.optim.Optimizer:
         return optimizer_of(form, [w])

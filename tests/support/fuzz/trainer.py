@@ -45,8 +45,7 @@ GRAMMAR: dict[str, dict[Any, int]] = {
         "exact:damping=0.3": 1,
         "neumann:terms=5,step_size=0.2": 1,
         "warm:step_size=0.3,damping=0.3": 2,
-        "f2sa:tolerance=1e-7,inner_steps=500": 1,
-        "penalty:tolerance=1e-7,inner_steps=500": 1,
+        "f2sa:growth=0.0,tolerance=1e-7,inner_steps=500": 2,
     },
     "table": {"mixed": 3, "sorted": 2},  # by class
     "order": {"random": 2, "sequential": 1},
@@ -79,7 +78,7 @@ class Run(make_dataclass("Words", ["seed", *GRAMMAR], frozen=True), Sentence):  
         if not self.weighs_rows:
             dots = self.estimator == "darts:product=dots"
             return replace(self, estimator="darts") if dots else self
-        convex = self.estimator.startswith(("f2sa", "penalty"))
+        convex = self.estimator.startswith("f2sa")
         return replace(self, writes="no", estimator="darts" if convex else self.estimator)
 
     @property

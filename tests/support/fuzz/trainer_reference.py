@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.functional import jacobian
+from torch.autograd.functional import hessian, jacobian
 from torch.nn.functional import one_hot
 
 from tests.support.fuzz.trainer import (
@@ -21,7 +21,7 @@ from tests.support.fuzz.trainer import (
     written,
 )
 
-GAMMA = 100.0  # of the estimator "penalty"
+MULTIPLIER = 100.0  # of the estimator "f2sa"
 BETAS, EPSILON = (0.9, 0.999), 1e-2
 DAMPING = 0.3
 #: Batches of rows' numbers, each with a mask of its rows' features.
@@ -137,9 +137,12 @@ class Reference:
     ) -> Tensor:
         """The estimator's formula at w and u; ``rate`` is the lower optimizer's."""
         name, _, options = self.form.estimator.partition(":")
-        prior = (self.form.prior or 0.0) / 2 * (u - self.start).square().mean()
-        loss = self.upper(upper, w, u) + prior
-        d, b = torch.autograd.grad(loss, (u, w), materialize_grads=True)
+
+        def above(w: Tensor, u: Tensor) -> Tensor:
+            prior = (self.form.prior or 0.0) / 2 * (u - self.start).square().mean()
+            return self.upper(upper, w, u) + prior
+
+        d, b = torch.autograd.grad(above(w, u), (u, w), materialize_grads=True)
         if name == "direct":
             return d
 
@@ -149,13 +152,19 @@ class Reference:
         if name in ("sama", "unrolled"):
             after = self.below.step(w.detach(), slope(w, u), rate, keep=False)
             return d + torch.autograd.grad(after, u, b)[0]
-        if name == "penalty":
-            z, target = w, slope(w, u) + b / GAMMA  # ∂f/∂w(z) = ∂f/∂w(w) + ∂F/∂w(w)/γ, by Newton
-            for _ in range(10):
-                h = jacobian(lambda z: slope(z, u), z)
-                z = z - torch.linalg.solve(h, slope(z, u) - target)
-            of_u = (torch.autograd.grad(self.f(lower, x, u), u)[0] for x in (w, z.detach()))
-            return d + GAMMA * (next(of_u) - next(of_u))
+        if name == "f2sa":
+
+            def penalised(y: Tensor, u: Tensor) -> Tensor:
+                """F + λ(f(y) − f(w) − ⟨∂f/∂w(w), y − w⟩)."""
+                gap = self.f(lower, y, u) - self.f(lower, w.detach(), u) - start @ (y - w.detach())
+                return above(y, u) + MULTIPLIER * gap
+
+            y, start = w.detach(), slope(w, u).detach()
+            for _ in range(10):  # Newton's
+                y = y.requires_grad_()
+                of_y = jacobian(lambda y: penalised(y, u), y)
+                y = (y - torch.linalg.solve(hessian(lambda y: penalised(y, u), y), of_y)).detach()
+            return torch.autograd.grad(penalised(y, u), u)[0]
         mixed = jacobian(lambda u: slope(w, u), u).T  # (m, n)
         if name == "darts":
             return d - (rate if "xi=lr" in options else 1.0) * mixed @ b
@@ -165,8 +174,6 @@ class Reference:
         """v ≈ (H + damping·I)⁻¹ b, by the solver's formula."""
         eye = torch.eye(len(b), dtype=torch.float64)
         damped = h + DAMPING * eye
-        if name == "f2sa":
-            return torch.linalg.solve(h, b)
         if name == "neumann":
             return 0.2 * sum(torch.linalg.matrix_power(eye - 0.2 * h, k) @ b for k in range(6))
         if options.startswith("steps=1,"):
