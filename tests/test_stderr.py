@@ -1,7 +1,5 @@
 """Warnings of other libraries that a user cannot act on do not reach stderr."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Where the fast layer is not the layer it stands for, that one is used."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

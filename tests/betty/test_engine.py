@@ -1,7 +1,5 @@
 """Options and callbacks of problems, and where Betty's own results are wrong."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """A script that was written for Betty runs as a program, and what is not supported is one line."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

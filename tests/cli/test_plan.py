@@ -1,7 +1,5 @@
 """``--dry_run`` says what training then does, and does nothing itself."""
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path

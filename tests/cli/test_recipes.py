@@ -1,7 +1,5 @@
 """The recipes in examples/recipes/glue: they share the published settings, and they run."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

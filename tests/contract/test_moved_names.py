@@ -1,7 +1,5 @@
 """A release that renames a private name: each in turn, and what a user sees."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

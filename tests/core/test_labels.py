@@ -1,7 +1,5 @@
 """Losses of labels and rows add up to the model's own; weighted rows by hand."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Every example of a docstring runs, and every public class and function has one."""
 
-from __future__ import annotations
-
 import doctest
 import importlib
 import inspect

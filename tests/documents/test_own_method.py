@@ -1,7 +1,5 @@
 """The method of docs/define-a-method.md, as a file and in a distribution, everywhere it can run."""
 
-from __future__ import annotations
-
 import re
 import sys
 from functools import partial

@@ -1,7 +1,5 @@
 """F on held-out rows: evaluated without trace, logged, and the end of a run at its smallest."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from typing import Any
 

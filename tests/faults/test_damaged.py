@@ -1,7 +1,5 @@
 """Damaged and hostile files, a full disk and SIGKILL: one clear error, and a way to go on."""
 
-from __future__ import annotations
-
 import json
 import resource
 import shutil

@@ -1,7 +1,5 @@
 """A loss or a gradient that is not finite: one clear error, or a skipped step."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

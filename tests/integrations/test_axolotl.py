@@ -1,7 +1,5 @@
 """The plug-in for axolotl: its own command trains with a method from a YAML file, on the CPU."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

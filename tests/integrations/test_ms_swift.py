@@ -1,7 +1,5 @@
 """Runs the tests over ms-swift apart: its import changes classes of Transformers."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

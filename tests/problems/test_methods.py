@@ -1,7 +1,5 @@
 """Every method: its hypergradient, a special case, and a plain adapter at the end."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Levels at their minimum: which methods' upper variables the lower level absorbs."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

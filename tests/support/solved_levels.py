@@ -1,7 +1,5 @@
 """Levels of an adapted linear layer, whose lower one is at a minimum."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Models that a trainer of TRL makes: by name, with a new adapter, over a 4-bit base."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A bilevel trainer over a trainer of TRL: what the parent does is the parent's."""
 
-from __future__ import annotations
-
 import pickle
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The networks of the forms, and their functions with backward passes of their own."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

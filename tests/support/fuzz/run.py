@@ -6,8 +6,6 @@ prints what was neither, and each verdict's count. Problems of odd numbers are t
 and in an Engine, those of even numbers a run of the Trainer.
 """
 
-from __future__ import annotations
-
 import argparse
 import random
 import warnings
