@@ -3,8 +3,6 @@
 import json
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from hyperopt_peft.engine.checkpoint import (
 from tests.support.damage import DAMAGES, Trap
 from tests.support.killed import RUNS
 from tests.support.networks import differences
+from tests.support.process import python
 from tests.support.resume import end, interrupted, saving
 
 #: Some files of a checkpoint, each with a damage that it may have.
@@ -148,10 +147,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(ended: Any, tmp_path: Path, size
     ],
 )
 def test_a_killed_run_ends_as_if_left_alone(seed: int, kills: int, name: str) -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "tests.support.killed", str(seed), str(kills)]
-    root = Path(__file__).parents[2]
-    done = subprocess.run([*command, name], capture_output=True, text=True, cwd=root)
-    assert done.returncode == 0, done.stderr
+    done = python("-W", "ignore", "-m", "tests.support.killed", seed, kills, name)
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["kills"] >= 1
     assert not result["different"]

@@ -1,7 +1,5 @@
 """Models that a trainer of TRL makes: by name, with a new adapter, over a 4-bit base."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from transformers import BitsAndBytesConfig
 from hyperopt_peft import BiDoRA
 from tests.support.language import language_model, tokenizer
 from tests.support.networks import differences
+from tests.support.process import python
 
 trl = pytest.importorskip("trl")
 
@@ -86,8 +85,5 @@ def test_arguments_are_read_in_a_new_process(tmp_path: Path) -> None:
     trainer = bidora(tmp_path, settings={"retrain": "none", "save_strategy": "steps"})
     trainer.train()
     path = next(tmp_path.glob("checkpoint-*")) / "training_args.bin"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", READ, path], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    done = python("-W", "ignore", "-c", READ, path)
     assert done.stdout.split() == ["BilevelSFTConfig", "0.001", "1024", "0.01"]
