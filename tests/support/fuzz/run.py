@@ -134,7 +134,6 @@ class Examination:
         random.seed(seed)
         self.state = current()
         self.functions = Functions(self.form, weight_of_squares(self.form, self.state))
-        self._unmoved: list[Tensor] = []
 
     def levels(self) -> tuple[Levels, object, object]:
         levels = Levels(self.form, plain=False, curvature=self.functions.plain.curvature)
