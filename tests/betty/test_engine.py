@@ -136,8 +136,6 @@ def test_accumulation_is_a_step_along_the_mean() -> None:
 
 
 class Partly(nn.Module):
-    """Used, unused and frozen parameters."""
-
     def __init__(self) -> None:
         super().__init__()
         self.values, self.unused, self.frozen = (nn.Parameter(torch.ones(2)) for _ in range(3))

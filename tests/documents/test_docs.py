@@ -25,7 +25,6 @@ def run(source: str, name: str, namespace: Any = None) -> Any:
 
 
 def changes(diff: str) -> Any:
-    """The (before, after) lines of a diff."""
     before, after = ([x[1:] for x in diff.splitlines() if x.startswith(sign)] for sign in "-+")
     return list(zip(before, after, strict=True))
 

@@ -26,7 +26,6 @@ def following(**options: Any) -> tuple[Any, ...]:
 
 
 def path(steps: int) -> list[float]:
-    """u after each number of steps."""
     return [5 * (1 - 0.8**k) for k in range(steps + 1)]
 
 

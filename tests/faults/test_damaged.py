@@ -47,7 +47,6 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 
 @pytest.fixture
 def folder(ended: Any, tmp_path: Path) -> Path:
-    """A copy of the finished run's folder."""
     return Path(shutil.copytree(ended[0], tmp_path / "run"))
 
 

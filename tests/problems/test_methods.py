@@ -268,7 +268,6 @@ def test_offsets_and_factors_are_of_the_lower_loss_alone() -> None:
 
 
 def both_levels(method: Method) -> Any:
-    """In float64, with a batch each."""
     batches, dora = list(zip(two_batches())), isinstance(method, BiDoRA)
     model = peft_model(dora=dora, dropout=0.0).double()
     return method.levels(model, data=batches, optimizers=[SGD, SGD])

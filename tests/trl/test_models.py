@@ -27,7 +27,6 @@ print(type(args).__name__, args.upper_learning_rate, args.max_length, args.learn
 
 @pytest.fixture(scope="module")
 def named(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of a saved model with its tokenizer."""
     folder = tmp_path_factory.mktemp("model")
     language_model().save_pretrained(folder)
     tokenizer().save_pretrained(folder)

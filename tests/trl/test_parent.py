@@ -37,7 +37,6 @@ TIMES = ("_runtime", "_per_second", *OURS)
 
 
 def end(trainer: Any) -> dict[str, Any]:
-    """Parameters, optimizer, metrics and logs."""
     logs = [
         {key: value for key, value in record.items() if not key.endswith(TIMES)}
         for record in trainer.state.log_history
@@ -162,7 +161,6 @@ def test_what_the_loss_counts_is_what_was_trained(tmp_path: Path, estimator: str
 @pytest.mark.slow
 @pytest.mark.parametrize(("parent", "peft"), [(SFT, True), (DPO, False)], ids=["sft", "dpo again"])
 def test_a_resumed_run_is_bit_identical(tmp_path: Path, parent: type, peft: bool) -> None:
-    """In the search and in the retraining, with TRL's defaults."""
 
     def make(folder: Path, callbacks: Any = (), **settings: Any) -> Any:
         options: dict[str, Any] = {}

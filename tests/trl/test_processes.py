@@ -22,7 +22,6 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def train(folder: Path, batch: int, estimator: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The logs of both phases, and the parameters at the end."""
     options = dict(RUNS[estimator])
     layout = options.pop("layout")
     trainer = made(
