@@ -16,8 +16,6 @@ PEFT's source distribution, with the fast layer in place of PEFT's: those files 
 GPU, without the tests that ask for a model from the hub.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,7 +1,5 @@
 """Which folder may import which: arrows point down only, as the package's layout is drawn."""
 
-from __future__ import annotations
-
 import ast
 import re
 from importlib import import_module

@@ -1,7 +1,5 @@
 """A program with an Engine and two Problems loads PyTorch, and no library of the Trainer."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

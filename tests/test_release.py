@@ -1,10 +1,8 @@
 """Files of a release: one version in all, and one list of the sets of packages."""
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import tomllib
 import zipfile
@@ -15,8 +13,8 @@ import pytest
 import yaml
 
 from tests.matrix import NEWER_PYTHON, SETS
+from tests.support.process import ROOT, python
 
-ROOT = Path(__file__).parents[1]
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 #: Every public name of an installed package, from its own folder.
 NAMES = """
@@ -82,8 +80,7 @@ def test_the_distributions_have_every_module_and_run(tmp_path: Path) -> None:
     build = "import sys, setuptools.build_meta as x; getattr(x, sys.argv[1])(sys.argv[2])"
 
     def built(kind: str, folder: Path) -> Path:
-        command = [sys.executable, "-c", build, f"build_{kind}", tmp_path]
-        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        python("-c", build, f"build_{kind}", tmp_path, folder=folder)
         (made,) = tmp_path.glob("*.tar.gz" if kind == "sdist" else "*.whl")
         return made
 
@@ -94,8 +91,5 @@ def test_the_distributions_have_every_module_and_run(tmp_path: Path) -> None:
     modules = {str(path.relative_to(source)) for path in source.glob("*/**/*.py")}
     installed = {str(path.relative_to(site)) for path in site.glob("**/*.py")}
     assert installed == {x.replace("problems/", "hyperopt_peft/problems/", 1) for x in modules}
-    environment = {**os.environ, "PYTHONPATH": str(site)}
     for program in (NAMES, "from hyperopt_peft.cli.main import main; main(['train', '--help'])"):
-        command = [sys.executable, "-c", program]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
-        assert done.returncode == 0, done.stderr.decode()
+        python("-c", program, folder=tmp_path, PYTHONPATH=str(site))

@@ -1,7 +1,5 @@
 """Where the fast layer is not the layer it stands for, that one is used."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 
@@ -71,7 +69,6 @@ def test_weights_that_are_elsewhere_at_the_time_keep_the_forward_of_peft() -> No
 
 
 def slopes(model: PeftModel, x: Tensor) -> tuple[Tensor, ...]:
-    """The gradients of all that is trained."""
     trained = [p for p in model.parameters() if p.requires_grad]
     assert len(trained) == 4
     return torch.autograd.grad(model(x).sin().sum(), trained)

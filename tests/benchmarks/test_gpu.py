@@ -1,6 +1,10 @@
 """The benchmark on a GPU, tried on the CPU: each part, and parts that fail."""
 
 import json
+import os
+import signal
+import time
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,6 @@ from tests.support.language import with_logits
 MARKS: dict[str, Any] = dict.fromkeys(("step", "levels", "attribution", "4-bit"), pytest.mark.slow)
 MARKS["packing"] = with_logits
 CPU = Machine("cpu", small=True, threads=1)
-HERE = "tests.support.gpu_parts"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -36,12 +39,32 @@ def test_a_part_makes_a_table(name: str) -> None:
             assert row.get(column) in (None, 0.0)
 
 
+def fine(machine: Any) -> Iterator[dict[str, Any]]:
+    yield {"device": machine.device, "n": 1}
+    yield {"device": machine.device, "n": 2}
+
+
+def raises(machine: Any) -> Iterator[dict[str, Any]]:
+    yield {"n": 1}
+    raise MemoryError("out of memory")
+
+
+def killed(machine: Any) -> Iterator[dict[str, Any]]:
+    yield {"n": 1}
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hangs(machine: Any) -> Iterator[dict[str, Any]]:
+    time.sleep(600)
+    yield {"n": 1}
+
+
 def test_a_part_that_fails_costs_only_itself(tmp_path: Path, capsys: Any) -> None:
     parts = {
-        name: Part(name, f"{HERE}:{name}", 0.2 if name == "hangs" else 60)
+        name: Part(name, f"{__name__}:{name}", 0.2 if name == "hangs" else 60)
         for name in ("raises", "hangs", "killed", "fine")
     }
-    parts["missing"] = Part("missing", f"{HERE}:fine", 60, ("a_package|another_package",))
+    parts["missing"] = Part("missing", f"{__name__}:fine", 60, ("a_package|another_package",))
     path = tmp_path / "speed_gpu.json"
     run(parts, CPU, path)
     content = json.loads(path.read_text())

@@ -1,7 +1,6 @@
 """Every benchmark script runs with its smallest sizes; the store of results, and the pages."""
 
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ import benchmarks  # noqa: F401 - its entry in sys.path is there before a test t
 from benchmarks import pages
 from benchmarks.memory import peak_memory
 from benchmarks.store import Store
+from tests.support.process import ROOT, python
 
-ROOT = Path(__file__).parents[2]
 SLOW = [
     "speed timing --quick",
     "speed language --quick",
@@ -37,12 +36,9 @@ SLOW = [
 @pytest.mark.parametrize("words", SLOW)
 def test_a_script_runs(words: str) -> None:
     folder, *options = words.split()
-    command = [sys.executable, ROOT / "benchmarks" / folder, *options]
     if folder in ("speed", "estimators") and "--quick" in options:
-        command += ["--threads", "1"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout
+        options += ["--threads", "1"]
+    assert python(ROOT / "benchmarks" / folder, *options).stdout
 
 
 @pytest.mark.parametrize("folder", ["methods", "attribution"])

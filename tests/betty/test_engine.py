@@ -1,7 +1,5 @@
 """Options and callbacks of problems, and where Betty's own results are wrong."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -17,48 +15,52 @@ from tests.support.betty_programs import Values, chain, ridge
 class Quadratic(ImplicitProblem):
     """½‖w − batch‖² over the parameters ``values`` of the module."""
 
-    def training_step(self, batch: Any) -> Tensor:
-        loss: Tensor = (self.module.values - batch).square().sum() / 2
-        return loss
+    def training_step(self, batch: Any) -> Any:
+        return (self.module.values - batch).square().sum() / 2
 
 
-def quadratic(*, name: str = "fit", config: Config | None = None, **parts: Any) -> Quadratic:
+def quadratic(
+    kind: Any = Quadratic, *, name: str = "fit", config: Config | None = None, **parts: Any
+) -> Quadratic:
     module = parts.pop("module", None) or Values([1.0, 2.0])
     optimizer = parts.pop("optimizer", torch.optim.SGD(module.parameters(), lr=0.1))
     data = parts.pop("train_data_loader", [torch.zeros(2, dtype=torch.float64)])
-    return Quadratic(name, config, module, optimizer, train_data_loader=data, **parts)
+    return kind(name, config, module, optimizer, train_data_loader=data, **parts)
 
 
 def below(lower: Any, upper: Any) -> dict[str, Any]:
     return {"l2u": {lower: [upper]}, "u2l": {upper: [lower]}}
 
 
+def run(problems: list[Any], steps: int, *, upper: Any = None, **options: Any) -> Engine:
+    """An engine after ``steps`` of these problems, the last of which is below ``upper``, if any."""
+    graph = None if upper is None else {"l2u": {problems[-1]: [upper]}, "u2l": {}}
+    engine = Engine(problems, EngineConfig(train_iters=steps, strategy="cpu", **options), graph)
+    engine.run()
+    return engine
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("kind", "name", "value"),
     [
-        {"type": "reinforce"},
-        {"precision": "fp16"},
-        {"first_order": False},
-        {"darts_multitask": True},
-        {"sama_multitask": True},
-        {"scale_factor": 3.0},
-        {"initial_dynamic_scale": 1.0},
-        {"unroll_steps": 0},
-        {"neumann_alpha": -1.0},
+        (Config, "type", "reinforce"),
+        (Config, "precision", "fp16"),
+        (Config, "first_order", False),
+        (Config, "darts_multitask", True),
+        (Config, "sama_multitask", True),
+        (Config, "scale_factor", 3.0),
+        (Config, "initial_dynamic_scale", 1.0),
+        (Config, "unroll_steps", 0),
+        (Config, "neumann_alpha", -1.0),
+        (EngineConfig, "strategy", "fsdp"),
+        (EngineConfig, "distributed", True),
+        (EngineConfig, "backend", "gloo"),
+        (EngineConfig, "valid_step", 0),
     ],
 )
-def test_options_of_problems_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ProblemError, match=next(iter(options))):
-        Config(**options)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"strategy": "fsdp"}, {"distributed": True}, {"backend": "gloo"}, {"valid_step": 0}],
-)
-def test_options_of_engines_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ProblemError, match=next(iter(options))):
-        EngineConfig(**options)
+def test_options_are_refused(kind: Any, name: str, value: Any) -> None:
+    with pytest.raises(ProblemError, match=name):
+        kind(**{name: value})
 
 
 @pytest.mark.parametrize(
@@ -85,15 +87,13 @@ def test_engines_refuse_what_is_no_chain() -> None:
         Engine([quadratic(name="run")])
 
 
-@pytest.mark.parametrize("part", ["train_data_loader", "optimizer"])
-def test_a_part_is_missing(part: str) -> None:
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("train_data_loader", None), ("train_data_loader", ([0.0], [1.0])), ("optimizer", None)],
+)
+def test_a_part_is_missing_or_given_twice(part: str, value: Any) -> None:
     with pytest.raises(ProblemError, match=f"fit: give one {part}"):
-        Engine([quadratic(**{part: None})])
-
-
-def test_several_loaders_are_refused() -> None:
-    with pytest.raises(ProblemError, match="give one train_data_loader"):
-        Engine([quadratic(train_data_loader=([0.0], [1.0]))])
+        Engine([quadratic(**{part: value})])
 
 
 def test_the_loader_is_in_a_list_of_one() -> None:
@@ -102,16 +102,14 @@ def test_the_loader_is_in_a_list_of_one() -> None:
             return torch.optim.lr_scheduler.StepLR(self.optimizer, len(self.train_data_loader[0]))
 
     batches = [torch.full((2,), x, dtype=torch.float64) for x in (0.0, 1.0)]
-    module = Values([1.0, 2.0])
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    problem = Counted("fit", None, module, optimizer, train_data_loader=batches)
+    problem = quadratic(Counted, train_data_loader=batches)
     for steps in (2, 4):  # the second engine goes on with the same batches
-        Engine([problem], EngineConfig(train_iters=steps, strategy="cpu")).run()
+        run([problem], steps)
     assert problem.train_data_loader[0] is batches
     expected = torch.tensor([1.0, 2.0], dtype=torch.float64)
     for rate, x in ((0.1, 0.0), (0.1, 1.0), (0.01, 0.0), (0.01, 1.0)):
         expected = expected - rate * (expected - x)
-    torch.testing.assert_close(module.values.detach(), expected)
+    torch.testing.assert_close(problem.module.values.detach(), expected)
 
 
 def test_levels_share_a_parameter() -> None:
@@ -123,7 +121,7 @@ def test_levels_share_a_parameter() -> None:
 
 def test_one_problem_is_trained() -> None:
     problem = quadratic()
-    Engine([problem], EngineConfig(train_iters=3, strategy="cpu")).run()
+    run([problem], 3)
     expected = torch.tensor([1.0, 2.0], dtype=torch.float64) * 0.9**3
     assert torch.allclose(problem.module.values, expected)
 
@@ -132,14 +130,12 @@ def test_accumulation_is_a_step_along_the_mean() -> None:
     batches = [torch.full((2,), x, dtype=torch.float64) for x in (0.0, 1.0, 5.0)]
     many = quadratic(config=Config(gradient_accumulation=3), train_data_loader=batches)
     one = quadratic(train_data_loader=[torch.stack(batches).mean(0)])
-    Engine([many], EngineConfig(train_iters=6, strategy="cpu")).run()
-    Engine([one], EngineConfig(train_iters=2, strategy="cpu")).run()
+    run([many], 6)
+    run([one], 2)
     assert torch.allclose(many.module.values, one.module.values)
 
 
 class Partly(nn.Module):
-    """Used, unused and frozen parameters."""
-
     def __init__(self) -> None:
         super().__init__()
         self.values, self.unused, self.frozen = (nn.Parameter(torch.ones(2)) for _ in range(3))
@@ -157,13 +153,11 @@ def test_unused_parameters(allowed: bool) -> None:
         train_data_loader=[torch.zeros(2)],
     )
     upper = quadratic(name="upper", module=Values([1.0, 1.0]))
-    graph = {"l2u": {lower: [upper]}, "u2l": {}}
-    engine = Engine([lower, upper], EngineConfig(train_iters=3, strategy="cpu"), graph)
     if not allowed:
         with pytest.raises(ProblemError, match="unused"):
-            engine.run()
+            run([upper, lower], 3, upper=upper)
         return
-    engine.run()
+    run([upper, lower], 3, upper=upper)
     assert (module.values < 0.9).all()
     assert torch.equal(module.unused, torch.ones(2))
     assert torch.equal(module.frozen, torch.ones(2))
@@ -175,15 +169,14 @@ def test_group_options_are_kept() -> None:
     groups = [{"params": [module[0].values], "lr": 0.5}, {"params": [module[1].values]}]
 
     class Both(ImplicitProblem):
-        def training_step(self, batch: Any) -> Tensor:
-            loss: Tensor = sum(x().sum() for x in self.module)
-            return loss
+        def training_step(self, batch: Any) -> Any:
+            return sum(x().sum() for x in self.module)
 
         def trainable_parameters(self) -> list[Tensor]:
             return [module[0].values]
 
-    problem = Both("both", None, both, torch.optim.SGD(groups, lr=0.1), train_data_loader=[0])
-    Engine([problem], EngineConfig(train_iters=1, strategy="cpu")).run()
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    run([quadratic(Both, module=both, optimizer=optimizer, train_data_loader=[0])], 1)
     assert [x.item() for x in (module[0].values, module[1].values)] == [0.5, 1.0]
 
 
@@ -192,18 +185,16 @@ def test_both_passes_have_the_masks_of_the_step() -> None:
     drawn, slopes = [], []
 
     class Outer(ImplicitProblem):
-        def training_step(self, batch: Any) -> Tensor:
-            loss: Tensor = (self.inner() - 1).square().sum()
-            return loss
+        def training_step(self, batch: Any) -> Any:
+            return (self.inner() - 1).square().sum()
 
         def grad_callback(self) -> None:
             slopes.append(self.module.values.grad.clone())
 
     class Inner(ImplicitProblem):
-        def training_step(self, batch: Any) -> Tensor:
+        def training_step(self, batch: Any) -> Any:
             drawn.append(torch.rand(3, dtype=torch.float64))
-            loss: Tensor = (drawn[-1] * self.outer() * self()).sum()
-            return loss
+            return (drawn[-1] * self.outer() * self()).sum()
 
     u, w = Values([1.0, 2.0, 3.0]), Values([0.5, -0.5, 0.1])
     outer, inner = (
@@ -219,19 +210,17 @@ def test_bfloat16_runs_and_its_differences_are_in_float32() -> None:
     slopes, kinds = [], set()
 
     class Outer(ImplicitProblem):
-        def training_step(self, batch: Any) -> Tensor:
-            loss: Tensor = (self.inner(batch) - 1).square().mean()
-            return loss
+        def training_step(self, batch: Any) -> Any:
+            return (self.inner(batch) - 1).square().mean()
 
         def grad_callback(self) -> None:
             slopes.append(torch.cat([x.grad.flatten() for x in self.parameters()]))
 
     class Inner(ImplicitProblem):
-        def training_step(self, batch: Any) -> Tensor:
+        def training_step(self, batch: Any) -> Any:
             out = self(batch)
             kinds.add(out.dtype)
-            loss: Tensor = ((out - self.outer(batch)).tanh() ** 2).mean()
-            return loss
+            return ((out - self.outer(batch)).tanh() ** 2).mean()
 
     x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
     for precision in ("fp32", "bf16"):
@@ -283,17 +272,14 @@ def test_roll_back_keeps_the_warm_up_and_restores_buffers() -> None:
             self.register_buffer("passes", torch.zeros(()))
 
     class Lower(Quadratic):
-        def training_step(self, batch: Any) -> Tensor:
+        def training_step(self, batch: Any) -> Any:
             self.module.passes += 1
             return super().training_step(batch)
 
     module = Counted()
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    data = [torch.zeros(2, dtype=torch.float64)]
-    lower = Lower("lower", Config(warmup_steps=4), module, optimizer, train_data_loader=data)
+    lower = quadratic(Lower, name="lower", config=Config(warmup_steps=4), module=module)
     upper = quadratic(name="upper")
-    config = EngineConfig(train_iters=6, roll_back=True, strategy="cpu")
-    Engine([upper, lower], config, {"l2u": {lower: [upper]}, "u2l": {}}).run()
+    run([upper, lower], 6, upper=upper, roll_back=True)
     expected = torch.tensor([1.0, 2.0], dtype=torch.float64) * 0.9**6
     torch.testing.assert_close(module.values.detach(), expected)
     assert module.passes == 6
@@ -302,9 +288,8 @@ def test_roll_back_keeps_the_warm_up_and_restores_buffers() -> None:
 
 def test_roll_back_repeats_the_last_step_at_the_rate_of_the_cycle() -> None:
     class Follow(ImplicitProblem):
-        def training_step(self, batch: Any) -> Tensor:
-            loss: Tensor = (self() - self.upper() - batch).square().sum() / 2
-            return loss
+        def training_step(self, batch: Any) -> Any:
+            return (self() - self.upper() - batch).square().sum() / 2
 
     w, u = Values([1.0, 2.0]), Values([0.5, -0.5])
     optimizer = torch.optim.SGD(w.parameters(), lr=0.4)
@@ -313,8 +298,7 @@ def test_roll_back_repeats_the_last_step_at_the_rate_of_the_cycle() -> None:
     lower = Follow("lower", Config(unroll_steps=2), w, optimizer, scheduler, batches)
     upper = quadratic(name="upper", module=u)
     expected, target, rate = w.values.detach().clone(), u.values.detach().clone(), 0.4
-    config = EngineConfig(train_iters=8, roll_back=True, strategy="cpu")
-    Engine([upper, lower], config, {"l2u": {lower: [upper]}, "u2l": {}}).run()
+    run([upper, lower], 8, upper=upper, roll_back=True)
     for last in (1.0, 0.0, 5.0, 1.0):  # the second batch of each cycle of two
         target = target * 0.9
         expected = expected - rate * (expected - target - last)
@@ -325,32 +309,21 @@ def test_roll_back_repeats_the_last_step_at_the_rate_of_the_cycle() -> None:
 
 
 def test_sama_differentiates_the_step_of_adam() -> None:
-    run = ridge(
-        hyperopt_peft.betty,
-        {"train_iters": 5},
-        {"type": "sama", "sama_adam_alpha": 1e-3},
-        {},
-        optimizer="adam",
-    )
-    same = ridge(hyperopt_peft.betty, {"train_iters": 5}, {}, {}, optimizer="adam")
+    def of_adam(**lower: Any) -> Any:
+        return ridge(hyperopt_peft.betty, {"train_iters": 5}, lower, {}, optimizer="adam")
+
+    found, same = of_adam(type="sama", sama_adam_alpha=1e-3), of_adam()
     upper, lower = same.engine._levels
     upper.owner.scheduler.last_epoch = 0
     hyperopt_peft.Engine(upper, lower, "unrolled:steps=1", progress=False).run(5)
-    run.engine.run()
-    torch.testing.assert_close(run.u.values, same.u.values, rtol=1e-4, atol=0)
+    found.engine.run()
+    torch.testing.assert_close(found.u.values, same.u.values, rtol=1e-4, atol=0)
     with pytest.raises(ProblemError, match="sama cannot accumulate"):
-        ridge(
-            hyperopt_peft.betty,
-            {},
-            {"type": "sama", "gradient_accumulation": 2},
-            {},
-            optimizer="adam",
-        )
+        of_adam(type="sama", gradient_accumulation=2)
 
 
 def test_states_are_restored() -> None:
-    first = ridge(hyperopt_peft.betty, {"train_iters": 4}, {}, {})
-    second = ridge(hyperopt_peft.betty, {"train_iters": 4}, {}, {})
+    first, second = (ridge(hyperopt_peft.betty, {"train_iters": 4}, {}, {}) for _ in range(2))
     first.engine.run()
     for one, other in ((first.outer, second.outer), (first.inner, second.inner)):
         other.load_state_dict(one.state_dict())
@@ -362,35 +335,32 @@ def test_states_are_restored() -> None:
 def test_a_chain_solves_by_cg() -> None:
     lower = {"type": "cg", "cg_iterations": 4, "unroll_steps": 3}
     middle = {"type": "cg", "cg_iterations": 4, "unroll_steps": 2}
-    run = chain(hyperopt_peft.betty, lower, middle, train_iters=20)
-    run.engine.run()
-    assert run.engine.global_step == 18
-    assert all(x.isfinite().all() for x in run.values)
+    program = chain(hyperopt_peft.betty, lower, middle, train_iters=20)
+    program.engine.run()
+    assert program.engine.global_step == 18
+    assert all(x.isfinite().all() for x in program.values)
 
 
 def path_through_the_lowest(cases: list[Any], goal: Tensor, **options: Any) -> Engine:
     """w follows 2v, which follows u: v*(u) = u/2. F = ½‖v − goal‖²."""
 
     class Top(ImplicitProblem):
-        def training_step(self, batch: Any) -> Tensor:
-            loss: Tensor = (self.middle() - goal).square().sum() / 2
-            return loss
+        def training_step(self, batch: Any) -> Any:
+            return (self.middle() - goal).square().sum() / 2
 
         def grad_callback(self) -> None:
             cases.append((self.module.values.grad.clone(), self.middle().detach().clone()))
 
     class Middle(ImplicitProblem):
-        def training_step(self, batch: Any) -> Tensor:
-            loss: Tensor = (self.lowest() - self.top()).square().sum() / 2
-            return loss
+        def training_step(self, batch: Any) -> Any:
+            return (self.lowest() - self.top()).square().sum() / 2
 
         def grad_callback(self) -> None:
             cases.append(self.lowest.count)
 
     class Lowest(ImplicitProblem):
-        def training_step(self, batch: Any) -> Tensor:
-            loss: Tensor = (self() - 2 * self.middle()).square().sum() / 2
-            return loss
+        def training_step(self, batch: Any) -> Any:
+            return (self() - 2 * self.middle()).square().sum() / 2
 
     starts = {"top": [0.5, 0.1], "middle": [0.3, -0.2], "lowest": [0.0, 0.0]}
     cg = {"type": "cg", "cg_iterations": 2}

@@ -1,16 +1,12 @@
 """A script that was written for Betty runs as a program, and what is not supported is one line."""
 
-from __future__ import annotations
-
-import subprocess
-import sys
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
 import torch
 
-from tests.support.process import ROOT, python
+from tests.support.process import python
 
 SCRIPT = dedent("""
     import sys
@@ -138,15 +134,12 @@ def test_first_hypergradient_is_the_closed_form(tmp_path: Path) -> None:
 def test_refused_in_one_line(program: str | None, words: str, tmp_path: Path) -> None:
     if program is not None:
         (tmp_path / "script.py").write_text(program)
-    command = [sys.executable, "-m", "hyperopt_peft.betty", tmp_path / "script.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode != 0
+    done = python("-m", "hyperopt_peft.betty", tmp_path / "script.py", fails=True)
     assert done.stderr.count("\n") == 1
     assert words in done.stderr
 
 
 def test_errors_of_the_script_are_its_own(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text("import betty\nimport no_such_module_of_mine")
-    command = [sys.executable, "-m", "hyperopt_peft.betty", tmp_path / "script.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = python("-m", "hyperopt_peft.betty", tmp_path / "script.py", fails=True)
     assert "Traceback" in done.stderr

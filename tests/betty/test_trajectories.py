@@ -1,7 +1,5 @@
 """Programs for Betty take the same steps here, where Betty's formulas are right."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

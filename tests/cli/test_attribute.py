@@ -25,7 +25,6 @@ def written(folder: Path) -> list[dict[str, str]]:
 
 
 def test_everything_at_once(tmp_path: Path, capsys: Capture) -> None:
-    """With options from a file."""
     changes = {"check": 5, "suspects": 2, "details": True}
     config = tmp_path / "config.yaml"
     chosen = options(tmp_path, **changes)
@@ -143,7 +142,6 @@ def test_held_out_rows_are_not_in_the_file(tmp_path: Path, capsys: Capture) -> N
 
 @pytest.mark.parametrize("task", ["regression", "token-classification", "causal-lm", "seq2seq"])
 def test_every_task_is_scored(tmp_path: Path, task: str) -> None:
-    """By the end of the run."""
     run("attribute", **options(tmp_path, task, estimator="gradient", max_steps=2))
     table = written(tmp_path)
     assert len(table) == 24

@@ -1,7 +1,5 @@
 """From doubtful labels to a training on corrected ones, and rows that may not judge it."""
 
-from __future__ import annotations
-
 import csv
 import re
 import shlex

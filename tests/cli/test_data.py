@@ -1,7 +1,5 @@
 """Files are read alike in every format; what cannot be trained on is named before any work."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

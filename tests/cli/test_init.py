@@ -1,7 +1,5 @@
 """``init``: what a table is for is guessed, and the written file runs as it is."""
 
-from __future__ import annotations
-
 import re
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The entry point: usage, unknown commands, and ends that are one line and an exit status."""
 
-from __future__ import annotations
-
 import signal
 import warnings
 from importlib.metadata import version

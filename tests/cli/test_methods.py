@@ -1,7 +1,5 @@
 """``--method``: every name trains, a class of a file too, and what cannot be one is refused."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Options from YAML and flags are read by the same rules; errors name file and option."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path

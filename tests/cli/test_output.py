@@ -1,7 +1,5 @@
 """No command replaces the work of an earlier run by accident, or trains nothing."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """``--dry_run`` says what training then does, and does nothing itself."""
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path
@@ -24,7 +22,6 @@ def numbers(text: str, line: str) -> list[int]:
 
 
 def steps(text: str) -> list[int]:
-    """The steps of each phase."""
     return [int(n) for n in re.findall(r"^\w+ +1 +(\d+) ", text, re.MULTILINE)]
 
 

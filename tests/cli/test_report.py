@@ -1,7 +1,5 @@
 """``report.html``: the result of a run, and the command that runs it again."""
 
-from __future__ import annotations
-
 import html
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """``train``: every task, and what it writes says what stock PEFT and plain PyTorch find."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,16 +1,12 @@
 """A release that renames a private name: each in turn, and what a user sees."""
 
-from __future__ import annotations
-
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.moved import NAMES
+from tests.support.process import python
 
 #: The names without which layers keep PEFT's forward pass, and how many of the program's models do.
 NEEDED_BY_LAYERS = {"lora_variant": 3, "_embed": 1, "conv_fn": 1}
@@ -19,11 +15,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def seen() -> Any:
-    command = [sys.executable, "-m", "tests.support.moved"]
-    done = subprocess.run(
-        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(python("-m", "tests.support.moved").stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", [name for _, name in NAMES])

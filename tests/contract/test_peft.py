@@ -1,7 +1,5 @@
 """What PEFT and accelerate do not promise and `peft_internals` uses: a failure names what moved."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """What PyTorch does not promise and `utils.autograd` uses: a failure names what moved."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

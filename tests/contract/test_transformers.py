@@ -3,8 +3,6 @@
 A release that moves one of them fails here, with the name.
 """
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

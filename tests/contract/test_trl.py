@@ -1,7 +1,5 @@
 """Names of TRL that the package knows, in the releases that it is used with."""
 
-from __future__ import annotations
-
 import inspect
 from pathlib import Path
 

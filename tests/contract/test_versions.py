@@ -1,7 +1,5 @@
 """What pyproject.toml promises: the set that runs here is inside, and the page says the same."""
 
-from __future__ import annotations
-
 import json
 import re
 import tomllib

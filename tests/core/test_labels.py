@@ -1,7 +1,5 @@
 """Losses of labels and rows add up to the model's own; weighted rows by hand."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 
@@ -189,16 +187,6 @@ def test_labels_of_rows_are_not_shifted() -> None:
     assert not labels_are_shifted(model, batch() | {"labels": torch.tensor([0, 1, 0])})
 
 
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [(RemoteCausal(shift=2), "neither"), (RemoteCausal(scale=2.0), "mean over labels")],
-    ids=["two tokens ahead", "twice the mean"],
-)
-def test_a_loss_of_neither_rule_is_refused(model: Any, message: str) -> None:
-    with pytest.raises(ProblemError, match=message):
-        row_losses(model, batch())
-
-
 class OfWeights(nn.Module):
     """A classifier of rows or tokens whose loss has a weight for each class."""
 
@@ -216,19 +204,29 @@ class OfWeights(nn.Module):
         return SimpleNamespace(loss=loss, logits=logits)
 
 
-@pytest.mark.parametrize("tokens", [False, True])
-def test_weights_of_classes_show_in_a_batch_of_one_class(tokens: bool) -> None:
-    """As the first batch of sorted rows."""
+def of_one_class(tokens: bool) -> dict[str, torch.Tensor]:
+    """The first batch of sorted rows."""
     ids = batch()["input_ids"]
-    rows = {"input_ids": ids, "labels": torch.zeros_like(ids if tokens else ids[:, 0])}
-    with pytest.raises(ProblemError, match="mean over labels"):
-        row_losses(OfWeights(tokens), rows)
+    return {"input_ids": ids, "labels": torch.zeros_like(ids if tokens else ids[:, 0])}
 
 
-def test_a_model_that_cannot_read_a_batch_is_one_error() -> None:
-    model = MODELS["T5"][0]()  # without labels T5 asks for the decoder's input
-    with pytest.raises(ProblemError, match="DataCollatorForSeq2Seq"):
-        row_losses(model, batch())
+@pytest.mark.parametrize(
+    ("model", "rows", "message"),
+    [
+        (RemoteCausal(shift=2), batch(), "neither"),
+        (RemoteCausal(scale=2.0), batch(), "mean over labels"),
+        (OfWeights(tokens=False), of_one_class(tokens=False), "mean over labels"),
+        (OfWeights(tokens=True), of_one_class(tokens=True), "mean over labels"),
+        # Without labels T5 asks for the decoder's input.
+        (base_model("seq2seq"), batch(), "DataCollatorForSeq2Seq"),
+    ],
+    ids=["two tokens ahead", "twice the mean", "weights of rows", "weights of tokens", "T5"],
+)
+def test_losses_that_cannot_be_given_by_row_are_refused(
+    model: Any, rows: dict[str, torch.Tensor], message: str
+) -> None:
+    with pytest.raises(ProblemError, match=message):
+        row_losses(model, rows)
 
 
 @pytest.mark.parametrize("fused", [False, True])

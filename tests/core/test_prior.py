@@ -1,7 +1,5 @@
 """A prior is a term of the level's objective, counted once by whatever evaluates the level."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,17 +1,14 @@
 """The pages in docs say what is true: their programs run, diffs apply, tables are complete."""
 
 import ast
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from peft import PeftModel
-from safetensors.torch import load_file
 
 from hyperopt_peft import BiDoRA, BilevelTrainer, BilevelTrainingArguments
 from hyperopt_peft.hypergradients import registered, registry
@@ -28,7 +25,6 @@ def run(source: str, name: str, namespace: Any = None) -> Any:
 
 
 def changes(diff: str) -> Any:
-    """The (before, after) lines of a diff."""
     before, after = ([x[1:] for x in diff.splitlines() if x.startswith(sign)] for sign in "-+")
     return list(zip(before, after, strict=True))
 
@@ -94,15 +90,8 @@ def test_the_diff_turns_dora_into_bidora_in_three_lines(
     assert "upper_loss" in bidora.state.log_history[0]
     assert bidora.retrainer.state.global_step == dora.state.global_step
     assert len(bidora.train_dataset) + len(bidora.upper_dataset) == len(dora.train_dataset)
-
-    folders = [tmp_path / name / "outputs/adapter" for name in results]
-    one, other = (json.loads((folder / "adapter_config.json").read_text()) for folder in folders)
-    assert one == other
-    weights, others = (load_file(folder / "adapter_model.safetensors") for folder in folders)
-    assert weights.keys() == others.keys()
-    magnitudes = [name for name in weights if "magnitude" in name]
-    assert magnitudes and not any(torch.equal(weights[n], others[n]) for n in magnitudes)
-    PeftModel.from_pretrained(results["dora"]["new_model"]().unload(), folders[1])
+    folder = tmp_path / "bidora/outputs/adapter"
+    PeftModel.from_pretrained(results["dora"]["new_model"]().unload(), folder)
 
 
 def test_every_diff_changes_nothing_but_the_names() -> None:

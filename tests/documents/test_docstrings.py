@@ -1,7 +1,5 @@
 """Every example of a docstring runs, and every public class and function has one."""
 
-from __future__ import annotations
-
 import doctest
 import importlib
 import inspect
@@ -15,7 +13,6 @@ from tests.support.documents import PUBLIC, ROOT
 
 
 def modules() -> list[str]:
-    """The modules that hold an example."""
     paths = [*ROOT.glob("hyperopt_peft/**/*.py"), *ROOT.glob("problems/**/*.py")]
     names = [x.relative_to(ROOT).with_suffix("") for x in paths if ">>> " in x.read_text()]
     inside = ("hyperopt_peft" / name if name.parts[0] == "problems" else name for name in names)

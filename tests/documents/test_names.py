@@ -1,21 +1,25 @@
-"""What the pages name exists: linked files and headings, modules, paths and estimators."""
+"""What pages and docstrings name exists: links, modules, paths, estimators and papers."""
 
 import importlib
 import importlib.util
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from hyperopt_peft.comparison import find as methods
 from hyperopt_peft.hypergradients import get_estimator, registered, registry
+from tests.support.documents import ROOT
 
-ROOT = Path(__file__).parents[2]
 README = [ROOT / folder / "README.md" for folder in (".", "benchmarks", "examples/recipes/glue")]
 FILES = [*README, *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = pytest.mark.parametrize("page", FILES, ids=lambda page: str(page.relative_to(ROOT)))
 #: An option whose value is written out, and not a letter for any value.
 VALUE = r"\w+=(?:[-\d.]+(?:e-?\d+)?|true|false|lr|exact|difference|forward|central)"
+BIB = (ROOT / "docs" / "references.bib").read_text(encoding="utf-8")
+ENTRIES = re.findall(r"^@\w+\{(\w+),\n(.*?)^\}", BIB, re.M | re.S)
+NUMBER = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 
 
 def anchors(text: str) -> set[str]:
@@ -65,3 +69,19 @@ def test_estimators_are_known(page: Path) -> None:
     for word in code(page):
         if re.fullmatch(rf"(?:{known}):{VALUE}(?:,{VALUE})*", word):
             get_estimator(word)
+
+
+def test_every_cited_number_has_one_entry() -> None:
+    files = [*(ROOT / "hyperopt_peft").rglob("*.py"), *(ROOT / "problems").rglob("*.py")]
+    files += [*(ROOT / "examples").rglob("*.py"), ROOT / "docs" / "mathematics.md"]
+    cited = {number for file in files for number in NUMBER.findall(file.read_text("utf-8"))}
+    entries = Counter(re.findall(r"eprint = \{(.*)\}", BIB))
+    assert {*entries} == cited and {*entries.values()} == {1}
+
+
+def test_every_entry_is_whole() -> None:
+    assert len({key for key, _ in ENTRIES}) == BIB.count("\n@") + 1
+    for key, body in ENTRIES:
+        names = set(re.findall(r"^  (\w+) = \{.*\},$", body, re.M))
+        assert {"author", "title", "year"} <= names, key
+        assert body.count("{") == body.count("}"), key

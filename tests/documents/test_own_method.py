@@ -1,7 +1,5 @@
 """The method of docs/define-a-method.md, as a file and in a distribution, everywhere it can run."""
 
-from __future__ import annotations
-
 import re
 import sys
 from functools import partial
@@ -10,15 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
-from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, Engine, ProblemError, bilevel
+from hyperopt_peft import BilevelTrainer, BilevelTrainingArguments, Engine, ProblemError
 from hyperopt_peft.comparison import find_method
 from hyperopt_peft.hypergradients import get_estimator, registered, registry
 from hyperopt_peft.method import Method
-from tests.support import language
 from tests.support.adapted_models import randomise
 from tests.support.cli import run, small_run
 from tests.support.comparisons import compared
@@ -94,23 +91,6 @@ def test_engine_and_trainer_leave_a_plain_adapter(folder: Path, tmp_path: Path) 
             assert trained.retrainer.state.global_step == 4
         assert method.logits.detach().abs().max() > 0
         require_plain(tmp_path / way, model, base_model(), batch)
-
-
-def test_over_sft_trainer(folder: Path, tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl")
-    kind = bilevel(trl.SFTTrainer)
-    args = kind.Arguments(str(tmp_path), **ARGUMENTS, lower_steps=2, bf16=False)
-    texts, upper = language.rows("text"), language.rows("text", seed=1)
-    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"])
-    model = get_peft_model(language.language_model(), config)
-    tokenizer = {"processing_class": language.tokenizer()}
-    method = find_method(f"{folder}/scaled_rows.py:ScaledRows")()
-    trained = kind(
-        model, args, method=method, train_dataset=texts, upper_dataset=upper, **tokenizer
-    )
-    trained.train()
-    batch = {"input_ids": torch.tensor([[5, 6, 7]])}
-    require_plain(tmp_path / "adapter", trained.model, language.language_model(), batch)
 
 
 def test_command_line_and_comparison(folder: Path, tmp_path: Path) -> None:

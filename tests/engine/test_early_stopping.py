@@ -1,7 +1,5 @@
 """F on held-out rows: evaluated without trace, logged, and the end of a run at its smallest."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from typing import Any
 
@@ -28,7 +26,6 @@ def following(**options: Any) -> tuple[Any, ...]:
 
 
 def path(steps: int) -> list[float]:
-    """u after each number of steps."""
     return [5 * (1 - 0.8**k) for k in range(steps + 1)]
 
 

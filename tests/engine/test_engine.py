@@ -230,7 +230,6 @@ def test_a_wrong_second_derivative_is_one_warning_a_run(term: Any) -> None:
 
 @pytest.mark.parametrize("half", [False, True])
 def test_the_comparison_of_products_leaves_no_trace(half: bool, monkeypatch: Any) -> None:
-    """In a network that drops, normalises and remembers."""
 
     def trained() -> Any:
         torch.manual_seed(0)
@@ -247,7 +246,6 @@ def test_the_comparison_of_products_leaves_no_trace(half: bool, monkeypatch: Any
 @pytest.mark.parametrize("kind", ["mapping", "tuple", "tensor"])
 @pytest.mark.parametrize("method", ["minres", "minres:product=difference", "darts"])
 def test_a_loss_may_write_to_its_batch(method: str, kind: str) -> None:
-    """Each evaluation has the batch as it was."""
 
     def trained(noise: Callable[[Tensor], Tensor]) -> Tensor:
         torch.manual_seed(0)

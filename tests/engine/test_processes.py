@@ -122,7 +122,6 @@ def test_the_upper_losses_draw_numbers_of_their_own(two: Any, kind: str) -> None
 
 @pytest.mark.parametrize("kind", KINDS[2:])
 def test_second_derivatives_and_half_precision_of_shards_are_refused(two: Any, kind: str) -> None:
-    """With the name of what works."""
     for result in two:
         half = result["refusals"].pop("darts")
         assert "turn mixed precision off" in half

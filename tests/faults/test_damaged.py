@@ -1,12 +1,8 @@
 """Damaged and hostile files, a full disk and SIGKILL: one clear error, and a way to go on."""
 
-from __future__ import annotations
-
 import json
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +21,7 @@ from hyperopt_peft.engine.checkpoint import (
 from tests.support.damage import DAMAGES, Trap
 from tests.support.killed import RUNS
 from tests.support.networks import differences
+from tests.support.process import python
 from tests.support.resume import end, interrupted, saving
 
 #: Some files of a checkpoint, each with a damage that it may have.
@@ -50,7 +47,6 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 
 @pytest.fixture
 def folder(ended: Any, tmp_path: Path) -> Path:
-    """A copy of the finished run's folder."""
     return Path(shutil.copytree(ended[0], tmp_path / "run"))
 
 
@@ -150,10 +146,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(ended: Any, tmp_path: Path, size
     ],
 )
 def test_a_killed_run_ends_as_if_left_alone(seed: int, kills: int, name: str) -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "tests.support.killed", str(seed), str(kills)]
-    root = Path(__file__).parents[2]
-    done = subprocess.run([*command, name], capture_output=True, text=True, cwd=root)
-    assert done.returncode == 0, done.stderr
+    done = python("-W", "ignore", "-m", "tests.support.killed", seed, kills, name)
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["kills"] >= 1
     assert not result["different"]

@@ -3,8 +3,6 @@
 `test_ms_swift` runs these tests, in a process of their own.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,11 +1,6 @@
 """The plug-in for axolotl: its own command trains with a method from a YAML file, on the CPU."""
 
-from __future__ import annotations
-
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +12,7 @@ from safetensors.torch import load_file
 
 from hyperopt_peft import ProblemError
 from tests.support.language import LETTERS, language_model, tokenizer
+from tests.support.process import python
 
 pytest.importorskip("axolotl", reason="axolotl is installed in two sets of the matrix")
 
@@ -62,15 +58,7 @@ def test_a_yaml_trains_with_a_method(tmp_path: Path, method: str) -> None:
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     off = {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-m", "axolotl.cli.train", "run.yaml"],
-        cwd=tmp_path,
-        env={**os.environ, **off},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = python("-m", "axolotl.cli.train", "run.yaml", folder=tmp_path, **off)
     assert "upper_loss" in done.stdout + done.stderr
     settings = json.loads((folder / "bilevel_settings.json").read_text())
     assert settings.items() >= {k: x for k, x in bilevel.items() if k in settings}.items()

@@ -1,7 +1,5 @@
 """Formulas that the derivatives and minima of the methods meet."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

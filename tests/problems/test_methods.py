@@ -1,16 +1,13 @@
 """Every method: its hypergradient, a special case, and a plain adapter at the end."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import default_data_collator
 
@@ -20,11 +17,9 @@ from hyperopt_peft import (
     Method,
     ProblemError,
     compare_hypergradients,
-    hypergradient,
 )
 from hyperopt_peft.adapters import gram_penalty, lora_layers
 from hyperopt_peft.adapters.gains import squares
-from hyperopt_peft.engine import lbfgs
 from hyperopt_peft.problems.autolora import AutoLoRA
 from hyperopt_peft.problems.bidora import Direction
 from hyperopt_peft.problems.bilora import BiLoRA, orthogonality
@@ -236,44 +231,6 @@ def test_a_control_resumes(tmp_path: Path, stop: Any) -> None:
     require_same_end(tmp_path, stop, make=make)
 
 
-@pytest.mark.parametrize("method", [ClassOffsets(), TunedAdjustment(tau=0)], ids=repr)
-def test_class_offsets_undo_the_imbalance(method: Any) -> None:
-    """Two Gaussian classes 9:1: the offsets of solved levels are log priors and a constant."""
-    torch.manual_seed(0)
-
-    def rows(*counts: int) -> Any:
-        labels = torch.arange(2).repeat_interleave(torch.tensor(counts))
-        x = torch.randn(len(labels), 1).double() + 2 * labels[:, None]
-        return {"x": torch.cat([x, torch.ones_like(x)], 1), "labels": labels}
-
-    w = nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
-
-    class Linear(nn.Module):
-        config = SimpleNamespace(num_labels=2)
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = w
-
-        def forward(self, x: Tensor) -> Any:
-            return SimpleNamespace(logits=x @ self.w)
-
-    model, train, held_out = Linear(), rows(1800, 200), rows(900, 100)
-    method.counts = torch.tensor([1800, 200])
-    adam = partial(torch.optim.Adam, lr=0.1)
-    options = {"data": ([held_out], [train]), "optimizers": [adam, SGD]}
-    upper, lower = method.levels(model, **options)
-    weights = torch.tensor([1.0, 9.0], dtype=torch.float64)
-    by_hand = cross_entropy(model(held_out["x"]).logits, held_out["labels"], weights)
-    torch.testing.assert_close(upper.evaluate(held_out)[0], by_hand)
-    for _ in range(60):
-        lbfgs(lower, train, tolerance=1e-8)
-        upper.step(hypergradient(upper, lower, "minres:steps=10,damping=1e-6"))
-    (u,) = (x.detach() for x in upper.variables)
-    gap = float(u * torch.tensor(9.0).log()) if u.ndim == 0 else float(u[0] - u[1])
-    assert gap == pytest.approx(torch.tensor(9.0).log().item(), abs=0.4)
-
-
 def test_classes_are_counted_and_weighted() -> None:
     """Each class of 3, 1 and no labels; a micro-batch is not divided by its own weights."""
     model, ids = peft_model(dora=False, dropout=0.0), torch.tensor(data()["input_ids"][:4])
@@ -293,8 +250,24 @@ def test_classes_are_counted_and_weighted() -> None:
     torch.testing.assert_close(found, cross_entropy(logits, batch["labels"]))
 
 
+def test_offsets_and_factors_are_of_the_lower_loss_alone() -> None:
+    """And the upper loss gives both of its classes equal weight."""
+    model, ids = peft_model(dora=False, dropout=0.0), torch.tensor(data()["input_ids"][:4])
+    batch = {"input_ids": ids, "labels": torch.tensor([0, 0, 0, 1])}
+    logits, method = model(input_ids=ids).logits, ClassOffsets(factor=True)
+    method.prepare(model)
+    for u in method.upper_variables(model).values():
+        torch.nn.init.normal_(u)
+    scaled = 2 * method.factors.sigmoid() * logits + method.offsets
+    found = method.lower_loss(model, batch, None)
+    torch.testing.assert_close(found, cross_entropy(scaled, batch["labels"]))
+    losses = cross_entropy(logits, batch["labels"], reduction="none")
+    for each in (method, TunedAdjustment()):
+        expected = (losses[:3].mean() + losses[3]) / 2
+        torch.testing.assert_close(each.upper_loss(model, batch, None), expected)
+
+
 def both_levels(method: Method) -> Any:
-    """In float64, with a batch each."""
     batches, dora = list(zip(two_batches())), isinstance(method, BiDoRA)
     model = peft_model(dora=dora, dropout=0.0).double()
     return method.levels(model, data=batches, optimizers=[SGD, SGD])

@@ -34,7 +34,6 @@ def test_the_wrong_source_loses(tmp_path: Path) -> None:
 
 
 def whole(run: Any, data: Any) -> Any:
-    """All rows of ``data`` as one batch."""
     return run.data_collator([data[row] for row in range(len(data))])
 
 

@@ -1,7 +1,5 @@
 """Programs for Betty, over a module ``betty`` that is Betty's own or ours."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Small runs of the command line: their options, what they print, and the adapters they leave."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os

@@ -1,7 +1,5 @@
 """Comparisons of few and short runs of tiny models."""
 
-from __future__ import annotations
-
 import functools
 from dataclasses import fields, replace
 from typing import Any

@@ -3,8 +3,6 @@
 A test that asks the hub for a model is skipped, since the tests run offline.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

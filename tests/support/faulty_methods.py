@@ -1,7 +1,5 @@
 """Methods that a comparison refuses."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Scores, reasons and a comparison on heads, by a device that a Trainer has; run as a script."""
 
-from __future__ import annotations
-
 import sys
 from functools import partial
 from pathlib import Path

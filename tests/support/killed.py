@@ -6,8 +6,6 @@ Prints how often the run was killed, and where its end differs from that of a ru
 process of its own, since it forks: each run is a child of it.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import multiprocessing

@@ -1,7 +1,5 @@
 """Small methods of several kinds, and a trainer of one."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -6,8 +6,6 @@ prints, as JSON, for each name of `NAMES` the warnings, errors and files of thre
 runs in a process that imports the package with the name replaced in its sources.
 """
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import re

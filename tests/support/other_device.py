@@ -4,11 +4,9 @@ A tensor that is moved to `CARD` is stored on the CPU and says that it is on a G
 module before the first backward pass of a process: autograd counts the devices then.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 from unittest import mock
 
 import torch
@@ -29,8 +27,8 @@ class OnCard(Tensor):
     stored: Tensor
 
     @staticmethod
-    def __new__(cls, stored: Tensor) -> OnCard:
-        made: OnCard = torch.Tensor._make_wrapper_subclass(
+    def __new__(cls, stored: Tensor) -> Self:
+        made = torch.Tensor._make_wrapper_subclass(
             cls,
             stored.size(),
             strides=stored.stride(),
@@ -87,7 +85,7 @@ class Made(TorchDispatchMode):
 class OfCPU(torch.Generator):
     """A generator of the CPU, whatever the device."""
 
-    def __new__(cls, device: Any = "cpu") -> OfCPU:
+    def __new__(cls, device: Any = "cpu") -> Self:
         return super().__new__(cls, "cpu")
 
 

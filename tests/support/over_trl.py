@@ -1,7 +1,5 @@
 """Bilevel trainers over TRL's, and TRL's own with the same settings."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

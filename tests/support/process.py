@@ -9,8 +9,8 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 
-def python(*arguments: Any, folder: Path = ROOT, **variables: str) -> Any:
-    """``python`` with ``arguments`` in ``folder``, which must succeed: what it has printed."""
+def python(*arguments: Any, folder: Path = ROOT, fails: bool = False, **variables: str) -> Any:
+    """``python`` with ``arguments`` in ``folder``, which must succeed, or fail: what it printed."""
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
@@ -19,5 +19,5 @@ def python(*arguments: Any, folder: Path = ROOT, **variables: str) -> Any:
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stdout[-9000:] + done.stderr[-9000:]
+    assert (done.returncode != 0) == fails, done.stdout[-9000:] + done.stderr[-9000:]
     return done

@@ -1,7 +1,5 @@
 """A Trainer's run that is stopped, resumed and compared with one left alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any

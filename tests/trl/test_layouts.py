@@ -1,7 +1,5 @@
 """Bilevel steps on the layouts that SFTTrainer reads, against levels of one row at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

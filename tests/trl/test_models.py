@@ -1,9 +1,5 @@
 """Models that a trainer of TRL makes: by name, with a new adapter, over a 4-bit base."""
 
-from __future__ import annotations
-
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +11,7 @@ from transformers import BitsAndBytesConfig
 from hyperopt_peft import BiDoRA
 from tests.support.language import language_model, tokenizer
 from tests.support.networks import differences
+from tests.support.process import python
 
 trl = pytest.importorskip("trl")
 
@@ -30,7 +27,6 @@ print(type(args).__name__, args.upper_learning_rate, args.max_length, args.learn
 
 @pytest.fixture(scope="module")
 def named(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of a saved model with its tokenizer."""
     folder = tmp_path_factory.mktemp("model")
     language_model().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
@@ -88,8 +84,5 @@ def test_arguments_are_read_in_a_new_process(tmp_path: Path) -> None:
     trainer = bidora(tmp_path, settings={"retrain": "none", "save_strategy": "steps"})
     trainer.train()
     path = next(tmp_path.glob("checkpoint-*")) / "training_args.bin"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", READ, path], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    done = python("-W", "ignore", "-c", READ, path)
     assert done.stdout.split() == ["BilevelSFTConfig", "0.001", "1024", "0.01"]

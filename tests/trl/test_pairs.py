@@ -1,7 +1,5 @@
 """The losses of preference pairs, given by row: weights of pairs, and their scores."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A bilevel trainer over a trainer of TRL: what the parent does is the parent's."""
 
-from __future__ import annotations
-
 import pickle
 from pathlib import Path
 from typing import Any
@@ -27,8 +25,6 @@ from tests.support.trainers import COUNTS_RIGHT
 
 trl = pytest.importorskip("trl")
 
-from tests.support import sft_in_processes as in_processes  # noqa: E402
-from tests.support import two_processes  # noqa: E402
 from tests.support.over_trl import made  # noqa: E402
 from tests.support.resume import require_same_end  # noqa: E402
 
@@ -41,7 +37,6 @@ TIMES = ("_runtime", "_per_second", *OURS)
 
 
 def end(trainer: Any) -> dict[str, Any]:
-    """Parameters, optimizer, metrics and logs."""
     logs = [
         {key: value for key, value in record.items() if not key.endswith(TIMES)}
         for record in trainer.state.log_history
@@ -166,7 +161,6 @@ def test_what_the_loss_counts_is_what_was_trained(tmp_path: Path, estimator: str
 @pytest.mark.slow
 @pytest.mark.parametrize(("parent", "peft"), [(SFT, True), (DPO, False)], ids=["sft", "dpo again"])
 def test_a_resumed_run_is_bit_identical(tmp_path: Path, parent: type, peft: bool) -> None:
-    """In the search and in the retraining, with TRL's defaults."""
 
     def make(folder: Path, callbacks: Any = (), **settings: Any) -> Any:
         options: dict[str, Any] = {}
@@ -277,23 +271,3 @@ def test_packed_rows_are_refused_where_their_lengths_would_be_removed(tmp_path: 
     model = get_peft_model(language_model(), lora(use_dora=True))
     with pytest.raises(ProblemError, match=r"seq_lengths.*bilevel\(SFTTrainer\)"):
         BilevelTrainer(model, args, method=BiDoRA(), train_dataset=packed)
-
-
-CONFIGURATION = Path(__file__).parents[2] / "examples/accelerate/two_cpu_processes.yaml"
-#: Of the machine, and of the padding of each half.
-OTHER = ("runtime", "_per_second", "seconds", "total_flos")
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
-    """Losses, TRL's metrics, and every parameter, with norms in float32."""
-    results = two_processes.run(in_processes, tmp_path / "two", configuration=CONFIGURATION)
-    for name in in_processes.RUNS:
-        logs, values = in_processes.train(tmp_path / name, 4, name)
-        for result in results:
-            others, parameters = result[name]
-            for key, value in values.items():
-                assert (parameters[key] - value).norm() < 1e-4 * value.norm(), (name, key)
-            for ours, theirs in zip(logs, others, strict=True):
-                for key in [key for key in ours if not key.endswith(OTHER)]:
-                    assert theirs[key] == pytest.approx(ours[key], rel=1e-2, abs=1e-5), (name, key)

@@ -1,7 +1,5 @@
 """The ratio is that of its definition, whatever the order, and of a known distribution."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

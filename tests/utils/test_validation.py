@@ -1,7 +1,5 @@
 """Settings of a run that resumes: the first difference by name, and how many more there are."""
 
-from __future__ import annotations
-
 import pytest
 
 from hyperopt_peft import ProblemError

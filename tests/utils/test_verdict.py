@@ -1,7 +1,5 @@
 """Means of few numbers: the t-test, Holm's correction and the minimum detectable difference."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """The grammar of the problems of two levels; a `Form` is a sentence of it."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import fields, make_dataclass, replace
@@ -66,7 +64,7 @@ class Form(make_dataclass("Words", ["seed", *GRAMMAR], frozen=True), Sentence): 
     grammar = GRAMMAR
     odd = ("call", "precision", "storage", "extra", "function", "meddling")
 
-    def possible(self) -> Form:
+    def possible(self) -> Self:
         """This form, without combinations that PyTorch itself refuses."""
         form = self
         if form.call in ("vmap", "compiled"):  # per row, or without the functions that cannot be

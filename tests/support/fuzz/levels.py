@@ -4,8 +4,6 @@ With ``plain=True`` they are the same functions in float64 without what may hide
 precision, compilation, checkpoint, transform, hook or custom function.
 """
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

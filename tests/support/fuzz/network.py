@@ -1,7 +1,5 @@
 """The networks of the forms, and their functions with backward passes of their own."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -51,15 +49,6 @@ class _Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x.unsqueeze(-1)).chunk(3, -1)
         return self.out(scaled_dot_product_attention(q, k, v)).squeeze(-1)
-
-
-class _Conv(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(1, 1, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x.unsqueeze(1)).squeeze(1)
 
 
 class _Recurrent(nn.Module):
@@ -117,7 +106,9 @@ class Network(nn.Module):
         linear = nn.Linear(WIDTH, WIDTH)
         kinds = {
             "attention": _Attention,
-            "conv": _Conv,
+            "conv": lambda: nn.Sequential(
+                nn.Unflatten(-1, (1, WIDTH)), nn.Conv1d(1, 1, 3, padding=1), nn.Flatten(-2)
+            ),
             "gru": _Recurrent,
             "embedding": lambda: _Embedded(form.meddling == "sparse" and not plain),
         }

@@ -1,7 +1,5 @@
 """Hypergradients in float64 from first-order gradients alone."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from typing import Any

@@ -6,8 +6,6 @@ prints what was neither, and each verdict's count. Problems of odd numbers are t
 and in an Engine, those of even numbers a run of the Trainer.
 """
 
-from __future__ import annotations
-
 import argparse
 import random
 import warnings
@@ -135,7 +133,6 @@ class Examination:
         random.seed(seed)
         self.state = current()
         self.functions = Functions(self.form, weight_of_squares(self.form, self.state))
-        self._unmoved: list[Tensor] = []
 
     def levels(self) -> tuple[Levels, object, object]:
         levels = Levels(self.form, plain=False, curvature=self.functions.plain.curvature)

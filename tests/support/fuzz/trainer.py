@@ -1,11 +1,9 @@
 """Random runs of `BilevelTrainer`: the grammar, the model, the rows, collators and methods."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import make_dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from datasets import Dataset
@@ -73,7 +71,7 @@ class Run(make_dataclass("Words", ["seed", *GRAMMAR], frozen=True), Sentence):  
     grammar = GRAMMAR
     odd = ("collator", "loss", "smoothing", "writes")
 
-    def possible(self) -> Run:
+    def possible(self) -> Self:
         """This run, with an estimator that its method can have, and a loss that can write."""
         if not self.weighs_rows:
             dots = self.estimator == "darts:product=dots"

@@ -1,7 +1,5 @@
 """A run of the Trainer again, in float64: its losses row by row, its steps by their formulas."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch
