@@ -36,7 +36,7 @@ def variant(layer: LoraLayer, adapter_name: str) -> Any:
     return variants.get(adapter_name)
 
 
-def require_forward(layer: LoraLayer, peft_variant: Any) -> None:
+def require_forward(layer: LoraLayer, peft_variant: object) -> None:
     """Raise ProblemError unless another forward pass can run ``layer``, a DoRA layer."""
     forward = getattr(peft_variant, "forward", None)
     if forward is None or list(inspect.signature(forward).parameters) != PARAMETERS:
@@ -47,13 +47,13 @@ def require_forward(layer: LoraLayer, peft_variant: Any) -> None:
         raise _moved(f"{type(layer).__name__}.{needed}")
 
 
-def set_variant(layer: LoraLayer, adapter_name: str, value: Any) -> None:
+def set_variant(layer: LoraLayer, adapter_name: str, value: object) -> None:
     """Replace the object that runs and merges ``layer``."""
     clear_dora_cache(layer, adapter_name)
     layer.lora_variant[adapter_name] = value
 
 
-def variants(layer: Any) -> list[Any]:
+def variants(layer: nn.Module) -> list[Any]:
     """The variants of all adapters of ``layer`` except plain LoRA."""
     return list(getattr(layer, "lora_variant", {}).values())
 
@@ -71,7 +71,7 @@ def embedded(layer: Embedding, ids: Tensor, weight: Tensor) -> Tensor:
     return rows
 
 
-def convolution(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+def convolution(layer: LoraLayer, x: Tensor, weight: Tensor) -> Tensor:
     """``weight`` applied to x with the base layer's stride and padding, without bias."""
     base = layer.get_base_layer()
     output: Tensor = layer.conv_fn(x, weight, None, base.stride, base.padding)

@@ -28,6 +28,7 @@ from hyperopt_peft.cli.text.setup import SHARED, Chosen, Setup, choose, prepare
 from hyperopt_peft.cli.text.tasks import SFT
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import require_unseen
+from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils.validation import option
 
 UNROLLED = "unrolled"
@@ -171,7 +172,9 @@ def rows_to_explain(files: Sequence[str], setup: Setup) -> tuple[Dataset, dict[s
     return encoded, shown
 
 
-def planned(command: AttributeArguments, setup: Setup, trainer: Any, explained: int) -> str:
+def planned(
+    command: AttributeArguments, setup: Setup, trainer: BilevelTrainer, explained: int
+) -> str:
     """The trainings in lines, and their time; ``explained`` predictions take some seconds each."""
     rows, evaluation = len(setup.train), len(setup.evaluation or ())
     line = f"examples: {rows} training, {evaluation} evaluation"

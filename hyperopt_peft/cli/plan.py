@@ -12,6 +12,7 @@ from typing import Any
 
 from hyperopt_peft.cli.text.setup import Setup
 from hyperopt_peft.trainer.passes import passes_of_a_cycle
+from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils.models import base_model
 from hyperopt_peft.utils.tables import aligned
 
@@ -29,7 +30,7 @@ class Work:
     batches: float
 
 
-def plan(works: Sequence[Work], trainer: Any) -> str:
+def plan(works: Sequence[Work], trainer: BilevelTrainer) -> str:
     """``works`` and their time in a table, by timed batches of ``trainer``."""
     seconds = seconds_a_batch(trainer)
     minutes = [work.trainings * work.batches * seconds / 60 for work in works]
@@ -39,7 +40,7 @@ def plan(works: Sequence[Work], trainer: Any) -> str:
     return f"{aligned(rows)}\n{total}"
 
 
-def seconds_a_batch(trainer: Any) -> float:
+def seconds_a_batch(trainer: BilevelTrainer) -> float:
     """The mean time of a batch forward and backward; gradients are None again afterwards."""
     model = trainer.model.to(trainer.args.device)
     names = signature(base_model(model).forward).parameters
@@ -56,7 +57,7 @@ def seconds_a_batch(trainer: Any) -> float:
     return (time.perf_counter() - begin) / TIMED
 
 
-def phases(trainer: Any) -> list[Work]:
+def phases(trainer: BilevelTrainer) -> list[Work]:
     """The trainings of one run of ``trainer``."""
     args, rows = trainer.args, len(trainer.train_dataset)
     steps, pieces = args.steps_of(rows), args.gradient_accumulation_steps
@@ -74,13 +75,13 @@ def phases(trainer: Any) -> list[Work]:
     return works
 
 
-def whole(trainer: Any) -> Work:
+def whole(trainer: BilevelTrainer) -> Work:
     """All phases of a run of ``trainer`` as one training."""
     each = phases(trainer)
     return Work("training", 1, sum(x.steps for x in each), sum(x.batches for x in each))
 
 
-def levels(setup: Setup, trainer: Any) -> str:
+def levels(setup: Setup, trainer: BilevelTrainer) -> str:
     """Parameters, examples and steps in lines; a search without an upper step is a ProblemError."""
     args, works, rows = trainer.args, phases(trainer), len(trainer.train_dataset)
     lines, trained = [f"method: {trainer.method}"], {"trained": trainer.lower.variables}
