@@ -60,7 +60,7 @@ def variants(layer: nn.Module) -> list[Any]:
 
 def embed_scale(layer: Embedding) -> Tensor | None:
     """The fixed factor by which some embeddings (Gemma's) multiply their rows, or None."""
-    read = getattr(layer, "_get_embed_scale", None)  # of PEFT 0.21
+    read = getattr(layer, "_get_embed_scale", None)  # None where a release has moved it
     scale: Tensor | None = read() if read else None
     return scale
 
@@ -79,7 +79,8 @@ def convolution(layer: LoraLayer, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def is_caching(layer: LoraLayer) -> bool:
-    """Whether ``peft.helpers.DoraCaching`` (PEFT 0.19) makes ``layer`` cache B·A and the norm."""
+    """Whether ``peft.helpers.DoraCaching`` makes ``layer`` cache B·A and the norm."""
+    # Until PEFT 0.19 the module has no such flag.
     dora = sys.modules.get("peft.tuners.lora.dora")
     return bool(getattr(dora, "ENABLE_DORA_CACHING", False)) and not layer.training
 
@@ -87,6 +88,7 @@ def is_caching(layer: LoraLayer) -> bool:
 def clear_dora_cache(layer: LoraLayer, adapter_name: str) -> None:
     """Drop the cached B·A and norm, as PEFT's own forward pass does outside of DoraCaching."""
     if adapter_name in layer.lora_magnitude_vector:
+        # Until PEFT 0.19 there is no cache.
         getattr(layer.lora_magnitude_vector[adapter_name], "_dora_cache", {}).clear()
 
 

@@ -43,7 +43,7 @@ def hook_calls(
 ) -> list[Any]:
     """Call ``before`` and ``after`` once around each forward pass of ``model``; returns handles.
 
-    A pass begins at the adapter's wrapper, or at the base model. Before 0.21 PEFT's wrapper calls
+    A pass begins at the adapter's wrapper, or at the base model. Until PEFT 0.21 the wrapper calls
     ``forward`` of the base model, which runs no hook of it, so that both have hooks.
     """
     depth = 0
