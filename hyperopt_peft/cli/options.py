@@ -59,7 +59,7 @@ class OutputArguments:
 
     _argument_group_name = "command"
 
-    dry_run: bool = option(False, help="print steps and minutes; train nothing")
+    dry_run: bool = option(False, help="print rows and steps; train nothing")
     details: bool = option(False, help="print the numbers for experts too")
     overwrite_output_dir: bool = option(False, help="replace the results of an earlier run")
 

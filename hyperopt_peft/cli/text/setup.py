@@ -68,8 +68,9 @@ def choose(
     ``method`` replaces the option ``method``; names in ``besides`` are ignored.
     """
     given, _ = divided(name, argv)
-    default = str(kind.__dataclass_fields__["method"].default)
-    method = method or (given.get("method") or [default])[-1]
+    if not method:
+        default = str(kind.__dataclass_fields__["method"].default)
+        method = (given.get("method") or [default])[-1]
     types: tuple[Any, ...] = SHARED
     if given.get("task") == [SFT]:
         types = (ModelArguments, ExampleData, sft_trainer().Arguments)
