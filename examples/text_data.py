@@ -109,7 +109,7 @@ def tweets() -> Dataset:
     table = pandas.read_csv(path, encoding="mac_roman")
     table = table[table.confidence > 0.9]
     table = table[~table.text.str.lower().str.split().str.join(" ").duplicated()]
-    # As lists: datasets before 5.0 makes no classes of pandas' own strings.
+    # As lists until datasets 5.0, which makes classes of pandas' own strings too.
     data = Dataset.from_dict({"text": table.text.tolist(), "label": table.sentiment.tolist()})
     return data.cast_column("label", ClassLabel(names=CLASSES))
 

@@ -44,6 +44,10 @@ if TYPE_CHECKING:
     from hyperopt_peft.trainer.tags import without as without
     from hyperopt_peft.utils.distributed import gather as gather
     from hyperopt_peft.utils.models import trainable as trainable
+    from hyperopt_peft.utils.types import Batch as Batch
+    from hyperopt_peft.utils.types import Collate as Collate
+    from hyperopt_peft.utils.types import Model as Model
+    from hyperopt_peft.utils.types import Rows as Rows
     from hyperopt_peft.utils.validation import Bound as Bound
     from hyperopt_peft.utils.validation import NonNegativeFloat as NonNegativeFloat
     from hyperopt_peft.utils.validation import PositiveFloat as PositiveFloat

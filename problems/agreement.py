@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from hyperopt_peft.heads import Head, features_of, level_of, solve
-from hyperopt_peft.method import ProblemError, option, without
+from hyperopt_peft.method import Collate, Model, ProblemError, option, without
 from hyperopt_peft.problems.data_plans import SOURCE, TRUSTED, EqualSources
 
 
@@ -34,7 +33,7 @@ class Agreement(EqualSources):
         False, help="weight a source by log(q_k/(1 − q_k)·(C − 1)), from 0, as in naive Bayes"
     )
 
-    def read_rows(self, model: Any, rows: Any, collate: Callable[[Sequence[Any]], Any]) -> None:
+    def read_rows(self, model: Model, rows: Dataset, collate: Collate) -> None:
         """Fit the head to the trusted rows, and count its predictions for the others."""
         super().read_rows(model, rows, collate)
         source = torch.tensor(rows[SOURCE][:])

@@ -21,6 +21,7 @@ from torch import Tensor
 from hyperopt_peft.method import (
     Gained,
     GainedLayer,
+    Model,
     NonNegativeFloat,
     Share,
     add_gains,
@@ -72,11 +73,11 @@ class AutoLoRA(Gained):
 
     defaults = {"hypergradient": "darts:scheme=forward", "retrain": "scratch"}
 
-    def prepare(self, model: Any) -> None:
+    def prepare(self, model: Model) -> None:
         """Let B be B·diag(p)."""
         add_gains(model, _weights, columns=True)
 
-    def after_search(self, model: Any) -> None:
+    def after_search(self, model: Model) -> None:
         """For the control, give weights to the same number of terms by their norms."""
         if self.choose == "weights":
             return
@@ -89,7 +90,7 @@ class AutoLoRA(Gained):
         for each, keep in zip(layers, largest(scores, count), strict=True):
             each.gain.u.copy_(torch.where(keep, 0.0, -50.0).view_as(each.gain.u))
 
-    def finish(self, model: Any) -> Any:
+    def finish(self, model: Model) -> Any:
         """A model with a new adapter of the terms that remain; ``ranks`` has their numbers."""
         layers = gained_layers(model)
         kept = dict(zip([each.name for each in layers], self._kept(layers), strict=True))

@@ -11,10 +11,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import concatenate_datasets
+from datasets import Dataset, concatenate_datasets
+from peft import LoraConfig
 
 from hyperopt_peft.method import (
     Method,
+    Model,
     PositiveInt,
     ProblemError,
     TaskLoss,
@@ -40,7 +42,7 @@ class LoRA(Method):
         False
     """
 
-    def adapter(self, config: Any) -> Any:
+    def adapter(self, config: LoraConfig) -> LoraConfig:
         """``config`` without magnitudes."""
         if hasattr(config, "use_dora"):
             config.use_dora = False
@@ -62,12 +64,12 @@ class DoRA(Method):
 
     fast_dora: bool = option(True, help="linear layers run a fast forward pass, not PEFT's")
 
-    def adapter(self, config: Any) -> Any:
+    def adapter(self, config: LoraConfig) -> LoraConfig:
         """``config`` with magnitudes."""
         config.use_dora = True
         return config
 
-    def prepare(self, model: Any) -> None:
+    def prepare(self, model: Model) -> None:
         """Let the layers of ``model`` run the fast forward pass, or PEFT's."""
         (use_fast_dora if self.fast_dora else set_norm_grad)(model, "detach")
 
@@ -113,13 +115,13 @@ class GivenWeights(Method):
 
     tags = ("weight",)
 
-    def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:
+    def rows(self, train: Dataset, upper: Dataset | None) -> tuple[Any, Any]:
         """Both as they are; a trusted row without a weight has 1."""
         if upper is not None and "weight" not in upper.column_names:
             upper = upper.add_column("weight", [1.0] * len(upper))
         return _with_floats(train), upper and _with_floats(upper)
 
-    def lower(self, model: Any, task_loss: TaskLoss) -> WeightedRows:
+    def lower(self, model: Model, task_loss: TaskLoss) -> WeightedRows:
         """Σ v_i ℓ_i/N over the trainable parameters of ``model``."""
         weights = lambda batch: batch["weight"]  # noqa: E731
         return WeightedRows(model, weights, tags=self.tags, row_losses=self.row_losses)

@@ -13,10 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
+from peft import LoraConfig
 from torch import Tensor
 
 from hyperopt_peft.method import (
+    Batch,
     Method,
+    Model,
     NonNegativeFloat,
     TaskLevel,
     TaskLoss,
@@ -65,24 +68,24 @@ class BiDoRA(Method):
         """
         return cls(paper=True, **options)
 
-    def adapter(self, config: Any) -> Any:
+    def adapter(self, config: LoraConfig) -> LoraConfig:
         """``config`` with magnitudes."""
         config.use_dora = True
         return config
 
-    def prepare(self, model: Any) -> None:
+    def prepare(self, model: Model) -> None:
         """Let the layers of ``model`` have the row norm and the forward pass of the options."""
         (use_fast_dora if self.fast_dora else set_norm_grad)(model, self.norm_grad)
 
-    def upper_variables(self, model: Any) -> dict[str, Tensor]:
+    def upper_variables(self, model: Model) -> dict[str, Tensor]:
         """The magnitudes."""
         return dict(split_parameters(model).magnitudes)
 
-    def lower(self, model: Any, task_loss: TaskLoss) -> Direction:
+    def lower(self, model: Model, task_loss: TaskLoss) -> Direction:
         """`Direction` of ``model``."""
         return Direction(model, gamma=self.gamma, task_loss=task_loss)
 
-    def upper(self, model: Any, task_loss: TaskLoss) -> Magnitude:
+    def upper(self, model: Model, task_loss: TaskLoss) -> Magnitude:
         """`Magnitude` of ``model``."""
         return Magnitude(model, task_loss=task_loss)
 
@@ -98,7 +101,7 @@ class Direction(TaskLevel):
         parts = split_parameters(model)
         super().__init__(model, [*parts.directions.items(), *parts.rest.items()], **level)
 
-    def loss(self, batch: Any) -> Any:
+    def loss(self, batch: Batch) -> Any:
         """L(A, B, m) + γ·R; L and R are metrics too."""
         return regularised(self.task_loss(batch), self.gamma, gram_penalty, self.model)
 

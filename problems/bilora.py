@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hyperopt_peft.method import (
     Gained,
+    Model,
     NonNegativeFloat,
     ProblemError,
     add_gains,
@@ -28,7 +29,7 @@ from hyperopt_peft.method import (
 )
 
 
-def orthogonality(model: Any) -> Tensor:
+def orthogonality(model: Model) -> Tensor:
     """R, in float32 or wider, also under autocast."""
     terms = []
     for each in gained_layers(model):
@@ -69,13 +70,13 @@ class BiLoRA(Gained):
     defaults = {"hypergradient": "darts:scheme=forward", "retrain": "none"}
     penalty = ("gamma", orthogonality)
 
-    def prepare(self, model: Any) -> None:
+    def prepare(self, model: Model) -> None:
         """Let B be P Λ, with equal outputs."""
         for each in add_gains(model, torch.positive, columns=True):
             values = _decompose(each.name, each.a, each.b)
             each.gain.u.data.copy_(values.view_as(each.gain.u))
 
-    def finish(self, model: Any) -> Any:
+    def finish(self, model: Model) -> Any:
         """``model`` with B = P Λ."""
         remove_gains(model)
         return model

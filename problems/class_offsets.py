@@ -20,7 +20,9 @@ from torch.nn.functional import cross_entropy
 from hyperopt_peft.method import (
     IGNORED,
     WEIGHT,
+    Batch,
     Method,
+    Model,
     ProblemError,
     TaskLoss,
     option,
@@ -74,40 +76,40 @@ class ClassOffsets(Method):
         """
         return cls(factor=True, paper=True)
 
-    def prepare(self, model: Any) -> None:
+    def prepare(self, model: Model) -> None:
         """Make l and Δ, 0."""
         like, config = next(model.parameters()), getattr(model, "config", None)
         if (classes := getattr(config, "num_labels", None)) is None:
             raise ProblemError("num_labels: the model's config lacks it; set config.num_labels")
-        kind = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        zeros = torch.zeros(classes, dtype=dtype, device=like.device)
         #: l and Δ, ``(classes,)``.
-        self.offsets, self.factors = (
-            torch.zeros(classes, **kind, requires_grad=True) for _ in range(2)
-        )
+        self.offsets = zeros.clone().requires_grad_()
+        self.factors = zeros.clone().requires_grad_()
 
-    def upper_variables(self, model: Any) -> dict[str, Tensor]:
+    def upper_variables(self, model: Model) -> dict[str, Tensor]:
         """l, and Δ where it is learned."""
         return {"offsets": self.offsets, **({"factors": self.factors} if self.factor else {})}
 
-    def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Any:
+    def lower_loss(self, model: Model, batch: Batch, task_loss: TaskLoss) -> Any:
         """The cross entropy of 2σ(Δ)⊙z + l."""
         logits, labels = logits_and_labels(self, model, batch)
         logits = 2 * self.factors.sigmoid() * logits + self.offsets
         return cross_entropy(logits, labels) * batch.get(WEIGHT, 1.0)
 
-    def upper_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Tensor:
+    def upper_loss(self, model: Model, batch: Batch, task_loss: TaskLoss) -> Tensor:
         """The cross entropy of z with equal weights for the classes of the batch or piece."""
         return balanced_loss(self, model, batch)
 
 
-def balanced_loss(method: Method, model: Any, batch: Any) -> Tensor:
+def balanced_loss(method: Method, model: Model, batch: Batch) -> Tensor:
     """The mean over the classes of ``batch`` of their mean cross entropies."""
     logits, labels = logits_and_labels(method, model, batch)
     counts = labels[labels != IGNORED].bincount(minlength=logits.shape[-1])
     return cross_entropy(logits, labels, 1 / counts.clamp(min=1).to(logits.dtype))
 
 
-def class_labels(batch: Any) -> Tensor:
+def class_labels(batch: Batch) -> Tensor:
     """The labels of ``batch``; raises ProblemError where they are no classes."""
     labels = require_labels(batch)
     if labels.is_floating_point():
@@ -118,7 +120,7 @@ def class_labels(batch: Any) -> Tensor:
     return labels
 
 
-def logits_and_labels(method: Method, model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+def logits_and_labels(method: Method, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
     """The logits of each label, (n, classes), in float32 or wider, and the labels, (n,)."""
     labels = class_labels(batch)
     return method.logits_of(model, batch).flatten(0, -2), labels.flatten()

@@ -5,7 +5,6 @@ min over the adapter w   Σ_k p_k L_k(w),   L_k the mean loss of source k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,10 @@ from datasets import Dataset, Value
 from torch import Tensor
 
 from hyperopt_peft.method import (
+    Batch,
+    Collate,
     Method,
+    Model,
     ProblemError,
     TaskLoss,
     WeightedRows,
@@ -44,7 +46,7 @@ class EqualSources(Method):
 
     tags = (SOURCE,)
 
-    def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:
+    def rows(self, train: Dataset, upper: Dataset | None) -> tuple[Any, Any]:
         """All rows with the numbers of their sources, and the trusted rows."""
         columns = getattr(train, "column_names", None) or ()
         given = train[self.column][:] if self.column in columns else []
@@ -72,7 +74,7 @@ class EqualSources(Method):
         """The rows of the lower level, which include the trusted rows."""
         return train
 
-    def read_rows(self, model: Any, rows: Any, collate: Callable[[Sequence[Any]], Any]) -> None:
+    def read_rows(self, model: Model, rows: Dataset, collate: Collate) -> None:
         """Count the labels n_k of each source."""
         self.counts = label_counts(SOURCE, len(self.names), model, rows, collate)
 
@@ -84,13 +86,13 @@ class EqualSources(Method):
         """As `p`, by the names of the sources."""
         return dict(zip(self.names, self.p().tolist(), strict=True))
 
-    def weights(self, batch: Any) -> Tensor:
+    def weights(self, batch: Batch) -> Tensor:
         """v of each row or label of a batch, of the shape of its ``source``."""
         p = self.p().to(batch[SOURCE].device)
         counts = self.counts.to(p)
         return (p * counts.sum() / counts.clamp(min=1))[batch[SOURCE]]
 
-    def lower(self, model: Any, task_loss: TaskLoss) -> WeightedRows:
+    def lower(self, model: Model, task_loss: TaskLoss) -> WeightedRows:
         """Σ_k p_k L_k over the trainable parameters of ``model``."""
         return WeightedRows(model, self.weights, tags=self.tags, row_losses=self.row_losses)
 

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from hyperopt_peft.method import (
     PREFIX,
+    Batch,
     Method,
+    Model,
     ProblemError,
     TaskLoss,
     factors,
@@ -57,7 +59,7 @@ class LayerDecay(Method):
     one_level = False  # strengths go to 0
     defaults = {"hypergradient": "minres:steps=5,damping=0.1", "upper_learning_rate": 0.1}
 
-    def prepare(self, model: Any) -> None:
+    def prepare(self, model: Model) -> None:
         """Make u of each layer, or one."""
         layers = trained_factors(model)
         if not layers:
@@ -71,22 +73,22 @@ class LayerDecay(Method):
         #: u, ``(layers,)`` or ``(1,)``.
         self.log_decays = start.to(like.device).requires_grad_()
 
-    def upper_variables(self, model: Any) -> dict[str, Tensor]:
+    def upper_variables(self, model: Model) -> dict[str, Tensor]:
         """u."""
         return {"log_decays": self.log_decays}
 
-    def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Any:
+    def lower_loss(self, model: Model, batch: Batch, task_loss: TaskLoss) -> Any:
         """L + ½ Σ e^(u_l)·‖w_l‖², both metrics too."""
         return regularised(task_loss(batch), 1.0, self.penalty, model)
 
-    def penalty(self, model: Any) -> Tensor:
+    def penalty(self, model: Model) -> Tensor:
         """½ Σ e^(u_l)·‖w_l‖²."""
         u, layers = self.log_decays, trained_factors(model).values()
         squares = [torch.stack([w.to(u).square().sum() for w in each]).sum() for each in layers]
         total: Tensor = (u.exp() * torch.stack(squares)).sum() / 2
         return total
 
-    def finish(self, model: Any) -> Any:
+    def finish(self, model: Model) -> Any:
         """``model``; the strengths stay as they are, and ``decays`` has them by layer."""
         names = trained_factors(model)
         strengths = self.log_decays.requires_grad_(False).exp().expand(len(names))
@@ -95,7 +97,7 @@ class LayerDecay(Method):
         return model
 
 
-def trained_factors(model: Any) -> dict[str, list[Tensor]]:
+def trained_factors(model: Model) -> dict[str, list[Tensor]]:
     """Those of A and B that train, of each LoRA layer, by its name in the base model."""
     adapter = model.active_adapter
     layers = {

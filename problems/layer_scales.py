@@ -17,6 +17,7 @@ import torch
 
 from hyperopt_peft.method import (
     Gained,
+    Model,
     NonNegativeFloat,
     add_gains,
     gained_layers,
@@ -56,11 +57,11 @@ class LayerScales(Gained):
     # Larger scales of smaller factors take a decay to 0.
     one_level = property(lambda self: self.absorbed)
 
-    def prepare(self, model: Any) -> None:
+    def prepare(self, model: Model) -> None:
         """Let B be e^u·B."""
         add_gains(model, torch.exp, columns=False)
 
-    def finish(self, model: Any) -> Any:
+    def finish(self, model: Model) -> Any:
         """``model`` with e^u in the scale s of every layer; ``scales`` has the factors."""
         adapter, gained = model.active_adapter, gained_layers(model)
         #: e^u of each layer, by its name in the base model.

@@ -9,11 +9,11 @@ in Hendrycks et al. 2018, arXiv:1802.05300, by the net itself. A trusted row has
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -22,8 +22,12 @@ from hyperopt_peft.method import (
     IGNORED,
     INDEX,
     WEIGHT,
+    Batch,
+    Collate,
     Method,
+    Model,
     ProblemError,
+    Rows,
     TaskLoss,
     option,
     require_examples,
@@ -52,7 +56,7 @@ class LossCorrection(Method):
 
     tags = (INDEX,)
 
-    def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:
+    def rows(self, train: Rows, upper: Rows | None) -> tuple[Any, Any]:
         """Both as they are; the sources are numbered, with the trusted rows as the last one."""
         require_examples("upper_dataset", upper)
         numbers = [0] * len(train)
@@ -61,7 +65,7 @@ class LossCorrection(Method):
         self.source = torch.tensor([*numbers, max(numbers) + 1])
         return train, upper
 
-    def read_rows(self, model: Any, rows: Any, collate: Callable[[Sequence[Any]], Any]) -> None:
+    def read_rows(self, model: Model, rows: Dataset, collate: Collate) -> None:
         """Count C of each source."""
         made = features_of(model, rows, lambda chosen: without(collate(chosen), self.tags))
         if made.labels.is_floating_point():
@@ -78,7 +82,7 @@ class LossCorrection(Method):
         """The source of each row by its number."""
         return self.source.to(index.device)[index.clamp(max=len(self.source) - 1)]
 
-    def lower_loss(self, model: Any, batch: Any, task_loss: TaskLoss) -> Any:
+    def lower_loss(self, model: Model, batch: Batch, task_loss: TaskLoss) -> Any:
         """The mean of −log Σ_a softmax(z)_a C[a, y] over the labels."""
         logits, labels = logits_and_labels(self, model, batch)
         source, scored = self.sources_of(batch[INDEX]).flatten(), labels != IGNORED

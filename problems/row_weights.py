@@ -14,13 +14,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import pad
 
 from hyperopt_peft.method import (
     INDEX,
+    Batch,
     Method,
+    Model,
     Problem,
+    Rows,
     Share,
     TaskLoss,
     WeightedRows,
@@ -58,18 +62,18 @@ class RowWeights(Method):
     # An upper step after each lower one would take most of the passes.
     defaults = {"hypergradient": "darts:product=dots", "lower_steps": 4, "retrain": "scratch"}
 
-    def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:
+    def rows(self, train: Rows, upper: Rows | None) -> tuple[Any, Any]:
         """Both as they are."""
         require_examples("upper_dataset", upper)
         self.count = len(train)
         return train, upper
 
-    def prepare(self, model: Any) -> None:
+    def prepare(self, model: Model) -> None:
         """Begin with equal weights."""
         device = next(model.parameters()).device
         self.logits = torch.zeros(self.count, device=device, requires_grad=True)
 
-    def upper_variables(self, model: Any) -> dict[str, Tensor]:
+    def upper_variables(self, model: Model) -> dict[str, Tensor]:
         """u, a logit a row."""
         return {"logits": self.logits}
 
@@ -79,17 +83,17 @@ class RowWeights(Method):
             return self.count * self.logits.softmax(0)
         return 2 * self.logits.sigmoid()
 
-    def weights(self, batch: Any) -> Tensor:
+    def weights(self, batch: Batch) -> Tensor:
         """v of each row or label of a batch; 1 for trusted rows."""
         return pad(self.row_weights(), (0, 1), value=1.0)[batch[INDEX].clamp(max=self.count)]
 
-    def lower(self, model: Any, task_loss: TaskLoss) -> Problem:
+    def lower(self, model: Model, task_loss: TaskLoss) -> Problem:
         """Σ v_i ℓ_i/N, in the second phase of the best rows the loss of the trainer."""
         if self.keep is not None and not self.logits.requires_grad:
             return super().lower(model, task_loss)
         return WeightedRows(model, self.weights, tags=self.tags, row_losses=self.row_losses)
 
-    def finish(self, model: Any) -> Any:
+    def finish(self, model: Model) -> Any:
         """``model``; the weights stay as they are."""
         self.logits.requires_grad_(False)
         return model
@@ -100,7 +104,7 @@ class RowWeights(Method):
             train = self.best_rows(train)
         return super().all_rows(train, upper)
 
-    def best_rows(self, train: Any) -> Any:
+    def best_rows(self, train: Dataset) -> Any:
         """The rows of largest weight, a share ``keep`` of ``train``, in their order."""
         best = self.logits.topk(max(1, round((self.keep or 1) * self.count))).indices
         return train.select(best.sort().values.tolist())

@@ -14,17 +14,21 @@ no hook for it). `RowWeights` is the bilevel problem itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from hyperopt_peft.method import (
     INDEX,
+    Batch,
     Bound,
+    Collate,
+    Model,
     Problem,
+    Rows,
     Share,
     TaskLoss,
     WeightedRows,
@@ -65,21 +69,21 @@ class SEAL(RowWeights):
     # The estimator is part of the method.
     defaults = {"hypergradient": "direct", "lower_steps": 1, "retrain": "scratch"}
 
-    def rows(self, train: Any, upper: Any) -> tuple[Any, Any]:
+    def rows(self, train: Rows, upper: Any) -> tuple[Any, Any]:
         """All rows for the lower level, the training rows for the upper one."""
         super().rows(train, upper)
         # Until `read_rows` counts them, each row has one label.
         self.labels, self.counted = (len(train), len(upper)), False
         return joined(train_dataset=train, upper_dataset=upper), train
 
-    def read_rows(self, model: Any, rows: Any, collate: Callable[[Sequence[Any]], Any]) -> None:
+    def read_rows(self, model: Model, rows: Dataset, collate: Collate) -> None:
         """Count the labels of the training and of the trusted rows, before the search."""
         if not self.counted:
             counts = label_counts(INDEX, sum(self.labels), model, rows, collate)
             n, m = (int(part.sum()) for part in counts.tensor_split([self.count]))
             self.labels, self.counted = (n, m), True
 
-    def lower_weights(self, batch: Any) -> Tensor:
+    def lower_weights(self, batch: Batch) -> Tensor:
         """The weight of each row of a batch of all rows; c·N/M of a trusted one.
 
         N is the number of all labels, M the number of labels of trusted rows.
@@ -89,13 +93,13 @@ class SEAL(RowWeights):
         weights = (1 - self.trust) * (n + m) / n * self.weights(batch)
         return weights.lerp(torch.full_like(weights, self.trust * (n + m) / m), trusted)
 
-    def lower(self, model: Any, task_loss: TaskLoss) -> Problem:
+    def lower(self, model: Model, task_loss: TaskLoss) -> Problem:
         """c·L + (1 − c)·1/n Σ σ_i ℓ_i; in the second phase as `RowWeights`."""
         if not self.logits.requires_grad:
             return super().lower(model, task_loss)
         return WeightedRows(model, self.lower_weights, tags=self.tags, row_losses=self.row_losses)
 
-    def upper(self, model: Any, task_loss: TaskLoss) -> Problem:
+    def upper(self, model: Model, task_loss: TaskLoss) -> Problem:
         """1/n Σ σ_i ℓ_i over ω."""
         own = self.upper_variables(model)
         return WeightedRows(model, self.weights, own, tags=self.tags, row_losses=self.row_losses)

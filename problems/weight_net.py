@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from hyperopt_peft.method import (
     IGNORED,
     WEIGHT,
+    Batch,
     Method,
+    Model,
     Problem,
     ProblemError,
     TaskLoss,
@@ -43,12 +45,12 @@ class WeightNet(Method):
     one_level = False  # all weights go to 0
     defaults = {"hypergradient": "darts:product=dots"}
 
-    def prepare(self, model: Any) -> None:
+    def prepare(self, model: Model) -> None:
         """Make the net."""
         layers = nn.Linear(1, self.hidden), nn.ReLU(), nn.Linear(self.hidden, 1)
         self.net = nn.Sequential(*layers).to(next(model.parameters()).device)
 
-    def upper_variables(self, model: Any) -> dict[str, Tensor]:
+    def upper_variables(self, model: Model) -> dict[str, Tensor]:
         """The parameters of the net."""
         return dict(self.net.named_parameters())
 
@@ -58,7 +60,7 @@ class WeightNet(Method):
         logits: Tensor = self.net(losses[:, None].to(like))[:, 0]
         return 2 * logits.sigmoid().to(losses)
 
-    def lower(self, model: Any, task_loss: TaskLoss) -> Problem:
+    def lower(self, model: Model, task_loss: TaskLoss) -> Problem:
         """Σ v_i ℓ_i/N."""
         return _NetWeighted(self, model)
 
@@ -69,7 +71,7 @@ class _NetWeighted(WeightedRows):
         weights = lambda batch: torch.ones(len(batch["labels"]))  # noqa: E731
         super().__init__(model, weights, row_losses=method.row_losses)
 
-    def weighted(self, losses: Tensor, batch: Any) -> dict[str, Tensor]:
+    def weighted(self, losses: Tensor, batch: Batch) -> dict[str, Tensor]:
         if "position_ids" in batch:  # of packed or joined rows
             raise ProblemError("WeightNet: a pack has no loss for each row; choose RowWeights")
         count = (batch["labels"] != IGNORED).sum().clamp(min=1)

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +40,21 @@ ALONE = f"{LOWER + 1} lower steps alone"
 Row = dict[str, Any]
 
 
-class Peak(TrainerCallback):  # type: ignore[misc]
-    """The memory before training and the peak above it, in MB: the GPU's or the process's."""
+class Meter(TrainerCallback):  # type: ignore[misc]
+    """The seconds of a run's steps, and its memory in MB, the GPU's or the process's.
 
-    before: float
-    value: float
+    Attributes:
+        before: the memory before the first step.
+        peak: the peak above it.
+        seconds: from the first step to the end of the last one.
+    """
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
 
     def on_train_begin(self, *arguments: Any, **more: Any) -> None:
-        """Count from here on."""
+        """Count memory from here on."""
+        self.begin: float | None = None
         if self.device == "cpu":
             Path("/proc/self/clear_refs").write_text("5")  # from here on the peak counts
             self.before = resident("VmRSS")
@@ -60,11 +63,20 @@ class Peak(TrainerCallback):  # type: ignore[misc]
         torch.cuda.reset_peak_memory_stats()
         self.before = torch.cuda.memory_allocated() / 2**20
 
+    def on_step_begin(self, *arguments: Any, **more: Any) -> None:
+        """Count seconds from the first step on."""
+        if self.begin is None:
+            wait(self.device)
+            self.begin = time.perf_counter()
+
     def on_train_end(self, *arguments: Any, **more: Any) -> None:
-        """Read the peak."""
+        """Read both."""
+        assert self.begin is not None
+        wait(self.device)
+        self.seconds = time.perf_counter() - self.begin
         cpu = self.device == "cpu"
         peak = resident("VmHWM") if cpu else torch.cuda.max_memory_allocated() / 2**20
-        self.value = peak - self.before
+        self.peak = peak - self.before
 
 
 def resident(name: str) -> float:
@@ -74,28 +86,25 @@ def resident(name: str) -> float:
     return int(found[1]) / 1024
 
 
-def measured(case: Row) -> Row:
-    """The peak of two steps of a program; ``estimator`` None has lower steps alone."""
-    shape, estimator = case["shape"], case["estimator"]
-    options = {"max_steps": 2, "gradient_checkpointing": case["checkpointing"]}
-    model = llama.adapted(llama.base(shape))
-    sizes = case["size"], case["length"]
-    trainer = llama.sources(shape, model, estimator, *sizes, lower_steps=1, **options)
-    peak = Peak()
-    trainer.add_callback(peak)
+def peak_here(case: Row) -> float:
+    """The peak of two steps of a program, in MB; ``estimator`` None has lower steps alone."""
+    options = {"max_steps": 2, "lower_steps": 1, "gradient_checkpointing": case["checkpointing"]}
+    model, meter = llama.adapted(llama.base(case["shape"])), Meter()
+    sizes = {name: case[name] for name in ("size", "length")}
+    trainer = llama.sources(case["shape"], model, case["estimator"], **sizes, **options)
+    trainer.add_callback(meter)
     trainer.train()
-    return {"MB": peak.value}
+    return meter.peak
 
 
 def peak_of(case: Row) -> float | None:
-    """`measured`, in a process of its own, in MB; None where it fails, which is printed."""
+    """`peak_here`, in a process of its own; None where it fails, which is printed."""
     command = [sys.executable, str(ROOT / "benchmarks/speed"), "language", "--case"]
     done = subprocess.run([*command, json.dumps(case)], capture_output=True, text=True)
     if done.returncode:
         print(case, *done.stderr.strip().splitlines()[-1:], flush=True)
         return None
-    value: float = json.loads(done.stdout.splitlines()[-1])["MB"]
-    return value
+    return float(done.stdout.splitlines()[-1])
 
 
 def memory(shape: str, checkpointing: bool, sizes: Row, estimators: Sequence[str]) -> list[Row]:
@@ -115,40 +124,10 @@ def memory(shape: str, checkpointing: bool, sizes: Row, estimators: Sequence[str
     ]
 
 
-class Clock(TrainerCallback):  # type: ignore[misc]
-    """The seconds from the first step of a run to the end of the last one."""
-
-    begin: float | None = None
-    seconds: float
-
-    def on_step_begin(self, args: Any, *arguments: Any, **more: Any) -> None:
-        """Begin with the first step."""
-        if self.begin is None:
-            wait(args.device.type)
-            self.begin = time.perf_counter()
-
-    def on_train_end(self, args: Any, *arguments: Any, **more: Any) -> None:
-        """End with the last one."""
-        assert self.begin is not None
-        wait(args.device.type)
-        self.seconds = time.perf_counter() - self.begin
-
-
-def seconds_of(trainer: Trainer, *callbacks: TrainerCallback) -> float:
-    """The seconds from the first step of ``trainer`` to the end of its last one."""
-    clock = Clock()
-    for callback in (clock, *callbacks):
-        trainer.add_callback(callback)
-    trainer.train()
-    return clock.seconds
-
-
-def run_seconds(
-    name: str, shape: str, model: Any, sizes: Row, *callbacks: TrainerCallback
-) -> float:
-    """The seconds of `PLAIN`, of `ALONE`, or of ten lower steps and an upper one by ``name``."""
+def run(name: str, shape: str, model: Any, sizes: Row, device: str = "cpu") -> Meter:
+    """A run of `PLAIN`, of `ALONE`, or of ten lower steps and an upper one by ``name``."""
     trainer: Trainer
-    options = {**sizes, "gradient_checkpointing": True, "max_steps": LOWER + 1}
+    options = {**sizes, "device": device, "gradient_checkpointing": True, "max_steps": LOWER + 1}
     if name == PLAIN:
         trainer = llama.plain(shape, model, **options)
     elif name == ALONE:
@@ -156,26 +135,28 @@ def run_seconds(
     else:
         options |= {"max_steps": LOWER, "lower_steps": LOWER}
         trainer = llama.sources(shape, model, name, **options)
-    return seconds_of(trainer, *callbacks)
+    meter = Meter(device)
+    trainer.add_callback(meter)
+    trainer.train()
+    return meter
 
 
 def steps(shape: str, sizes: Row, estimators: Sequence[str], repeats: int) -> list[Row]:
     """Ten lower steps and an upper one of each estimator, by eleven plain steps."""
-    model, one = llama.adapted(llama.base(shape)), partial(run_seconds, shape=shape, sizes=sizes)
-    names = (PLAIN, *estimators)
-    seconds = rounds(names, lambda name: one(name, model=model), repeats, warmup=0)
+    model, names = llama.adapted(llama.base(shape)), (PLAIN, *estimators)
+    one = lambda name: run(name, shape, model, sizes).seconds  # noqa: E731
     words = {name: f"{LOWER} lower steps and an upper one, {name}" for name in estimators}
     return [
         {"model": shape, **row, "run": words.get(row["run"], row["run"])}
-        for row in table_of(seconds, PLAIN)
+        for row in table_of(rounds(names, one, repeats, warmup=0), PLAIN)
     ]
 
 
 def main() -> None:
     """Measure, print, and write JSON where asked for."""
-    if "--case" in sys.argv:  # a process of `in_a_process`
+    if "--case" in sys.argv:  # a process of `peak_of`
         torch.set_num_threads(1)
-        print(json.dumps(measured(json.loads(sys.argv[-1]))))
+        print(peak_here(json.loads(sys.argv[-1])))
         return
     options = arguments("memory and time of steps on language models", shapes=["100M", "1B"])
     quick = options.quick

@@ -8,13 +8,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from hyperopt_peft import Engine, Problem
+from hyperopt_peft import Engine
+from hyperopt_peft.method import TaskLevel
 
 Batch = tuple[Tensor, Tensor]
 
@@ -34,41 +35,27 @@ def batch(seed: int, device: str = "cpu") -> Batch:
     return x.to(device), torch.randint(0, 10, (128,), generator=generator).to(device)
 
 
-def weighted_loss(logits: Tensor, y: Tensor, weigher: nn.Module) -> Tensor:
+def weighted_loss(net: nn.Module, weigher: nn.Module, batch: Batch) -> Tensor:
     """f: the weights are a function of the samples' losses, taken as constants."""
-    losses = cross_entropy(logits, y, reduction="none")[:, None]
+    losses = cross_entropy(net(batch[0]), batch[1], reduction="none")[:, None]
     return (weigher(losses.detach()) * losses).mean()
-
-
-class Weighted(Problem):
-    """Lower level."""
-
-    def __init__(self, net: nn.Module, weigher: nn.Module, data: Sequence[Batch]) -> None:
-        self.net, self.weigher = net, weigher
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-        super().__init__(net.named_parameters(), data=data, optimizer=optimizer)
-
-    def loss(self, batch: Batch) -> Tensor:
-        """The weighted loss."""
-        return weighted_loss(self.net(batch[0]), batch[1], self.weigher)
-
-
-class Clean(Problem):
-    """Upper level."""
-
-    def __init__(self, net: nn.Module, weigher: nn.Module, data: Sequence[Batch]) -> None:
-        self.net = net
-        optimizer = torch.optim.SGD(weigher.parameters(), lr=0.01)
-        super().__init__(weigher.named_parameters(), data=data, optimizer=optimizer)
-
-    def loss(self, batch: Batch) -> Tensor:
-        """The plain loss."""
-        return cross_entropy(self.net(batch[0]), batch[1])
 
 
 def engine(estimator: str, device: str = "cpu") -> Engine:
     """Ready to run, one lower step an upper step."""
     net, weigher = networks(device)
-    lower = Weighted(net, weigher, [batch(0, device)])
-    upper = Clean(net, weigher, [batch(1, device)])
+    lower = TaskLevel(
+        net,
+        net.named_parameters(),
+        task_loss=partial(weighted_loss, net, weigher),
+        data=[batch(0, device)],
+        optimizer=torch.optim.SGD(net.parameters(), lr=0.01),
+    )
+    upper = TaskLevel(
+        net,
+        weigher.named_parameters(),
+        task_loss=lambda batch: cross_entropy(net(batch[0]), batch[1]),
+        data=[batch(1, device)],
+        optimizer=torch.optim.SGD(weigher.parameters(), lr=0.01),
+    )
     return Engine(upper, lower, estimator, progress=False)

@@ -29,6 +29,11 @@ CARDS, ROWS, LENGTH, RANK = 8, 4, 2048, 16
 #: Layers whose weights are whole at a time: the one that is run, and the next one.
 WHOLE = 2
 GB = 1e9
+#: Cards, adapter and estimator of each row.
+CASES = [(CARDS, "LoRA", name) for name in ("direct", "dots", "darts")]
+CASES += [(CARDS, "DoRA", "direct"), (1, "LoRA", "direct"), (1, "DoRA", "direct")]
+#: The vectors of the adapter's size that an upper step keeps: darts also the displaced values.
+DIRECTIONS = {"direct": 0, "dots": 1, "darts": 2}
 Row = dict[str, Any]
 
 
@@ -59,11 +64,10 @@ def on_a_card(shape: str, dtype: torch.dtype, cards: int = CARDS, dora: bool = F
             torch.autograd.grad(states.float().sum(), adapter)
 
     frozen = [p for p in adapted.parameters() if not p.requires_grad]
+    of_layer = [p for p in layer.parameters() if not p.requires_grad]
     return {
         "weights": size(frozen) / cards,
-        "whole layers": (cards > 1)
-        * WHOLE
-        * size(p for p in layer.parameters() if not p.requires_grad),
+        "whole layers": WHOLE * size(of_layer) if cards > 1 else 0,
         # The adapter, its gradient, and Adam's two moments.
         "adapter and Adam": 4 * size(adapter) / cards,
         "a pass": peak_memory(a_pass, torch.device("meta")),
@@ -78,26 +82,17 @@ def size(tensors: Iterable[Tensor]) -> int:
 
 def table(shape: str) -> list[Row]:
     """Gigabytes of lower and upper step by estimator."""
-    half, single = torch.bfloat16, torch.float32
     rows = []
-    # darts keeps a direction and the values that it displaces.
-    for cards, adapter, estimator, dtype, directions in (
-        (CARDS, "LoRA", "direct", half, 0),
-        (CARDS, "LoRA", "dots", half, 1),
-        (CARDS, "LoRA", "darts", single, 2),
-        (CARDS, "DoRA", "direct", half, 0),
-        (1, "LoRA", "direct", half, 0),
-        (1, "DoRA", "direct", half, 0),
-    ):
-        parts = on_a_card(shape, dtype, cards, dora=adapter == "DoRA")
-        direction = parts["a direction"]
-        lower = sum(parts.values()) - direction
-        upper = lower + directions * direction
-        named = {name: value / GB for name, value in parts.items()}
-        sums = {"lower step": lower / GB, "upper step": upper / GB}
-        precision = "bf16" if dtype is half else "float32"
+    for cards, adapter, estimator in CASES:
+        precision = "float32" if estimator == "darts" else "bf16"
+        dtype = torch.float32 if estimator == "darts" else torch.bfloat16
         row = {"model": shape, "cards": cards, "adapter": adapter, "estimator": estimator}
-        rows.append({**row, "in": precision, **named, **sums})
+        used = on_a_card(shape, dtype, cards, dora=adapter == "DoRA")
+        lower = sum(used.values()) - used["a direction"]
+        upper = lower + DIRECTIONS[estimator] * used["a direction"]
+        sizes = {**used, "lower step": lower, "upper step": upper}
+        gigabytes = {name: value / GB for name, value in sizes.items()}
+        rows.append({**row, "in": precision, **gigabytes})
     return rows
 
 
@@ -106,8 +101,7 @@ def main() -> None:
     options = arguments("memory of 8B and 70B on eight cards and on one, on paper")
     if not options.quick and options.json is None:
         options.json = RESULTS / "on_paper.json"
-    rows = [
-        row for shape in (("tiny",) if options.quick else ("8B", "70B")) for row in table(shape)
-    ]
+    shapes = ("tiny",) if options.quick else ("8B", "70B")
+    rows = [row for shape in shapes for row in table(shape)]
     details = {"rows": ROWS, "tokens": LENGTH, "rank": RANK}
     report(options, {"GB on each card": rows}, details)

@@ -18,7 +18,6 @@ memory, without which a step may or may not pay for page faults.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -26,15 +25,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import arguments, interleaved, keep_memory, kept_bytes, ratio, report
+from benchmarks.measure import arguments, interleaved, keep_memory, kept_bytes, report, table_of
 from benchmarks.minilm import Method, batches, bidora, encoder, minilm
 from benchmarks.pages import RESULTS
-from benchmarks.speed.dora_layer import LAYERS, single_layer
-from benchmarks.speed.mlp import batch, engine, networks, weighted_loss
+from benchmarks.speed import mlp
 
 FORWARD = "darts:scheme=forward"
+LAYERS: tuple[Method, ...] = ("PEFT DoRA", "fast full", "LoRA")
 UNIT = "DoRA step, PEFT layer"
 FLOOR = "frozen, no adapter"
+ESTIMATORS = ("direct", FORWARD)
 ITERATIONS = {
     "direct": "direct",
     "darts": FORWARD,
@@ -66,10 +66,10 @@ def dora_step(method: Method, data: list[dict[str, Tensor]], device: str) -> Run
     return run
 
 
-def steps(
-    size: int, length: int, device: str, estimators: Sequence[str] = ("direct", FORWARD)
-) -> tuple[dict[str, Run], dict[str, int]]:
-    """DoRA steps and BiDoRA steps by name, and the lower steps of each."""
+def step_table(
+    size: int, length: int, device: str, repeats: int, estimators: Sequence[str] = ESTIMATORS
+) -> list[Row]:
+    """DoRA steps and BiDoRA steps."""
     data = batches(4, size, length, device=device)
     quarter = [{name: x[: size // 4] for name, x in each.items()} for each in data]
     runs = {UNIT: dora_step("PEFT DoRA", data, device)}
@@ -81,11 +81,13 @@ def steps(
                 model = minilm("fast full", device=device)
                 search = bidora(model, data, above[::-1], estimator, lower_steps=count)
                 name = f"BiDoRA {count}:1, {name} upper batch, {estimator}"
-                runs[name], lower[name] = partial(search.run, 1), count
-    return runs, lower
+                runs[name] = partial(search.run, 1)
+                lower[name] = count
+    rows = timed(runs, repeats, device, UNIT)
+    return [row | {"per lower step": row[f"÷ {UNIT}"] / lower[row["run"]]} for row in rows]
 
 
-def layers(size: int, length: int, device: str) -> tuple[dict[str, Run], dict[str, float]]:
+def layer_table(size: int, length: int, device: str, repeats: int) -> list[Row]:
     """Forward and backward of MiniLM by the method of its layers, and the kept MB of each."""
     (one,) = batches(1, size, length, device=device)
     models: dict[str, Any] = {method: minilm(method, device=device) for method in LAYERS}
@@ -98,32 +100,29 @@ def layers(size: int, length: int, device: str) -> tuple[dict[str, Run], dict[st
         model(**one).loss.backward()
 
     kept = {name: kept_bytes(lambda m=m: m(**one).loss, m) / 2**20 for name, m in models.items()}
-    return {name: partial(both, model) for name, model in models.items()}, kept
+    runs = {name: partial(both, model) for name, model in models.items()}
+    rows = timed(runs, repeats, device, LAYERS[0])
+    return [row | {"kept MB": kept[row["run"]]} for row in rows]
 
 
-def mlp_iterations(device: str) -> dict[str, Run]:
+def mlp_table(device: str, repeats: int) -> list[Row]:
     """G, a forward+backward pass of the lower loss, and an iteration with each estimator."""
-    net, weigher = networks(device)
-    (x, y), w = batch(0, device), list(net.parameters())
+    net, weigher = mlp.networks(device)
+    batch, w = mlp.batch(0, device), list(net.parameters())
     runs: dict[str, Run] = {
-        "G": lambda: torch.autograd.grad(weighted_loss(net(x), y, weigher), w),
+        "G": lambda: torch.autograd.grad(mlp.weighted_loss(net, weigher, batch), w),
     }
     for name, estimator in ITERATIONS.items():
-        runs[name] = partial(engine(estimator, device).run, 1)
-    return runs
+        runs[name] = partial(mlp.engine(estimator, device).run, 1)
+    return timed(runs, repeats, device, "G")
 
 
-def timed(
-    runs: dict[str, Run], repeats: int, device: str, unit: str, lower: dict[str, int]
-) -> list[Row]:
-    """A row for each run; ``lower`` has the lower steps of those that are steps."""
-    seconds = interleaved(runs, repeats, device)
-    rows = []
-    for name in runs:
-        step_ratio = ratio(seconds, name, unit)
-        row = {"run": name, "ms": 1e3 * statistics.median(seconds[name]), f"÷ {unit}": step_ratio}
-        rows.append(row | ({"per lower step": step_ratio / lower[name]} if name in lower else {}))
-    return rows
+def timed(runs: dict[str, Run], repeats: int, device: str, unit: str) -> list[Row]:
+    """A row for each run: its median, and its ratio to that of ``unit``."""
+    rows = table_of(interleaved(runs, repeats, device), unit)
+    return [
+        {"run": row["run"], "ms": 1e3 * row["s"], f"÷ {unit}": row[f"÷ {unit}"]} for row in rows
+    ]
 
 
 def main() -> None:
@@ -133,17 +132,12 @@ def main() -> None:
     if not quick and options.json is None:
         options.json = RESULTS / "speed.json"
     size, length, repeats = (4, 8, 1) if quick else (32, 64, 5)
-    step_runs, lower = steps(size, length, device, *([("direct",)] if quick else []))
-    (layer_runs, kept), tables = layers(size, length, device), {}
+    estimators = ESTIMATORS[:1] if quick else ESTIMATORS
+    tables = {}
     for memory in ("default",) if quick else ("default", "freed memory kept"):
         if memory != "default" and not (device == "cpu" and keep_memory()):
             continue
-        tables[f"Steps, {memory}"] = timed(step_runs, repeats, device, UNIT, lower)
-        rows = timed(layer_runs, 2 * repeats, device, "PEFT DoRA", {})
-        tables[f"Layer, {memory}"] = [row | {"kept MB": kept[row["run"]]} for row in rows]
-    widths = (384,) if quick else (384, 4096)
-    tables["Single layers"] = [single_layer(width, 256, 4 * repeats, device) for width in widths]
-    tables["MLP, upper iteration"] = timed(
-        mlp_iterations(device), 5 if quick else 100, device, "G", {}
-    )
+        tables[f"Steps, {memory}"] = step_table(size, length, device, repeats, estimators)
+        tables[f"Layer, {memory}"] = layer_table(size, length, device, 2 * repeats)
+    tables["MLP, upper iteration"] = mlp_table(device, 5 if quick else 100)
     report(options, tables, {"tokens": f"{size}×{length}"})

@@ -35,6 +35,7 @@ from hyperopt_peft.adapters import peft_internals
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.distributed import is_sharded
 from hyperopt_peft.utils.models import require_unwrapped
+from hyperopt_peft.utils.types import Model
 
 #: Where PEFT keeps the layers and parameters that it wraps.
 WRAPPERS = ("base_layer", "original_module", "token_adapter")
@@ -260,7 +261,7 @@ def _is_plain(layer: lora.LoraLayer, base: Any) -> bool:
     return isinstance(weight, Tensor) and is_torch and weight.dtype in PLAIN_DTYPES
 
 
-def keep_active(model: Any) -> Callable[[], None]:
+def keep_active(model: Model) -> Callable[[], None]:
     """A function that activates all active adapters again; a checkpoint's loading leaves one."""
     active = list(model.active_adapters) if isinstance(model, PeftModel) else []
     trained = [(x, x.requires_grad) for x in model.parameters()] if len(active) > 1 else []
@@ -274,7 +275,7 @@ def keep_active(model: Any) -> Callable[[], None]:
     return activate
 
 
-def tensors(model: Any, adapter: str, **options: Any) -> dict[str, Tensor]:
+def tensors(model: PeftModel, adapter: str, **options: Any) -> dict[str, Tensor]:
     """The parameters and buffers that PEFT saves of an adapter, by their names in its file."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -284,7 +285,7 @@ def tensors(model: Any, adapter: str, **options: Any) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def beside_adapters(model: Any) -> dict[str, nn.Parameter]:
+def beside_adapters(model: Model) -> dict[str, nn.Parameter]:
     """The parameters that PEFT saves with no adapter, by names without those of its wrappers.
 
     Empty for another model than a PeftModel, and for a sharded one.
@@ -304,7 +305,7 @@ def beside_adapters(model: Any) -> dict[str, nn.Parameter]:
     return {".".join(x for x in n.split(".") if x not in WRAPPERS): x for n, x in rest.items()}
 
 
-def undescribed(model: Any, adapter: str, folder: Path) -> set[str]:
+def undescribed(model: PeftModel, adapter: str, folder: Path) -> set[str]:
     """The LoRA layers that the configuration in ``folder`` gives another rank, scale or kind."""
     config: Any = PeftConfig.from_pretrained(str(folder))
     found = set[str]()
@@ -322,7 +323,7 @@ def undescribed(model: Any, adapter: str, folder: Path) -> set[str]:
     return found
 
 
-def adapter_settings(model: Any) -> dict[str, Any]:
+def adapter_settings(model: Model) -> dict[str, Any]:
     """The adapters' type and options, which must be equal in a checkpoint and a resumed run."""
     names = ("lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
     settings = dict[str, Any]()

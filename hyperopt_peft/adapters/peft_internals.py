@@ -36,7 +36,7 @@ def variant(layer: LoraLayer, adapter_name: str) -> Any:
     return variants.get(adapter_name)
 
 
-def require_forward(layer: LoraLayer, peft_variant: Any) -> None:
+def require_forward(layer: LoraLayer, peft_variant: object) -> None:
     """Raise ProblemError unless another forward pass can run ``layer``, a DoRA layer."""
     forward = getattr(peft_variant, "forward", None)
     if forward is None or list(inspect.signature(forward).parameters) != PARAMETERS:
@@ -47,20 +47,20 @@ def require_forward(layer: LoraLayer, peft_variant: Any) -> None:
         raise _moved(f"{type(layer).__name__}.{needed}")
 
 
-def set_variant(layer: LoraLayer, adapter_name: str, value: Any) -> None:
+def set_variant(layer: LoraLayer, adapter_name: str, value: object) -> None:
     """Replace the object that runs and merges ``layer``."""
     clear_dora_cache(layer, adapter_name)
     layer.lora_variant[adapter_name] = value
 
 
-def variants(layer: Any) -> list[Any]:
+def variants(layer: nn.Module) -> list[Any]:
     """The variants of all adapters of ``layer`` except plain LoRA."""
     return list(getattr(layer, "lora_variant", {}).values())
 
 
 def embed_scale(layer: Embedding) -> Tensor | None:
     """The fixed factor by which some embeddings (Gemma's) multiply their rows, or None."""
-    read = getattr(layer, "_get_embed_scale", None)  # of PEFT 0.21
+    read = getattr(layer, "_get_embed_scale", None)  # None where a release has moved it
     scale: Tensor | None = read() if read else None
     return scale
 
@@ -71,7 +71,7 @@ def embedded(layer: Embedding, ids: Tensor, weight: Tensor) -> Tensor:
     return rows
 
 
-def convolution(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+def convolution(layer: LoraLayer, x: Tensor, weight: Tensor) -> Tensor:
     """``weight`` applied to x with the base layer's stride and padding, without bias."""
     base = layer.get_base_layer()
     output: Tensor = layer.conv_fn(x, weight, None, base.stride, base.padding)
@@ -79,7 +79,8 @@ def convolution(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def is_caching(layer: LoraLayer) -> bool:
-    """Whether ``peft.helpers.DoraCaching`` (PEFT 0.19) makes ``layer`` cache B·A and the norm."""
+    """Whether ``peft.helpers.DoraCaching`` makes ``layer`` cache B·A and the norm."""
+    # Until PEFT 0.19 the module has no such flag.
     dora = sys.modules.get("peft.tuners.lora.dora")
     return bool(getattr(dora, "ENABLE_DORA_CACHING", False)) and not layer.training
 
@@ -87,6 +88,7 @@ def is_caching(layer: LoraLayer) -> bool:
 def clear_dora_cache(layer: LoraLayer, adapter_name: str) -> None:
     """Drop the cached B·A and norm, as PEFT's own forward pass does outside of DoraCaching."""
     if adapter_name in layer.lora_magnitude_vector:
+        # Until PEFT 0.19 there is no cache.
         getattr(layer.lora_magnitude_vector[adapter_name], "_dora_cache", {}).clear()
 
 

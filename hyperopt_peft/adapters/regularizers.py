@@ -12,9 +12,10 @@ from torch import Tensor
 from hyperopt_peft.adapters.layers import active_adapter, direction, lora_layers, require_plain
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.distributed import is_sharded
+from hyperopt_peft.utils.types import Model
 
 
-def regularised(task: Any, weight: float, penalty: Callable[[Any], Tensor], model: Any) -> Any:
+def regularised(task: Tensor, weight: float, penalty: Callable[[Any], Tensor], model: Model) -> Any:
     """L + weight·penalty(model), with both terms as metrics; L alone where ``weight`` is 0.
 
     Raises:

@@ -151,7 +151,7 @@ class _Level(Problem):
         return self.owner.cur_batch
 
     def differentiate(
-        self, batch: Any, variables: Sequence[Tensor]
+        self, batch: object, variables: Sequence[Tensor]
     ) -> tuple[Tensor, dict[str, float], tuple[Tensor | None, ...]]:
         loss, metrics, gradient = super().differentiate(batch, variables)
         self.stats, own = {"loss": loss, **metrics}, set(map(id, self.variables))

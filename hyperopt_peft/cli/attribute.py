@@ -18,7 +18,7 @@ from hyperopt_peft.attribution.scores import parse_estimator
 from hyperopt_peft.cli import train
 from hyperopt_peft.cli.answers import Answers
 from hyperopt_peft.cli.options import OutputArguments, divided, flags_of, names_of
-from hyperopt_peft.cli.plan import Work, plan, whole
+from hyperopt_peft.cli.plan import Work, phases, plan
 from hyperopt_peft.cli.report import Report
 from hyperopt_peft.cli.text import attributed
 from hyperopt_peft.cli.text.data import read_files
@@ -26,9 +26,8 @@ from hyperopt_peft.cli.text.setup import SHARED, Chosen, Setup, choose, prepare
 from hyperopt_peft.cli.text.tasks import SFT
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import require_unseen
+from hyperopt_peft.trainer.trainer import BilevelTrainer
 from hyperopt_peft.utils.validation import option
-
-UNROLLED = "unrolled"
 
 
 @dataclass
@@ -93,7 +92,7 @@ def run(argv: Sequence[str]) -> None:
 
     trainer = new_trainer()
     if command.dry_run:
-        print(planned(command, setup, trainer, len(explained or ())))
+        print(planned(command, setup, trainer))
         return
     result = attribute(
         trainer,
@@ -170,27 +169,12 @@ def rows_to_explain(files: Sequence[str], setup: Setup) -> tuple[Dataset, dict[s
     return encoded, shown
 
 
-def planned(command: AttributeArguments, setup: Setup, trainer: Any, explained: int) -> str:
-    """The trainings in lines, and their time; ``explained`` predictions take some seconds each."""
-    rows, evaluation = len(setup.train), len(setup.evaluation or ())
-    line = f"examples: {rows} training, {evaluation} evaluation"
-    batches = rows / trainer.args.per_device_train_batch_size
-    works, on_head = list[Work](), command.score_model == "head"
-    if not on_head:
-        training = whole(trainer)
-        # Scores by a whole run cost two trainings (docs/attribution.md), else passes over rows.
-        unrolled = (command.estimator or UNROLLED).startswith(UNROLLED)
-        scores = Work("scores", 1, 0, 2 * (training.batches if unrolled else batches))
-        works = [training, scores]
-        if command.check:
-            works.append(replace(scores, name="scores again"))
-            works.append(replace(training, name="check", trainings=command.check + 1))
-        if command.suspects:
-            works.append(replace(training, name="suspects", trainings=command.suspects))
-    if heads := on_head + bool(explained):  # the rows to explain have a head of their own
-        # A pass forward alone is a third of one with the way back.
-        works.append(Work("features", heads, 0, (1 + evaluation / rows) * batches / 3))
-        line += "; heads are trained in seconds"
-    if explained:
-        line += f", and {explained} predictions explained in some seconds each"
-    return f"{line}\n{plan(works, trainer)}"
+def planned(command: AttributeArguments, setup: Setup, trainer: BilevelTrainer) -> str:
+    """The examples and the trainings in lines."""
+    line = f"examples: {len(setup.train)} training, {len(setup.evaluation or ())} evaluation"
+    if command.score_model == "head":
+        return f"{line}\nheads are trained in seconds"
+    steps = sum(work.steps for work in phases(trainer))
+    check = command.check + 1 if command.check else 0
+    counts = {"training": 1, "check": check, "suspects": command.suspects or 0}
+    return f"{line}\n{plan([Work(name, n, steps) for name, n in counts.items() if n])}"

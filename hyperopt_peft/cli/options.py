@@ -59,11 +59,11 @@ class OutputArguments:
 
     _argument_group_name = "command"
 
-    dry_run: bool = option(False, help="print steps and minutes; train nothing")
+    dry_run: bool = option(False, help="print rows and steps; train nothing")
     details: bool = option(False, help="print the numbers for experts too")
     overwrite_output_dir: bool = option(False, help="replace the results of an earlier run")
 
-    def require_output(self, args: Any, *, shared: bool = False) -> str | bool | None:
+    def require_output(self, args: TrainingArguments, *, shared: bool = False) -> str | bool | None:
         """Lock ``output_dir``; the checkpoint to resume, True for the last complete one, or None.
 
         The processes of a comparison hold a ``shared`` lock, and go on with its runs.
@@ -145,7 +145,7 @@ def divided(command: str, argv: Sequence[str]) -> tuple[Options, Options]:
 
 
 class _Loader(yaml.SafeLoader):
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
         """The mapping of ``node``, of whose equal names YAML would keep the last."""
         keys = dict[str, Any]()
         for key, _ in node.value:

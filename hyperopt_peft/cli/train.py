@@ -47,7 +47,7 @@ def run(argv: Sequence[str]) -> None:
     works = phases(trainer)
     if command.dry_run:
         print(levels(setup, trainer))
-        print(plan(works, trainer))
+        print(plan(works))
         if warning := too_good(setup):
             print(warning)
         return

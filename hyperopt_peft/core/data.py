@@ -14,12 +14,12 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.random_state import RandomState, replay
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
+def to_device(batch: object, device: torch.device) -> Any:
     """``batch`` on ``device``, including the tensors in mappings, lists and tuples."""
     return entrywise(batch, lambda x: x.to(device) if hasattr(x, "to") else None)
 
 
-def entrywise(batch: Any, function: Callable[[Any], Any]) -> Any:
+def entrywise(batch: object, function: Callable[[Any], Any]) -> Any:
     """``function`` of ``batch``, or if that is None, of the entries of a mapping, list or tuple."""
     if (result := function(batch)) is not None:
         return result
@@ -132,7 +132,7 @@ class DataStream:
                 generator.set_state(states[key])
 
 
-def require_batches(name: str, data: Any) -> None:
+def require_batches(name: str, data: object) -> None:
     """Raise ProblemError unless ``data`` has batches and can be iterated again."""
     if not isinstance(data, Iterable) or isinstance(data, Tensor | Mapping | str):
         raise ProblemError(

@@ -20,6 +20,7 @@ from hyperopt_peft.core.problem import Problem
 from hyperopt_peft.core.validation import Variables
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.models import own_loss_of, trainable
+from hyperopt_peft.utils.types import Batch
 
 
 class WeightedRows(Problem):
@@ -76,11 +77,11 @@ class WeightedRows(Problem):
         """This level."""
         return self
 
-    def loss(self, batch: Any) -> dict[str, Tensor]:
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
         """``weighted(losses(batch), batch)``."""
         return self.weighted(self.losses(batch), batch)
 
-    def losses(self, batch: Any) -> Tensor:
+    def losses(self, batch: Batch) -> Tensor:
         """ℓ_i/C, flat, times the Trainer's weight for the micro-batch."""
         inputs = {name: value for name, value in batch.items() if name not in self.tags}
         if self.row_losses is None and (own := own_loss_of(self.model)):
@@ -102,7 +103,7 @@ class WeightedRows(Problem):
         each = each.flatten() / (total + (total == 0))
         return each * batch[WEIGHT].to(each) if WEIGHT in batch else each
 
-    def weighted(self, losses: Tensor, batch: Any) -> dict[str, Tensor]:
+    def weighted(self, losses: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Σ v_i ℓ_i/C without the model; the metric ``task_loss`` is the sum with all weights 1."""
         loss = (self.weights(batch).flatten().to(losses) * losses).sum()
         return {"loss": loss, "task_loss": losses.detach().sum(), **self.metrics()}

@@ -12,7 +12,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from hyperopt_peft.core.logits import IGNORED, beside_logits, losses_of_logits, next_labels
@@ -21,6 +21,7 @@ from hyperopt_peft.utils import distributed
 from hyperopt_peft.utils.autograd import function_modes_off
 from hyperopt_peft.utils.models import base_model, in_mode, uncounted
 from hyperopt_peft.utils.random_state import RandomState, replay
+from hyperopt_peft.utils.types import Batch, Model
 
 #: Entries that a Trainer adds to a micro-batch, so that the mean over a step's micro-batches is the
 #: loss of the step. A mean over labels is multiplied by ``WEIGHT`` (`label_weights`). A sum over
@@ -51,11 +52,11 @@ RowLosses = Callable[[Any, Any], "Tensor | tuple[Tensor, Tensor]"]
 
 _RULES = (False, True)
 # Caches per model: whether labels are shifted, and which models passed the mean-loss check.
-_SHIFTED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-_MEAN: WeakSet[nn.Module] = WeakSet()
+_SHIFTED: WeakKeyDictionary[Model, bool] = WeakKeyDictionary()
+_MEAN: WeakSet[Model] = WeakSet()
 
 
-def labels_are_shifted(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+def labels_are_shifted(model: Model, batch: Batch) -> bool:
     """Whether the loss of ``model`` compares a token's logits with the next token's label.
 
     The test differentiates the model's own loss on one row of ``batch``, with other labels, with
@@ -75,9 +76,7 @@ def labels_are_shifted(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     return _SHIFTED[model]
 
 
-def row_losses(
-    model: Any, batch: Mapping[str, Any], own: RowLosses | None = None
-) -> tuple[Tensor, Tensor]:
+def row_losses(model: Model, batch: Batch, own: RowLosses | None = None) -> tuple[Tensor, Tensor]:
     """The summed loss of each row, ``(n,)``, and the number of scored labels in it, ``(n,)``.
 
     The quotient of their sums is the model's own loss. For arguments and errors see `label_losses`.
@@ -115,9 +114,7 @@ def mean_loss(losses: Tensor, counts: Tensor) -> Tensor:
     return losses.sum() / (total + (total == 0))
 
 
-def label_losses(
-    model: Any, batch: Mapping[str, Any], *, twice: bool = False
-) -> tuple[Tensor, Tensor]:
+def label_losses(model: Model, batch: Batch, *, twice: bool = False) -> tuple[Tensor, Tensor]:
     """The loss of each label, and a mask of the scored labels, both in the shape of ``labels``.
 
     The loss is the cross entropy for integer labels, and the squared error for floating-point
@@ -153,7 +150,7 @@ def label_losses(
     return losses_of_logits(model, logits_of(model, batch), labels, shifted=shifted)
 
 
-def logits_of(model: Any, batch: Mapping[str, Any], tags: Sequence[str] = ()) -> Tensor:
+def logits_of(model: Model, batch: Batch, tags: Sequence[str] = ()) -> Tensor:
     """The logits of ``model`` for ``batch`` without its labels, `ENTRIES` and ``tags``."""
     inputs = {name: x for name, x in batch.items() if name not in ("labels", *ENTRIES, *tags)}
     with model_reads(inputs):
@@ -174,7 +171,7 @@ def _require_no_router_loss(model: Any) -> None:
         )
 
 
-def has_fused_head(model: Any) -> bool:
+def has_fused_head(model: Model) -> bool:
     """Whether ``model`` has the head of TRL's trainers, which scores the next token's label."""
     forward = base_model(model).forward
     while forward is not None:  # accelerate wraps the forward too
@@ -184,7 +181,7 @@ def has_fused_head(model: Any) -> bool:
     return False
 
 
-def scored_labels(batch: Any, *, shifted: bool) -> Tensor | None:
+def scored_labels(batch: object, *, shifted: bool) -> Tensor | None:
     """Which labels of ``batch`` are scored, a mask in their shape; None without labels.
 
     All are but `IGNORED`, and with ``shifted`` the first of each row.
@@ -223,7 +220,7 @@ def label_weights(counts: Sequence[Tensor]) -> list[dict[str, Tensor]]:
     return [{WEIGHT: count / mean} for count in counts]
 
 
-def require_labels(batch: Any) -> Tensor:
+def require_labels(batch: object) -> Tensor:
     """``batch["labels"]``; raises ProblemError if this is not a tensor.
 
     Example:
@@ -238,7 +235,7 @@ def require_labels(batch: Any) -> Tensor:
     return labels
 
 
-def _shifted(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+def _shifted(model: Model, batch: Batch) -> bool:
     gradient, labels = None, require_labels(batch)
     # One row saves memory, since gradient checkpointing is off in evaluation mode.
     batch = {key: rows_of(value, len(labels), slice(1)) for key, value in batch.items()}
@@ -265,12 +262,12 @@ def _shifted(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     return fitting[0]
 
 
-def rows_of(value: Any, count: int, which: slice | Tensor) -> Any:
+def rows_of(value: object, count: int, which: slice | Tensor) -> Any:
     """``value[which]`` if ``value`` is a tensor of ``count`` rows; else ``value`` unchanged."""
     return value[which] if isinstance(value, Tensor) and value.shape[:1] == (count,) else value
 
 
-def with_all_classes(model: Any, batch: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def with_all_classes(model: Model, batch: Batch) -> list[Batch]:
     """``batch`` with the labels 0, 1, 2, …, and 1, 2, 3, …; alone if its labels are numbers.
 
     A batch of sorted rows may have one class, which does not show that classes have weights; with
@@ -286,7 +283,7 @@ def with_all_classes(model: Any, batch: Mapping[str, Any]) -> list[Mapping[str, 
     return [{**batch, "labels": (numbers + first) % classes} for first in (0, 1)]
 
 
-def _require_mean(model: nn.Module, batch: Mapping[str, Any], shifted: bool) -> None:
+def _require_mean(model: Model, batch: Batch, shifted: bool) -> None:
     """Raise ProblemError unless the model's loss is the mean over labels, as a function of logits.
 
     Values and gradients are compared in training mode: where all logits are equal, as those of a
@@ -309,8 +306,8 @@ def _require_mean(model: nn.Module, batch: Mapping[str, Any], shifted: bool) -> 
 
 
 def _error_of_mean(
-    model: nn.Module,
-    batch: Mapping[str, Any],
+    model: Model,
+    batch: Batch,
     output: Any,
     shifted: bool,
     *,
@@ -334,7 +331,7 @@ def _error_of_mean(
     )
 
 
-def _output(model: nn.Module, batch: Mapping[str, Any], *, without_logits: bool = False) -> Any:
+def _output(model: Model, batch: Batch, *, without_logits: bool = False) -> Any:
     """Loss and logits; with ``without_logits`` None if there are no logits."""
     parameters = signature(base_model(model).forward).parameters
     if "labels" in parameters:  # the Trainer's batch may have further columns
@@ -352,7 +349,7 @@ def _output(model: nn.Module, batch: Mapping[str, Any], *, without_logits: bool 
 
 
 @contextmanager
-def model_reads(batch: Mapping[str, Any]) -> Iterator[None]:
+def model_reads(batch: Batch) -> Iterator[None]:
     """Turn an error of the model in the body into a ProblemError that names ``batch``'s entries."""
     try:
         yield
@@ -365,7 +362,7 @@ def model_reads(batch: Mapping[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _probing(model: nn.Module, *, training: bool = False) -> Iterator[None]:
+def _probing(model: Model, *, training: bool = False) -> Iterator[None]:
     """Evaluation mode, in which heads are not fused; afterwards all state is restored."""
     try:
         unseen = replay(RandomState.capture()), uncounted()

@@ -10,6 +10,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from torch.utils.checkpoint import checkpoint
 
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.utils.types import Model
 from hyperopt_peft.utils.vector import widened
 
 #: The label of a position that is not scored.
@@ -20,7 +21,7 @@ CHUNK = 2**25
 
 
 def losses_of_logits(
-    model: Any, logits: Tensor, labels: Tensor, *, shifted: bool
+    model: Model, logits: Tensor, labels: Tensor, *, shifted: bool
 ) -> tuple[Tensor, Tensor]:
     """The loss of each label, 0 if not scored, and a mask of the scored labels.
 
@@ -48,7 +49,7 @@ def losses_of_logits(
     return each[:, -labels.shape[1] :], scored[:, -labels.shape[1] :]
 
 
-def as_numbers(model: Any, labels: Tensor) -> Tensor:
+def as_numbers(model: Model, labels: Tensor) -> Tensor:
     """``labels`` in floating point if ``model`` predicts a number for each row, as for ratings."""
     config: Any = getattr(model, "config", None)
     kind, outputs = (getattr(config, name, None) for name in ("problem_type", "num_labels"))

@@ -178,11 +178,11 @@ class Problem:
         """The batch that ``next_batch`` will return; the data's position does not change."""
         return None if self.batches is None else self.on_device(self.batches.peek())
 
-    def on_device(self, batch: Any) -> Any:
+    def on_device(self, batch: object) -> Any:
         """``batch`` on the device of the first variable; see `to_device`."""
         return to_device(batch, self.variables[0].device)
 
-    def evaluate(self, batch: Any) -> tuple[Tensor, dict[str, float]]:
+    def evaluate(self, batch: object) -> tuple[Tensor, dict[str, float]]:
         """The loss on this process, with the prior and the autograd graph, and the metrics.
 
         The loss may be NaN or infinite. ``batch`` is on the level's device (`on_device`).
@@ -202,7 +202,7 @@ class Problem:
         """
         copies: list[Tensor] = []
 
-        def copied(entry: Any) -> Tensor | None:
+        def copied(entry: object) -> Tensor | None:
             if isinstance(entry, Tensor):
                 copies.append(entry.clone())
             return copies[-1] if isinstance(entry, Tensor) else None
@@ -235,7 +235,7 @@ class Problem:
         read = set(map(id, graph_leaves(loss)))
         return frozenset(n for n, v in zip(self.names, self.variables) if id(v) not in read)
 
-    def gradient(self, batch: Any, variables: Sequence[Tensor]) -> LossGradient:
+    def gradient(self, batch: object, variables: Sequence[Tensor]) -> LossGradient:
         """The loss on ``batch`` and the gradient with respect to ``variables``.
 
         The method calls ``loss.backward``, so that hooks of a wrapped model run, and restores every
@@ -250,7 +250,7 @@ class Problem:
         return LossGradient(value, metrics, gradient, norms)
 
     def differentiate(
-        self, batch: Any, variables: Sequence[Tensor]
+        self, batch: object, variables: Sequence[Tensor]
     ) -> tuple[Tensor, dict[str, float], tuple[Tensor | None, ...]]:
         """As `gradient`, but the loss stays on its device and may be NaN or infinite."""
         # A distributed model's reducers wait for the gradients of all of its parameters.
@@ -343,7 +343,7 @@ class Problem:
         return nullcontext()
 
     def gradient_above(
-        self, upper: Problem, batch: Any, variables: Sequence[Tensor]
+        self, upper: Problem, batch: object, variables: Sequence[Tensor]
     ) -> LossGradient:
         """The loss of ``upper``, the next higher level, on ``batch``, and its gradient."""
         return upper.gradient(batch, variables)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from inspect import signature
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.autograd import HALF, graph_nodes
 from hyperopt_peft.utils.distributed import to_local, world_size
 from hyperopt_peft.utils.validation import require_settings
+
+if TYPE_CHECKING:
+    from hyperopt_peft.core.problem import Problem
 
 NO_WRITES = "compute a new tensor, or write after the optimizer's step"
 Variables = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
@@ -95,7 +98,7 @@ def _stretch(tensor: Tensor) -> int:
     return reach
 
 
-def loss_and_metrics(result: Any, level: str) -> tuple[Tensor, dict[str, float]]:
+def loss_and_metrics(result: object, level: str) -> tuple[Tensor, dict[str, float]]:
     """The loss in ``result``, a scalar with a gradient (or ProblemError), and the other numbers."""
     metrics: dict[str, float] = {}
     if isinstance(result, Mapping):
@@ -137,7 +140,7 @@ def runs_in_half(loss: Tensor, level: str) -> bool | None:
 
 
 @contextmanager
-def unwritten(*levels: Any) -> Iterator[None]:
+def unwritten(*levels: Problem) -> Iterator[None]:
     """Check that the body, an evaluation of a loss, does not write to a variable of ``levels``.
 
     The check compares tensor versions, so that it misses a write through ``.data``. A variable
@@ -162,7 +165,7 @@ def unwritten(*levels: Any) -> Iterator[None]:
                 raise ProblemError(f"a loss writes to {level}'s {name}; {NO_WRITES}")
 
 
-def rewritten(levels: Sequence[Any], before: Sequence[Tensor]) -> list[str]:
+def rewritten(levels: Sequence[Problem], before: Sequence[Tensor]) -> list[str]:
     """The names of the variables of ``levels`` whose values differ from ``before``."""
     owned = [
         (f"{level.name}'s {n}", x) for level in levels for n, x in zip(level.names, level.variables)
@@ -172,7 +175,7 @@ def rewritten(levels: Sequence[Any], before: Sequence[Tensor]) -> list[str]:
     return [name for name, now, x in values if not torch.allclose(now, x, 0, 0, equal_nan=True)]
 
 
-def missing_input_hint(batch: Any, error: Exception, columns: Mapping[str, str]) -> str:
+def missing_input_hint(batch: object, error: Exception, columns: Mapping[str, str]) -> str:
     """A hint if ``error`` of a loss comes from a missing input; else an empty string."""
     if batch is None and "NoneType" in str(error):
         return f"the loss got no batch ({error}); give the level data, or pass a batch"
@@ -189,7 +192,7 @@ def missing_input_hint(batch: Any, error: Exception, columns: Mapping[str, str])
 
 
 def require_read(
-    level: Any, gradient: Sequence[Tensor | None], besides: Set[str] | None = None
+    level: Problem, gradient: Sequence[Tensor | None], besides: Set[str] | None = None
 ) -> None:
     """Raise ProblemError if an entry of ``gradient``, one for each variable, is None.
 
@@ -205,14 +208,14 @@ def require_read(
             )
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> bool:
     """Whether ``value`` is one real number: an int, a float or a tensor of one entry."""
     if isinstance(value, Tensor):
         return value.numel() == 1
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def check_level_state(level: Any, state: Any, stateful: Mapping[str, Any]) -> None:
+def check_level_state(level: Problem, state: object, stateful: Mapping[str, Any]) -> None:
     """Raise ProblemError if ``state`` does not fit ``level`` with the objects ``stateful``."""
     expected = {"variables", *stateful}
     if not isinstance(state, Mapping) or set(state) != expected:
@@ -253,7 +256,7 @@ def check_scheduler(scheduler: LRScheduler, optimizer: Optimizer | None, level: 
         )
 
 
-def check_optimizer(optimizer: Any, named: Iterable[tuple[str, Tensor]], owner: str) -> None:
+def check_optimizer(optimizer: object, named: Iterable[tuple[str, Tensor]], owner: str) -> None:
     """Raise ProblemError unless ``optimizer`` holds exactly the variables ``named``."""
     if not isinstance(optimizer, Optimizer):
         raise ProblemError(

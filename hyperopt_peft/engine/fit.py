@@ -48,7 +48,7 @@ def fit(problem: Problem, steps: int, *, progress: bool = True) -> list[dict[str
 
 def lbfgs(
     problem: Problem,
-    batch: Any = None,
+    batch: object = None,
     *,
     tolerance: float = 1e-4,
     max_steps: int = 500,

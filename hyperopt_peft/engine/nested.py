@@ -148,7 +148,7 @@ class Nested(Problem):
         return self.middle.step(gradient, norm)
 
     def differentiate(
-        self, batch: Any, variables: Sequence[Tensor]
+        self, batch: object, variables: Sequence[Tensor]
     ) -> tuple[Tensor, dict[str, float], tuple[Tensor | None, ...]]:
         """G and ∂G̃/∂variables; None for a variable that neither G nor a lower loss reads.
 
@@ -160,7 +160,7 @@ class Nested(Problem):
         return loss, evaluation.metrics | self._log, evaluation.gradient
 
     def gradient_above(
-        self, upper: Problem, batch: Any, variables: Sequence[Tensor]
+        self, upper: Problem, batch: object, variables: Sequence[Tensor]
     ) -> LossGradient:
         """The loss of ``upper`` and its total derivative, with w = w*(u, v)."""
         oracle = self._oracle(upper, batch, variables)
@@ -279,6 +279,6 @@ class _Reading(Problem):
         super().__init__(variables, name=level.name)
 
     def differentiate(
-        self, batch: Any, variables: Sequence[Tensor]
+        self, batch: object, variables: Sequence[Tensor]
     ) -> tuple[Tensor, dict[str, float], tuple[Tensor | None, ...]]:
         return self.level.differentiate(batch, variables)

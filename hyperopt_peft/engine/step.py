@@ -123,7 +123,7 @@ class BilevelStep:
             )
 
     def record_lower(
-        self, batch: Any, random_state: RandomState, gradient: Sequence[Tensor | None]
+        self, batch: object, random_state: RandomState, gradient: Sequence[Tensor | None]
     ) -> Gradient:
         """Record a lower step on ``batch``; returns ∂f/∂w.
 
@@ -161,7 +161,7 @@ class BilevelStep:
         return self._records[-1] if self._records else None
 
     def oracle(
-        self, upper: Problem, batch: Any, upper_random: RandomState, last: StepRecord
+        self, upper: Problem, batch: object, upper_random: RandomState, last: StepRecord
     ) -> Oracle:
         """The oracle of ``upper`` and the lower level.
 
@@ -180,7 +180,7 @@ class BilevelStep:
             implicit=not isinstance(self.estimator, Direct),
         )
 
-    def look_ahead(self, batch: Any, *, number: int) -> None:
+    def look_ahead(self, batch: object, *, number: int) -> None:
         """Differentiate F on ``batch``, before the passes of the lower step at the same point.
 
         This is for an estimator with `Requirements.observe`: the lower step's passes in `observe`
@@ -200,7 +200,7 @@ class BilevelStep:
         dots = None if self._ahead is None else self._ahead.dots
         return nullcontext() if dots is None else dots.observe()
 
-    def hypergradient(self, batch: Any, *, number: int) -> UpperStep:
+    def hypergradient(self, batch: object, *, number: int) -> UpperStep:
         """dF/du at the current point on ``batch``; no variable moves.
 
         F's random numbers are a function of the seed and the ``number`` of the upper step. Raises

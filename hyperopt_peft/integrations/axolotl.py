@@ -18,6 +18,7 @@ from hyperopt_peft.comparison.find import find_method
 from hyperopt_peft.core.labels import row_losses
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.trainer import bilevel
+from hyperopt_peft.utils.types import Model
 
 #: Keys that replace the trainer, join rows, or compute adapters without their modules.
 REFUSED = ["rl", "reward_model", "process_reward_model", "trainer_cls", "sample_packing", "relora"]
@@ -44,7 +45,7 @@ class BilevelPlugin(BasePlugin):
         """The class of the plug-in's key."""
         return f"{__name__}.{BilevelInput.__name__}"
 
-    def get_trainer_cls(self, cfg: Any) -> Any:
+    def get_trainer_cls(self, cfg: DictDefault) -> Any:
         """The class of the trainer; None without the key ``bilevel``.
 
         Raises:
@@ -71,11 +72,11 @@ class BilevelPlugin(BasePlugin):
 
         return BilevelAxolotlTrainer
 
-    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+    def post_trainer_create(self, cfg: DictDefault, trainer: AxolotlTrainer) -> None:
         """Remember ``trainer``, whose model a method may replace."""
         self.trainer = trainer if cfg.bilevel else None
 
-    def post_train(self, cfg: Any, model: Any) -> None:
+    def post_train(self, cfg: DictDefault, model: Model) -> None:
         """Save the model with the settings, and compare it with what stock PEFT loads."""
         if self.trainer is not None:
             self.trainer.save_model()

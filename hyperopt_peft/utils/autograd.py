@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.graph import Node
 from torch.nn.modules import module as global_hooks
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -46,7 +47,7 @@ def once_differentiable_functions(tensor: Tensor) -> list[str]:
     although their backward passes run in kernels, or write into memory, without a graph.
     """
 
-    def marked(function: Any) -> bool:  # the mark is a wrapper, defined in torch's own module
+    def marked(function: object) -> bool:  # the mark is a wrapper, defined in torch's own module
         backward = getattr(function, "backward", None)
         module: str = getattr(backward, "__globals__", {}).get("__name__", "")
         return module == "torch.autograd.function" or module.startswith(KERNELS)
@@ -55,7 +56,7 @@ def once_differentiable_functions(tensor: Tensor) -> list[str]:
     return sorted(function.__name__ for function in functions if marked(function))
 
 
-def raises_when_differentiated(node: Any) -> bool:
+def raises_when_differentiated(node: Node) -> bool:
     """Whether ``node`` stands for the derivative of a non-differentiable operation, and raises."""
     return "Error" in node.name()
 

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
 from hyperopt_peft.utils.autograd import HALF
+from hyperopt_peft.utils.types import Model
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -204,7 +205,7 @@ def sharded_like(full: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def reshard(model: nn.Module) -> None:
+def reshard(model: Model) -> None:
     """Free the gathered parameters of ``model``, so that its parameters are shards again.
 
     FSDP2 frees gathered parameters in the backward pass. After a forward pass alone, the gathered
@@ -212,7 +213,7 @@ def reshard(model: nn.Module) -> None:
     """
     for module in model.modules():
         if shards(module):
-            module.reshard()  # type: ignore[operator]
+            module.reshard()
 
 
 def shards(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperopt_peft.errors import ProblemError
+from hyperopt_peft.utils.types import Model
 
 #: Parts of the class names of layers that round activations: LLM.int8 (bitsandbytes) and FP8
 #: (torchao, Transformers). Names are compared, since these libraries are optional.
@@ -21,12 +22,12 @@ LIBRARIES = {"accelerate", "hyperopt_peft", "liger_kernel", "peft", "torch", "tr
 NO_DIFFERENCE = "direct or product=dots, or load the model in 4 bits or in bf16"
 
 
-def base_model(model: Any) -> Any:
+def base_model(model: Model) -> Any:
     """The pretrained model inside a PeftModel; any other model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def require_unwrapped(model: Any) -> None:
+def require_unwrapped(model: object) -> None:
     """Raise ProblemError if ``model`` is a PeftModel within what `torch.compile` returns."""
     if hasattr(model, "_orig_mod") and hasattr(model, "peft_config"):
         raise ProblemError(
@@ -36,24 +37,24 @@ def require_unwrapped(model: Any) -> None:
 
 
 def hook_calls(
-    model: Any,
+    model: Model,
     before: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
     after: Callable[[tuple[Any, ...], dict[str, Any], Any], None] | None = None,
 ) -> list[Any]:
     """Call ``before`` and ``after`` once around each forward pass of ``model``; returns handles.
 
-    A pass begins at the adapter's wrapper, or at the base model. Before 0.21 PEFT's wrapper calls
+    A pass begins at the adapter's wrapper, or at the base model. Until PEFT 0.21 the wrapper calls
     ``forward`` of the base model, which runs no hook of it, so that both have hooks.
     """
     depth = 0
 
-    def begin(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal depth
         depth += 1
         if depth == 1 and before is not None:
             before(args, kwargs)
 
-    def end(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def end(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
         nonlocal depth
         depth -= 1
         if depth == 0 and after is not None:
@@ -84,7 +85,7 @@ def is_uncounted() -> bool:
     return _UNCOUNTED.get()
 
 
-def trainable(model: Any, *, without: Iterable[Tensor] = ()) -> list[tuple[str, Tensor]]:
+def trainable(model: Model, *, without: Iterable[Tensor] = ()) -> list[tuple[str, Tensor]]:
     """The names and parameters of ``model`` that require a gradient, except ``without``.
 
     Raises:
@@ -105,7 +106,7 @@ def trainable(model: Any, *, without: Iterable[Tensor] = ()) -> list[tuple[str, 
     return found
 
 
-def keep_differentiable(model: Any) -> None:
+def keep_differentiable(model: Model) -> None:
     """Keep the 4-bit layers of ``model`` differentiable after passes in evaluation mode.
 
     On a CPU with AVX512-BF16 instructions such a pass packs the weights of bitsandbytes' layers for
@@ -119,7 +120,7 @@ def keep_differentiable(model: Any) -> None:
 
 
 @contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+def in_mode(model: Model, training: bool) -> Iterator[None]:
     """Training or evaluation mode in the body; modes and buffers are restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(x, x.clone()) for x in model.buffers()] if training else []
@@ -136,12 +137,12 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
                     buffer.copy_(value)
 
 
-def evaluating(model: nn.Module) -> AbstractContextManager[None]:
+def evaluating(model: Model) -> AbstractContextManager[None]:
     """Evaluation mode in the body; the mode of each module is restored afterwards."""
     return in_mode(model, False)
 
 
-def own_loss_of(model: Any) -> str:
+def own_loss_of(model: Model) -> str:
     """What makes the loss of ``model`` another than a known library's, or the empty string.
 
     It is a ``forward`` or a ``loss_function`` that a module outside of `LIBRARIES` defines,

@@ -59,7 +59,7 @@ def write_csv(
         ProblemError: the file cannot be written.
     """
 
-    def escaped(cell: Any) -> Any:
+    def escaped(cell: object) -> Any:
         formula = isinstance(cell, str) and cell.lstrip("\t\r\n ").startswith(("=", "+", "-", "@"))
         return f"'{cell}" if escape_formulas and formula else cell
 

@@ -179,7 +179,7 @@ def require_settings(
         )
 
 
-def differences(saved: Any, current: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(saved: object, current: object, name: str = "") -> Iterator[tuple[str, Any, Any]]:
     """The entries in which two nested mappings or lists differ, each with its name and both values.
 
     Example:
@@ -197,7 +197,7 @@ def differences(saved: Any, current: Any, name: str = "") -> Iterator[tuple[str,
         yield name, saved, current
 
 
-def shortened(value: Any) -> str:
+def shortened(value: object) -> str:
     """The text of ``value``, of at most 100 characters."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."

@@ -22,7 +22,7 @@ def numbers(text: str, line: str) -> list[int]:
 
 
 def steps(text: str) -> list[int]:
-    return [int(n) for n in re.findall(r"^\w+ +1 +(\d+) ", text, re.MULTILINE)]
+    return [int(n) for n in re.findall(r"^\w+ +1 +(\d+)$", text, re.MULTILINE)]
 
 
 def test_who_owns_what(tmp_path: Path, capsys: Capture) -> None:
@@ -67,10 +67,9 @@ def test_new_weights_that_stay_random_are_warned_of(
     [
         ("compare", {"seeds": [0, 1], "methods": ["lora", "bidora"]}, {"lora": 22, "bidora": 38}),
         ("attribute", {"check": 5, "suspects": 3}, {"training": 1, "check": 6, "suspects": 3}),
-        ("attribute", {"score_model": "head"}, {"features": 1}),
     ],
 )
-def test_every_command_says_its_trainings_and_minutes(
+def test_every_command_says_its_trainings(
     tmp_path: Path,
     capsys: Capture,
     command: str,
@@ -79,5 +78,5 @@ def test_every_command_says_its_trainings_and_minutes(
 ) -> None:
     text = plan(capsys, small_run(tmp_path, target_modules=["query"], **changes), command)
     for name, count in trainings.items():
-        assert re.search(rf"^{name} +{count} ", text, re.MULTILINE), text
-    assert re.search(r"together about [\d.]+ minutes", text) and not (tmp_path / "out").exists()
+        assert re.search(rf"^{name} +{count}\b", text, re.MULTILINE), text
+    assert not (tmp_path / "out").exists()

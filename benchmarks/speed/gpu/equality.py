@@ -91,28 +91,9 @@ def noisy(machine: Machine, model: Any, estimator: str) -> list[Tensor]:
     return [one(), one(), one(reverse=True)]
 
 
-def noise(values: list[Tensor] | None, name: str = "") -> Row:
+def noise(values: list[Tensor] | None) -> Row:
     """The noise of the `noisy` ``values``."""
-    names = (f"{name}again", f"{name}other order")
+    names = ("again", "other order")
     if values is None:
         return dict.fromkeys(names)
     return {key: relative(values[0], other) for key, other in zip(names, values[1:], strict=True)}
-
-
-def flash(machine: Machine) -> Iterator[Row]:
-    """FlashAttention less PyTorch's kernel.
-
-    FlashAttention has no float32, in which `darts` differences gradients, so that `darts` is
-    refused with it.
-    """
-    models = {name: machine.model(name) for name in ("sdpa", machine.flash)}
-    for estimator in ("direct", DOTS, "darts"):
-        values, _ = attempted(partial(noisy, machine, models["sdpa"], estimator))
-        others, result = attempted(partial(noisy, machine, models[machine.flash], estimator))
-        yield {
-            "estimator": estimator,
-            "flash − sdpa": relative(values[0], others[0]) if values and others else None,
-            **noise(values, "sdpa, "),
-            **noise(others, "flash, "),
-            "result": result,
-        }

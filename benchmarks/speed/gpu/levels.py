@@ -1,7 +1,7 @@
 """Two levels on a language model: seconds and memory beside a stock trainer's.
 
 Ten lower steps of weighted sources and an upper step are compared with eleven steps of
-`transformers.Trainer`, or of TRL's `SFTTrainer` on packed rows.
+`transformers.Trainer`.
 """
 
 from __future__ import annotations
@@ -13,51 +13,38 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from benchmarks.measure import rounds, table_of
 from benchmarks.speed import llama
 from benchmarks.speed.gpu.machine import Machine, attempted, opened
-from benchmarks.speed.language import (
-    ALONE,
-    DOTS,
-    ESTIMATORS,
-    LOWER,
-    PLAIN,
-    Peak,
-    run_seconds,
-    seconds_of,
-)
-from hyperopt_peft import bilevel
-from hyperopt_peft.problems import Sources
+from benchmarks.speed.language import ALONE, ESTIMATORS, PLAIN, Meter, run
 
 Row = dict[str, Any]
 
 
 def levels(machine: Machine, model: Any = None) -> Iterator[Row]:
     """Seconds of each run with checkpointing, and the peak of its memory above the model's."""
-    model, peaks = model or machine.model(), dict[str, Peak]()
-    sizes = {**machine.sizes, "device": machine.device}
+    model, meters = model or machine.model(), dict[str, Meter]()
 
     def one(name: str) -> float:
         gc.collect()
-        peaks[name] = Peak(machine.device)
-        return run_seconds(name, machine.shape, model, sizes, peaks[name])
+        meters[name] = run(name, machine.shape, model, machine.sizes, machine.device)
+        return meters[name].seconds
 
     results = {name: attempted(partial(one, name))[1] for name in (PLAIN, ALONE, *ESTIMATORS)}
-    working = [name for name, result in results.items() if result == "done"]
-    seconds = rounds(working, one, machine.rounds, warmup=0)  # each has run once
+    seconds = rounds(list(meters), one, machine.rounds, warmup=0)  # each has run once
     table = {row["run"]: row for row in table_of(seconds, PLAIN)}
-    alone = peaks[ALONE].value if ALONE in table else None
+    alone = meters.get(ALONE)
     for name, result in results.items():
-        row = table.get(name, {"run": name, "s": None, f"÷ {PLAIN}": None})
-        peak = peaks[name] if name in table else None
+        meter = meters.get(name)
         yield {
-            **row,
-            "before, MB": peak and peak.before,
-            "peak above, MB": peak and peak.value,
-            "peak ÷ lower alone": peak.value / alone if peak and alone else None,
+            **table.get(name, {"run": name, "s": None, f"÷ {PLAIN}": None}),
+            "before, MB": meter and meter.before,
+            "peak above, MB": meter and meter.peak,
+            "peak ÷ lower alone": meter.peak / alone.peak
+            if meter and alone and alone.peak
+            else None,
             "result": result,
         }
 
@@ -77,47 +64,3 @@ def four_bits(machine: Machine) -> Iterator[Row]:
         options: Row = {"dtype": torch.bfloat16, "device_map": {"": place}}
         base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, **options)
     yield from levels(machine, opened(llama.adapted(base)))
-
-
-def documents(machine: Machine, seed: int) -> Dataset:
-    """Random tokens in rows of a quarter of the length up to all of it, for packs of 16 batches."""
-    size, length = machine.sizes.values()
-    generator = torch.Generator().manual_seed(seed)
-    count, vocabulary = 16 * size, llama.SHAPES[machine.shape][-1]
-    lengths = torch.randint(length // 4, length + 1, (count,), generator=generator).tolist()
-    drawn = [torch.randint(3, vocabulary, (n,), generator=generator).tolist() for n in lengths]
-    return Dataset.from_dict({"input_ids": drawn})
-
-
-def packing(machine: Machine) -> Iterator[Row]:
-    """Rows packed by ``bfd`` without padding, with FlashAttention: dots beside TRL alone."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-    from trl import SFTConfig, SFTTrainer
-
-    size, length = machine.sizes.values()
-    words = Tokenizer(WordLevel({"<pad>": 0, "<end>": 1, "<unk>": 2}, unk_token="<unk>"))
-    names = {"pad_token": "<pad>", "eos_token": "<end>", "unk_token": "<unk>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **names)
-    parts = [documents(machine, seed) for seed in range(3)]
-    named = [part.add_column("source", [str(k)] * len(part)) for k, part in enumerate(parts[:2])]
-    both, model, plain = bilevel(SFTTrainer), machine.model(machine.flash), f"SFT, {PLAIN}"
-    options: Row = llama.options(size, machine.device, max_length=length, packing=True)
-    options |= {"packing_strategy": "bfd", "gradient_checkpointing": True}
-
-    def one(name: str) -> float:
-        gc.collect()
-        data: dict[str, Any] = {"processing_class": tokenizer}
-        if name == plain:
-            args = SFTConfig(**options, max_steps=LOWER + 1)
-            rows = concatenate_datasets(parts[:2])
-            return seconds_of(SFTTrainer(model, args, train_dataset=rows, **data))
-        search: Row = {"hypergradient": name, "lower_steps": LOWER, "retrain": "none"}
-        search |= {"max_steps": LOWER, "per_device_upper_batch_size": size}
-        data |= {"train_dataset": concatenate_datasets(named), "upper_dataset": parts[2]}
-        return seconds_of(
-            both(model, both.Arguments(**options, **search), method=Sources(), **data)
-        )
-
-    yield from table_of(rounds((plain, DOTS), one, machine.rounds), plain)

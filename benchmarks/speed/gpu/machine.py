@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
-#: The rounds of each part, after one to warm up.
-ROUNDS = 3
+from benchmarks.speed import llama
+
+#: The rounds of each part, after one to warm up, and of runs that take milliseconds.
+ROUNDS, MANY = 3, 20
 
 
 @dataclass(frozen=True)
@@ -38,22 +40,23 @@ class Machine:
         return {"size": 2, "length": 8} if self.small else {"size": 8, "length": 512}
 
     @property
+    def batch(self) -> tuple[int, int]:
+        """Rows of MiniLM's batch, and their tokens."""
+        return (4, 8) if self.small else (32, 64)
+
+    @property
     def rounds(self) -> int:
         """The rounds of each part; of a first look one."""
         return 1 if self.small else ROUNDS
 
     @property
-    def flash(self) -> str:
-        """FlashAttention by its name in Transformers, and on the CPU, which lacks it, eager."""
-        return "eager" if self.device == "cpu" else "flash_attention_2"
+    def many(self) -> int:
+        """The rounds of runs that take milliseconds."""
+        return 1 if self.small else MANY
 
-    def model(self, attention: str = "sdpa") -> Any:
+    def model(self) -> Any:
         """An untrained Llama with an adapter, whose B is not zero, so that all gradients flow."""
-        from benchmarks.speed import llama
-
-        return opened(
-            llama.adapted(llama.base(self.shape, device=self.device, attention=attention))
-        )
+        return opened(llama.adapted(llama.base(self.shape, device=self.device)))
 
 
 def opened(adapted: Any) -> Any:

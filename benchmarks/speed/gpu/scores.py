@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
-from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers import Trainer, TrainingArguments
 
 from benchmarks.measure import interleaved, rounds, table_of, wait
 from benchmarks.speed import llama
@@ -25,9 +24,7 @@ from hyperopt_peft.attribution.scores import (
     parse_estimator,
     scores,
 )
-from hyperopt_peft.heads import L2, Features, Head, features_of
-from hyperopt_peft.trainer.data import batches_of
-from hyperopt_peft.utils.models import evaluating
+from hyperopt_peft.heads import L2, Features, Head
 
 Row = dict[str, Any]
 #: The features of a row, for a head; up to three times the width of a model.
@@ -55,30 +52,6 @@ def attribution(machine: Machine) -> Iterator[Row]:
         return time.perf_counter() - begin
 
     yield from table_of(rounds((alone, "training and scores"), one, machine.rounds), alone)
-
-
-def features(machine: Machine) -> Iterator[Row]:
-    """The features of rows of 64 tokens, beside the model's forward passes alone."""
-    from benchmarks.minilm import minilm
-
-    model, count = minilm("LoRA", device=machine.device), 8 if machine.small else 4096
-    ids = torch.randint(1000, 20000, (count, 64), generator=torch.Generator().manual_seed(0))
-    labels = [k % 3 for k in range(count)]
-    data = Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels})
-    size = max(count // 16, 4)
-
-    def forward() -> None:
-        with evaluating(model), torch.no_grad():
-            for batch in batches_of(data, default_data_collator, size, machine.device):
-                model(**batch)
-
-    plain = "forward passes"
-    runs: dict[str, Callable[[], object]] = {
-        plain: forward,
-        "features": lambda: features_of(model, data, default_data_collator, batch_size=size),
-    }
-    for row in table_of(interleaved(runs, machine.rounds, machine.device), plain):
-        yield {**row, "rows a second": count / row["s"]}
 
 
 def head(machine: Machine) -> Iterator[Row]:

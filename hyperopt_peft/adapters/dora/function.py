@@ -23,7 +23,7 @@ from torch import Tensor
 from hyperopt_peft.utils.autograd import needed_inputs, without_autocast
 
 # For ∂L/∂x, forming g ∘ V takes passes over (out, in), and not forming it, passes over the tokens.
-# From this ratio of tokens to `in`, forming g ∘ V is faster (benchmark `dora_layer`).
+# From this ratio of tokens to `in`, forming g ∘ V is faster.
 MERGE_FROM = 3
 
 Gradients = tuple[Tensor | None, ...]

@@ -111,7 +111,9 @@ def gain(layer: lora.LoraLayer, adapter_name: str) -> Tensor:
     return magnitude(layer, adapter_name) / norm
 
 
-def adapted(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+def adapted(
+    module: lora.LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+) -> Tensor:
     """The output of a linear or convolution layer: result + (g − 1)·W0 x + g·s·B A x.
 
     ``x`` is (..., in) or (batch, in, ...); ``result`` is the output of the base layer. One dropout

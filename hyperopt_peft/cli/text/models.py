@@ -12,7 +12,13 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from hyperopt_peft.cli.text.tasks import Task, TaskName
@@ -76,7 +82,7 @@ def _loading(option: str, name: str) -> Iterator[None]:
         raise ProblemError(f"{option}: {what} ({reason}); correct the name or folder") from error
 
 
-def load_tokenizer(name: str, config: Any, max_length: int, task: str) -> Any:
+def load_tokenizer(name: str, config: PretrainedConfig, max_length: int, task: str) -> Any:
     """The tokenizer ``name`` with a padding token, if it fits model, task and ``max_length``."""
     # Byte-level tokenizers need it for words.
     options = {"add_prefix_space": True} if task == "token-classification" else {}
@@ -95,7 +101,7 @@ def load_tokenizer(name: str, config: Any, max_length: int, task: str) -> Any:
     return tokenizer
 
 
-def load_base(task: Task, args: ModelArguments, config: Any) -> tuple[Any, list[str]]:
+def load_base(task: Task, args: ModelArguments, config: PretrainedConfig) -> tuple[Any, list[str]]:
     """The base model, and the names of its new weights, which depend on the current seed."""
     bits: Any = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
     nf4 = BitsAndBytesConfig(load_in_4bit=True, **bits) if args.load_in_4bit else None
@@ -120,7 +126,7 @@ def load_base(task: Task, args: ModelArguments, config: Any) -> tuple[Any, list[
     return model, sorted({*report["missing_keys"], *mismatched})
 
 
-def adapter_config(model: Any, args: ModelArguments, task: Task) -> LoraConfig:
+def adapter_config(model: PreTrainedModel, args: ModelArguments, task: Task) -> LoraConfig:
     """The LoRA of the options for ``model``, which a method may change."""
     modules = [name for name, _ in model.named_modules() if name]
     endings = {name.rpartition(".")[2] for name in modules}

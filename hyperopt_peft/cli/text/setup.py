@@ -13,7 +13,7 @@ from peft import get_peft_model
 from transformers import DataCollatorForSeq2Seq, set_seed
 from transformers.utils import logging
 
-from hyperopt_peft.cli.options import Options, checkpoint_of, divided, parse
+from hyperopt_peft.cli.options import Options, OutputArguments, checkpoint_of, divided, parse
 from hyperopt_peft.cli.text import attributed, models
 from hyperopt_peft.cli.text.attributed import ROW
 from hyperopt_peft.cli.text.data import (
@@ -36,6 +36,7 @@ from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.splits import shared_rows
 from hyperopt_peft.trainer.tags import INDEX
 from hyperopt_peft.trainer.trainer import BilevelTrainer
+from hyperopt_peft.utils.types import Model
 
 logger = logging.get_logger(__name__)
 #: The options of every command that trains.
@@ -56,14 +57,20 @@ class Chosen:
 
 
 def choose(
-    name: str, kind: Any, argv: Sequence[str], method: str = "", besides: Collection[str] = ()
+    name: str,
+    kind: type[OutputArguments],
+    argv: Sequence[str],
+    method: str = "",
+    besides: Collection[str] = (),
 ) -> Chosen:
     """The options in ``argv`` for the command ``name``, whose own options are ``kind``'s fields.
 
     ``method`` replaces the option ``method``; names in ``besides`` are ignored.
     """
     given, _ = divided(name, argv)
-    method = method or (given.get("method") or [kind.__dataclass_fields__["method"].default])[-1]
+    if not method:
+        default = str(kind.__dataclass_fields__["method"].default)
+        method = (given.get("method") or [default])[-1]
     types: tuple[Any, ...] = SHARED
     if given.get("task") == [SFT]:
         types = (ModelArguments, ExampleData, sft_trainer().Arguments)
@@ -128,7 +135,7 @@ class Setup:
             logger.warning_once(f"{names}: random and frozen; name the modules in modules_to_save")
         return model
 
-    def trainer(self, args: Any, method: Method) -> BilevelTrainer:
+    def trainer(self, args: BilevelTrainingArguments, method: Method) -> BilevelTrainer:
         """The trainer of a new model by ``method``."""
         model = self.model(args.seed, method)
         options = self.options(model) | {"eval_dataset": self.evaluation}
@@ -154,7 +161,7 @@ class Setup:
         """The class of the task's trainer."""
         return sft_trainer() if self.args.task == SFT else BilevelTrainer
 
-    def options(self, model: Any) -> dict[str, Any]:
+    def options(self, model: Model) -> dict[str, Any]:
         """The arguments for a trainer of ``model`` that depend on the task."""
         options: dict[str, Any] = {"processing_class": self.encoder.tokenizer}
         if self.task.metrics is not None:  # TRL has metrics and a collator of its own
@@ -167,7 +174,11 @@ class Setup:
 
 
 def prepare(
-    args: ModelArguments, data: Any, training: Any, *methods: Method, numbered: bool = False
+    args: ModelArguments,
+    data: Any,
+    training: BilevelTrainingArguments,
+    *methods: Method,
+    numbered: bool = False,
 ) -> Setup:
     """Read and encode the data for ``methods``; ``numbered`` training rows keep column `ROW`."""
     read = list[str]()  # columns of the training rows, beside those of the task

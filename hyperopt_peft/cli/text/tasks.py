@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    EvalPrediction,
 )
 
 from hyperopt_peft.core.logits import IGNORED
@@ -25,6 +26,8 @@ TaskName = Literal[
     "text-classification", "regression", "token-classification", "causal-lm", "seq2seq", "sft"
 ]
 SFT = "sft"  # by TRL
+#: The logits of a batch, of some models with further outputs.
+Logits = Tensor | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -45,35 +48,34 @@ class Task:
     classes: bool = False
 
 
-def argmax(logits: Any, labels: Tensor) -> Tensor:
+def argmax(logits: Logits, labels: Tensor) -> Tensor:
     """The class of the largest logit, from shape (…, classes) to (…)."""
     return _first(logits).argmax(-1)
 
 
-def prediction(logits: Any, labels: Tensor) -> Tensor:
+def prediction(logits: Logits, labels: Tensor) -> Tensor:
     """The predicted number, from shape (examples, 1) to (examples,)."""
     return _first(logits).squeeze(-1)
 
 
-def next_token_losses(logits: Any, labels: Tensor) -> Tensor:
+def next_token_losses(logits: Logits, labels: Tensor) -> Tensor:
     """`token_losses` of logits that predict the next token."""
     return token_losses(_first(logits)[:, :-1], labels[:, 1:])
 
 
-def token_losses(logits: Any, labels: Tensor) -> Tensor:
+def token_losses(logits: Logits, labels: Tensor) -> Tensor:
     """The sum of the negative log-likelihoods and the number of tokens, of shape (examples, 2)."""
     scores = _first(logits).float()
     losses = cross_entropy(scores.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
     return torch.stack([losses.sum(1), (labels != IGNORED).sum(1).to(losses)], 1)
 
 
-def _first(logits: Any) -> Tensor:
+def _first(logits: Logits) -> Tensor:
     """The logits, without the further outputs of some models."""
-    result: Tensor = logits[0] if isinstance(logits, tuple) else logits
-    return result
+    return logits[0] if isinstance(logits, tuple) else logits
 
 
-def classification_metrics(result: Any) -> dict[str, float]:
+def classification_metrics(result: EvalPrediction) -> dict[str, float]:
     """Accuracy, macro-F1 and Matthews' correlation over all labels that are not ignored."""
     labelled = result.label_ids != IGNORED
     true, predicted = result.label_ids[labelled], result.predictions[labelled]
@@ -84,7 +86,7 @@ def classification_metrics(result: Any) -> dict[str, float]:
     }
 
 
-def regression_metrics(result: Any) -> dict[str, float]:
+def regression_metrics(result: EvalPrediction) -> dict[str, float]:
     """Mean squared error, Pearson's and Spearman's correlation (NaN for constant values)."""
     true, predicted = result.label_ids, result.predictions
     varied = min(np.ptp(true), np.ptp(predicted)) > 0
@@ -95,7 +97,7 @@ def regression_metrics(result: Any) -> dict[str, float]:
     }
 
 
-def language_metrics(result: Any) -> dict[str, float]:
+def language_metrics(result: EvalPrediction) -> dict[str, float]:
     """The mean loss over all tokens and its exponential, the perplexity."""
     total, tokens = result.predictions.sum(0)
     return {"token_loss": float(total / tokens), "perplexity": float(np.exp(total / tokens))}
