@@ -79,7 +79,7 @@ class Features:
 
 
 def features_of(
-    model: nn.Module,
+    model: Model,
     rows: Dataset | Sequence[Mapping[str, Any]],
     collate: Callable[[Sequence[Any]], Any],
     *,

@@ -49,7 +49,7 @@ from hyperopt_peft.problems import (
     Sources,
     WeightNet,
 )
-from hyperopt_peft.utils.models import own_loss_of
+from hyperopt_peft.utils.models import evaluating, own_loss_of
 from tests.support.methods import ARGUMENTS, method_trainer
 from tests.support.trainers import CONFIG, QUIET, base_model, data, peft_model
 
@@ -63,6 +63,11 @@ def logits_of(model: Any, inputs: Any) -> Tensor:
 
 def of_weights(outputs: Any, labels: Tensor, **_: Any) -> Tensor:
     return cross_entropy(outputs.logits, labels, WEIGHTS)
+
+
+def focal(outputs: Any, labels: Tensor, **_: Any) -> Tensor:
+    losses = cross_entropy(outputs.logits, labels, reduction="none")
+    return ((1 - (-losses).exp()) ** 2 * losses).mean()
 
 
 def over(term: Callable[[Any, Any, Any], Any]) -> type[Trainer]:
@@ -107,10 +112,22 @@ def l1(_: Any, model: Any, __: Any) -> Any:
 
 
 def to_start(trainer: Any, model: Any, __: Any) -> Any:
-    """L2-SP, by a state of the trainer."""
+    """L2-SP; with weights by Fisher information it is EWC."""
     if not hasattr(trainer, "start"):
         trainer.start = [x.detach().clone() for x in factors(model)]
     return sum((a - b).square().sum() for a, b in zip(factors(model), trainer.start))
+
+
+def ewc(trainer: Any, model: Any, inputs: Any) -> Any:
+    """L2-SP with weights by the Fisher information of the first batch."""
+    if not hasattr(trainer, "fisher"):
+        with torch.enable_grad(), evaluating(model):
+            loss = cross_entropy(logits_of(model, inputs), inputs["labels"])
+        slopes = torch.autograd.grad(loss, factors(model))
+        trainer.fisher = [100 * x.square() for x in slopes]
+    _, start = to_start(trainer, model, inputs), trainer.start
+    terms = zip(trainer.fisher, factors(model), start, strict=True)
+    return sum((f * (a - b).square()).sum() for f, a, b in terms)
 
 
 def to_base(_: Any, model: Any, inputs: Any) -> Any:
@@ -186,12 +203,14 @@ METHODS: dict[str, Any] = {
 #: Of each loss: the class of the Trainer, its options, its arguments, and the base model.
 LOSSES: dict[str, dict[str, Any]] = {
     "class weights": {"options": {"compute_loss_func": of_weights}},
+    "focal loss": {"options": {"compute_loss_func": focal}},
     "label smoothing": {"args": {"label_smoothing_factor": 0.01}},
     "R-Drop": {"kind": over(r_drop)},
     "FGM": {"kind": over(fgm)},
     "L1": {"kind": over(l1)},
     "a curriculum": {"kind": over(later)},
     "L2-SP": {"kind": over(to_start)},
+    "EWC": {"kind": over(ewc)},
     "KL to the base": {"kind": over(to_base)},
     "class weights of a model": {"base": lambda: Weighted(copy.deepcopy(CONFIG))},
     "a model's loss function": {"base": of_function},
