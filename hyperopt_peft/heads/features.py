@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from hyperopt_peft.core.labels import model_reads, rows_of
@@ -23,6 +23,7 @@ from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.data import batches_of
 from hyperopt_peft.trainer.tags import INDEX, InOrder
 from hyperopt_peft.utils.models import base_model, evaluating
+from hyperopt_peft.utils.types import Model
 
 
 @dataclass(frozen=True)
