@@ -48,6 +48,6 @@ class Projects(TrainerCallback):
     def __init__(self, method: Method) -> None:
         self.method = method
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: object, state: object, control: object, **_: Any) -> None:
         """Project."""
         self.method.project()

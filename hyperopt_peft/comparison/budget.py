@@ -71,7 +71,7 @@ class Budget(TrainerCallback):
         self.a_step: float = args.train_batch_size * args.gradient_accumulation_steps / unit
 
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **_: Any
+        self, args: Any, state: Any, control: object, lr_scheduler: Any = None, **_: Any
     ) -> None:
         """Begin a phase."""
         self.phase += 1
@@ -144,7 +144,7 @@ class Budget(TrainerCallback):
             self.random = RandomState.capture([args.device])
 
     def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any
+        self, args: object, state: object, control: object, metrics: dict[str, float], **_: Any
     ) -> None:
         """Keep the metrics at the points that are reached; the run goes on as without them."""
         if self.reached:

@@ -53,7 +53,7 @@ class UpperLevel(TrainerCallback):
             self.start = vector_of(trainer.upper)
             trainer.add_callback(self)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(self, args: Any, state: object, control: object, **_: Any) -> None:
         """Sum up, before the method changes its variables after the search."""
         step, rate = self.trainer.current_step, args.upper_learning_rate
         found = summary(self.trainer.upper, self.start, rate, step.bilevel.count, step.log)

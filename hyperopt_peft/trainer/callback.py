@@ -117,7 +117,7 @@ class BilevelCallback(TrainerCallback):
             best = trainer.state.best_model_checkpoint
             checkpoint.rotate(folder.parent, self.save_total_limit, best)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: object, state: object, control: object, **kwargs: Any) -> None:
         """Restore the levels, after the Trainer has prepared model and optimizer."""
         self.activate()
         self.trainer.adopt_prepared_parameters()
@@ -163,7 +163,7 @@ class BilevelCallback(TrainerCallback):
         endless = None if has_length(train_dataloader) else passes(train_dataloader)
         self.batches = endless and islice(endless, read, None)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args: object, state: object, control: object, **kwargs: Any) -> None:
         """Write the manifest, after the Trainer has written its files."""
         self.complete()
 
@@ -176,7 +176,9 @@ class BilevelCallback(TrainerCallback):
             self.activate()
             self._load_levels(best)
 
-    def _complete_on_signal(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def _complete_on_signal(
+        self, args: object, state: object, control: object, **kwargs: Any
+    ) -> None:
         # On SIGTERM the Trainer writes a checkpoint in any of these events and skips `on_save`.
         if self.writing is not None:
             self.complete()
@@ -194,7 +196,9 @@ class BilevelCallback(TrainerCallback):
         self._complete_on_signal(args, state, control)
         self.trainer.begin_step()
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_optimizer_step(
+        self, args: object, state: object, control: object, **kwargs: Any
+    ) -> None:
         """Let the method change the upper variables after an upper step."""
         if self.trainer.method is not None and self.trainer.current_step.upper:
             self.trainer.method.project()

@@ -90,7 +90,7 @@ def add_to_card(trainer: Any) -> None:
 class ShortProgress(ProgressCallback):
     """A progress bar that writes each log as a short line above itself."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: object, logs: Any = None, **_: Any) -> None:
         """Write the line."""
         if state.is_world_process_zero and self.training_bar is not None:
             self.training_bar.write(line_of(args, state, logs))
@@ -99,7 +99,7 @@ class ShortProgress(ProgressCallback):
 class ShortPrinter(PrinterCallback):
     """Prints each log as a short line."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: object, logs: Any = None, **_: Any) -> None:
         """Print the line."""
         if state.is_world_process_zero and logs:
             print(line_of(args, state, logs), flush=True)

@@ -48,7 +48,7 @@ class PassCounter(TrainerCallback):
         return {"passes": self.passes, "seconds": time.perf_counter() - self._start}
 
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+        self, args: Any, state: object, control: object, model: Any = None, **_: Any
     ) -> None:
         """Count the passes of ``model`` from now on."""
         self._earlier, self._thirds = self.passes, 0
