@@ -107,6 +107,7 @@ FAST |= {"retraining from scratch", "scales", "gates"}
 FAST |= {"weights of rows, on which the second phase's rows depend"}
 
 
+@pytest.mark.filterwarnings("ignore:f2sa. the relative residual")
 @pytest.mark.parametrize(
     "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in RUNS]
 )

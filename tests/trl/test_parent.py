@@ -134,6 +134,7 @@ def mean_auxiliary_loss(trainer: Any, table: Any) -> float:
     return float(sum(losses)) / len(losses)
 
 
+@pytest.mark.filterwarnings("ignore:f2sa. the relative residual")
 @pytest.mark.parametrize("estimator", ["direct", pytest.param("f2sa", marks=pytest.mark.slow)])
 def test_what_the_loss_counts_is_what_was_trained(tmp_path: Path, estimator: str) -> None:
     """``num_tokens`` of the search is that of SFTTrainer on the same rows."""
