@@ -81,13 +81,19 @@ def guess(rows: Dataset, task: str | None, texts: list[str] | None, label: str |
         raise ProblemError(f"label_column: {error}, or {NO_LABEL}") from error
     counts = Counter(rows[label]).most_common()
     if rare := [str(name) for name, count in counts if count < least]:
-        keep = f"keep them by --label_column {label}, " * (least > 2)
+        keep = f"keep them by --label_column {label}, " if least > 2 else ""
         raise ProblemError(
             f"label_column: {label} has {len(counts)} classes, and fewer than {least} rows of "
             f"{', '.join(rare[:5])}; remove these rows, join classes, {keep}or {NO_LABEL}"
         )
-    most = ", ".join(f"{name} {count}" for name, count in counts[:4]) + ", …" * (len(counts) > 4)
+    most = some([f"{name} {count}" for name, count in counts], 4)
     return Guess(task, texts, label, f"{len(counts)} classes: {most}")
+
+
+def some(names: Sequence[str], most: int, separator: str = ", ") -> str:
+    """The first ``most`` names, with an ellipsis if there are more."""
+    more = ["…"] if len(names) > most else []
+    return separator.join([*names[:most], *more])
 
 
 def require_header(rows: Dataset, file: str) -> None:
@@ -144,8 +150,8 @@ def _label(rows: Dataset, besides: Collection[str], task: str | None) -> str | N
         return str(candidates[0])
     if not candidates and task is None:
         return None
-    which = " or ".join(candidates[:5]) + " or …" * (len(candidates) > 5)
-    which = which or f"none of {', '.join(rest[:20]) or 'no further columns'}"
+    which = some(candidates, 5, " or ")
+    which = which or f"none of {some(rest, 20) or 'no further columns'}"
     raise ProblemError(f"label_column: could be {which}; name it with --label_column")
 
 

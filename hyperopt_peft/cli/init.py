@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 from datasets.config import HF_HUB_OFFLINE
 
-from hyperopt_peft.cli.guess import Guess, guess, require_header
+from hyperopt_peft.cli.guess import Guess, guess, require_header, some
 from hyperopt_peft.cli.options import parse
 from hyperopt_peft.cli.text.data import EVALUATION, read_files, require_columns
 from hyperopt_peft.cli.text.encode import class_names, named, warn_of_one_class
@@ -92,18 +92,14 @@ def run(argv: Sequence[str]) -> None:
     run_it = f"hyperopt-peft {command.command} {target}"
     head = f"# {found.task} on {', '.join(files)}: {run_it}\n# All options: {run_it} --help\n"
     target.write_text("\n".join([head, *entries, ""]), encoding="utf-8")
-    print(f"{', '.join(files)}: {len(rows)} rows; columns {_some(names)}")
+    print(f"{', '.join(files)}: {len(rows)} rows; columns {some(names, 20)}")
     if found.label is None and found.task == "causal-lm":
         print("no column looks like a label, a few words or numbers: the texts alone are learned")
     if unused := [name for name in names if name not in columns]:
-        print(f"not used: {_some(unused)}")
+        print(f"not used: {some(unused, 20)}")
     print("\n" + "\n".join(entries))
     print("\nif this is wrong, give --task, --text_columns or --label_column")
     print(f"{target} is written; next:\n  {run_it} --dry_run\n  {run_it}")
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:20]) + ", …" * (len(names) > 20)
 
 
 def installed(task: str) -> str | None:

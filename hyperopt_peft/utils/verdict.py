@@ -93,7 +93,7 @@ detectable difference with 3 seeds (80 % power): 3.3 points
         self, one: str, other: str, metric: str, unit: str, lower_is_better: bool = False
     ) -> str:
         """In words, for differences of ``metric``, that of ``one`` minus that of ``other``."""
-        points = " points" * self.points
+        points = " points" if self.points else ""
         if self.is_significant:
             word = "better" if (self.estimate < 0) == lower_is_better else "worse"
             by = f"{self._number(abs(self.estimate))} ± {self._number(self.half)}{points}"

@@ -189,7 +189,8 @@ def require_columns(data: Dataset, columns: Sequence[str], where: str) -> None:
     for column in columns:
         if column not in data.column_names:
             near = did_you_mean(column, data.column_names)
-            near += "; YAML needs quotes around yes and no" * (column in ("True", "False"))
+            if column in ("True", "False"):
+                near += "; YAML needs quotes around yes and no"
             raise ProblemError(f"{where} have no column {column!r}{near}")
         if missing := data.data.column(column).null_count:
             raise ProblemError(
