@@ -93,7 +93,7 @@ def adapters(arguments: Arguments, data: Any, output: Path) -> dict[str, float]:
         compute_metrics=lambda prediction: {"accuracy": right(prediction).mean()},
     )
     say(f"1. {comparison.heading()}")
-    scores = comparison.tables()["Scores"].drop(columns=["rate", "upper rate", "MB"])
+    scores = comparison.tables()["Scores"].drop(columns=["rate", "upper rate"])
     say(scores.to_string(index=False))
     for sentence in comparison.sentences():
         if sentence not in comparison.remarks():  # about rates, rows and frozen layers

@@ -48,7 +48,6 @@ def compare_methods(
     head: HeadSettings | None = None,
     seeds: Iterable[int] | None = None,
     metric: str = "loss",
-    lower_is_better: bool | None = None,
     choice: Choice = DEFAULT,
     ablations: Mapping[str, Sequence[Kind]] | None = None,
     frozen_dropout: bool = True,
@@ -86,9 +85,8 @@ def compare_methods(
         head: trains heads in place of adapters.
         seeds: each is a split, a start and an order of the rows, the same for all methods; by
             default five, or as many as folds.
-        metric: the score, a key of ``compute_metrics``, or ``loss``.
-        lower_is_better: whether a lower score is better; by default true for names of losses and
-            errors, such as ``mse`` or ``perplexity``. The heading says so.
+        metric: the score, a key of ``compute_metrics``, or ``loss``. Whether a lower one is better
+            says ``greater_is_better`` of ``args``, or the name, such as ``mse`` or ``perplexity``.
         choice: the grids of rates, and how each seed chooses.
         ablations: the kinds that are trained, by the method's name, as ``{"mine": ["frozen"]}``;
             by default all.
@@ -132,8 +130,7 @@ def compare_methods(
     runs = runs or Runs()
     known = {n: m if isinstance(m, Method) else find_method(m)() for n, m in methods.items()}
     seeds = list(dict.fromkeys(map(int, seeds if seeds is not None else range(folds or 5))))
-    if lower_is_better is None:
-        lower_is_better = metric.lower().endswith(LOWER_IS_BETTER)
+    lower_is_better = lower(metric, args)
     grids = choice if head is None else Choice([1.0], [head.upper_rate])
     budget = 0.0 if passes is None else passes
     plan = Plan(known, grids, seeds, metric, lower_is_better, budget, ablations)
@@ -157,6 +154,22 @@ def compare_methods(
     if not runs.dry_run:
         found.require_finite()
     return found
+
+
+def lower(metric: str, args: Any) -> bool:
+    """Whether a lower ``metric`` is better.
+
+    Example:
+        >>> from types import SimpleNamespace as Args
+        >>> best = {"metric_for_best_model": None, "greater_is_better": False}
+        >>> lower("mse", Args()), lower("accuracy", Args()), lower("distance", Args(**best))
+        (True, False, True)
+    """
+    greater = getattr(args, "greater_is_better", None)
+    named = getattr(args, "metric_for_best_model", None) or metric
+    if greater is not None and named.removeprefix("eval_") == metric:
+        return not greater
+    return metric.lower().endswith(LOWER_IS_BETTER)
 
 
 def _require(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -12,12 +12,11 @@ from typing import Any
 
 import pandas  # type: ignore[import-untyped]
 
-from hyperopt_peft.comparison import tables
+from hyperopt_peft.comparison import sentences, tables
 from hyperopt_peft.comparison.choice import AXES, Plan
 from hyperopt_peft.comparison.store import Result, Store
 from hyperopt_peft.comparison.task import ABLATIONS, Kind
 from hyperopt_peft.errors import ProblemError
-from hyperopt_peft.trainer.method import has_upper_level
 from hyperopt_peft.utils.plots import intervals
 from hyperopt_peft.utils.tables import aligned
 from hyperopt_peft.utils.verdict import Verdict, holm
@@ -27,14 +26,6 @@ Candidate = tuple[str, Kind]
 #: The columns of `Comparison.differences`.
 DIFFERENCES = ["method", "minus", "estimate", "half_width", "p_value", "corrected"]
 DIFFERENCES += ["significant", "detectable"]
-#: What differs between a method's form, its next simpler one, and the first method.
-EFFECTS: dict[tuple[Kind, Kind], str] = {
-    ("method", "frozen"): "the upper level",
-    ("method", "one level"): "the upper level, the data split, fewer lower steps and the rate",
-    ("frozen", "one level"): "the data split, fewer lower steps and the rate",
-    ("frozen", "method"): "the data split, fewer lower steps, the adapter and the rate",
-    ("one level", "method"): "the variables, the adapter and the rate",
-}
 
 
 @dataclass
@@ -64,9 +55,9 @@ class Comparison:
         >>> comparison.scores().mean().round(3).to_dict()
         {'LoRA': 0.795, 'DoRA': 0.81}
         >>> print(comparison.recommendation())
-        DoRA is recommended: its mean accuracy, 81.0 points, is the highest of 2; no significant \
-difference between DoRA and LoRA in accuracy (+1.5 ± 6.4 points); minimum detectable difference \
-with 2 seeds (80 % power): 8.2 points
+        the mean accuracy of DoRA, 81.0 points, is the highest of 2; no significant difference \
+between DoRA and LoRA in accuracy (+1.5 ± 6.4 points); minimum detectable difference with 2 seeds \
+(80 % power): 8.2 points
     """
 
     plan: Plan
@@ -208,6 +199,11 @@ with 2 seeds (80 % power): 8.2 points
         return not self.plan.lower_is_better and bool((self.scores().abs() <= 1).all(axis=None))
 
     @property
+    def over_rows(self) -> bool:
+        """Whether the intervals are over test rows, too."""
+        return False
+
+    @property
     def score_name(self) -> str:
         """The metric, and its unit if it is in points."""
         return f"{self.plan.metric} (points)" if self.in_points else self.plan.metric
@@ -248,116 +244,20 @@ with 2 seeds (80 % power): 8.2 points
         return forms if name == self.first else [*forms, every[0]]
 
     def recommendation(self) -> str:
-        """The method of the best mean score, and its difference to the next one."""
-        means = self.scores()[[*self.plan.methods]].mean()
-        lower = self.plan.lower_is_better
-        best, *others = means.sort_values(ascending=lower, kind="stable").index
-        mean = f"{self.shown([means[best]])}{self._unit}"
-        text = (
-            f"{best} is recommended: its mean {self.plan.metric}, {mean}, is the "
-            f"{'lowest' if lower else 'highest'} of {len(means)}"
-        )
-        if not others:
-            return text
-        gap = self.difference((best, "method"), (others[0], "method"))
-        return f"{text}; {gap.sentence(best, others[0], self.plan.metric, 'seeds', lower)}"
-
-    @property
-    def _unit(self) -> str:
-        return " points" if self.in_points else ""
+        """The method with the best mean score, recommended if it is better than the next one."""
+        return sentences.recommendation(self)
 
     def sentences(self) -> list[str]:
         """For each method the difference to the first one, its effects, and remarks."""
-        lines = []
-        first, numbers = self.plan.candidates()[0], self.table()
-        for name in self.plan.methods:
-            forms, last = self.forms(name), self.first
-            begin = self._steps(name, numbers.loc[name])
-            if name != self.first:
-                names = name, self.first, self.plan.metric, "seeds", self.plan.lower_is_better
-                lines.append(begin + self.verdicts[(name, "method"), first].sentence(*names))
-                begin = ""
-            elif forms:
-                last = f"the same{ABLATIONS[forms[-1][1]]}"
-            terms = [self._effect(*pair) for pair in pairwise(forms)]
-            if terms:
-                lines.append("\n  ".join([f"{begin}{name} − {last} is the sum of", *terms]))
-        return lines + self.remarks()
-
-    def _effect(self, one: Candidate, other: Candidate) -> str:
-        """What differs between two forms of a method, and what this is worth."""
-        gap = self.verdicts[one, other]
-        text = f"effect of {EFFECTS[one[1], other[1]]}: {gap}{self._unit}"
-        return text if gap.is_significant else f"{text}, not significant"
-
-    def _steps(self, name: str, did: Any) -> str:
-        """The budget, the number of upper steps and how far these moved u, to begin a sentence."""
-        if not has_upper_level(self.plan.methods[name]):
-            return ""
-        words = [f"at {self.plan.passes:g} passes"] if self.plan.passes else []
-        steps, moved = did.get("upper.steps", math.nan), did.get("upper.moved", math.nan)
-        if steps == steps:
-            text = f"with {steps:.3g} upper step{'' if steps == 1 else 's'}"
-            if did.get("upper.start") == 0:
-                text += f" that moved the upper variables from 0 to a norm of {moved:.2g}"
-            elif moved == moved:
-                text += f" that moved the upper variables by {100 * moved:.3g} %"
-            words.append(text)
-        return f"{', '.join(words)}: " if words else ""
-
-    def _edges(self) -> Iterator[str]:
-        """Rates without a finite score, and chosen rates at an end of their grid."""
-        count = len(self.plan.seeds)
-        for title, rows in self.rates().groupby("method", sort=False):
-            for axis, word in {"rate": "a rate", "upper_rate": "an upper rate"}.items():
-                grid = rows.dropna(subset=axis)
-                for rate in grid[axis][~grid["mean"].map(math.isfinite)]:
-                    text = "a score is not finite, which counts as the worst"
-                    yield f"{title}: at the {word.partition(' ')[2]} {rate:g} {text}"
-                ends = grid[grid[axis].isin([grid[axis].min(), grid[axis].max()])]
-                if 2 * ends["seeds"].sum() > count:
-                    far = " and ".join(f"{x:g}" for x in sorted(ends[axis][ends["seeds"] > 0]))
-                    text = f"seeds chose {word} at an end of the grid, {far}; give further ones"
-                    yield f"{title}: {ends['seeds'].sum()} of {count} {text}"
+        return sentences.sentences(self)
 
     def remarks(self) -> list[str]:
-        """Remarks on rates, rows and runs."""
-        lines = [text for text in (self.note, self.store.remark(), *self._edges()) if text]
-        layers: dict[str, list[str]] = {}
-        for name, method in self.plan.methods.items():
-            if method.absorbed:
-                lines.append(
-                    f"{name}: a lower level at its minimum absorbs the upper variables; what moves "
-                    "them is the path to it or the decay of an optimizer"
-                )
-            if text := self.reported(name)[0]["layers"]:
-                layers.setdefault(text, []).append(name)
-        alike = len(layers) == 1
-        return lines + [k if alike else f"{', '.join(names)}: {k}" for k, names in layers.items()]
+        """Remarks on rows, seeds, rates and layers."""
+        return sentences.remarks(self)
 
     def heading(self) -> str:
-        """The score, the rows, the budget, the intervals and the level of significance."""
-        tested = f"{self.scored:,} " if self.scored else ""
-        budget = (
-            f"{self.plan.passes:g} passes a run" if self.plan.passes else "heads at their minimum"
-        )
-        rows, over = f"the {tested}test rows", "seeds, on the same test rows"
-        if self.store.shared.get("folds"):
-            rows, over = f"folds of the {tested}trusted rows", "folds"
-        elif not self.plan.passes:
-            over = (
-                "seeds, each with its own draw of training rows and its own part of the test rows"
-            )
-        better = " (lower is better)" if self.plan.lower_is_better else ""
-        count = len(self.plan.methods) - 1
-        effects = sum(len(self.forms(name)[1:]) for name in self.plan.methods)
-        families = {"differences": count, "parts": effects}
-        corrected = [f"over {size} {name}" for name, size in families.items() if size > 1]
-        text = (
-            f"{self.score_name}{better} on {rows}, {budget}; means of {len(self.plan.seeds)} seeds "
-            f"with individual 95 % intervals over {over}; *: significant at 5 %"
-        )
-        return f"{text}, Holm's correction {' and '.join(corrected)}" if corrected else text
+        """The score, the rows, the budget, what the intervals are over, and the significance."""
+        return sentences.heading(self)
 
     def __str__(self) -> str:
         table = aligned(tables.rows_of(tables.scores(self)))

@@ -16,6 +16,8 @@ from hyperopt_peft.utils.validation import differences, shortened
 Result = dict[str, Any]
 #: The key of a file's first line, the settings of all of its runs.
 SETTINGS = "settings"
+#: Of the training or test rows in the settings, where each seed has its own.
+OF_SEED = "of the seed"
 
 
 class Store:

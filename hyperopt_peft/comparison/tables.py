@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import pandas  # type: ignore[import-untyped]
 
+from hyperopt_peft.comparison.choice import AXES
 from hyperopt_peft.utils.verdict import Verdict
 
 if TYPE_CHECKING:
     from hyperopt_peft.comparison.result import Comparison
 
 #: Columns of the scores that are not in a paper's.
-NOT_PRINTED = ["rate", "upper rate", "seconds", "MB"]
+NOT_PRINTED = ["rate", "upper rate", "seconds"]
 
 
 def scores(found: Comparison) -> Any:
@@ -23,19 +22,18 @@ def scores(found: Comparison) -> Any:
     first, score = found.plan.candidates()[0], found.score_name
     ends, stopped, numbers = found.scores(), found.scores(stopped=True), found.table()
     for candidate in found.plan.candidates():
-        title, results = found.title(*candidate), found.reported(*candidate)
+        title = found.title(*candidate)
         gap = found.verdicts.get((candidate, first))
         row = {"method": title, score: found.shown(ends[title])}
         row[f"− {found.first}"] = "" if gap is None else marked(gap)
         if len(found.plan.endings) > 1:
-            row[f"{score}, stopped"] = found.shown(stopped[title])
+            row["stopped"] = found.shown(stopped[title])
             row["stopped at"] = f"{numbers.stopped_passes[title]:.0f}"
         if found.plan.passes:
-            row["rate"] = several(result["rate"] for result in results)
-            row["upper rate"] = several(result["upper_rate"] for result in results)
+            for axis in AXES:
+                row[axis.replace("_", " ")] = digits(numbers[axis][title])
             row["passes"] = f"{numbers.passes[title]:.1f}"
-        row["seconds"] = f"{numbers.seconds[title]:.1f}"
-        rows.append({**row, "MB": f"{numbers.memory[title]:.0f}"})
+        rows.append({**row, "seconds": f"{numbers.seconds[title]:.1f}"})
     return pandas.DataFrame(rows)
 
 
@@ -54,8 +52,14 @@ def every(found: Comparison) -> dict[str, Any]:
 
 def plain(numbers: Any) -> Any:
     """``numbers`` with four digits, nothing for NaN, and words for names; the index is a column."""
-    digits = lambda x: "" if x != x else f"{x:.4g}" if isinstance(x, float) else str(x)  # noqa: E731
     return numbers.reset_index().map(digits).rename(columns=lambda x: x.replace("_", " "))
+
+
+def digits(value: Any) -> str:
+    """``value`` with four digits, if it is a number; nothing for NaN."""
+    if value != value:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def rows_of(table: Any) -> list[list[str]]:
@@ -66,11 +70,3 @@ def rows_of(table: Any) -> list[list[str]]:
 def marked(verdict: Verdict) -> str:
     """A difference, with an asterisk if it is significant."""
     return f"{verdict}*" if verdict.is_significant else str(verdict)
-
-
-def several(rates: Iterable[float | None]) -> str:
-    """The median and, where they differ, the range."""
-    known = sorted(rate for rate in rates if rate is not None)
-    if not known or known[0] == known[-1]:
-        return f"{known[0]:g}" if known else ""
-    return f"{median(known):.4g} ({known[0]:.4g}–{known[-1]:.4g})"

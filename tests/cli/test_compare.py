@@ -53,7 +53,7 @@ def test_budgets_and_stopping_points_in_one_folder(tmp_path: Path, capsys: Captu
     for passes in (8, 16):
         run("compare", **{**options, "passes": passes})
         out = capsys.readouterr().out
-        assert f"{passes} passes a run" in out and "stopped at" in out
+        assert f" {passes} passes; " in out and "stopped at" in out
         assert "no significant difference" in out
         lines = (tmp_path / "out/runs.jsonl").read_text().splitlines()
         more = [json.loads(line) for line in lines[len(seen) :]]
@@ -61,7 +61,7 @@ def test_budgets_and_stopping_points_in_one_folder(tmp_path: Path, capsys: Captu
         assert {each["passes"] for each in more if "passes" in each} == {passes}
         seen = lines
     heading, *table = (tmp_path / "out/comparison.tex").read_text().splitlines()
-    assert heading.startswith("% ") and "16 passes a run" in heading and table[1] == r"\toprule"
+    assert heading.startswith("% ") and "16 passes" in heading and table[1] == r"\toprule"
     assert (tmp_path / "out/comparison.png").exists()
 
 
@@ -76,7 +76,7 @@ def test_folds_of_trusted_examples_recommend_a_method(tmp_path: Path, capsys: Ca
         options |= {"output_dir": tmp_path / model, "score_model": model}
         run("compare", str(tmp_path / "both.yaml"), **options)
         out = capsys.readouterr().out
-        assert " is recommended: its mean loss" in out and "folds of the 10 trusted rows" in out
+        assert "the mean loss of " in out and "folds of the 10 trusted rows" in out
         lines = (tmp_path / model / "runs.jsonl").read_text().splitlines()
         assert sum("metrics" in json.loads(line) for line in lines) == runs
     options |= {"score_model": "head", "rates": 3e-2, "overwrite_output_dir": True}

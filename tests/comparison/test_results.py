@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -76,6 +77,7 @@ def test_each_family_is_corrected_by_itself() -> None:
     )
     text = made.sentences()
     assert "BiDoRA is better than LoRA in accuracy by 5.0 ± 0.0 points" in text[0]
+    assert text[0].endswith(", of which its upper level contributes +5.0 ± 0.0 points")
     printed = [cell.endswith("*") for cell in made.tables()["Scores"]["− LoRA"]]
     assert printed == [False, True, False, False, True] and found.significant["my_method", "LoRA"]
     # Two differences: p = .04 is still significant, since the smaller p-value of 0 is tested first.
@@ -88,7 +90,7 @@ def test_each_family_is_corrected_by_itself() -> None:
 def test_tables_for_a_paper() -> None:
     made = made_up({("BiDoRA", "method"): [0.05] * 5, ("BiDoRA", "frozen"): [0.01] * 5})
     heading = made.heading()
-    assert "1,200 test rows" in heading and "2 differences and over 3 parts" in heading
+    assert "1,200 test rows" in heading and "p < 0.05 (Holm)" in heading
     printed = made.tables()["Scores"].set_index("method")
     assert printed["accuracy (points)"]["BiDoRA"] == "75.4 ± 1.4"
     assert printed["− LoRA"].tolist() == [
@@ -111,6 +113,53 @@ def test_the_numbers_of_two_comparisons_are_one_table() -> None:
     low, high = stats.t.interval(0.95, 4, scale=stats.sem(LORA))
     assert table.half_width["a", "LoRA"] == pytest.approx((high - low) / 2)
     assert found[0].scores()["LoRA"].tolist() == LORA and table.passes["a", "LoRA"] == 300
+
+
+@pytest.mark.parametrize(
+    ("method", "frozen", "words"),
+    [
+        (0.04, 0.035, "is better than LoRA in accuracy by 4.0 ± 0.0 points, but not by its upper"),
+        (0.04, 0.01, "points, of which its upper level contributes +3.0"),
+        (0.02, 0.05, "points, although its upper level contributes −3.0"),
+        (-0.02, -0.05, "worse than LoRA in accuracy by 2.0 ± 0.0 points, although its upper level"),
+        (-0.05, -0.02, "worse than LoRA in accuracy by 5.0 ± 0.0 points, of which its upper level"),
+        (0.0, -0.05, "no significant difference between BiDoRA and LoRA in accuracy"),
+    ],
+)
+def test_one_sentence_has_the_verdict_and_the_part_of_the_upper_level(
+    method: float, frozen: float, words: str
+) -> None:
+    noise = [0.02 * (abs(method - frozen) < 0.01) * (-1) ** seed for seed in range(5)]
+    gains = {("BiDoRA", "method"): [method] * 5, ("BiDoRA", "frozen"): [frozen + x for x in noise]}
+    sentence = made_up(gains).sentences()[0]
+    assert words in sentence
+    assert ("upper level" in sentence) == (method != 0)
+
+
+def test_a_method_is_recommended_where_it_is_better_than_the_next_one() -> None:
+    assert "recommended" not in made_up({("BiDoRA", "method"): SMALL[::-1]}).sentences()[0]
+    noisy = [0.02, -0.015, 0.02, -0.01, 0.0]
+    assert "recommended" not in made_up({("BiDoRA", "method"): noisy}).recommendation()
+    better = made_up({("BiDoRA", "method"): [0.05] * 5}).recommendation()
+    assert better.startswith("BiDoRA is recommended")
+
+
+def test_seeds_that_an_interval_is_not_made_for_are_named() -> None:
+    """Grubbs' statistic of four equal scores and one other is the largest possible."""
+    collapsed = made_up({("BiDoRA", "method"): [0.0, 0.0, 0.0, -0.3, 0.0]}).remarks()
+    assert [x for x in collapsed if x.startswith("BiDoRA: seed 3 scores 41.0, far")]
+    assert len(collapsed) == 1 and not made_up({("BiDoRA", "method"): [0.05] * 5}).remarks()
+    two = made_up({})
+    two.plan = replace(two.plan, seeds=range(2))
+    two.runs = {pair: runs[:2] for pair, runs in two.runs.items()}
+    assert [x for x in two.remarks() if x.startswith("two seeds")]
+
+
+def test_a_table_fits_a_hundred_columns() -> None:
+    made = made_up({("BiDoRA", "method"): [0.05] * 5})
+    heading, _, *table = str(made).split("\n")
+    assert max(map(len, [heading, *table[: table.index("")]])) <= 100
+    assert "recommended" not in str(made)
 
 
 def test_losses_have_three_digits() -> None:
@@ -136,7 +185,7 @@ def test_what_the_upper_level_did() -> None:
     begin = "at 300 passes, with 6 upper steps that moved the upper variables by 34.5 %: no "
     assert made.sentences()[0].startswith(begin)
     printed = made.tables()["Scores"].loc[1]
-    assert [printed["rate"], printed["upper rate"]] == ["0.002 (0.001–0.004)", "0.01"]
+    assert [printed["rate"], printed["upper rate"]] == ["0.002", "0.01"]
     assert did.rate == 0.002 and math.isnan(made.table().upper_rate["LoRA"])
     one = made_up({}, upper=[{**entries, "steps": 1}] * 5)
     assert one.sentences()[0].startswith("at 300 passes, with 1 upper step that moved")
