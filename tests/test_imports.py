@@ -35,7 +35,7 @@ FLOORS = {
     "run": {"task", "budget", "folds", "upper", "ablations", "heads", "find"},
     "store": {"store", "identity"},
     "plan": {"choice", "fit"},
-    "result": {"result", "tables"},
+    "result": {"result", "sentences", "tables"},
     "compare": {"compare", "work"},
 }
 # The rooms that may import a library. GPT-2's Conv1D, a layer that PEFT adapts, is transformers's.

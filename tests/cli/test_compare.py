@@ -76,7 +76,7 @@ def test_folds_of_trusted_examples_recommend_a_method(tmp_path: Path, capsys: Ca
         options |= {"output_dir": tmp_path / model, "score_model": model}
         run("compare", str(tmp_path / "both.yaml"), **options)
         out = capsys.readouterr().out
-        assert "the mean loss of " in out and "folds of the 10 trusted rows" in out
+        assert "the mean loss of " in out and "folds of 10 trusted rows" in out
         lines = (tmp_path / model / "runs.jsonl").read_text().splitlines()
         assert sum("metrics" in json.loads(line) for line in lines) == runs
     options |= {"score_model": "head", "rates": 3e-2, "overwrite_output_dir": True}
