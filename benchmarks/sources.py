@@ -29,8 +29,8 @@ from benchmarks.last_layers import features
 from benchmarks.measure import show
 from benchmarks.pages import RESULTS
 from benchmarks.store import Row, Store
-from hyperopt_peft import BilevelTrainingArguments, compare_methods, problems
-from hyperopt_peft.comparison import HeadSettings, Runs
+from hyperopt_peft import BilevelTrainingArguments, problems
+from hyperopt_peft.comparison import Runs, compare_heads
 from hyperopt_peft.heads import Head
 from hyperopt_peft.heads.head import OnFeatures
 
@@ -105,13 +105,13 @@ def measured(x: torch.Tensor, labels: list[int], cell: Draw) -> dict[str, Any]:
     }
     head, args = Head(x.shape[1], max(labels) + 1), BilevelTrainingArguments("unused")
     options: dict[str, Any] = {"train_dataset": Dataset.from_dict(dict(columns))}
-    options |= {"upper_dataset": trusted, "compute_metrics": accuracy, "head": HeadSettings()}
+    options |= {"upper_dataset": trusted, "compute_metrics": accuracy}
     options["runs"] = Runs(progress=False)
     judged: dict[str, dict[str, Any]] = {"loss": {"folds": 5}}
     judged["accuracy"] = {"test_dataset": test, "seeds": range(2)}
     model, scores = lambda: OnFeatures(x, head), dict[str, Any]()
     for metric, more in judged.items():
-        result = compare_methods(mixtures, model, None, args, metric=metric, **options, **more)
+        result = compare_heads(mixtures, model, args, metric=metric, **options, **more)
         found = result.scores()
         scores[metric] = {name: found[name].tolist() for name in mixtures}
     return scores

@@ -32,7 +32,7 @@ ALLOWED = {
 }
 # The floors of the comparison: a file imports files of its own floor and of lower ones.
 FLOORS = {
-    "run": {"task", "budget", "folds", "upper", "ablations", "heads", "find"},
+    "run": {"task", "budget", "rows", "influence", "upper", "ablations", "heads", "find"},
     "store": {"store", "identity"},
     "plan": {"choice", "fit"},
     "result": {"result", "sentences", "tables"},

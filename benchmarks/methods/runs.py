@@ -14,7 +14,7 @@ from benchmarks.measure import keep_memory
 from benchmarks.methods.settings import SETTINGS
 from benchmarks.methods.tasks import score
 from hyperopt_peft import BilevelTrainingArguments
-from hyperopt_peft.comparison import Choice, Comparison, HeadSettings, Runs, compare_methods
+from hyperopt_peft.comparison import Choice, Comparison, Runs, compare_heads, compare_methods
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.method import row_losses
 
@@ -55,27 +55,17 @@ def compared(
     arguments: dict[str, Any] = {"report_to": "none", "remove_unused_columns": heads}
     arguments |= {"per_device_train_batch_size": chosen.batch, "per_device_eval_batch_size": 100}
     more: dict[str, Any] = {"seeds": plan.seeds, "metric": plan.metric, "ablations": plan.ablations}
-    compare = partial(
-        compare_methods,
-        plan.methods,
-        here.base_model,
-        LoraConfig(
-            r=8, lora_alpha=16, target_modules=chosen.targets, modules_to_save=["classifier"]
-        ),
-        BilevelTrainingArguments("unused", use_cpu=True, warmup_steps=0.1, **arguments),
-        train_dataset=here.train,
-        upper_dataset=here.trusted,
-        test_dataset=here.test,
-        frozen_dropout=False,
-        data_collator=here.collate,
-        compute_metrics=score,
-        row_losses=row_losses,  # the loss of `Encoder` is the mean over labels
-        runs=runs,
-    )
+    args = BilevelTrainingArguments("unused", use_cpu=True, warmup_steps=0.1, **arguments)
+    more |= {"train_dataset": here.train, "upper_dataset": here.trusted, "test_dataset": here.test}
+    more |= {"data_collator": here.collate, "compute_metrics": score, "runs": runs}
+    more["row_losses"] = row_losses  # the loss of `Encoder` is the mean over labels
     if heads:
-        return {0.0: compare(head=HeadSettings(), **more)}
+        return {0.0: compare_heads(plan.methods, here.base_model, args, **more)}
+    lora = {"target_modules": chosen.targets, "modules_to_save": ["classifier"]}
+    adapter = LoraConfig(r=8, lora_alpha=16, **lora)
+    compare = partial(compare_methods, plan.methods, here.base_model, adapter, args)
     budgets = options.pop("budgets", chosen.passes)
-    more = {**more, "choice": plan.choice, **options}
+    more = {**more, "choice": plan.choice, "frozen_dropout": False, **options}
     return {passes: compare(passes=passes, **more) for passes in budgets}
 
 

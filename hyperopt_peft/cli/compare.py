@@ -11,7 +11,7 @@ from hyperopt_peft.cli.options import OutputArguments, divided, names_of
 from hyperopt_peft.cli.report import Report, as_text
 from hyperopt_peft.cli.text import models
 from hyperopt_peft.cli.text.setup import SHARED, choose, prepare
-from hyperopt_peft.comparison import Choice, HeadSettings, Runs, compare_methods
+from hyperopt_peft.comparison import Choice, Runs, compare_heads, compare_methods
 from hyperopt_peft.comparison.choice import RATES, UPPER_RATES
 from hyperopt_peft.comparison.find import find_method
 from hyperopt_peft.comparison.tables import NOT_PRINTED, rows_of
@@ -20,7 +20,7 @@ from hyperopt_peft.utils.validation import option
 
 METHODS = ["lora", "dora", "bidora"]
 #: The options that only adapters read.
-OF_ADAPTERS = {"passes", "rates", "upper_rates", "splits", "points"}
+OF_ADAPTERS = {"passes", "rates", "upper_rates", "splits", "points", "frozen_dropout"}
 
 
 @dataclass
@@ -76,29 +76,35 @@ def run(argv: Sequence[str]) -> None:
         for path in output.glob("runs*.jsonl"):
             path.unlink()
     base, _ = setup.base()
-    budget: dict[str, Any] = {"head": HeadSettings()}
-    if command.score_model == "adapter":
-        choice = {name: getattr(command, name) for name in names_of([Choice]) & OF_ADAPTERS}
-        budget = {"passes": command.passes, "choice": Choice(**choice)}
-    elif unread := sorted(OF_ADAPTERS & flags.keys()):
-        raise ProblemError(f"{unread[0]}: has no effect on heads, which are solved; leave it out")
-    comparison = compare_methods(
-        {name: each.method for name, each in zip(names, chosen, strict=True)},
-        lambda: setup.base()[0],
-        models.adapter_config(base, setup.args, setup.task),
-        args,
-        train_dataset=setup.train,
-        upper_dataset=setup.upper,
-        test_dataset=setup.evaluation,
-        folds=command.folds,
-        seeds=command.seeds,
-        metric="loss" if command.folds else setup.task.metric or "loss",
-        frozen_dropout=command.frozen_dropout,
-        runs=Runs(output, command.jobs, (int(number), int(count)), dry_run=command.dry_run),
-        trainer=setup.trainer_class(),
-        **budget,
+    methods = {name: each.method for name, each in zip(names, chosen, strict=True)}
+    options: dict[str, Any] = {
+        "train_dataset": setup.train,
+        "upper_dataset": setup.upper,
+        "test_dataset": setup.evaluation,
+        "folds": command.folds,
+        "seeds": command.seeds,
+        "metric": "loss" if command.folds else setup.task.metric or "loss",
+        "runs": Runs(output, command.jobs, (int(number), int(count)), dry_run=command.dry_run),
+        "trainer": setup.trainer_class(),
         **setup.options(base),
-    )
+    }
+    if command.score_model == "head":
+        if unread := sorted(OF_ADAPTERS & flags.keys()):
+            text = f"{unread[0]}: has no effect on heads, which are solved; leave it out"
+            raise ProblemError(text)
+        comparison = compare_heads(methods, lambda: setup.base()[0], args, **options)
+    else:
+        choice = {name: getattr(command, name) for name in names_of([Choice]) & OF_ADAPTERS}
+        comparison = compare_methods(
+            methods,
+            lambda: setup.base()[0],
+            models.adapter_config(base, setup.args, setup.task),
+            args,
+            passes=command.passes,
+            choice=Choice(**choice),
+            frozen_dropout=command.frozen_dropout,
+            **options,
+        )
     if command.dry_run:
         return
     comparison.plot(output / "comparison.png")

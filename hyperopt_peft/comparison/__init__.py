@@ -6,10 +6,10 @@ from hyperopt_peft.utils.lazy import lazy
 
 if TYPE_CHECKING:
     from hyperopt_peft.comparison.choice import Choice as Choice
+    from hyperopt_peft.comparison.compare import compare_heads as compare_heads
     from hyperopt_peft.comparison.compare import compare_methods as compare_methods
     from hyperopt_peft.comparison.find import METHODS as METHODS
     from hyperopt_peft.comparison.find import find_method as find_method
-    from hyperopt_peft.comparison.heads import HeadSettings as HeadSettings
     from hyperopt_peft.comparison.result import Comparison as Comparison
     from hyperopt_peft.comparison.work import Runs as Runs
     from hyperopt_peft.utils.verdict import Verdict as Verdict

@@ -11,15 +11,16 @@ from typing import Any
 
 from hyperopt_peft.comparison.choice import Choice, Plan
 from hyperopt_peft.comparison.find import find_method
-from hyperopt_peft.comparison.folds import Rows
 from hyperopt_peft.comparison.heads import HeadSettings, HeadTask
-from hyperopt_peft.comparison.identity import settings_of
+from hyperopt_peft.comparison.identity import rows_of_seeds, settings_of
 from hyperopt_peft.comparison.result import Comparison
+from hyperopt_peft.comparison.rows import Rows, Source
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Kind, Task
 from hyperopt_peft.comparison.work import Runs, Work
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.heads.frozen_layers import forget
+from hyperopt_peft.heads.head import L2
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.quiet import no_bars
 from hyperopt_peft.trainer.splits import reads_of
@@ -40,12 +41,11 @@ def compare_methods(
     adapter: Any,
     args: Any,
     *,
-    train_dataset: Any,
-    upper_dataset: Any = None,
-    test_dataset: Any = None,
+    train_dataset: Source,
+    upper_dataset: Source = None,
+    test_dataset: Source = None,
     folds: int | None = None,
-    passes: float | None = None,
-    head: HeadSettings | None = None,
+    passes: float,
     seeds: Iterable[int] | None = None,
     metric: str = "loss",
     choice: Choice = DEFAULT,
@@ -65,9 +65,10 @@ def compare_methods(
     upper variables frozen, and all variables in one level on all rows. A method whose search is
     followed by a training from scratch lacks the second one.
 
-    With ``folds`` the trusted rows score: seed s is scored on fold s mod K of the division s // K
-    into K folds, and trains with the others. With ``head`` a linear head on the features of the
-    frozen base model is trained to its minimum in place of an adapter, without rates and passes.
+    An interval is over the seeds and over the test rows, as crossed effects: it holds for other
+    seeds and other rows of the same kind, not for other training rows, unless ``train_dataset`` is
+    a function of the seed. With ``folds`` the trusted rows score: seed s is scored on fold s mod K
+    of the division s // K into K folds, and trains with the others.
 
     Args:
         methods: by name; the first one is what the others are compared with.
@@ -75,14 +76,14 @@ def compare_methods(
         adapter: the PEFT config, which a method may change.
         args: the arguments of all runs, which set rates, lengths, seeds and folders, write nothing
             and are evaluated by the comparison alone; a second training has the rate and the batch
-            of the first one. Heads read ``upper_fraction`` and what makes features alone.
-        train_dataset: the rows; a method with an upper level splits them without trusted ones.
+            of the first one.
+        train_dataset: the rows; a method with an upper level splits them without trusted ones. Each
+            of the three sets may be a function of the seed, such as one that draws rows.
         upper_dataset: the trusted rows; a baseline trains on them too, as its ``all_rows`` says.
         test_dataset: the rows that score; training rows among them are left out.
         folds: K, in place of ``test_dataset``.
         passes: the budget of an adapter's run. Another budget is another call, and may share the
             folder of ``runs``.
-        head: trains heads in place of adapters.
         seeds: each is a split, a start and an order of the rows, the same for all methods; by
             default five, or as many as folds.
         metric: the score, a key of ``compute_metrics``, or ``loss``. Whether a lower one is better
@@ -127,25 +128,140 @@ def compare_methods(
         >>> [*comparison.scores()]
         ['LoRA', 'BiDoRA', 'BiDoRA, upper level frozen', 'BiDoRA, one level']
     """
-    runs = runs or Runs()
+    _require_budget(passes)
+    plan = _plan(methods, seeds, folds, metric, args, choice, passes, ablations)
+    shared = (plan.methods, base_model, adapter, args)
+    task_of = lambda rows: Task(*shared, rows, metric, trainer, options, frozen_dropout)  # noqa: E731
+    tables: dict[str, Source] = {"train_dataset": train_dataset, "upper_dataset": upper_dataset}
+    tables["test_dataset"] = test_dataset
+    return _compare(plan, task_of, base_model, args, tables, folds, runs)
+
+
+def compare_heads(
+    methods: Mapping[str, Method | str],
+    base_model: Callable[[], Any],
+    args: Any,
+    *,
+    train_dataset: Source,
+    upper_dataset: Source = None,
+    test_dataset: Source = None,
+    folds: int | None = None,
+    l2: float = L2,
+    upper_steps: int = HeadSettings.upper_steps,
+    upper_rate: float = HeadSettings.upper_rate,
+    seeds: Iterable[int] | None = None,
+    metric: str = "loss",
+    ablations: Mapping[str, Sequence[Kind]] | None = None,
+    runs: Runs | None = None,
+    trainer: type[BilevelTrainer] = BilevelTrainer,
+    **options: Any,
+) -> Comparison:
+    """`compare_methods` on linear heads: each is trained to its minimum on frozen features.
+
+    A run takes a second, and has neither rates nor passes. Since its training is not random, each
+    seed has a random 80 % of the training rows and of the trusted ones, or its own, where
+    ``train_dataset`` or ``upper_dataset`` is a function of the seed, or folds.
+
+    Args:
+        methods, train_dataset, upper_dataset, test_dataset, folds: as `compare_methods` has them.
+        base_model: a function that makes a new model; its last linear layer is the head.
+        args: of which ``upper_fraction`` and what makes features are read.
+        l2: the penalty ½λ‖W‖² of a head.
+        upper_steps, upper_rate: the steps of Adam and their rate, for methods with an upper level.
+        seeds, metric, ablations, runs, trainer, options: as `compare_methods` has them.
+
+    Raises:
+        ProblemError: a method changes an adapter, or the model has no head; as `compare_methods`.
+
+    Example:
+        >>> import torch
+        >>> from datasets import Dataset
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from hyperopt_peft import BilevelTrainingArguments
+        >>> size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+        >>> config = BertConfig(vocab_size=100, num_attention_heads=2, **size)
+        >>> tokens, labels = torch.randint(100, (60, 8)).tolist(), [0, 1] * 30
+        >>> rows = Dataset.from_dict({"input_ids": tokens, "labels": labels})
+        >>> comparison = compare_heads(
+        ...     {"all rows": "lora", "trusted rows 3 times": "trusted_repeated"},
+        ...     lambda: BertForSequenceClassification(config),
+        ...     BilevelTrainingArguments("unused", report_to="none", use_cpu=True),
+        ...     train_dataset=rows.select(range(20)),
+        ...     upper_dataset=rows.select(range(20, 40)),
+        ...     test_dataset=rows.select(range(40, 60)),
+        ...     runs=Runs(progress=False),
+        ... )
+        >>> comparison.scores().shape
+        (5, 2)
+    """
+    for name in ("passes", "choice", "adapter", "frozen_dropout"):
+        if name in options:
+            raise ProblemError(f"{name}: has no effect on heads, which are solved; leave it out")
+    head = HeadSettings(l2, upper_steps, upper_rate)
+    plan = _plan(methods, seeds, folds, metric, args, Choice([1.0], [upper_rate]), 0.0, ablations)
+    shared = (plan.methods, base_model, None, args)
+    task_of = lambda rows: HeadTask(*shared, rows, metric, trainer, options, head=head)  # noqa: E731
+    tables: dict[str, Source] = {"train_dataset": train_dataset, "upper_dataset": upper_dataset}
+    tables["test_dataset"] = test_dataset
+    return _compare(plan, task_of, base_model, args, tables, folds, runs)
+
+
+def _require_budget(passes: Any) -> None:
+    """Raise ProblemError for a budget that is not positive and finite."""
+    if not (isinstance(passes, Real) and 0 < float(passes) < math.inf):
+        raise ProblemError(f"passes: must be the budget of a run, such as 300, got {passes}")
+
+
+def _plan(
+    methods: Mapping[str, Method | str],
+    given: Iterable[int] | None,
+    folds: int | None,
+    metric: str,
+    args: Any,
+    *more: Any,
+) -> Plan:
+    """The methods, the seeds, what is better and how each seed chooses.
+
+    Raises:
+        ProblemError: there is no comparison of these.
+    """
     known = {n: m if isinstance(m, Method) else find_method(m)() for n, m in methods.items()}
-    seeds = list(dict.fromkeys(map(int, seeds if seeds is not None else range(folds or 5))))
-    lower_is_better = lower(metric, args)
-    grids = choice if head is None else Choice([1.0], [head.upper_rate])
-    budget = 0.0 if passes is None else passes
-    plan = Plan(known, grids, seeds, metric, lower_is_better, budget, ablations)
-    _require(plan, passes, head, choice, folds)
-    draws = seeds if head and folds is None else ()
+    seeds = list(dict.fromkeys(map(int, given if given is not None else range(folds or 5))))
+    plan = Plan(known, more[0], seeds, metric, lower(metric, args), *more[1:])
+    if not known:
+        raise ProblemError("methods: there is none; give each by a name")
+    if len(seeds) < 2:
+        raise ProblemError(
+            f"seeds: {len(seeds)} reported; one seed has no interval, so give two or more"
+        )
+    forms = [pair for pair in replace(plan, ablations=None).candidates() if pair[1] != "method"]
+    for name, kinds in (plan.ablations or {}).items():
+        if unknown := [kind for kind in kinds if (name, kind) not in forms]:
+            text = f"ablations: {name!r} has no {', '.join(unknown)}; there are {forms}"
+            raise ProblemError(text)
+    return plan
+
+
+def _compare(
+    plan: Plan,
+    task_of: Callable[[Rows], Task],
+    base_model: Callable[[], Any],
+    args: Any,
+    tables: Mapping[str, Any],
+    folds: int | None,
+    how: Runs | None,
+) -> Comparison:
+    """The comparison of adapters or heads, by what makes their task of the rows."""
+    runs = how or Runs()
     reads = reads_of(no_bars()(base_model)(), args)
-    tables = train_dataset, upper_dataset, test_dataset
-    rows, note = Rows(*tables, folds, choice.held_out, draws, reads).usable()
-    shared = (known, base_model, adapter, args, rows, metric, trainer, options, frozen_dropout)
-    task = Task(*shared) if head is None else HeadTask(*shared, head=head)
+    options = {"held_out": plan.choice.held_out, "reads": reads}
+    rows, note = Rows.made(tables, plan.seeds, folds, solved=not plan.passes, **options)
+    task = task_of(rows)
     folder = None if runs.folder is None else Path(runs.folder)
     file = "" if runs.part == (1, 1) else "-{}-of-{}".format(*runs.part)
-    store = Store(folder, settings_of(task), file)
+    store = Store(folder, settings_of(task), file, rows_of_seeds(rows))
     work = Work(plan, task, store, runs)
-    found = Comparison(plan, store, note, len(rows.upper if rows.test is None else rows.test))
+    found = Comparison(plan, store, note, task.data.scoring)
     if runs.dry_run:
         print(work.estimate())
     else:
@@ -170,27 +286,3 @@ def lower(metric: str, args: Any) -> bool:
     if greater is not None and named.removeprefix("eval_") == metric:
         return not greater
     return metric.lower().endswith(LOWER_IS_BETTER)
-
-
-def _require(
-    plan: Plan, passes: Any, head: HeadSettings | None, choice: Choice, folds: int | None
-) -> None:
-    """Raise ProblemError for arguments of `compare_methods` that give no comparison."""
-    if not plan.methods:
-        raise ProblemError("methods: there is none; give each by a name")
-    if len(plan.seeds) < 2:
-        raise ProblemError(
-            f"seeds: {len(plan.seeds)} reported; one seed has no interval, so give two or more"
-        )
-    if head is None and not (isinstance(passes, Real) and 0 < float(passes) < math.inf):
-        raise ProblemError(f"passes: must be the budget of a run, such as 300, got {passes}")
-    # Without folds each seed of heads draws its training rows by held_out.
-    unread = choice if folds else replace(choice, held_out=DEFAULT.held_out)
-    for name, given in {"passes": passes is not None, "choice": unread != DEFAULT}.items():
-        if head is not None and given:
-            raise ProblemError(f"{name}: has no effect on heads, which are solved; leave it out")
-    known = [pair for pair in replace(plan, ablations=None).candidates() if pair[1] != "method"]
-    for name, kinds in (plan.ablations or {}).items():
-        if unknown := [kind for kind in kinds if (name, kind) not in known]:
-            text = f"ablations: {name!r} has no {', '.join(unknown)}; there are {known}"
-            raise ProblemError(text)

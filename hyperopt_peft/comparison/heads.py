@@ -22,6 +22,8 @@ from torch.optim import Adam
 from transformers import EvalPrediction, default_data_collator, set_seed
 
 from hyperopt_peft.comparison.budget import peak_memory
+from hyperopt_peft.comparison.influence import Influence, influence, parts
+from hyperopt_peft.comparison.rows import all_of, with_rows
 from hyperopt_peft.comparison.task import Run, Task
 from hyperopt_peft.comparison.upper import summary, vector_of
 from hyperopt_peft.core.data import DataStream, to_device
@@ -46,11 +48,7 @@ from hyperopt_peft.utils.validation import PositiveFloat, PositiveInt, require_t
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """A linear head on frozen features in place of an adapter: λ, and the upper level's Adam.
-
-    Each seed trains on a random share 1 − ``held_out`` of the rows, and scores a part of the test
-    rows of its own: an interval is over the test rows, and over which of *these* rows train. With
-    ``folds`` the trusted rows alone are divided.
+    """The penalty λ of a head, and the upper level's Adam.
 
     Example:
         >>> HeadSettings(l2=0.3)
@@ -97,10 +95,10 @@ class HeadTask(Task):
         begin, peak = time.perf_counter(), peak_memory()
         *rows, test = self.data.of(run.seed, run.split)
         model, upper = self.solve(run, *rows)
-        metrics = self.evaluate(model, test)
+        metrics, moved = self.evaluate(model, test)
         self.require_metric(metrics)
         more = {"seconds": time.perf_counter() - begin, "memory": peak(), "steps": [], "spent": {}}
-        return self.line(run, metrics, **more, **upper)
+        return self.line(run, metrics, influence=moved, **more, **upper)
 
     def solve(self, run: Run, train: Any, upper: Any) -> tuple[Any, dict[str, Any]]:
         """The head of ``run``, made in the order of a trainer, and what its upper level did."""
@@ -124,8 +122,10 @@ class HeadTask(Task):
         try:
             method.prepare(model)
         except (ProblemError, AttributeError) as error:  # of its config, say
-            text = f"{run.method}: a head lacks what it reads of a model ({error}); leave head out"
-            raise ProblemError(f"{text}, or choose --score_model adapter") from error
+            text = f"{run.method}: a head lacks what it reads of a model ({error}); call"
+            raise ProblemError(
+                f"{text} compare_methods, or choose --score_model adapter"
+            ) from error
         if bilevel:
             did["upper"] = self._search(run, method, model, batch(rows), batch(upper))
             model = method.finish(model)
@@ -153,20 +153,27 @@ class HeadTask(Task):
             log.add({name: record[name] for name in UPPER_NUMBERS})
         return summary(upper, start, rate, steps, log)
 
-    def evaluate(self, model: nn.Module, rows: Any) -> dict[str, float]:
-        """The loss of ``rows``, and the metrics of the options, as a Trainer names them."""
-        batch = _read(rows, device=next(model.parameters()).device)
-        with torch.no_grad():
-            logits = model(batch[FEATURES]).logits.float().cpu()
-            loss = self._loss(model, batch)
-        labels = batch["labels"].cpu()
-        metrics = {"loss": float(loss)}
-        if reduce := self.options.get("preprocess_logits_for_metrics"):
-            logits = reduce(logits, labels)
-        if measure := self.options.get("compute_metrics"):
-            metrics.update(measure(EvalPrediction(logits.numpy(), labels.numpy())))
-        numbers = {k: float(x) for k, x in metrics.items() if np.ndim(x) == 0}
-        return {f"eval_{name.removeprefix('eval_')}": x for name, x in numbers.items()}
+    def evaluate(self, model: nn.Module, rows: Any) -> tuple[dict[str, float], Influence]:
+        """The loss of ``rows``, and the metrics of the options, as a Trainer names them.
+
+        The second result is the influence of parts of the rows on each.
+        """
+        whole, count = _read(rows, device=next(model.parameters()).device), len(rows)
+
+        @torch.no_grad()
+        def scores(chosen: Any) -> dict[str, float]:
+            batch = {name: values[chosen] for name, values in whole.items()}
+            logits, labels = model(batch[FEATURES]).logits.float().cpu(), batch["labels"].cpu()
+            metrics = {"loss": float(self._loss(model, batch))}
+            if reduce := self.options.get("preprocess_logits_for_metrics"):
+                logits = reduce(logits, labels)
+            if measure := self.options.get("compute_metrics"):
+                metrics.update(measure(EvalPrediction(logits.numpy(), labels.numpy())))
+            numbers = {k: float(x) for k, x in metrics.items() if np.ndim(x) == 0}
+            return {f"eval_{name.removeprefix('eval_')}": x for name, x in numbers.items()}
+
+        metrics = scores(np.arange(count))
+        return metrics, influence(scores, count, parts(count, count)[0], metrics)
 
     def _loss(self, model: Any, batch: Any) -> Tensor:
         """The loss of a batch, which may have tags: the model's, or the mean by the user's rule."""
@@ -181,11 +188,11 @@ class HeadTask(Task):
         """Make the features of all rows, once, and tables that have their numbers."""
         if self.model is not None:
             return
-        data = self.data
-        known: list[Features] = []
-        tables: dict[str, Any] = {}
-        for name in ("train", "upper", "test"):
-            if (rows := getattr(data, name)) is None:
+        data, known = self.data, list[Features]()
+        tables: dict[int, Any] = {}  # by the identity of a table, which several arguments may share
+        bases = {name: all_of(rows) for name, rows in data.tables().items()}
+        for rows in bases.values():
+            if rows is None or id(rows) in tables:
                 continue
             trainer, features, read = self._features(rows)
             begin = sum(len(each.x) for each in known)
@@ -193,12 +200,13 @@ class HeadTask(Task):
             numbers = [begin + row for row in firsts(rows, data.reads)]
             columns = {x: rows[x][:] for x in rows.column_names if x not in (*read, *LABELS)}
             labels = features.labels.tolist()
-            tables[name] = Dataset.from_dict({**columns, FEATURES: numbers, "labels": labels})
+            tables[id(rows)] = Dataset.from_dict({**columns, FEATURES: numbers, "labels": labels})
         every = Features.joined(known)
-        seen = known[:-1] if data.test is not None else known
-        every = every.standardized(Features.joined(seen)).to(trainer.args.device)
+        seen = len({id(bases[name]) for name in ("train", "upper") if bases[name] is not None})
+        every = every.standardized(Features.joined(known[:seen])).to(trainer.args.device)
         self.model = OnFeatures(every.x, head_of(trainer.model, every))
-        self.data = replace(data, **tables, reads={FEATURES})
+        made = {k: with_rows(x, tables.get(id(bases[k]))) for k, x in data.tables().items()}
+        self.data = replace(data, **made, reads={FEATURES})
 
     def _features(self, rows: Any) -> tuple[Any, Features, list[str]]:
         """A trainer, the features of ``rows``, and the columns that the trainer's model reads."""
@@ -215,8 +223,8 @@ class HeadTask(Task):
         features = features_of(model, prepared, collate, batch_size=size, precision=precision)
         if len(features.row) != len(rows) or not torch.equal(features.row, torch.arange(len(rows))):
             raise ProblemError(
-                "labels: a head of compare_methods predicts a class or numbers a row, and these "
-                "rows have a label for each token; leave head out, or choose --score_model adapter"
+                "labels: a head predicts a class or numbers a row, and these rows have a label for "
+                "each token; call compare_methods, or choose --score_model adapter"
             )
         return trainer, features, prepared.column_names
 

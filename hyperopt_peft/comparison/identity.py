@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import inspect
 import sys
+from collections import defaultdict
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 from datasets.fingerprint import Hasher
 
 from hyperopt_peft.comparison.heads import HeadTask
+from hyperopt_peft.comparison.rows import Drawn, Rows
+from hyperopt_peft.comparison.store import OF_SEED
 from hyperopt_peft.comparison.task import Task, without_sizes
 from hyperopt_peft.trainer.fingerprint import data_fingerprint
 from hyperopt_peft.utils.versions import versions
@@ -46,14 +49,24 @@ def settings_of(task: Task) -> dict[str, dict[str, Any]]:
         "base_model": task.fingerprint(),
         "options": {name: with_values(value) for name, value in task.options.items()},
         "versions": versions(),
-        "train_dataset": data_fingerprint(data.train),
-        "upper_dataset": data_fingerprint(data.upper),
-        "test_dataset": data_fingerprint(data.test),
+        **{f"{name}_dataset": _identity(rows) for name, rows in data.tables().items()},
         "held_out": data.held_out,
         "folds": data.folds,
-        "parts": data.draws or None,  # their name in stored runs
     }
     return {name: {**shared, "method": _own(method)} for name, method in task.methods.items()}
+
+
+def rows_of_seeds(data: Rows) -> dict[int, dict[str, Any]]:
+    """By seed, the identity of the rows that are its own."""
+    found = defaultdict[int, dict[str, Any]](dict)
+    for name, rows in data.tables().items():
+        for seed in rows.chosen if isinstance(rows, Drawn) else ():
+            found[seed][f"{name}_dataset"] = data_fingerprint(rows.of(seed))
+    return found
+
+
+def _identity(rows: Any) -> Any:
+    return OF_SEED if isinstance(rows, Drawn) else data_fingerprint(rows)
 
 
 def _own(method: Any) -> dict[str, Any]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas  # type: ignore[import-untyped]
 
 from hyperopt_peft.comparison import sentences, tables
 from hyperopt_peft.comparison.choice import AXES, Plan
-from hyperopt_peft.comparison.store import Result, Store
+from hyperopt_peft.comparison.store import OF_SEED, Result, Store
 from hyperopt_peft.comparison.task import ABLATIONS, Kind
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.utils.plots import intervals
@@ -25,7 +25,7 @@ from hyperopt_peft.utils.verdict import Verdict, holm
 Candidate = tuple[str, Kind]
 #: The columns of `Comparison.differences`.
 DIFFERENCES = ["method", "minus", "estimate", "half_width", "p_value", "corrected"]
-DIFFERENCES += ["significant", "detectable"]
+DIFFERENCES += ["significant", "detectable", "freedom"]
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Comparison:
         >>> print(comparison.recommendation())
         the mean accuracy of DoRA, 81.0 points, is the highest of 2; no significant difference \
 between DoRA and LoRA in accuracy (+1.5 ± 6.4 points); minimum detectable difference with 2 seeds \
-(80 % power): 8.2 points
+(80 % power): 19.6 points
     """
 
     plan: Plan
@@ -142,7 +142,7 @@ between DoRA and LoRA in accuracy (+1.5 ± 6.4 points); minimum detectable diffe
 
     def _mean(self, candidate: Candidate, stopped: bool = False) -> dict[str, Any]:
         """The mean score, and half the width of its interval."""
-        found = Verdict(self.scores(stopped)[self.title(*candidate)])
+        found = self.mean(candidate, stopped)
         return {"mean": found.estimate, "half_width": found.half}
 
     def differences(self) -> Any:
@@ -152,12 +152,15 @@ between DoRA and LoRA in accuracy (+1.5 ± 6.4 points); minimum detectable diffe
         the next simpler one. Two families are tested, the differences of methods to the first one
         and the effects that these are the sum of: ``corrected`` is the p-value by Holm's correction
         in the pair's family, NaN in neither, and ``significant`` where it is below 0.05.
-        ``detectable`` is the minimum detectable difference, at a power of 80 %.
+        ``detectable`` is the minimum detectable difference, at a power of 80 %; ``freedom`` are the
+        degrees of freedom of the interval.
         """
         rows = []
         for (one, other), gap in self.verdicts.items():
             numbers = [gap.estimate, gap.half, gap.p_value, gap.corrected, gap.is_significant]
-            rows.append([self.title(*one), self.title(*other), *numbers, gap.detectable])
+            rows.append(
+                [self.title(*one), self.title(*other), *numbers, gap.detectable, gap.freedom]
+            )
         return pandas.DataFrame(rows, columns=DIFFERENCES).set_index(["method", "minus"])
 
     def rates(self) -> Any:
@@ -198,24 +201,45 @@ between DoRA and LoRA in accuracy (+1.5 ± 6.4 points); minimum detectable diffe
         """Whether scores are shown in points."""
         return not self.plan.lower_is_better and bool((self.scores().abs() <= 1).all(axis=None))
 
-    @property
+    @cached_property
     def over_rows(self) -> bool:
-        """Whether the intervals are over test rows, too."""
-        return False
+        """Whether the intervals are over test rows, too, which all seeds share."""
+        return all(self.influence(each) is not None for each in self.plan.candidates())
+
+    def influence(self, candidate: Candidate, stopped: bool = False) -> Any:
+        """How far each part of the test rows moves each seed's score; None where it is unknown.
+
+        An array of shape (seeds, parts), as `Verdict` has it. It is unknown where seeds have test
+        rows of their own, as with folds, and of a metric without a value on a part of the rows.
+        """
+        shared, key = self.store.shared, f"eval_{self.plan.metric}"
+        if shared.get("folds") or shared.get("test_dataset") == OF_SEED:
+            return None
+        found = [run.get("influence", {}).get(key) for run in self.reported(*candidate, stopped)]
+        same = len({len(each) if each else 0 for each in found}) == 1
+        return np.array(found) if found[0] and same else None
 
     @property
     def score_name(self) -> str:
         """The metric, and its unit if it is in points."""
         return f"{self.plan.metric} (points)" if self.in_points else self.plan.metric
 
-    def shown(self, scores: Iterable[float], sign: str = "") -> str:
-        """The mean of ``scores`` with its interval, in points or digits."""
-        return Verdict(scores, self.in_points).shown(sign)
+    def shown(self, score: float) -> str:
+        """A score in points or digits."""
+        return Verdict([score], self.in_points).shown()
+
+    def mean(self, candidate: Candidate, stopped: bool = False) -> Verdict:
+        """The mean score of a method or an ablation, with its interval."""
+        scores = self.scores(stopped)[self.title(*candidate)]
+        return Verdict(scores, self.in_points, self.influence(candidate, stopped))
 
     def difference(self, one: Candidate, other: Candidate) -> Verdict:
         """The mean difference of two methods or ablations, paired by seed, with its interval."""
         scores = self.scores()
-        return Verdict(scores[self.title(*one)] - scores[self.title(*other)], self.in_points)
+        gaps = scores[self.title(*one)] - scores[self.title(*other)]
+        moved = self.influence(one), self.influence(other)
+        known = all(x is not None for x in moved) and moved[0].shape == moved[1].shape
+        return Verdict(gaps, self.in_points, moved[0] - moved[1] if known else None)
 
     @cached_property
     def verdicts(self) -> dict[tuple[Candidate, Candidate], Verdict]:

@@ -35,9 +35,10 @@ def heading(found: Comparison) -> str:
     rows, over = f"{tested}test rows", f"{count} seeds"
     if shared.get("folds"):
         rows, over = f"folds of {tested}trusted rows", f"{count} folds"
-    elif OF_SEED in (shared.get("training rows"), shared.get("test rows")):
+    elif OF_SEED in (shared.get(f"{name}_dataset") for name in ("train", "upper", "test")):
         over = f"{count} draws of rows"
-    over += " and test rows" if found.over_rows else ""
+    if found.over_rows:
+        over = f"{over.removesuffix(' of rows')} × test rows"
     budget = f"{found.plan.passes:g} passes" if found.plan.passes else "heads at their minimum"
     better = " (lower is better)" if found.plan.lower_is_better else ""
     corrected = any(each.family > 1 for each in found.verdicts.values())
@@ -52,7 +53,7 @@ def recommendation(found: Comparison) -> str:
     means, lower = found.scores()[[*found.plan.methods]].mean(), found.plan.lower_is_better
     best, *others = means.sort_values(ascending=lower, kind="stable").index
     place = f"{'lowest' if lower else 'highest'} of {len(means)}"
-    mean = f"{found.shown([means[best]])}{_unit(found)}"
+    mean = f"{found.shown(means[best])}{_unit(found)}"
     text = f"the mean {found.plan.metric} of {best}, {mean}, is the {place}"
     if not others:
         return text
@@ -126,7 +127,7 @@ def _steps(found: Comparison, name: str, did: Any) -> str:
 
 def remarks(found: Comparison) -> list[str]:
     """Remarks on rows, seeds, rates and layers."""
-    lines = [found.note, found.store.remark(), *_seeds(found), *_edges(found)]
+    lines = [found.note, found.store.remark(), *_seeds(found), *_edges(found), _rows(found)]
     lines = [text for text in lines if text]
     layers: dict[str, list[str]] = {}
     for name, method in found.plan.methods.items():
@@ -139,6 +140,17 @@ def remarks(found: Comparison) -> list[str]:
             layers.setdefault(text, []).append(name)
     alike = len(layers) == 1
     return lines + [k if alike else f"{', '.join(names)}: {k}" for k, names in layers.items()]
+
+
+def _rows(found: Comparison) -> str:
+    """Whether the intervals lack the test rows, though all seeds share these."""
+    shared = found.store.shared
+    if found.over_rows or shared.get("folds") or shared.get("test_dataset") == OF_SEED:
+        return ""
+    return (
+        f"{found.plan.metric} is not known without parts of the test rows, so the intervals are "
+        "over seeds alone"
+    )
 
 
 def _seeds(found: Comparison) -> Iterator[str]:
@@ -164,8 +176,8 @@ def _seeds(found: Comparison) -> Iterator[str]:
         far = abs(scores[seed] - scores.mean()) > limit * scores.std()
         if far and gap > abs(others.mean()) / 10:
             yield (
-                f"{title}: seed {seed} scores {found.shown([scores[seed]])}, far from the mean of "
-                f"the others, {found.shown([others.mean()])}; look at its run before you trust "
+                f"{title}: seed {seed} scores {found.shown(scores[seed])}, far from the mean of "
+                f"the others, {found.shown(others.mean())}; look at its run before you trust "
                 "the interval"
             )
 

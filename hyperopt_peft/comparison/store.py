@@ -16,8 +16,10 @@ from hyperopt_peft.utils.validation import differences, shortened
 Result = dict[str, Any]
 #: The key of a file's first line, the settings of all of its runs.
 SETTINGS = "settings"
-#: Of the training or test rows in the settings, where each seed has its own.
+#: A set of rows in the settings, where each seed has its own.
 OF_SEED = "of the seed"
+#: The key of the rows of a seed, beside the settings.
+ROWS = "rows"
 
 
 class Store:
@@ -32,6 +34,7 @@ class Store:
         folder: where the files are; None keeps all in memory.
         settings: by the name of a method, all settings on which its runs depend.
         part: the name of this process's file.
+        rows: by seed, the settings in which its runs differ from those of other seeds.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -44,9 +47,15 @@ class Store:
     """
 
     def __init__(
-        self, folder: Path | None, settings: Mapping[str, Mapping[str, Any]], part: str = ""
+        self,
+        folder: Path | None,
+        settings: Mapping[str, Mapping[str, Any]],
+        part: str = "",
+        rows: Mapping[int, Mapping[str, Any]] | None = None,
     ) -> None:
         self.settings = json.loads(json.dumps(settings, default=_plain))
+        self.rows = rows or {}
+        self.keys: dict[tuple[str, int], str] = {}
         self.folder = folder
         self.results: dict[Run, Result] = {}
         self.path = None if folder is None else folder / f"runs{part}.jsonl"
@@ -56,13 +65,18 @@ class Store:
     def of(cls, folder: Path) -> Self:
         """The store in ``folder`` with the settings of each method's last line."""
         every = [entry for path in _files(folder) for entry in read_entries(path)]
-        known = {entry["key"]: entry[SETTINGS] for entry in every if SETTINGS in entry}
-        return cls(folder, {x["method"]: known[x["key"]] for x in every if SETTINGS not in x})
+        known = {entry["key"]: entry for entry in every if SETTINGS in entry}
+        runs = [entry for entry in every if SETTINGS not in entry]
+        rows = {run["seed"]: known[run["key"]].get(ROWS, {}) for run in runs}
+        return cls(folder, {x["method"]: known[x["key"]][SETTINGS] for x in runs}, rows=rows)
 
-    def key(self, method: str) -> str:
-        """The hash of the settings of ``method``."""
-        text = json.dumps(self.settings.get(method, {}), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    def key(self, method: str, seed: int) -> str:
+        """The hash of the settings of ``method``, and of the rows of ``seed``."""
+        if (method, seed) not in self.keys:
+            settings = {**self.settings.get(method, {}), **self.rows.get(seed, {})}
+            digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+            self.keys[method, seed] = digest.hexdigest()[:16]
+        return self.keys[method, seed]
 
     @property
     def shared(self) -> Mapping[str, Any]:
@@ -73,29 +87,27 @@ class Store:
         """Read all that any process has written."""
         self.known: dict[Any, Any] = {}
         self.unused: list[Result] = []
-        names: dict[Any, list[str]] = {}  # equal methods have one key
-        for name in self.settings:
-            names.setdefault(self.key(name), []).append(name)
         for entry in (each for path in _files(self.folder) for each in read_entries(path)):
-            key = entry.get("key")
             if SETTINGS in entry:
-                self.known[key] = entry[SETTINGS]
+                self.known[entry["key"]] = {**entry[SETTINGS], **entry.get(ROWS, {})}
                 continue
-            for name in names.get(key, ()):
+            names = [x for x in self.settings if self.key(x, entry["seed"]) == entry.get("key")]
+            for name in names:  # equal methods have one key
                 self.results[_run_of(entry, name)] = {**entry, "method": name}
-            if key not in names and entry["method"] in self.settings:
+            if not names and entry["method"] in self.settings:
                 self.unused.append(entry)
 
     def add(self, result: Result) -> None:
         """Append the line of ``result`` in one write."""
-        name = result["method"]
-        key = self.key(name)
+        name, seed = result["method"], result["seed"]
+        key = self.key(name, seed)
         result = {"key": key, **result}
         self.results[_run_of(result, name)] = result
         if self.path is not None:
-            settings = self.settings.get(name, {})
-            head = [] if key in self.known else [{"key": key, SETTINGS: settings}]
-            self.known[key] = settings
+            settings, rows = self.settings.get(name, {}), self.rows.get(seed, {})
+            line = {"key": key, SETTINGS: settings, **({ROWS: rows} if rows else {})}
+            head = [] if key in self.known else [line]
+            self.known[key] = {**settings, **rows}
             append_entries(self.path, *head, result)
 
     def remark(self) -> str:
@@ -104,6 +116,7 @@ class Store:
             return ""
         last = self.unused[-1]
         saved, now = self.known.get(last.get("key"), {}), self.settings[last["method"]]
+        now = {**now, **self.rows.get(last["seed"], {})}
         (name, before, after), *others = differences(saved, now)
         more = f"; {len(others)} more differ" if others else ""
         return (

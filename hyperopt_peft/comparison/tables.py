@@ -20,14 +20,14 @@ def scores(found: Comparison) -> Any:
     """The score of each method and ablation, its difference to the first one, and its price."""
     rows = []
     first, score = found.plan.candidates()[0], found.score_name
-    ends, stopped, numbers = found.scores(), found.scores(stopped=True), found.table()
+    numbers = found.table()
     for candidate in found.plan.candidates():
         title = found.title(*candidate)
         gap = found.verdicts.get((candidate, first))
-        row = {"method": title, score: found.shown(ends[title])}
+        row = {"method": title, score: found.mean(candidate).shown()}
         row[f"− {found.first}"] = "" if gap is None else marked(gap)
         if len(found.plan.endings) > 1:
-            row["stopped"] = found.shown(stopped[title])
+            row["stopped"] = found.mean(candidate, stopped=True).shown()
             row["stopped at"] = f"{numbers.stopped_passes[title]:.0f}"
         if found.plan.passes:
             for axis in AXES:
@@ -40,7 +40,7 @@ def scores(found: Comparison) -> Any:
 def every(found: Comparison) -> dict[str, Any]:
     """All tables by heading."""
     rates = found.rates().set_index("method")
-    rates["mean"] = [found.shown([mean]) for mean in rates["mean"]]
+    rates["mean"] = [found.shown(mean) for mean in rates["mean"]]
     all_of = {
         "Scores": scores(found),
         "Numbers": plain(found.table()),

@@ -20,9 +20,10 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import set_seed
 
+from hyperopt_peft.comparison import influence
 from hyperopt_peft.comparison.ablations import OneLevel, Projects
 from hyperopt_peft.comparison.budget import Budget, peak_memory
-from hyperopt_peft.comparison.folds import Rows
+from hyperopt_peft.comparison.rows import Rows
 from hyperopt_peft.comparison.upper import UpperLevel, arguments_of
 from hyperopt_peft.core.labels import RowLosses
 from hyperopt_peft.errors import NonFiniteError, ProblemError
@@ -133,6 +134,7 @@ class Task:
         freeze_imports()
         begin = time.perf_counter()
         metrics: dict[str, float] = {}
+        moved: influence.Influence = {}
         with tempfile.TemporaryDirectory(prefix="comparison-") as folder:
             trainer = self.make(run, self.data.of(run.seed, run.split), folder, budget)
             budget.begin(trainer, self.unit)
@@ -149,7 +151,10 @@ class Task:
                 scored = last.eval_dataset
                 if short:  # of every class, if sorted
                     scored = scored.select(range(0, len(scored), -(-len(scored) // SOME)))
-                metrics = last.evaluate(scored)
+                if run.split is None and not short:
+                    metrics, moved = influence.evaluate(last, scored)
+                else:
+                    metrics = last.evaluate(scored)
                 self.require_metric(metrics)
         steps = [x.state.global_step for x in (trainer, trainer.retrainer) if x is not None]
         more: dict[str, Any] = {"memory": peak(), "seconds": time.perf_counter() - begin}
@@ -159,6 +164,8 @@ class Task:
             more["curve"] = [(point, numbers(each)) for point, each in curve]
             rows = len(more["curve"]) * len(trainer.eval_dataset)
             spent["held-out scores"] = rows / self.unit / 3  # a forward is a third of a pass
+        else:
+            more["influence"] = moved
         return self.line(run, metrics, steps=steps, spent=spent, **more, **upper.entries)
 
     @property

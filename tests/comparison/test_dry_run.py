@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hyperopt_peft import Method, ProblemError
-from hyperopt_peft.comparison import Choice, HeadSettings, Runs
+from hyperopt_peft.comparison import Choice, Runs
 from hyperopt_peft.comparison.task import Task
 from hyperopt_peft.problems import BiDoRA, DoRA, LoRA
 from tests.support.comparisons import compared
@@ -17,7 +17,7 @@ from tests.support.trainers import data
 
 ONE = {"LoRA": LoRA()}
 TWO = Choice([1e-2, 1e-1])
-HEAD = {"head": HeadSettings(), "passes": None, "choice": Choice()}
+HEAD = {"heads": True}
 
 
 class Unfinished(Method):

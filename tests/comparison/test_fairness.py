@@ -15,7 +15,7 @@ from transformers import get_scheduler
 
 from hyperopt_peft import Method
 from hyperopt_peft.comparison.budget import Budget
-from hyperopt_peft.comparison.folds import Rows
+from hyperopt_peft.comparison.rows import Rows
 from hyperopt_peft.comparison.task import Run, Task
 from hyperopt_peft.problems import LayerScales, LoRA
 from tests.support.comparisons import compared, parts_of, passes_of

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hyperopt_peft import Method, ProblemError
 from hyperopt_peft.comparison import Choice, Comparison
 from hyperopt_peft.comparison.choice import Plan
-from hyperopt_peft.comparison.folds import Rows
+from hyperopt_peft.comparison.rows import Rows
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Run, Task
 from hyperopt_peft.problems import BiDoRA, LoRA

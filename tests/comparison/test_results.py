@@ -46,7 +46,7 @@ def made_up(gains: Mapping[Candidate, Sequence[float]], **more: Any) -> MadeUp:
             {
                 **{"metrics": {f"eval_{metric}": scale * (start + gain)}, "layers": ""},
                 **{"rate": 1e-3, "upper_rate": None, "seconds": 1.0, "memory": 1.0},
-                **{"spent": {"steps": 300.0}},
+                **{"spent": {"steps": 300.0}, "influence": {f"eval_{metric}": [0.0] * 4}},
                 **{k: x[seed] for k, x in more.items() if pair == ("BiDoRA", "method")},
             }
             for seed, (start, gain) in enumerate(zip(LORA, gains.get(pair, [0.0] * 5), strict=True))

@@ -1,18 +1,16 @@
 """`LossCorrection`: C in closed form, its loss and gradient, and what a known C recovers."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from hyperopt_peft import ProblemError, compare_methods
-from hyperopt_peft.comparison import Choice, HeadSettings, Runs
+from hyperopt_peft import ProblemError
 from hyperopt_peft.heads import Features, Head
 from hyperopt_peft.problems import LossCorrection
 from hyperopt_peft.problems.loss_correction import confusions
-from tests.support.comparisons import parts_of
+from tests.support.comparisons import compared
 from tests.support.sources import rows, sources, trainer
 
 C = torch.tensor([[0.8, 0.2, 0.0], [0.1, 0.6, 0.3], [0.0, 0.5, 0.5]], dtype=torch.float64)
@@ -95,22 +93,18 @@ def test_each_source_has_its_own_confusions(tmp_path: Path, by_source: bool) -> 
         assert [each.argmax(1).tolist() for each in found] == [[0, 1, 2], [1, 2, 0]]
 
 
-@pytest.mark.parametrize("head", [None, HeadSettings()])
-def test_it_is_compared_on_adapters_and_heads(head: Any) -> None:
+@pytest.mark.parametrize("heads", [False, True])
+def test_it_is_compared_on_adapters_and_heads(heads: bool) -> None:
     """Most labels of a source are moved by one: corrected ones score higher."""
-    model, adapter, args = parts_of("classes", {"per_device_train_batch_size": 16})
-    comparison = compare_methods(
+    comparison = compared(
         {"LoRA": "lora", "corrected": LossCorrection(by_source=True)},
-        model,
-        adapter,
-        args,
+        arguments={"per_device_train_batch_size": 16},
         train_dataset=sources(60),
         upper_dataset=rows(24, 3),
         test_dataset=rows(60, 4),
-        head=head,
-        seeds=[0, 1],
-        runs=Runs(progress=False),
-        **({} if head else {"passes": 40, "choice": Choice([6e-2], [1e-2])}),
+        metric="loss",
+        passes=40,
+        heads=heads,
     )
     plain, corrected = comparison.scores()[["LoRA", "corrected"]].sum()
     assert corrected < plain

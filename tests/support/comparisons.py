@@ -7,7 +7,7 @@ from typing import Any
 from peft import LoraConfig
 
 from hyperopt_peft import BiDoRA, BilevelTrainingArguments
-from hyperopt_peft.comparison import Choice, Comparison, Runs, compare_methods
+from hyperopt_peft.comparison import Choice, Comparison, Runs, compare_heads, compare_methods
 from hyperopt_peft.problems import LoRA
 from tests.support.trainers import TASKS, base_model, data
 
@@ -49,7 +49,7 @@ def parts_of(kind: str, arguments: Any = None) -> tuple[Any, LoraConfig, Any]:
 def compared(
     methods: Any = METHODS, kind: str = "classes", arguments: Any = None, **options: Any
 ) -> Comparison:
-    """A comparison on 30 training rows and 20 test rows of the task ``kind``."""
+    """A comparison on 30 training rows and 20 test rows of the task ``kind``, or of ``heads``."""
     for name, names in {"choice": OF_CHOICE, "runs": OF_RUNS}.items():
         given = {key: options.pop(key) for key in names & options.keys()}
         options.setdefault(name, replace(SHORT[name], **given))
@@ -60,4 +60,9 @@ def compared(
     }
     if kind in ("classes", "tokens"):
         settings |= {"metric": "accuracy", "compute_metrics": accuracy}
-    return compare_methods(methods, *parts_of(kind, arguments), **{**settings, **options})
+    model, adapter, args = parts_of(kind, arguments)
+    settings |= options
+    if settings.pop("heads", False):
+        del settings["passes"], settings["choice"]
+        return compare_heads(methods, model, args, **settings)
+    return compare_methods(methods, model, adapter, args, **settings)

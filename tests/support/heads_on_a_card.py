@@ -9,8 +9,8 @@ from unittest import mock
 import torch
 from transformers import Trainer, TrainingArguments
 
-from hyperopt_peft import BilevelTrainingArguments, attribute, compare_methods, why
-from hyperopt_peft.comparison import HeadSettings, Runs
+from hyperopt_peft import BilevelTrainingArguments, attribute, why
+from hyperopt_peft.comparison import Runs, compare_heads
 from hyperopt_peft.problems import Agreement, RowWeights, Sources
 from tests.support.other_device import CARD, card
 from tests.support.sources import rows, sources
@@ -23,16 +23,14 @@ def results(folder: Path) -> dict[str, Any]:
     trainer = Trainer(base_model(), args, **sets)
     scored = attribute(trainer, model="head", progress=False)
     methods = {"rows": RowWeights(), "sources": Sources(), "vote": Agreement()}
-    compared = compare_methods(
+    compared = compare_heads(
         methods,
         partial(base_model, dropout=0.0),
-        None,
         BilevelTrainingArguments(str(folder), report_to="none"),
         train_dataset=sources(8),
         upper_dataset=rows(8, 3),
         test_dataset=rows(12, 4),
         seeds=[0, 1],
-        head=HeadSettings(),
         runs=Runs(progress=False),
     )
     return {

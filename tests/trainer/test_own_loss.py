@@ -36,7 +36,7 @@ from hyperopt_peft import (
     compare_methods,
     why,
 )
-from hyperopt_peft.comparison import Choice, HeadSettings, Runs
+from hyperopt_peft.comparison import Choice, Runs, compare_heads
 from hyperopt_peft.comparison.ablations import OneLevel
 from hyperopt_peft.method import WeightedRows, row_losses
 from hyperopt_peft.problems import (
@@ -284,22 +284,14 @@ def compared(methods: Any, name: str, rows: Any = None, **more: Any) -> Any:
     kind, options, settings, base = parts(name)
     args = BilevelTrainingArguments("unused", use_cpu=True, report_to="none", **settings)
     config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
-    few = {} if "head" in more else {"passes": 40, "choice": Choice([1e-2], [1e-2])}
-    return compare_methods(
-        methods,
-        base,
-        config,
-        args,
-        train_dataset=data(rows=24) if rows is None else rows,
-        upper_dataset=data(rows=9, seed=1),
-        test_dataset=data(rows=12, seed=2),
-        seeds=range(2),
-        runs=Runs(progress=False),
-        trainer=bilevel(kind),
-        **few,
-        **options,
-        **more,
-    )
+    options |= {"trainer": bilevel(kind), "runs": Runs(progress=False), "seeds": range(2), **more}
+    options["train_dataset"] = data(rows=24) if rows is None else rows
+    options["upper_dataset"] = data(rows=9, seed=1)
+    options["test_dataset"] = data(rows=12, seed=2)
+    if options.pop("heads", False):
+        return compare_heads(methods, base, args, **options)
+    options |= {"passes": 40, "choice": Choice([1e-2], [1e-2])}
+    return compare_methods(methods, base, config, args, **options)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -458,10 +450,10 @@ def test_a_head_is_at_the_minimum_of_the_loss_by_row(tmp_path: Path) -> None:
     assert why(run, row_losses=class_weighted, progress=False)
 
 
-@pytest.mark.parametrize("head", [None, HeadSettings(upper_steps=2)])
-def test_a_comparison_judges_methods_by_the_loss_by_row(head: Any) -> None:
+@pytest.mark.parametrize("heads", [False, True])
+def test_a_comparison_judges_methods_by_the_loss_by_row(heads: bool) -> None:
     """A method with all weights 1 has the scores of LoRA."""
-    more: dict[str, Any] = {} if head is None else {"head": head}
+    more: dict[str, Any] = {"heads": True, "upper_steps": 2} if heads else {}
     rows = with_weights(data(rows=24))
     methods = {"LoRA": LoRA(), "given": GivenWeights()}
     result = compared(methods, "class weights", rows, row_losses=class_weighted, **more)
