@@ -284,10 +284,9 @@ def compared(methods: Any, name: str, rows: Any = None, **more: Any) -> Any:
     kind, options, settings, base = parts(name)
     args = BilevelTrainingArguments("unused", use_cpu=True, report_to="none", **settings)
     config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
-    options |= {"trainer": bilevel(kind), "runs": Runs(progress=False), "seeds": range(2), **more}
-    options["train_dataset"] = data(rows=24) if rows is None else rows
-    options["upper_dataset"] = data(rows=9, seed=1)
-    options["test_dataset"] = data(rows=12, seed=2)
+    options = {**options, "trainer": bilevel(kind), "runs": Runs(progress=False), **more}
+    options |= {"seeds": range(2), "train_dataset": data(rows=24) if rows is None else rows}
+    options |= {"upper_dataset": data(rows=9, seed=1), "test_dataset": data(rows=12, seed=2)}
     if options.pop("heads", False):
         return compare_heads(methods, base, args, **options)
     options |= {"passes": 40, "choice": Choice([1e-2], [1e-2])}
