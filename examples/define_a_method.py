@@ -136,7 +136,6 @@ def main() -> None:
         metric="accuracy",
         choice=Choice([RATE], [UPPER_RATE]),  # without one, ten runs a seed would choose rates
         ablations={"SoftLabels": ["frozen"]},
-        frozen_dropout=False,
         compute_metrics=lambda x: {"accuracy": (x.predictions.argmax(1) == x.label_ids).mean()},
     )
     print(comparison)

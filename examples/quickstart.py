@@ -88,7 +88,6 @@ def adapters(arguments: Arguments, data: Any, output: Path) -> dict[str, float]:
         metric="accuracy",
         choice=Choice([RATE], [UPPER_RATE]),  # without one, ten runs and more would choose a rate
         ablations={},  # by default each method is trained with its upper level frozen too
-        frozen_dropout=False,
         data_collator=data.collate,
         compute_metrics=lambda prediction: {"accuracy": right(prediction).mean()},
     )

@@ -65,7 +65,7 @@ def compared(
     adapter = LoraConfig(r=8, lora_alpha=16, **lora)
     compare = partial(compare_methods, plan.methods, here.base_model, adapter, args)
     budgets = options.pop("budgets", chosen.passes)
-    more = {**more, "choice": plan.choice, "frozen_dropout": False, **options}
+    more = {**more, "choice": plan.choice, **options}
     return {passes: compare(passes=passes, **more) for passes in budgets}
 
 

@@ -36,7 +36,7 @@ class CompareArguments(OutputArguments):
     upper_rates: list[float] = option(default_factory=lambda: [*UPPER_RATES], help="upper rates")
     splits: int = option(Choice.splits, help="held-out parts of a seed's rows, which choose rates")
     points: int = option(Choice.points, help="where a run may stop: at k/points of its passes")
-    frozen_dropout: bool = option(True, help="keep dropout in frozen layers; else computed once")
+    frozen_dropout: bool = option(False, help="keep dropout in frozen layers; else computed once")
     jobs: int = option(1, help="processes")
     run: str = option("1/1", help="K/N: the K-th of N parts, of a job array, say")
 

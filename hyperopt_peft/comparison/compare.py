@@ -50,7 +50,7 @@ def compare_methods(
     metric: str = "loss",
     choice: Choice = DEFAULT,
     ablations: Mapping[str, Sequence[Kind]] | None = None,
-    frozen_dropout: bool = True,
+    frozen_dropout: bool = False,
     runs: Runs | None = None,
     trainer: type[BilevelTrainer] = BilevelTrainer,
     **options: Any,
@@ -91,8 +91,8 @@ def compare_methods(
         choice: the grids of rates, and how each seed chooses.
         ablations: the kinds that are trained, by the method's name, as ``{"mine": ["frozen"]}``;
             by default all.
-        frozen_dropout: whether frozen layers below the adapter keep the model's dropout. Without
-            dropout they are computed once for each text, which is several times faster.
+        frozen_dropout: whether frozen layers below the adapter keep the model's dropout. By default
+            they are computed once for each text, which is several times faster.
         runs: the folder, the processes and the bar.
         trainer: the class of the trainer, such as ``bilevel(SFTTrainer)``.
         options: further arguments of the trainer, such as ``compute_metrics``.
@@ -263,7 +263,7 @@ def _compare(
     work = Work(plan, task, store, runs)
     found = Comparison(plan, store, note, task.data.scoring)
     if runs.dry_run:
-        print(work.estimate())
+        print(work.estimate(work.check()))
     else:
         work.do()
     forget()

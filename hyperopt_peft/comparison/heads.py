@@ -24,7 +24,7 @@ from transformers import EvalPrediction, default_data_collator, set_seed
 from hyperopt_peft.comparison.budget import peak_memory
 from hyperopt_peft.comparison.influence import Influence, influence, parts
 from hyperopt_peft.comparison.rows import all_of, with_rows
-from hyperopt_peft.comparison.task import Run, Task
+from hyperopt_peft.comparison.task import Price, Run, Task
 from hyperopt_peft.comparison.upper import summary, vector_of
 from hyperopt_peft.core.data import DataStream, to_device
 from hyperopt_peft.core.labels import mean_loss, row_losses
@@ -75,15 +75,10 @@ class HeadTask(Task):
     head: HeadSettings = HeadSettings()
     model: OnFeatures | None = None
 
-    def check(self, run: Run) -> list[int]:
+    def check(self, run: Run) -> Price:
         """Make the features and solve ``run``; a head has no steps."""
         self.read()
-        self.run(run)
-        return []
-
-    def seconds(self, run: Run) -> float:
-        """The time of ``run``."""
-        return float(self.run(run)["seconds"])
+        return Price(phases=0, seconds=self.run(run)["seconds"])
 
     @no_bars()
     def run(self, run: Run) -> dict[str, Any]:

@@ -88,6 +88,35 @@ class Run:
         return f"{self.method}{ABLATIONS[self.kind]}, seed {self.seed}, rate {self.rate:g}{upper}"
 
 
+@dataclass(frozen=True)
+class Price:
+    """What a run takes, by two cycles of its training.
+
+    Attributes:
+        phases: of the training; none of heads, and where a loss is not finite.
+        every, passes: the lower steps of a cycle, in each phase, and the passes of all phases.
+        seconds: about the time of the whole run.
+
+    Example:
+        >>> price = Price(phases=1, every=4, passes=7.0, seconds=2.0)
+        >>> price.steps(20), price.least(10)
+        (8, 21.0)
+    """
+
+    phases: int
+    every: int = 1
+    passes: float = 0.0
+    seconds: float = 0.0
+
+    def steps(self, passes: float) -> int:
+        """About the lower steps of a phase with ``passes``."""
+        return int(passes // self.passes) * self.every
+
+    def least(self, steps: int) -> float:
+        """The passes that give each phase so many steps."""
+        return math.ceil(steps / self.every) * self.passes
+
+
 @dataclass
 class Task:
     """What all runs of a comparison share; it is pickled for other processes.
@@ -104,7 +133,7 @@ class Task:
     metric: str
     trainer: type[BilevelTrainer] = BilevelTrainer
     options: Mapping[str, Any] = field(default_factory=dict)
-    frozen_dropout: bool = True
+    frozen_dropout: bool = False
     layers: str = ""
 
     def __post_init__(self) -> None:
@@ -199,31 +228,23 @@ class Task:
         return {**asdict(run), "metrics": numbers(metrics), "layers": self.layers, **more}
 
     @no_bars()
-    def check(self, run: Run) -> list[int]:
-        """Train ``run`` for two cycles; about the steps of each phase with all of its passes.
+    def check(self, run: Run) -> Price:
+        """Train ``run`` for two cycles: what all of its passes give, and take.
 
-        What is wrong with a method so shows before any run. There are no steps where a loss is not
-        finite.
+        What is wrong with a method so shows before any run.
 
         Raises:
             ProblemError: the metric is unknown; the method trains on test rows; as `run`.
         """
         budget = Budget(run.passes)
-        self._trained(run, budget, short=True)
-        if not budget.cycles[0][0]:
-            return []
-        every = budget.lower_steps or 1
-        price = sum(every * passes / steps for steps, passes in budget.cycles)
-        return [int(run.passes // price) * every for _ in budget.cycles]
-
-    @no_bars()
-    def seconds(self, run: Run) -> float:
-        """About the time of ``run``, by two cycles."""
-        budget = Budget(run.passes)
         result = self._trained(run, budget, short=True)
+        every = budget.lower_steps or 1
+        finite = [each for each in budget.cycles if each[0]]
+        passes = sum(every * passes / steps for steps, passes in finite)
         more = run.passes + len(self.data.of(run.seed)[2]) / self.unit / 3
         more -= sum(result["spent"].values())
-        return float(result["seconds"] + more * budget.seconds / (budget.timed or math.inf))
+        seconds = result["seconds"] + more * budget.seconds / (budget.timed or math.inf)
+        return Price(len(finite), every, passes, seconds)
 
     def _require_apart(self, trainer: BilevelTrainer, run: Run) -> None:
         """Raise ProblemError for test rows among the training rows."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from tqdm.auto import tqdm
 
 from hyperopt_peft.comparison.choice import Plan
 from hyperopt_peft.comparison.store import Store
-from hyperopt_peft.comparison.task import ABLATIONS, Run, Task
+from hyperopt_peft.comparison.task import ABLATIONS, Price, Run, Task
 from hyperopt_peft.comparison.upper import OPEN, arguments_of
 from hyperopt_peft.errors import ProblemError
 from hyperopt_peft.trainer.checks import LEARNS
@@ -32,8 +33,8 @@ class Runs:
         folder: has the finished runs, from which a killed or changed comparison continues.
         jobs: processes, by joblib, whose ``parallel_config`` chooses other backends.
         part: (k, n) for the k-th of n processes that share the runs and ``folder``.
-        progress: whether a bar is shown.
-        dry_run: print the runs with their passes and minutes, and do none.
+        progress: whether an estimate of the time, and a bar are shown.
+        dry_run: print the estimate: the runs with their passes and minutes; and do none.
 
     Raises:
         ProblemError: no processes; a part without a folder.
@@ -91,7 +92,9 @@ class Work:
         missing = {*self.store.missing(runs)}
         mine = [run for run in runs[number - 1 :: count] if run in missing]
         if mine and not self.checked:
-            self.check()
+            prices = self.check()
+            if self.runs.progress:
+                bar.write(self.estimate(prices), file=sys.stderr)
         bar.update(len(runs) - len(mine))
         results = Parallel(n_jobs=self.runs.jobs, return_as="generator_unordered")(
             delayed(self.task.run)(run) for run in mine
@@ -106,50 +109,81 @@ class Work:
                 "after them"
             )
 
-    def check(self) -> dict[Run, list[int]]:
-        """Refuse what is wrong with a method before any run; about the steps of a run of each.
+    def check(self) -> dict[Run, Price]:
+        """Refuse what is wrong with a method before any run; the price of a run of each.
 
         Raises:
-            ProblemError: a phase has too few steps to train an adapter; as `Task.check`.
+            ProblemError: phases have too few steps to train an adapter; as `Task.check`.
         """
-        rate = max(self.plan.choice.rates)
-        steps: dict[Run, list[int]] = {}
+        rate, prices = max(self.plan.choice.rates), dict[Run, Price]()
         for run in next(self.plan.stages(self.store))[:1]:
             self.task.data.of(run.seed, run.split)
         for name, kind in self.plan.candidates():
             run = Run(name, kind, self.plan.seeds[0], rate, passes=self.plan.passes)
             if kind != "frozen":  # which has the steps of its method, the one before
-                each = self.task.check(run)
-            steps[run] = each
-            least = LEARNS if "adam" in self.task.args.optim else rate
-            if each and min(each) * rate < least:
-                method, args = self.plan.methods[name], self.task.args
-                few = has_upper_level(method) and arguments_of(method, args).lower_steps < 4
-                more = f", or the method defaults = {OPEN}" if few else ""
-                raise ProblemError(
-                    f"passes: {self.plan.passes:g} leave {name} a phase of {min(each)} steps, "
-                    f"which hardly train an adapter at a rate of {rate:g}; give more passes or "
-                    f"higher rates{more}"
-                )
+                price = self.task.check(run)
+            prices[run] = price
+        self._require_steps(prices, rate)
         self.checked = True
-        return steps
+        return prices
 
-    def estimate(self) -> str:
-        """The missing runs of each method, their passes, and minutes by one timed short run."""
-        rows: list[list[Any]] = [["method", "runs", "steps", "passes", "minutes"]]
-        steps = self.check()
-        first = next(iter(steps))
-        minutes = self.task.seconds(first) / 60
-        done = Counter((x.method, x.kind, x.passes) for x in self.store.results)
-        for run, each in steps.items():
-            count = self.plan.count(run.method, run.kind) - done[run.method, run.kind, run.passes]
-            count = max(0, count)
-            cells = " + ".join(map(str, each)), f"{run.passes:.0f}", f"{count * minutes:.1f}"
-            rows.append([run.method + ABLATIONS[run.kind], count, *cells])
-        total = sum(row[1] for row in rows[1:]) * minutes / self.runs.jobs
-        whole = f"together about {total:.0f} minutes, by a few steps of {first.method}"
+    def _needed(self, rate: float) -> int:
+        """The steps with which an adapter learns."""
+        return math.ceil(LEARNS / rate) if "adam" in self.task.args.optim else 1
+
+    def _require_steps(self, prices: Mapping[Run, Price], rate: float) -> None:
+        """Raise ProblemError, which names all methods with too few steps and what would do."""
+        few = {
+            run: price
+            for run, price in prices.items()
+            if price.phases and price.steps(run.passes) < self._needed(rate)
+        }
+        if not few:
+            return
+        phases = " and ".join(
+            f"{title(run)} a phase of {price.steps(run.passes)} steps" for run, price in few.items()
+        )
+        least = max(price.least(self._needed(rate)) for price in few.values())
+        known = ((self.plan.methods[run.method], self.task.args) for run in few)
+        short = any(has_upper_level(x[0]) and arguments_of(*x).lower_steps < 4 for x in known)
+        more = f", or the method defaults = {OPEN}" if short else ""
+        raise ProblemError(
+            f"passes: {self.plan.passes:g} leave {phases}, and at a rate of {rate:g} an adapter "
+            f"learns in {self._needed(rate)}; give {math.ceil(least)} passes or higher rates{more}"
+        )
+
+    def estimate(self, prices: Mapping[Run, Price]) -> str:
+        """What each method's missing runs take: those by which seeds choose, and those reported.
+
+        ``least`` are the passes with which an adapter learns at the highest rate.
+        """
+        rows = [["method", "choosing", "reported", "steps", "passes", "least", "minutes"]]
+        done = Counter((x.method, x.kind, x.passes, x.split is None) for x in self.store.results)
+        total, needed = 0.0, self._needed(max(self.plan.choice.rates))
+        for run, price in prices.items():
+            last = len(self.plan.seeds) * len(self.plan.endings)
+            planned = self.plan.count(run.method, run.kind) - last, last
+            counts = [
+                max(0, count - done[run.method, run.kind, run.passes, reported])
+                for reported, count in zip((False, True), planned, strict=True)
+            ]
+            minutes = sum(counts) * price.seconds / 60 / abs(self.runs.jobs)
+            total += minutes
+            steps = (
+                " + ".join([str(price.steps(run.passes))] * price.phases) if price.phases else ""
+            )
+            least = f"{price.least(needed):.0f}" if price.phases else ""
+            cells = [steps, f"{run.passes:.0f}", least, f"{minutes:.1f}"]
+            rows.append([title(run), *map(str, counts), *cells])
+        jobs = "" if self.runs.jobs == 1 else f" with jobs={self.runs.jobs}"
+        whole = f"together about {total:.0f} minutes{jobs}, by a few steps of each method"
         texts = aligned(rows), whole, self.task.layers, self.store.remark()
         return "\n".join(text for text in texts if text)
+
+
+def title(run: Run) -> str:
+    """The name of a method or an ablation."""
+    return run.method + ABLATIONS[run.kind]
 
 
 def require_pickled(task: Task) -> None:

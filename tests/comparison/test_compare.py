@@ -24,7 +24,7 @@ from hyperopt_peft import ProblemError
 from hyperopt_peft.comparison import Comparison
 from hyperopt_peft.comparison.budget import Budget
 from hyperopt_peft.comparison.store import SETTINGS, Store, read_entries
-from hyperopt_peft.comparison.task import Task
+from hyperopt_peft.comparison.task import Price, Task
 from tests.support.comparisons import METHODS, TITLES, compared, passes_of
 
 
@@ -71,7 +71,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.Module, "__call__", count)
-        patch.setattr(Task, "check", lambda *_: [12])  # whose passes are of no run
+        patch.setattr(Task, "check", lambda *_: Price(0))  # whose passes are of no run
         comparison = compared(folder=folder, **RATES)
     return Whole(comparison, folder, sum(counted))
 

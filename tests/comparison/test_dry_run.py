@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,26 @@ def test_a_dry_run_counts_the_runs_that_are_missing(
     compared({"LoRA": LoRA()}, runs=Runs(tmp_path, progress=False))
     compared(methods, runs=Runs(tmp_path, progress=False, dry_run=True))
     _, first, second, *_ = capsys.readouterr().out.splitlines()
-    assert first.split()[:3] == ["LoRA", "0", "12"]
-    assert second.split()[:5] == ["m", "2", "4", "+", "4"]
+    assert first.split()[:4] == ["LoRA", "0", "0", "12"]
+    assert second.split()[:6] == ["m", "0", "2", "4", "+", "4"]
     compared(methods, seeds=[3, 4], passes=30, runs=Runs(tmp_path, progress=False, dry_run=True))
     assert "other settings" not in capsys.readouterr().out
+
+
+def test_too_few_passes_are_refused_with_what_would_do(capsys: pytest.CaptureFixture[str]) -> None:
+    """In one line, before any run, for all methods; the least passes that it names suffice."""
+    methods: dict[str, Method] = {"LoRA": LoRA(), "m": BiDoRA()}
+    rates, runs = Choice([2e-2], [1e-2]), Runs(progress=False, dry_run=True)
+    with pytest.raises(ProblemError, match="LoRA a phase of 2 steps and m a phase of 0") as refused:
+        compared(methods, passes=2, choice=rates, runs=runs)
+    found = re.search(r"give (\d+) passes", str(refused.value))
+    assert found is not None
+    compared(methods, passes=float(found[1]), choice=rates, runs=runs)
+    lines = capsys.readouterr().out.splitlines()
+    heads, first, second = lines[0].split(), lines[1].split(), lines[2].split()
+    assert first[heads.index("least")] == "5" and second[:1] == ["m"] and second[-2] == found[1]
+
+
+def test_an_estimate_is_printed_before_the_training(capsys: pytest.CaptureFixture[str]) -> None:
+    compared({"LoRA": LoRA()}, runs=Runs(progress=True))
+    assert "minutes" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from transformers import DataCollatorWithPadding
 
 from hyperopt_peft.comparison.identity import code_of, with_values
 from hyperopt_peft.comparison.store import Store
-from hyperopt_peft.comparison.task import Run, Task
+from hyperopt_peft.comparison.task import Price, Run, Task
 from hyperopt_peft.utils.plugins import import_file
 from tests.support.comparisons import accuracy, compared
 from tests.support.process import python
@@ -96,7 +96,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return self.line(run, metrics, passes=12.0, spent={}, seconds=1.0, memory=1.0, steps=[12])
 
     monkeypatch.setattr(Task, "run", run)
-    monkeypatch.setattr(Task, "check", lambda *_: [12])
+    monkeypatch.setattr(Task, "check", lambda *_: Price(0))
     return names
 
 
