@@ -1,7 +1,8 @@
 """Are equal methods called different, and different ones found? On many small nets.
 
-Each draw has new rows and four methods that differ in nothing but the starts and the orders of
-their runs. The plan, the choice of rates, the store and the verdicts are those of
+Each draw has new rows, and methods that are equal: given the rows, since they differ in nothing but
+the starts and the orders of their runs; or on average over rows, since each reads one of two views
+of the features. The plan, the choice of rates, the store and the verdicts are those of
 `compare_methods`; the runs are trainings of a net with one hidden layer, many at once. In the last
 cell `compare_methods` trains them itself.
 """
@@ -15,6 +16,7 @@ from itertools import product
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ from benchmarks.store import Store as Results
 from hyperopt_peft import BilevelTrainingArguments, Method
 from hyperopt_peft.comparison import Choice, Comparison, Runs, compare_methods
 from hyperopt_peft.comparison.choice import Plan
+from hyperopt_peft.comparison.influence import PARTS
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Run
 from hyperopt_peft.problems import LoRA, RowWeights
@@ -39,6 +42,8 @@ TOGETHER = 10
 FILE = RESULTS / "calibration.jsonl"
 #: The best rate is inside the grid.
 CHOICE = Choice(rates=(2e-3, 6e-3, 2e-2, 6e-2, 2e-1), upper_rates=(2e-3, 6e-3, 2e-2, 6e-2, 2e-1))
+#: Features and classes.
+Made = tuple[Tensor, Tensor]
 #: Known differences, which are added to the scores of B.
 SHIFTS = (0.01, 0.02, 0.03, 0.05)
 
@@ -53,6 +58,9 @@ class Setting:
         cliff: above this rate, in the middle, a training ends at chance.
         methods: the names of equal methods.
         power: whether differences are sought too, and families of three comparisons.
+        rows: of `GENERATORS`.
+        views: whether A and B each read one half of the features.
+        own: whether each seed draws training rows of its own.
     """
 
     choice: Choice = CHOICE
@@ -60,13 +68,81 @@ class Setting:
     cliff: float = float("inf")
     methods: str = "AB"
     power: bool = False
+    rows: str = "one shift"
+    views: bool = False
+    own: bool = False
 
 
+def shifted(size: tuple[int, int], generator: torch.Generator, *begins: int) -> Made:
+    """Features, four of which from each begin have a mean of ±0.45 by the class; and classes."""
+    classes = torch.randint(0, 2, size, generator=generator).float()
+    features = torch.randn(*size, FEATURES, generator=generator)
+    for begin in begins:
+        features[..., begin : begin + 4] += 0.45 * (2 * classes[..., None] - 1)
+    return features, classes
+
+
+def one_shift(size: tuple[int, int], generator: torch.Generator) -> Made:
+    """Rows of which the first half of the features tells the class."""
+    return shifted(size, generator, 0)
+
+
+def two_shifts(size: tuple[int, int], generator: torch.Generator) -> Made:
+    """Rows of which each half of the features tells the class, independently."""
+    return shifted(size, generator, 0, FEATURES // 2)
+
+
+def noisy_copies(size: tuple[int, int], generator: torch.Generator) -> Made:
+    """Two noisy copies of ten hidden features, of which the first three decide the class."""
+    hidden = torch.randn(*size, FEATURES // 2, generator=generator)
+    both = torch.cat([hidden, hidden], -1)
+    features = both + 0.7 * torch.randn(*size, FEATURES, generator=generator)
+    odds = 2 * hidden[..., :3].sum(-1)
+    return features, torch.rand(*size, generator=generator).lt(odds.sigmoid()).float()
+
+
+def easy_by_one(size: tuple[int, int], generator: torch.Generator) -> Made:
+    """Rows that are easy by one half, of heavy tails, and noise by the other half."""
+    classes = torch.randint(0, 2, size, generator=generator).float()
+    features = torch.randn(*size, FEATURES, generator=generator)
+    scale = torch.rand(*size, 1, generator=generator).clamp(0.05) ** -0.5
+    first = torch.rand(*size, 1, generator=generator) < 0.5
+    sides = 1.2 * (2 * classes[..., None] - 1)
+    features[..., :3] += first * sides
+    features[..., FEATURES // 2 : FEATURES // 2 + 3] += ~first * sides
+    return features * scale, classes
+
+
+def words(size: tuple[int, int], generator: torch.Generator) -> Made:
+    """Binary features, some frequent in one of two unequal classes; a tenth of labels is wrong."""
+    classes = torch.rand(*size, generator=generator).lt(0.3).float()
+    odds = torch.full((*size, FEATURES), 0.15)
+    for half in (0, FEATURES // 2):
+        odds[..., half : half + 3] += 0.4 * classes[..., None]
+        odds[..., half + 3 : half + 6] += 0.25 * (1 - classes[..., None])
+    features = torch.rand(odds.shape, generator=generator).lt(odds).float()
+    wrong = torch.rand(*size, generator=generator).lt(0.1).float()
+    return 2 * features - 0.5, (classes - wrong).abs()
+
+
+#: The last two were written before any interval was tried on them, and run last.
+GENERATORS = {
+    "one shift": one_shift,
+    "two shifts": two_shifts,
+    "noisy copies": noisy_copies,
+    "easy by one": easy_by_one,
+    "words": words,
+}
 SETTINGS = {
     "rate": Setting(methods="ABCD", power=True),
     "rate and upper rate": Setting(method=RowWeights()),
     "rate, beside a cliff": Setting(cliff=0.035),
     "rate and stopping point": Setting(replace(CHOICE, points=4)),
+}
+VIEWS = {
+    f"{rows}, {'own draws' if own else 'same rows'}": Setting(rows=rows, views=True, own=own)
+    for rows in [*GENERATORS][1:]
+    for own in (False, True)
 }
 
 
@@ -77,28 +153,19 @@ class Draws:
         count: the training rows of each method.
         held_out: the share of them in a held-out part.
         generator: of all random numbers.
-        cliff: above this rate, in the middle, a training ends at chance.
+        setting: the rows, and where a training ends at chance.
     """
 
     def __init__(
-        self,
-        count: Mapping[str, int],
-        held_out: float,
-        generator: torch.Generator,
-        cliff: float = float("inf"),
+        self, count: Mapping[str, int], generator: torch.Generator, setting: Setting
     ) -> None:
-        self.count, self.generator, self.cliff = count, generator, cliff
-        self.held_out = held_out
-        self.train, self.test = self.rows(max(count.values())), self.rows(TEST)
+        self.count, self.generator, self.setting = count, generator, setting
+        self.held_out, self.cliff = setting.choice.held_out, setting.cliff
+        rows, every = GENERATORS[setting.rows], SEEDS if setting.own else 1
+        self.train = rows((TOGETHER * every, max(count.values())), generator)
+        self.test = rows((TOGETHER, TEST), generator)
         #: The order of the rows by which a seed, with every method, holds parts out.
         self.order = {n: self.permuted((TOGETHER, SEEDS), n) for n in {*count.values()}}
-
-    def rows(self, count: int) -> tuple[Tensor, Tensor]:
-        """Features, the first four with a mean of ±0.45 by the class, and classes 0 and 1."""
-        classes = torch.randint(0, 2, (TOGETHER, count), generator=self.generator).float()
-        features = torch.randn(TOGETHER, count, FEATURES, generator=self.generator)
-        features[..., :4] += 0.45 * (2 * classes[..., None] - 1)
-        return features, classes
 
     def permuted(self, shape: tuple[int, ...], count: int) -> Tensor:
         """Permutations of ``count`` numbers."""
@@ -110,15 +177,20 @@ class Draws:
         for name in self.count:
             if mine := [each for each in every if each[1].method == name]:
                 for (k, run), curve in zip(mine, self.curves(mine), strict=True):
-                    scored = [(point, curve[round(point)]) for point in run.points]
+                    scored = [(point, curve[round(point)][0]) for point in run.points]
                     end = round(run.stop or STEPS)
-                    line = {"metrics": curve[end], "curve": scored, "spent": {"lower steps": end}}
-                    stores[k].add({**asdict(run), **line})
+                    metrics, moved = curve[end]
+                    line = {"metrics": metrics, "influence": moved, "curve": scored}
+                    stores[k].add({**asdict(run), **line, "spent": {"lower steps": end}})
 
     @torch.no_grad()
-    def curves(self, every: Sequence[tuple[int, Run]]) -> list[dict[int, dict[str, float]]]:
-        """The metrics of runs of one method and one stage, by the step."""
+    def curves(self, every: Sequence[tuple[int, Run]]) -> list[dict[int, tuple[Any, Any]]]:
+        """The metrics of runs of one method and one stage, with the influence of parts, by step."""
         draw, runs = torch.tensor([k for k, _ in every]), [run for _, run in every]
+        if self.setting.own:
+            train = torch.tensor([k * SEEDS + run.seed for k, run in every])
+        else:
+            train = draw
         count = self.count[runs[0].method]
         order, part = self.order[count], round(self.held_out * count)
         if runs[0].split is None:
@@ -127,31 +199,47 @@ class Draws:
         else:
             orders = [order[k, x.seed].roll(-part * (x.split or 0)) for k, x in every]
             held, rows = torch.stack(orders).split((part, count - part), 1)
-            features, classes = (each[draw[:, None], held] for each in self.train)
+            features, classes = (each[train[:, None], held] for each in self.train)
+        view = torch.ones(FEATURES)
+        if self.setting.views:
+            half = FEATURES // 2
+            view[half:] = 0
+            view = view.roll(half * "AB".index(runs[0].method))
         passes = -(-STEPS * BATCH // rows.shape[1])
         rows = rows.gather(1, self.permuted((len(runs), passes), rows.shape[1]).flatten(1))
         rates = torch.tensor([[run.upper_rate or run.rate, run.rate] for run in runs])
         noise = torch.randn(len(runs), generator=self.generator)
         alive = rates.amax(1) < self.cliff * torch.exp(0.2 * noise)
-        found: list[dict[int, dict[str, float]]] = [{} for _ in runs]
+        found: list[dict[int, tuple[Any, Any]]] = [{} for _ in runs]
         ends = {round(point) for run in runs for point in (*run.points, run.stop or STEPS)}
-        for step, net in enumerate(self.nets(draw, rows, rates), 1):
+        for step, net in enumerate(self.nets(train, rows, rates, view), 1):
             if step not in ends:
                 continue
-            logits = net_of(net, features)[1][..., 0] * alive[:, None]
-            accuracy = ((logits > 0) == classes.bool()).double().mean(1)
-            loss = softplus((1 - 2 * classes) * logits).double().mean(1)
-            for curve, one, other in zip(found, accuracy.tolist(), loss.tolist(), strict=True):
-                curve[step] = {"eval_accuracy": one, "eval_loss": other}
+            logits = net_of(net, features * view)[1][..., 0] * alive[:, None]
+            scores = {
+                "eval_accuracy": ((logits > 0) == classes.bool()).double(),
+                "eval_loss": softplus((1 - 2 * classes) * logits).double(),
+            }
+            means = {name: each.mean(1).tolist() for name, each in scores.items()}
+            moved: dict[str, Any] = dict.fromkeys(scores, [None] * len(runs))
+            if runs[0].split is None:  # scored on the test rows
+                for name, each in scores.items():
+                    of_parts = each.unflatten(1, (PARTS, -1)).mean(2)
+                    moved[name] = (of_parts - each.mean(1, True)).tolist()
+            for k, curve in enumerate(found):
+                curve[step] = tuple({n: x[k] for n, x in y.items()} for y in (means, moved))
         return found
 
-    def nets(self, draw: Tensor, rows: Tensor, rates: Tensor) -> Iterator[list[Tensor]]:
+    def nets(
+        self, draw: Tensor, rows: Tensor, rates: Tensor, view: Tensor
+    ) -> Iterator[list[Tensor]]:
         """The weights of all nets after each step of Adam, at rates that decay to 0.
 
         Args:
-            draw: (nets,).
+            draw: (nets,), of the training rows.
             rows: (nets, at least STEPS · BATCH), the row numbers of all steps.
             rates: (nets, 2), of the first layer and of the second.
+            view: (FEATURES,), 0 for features that are not read.
         """
         shapes, g = ((FEATURES, HIDDEN), (1, HIDDEN), (HIDDEN, 1), (1, 1)), self.generator
         net = [torch.randn(len(draw), *shape, generator=g) / shape[0] ** 0.5 for shape in shapes]
@@ -161,6 +249,7 @@ class Draws:
         for step in range(STEPS):
             batch = rows[:, step * BATCH : (step + 1) * BATCH]
             x, y = (each[draw[:, None], batch] for each in self.train)
+            x = x * view
             hidden, logits = net_of(net, x)
             error = (logits.sigmoid() - y[..., None]) / BATCH
             back = error @ net[2].mT * (1 - hidden**2)
@@ -206,7 +295,7 @@ def comparisons(
         for seeds in (SEEDS, 5)
     }
     for _ in range(-(-draws // TOGETHER)):
-        here = Draws(count, setting.choice.held_out, generator, setting.cliff)
+        here = Draws(count, generator, setting)
         stores = [Store(None, {}) for _ in range(TOGETHER)]
         for plan in plans.values():
             for stage in zip(*map(plan.stages, stores), strict=True):
@@ -215,25 +304,33 @@ def comparisons(
             yield {key: Comparison(plan, store) for key, plan in plans.items()}
 
 
-def gaps(comparison: Comparison) -> list[float]:
-    """The score of B minus that of A for each seed, where they stop if that is chosen."""
-    scores = comparison.scores(stopped=True)
-    found: list[float] = (scores["B"] - scores["A"]).tolist()
-    return found
+def gap(comparison: Comparison) -> Verdict:
+    """The score of B minus that of A, where they stop if that is chosen."""
+    scores, pair = comparison.scores(stopped=True), (("B", "method"), ("A", "method"))
+    one, other = (comparison.influence(each, stopped=True) for each in pair)  # type: ignore[arg-type]
+    return Verdict(scores["B"] - scores["A"], influence=one - other)
+
+
+def with_gain(verdict: Verdict, shift: float) -> Verdict:
+    """``verdict`` with a known difference added to each value."""
+    return Verdict((x + shift for x in verdict.values), influence=verdict.influence)
 
 
 def measured(name: str, rows: int, draws: int) -> Iterator[dict[str, Any]]:
     """The cells of a setting: for each metric and number of seeds, how often pairs differ."""
-    setting = SETTINGS[name]
+    setting = {**SETTINGS, **VIEWS}[name]
     cells: dict[tuple[str, int], list[dict[str, float]]] = {}
+    last: dict[tuple[str, int], Verdict] = {}
     equal = comparisons(setting, dict.fromkeys(setting.methods, rows), draws, seed=rows)
     unequal = comparisons(setting, {"A": rows, "B": 2 * rows}, draws, seed=rows + 1)
+    random = np.random.RandomState(rows)
     for one in equal:
         two = next(unequal) if setting.power else {}
         for key, comparison in one.items():
-            sign, verdict = -1 if key[0] == "loss" else 1, Verdict(gaps(comparison))
+            sign, verdict = -1 if key[0] == "loss" else 1, gap(comparison)
             found = {
                 "different": float(verdict.is_significant),
+                "over seeds": float(Verdict(verdict.values).is_significant),
                 "half width": verdict.half,
                 "score": fmean(comparison.scores()["A"]),
             }
@@ -241,15 +338,32 @@ def measured(name: str, rows: int, draws: int) -> Iterator[dict[str, Any]]:
                 family = [comparison.verdicts[(x, "method"), ("A", "method")] for x in "BCD"]
                 found["any of three"] = float(any(x.is_significant for x in family))
                 for shift in SHIFTS:
-                    moved = Verdict(x + sign * shift for x in verdict.values)
+                    moved = with_gain(verdict, sign * shift)
                     found[f"shifted by {shift:g}"] = float(moved.is_significant)
-                more = Verdict(gaps(two[key]))
+                if key in last:  # of other rows and seeds
+                    again = with_gain(verdict, last[key].detectable)
+                    found["minimum detectable found"] = float(again.is_significant)
+                last[key] = verdict
+                more = gap(two[key])
                 found["gain"] = sign * more.estimate
                 found["gain found"] = float(more.is_significant)
+                found["gain where found"] = sign * more.estimate * more.is_significant
+                found |= collapsed(comparison, random)
             cells.setdefault(key, []).append(found)
     for (metric, seeds), every in cells.items():
-        means = {head: round(fmean(each[head] for each in every), 4) for head in every[0]}
+        means = {head: round(fmean(x[head] for x in every if head in x), 4) for head in every[-1]}
         yield {"metric": metric, "seeds": seeds, "pairs": len(every), **means}
+
+
+def collapsed(comparison: Comparison, random: Any) -> dict[str, float]:
+    """Whether methods of one mean differ, of which B is at chance in one seed of ten."""
+    scores, metric = comparison.scores(), comparison.plan.metric
+    chance = 0.5 if metric == "accuracy" else float(np.log(2))
+    fallen = random.rand(len(scores)) < 0.1
+    lost = 0.1 * (chance - scores["A"].mean())
+    values = np.where(fallen, chance, scores["B"]) - scores["A"] - lost
+    different = Verdict(values).is_significant
+    return {"collapsed different": float(different)}
 
 
 class Another(LoRA):
@@ -272,7 +386,7 @@ def trained(draws: int, rows: int = 120) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     found: list[Verdict] = []
     for _ in range(draws):
-        here = Draws({"A": rows}, CHOICE.held_out, generator)
+        here = Draws({"A": rows}, generator, Setting())
         train, test = (
             Dataset.from_dict({"x": x[0].tolist(), "labels": y[0].long().tolist()})
             for x, y in (here.train, here.test)
@@ -291,7 +405,7 @@ def trained(draws: int, rows: int = 120) -> dict[str, Any]:
             runs=Runs(progress=False),
             compute_metrics=right,
         )
-        found.append(Verdict(gaps(comparison)))
+        found.append(gap(comparison))
         print(len(found), found[-1], flush=True)
     different = fmean(each.is_significant for each in found)
     means = {"different": different, "half width": round(fmean(each.half for each in found), 4)}
@@ -302,7 +416,7 @@ def calibration(*, quick: bool, draws: int = 240, through: int = 40) -> None:
     """Measure the cells that the results lack, and print all as JSON."""
     torch.set_num_threads(1)
     results = Results(None if quick else FILE)
-    cells = [*product(SETTINGS, (120, 300))]
+    cells = [*product(SETTINGS, (120, 300)), *((name, 120) for name in VIEWS)]
     if quick:
         draws, through, cells = TOGETHER, 1, cells[:1]
     for name, rows in cells:

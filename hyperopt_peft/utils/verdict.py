@@ -55,9 +55,10 @@ detectable difference with 3 seeds (80 % power): 5.1 points
         self.values, self.points, self.family = [*values], points, 1
         self.estimate, self.freedom = fmean(self.values), float(len(self.values) - 1)
         self.error = float(sem(self.values)) if self.freedom else math.inf
+        self.influence = None if influence is None else np.asarray(influence, dtype=float)
         self.over_rows = bool(influence is not None and self.freedom)
         if self.over_rows:
-            self._add_rows(np.asarray(influence, dtype=float))
+            self._add_rows(self.influence)
         self.half = float(t.ppf(0.975, self.freedom) * self.error) if self.freedom else math.inf
         self.corrected = self.p_value
 
