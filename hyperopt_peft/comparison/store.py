@@ -18,6 +18,8 @@ Result = dict[str, Any]
 SETTINGS = "settings"
 #: Of the training or test rows in the settings, where each seed has its own.
 OF_SEED = "of the seed"
+#: In place of a setting that cannot be read: why, so that each call has a key of its own.
+ANEW = "made anew"
 
 
 class Store:
@@ -30,7 +32,7 @@ class Store:
 
     Args:
         folder: where the files are; None keeps all in memory.
-        settings: by the name of a method, all settings on which its runs depend.
+        settings: by the name of a method, all settings on which its runs depend, as JSON.
         part: the name of this process's file.
 
     Example:
@@ -46,7 +48,7 @@ class Store:
     def __init__(
         self, folder: Path | None, settings: Mapping[str, Mapping[str, Any]], part: str = ""
     ) -> None:
-        self.settings = json.loads(json.dumps(settings, default=_plain))
+        self.settings = json.loads(json.dumps(settings))
         self.folder = folder
         self.results: dict[Run, Result] = {}
         self.path = None if folder is None else folder / f"runs{part}.jsonl"
@@ -98,10 +100,23 @@ class Store:
             self.known[key] = settings
             append_entries(self.path, *head, result)
 
+    @property
+    def anew(self) -> str:
+        """What makes the runs of which methods anew in each call, or nothing."""
+        methods: dict[str, list[str]] = {}
+        for name, settings in self.settings.items():
+            for each in settings.values():
+                if isinstance(each, dict) and ANEW in each:
+                    methods.setdefault(each[ANEW], []).append(name)
+        return "; ".join(
+            f"{why}, so the runs of {', '.join(names)} are made anew each time"
+            for why, names in methods.items()
+        )
+
     def remark(self) -> str:
-        """How many runs of the methods are not used, and the settings of the last; or nothing."""
-        if not self.unused:
-            return ""
+        """Which runs are made anew; or how many are not used, and the settings of the last."""
+        if self.anew or not self.unused:
+            return self.anew
         last = self.unused[-1]
         saved, now = self.known.get(last.get("key"), {}), self.settings[last["method"]]
         (name, before, after), *others = differences(saved, now)
@@ -137,13 +152,6 @@ def append_entries(path: Path, *entries: Mapping[str, Any]) -> None:
 
 def _files(folder: Path | None) -> list[Path]:
     return sorted(folder.glob("runs*.jsonl")) if folder else []
-
-
-def _plain(value: Any) -> Any:
-    """A value as every process writes it: a set in order, an object without its address."""
-    if isinstance(value, set | frozenset):
-        return sorted(map(str, value))
-    return text if " at 0x" not in (text := str(value)) else str(type(value))
 
 
 def _run_of(entry: Mapping[str, Any], method: str) -> Run:
