@@ -48,12 +48,9 @@ def parts_of(thing: FunctionType | type) -> dict[str, Any]:
     for name, cell in zip(code.co_freevars, thing.__closure__ or (), strict=True):
         with suppress(ValueError):  # a variable without a value yet
             around[name] = cell.cell_contents
-    parts = {**around, **vars(thing), "def": name_of(thing), "is": code}
-    return {
-        **parts,
-        "import": sys.modules.get(module),
-        "with": [thing.__defaults__, thing.__kwdefaults__],
-    }
+    held = [thing.__defaults__, thing.__kwdefaults__, vars(thing)]
+    of_code = {"def": name_of(thing), "is": code, "import": sys.modules.get(module)}
+    return {**around, **of_code, "with": held}
 
 
 def name_of(thing: Any) -> str:

@@ -173,7 +173,7 @@ def _parts_of(value: Any) -> dict[str, Any] | str:
     more: dict[str, Any] = {"class": kind}
     state: Any = None
     if isinstance(value, functools.partial):
-        state, more["from"] = {**vars(value), **value.keywords}, [value.func, *value.args]
+        state, more["from"] = value.keywords, [value.func, *value.args, vars(value)]
     elif isinstance(value, nn.Module):
         state, more["in"] = _of_module(value), [name for name, _ in value.named_children()]
     elif isinstance(value, PreTrainedTokenizerBase):
@@ -199,19 +199,21 @@ def _parts_of(value: Any) -> dict[str, Any] | str:
     return {**found, **more}
 
 
-def _is_cached(kind: type, name: str) -> bool:
+def _is_cached(kind: type, name: Any) -> bool:
     """Whether an attribute follows from others."""
-    return isinstance(inspect.getattr_static(kind, name, None), functools.cached_property)
+    return isinstance(inspect.getattr_static(kind, str(name), None), functools.cached_property)
 
 
 def _of_module(module: nn.Module) -> dict[str, Any]:
     """The attributes of ``module``, with hooks in their order: their numbers are the process's."""
-    state = dict(vars(module))
-    hooks = {name: state[name] for name in state if "hooks" in name and state[name]}
-    order = sorted({number for each in hooks.values() for number in each})
-    for name, each in hooks.items():
-        state[name] = {order.index(number): hook for number, hook in each.items()}
-    return state
+    numbered = {k: x for k, x in vars(module).items() if "hooks" in k and isinstance(x, dict)}
+    order = sorted({number for each in numbered.values() for number in each})
+    hooks = {
+        name: {order.index(number): hook for number, hook in each.items()}
+        for name, each in numbered.items()
+        if each
+    }
+    return {k: x for k, x in vars(module).items() if k not in numbered} | hooks
 
 
 def _of_tokenizer(tokenizer: Any) -> dict[str, Any]:

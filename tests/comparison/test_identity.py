@@ -10,6 +10,7 @@ import re
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from decimal import Decimal
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from transformers import DataCollatorWithPadding, EarlyStoppingCallback
 
 from hyperopt_peft import BilevelTrainer
 from hyperopt_peft.comparison.task import Task
+from hyperopt_peft.trainer import code
 from hyperopt_peft.trainer.contents import contents_of
 from tests.support.comparisons import compared
 from tests.support.files import tokenizer
@@ -220,3 +222,9 @@ def test_a_call_with_the_same_objects_makes_no_run(
     monkeypatch.setattr(Task, "run", lambda *_: pytest.fail("a run"))
     after = compared(folder=tmp_path, **options)
     assert str(before) == str(after) and not after.store.remark()
+
+
+def test_another_version_of_a_plug_in_changes_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = key_of(pandas.Timestamp(0)), key_of()
+    monkeypatch.setattr(code, "version", lambda name: "0.1" if name == "pandas" else version(name))
+    assert key_of(pandas.Timestamp(0)) != before[0] and key_of() == before[1]
