@@ -31,7 +31,7 @@ def parts_of(thing: FunctionType | type) -> dict[str, Any]:
         2.0
     """
     if isinstance(thing, type):
-        of_user = _is_of_user(thing.__module__)
+        of_user = is_of_user(thing.__module__)
         members = {
             name: value
             for name, value in vars(thing).items()
@@ -42,7 +42,7 @@ def parts_of(thing: FunctionType | type) -> dict[str, Any]:
         return {**members, **others, "from": thing.__bases__}
     code, around = thing.__code__, dict[str, Any]()
     module = thing.__globals__.get("__name__", "")
-    if _is_of_user(module):
+    if is_of_user(module):
         read = {name: thing.__globals__.get(name) for name in _globals_of(code)}
         around = {name: x for name, x in read.items() if not isinstance(x, ModuleType)}
     for name, cell in zip(code.co_freevars, thing.__closure__ or (), strict=True):
@@ -61,7 +61,7 @@ def name_of(thing: Any) -> str:
         'builtins.len'
     """
     module, name = thing.__module__ or "", thing.__qualname__
-    if _is_of_user(module):  # whose file may be elsewhere
+    if is_of_user(module):  # whose file may be elsewhere
         return str(name)
     packages = _packages().get(module.partition(".")[0], [])
     return " ".join([f"{module}.{name}", *sorted({f"{x} {version(x)}" for x in packages})])
@@ -83,7 +83,7 @@ def is_installed(thing: FunctionType | type) -> bool:
         found = operator.attrgetter(thing.__qualname__)(module)
     except AttributeError:
         return False
-    return found is thing and not _is_of_user(thing.__module__)
+    return found is thing and not is_of_user(thing.__module__)
 
 
 def files_of(module: ModuleType) -> str:
@@ -92,7 +92,7 @@ def files_of(module: ModuleType) -> str:
     An edit beside a function counts too; what a function imports itself does not. Of a module that
     is not the user's it is the name.
     """
-    if not _is_of_user(module.__name__):
+    if not is_of_user(module.__name__):
         return module.__name__
     files: dict[str, str] = {}
     _collect(module.__name__, files)
@@ -101,7 +101,7 @@ def files_of(module: ModuleType) -> str:
 
 def _collect(module: str, files: dict[str, str]) -> None:
     here = sys.modules.get(module)
-    if here is None or module in files or not _is_of_user(module):
+    if here is None or module in files or not is_of_user(module):
         return
     with suppress(OSError, TypeError, SyntaxError, ImportError):  # no file has it, as in a notebook
         files[module] = inspect.getsource(here)
@@ -138,7 +138,7 @@ def _packages() -> Mapping[str, list[str]]:
     return packages_distributions()
 
 
-def _is_of_user(module: str) -> bool:
+def is_of_user(module: str) -> bool:
     """Whether the code of ``module`` is neither ours, nor Python's, nor installed."""
     file = getattr(sys.modules.get(module), "__file__", None) or ""
     known = {*sys.stdlib_module_names, "hyperopt_peft"}

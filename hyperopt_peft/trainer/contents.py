@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import PushToHubMixin
 
-from hyperopt_peft.trainer.code import files_of, is_installed, name_of, parts_of
+from hyperopt_peft.trainer.code import files_of, is_installed, is_of_user, name_of, parts_of
 from hyperopt_peft.trainer.fingerprint import data_fingerprint, sample
 
 #: The characters above which the hash of a part's description stands for it.
@@ -190,12 +190,13 @@ def _parts_of(value: Any) -> dict[str, Any] | str:
             more["from"] = made
         if entries := [*(items or pairs or ())]:
             more["in"] = entries if items or kind is OrderedDict else dict(entries)
-    if isinstance(state, tuple) and all(x is None or isinstance(x, dict) for x in state):
-        state = {name: x for each in state for name, x in (each or {}).items()}  # of slots too
-    if state is not None and not isinstance(state, dict):
-        state = {"with": state}
+    if isinstance(state, tuple) and [type(x) for x in state[1:]] == [dict]:  # of slots too
+        state = {**(state[0] or {}), **state[1]}
+    if not isinstance(state, dict):  # a __reduce__ may leave out a user's attributes
+        more |= {} if state is None else {"with": state}
+        state = getattr(value, "__dict__", {}) if is_of_user(kind.__module__) else {}
     unread = UNREAD if isinstance(value, PushToHubMixin) else ()
-    found = {k: x for k, x in (state or {}).items() if k not in unread and not _is_cached(kind, k)}
+    found = {k: x for k, x in state.items() if k not in unread and not _is_cached(kind, k)}
     return {**found, **more}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import date
 from enum import Enum
 from typing import Any
 
@@ -68,6 +69,11 @@ class Both(Slots):  # slots and a __dict__
     def __init__(self, value: Any) -> None:
         super().__init__(value)
         self.other = 1
+
+
+class Day(date):  # whose own __reduce__ knows no attribute
+    def __init__(self, *_: int) -> None:
+        self.weight = 0
 
 
 class Letters(Enum):
@@ -170,6 +176,12 @@ def model_with(change: Callable[[Any], Any]) -> Any:
 
 def hook(scale: Any) -> Any:
     return lambda module, args, output=None: (output or args)[0] * scale
+
+
+def weighted(value: Any) -> Any:
+    day = Day(2026, 1, 1)
+    day.weight = value
+    return day
 
 
 def cyclic(value: Any) -> Any:
