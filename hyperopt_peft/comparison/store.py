@@ -20,6 +20,8 @@ SETTINGS = "settings"
 OF_SEED = "of the seed"
 #: The key of the rows of a seed, beside the settings.
 ROWS = "rows"
+#: In place of a setting that cannot be read: why, so that each call has a key of its own.
+ANEW = "made anew"
 
 
 class Store:
@@ -32,7 +34,7 @@ class Store:
 
     Args:
         folder: where the files are; None keeps all in memory.
-        settings: by the name of a method, all settings on which its runs depend.
+        settings: by the name of a method, all settings on which its runs depend, as JSON.
         part: the name of this process's file.
         rows: by seed, the settings in which its runs differ from those of other seeds.
 
@@ -53,7 +55,7 @@ class Store:
         part: str = "",
         rows: Mapping[int, Mapping[str, Any]] | None = None,
     ) -> None:
-        self.settings = json.loads(json.dumps(settings, default=_plain))
+        self.settings = json.loads(json.dumps(settings))
         self.rows = rows or {}
         self.keys: dict[tuple[str, int], str] = {}
         self.folder = folder
@@ -110,10 +112,23 @@ class Store:
             self.known[key] = {**settings, **rows}
             append_entries(self.path, *head, result)
 
+    @property
+    def anew(self) -> str:
+        """What makes the runs of which methods anew in each call, or nothing."""
+        methods: dict[str, list[str]] = {}
+        for name, settings in self.settings.items():
+            for each in settings.values():
+                if isinstance(each, dict) and ANEW in each:
+                    methods.setdefault(each[ANEW], []).append(name)
+        return "; ".join(
+            f"{why}, so the runs of {', '.join(names)} are made anew each time"
+            for why, names in methods.items()
+        )
+
     def remark(self) -> str:
-        """How many runs of the methods are not used, and the settings of the last; or nothing."""
-        if not self.unused:
-            return ""
+        """Which runs are made anew; or how many are not used, and the settings of the last."""
+        if self.anew or not self.unused:
+            return self.anew
         last = self.unused[-1]
         saved, now = self.known.get(last.get("key"), {}), self.settings[last["method"]]
         now = {**now, **self.rows.get(last["seed"], {})}
@@ -150,13 +165,6 @@ def append_entries(path: Path, *entries: Mapping[str, Any]) -> None:
 
 def _files(folder: Path | None) -> list[Path]:
     return sorted(folder.glob("runs*.jsonl")) if folder else []
-
-
-def _plain(value: Any) -> Any:
-    """A value as every process writes it: a set in order, an object without its address."""
-    if isinstance(value, set | frozenset):
-        return sorted(map(str, value))
-    return text if " at 0x" not in (text := str(value)) else str(type(value))
 
 
 def _run_of(entry: Mapping[str, Any], method: str) -> Run:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import hashlib
 import math
 import tempfile
 import time
@@ -29,7 +28,7 @@ from hyperopt_peft.core.labels import RowLosses
 from hyperopt_peft.errors import NonFiniteError, ProblemError
 from hyperopt_peft.heads.frozen_layers import compute_once
 from hyperopt_peft.trainer.arguments import BilevelTrainingArguments
-from hyperopt_peft.trainer.fingerprint import frozen_fingerprint
+from hyperopt_peft.trainer.contents import contents_of
 from hyperopt_peft.trainer.method import Method
 from hyperopt_peft.trainer.passes import passes_of_a_cycle
 from hyperopt_peft.trainer.quiet import QUIET, no_bars
@@ -203,17 +202,17 @@ class Task:
         return int(self.args.train_batch_size * self.args.gradient_accumulation_steps)
 
     @no_bars()
-    def fingerprint(self) -> str:
-        """The identity of the model that ``base_model`` makes.
+    def fingerprint(self) -> Any:
+        """The contents of the model that ``base_model`` makes.
 
         Raises:
             ProblemError: the same model again and again.
+            NoContentsError: as `contents_of`.
         """
         set_seed(0)
         model = self.base_model()
         alive = weakref.ref(model)
-        weights = frozen_fingerprint(model, [])
-        config = str(getattr(model, "config", ""))
+        contents = contents_of(model, "base_model", whole=False)
         del model
         gc.collect()
         if alive() is not None:
@@ -221,7 +220,7 @@ class Task:
                 "base_model: returns one model again and again, which each run would train "
                 "further; let it make a new one"
             )
-        return hashlib.sha256(f"{weights} {config}".encode()).hexdigest()
+        return contents
 
     def line(self, run: Run, metrics: Mapping[str, Any], **more: Any) -> dict[str, Any]:
         """The entries of ``run``."""
@@ -275,6 +274,12 @@ class Task:
         method = copy.deepcopy(self.methods[run.method])
         return OneLevel(method) if run.kind == "one level" else method
 
+    def options_of_a_run(self) -> dict[str, Any]:
+        """Copies of the options, so that no run reads what a callback, say, kept of another."""
+        with suppress(Exception):  # of what cannot be copied, such as a lock
+            return copy.deepcopy(dict(self.options))
+        return dict(self.options)
+
     def make(self, run: Run, rows: Sequence[Any], folder: str, *callbacks: Any) -> BilevelTrainer:
         """A trainer of ``run``, which writes and shows nothing; ``callbacks`` end its phases."""
         method = self.method_of(run)
@@ -291,7 +296,7 @@ class Task:
             changes["upper_learning_rate"] = upper_rate
         args.__dict__.update(changes)
         set_seed(run.seed)
-        model, options = self.base_model(), dict(self.options)
+        model, options = self.base_model(), self.options_of_a_run()
         options["callbacks"] = [*(options.get("callbacks") or ()), *callbacks]
         set_seed(run.seed)  # which base_model may have changed
         if self.adapter is not None:

@@ -63,7 +63,7 @@ class Work:
     """The runs of a comparison that this process does.
 
     Raises:
-        ProblemError: other processes cannot have what the runs share.
+        ProblemError: other processes cannot have what the runs share, or find this one's runs.
     """
 
     plan: Plan
@@ -75,6 +75,11 @@ class Work:
     def __post_init__(self) -> None:
         if self.runs.jobs != 1:
             require_pickled(self.task)
+        if self.runs.part != (1, 1) and self.store.anew:
+            raise ProblemError(
+                f"part: the parts find each other's runs by their contents; {self.store.anew}; "
+                "leave part out, or make it in base_model or in a method's prepare"
+            )
 
     def do(self) -> None:
         """Do the missing runs, stage by stage: a stage reads the scores of the one before.

@@ -31,17 +31,17 @@ PLAIN = str | int | float
 FINGERPRINT_ENTRIES = 64
 
 
-def data_fingerprint(data: Any) -> str | int | None:
+def data_fingerprint(data: Any, most: int = FINGERPRINT_ROWS) -> str | int | None:
     """A fingerprint of the contents, order and number of rows of ``data``.
 
-    For a `datasets.Dataset`, a list or a tuple it is a hash of at most `FINGERPRINT_ROWS` rows.
+    For a `datasets.Dataset`, a list or a tuple it is a hash of at most about ``most`` rows.
     Reading a data set of PyTorch may be slow, so it is of `FEW_ROWS`; where they are not the same
     if read twice, and for other data, it is the length, or None.
     """
     of_torch = isinstance(data, torch_data.Dataset) and not isinstance(data, IterableDataset)
     if not has_length(data) or not (of_torch or isinstance(data, Dataset | list | tuple)):
         return len(data) if has_length(data) else None
-    rows = range(0, len(data), max(1, len(data) // (FEW_ROWS if of_torch else FINGERPRINT_ROWS)))
+    rows = range(0, len(data), max(1, len(data) // (FEW_ROWS if of_torch else most)))
     if not isinstance(data, Dataset):
         hashes = set[str]()
         for _ in range(2 if of_torch else 1):

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import DataCollatorWithPadding
 
-from hyperopt_peft.comparison.identity import code_of, with_values
+from hyperopt_peft import Method, ProblemError
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Price, Run, Task
 from hyperopt_peft.utils.plugins import import_file
-from tests.support.comparisons import accuracy, compared
-from tests.support.process import python
+from tests.support.comparisons import compared
 
 #: Files of four methods, two of which are in one file, and two files that these import.
 FILES = {
@@ -52,8 +50,6 @@ class Four(Method):
 
 def scaled(loss):
     return loss * FACTOR * SCALE
-
-score = lambda outputs: {"accuracy": 0.5}
 """,
     "store_three.py": """
 from store_base import Base
@@ -152,54 +148,20 @@ def test_other_settings_reuse_nothing_and_are_remarked(
     assert len(store.results) == 8 == len(store.unused)
 
 
-def test_the_code_of_files_is_the_same_in_another_process(tmp_path: Path, files: Any) -> None:
-    here = [code_of(method) for method in files().values()]
-    program = f"""import sys
-sys.path.insert(0, {str(tmp_path)!r})
-from store_one import One
-from store_two import Two, Four
-from store_three import Three
-from hyperopt_peft.comparison.identity import code_of
-print(*map(code_of, [One, Two, Three, Four]), sep="\\n")"""
-    assert python("-c", program).stdout.splitlines() == here
-    assert len({*here}) == len(NAMES)
+class Made(Method):
+    def __init__(self, lock: Any) -> None:
+        self.lock = lock
 
 
-def test_the_code_of_a_lambda_counts(files: Any) -> None:
-    def score(**changes: str) -> str:
-        scaled = files(**changes)["Four"].lower_loss.__func__.__globals__
-        return code_of(scaled["score"])
-
-    assert score() == score() != score(**{"0.5": "0.6"})
-    assert code_of(len) == "builtins.len"
-
-
-@pytest.mark.parametrize("module", [__name__, "none"])
-def test_the_code_of_a_class_that_no_file_has_is_its_own(module: str) -> None:
-    """As one of a notebook, or of an interactive session after a script."""
-
-    def made(factor: int) -> Any:
-        text = f"class Typed:\n    def double(self, x):\n        return {factor} * x"
-        exec(text, names := {"__name__": module})
-        return code_of(names["Typed"])
-
-    assert made(2) == made(2) != made(3)
-
-
-def test_what_a_callable_holds_counts() -> None:
-    """The arguments of a partial, the variables around a function, an object's attributes."""
-
-    def within(average: str) -> Any:
-        return lambda outputs: {average: 1.0}
-
-    class Metric:
-        def __init__(self, average: str) -> None:
-            self.average = average
-
-        def compute(self, outputs: Any) -> Any:
-            return {self.average: 1.0}
-
-    made_of = within, Metric, partial(partial, accuracy), lambda x: Metric(x).compute
-    for made in *made_of, partial(DataCollatorWithPadding, None):
-        assert with_values(made("macro")) == with_values(made("macro")) != with_values(made("f1"))
-    assert with_values(len) == "builtins.len" and with_values(accuracy) == code_of(accuracy)
+def test_what_has_no_contents_is_run_anew_and_remarked(tmp_path: Path, done: list[str]) -> None:
+    methods = {"LoRA": Method(), "mine": Made(threading.Lock())}
+    assert new_of(done, methods, tmp_path) == ["LoRA", "mine"]
+    assert new_of(done, methods, tmp_path) == ["mine"]
+    text = "methods.mine.lock: a lock has no contents to compare, so the runs of mine are made"
+    assert str(compared(methods, folder=tmp_path)).count(text) == 1
+    with pytest.raises(ProblemError, match=r"^part: .*methods\.mine\.lock: a lock"):
+        compared(methods, folder=tmp_path, part=(1, 2))
+    with (tmp_path / "log").open("w") as log:
+        score: Any = lambda outputs: log and {"accuracy": 1.0}  # noqa: E731
+        with pytest.raises(ProblemError, match=r"options\.compute_metrics\.log: a TextIOWrapper"):
+            compared(folder=tmp_path, part=(1, 2), compute_metrics=score)
