@@ -227,7 +227,8 @@ class Draws:
                     of_parts = each.unflatten(1, (PARTS, -1)).mean(2)
                     moved[name] = (of_parts - each.mean(1, True)).tolist()
             for k, curve in enumerate(found):
-                curve[step] = tuple({n: x[k] for n, x in y.items()} for y in (means, moved))
+                one, other = ({n: x[k] for n, x in y.items()} for y in (means, moved))
+                curve[step] = one, other
         return found
 
     def nets(
@@ -316,11 +317,20 @@ def with_gain(verdict: Verdict, shift: float) -> Verdict:
     return Verdict((x + shift for x in verdict.values), influence=verdict.influence)
 
 
+def found_again(verdict: Verdict) -> float:
+    """How often five seeds find the minimum detectable difference that five others print."""
+    groups = [
+        Verdict(verdict.values[k : k + 5], influence=verdict.influence[k : k + 5])
+        for k in range(0, SEEDS, 5)
+    ]
+    pairs = [(one, other) for one in groups for other in groups if one is not other]
+    return fmean(with_gain(x, other.detectable).is_significant for x, other in pairs)
+
+
 def measured(name: str, rows: int, draws: int) -> Iterator[dict[str, Any]]:
     """The cells of a setting: for each metric and number of seeds, how often pairs differ."""
     setting = {**SETTINGS, **VIEWS}[name]
     cells: dict[tuple[str, int], list[dict[str, float]]] = {}
-    last: dict[tuple[str, int], Verdict] = {}
     equal = comparisons(setting, dict.fromkeys(setting.methods, rows), draws, seed=rows)
     unequal = comparisons(setting, {"A": rows, "B": 2 * rows}, draws, seed=rows + 1)
     random = np.random.RandomState(rows)
@@ -340,10 +350,8 @@ def measured(name: str, rows: int, draws: int) -> Iterator[dict[str, Any]]:
                 for shift in SHIFTS:
                     moved = with_gain(verdict, sign * shift)
                     found[f"shifted by {shift:g}"] = float(moved.is_significant)
-                if key in last:  # of other rows and seeds
-                    again = with_gain(verdict, last[key].detectable)
-                    found["minimum detectable found"] = float(again.is_significant)
-                last[key] = verdict
+                if len(verdict.values) == SEEDS:
+                    found["minimum detectable found"] = found_again(verdict)
                 more = gap(two[key])
                 found["gain"] = sign * more.estimate
                 found["gain found"] = float(more.is_significant)
@@ -436,21 +444,39 @@ def tables() -> dict[str, list[dict[str, str]]]:
     """The shares of equal pairs that are called different, and of different ones that are found."""
     every, power = Results(FILE), []
     equal: dict[tuple[str, int], dict[str, str]] = {}
+    views: dict[str, dict[str, str]] = {}
     for cell in [*every.of("nets"), *every.of("trainer")]:
-        by = ", by `compare_methods`" if cell["part"] == "trainer" else ""
-        name, rows = f"{cell['setting']}{by}", cell["rows"]
-        row = equal.setdefault((name, rows), {"chosen": name, "rows": str(rows)})
-        row["pairs"] = str(cell["pairs"])
+        place = f"{cell['metric']}, {cell['seeds']} seeds"
         error = 1.96 * (cell["different"] * (1 - cell["different"]) / cell["pairs"]) ** 0.5
-        text = f"{100 * cell['different']:.1f} ± {100 * error:.1f} % ({cell['half width']:.3f})"
-        row[f"{cell['metric']}, {cell['seeds']} seeds"] = text
+        text = f"{100 * cell['different']:.1f} ± {100 * error:.1f} %"
+        if cell["setting"] in VIEWS:
+            rows, _, training = cell["setting"].partition(", ")
+            row = views.setdefault(cell["setting"], {"rows": rows, "training rows": training})
+            row[place] = f"{text} ({100 * cell['over seeds']:.0f} %)"
+            continue
+        by = ", by `compare_methods`" if cell["part"] == "trainer" else ""
+        name, count = f"{cell['setting']}{by}", cell["rows"]
+        row = equal.setdefault((name, count), {"chosen": name, "rows": str(count)})
+        row["pairs"] = str(cell["pairs"])
+        row[place] = f"{text} ({cell['half width']:.3f})"
         if "gain" in cell:
             found = {f"+{x:g}": f"{100 * cell[f'shifted by {x:g}']:.0f} %" for x in SHIFTS}
             found["twice the rows"] = f"{100 * cell['gain found']:.0f} % (+{cell['gain']:.3f})"
+            larger = cell["gain where found"] / cell["gain found"] / cell["gain"]
+            found["gain where found"] = f"{larger:.1f} times"
+            again = cell.get("minimum detectable found")
+            found["detectable"] = "–" if again is None else f"{100 * again:.0f} %"
             found["a false one of three"] = f"{100 * cell['any of three']:.1f} %"
-            place = {"score": cell["metric"], "rows": str(rows), "seeds": str(cell["seeds"])}
-            power.append(place | found)
-    heads = ["chosen", "rows", "pairs"]
-    heads += [f"{metric}, {seeds} seeds" for metric in ("accuracy", "loss") for seeds in (5, SEEDS)]
-    lines = [{head: row.get(head, "–") for head in heads} for row in equal.values()]
-    return {"calibration": lines, "power": power}
+            found["one collapses"] = f"{100 * cell['collapsed different']:.0f} %"
+            where = {"score": cell["metric"], "rows": str(count), "seeds": str(cell["seeds"])}
+            power.append(where | found)
+    places = [f"{metric}, {seeds} seeds" for metric in ("accuracy", "loss") for seeds in (5, SEEDS)]
+    whole = {
+        "calibration": (["chosen", "rows", "pairs"], equal),
+        "views": (["rows", "training rows"], views),
+    }
+    made = {
+        name: [{head: row.get(head, "–") for head in [*heads, *places]} for row in rows.values()]
+        for name, (heads, rows) in whole.items()
+    }
+    return {**made, "power": power}

@@ -5,7 +5,7 @@ A part of a page without complete runs stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -18,9 +18,9 @@ from benchmarks.methods import calibration
 from benchmarks.methods.runs import stored
 from benchmarks.methods.settings import SETTINGS, Setting
 from hyperopt_peft.comparison import Comparison
+from hyperopt_peft.comparison.result import Candidate
 from hyperopt_peft.comparison.task import ABLATIONS, Kind
 from hyperopt_peft.utils.plots import lines
-from hyperopt_peft.utils.verdict import Verdict
 
 TABLES = pages.RESULTS / "methods.md"
 FIGURE, PAGE = (pages.DOCS / f"{x}.png" for x in ("methods", "results"))
@@ -147,11 +147,12 @@ def differences(found: Found, every: Mapping[str, Comparison], best_way: str) ->
     for name in found.setting.papers:
         others[name] = {"its frozen form": name + FROZEN, **rivals}
     texts = []
-    for name, known in others.items():
+    for name, rivals_of in others.items():
         gaps = []
-        for text, other in known.items():
-            tables = [x for x in (each.scores() for each in every.values()) if other in x]
-            if values := [points(x[name] - x[other], "+") for x in tables if name in x]:
+        for text, other in rivals_of.items():
+            known = [(x, candidates(x)) for x in every.values()]
+            pairs = [(x, y[name], y[other]) for x, y in known if name in y and other in y]
+            if values := [str(x.difference(*pair)) for x, *pair in pairs]:
                 gaps.append(f"from {text} by {' and '.join(values)} points")
         who = WORDS.get(name, f"`{name}`") if found.by_name or name != best else best_way
         if gaps:
@@ -169,25 +170,28 @@ def complete(name: str) -> Found | None:
 
 
 def scores(found: Found) -> pandas.DataFrame:
-    """The scores in points at the largest budget, with intervals over seeds.
+    """The scores in points at the largest budget, with intervals.
 
     A row for each task and candidate.
     """
     tables = {}
     for task, x in found.longest.items():
         passes = f"{x.plan.passes:,g} passes"
-        columns = {passes: x.scores().apply(points)}
-        columns[f"{passes}, stopped"] = x.scores(stopped=True).apply(points)
+        columns = {passes: means(x), f"{passes}, stopped": means(x, stopped=True)}
         if found.heads:
-            solved = found.heads[task].scores() if task in found.heads else pandas.DataFrame()
-            columns["heads, solved"] = solved.apply(points)
+            columns["heads, solved"] = means(found.heads[task]) if task in found.heads else {}
         tables[task] = pandas.DataFrame(columns).reindex(found.titles).fillna("–")
     return pandas.concat(tables, names=["task", "method"]).reset_index()
 
 
-def points(values: Iterable[float], sign: str = "") -> str:
-    """Mean ± half of the interval, in percentage points."""
-    return Verdict(values, points=True).shown(sign)
+def candidates(found: Comparison) -> dict[str, Candidate]:
+    """The methods and ablations by the names that tables have."""
+    return {found.title(*each): each for each in found.plan.candidates()}
+
+
+def means(found: Comparison, stopped: bool = False) -> dict[str, str]:
+    """Mean ± half of the interval of each method and ablation."""
+    return {name: found.mean(x, stopped).shown() for name, x in candidates(found).items()}
 
 
 def markdown(rows: pandas.DataFrame) -> str:

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hyperopt_peft import BilevelTrainer, Method
-from hyperopt_peft.comparison.rows import Rows
 from hyperopt_peft.comparison.identity import settings_of
+from hyperopt_peft.comparison.rows import Rows
 from hyperopt_peft.comparison.store import Store
 from hyperopt_peft.comparison.task import Task
 from tests.support.comparisons import parts_of
