@@ -65,7 +65,7 @@ def test_new_weights_that_stay_random_are_warned_of(
 @pytest.mark.parametrize(
     ("command", "changes", "trainings"),
     [
-        ("compare", {"seeds": [0, 1], "methods": ["lora", "bidora"]}, {"lora": 22, "bidora": 38}),
+        ("compare", {"seeds": [0, 1], "methods": ["lora", "bidora"]}, {"lora": "20 +2", "bidora": "36 +2"}),
         ("attribute", {"check": 5, "suspects": 3}, {"training": 1, "check": 6, "suspects": 3}),
     ],
 )
@@ -74,7 +74,7 @@ def test_every_command_says_its_trainings(
     capsys: Capture,
     command: str,
     changes: dict[str, Any],
-    trainings: dict[str, int],
+    trainings: dict[str, int | str],
 ) -> None:
     text = plan(capsys, small_run(tmp_path, target_modules=["query"], **changes), command)
     for name, count in trainings.items():
