@@ -65,7 +65,11 @@ def test_new_weights_that_stay_random_are_warned_of(
 @pytest.mark.parametrize(
     ("command", "changes", "trainings"),
     [
-        ("compare", {"seeds": [0, 1], "methods": ["lora", "bidora"]}, {"lora": "20 +2", "bidora": "36 +2"}),
+        (
+            "compare",
+            {"seeds": [0, 1], "methods": ["lora", "bidora"]},
+            {"lora": "20 +2", "bidora": "36 +2"},
+        ),
         ("attribute", {"check": 5, "suspects": 3}, {"training": 1, "check": 6, "suspects": 3}),
     ],
 )
