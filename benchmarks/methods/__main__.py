@@ -47,7 +47,7 @@ def main() -> None:
         calibration(quick=options.quick)
     elif options.quick:
         names = ["LoRA", "loss correction", "RowWeights"]
-        found = compared("wrong labels", "trec", Runs(), names=names, **QUICK)
+        found = compared("wrong labels", "tweets", Runs(), names=names, **QUICK)
         print(*found.values(), sep="\n\n")
     else:
         for name in options.settings:
